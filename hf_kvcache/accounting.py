@@ -1,0 +1,49 @@
+"""Counting the bytes of a layer, this package's or transformers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_kvcache.layer import KVCacheLayer
+from hf_kvcache.memory import MemoryReport
+
+
+def layer_report(layer: Any) -> MemoryReport:
+    """The bytes that one layer of a cache holds."""
+    if isinstance(layer, KVCacheLayer):
+        return _own_report(layer)
+    report = MemoryReport()
+    held = _tensor_bytes(vars(layer))
+    report.parts["other"] = held
+    # Kept as transformers keeps it, whatever its dtype: the same in both comparisons.
+    report.full_bf16 = report.full_same_dtype = held
+    return report
+
+
+def _own_report(layer: KVCacheLayer) -> MemoryReport:
+    layer.settle()
+    report = MemoryReport()
+    storage = layer.storage
+    if storage is None:
+        return report
+    report.parts.update(storage.memory())
+    report.packed_elements = storage.packed_elements()
+    report.packed_bits = 8 * (report.parts["codes"] + report.parts["scales"])
+    tokens = layer.get_seq_length()
+    if layer.sliding_window is not None:
+        tokens = min(tokens, layer.sliding_window - 1)
+    widths = sum(fmt.dim for fmt in storage.layout.sides.values())
+    elements = storage.batch * storage.heads * tokens * widths
+    report.full_bf16 = 2 * elements
+    report.full_same_dtype = storage.dtype.itemsize * elements
+    return report
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(v) for v in value.values())
+    return 0

@@ -1,0 +1,113 @@
+"""The attention function registered with transformers under ``hf_kvcache``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_kvcache.binding import IMPLEMENTATION, previous_implementation
+from hf_kvcache.handle import KVHandle
+from hf_kvcache.masks import mask_function
+from hf_kvcache.reading import Scoring
+
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def register() -> None:
+    """Make the attention and the mask function known to transformers."""
+    AttentionInterface.register(IMPLEMENTATION, attention_function)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
+
+
+def attention_function(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over a KVCache, or for any other keys and values what was set before the binding.
+
+    Args:
+        module: the attention module.
+        query: ``[B, Hq, T, Dk]``.
+        key: handle from a KVCache, or keys ``[B, Hkv, tokens, Dk]``.
+        value: the same for values.
+        attention_mask: as the mask function made it.
+        scaling: factor of the scores; ``Dk ** -0.5`` if None.
+        dropout: must be 0 for a KVCache.
+        **kwargs: whatever else the model passes.
+
+    Returns:
+        Output ``[B, T, Hq, Dv]`` and, where the previous implementation gives them, attention weights.
+    """
+    arguments: dict[str, Any] = {"scaling": scaling, "dropout": dropout, **kwargs}
+    if not (isinstance(key, KVHandle) and isinstance(value, KVHandle)):
+        return _previous(module)(module, query, key, value, attention_mask, **arguments)
+    layer = key.layer()
+    if not layer.has_history():
+        # Nothing is compressed yet: the first tokens attend to each other exactly as without this package.
+        new_keys, new_values = layer.new_tokens()
+        result = _previous(module)(module, query, new_keys, new_values, attention_mask, **arguments)
+        layer.note_attended(attention_mask)
+        return result
+    _check_supported(module, dropout, kwargs)
+    scoring = Scoring(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        sink_logits=_sink_logits(module, kwargs),
+    )
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    return layer.attend(query, attention_mask, scoring, causal), None
+
+
+def _previous(module: torch.nn.Module) -> AttentionFunction:
+    """The attention function that ``module`` would call, were its config not bound."""
+    config: Any = getattr(module, "config", None)
+    name = "sdpa" if config is None else previous_implementation(config)
+    names = _names_of(module)
+    eager = names.get("eager_attention_forward")
+    if name == "eager":
+        if eager is None:
+            raise ValueError(
+                f"{type(module).__name__} has no eager attention function beside it; call "
+                "model.set_attn_implementation('sdpa') before the cache is built"
+            )
+        return eager
+    # A model may have replaced functions in an interface of its own.
+    return names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS).get_interface(name, eager)
+
+
+def _names_of(module: torch.nn.Module) -> dict[str, Any]:
+    """The global names of the file that defines the attention module, or of a base class of it that has attention."""
+    for cls in type(module).__mro__:
+        names = vars(sys.modules[cls.__module__])
+        if "eager_attention_forward" in names or "ALL_ATTENTION_FUNCTIONS" in names:
+            return names
+    return {}
+
+
+def _sink_logits(module: torch.nn.Module, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Learned sink logits: passed along, or where only the module's own eager function would look for them."""
+    logits = kwargs.get("s_aux")
+    return getattr(module, "sinks", None) if logits is None else logits
+
+
+def _check_supported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    if dropout:
+        raise ValueError(f"dropout={dropout!r} with a KVCache; accepted: 0.0. Call model.eval().")
+    for name in ("position_bias", "block_indices", "indices"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} passes {name!r} to attention, which a KVCache does not support; use "
+                "model.set_attn_implementation('sdpa') after building the cache, and its dense fallback"
+            )

@@ -1,0 +1,227 @@
+"""The caches that users build: ``KVCache`` and its named recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    get_layer_types_and_kwargs,
+)
+
+from hf_kvcache.binding import bind as bind_config
+from hf_kvcache.codecs import Codec, resolve
+from hf_kvcache.layer import KVCacheLayer, LayerOptions
+from hf_kvcache.memory import MemoryReport
+
+#: Layer types whose keys and values are ours; the others keep transformers' own layers.
+OWN_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+class KVCache(Cache):
+    """A paged KV cache for ``model.generate(past_key_values=cache)``.
+
+    Args:
+        config: the model's config (``model.config``); of a vision-language model the text part is taken.
+        codec: how pages are stored: a registered name (``"none"``, ``"int4"``, ``"rotated4"``, ``"kvarn3"``, ...), or a
+            :class:`~hf_kvcache.codecs.Codec`.
+        sink_length: tokens at the start of each sequence that stay in full precision.
+        tail_length: newest tokens of each sequence that stay in full precision.
+        page_size: tokens a page holds.
+        validate: check every update for NaN and infinity (it stalls a GPU at every step).
+        bind: make the model use the fused attention; without it the cache is read through dense tensors.
+        **codec_options: ``bits``, ``key_bits``, ``value_bits`` and options of the codec such as ``group_size``.
+
+    Raises:
+        ValueError: for a config that cannot have such a cache, or an argument out of range.
+        TypeError: for a config that is none.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        codec: str | Codec = "none",
+        *,
+        sink_length: int = 4,
+        tail_length: int = 128,
+        page_size: int = 128,
+        validate: bool = False,
+        bind: bool = True,
+        **codec_options: Any,
+    ) -> None:
+        self.config = _decoder_config(config)
+        for name, value, least in (
+            ("sink_length", sink_length, 0),
+            ("tail_length", tail_length, 0),
+            ("page_size", page_size, 8),
+        ):
+            _check_count(name, value, least)
+        if page_size % 8:
+            raise ValueError(f"page_size={page_size!r}; accepted: multiples of 8")
+        self.options = LayerOptions(
+            codec=resolve(codec, **codec_options),
+            sink_length=sink_length,
+            tail_length=tail_length,
+            page_size=page_size,
+            validate=validate,
+            deferred=getattr(self.config, "kv_sharing_modes", None) is not None,
+        )
+        super().__init__(layers=_make_layers(self.config, self.options))
+        if bind:
+            bind_config(self.config)
+
+    @property
+    def codec(self) -> Codec:
+        """How pages are stored."""
+        return self.options.codec
+
+    @property
+    def own_layers(self) -> list[KVCacheLayer]:
+        """The layers that are this package's."""
+        return [layer for layer in self.layers if isinstance(layer, KVCacheLayer)]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in the new tokens ``[B, Hkv, T, D]`` of a layer; returns handles on all of its keys and values."""
+        if not 0 <= layer_idx < len(self.layers):
+            raise ValueError(
+                f"layer_idx={layer_idx!r}: this cache was built for a {self.config.model_type!r} model of "
+                f"{len(self.layers)} layers; build one from the config of the model that runs"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, or -1 before the first update."""
+        sizes = {layer.batch_size for layer in self.own_layers if layer.is_initialized}
+        return sizes.pop() if len(sizes) == 1 else -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens of every sequence; every layer is asked before any is changed."""
+        for layer in self.own_layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Replace sequence ``i`` by sequence ``beam_idx[i]`` (beam search)."""
+        self._select("beam_idx", beam_idx, lambda layer: layer.reorder_cache(beam_idx))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences ``indices`` only, in that order."""
+        self._select("indices", indices, lambda layer: layer.batch_select_indices(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times, copies side by side."""
+        _check_count("repeats", repeats, 1)
+        super().batch_repeat_interleave(repeats)
+
+    def fork(self) -> KVCache:
+        """A copy that goes its own way from here: pages are shared, since they never change once written."""
+        from copy import deepcopy
+
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.layers = [
+            layer.fork() if isinstance(layer, KVCacheLayer) else deepcopy(layer) for layer in self.layers
+        ]
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        # Pages are immutable, so a fork is as independent as a copy of every byte.
+        return self.fork()
+
+    def memory(self) -> MemoryReport:
+        """Bytes held, by part, in all and per layer."""
+        from hf_kvcache.accounting import layer_report
+
+        return MemoryReport.of_layers([layer_report(layer) for layer in self.layers])
+
+    def integrity(self) -> None:
+        """Check the invariants of the storage: references, free pages, ascending positions.
+
+        Raises:
+            IntegrityError: if one is broken, which is a bug of this package.
+        """
+        for layer in self.own_layers:
+            layer.check()
+
+    def _select(self, argument: str, rows: torch.Tensor, apply: Callable[[Any], None]) -> None:
+        for layer in self.own_layers:
+            layer.check_rows(argument, rows)
+        for layer in self.layers:
+            apply(layer)
+
+
+class QuantizedKVCache(KVCache):
+    """A KV cache in few bits.
+
+    Args:
+        config: the model's config.
+        bits: bits of a code, 1 to 4 or 8; 4 unless the codec's name says otherwise.
+        key_bits: bits of the keys in place of ``bits``.
+        value_bits: bits of the values in place of ``bits``.
+        codec: how pages are stored; ``"auto"`` takes the best measured one for the bits asked.
+        **options: further arguments of :class:`KVCache` and of the codec.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        bits: int | None = None,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        codec: str | Codec = "auto",
+        **options: Any,
+    ) -> None:
+        widths = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
+        given = {name: value for name, value in widths.items() if value is not None}
+        super().__init__(config, codec, **given, **options)
+
+
+def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the decoder; raises for anything that cannot have a KV cache of ours."""
+    if not isinstance(config, PreTrainedConfig):
+        hint = ". Legacy tuples of past_key_values cannot be converted" if isinstance(config, tuple) else ""
+        raise TypeError(f"config is a {type(config).__name__}; accepted: a model's config (model.config){hint}")
+    if config.is_encoder_decoder:
+        raise ValueError(f"config of {config.model_type!r}: accepted: decoder-only models, this one has an encoder")
+    decoder = config.get_text_config(decoder=True)
+    if not _is_decoder(decoder):
+        raise ValueError(f"config of {config.model_type!r}: accepted: models that generate, this one only encodes")
+    return decoder
+
+
+def _is_decoder(config: PreTrainedConfig) -> bool:
+    """Whether the config is of a model that generates text token by token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return bool(getattr(config, "is_decoder", False))  # BERT and its kin are decoders only if told so
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return known or getattr(config, "num_hidden_layers", None) is not None
+
+
+def _make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
+    layer_types, layer_arguments = get_layer_types_and_kwargs(config)
+    if not set(layer_types) & set(OWN_LAYER_TYPES):
+        raise ValueError(
+            f"config of {config.model_type!r} has layers of type {sorted(set(layer_types))}; accepted: at least one of "
+            f"{list(OWN_LAYER_TYPES)}, there is nothing to cache otherwise"
+        )
+    layers: list[Any] = []
+    for index, (layer_type, arguments) in enumerate(zip(layer_types, layer_arguments, strict=True)):
+        if layer_type in OWN_LAYER_TYPES:
+            layers.append(KVCacheLayer(index, options, **arguments))
+        else:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments))
+    return layers
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}; accepted: whole numbers from {least}")

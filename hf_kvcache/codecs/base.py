@@ -1,0 +1,123 @@
+"""What a codec is: two side codecs, each an ``encode`` and a few constants that describe its page."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from hf_kvcache.kernels.page import SideFormat
+
+#: Scales and zero points are stored in half precision; values beyond it could not be represented.
+SCALE_DTYPE = torch.float16
+_SCALE_MAX = torch.finfo(SCALE_DTYPE).max
+#: Smallest scale: below it, half precision has too few bits left for a useful grid.
+_SCALE_MIN = 2.0**-14
+
+
+class Encoded(NamedTuple):
+    """One side of ``N`` pages before the bits are packed.
+
+    Attributes:
+        codes: uint8 ``[N, P, D]`` below ``2**bits`` (or the elements themselves, for dense pages).
+        scale: ``[N, *SideFormat.scale_shape(P)]``; None for dense pages.
+        zero: same shape as ``scale``, or None.
+        other: ``[N, *SideFormat.other_shape(P)]``, or None.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+    other: torch.Tensor | None = None
+
+
+class SideCodec(ABC):
+    """Encodes one side (keys or values) of pages."""
+
+    @abstractmethod
+    def format(self, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:
+        """The format of a page of ``page_size`` vectors of width ``dim``, whose source dtype is ``dtype``.
+
+        Raises:
+            ValueError: if the codec cannot store vectors of that width or pages of that size.
+        """
+
+    @abstractmethod
+    def encode(self, x: torch.Tensor) -> Encoded:
+        """Encode float32 pages ``x [N, P, D]``, already rotated and centred as the format says."""
+
+
+class Codec:
+    """How a page is stored: a side codec for keys and one for values.
+
+    Subclasses set the class attributes, take ``(key_bits, value_bits, **options)`` and set ``keys`` and ``values``.
+    """
+
+    #: Registered name; bits may follow it in a spec: ``"kvarn3"``.
+    name: ClassVar[str]
+    #: Bits that exist; ``()`` where the codec has no choice of bits.
+    supported_bits: ClassVar[tuple[int, ...]] = ()
+    #: Bits used when none are asked for.
+    default_bits: ClassVar[int | None] = None
+
+    keys: SideCodec
+    values: SideCodec
+
+    def __init__(self, key_bits: int | None = None, value_bits: int | None = None) -> None:
+        self.key_bits = check_bits(self, "key_bits", key_bits)
+        self.value_bits = check_bits(self, "value_bits", value_bits)
+
+    def __repr__(self) -> str:
+        bits = "" if not self.supported_bits else f"(key_bits={self.key_bits}, value_bits={self.value_bits})"
+        return f"{self.name}{bits}"
+
+
+def check_bits(codec: Codec, argument: str, bits: int | None) -> int | None:
+    """``bits`` or the codec's default; raises ValueError where the codec has no such width."""
+    if bits is None:
+        return codec.default_bits
+    if bits not in codec.supported_bits:
+        accepted = ", ".join(map(str, codec.supported_bits)) or "none: its width is fixed"
+        raise ValueError(f"{argument}={bits!r} is not a width of codec {codec.name!r}; accepted: {accepted}")
+    return bits
+
+
+def check_divides(argument: str, group: int, whole: int, what: str) -> None:
+    """Raise ValueError unless ``group`` divides ``whole``."""
+    if isinstance(group, bool) or not isinstance(group, int) or group < 1 or whole % group:
+        divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+        raise ValueError(f"{argument}={group!r} does not divide {what}={whole}; accepted: {divisors}")
+
+
+def check_packable(bits: int, dim: int) -> None:
+    """Raise ValueError where a row of ``dim`` codes of ``bits`` bits does not fill whole bytes plane by plane."""
+    if bits != 8 and dim % 8:
+        raise ValueError(f"head_dim={dim} cannot be packed at {bits} bits; accepted: multiples of 8 (or 8 bits)")
+
+
+def asymmetric(x: torch.Tensor, dims: Sequence[int], bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round-to-nearest integer codes with a scale and a zero point shared over ``dims`` (KIVI, arXiv:2402.02750).
+
+    The zero point is rounded to half precision before the scale is chosen and both before the codes are, so that the
+    codes absorb their rounding errors.
+
+    Args:
+        x: float32, any shape.
+        dims: the dimensions over which a scale is shared.
+        bits: width of a code.
+
+    Returns:
+        Codes (uint8, shape of ``x``), scale and zero (half precision, ``dims`` kept as size 1).
+    """
+    low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    zero = round_scale(low)
+    scale = round_scale(((high - zero.float()) / (2**bits - 1)).clamp_min(_SCALE_MIN))
+    codes = ((x - zero.float()) / scale.float()).round_().clamp_(0, 2**bits - 1)
+    return codes.to(torch.uint8), scale, zero
+
+
+def round_scale(scale: torch.Tensor) -> torch.Tensor:
+    """``scale`` in the dtype in which scales are stored, saturating instead of overflowing."""
+    return scale.clamp(-_SCALE_MAX, _SCALE_MAX).to(SCALE_DTYPE)

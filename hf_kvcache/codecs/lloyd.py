@@ -1,0 +1,42 @@
+"""Lloyd-Max levels of the standard normal distribution: the scalar quantizer of least mean squared error."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import erf, exp, inf, pi, sqrt
+
+import torch
+
+
+@lru_cache(maxsize=8)
+def normal_levels(bits: int) -> tuple[float, ...]:
+    """The ``2**bits`` Lloyd-Max levels of N(0, 1), ascending, by Lloyd's fixed-point iteration on exact integrals."""
+    count = 2**bits
+    levels = [-3 + 6 * (i + 0.5) / count for i in range(count)]
+    for _ in range(10_000):
+        edges = [-inf, *((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)), inf]
+        updated = [_truncated_mean(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        change = max(abs(a - b) for a, b in zip(levels, updated, strict=True))
+        levels = updated
+        if change < 1e-12:
+            break
+    return tuple(levels)
+
+
+def nearest_level(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes (uint8) of the levels nearest to ``x``, and those levels."""
+    table = torch.tensor(normal_levels(bits), dtype=x.dtype, device=x.device)
+    index = torch.bucketize(x, (table[1:] + table[:-1]) / 2)
+    return index.to(torch.uint8), table[index]
+
+
+def _truncated_mean(low: float, high: float) -> float:
+    """E[X | low < X < high] for X ~ N(0, 1)."""
+
+    def density(t: float) -> float:
+        return exp(-t * t / 2) / sqrt(2 * pi)
+
+    def cumulative(t: float) -> float:
+        return (1 + erf(t / sqrt(2))) / 2
+
+    return (density(low) - density(high)) / (cumulative(high) - cumulative(low))

@@ -1,0 +1,80 @@
+"""From vectors to page records: rotation, centring, the codec's rounding, and bit packing."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.codecs.base import Codec, Encoded, SideCodec
+from hf_kvcache.kernels.hadamard import rotation_matrix
+from hf_kvcache.kernels.pack import pack_bits
+from hf_kvcache.kernels.page import PageLayout, SideFormat
+
+
+class PageEncoder:
+    """A codec for given widths, page size and dtype.
+
+    Args:
+        codec: how pages are stored.
+        key_dim: width of a key.
+        value_dim: width of a value.
+        page_size: tokens a page holds.
+        dtype: dtype of the model's keys and values.
+
+    Raises:
+        ValueError: if the codec cannot store such pages.
+    """
+
+    def __init__(self, codec: Codec, key_dim: int, value_dim: int, page_size: int, dtype: torch.dtype) -> None:
+        self.codec = codec
+        self.layout = PageLayout(
+            codec.keys.format(key_dim, page_size, dtype), codec.values.format(value_dim, page_size, dtype), page_size
+        )
+
+    @property
+    def centered(self) -> bool:
+        return self.layout.sides["keys"].centered
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
+        """Encode ``N`` pages.
+
+        Args:
+            keys: ``[N, P, Dk]`` in the model's basis.
+            values: ``[N, P, Dv]``.
+            center: what to subtract from each page's rotated keys, ``[N, Dk]``, or None.
+
+        Returns:
+            uint8 records ``[N, record_bytes]``.
+        """
+        records = torch.zeros(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
+        self._encode_side("keys", self.codec.keys, keys, center, records)
+        self._encode_side("values", self.codec.values, values, None, records)
+        return records
+
+    def _encode_side(
+        self, side: str, codec: SideCodec, x: torch.Tensor, center: torch.Tensor | None, records: torch.Tensor
+    ) -> None:
+        fmt = self.layout.sides[side]
+        if fmt.level != "dense":
+            x = rotate(x.float(), fmt)
+            if center is not None:
+                x = x - center.unsqueeze(1)
+        encoded = codec.encode(x)
+        codes = encoded.codes if fmt.level == "dense" else pack_bits(encoded.codes, fmt.bits)
+        self._write(records, f"{side}.codes", codes)
+        for name in Encoded._fields[1:]:
+            array = getattr(encoded, name)
+            if array is not None:
+                self._write(records, f"{side}.{name}", array)
+
+    def _write(self, records: torch.Tensor, name: str, array: torch.Tensor) -> None:
+        field = self.layout.view(records, name)
+        assert field is not None and field.shape == array.shape, (name, array.shape)
+        field.copy_(array)
+
+
+def rotate(x: torch.Tensor, fmt: SideFormat, inverse: bool = False) -> torch.Tensor:
+    """``x [..., D]`` in the rotated basis of ``fmt``, or back from it."""
+    matrix = rotation_matrix(fmt.dim, fmt.rotation, x.dtype, x.device)
+    if matrix is None:
+        return x
+    return x @ (matrix.T if inverse else matrix)

@@ -1,0 +1,124 @@
+"""Finding codecs by name: a new codec is one file in this folder whose class carries ``@register``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from hf_kvcache.codecs.base import Codec
+
+_CODECS: dict[str, type[Codec]] = {}
+_CodecType = TypeVar("_CodecType", bound=type[Codec])
+
+#: The best measured codec for the bits asked, which ``codec="auto"`` takes; the README's table shows the measurements.
+BEST_MEASURED = {8: "int", 4: "rotated", 3: "kvarn", 2: "kvarn", 1: "turboquant"}
+
+
+def register(name: str) -> Callable[[_CodecType], _CodecType]:
+    """Class decorator: make a codec known under ``name`` (letters only; bits may follow it in a spec)."""
+
+    def decorate(codec: _CodecType) -> _CodecType:
+        codec.name = name
+        _CODECS[name] = codec
+        return codec
+
+    return decorate
+
+
+def available() -> list[str]:
+    """The names of the registered codecs, sorted."""
+    return sorted(_discover())
+
+
+def specs() -> list[str]:
+    """Every codec with each of its widths, as specs that :func:`resolve` takes: ``["fp8", "int2", ...]``."""
+    return [
+        f"{name}{bits}" for name, codec in sorted(_discover().items()) for bits in (codec.supported_bits or ("",))
+    ]
+
+
+def resolve(
+    codec: str | Codec,
+    bits: int | None = None,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    **options: Any,
+) -> Codec:
+    """Build a codec from a name such as ``"auto"``, ``"rotated"`` or ``"kvarn3"``.
+
+    Args:
+        codec: a registered name, with or without bits behind it, ``"auto"``, or a ready codec.
+        bits: width of both sides.
+        key_bits: width of the keys, in place of ``bits``.
+        value_bits: width of the values, in place of ``bits``.
+        **options: further arguments of the codec (``group_size`` for instance).
+
+    Raises:
+        ValueError: naming the argument, its value and the accepted ones.
+        TypeError: for a codec that is neither a name nor a :class:`Codec`, or an option the codec does not have.
+    """
+    if isinstance(codec, Codec):
+        if (bits, key_bits, value_bits) != (None, None, None) or options:
+            raise ValueError(f"codec={codec!r} is ready-made: bits and codec options cannot be given beside it")
+        return codec
+    if not isinstance(codec, str):
+        raise TypeError(f"codec must be a name or a Codec, got {type(codec).__name__}; accepted: {_accepted()}")
+    name, named_bits = _split(codec)
+    if named_bits is not None:
+        if bits is not None and bits != named_bits:
+            raise ValueError(f"bits={bits!r} contradicts codec={codec!r}")
+        bits = named_bits
+    for argument, value in (("bits", bits), ("key_bits", key_bits), ("value_bits", value_bits)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{argument}={value!r} is not a whole number; accepted: {sorted(BEST_MEASURED)}")
+    key_bits = bits if key_bits is None else key_bits
+    value_bits = bits if value_bits is None else value_bits
+    if name == "auto":
+        name = _best(key_bits, value_bits)
+    codec_class = _discover()[name]
+    known = [p for p in inspect.signature(codec_class).parameters if p not in ("key_bits", "value_bits")]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"codec {name!r} has no option {unknown[0]!r}; accepted: {', '.join(known) or 'none'}")
+    return codec_class(key_bits, value_bits, **options)
+
+
+def _best(key_bits: int | None, value_bits: int | None) -> str:
+    widths = {4 if bits is None else bits for bits in (key_bits, value_bits)}
+    for width in widths:
+        if width not in BEST_MEASURED:
+            raise ValueError(f"bits={width!r} has no codec; accepted: {sorted(BEST_MEASURED)}")
+    # One page has one codec: of mixed widths the narrower side loses most, so it chooses, if the codec has the wider too.
+    for width in sorted(widths):
+        if widths <= set(_discover()[BEST_MEASURED[width]].supported_bits):
+            return BEST_MEASURED[width]
+    raise ValueError(
+        f"key_bits={key_bits!r} with value_bits={value_bits!r} is in no one codec; name one: {', '.join(specs())}"
+    )
+
+
+def _split(spec: str) -> tuple[str, int | None]:
+    """``"kvarn3" -> ("kvarn", 3)``; a name that is registered as it stands (``"fp8"``) is not split."""
+    if spec == "auto" or spec in _discover():
+        return spec, None
+    match = re.fullmatch(r"([a-z]+)(\d+)", spec)
+    if match is None or match[1] not in _discover():
+        raise ValueError(f"codec={spec!r} is not known; accepted: {_accepted()}")
+    return match[1], int(match[2])
+
+
+def _accepted() -> str:
+    return ", ".join(["auto", *available(), "or a name with bits such as", *specs()[:2]])
+
+
+@lru_cache(maxsize=1)
+def _discover() -> dict[str, type[Codec]]:
+    import hf_kvcache.codecs as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return _CODECS

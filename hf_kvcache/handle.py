@@ -1,0 +1,65 @@
+"""What ``update`` returns: a tensor that knows its layer and is materialised only if someone computes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from hf_kvcache.layer import KVCacheLayer
+
+
+class KVHandle(torch.Tensor):
+    """Stands for all keys or all values that a layer shows to attention, ``[B, Hkv, T, D]``.
+
+    The attention of this package recognises it and reads the pages. Any other operation on it decodes the cache into
+    a dense tensor, which is correct under every attention implementation and slower.
+    """
+
+    _layer: KVCacheLayer
+    _side: str
+    _at_version: int
+
+    @staticmethod
+    def __new__(cls, layer: KVCacheLayer, side: str, like: torch.Tensor, length: int) -> KVHandle:
+        """A handle on ``side`` of ``layer`` with the shape of ``like [B, Hkv, _, D]`` and ``length`` tokens."""
+        handle = torch.Tensor._make_wrapper_subclass(
+            cls, (*like.shape[:2], length, like.shape[3]), dtype=like.dtype, device=like.device
+        )
+        handle._layer, handle._side, handle._at_version = layer, side, layer.version
+        return handle
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(KVHandle, KVHandle.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def layer(self) -> KVCacheLayer:
+        """The layer behind the handle.
+
+        Raises:
+            RuntimeError: if the layer was updated or changed since.
+        """
+        if self._at_version != self._layer.version:
+            raise RuntimeError(
+                "this handle on cached keys or values is out of date: the cache was updated, cropped or reordered "
+                "after update() returned it. Use the result of the latest update()."
+            )
+        return self._layer
+
+    def dense(self) -> torch.Tensor:
+        """The keys or values as a dense tensor, zeros where a token is not held (padding)."""
+        return self.layer().dense_side(self._side)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"KVHandle({self._side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.dense().clone()

@@ -1,0 +1,147 @@
+"""Attention over pages in plain torch: the definition that every faster twin is tested against."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from hf_kvcache.kernels.pack import unpack_bits
+from hf_kvcache.kernels.page import PageLayout, SideFormat
+
+
+def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Decode one side of page records into ``out``, in the rotated basis and without the mean.
+
+    Args:
+        layout: the layout of the records.
+        side: ``"keys"`` or ``"values"``.
+        records: uint8 ``[..., record_bytes]``.
+        out: float32 ``[..., P, D]``, overwritten.
+
+    Returns:
+        ``out``, or for dense pages already of its dtype a view of the records.
+    """
+    fmt = layout.sides[side]
+    codes = layout.view(records, f"{side}.codes")
+    assert codes is not None
+    if fmt.level == "dense":
+        return codes if codes.dtype == out.dtype else out.copy_(codes)
+    _decode_levels(fmt, codes, out)
+    scale = layout.view(records, f"{side}.scale")
+    zero = layout.view(records, f"{side}.zero")
+    other = layout.view(records, f"{side}.other")
+    assert scale is not None
+    grouped = out.unflatten(*_grouping(fmt, out.dim()))
+    expanded = _grouping(fmt, out.dim())[0] + 1
+    grouped.mul_(scale.unsqueeze(expanded))
+    if zero is not None:
+        grouped.add_(zero.unsqueeze(expanded))
+    if other is not None:
+        out.mul_(other)
+    return out
+
+
+def _grouping(fmt: SideFormat, dims: int) -> tuple[int, tuple[int, int]]:
+    """The arguments that unflatten the axis whose neighbours share a scale into (groups, members)."""
+    return (dims - 2 if fmt.axis == "channel" else dims - 1), (-1, fmt.group)
+
+
+def _decode_levels(fmt: SideFormat, codes: torch.Tensor, out: torch.Tensor) -> None:
+    if fmt.level == "float8":
+        out.copy_(codes.view(torch.float8_e4m3fn))
+    elif fmt.level == "table":
+        codes_unpacked = unpack_bits(codes, fmt.bits, torch.empty(out.shape, dtype=torch.int32, device=out.device))
+        torch.index_select(
+            _table(fmt.table, out.dtype, out.device), 0, codes_unpacked.flatten(), out=out.view(-1)
+        )
+    else:
+        unpack_bits(codes, fmt.bits, out)
+
+
+@lru_cache(maxsize=32)
+def _table(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(levels, dtype=dtype, device=device)
+
+
+class OnlineSoftmax:
+    """Softmax-weighted sum of values over keys that arrive in chunks, in float32.
+
+    Args:
+        rows: independent attention problems (sequences times KV heads).
+        queries: query vectors of each, i.e. query heads per KV head times query tokens.
+        value_dim: width of a value.
+        device: where it runs.
+    """
+
+    def __init__(self, rows: int, queries: int, value_dim: int, device: torch.device) -> None:
+        self._max = torch.full((rows, queries), -torch.inf, device=device)
+        self._sum = torch.zeros(rows, queries, device=device)
+        self._out = torch.zeros(rows, queries, value_dim, device=device)
+
+    def add(self, scores: torch.Tensor, values: torch.Tensor) -> None:
+        """Take in ``C`` blocks of ``n`` keys.
+
+        Args:
+            scores: ``[C, rows, queries, n]`` float32, ``-inf`` where masked; overwritten.
+            values: ``[C, rows, n, value_dim]`` float32, finite also where masked.
+        """
+        peak = torch.maximum(self._max, scores.amax((0, 3)))
+        # A query that has seen no visible key yet keeps a maximum of -inf, and -inf - -inf is not a number.
+        shift = peak.masked_fill(peak == -torch.inf, 0.0)
+        probs = scores.sub_(shift[None, :, :, None]).exp_()
+        decay = (self._max - shift).exp_()
+        self._sum.mul_(decay).add_(probs.sum((0, 3)))
+        update = torch.matmul(probs, values)
+        self._out.mul_(decay.unsqueeze(-1)).add_(update.sum(0) if update.shape[0] > 1 else update[0])
+        self._max = peak
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention output ``[rows, queries, value_dim]`` and the log-sum-exp ``[rows, queries]``.
+
+        A query without a visible key has output 0 and log-sum-exp ``-inf``.
+        """
+        total = self._sum.clamp_min(torch.finfo(torch.float32).tiny)
+        return self._out / total.unsqueeze(-1), self._max + self._sum.log()
+
+
+def merge(
+    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention over two disjoint sets of keys from the (output, log-sum-exp) of each."""
+    total = torch.logaddexp(first[1], second[1])
+    shift = total.masked_fill(total == -torch.inf, 0.0)
+    weights = (first[1] - shift).exp().unsqueeze(-1), (second[1] - shift).exp().unsqueeze(-1)
+    return first[0] * weights[0] + second[0] * weights[1], total
+
+
+def dense_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over full-precision keys.
+
+    Args:
+        query: float32 ``[B * Hkv, g * q, Dk]``, scaled.
+        keys: ``[B, Hkv, n, Dk]`` of any float dtype.
+        values: ``[B, Hkv, n, Dv]``.
+        bias: float32 ``[B, 1 or Hkv, 1 or g, q, n]``, or None.
+        softcap: logit soft-capping; the query is then scaled by ``1 / softcap`` too.
+
+    Returns:
+        Output ``[B * Hkv, g * q, Dv]`` and log-sum-exp ``[B * Hkv, g * q]``, as :meth:`OnlineSoftmax.result`.
+    """
+    batch, heads = keys.shape[:2]
+    scores = torch.matmul(query.unflatten(0, (batch, heads)), keys.float().transpose(-1, -2))
+    if softcap is not None:
+        scores = scores.tanh_().mul_(softcap)
+    if bias is not None:
+        scores.unflatten(2, (-1, bias.shape[3])).add_(bias)
+    log_sum_exp = scores.logsumexp(-1)
+    shift = log_sum_exp if bias is None else log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0.0)
+    output = torch.matmul(scores.sub_(shift.unsqueeze(-1)).exp_(), values.float())
+    return output.flatten(0, 1), log_sum_exp.flatten(0, 1)

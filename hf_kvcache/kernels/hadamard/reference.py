@@ -1,0 +1,62 @@
+"""Hadamard matrices as plain dense orthonormal matrices: the definition of the rotation."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from hf_kvcache.kernels.page import Rotation
+
+# The signs of a signed Hadamard rotation are part of the page format: a saved page can only be read with the same ones.
+_SIGN_SEED = 0x5EED
+
+
+@lru_cache(maxsize=64)
+def rotation_matrix(dim: int, kind: Rotation, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """The matrix ``R [dim, dim]`` with ``rotated = x @ R`` and ``x = rotated @ R.T``; None for ``kind="none"``."""
+    if kind == "none":
+        return None
+    # A cached tensor made under inference_mode could not be used outside it.
+    with torch.inference_mode(False):
+        matrix = _orthonormal(dim)
+        if kind == "signed_hadamard":
+            signs = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(_SIGN_SEED + dim))
+            matrix = (2.0 * signs - 1.0).to(matrix.dtype)[:, None] * matrix
+        return matrix.to(dtype=dtype, device=device)
+
+
+def _orthonormal(dim: int) -> torch.Tensor:
+    """A float64 orthonormal matrix with entries +-1/sqrt(dim), or block-diagonal ones where no such matrix is at hand."""
+    hadamard = _hadamard(dim)
+    if hadamard is not None:
+        return hadamard / dim**0.5
+    # No Hadamard matrix of this order is built here (72, say): the largest power of two, then the rest.
+    block = 1 << (dim.bit_length() - 1)
+    return torch.block_diag(_orthonormal(block), _orthonormal(dim - block))
+
+
+def _hadamard(dim: int) -> torch.Tensor | None:
+    """A Hadamard matrix of order ``dim``: Sylvester's doubling of order 1, or of Paley's orders 12 and 20 (80, 96)."""
+    order, doublings = dim, 0
+    while order % 2 == 0 and order not in (12, 20):
+        order, doublings = order // 2, doublings + 1
+    if order not in (1, 12, 20):
+        return None
+    matrix = torch.ones(1, 1, dtype=torch.float64) if order == 1 else _paley(order - 1)
+    for _ in range(doublings):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+    return matrix
+
+
+def _paley(q: int) -> torch.Tensor:
+    """Paley's first construction for a prime ``q = 3 mod 4``: a Hadamard matrix of order ``q + 1``."""
+    residues = {(i * i) % q for i in range(1, q)}
+    jacobsthal = torch.tensor(
+        [[0 if i == j else (1 if (i - j) % q in residues else -1) for j in range(q)] for i in range(q)],
+        dtype=torch.float64,
+    )
+    matrix = torch.ones(q + 1, q + 1, dtype=torch.float64)
+    matrix[1:, 0] = -1
+    matrix[1:, 1:] = jacobsthal + torch.eye(q, dtype=torch.float64)
+    return matrix

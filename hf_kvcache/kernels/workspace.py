@@ -1,0 +1,26 @@
+"""Scratch buffers that kernels reuse from call to call, so that decoding allocates nothing that grows with the cache."""
+
+from __future__ import annotations
+
+import threading
+from math import prod
+
+import torch
+
+_local = threading.local()
+
+
+def scratch(tag: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor backed by this thread's buffer for ``tag``; valid until the next call with that tag."""
+    buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = _local.__dict__.setdefault("buffers", {})
+    size = prod(shape)
+    buffer = buffers.get((tag, dtype, device))
+    if buffer is None or buffer.numel() < size:
+        buffer = torch.empty(size, dtype=dtype, device=device)
+        buffers[tag, dtype, device] = buffer
+    return buffer[:size].view(shape)
+
+
+def scratch_bytes() -> int:
+    """Bytes that this thread's scratch buffers hold, shared by every cache of the thread."""
+    return sum(b.numel() * b.element_size() for b in _local.__dict__.get("buffers", {}).values())

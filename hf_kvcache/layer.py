@@ -1,0 +1,458 @@
+"""transformers' cache-layer contract over paged storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import CacheLayerMixin
+from transformers.utils import logging
+
+from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.handle import KVHandle
+from hf_kvcache.masks import Padding, Visibility, padding_of, valid_on_diagonal
+from hf_kvcache.reading import DenseTokens, Scoring, attend, dense_side
+from hf_kvcache.storage import PagedStorage
+
+logger = logging.get_logger(__name__)
+
+#: Past this many tokens without a confirming `crop`, the oldest are taken as confirmed: nobody drafts that far ahead.
+_MAX_UNCONFIRMED = 512
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What every layer of a cache shares.
+
+    Attributes:
+        codec: how pages are stored.
+        sink_length: tokens at the start of a sequence that stay in full precision.
+        tail_length: newest tokens that stay in full precision.
+        page_size: tokens a page holds.
+        validate: whether every update is checked for NaN and infinity.
+        deferred: whether new tokens are stored at the next call only, because other layers read them too.
+    """
+
+    codec: Codec
+    sink_length: int
+    tail_length: int
+    page_size: int
+    validate: bool
+    deferred: bool
+
+
+@dataclass
+class _NewTokens:
+    """The tokens of the latest update, ``[B, Hkv, T, D]``, until attention has seen them."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    position: int
+    valid: np.ndarray | None = None  # bool [B, T], False for padding; None if all are real
+    stored: bool = False
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+
+class KVCacheLayer(CacheLayerMixin):
+    """One attention layer's cache.
+
+    Args:
+        index: number of the layer in the model.
+        options: what the layers of the cache share.
+        sliding_window: tokens a query sees, itself included; None for full attention.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, index: int, options: LayerOptions, sliding_window: int | None = None) -> None:
+        super().__init__()
+        self.index, self.options, self.sliding_window = index, options, sliding_window
+        self.is_sliding = sliding_window is not None
+        self.record_past = False
+        self.storage: PagedStorage | None = None
+        #: Changes whenever handles given out earlier become wrong.
+        self.version = 0
+        self._seen = 0
+        self._unconfirmed = 0
+        self._kept_from = 0  # tokens before this position may be gone (sliding windows)
+        self._new: _NewTokens | None = None
+
+    def __repr__(self) -> str:
+        window = f", sliding_window={self.sliding_window}" if self.is_sliding else ""
+        return f"KVCacheLayer({self.index}, {self.options.codec!r}{window}, tokens={self._seen})"
+
+    # -- transformers' contract -----------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make the storage for tensors like these, ``[B, Hkv, T, D]``."""
+        options = self.options
+        encoder = PageEncoder(
+            options.codec, key_states.shape[-1], value_states.shape[-1], options.page_size, key_states.dtype
+        )
+        # In a sliding layer the first tokens leave the window like any others.
+        sinks = 0 if self.is_sliding else options.sink_length
+        self.storage = PagedStorage(encoder, key_states, value_states, sinks, options.tail_length)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in new tokens ``[B, Hkv, T, D]``; returns handles on all keys and values that attention may see.
+
+        Raises:
+            ValueError: if the tensors do not go with each other or with what the layer holds.
+        """
+        self._check_update(key_states, value_states)
+        self.settle()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        # Stored tensors never carry gradients: the cache is for inference.
+        self._new = _NewTokens(key_states.detach(), value_states.detach(), self._seen)
+        self._seen += key_states.shape[2]
+        self._unconfirmed += key_states.shape[2] if self.record_past else 0
+        self.version += 1
+        length = self._visible_length(key_states.shape[2])
+        return KVHandle(self, "keys", key_states, length), KVHandle(self, "values", value_states, length)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask for ``query_length`` new tokens covers, in tokens seen."""
+        offset = self._window_start(self._seen)
+        return self._seen + query_length - offset, offset
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self._seen
+
+    def get_max_length(self) -> int:
+        """The sliding window, or -1: no maximum."""
+        return self.sliding_window or -1
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, or -1 before the first update."""
+        return -1 if self.storage is None else self.storage.batch
+
+    def reset(self) -> None:
+        """Forget everything; the layer may then hold another batch."""
+        self.storage, self._new = None, None
+        self.is_initialized = self.record_past = False
+        self._seen = self._unconfirmed = self._kept_from = 0
+        self.version += 1
+
+    def activate_past_recording(self) -> None:
+        """Hold back packing until :meth:`crop` confirms the tokens."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens and confirm the others.
+
+        Raises:
+            ValueError: if the number is positive or beyond the tokens seen.
+            RuntimeError: if a sliding layer no longer holds the tokens that would then be in its window.
+        """
+        self.check_crop(tokens_to_remove)
+        if self.storage is None:
+            return
+        self.settle()
+        self._seen += tokens_to_remove
+        if tokens_to_remove:
+            self.storage.truncate_from(self._seen)
+        self._confirm()
+        self.version += 1
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise the error of :meth:`crop`, if it has one."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove!r}): the number of tokens to remove is given as a negative int")
+        length = self._seen + tokens_to_remove
+        if length < 0:
+            raise ValueError(f"crop({tokens_to_remove!r}): accepted: -{self._seen} to 0, the tokens seen so far")
+        if self._window_start(length) < self._kept_from and length > 0 and tokens_to_remove:
+            raise RuntimeError(
+                f"crop({tokens_to_remove!r}): layer {self.index} no longer holds tokens before {self._kept_from} that "
+                "its sliding window would need. Call activate_past_recording() before the tokens are added."
+            )
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Replace sequence ``i`` by sequence ``beam_idx[i]``."""
+        self.select_rows(self.check_rows("beam_idx", beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times, copies side by side."""
+        if self.storage is not None:
+            self.select_rows(np.arange(self.batch_size).repeat(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences ``indices`` only, in that order."""
+        self.select_rows(self.check_rows("indices", indices))
+
+    def offload(self) -> None:
+        raise NotImplementedError("a KVCache holds its pages on the device of their layer; offloading is not available")
+
+    prefetch = offload
+
+    # -- what the package adds ------------------------------------------------------------------------------------
+
+    def check_rows(self, argument: str, rows: torch.Tensor) -> np.ndarray:
+        """``rows`` on the host; raises ValueError if one is not a sequence that the layer holds."""
+        rows = torch.as_tensor(rows)
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().flatten()
+        indices = rows.cpu().numpy().astype(np.int64)
+        if self.storage is None:
+            return indices
+        batch = self.storage.batch
+        if indices.ndim != 1 or ((indices < -batch) | (indices >= batch)).any():
+            raise ValueError(f"{argument}={indices.tolist()!r} is not a list of sequences; accepted: 0 to {batch - 1}")
+        return np.where(indices < 0, indices + batch, indices)
+
+    def select_rows(self, rows: np.ndarray) -> None:
+        """Replace the sequences by ``rows`` of them."""
+        if self.storage is None or (len(rows) == self.batch_size and (rows == np.arange(len(rows))).all()):
+            return
+        self.settle()
+        self.storage.select(rows)
+        self.version += 1
+
+    def fork(self) -> KVCacheLayer:
+        """A copy that shares the pages, which never change once written."""
+        self.settle()
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.storage = None if self.storage is None else self.storage.fork()
+        return other
+
+    def attend(
+        self, query: torch.Tensor, attention_mask: torch.Tensor | None, scoring: Scoring, causal: bool = True
+    ) -> torch.Tensor:
+        """Attention of the latest update's queries over the cache; the new tokens are stored by it.
+
+        Args:
+            query: ``[B, Hq, T, Dk]``.
+            attention_mask: boolean or additive ``[B, 1 or Hq, T, tokens]``, 2D ``[B, tokens]``, or None.
+            scoring: how scores are made.
+            causal: whether a token sees no later one where no mask says it.
+
+        Returns:
+            ``[B, T, Hq, Dv]``.
+
+        Raises:
+            ValueError: if the query does not go with the latest update.
+        """
+        new, storage = self._latest()
+        if query.shape[0] != storage.batch or query.shape[2] != new.length or query.shape[1] % storage.heads:
+            raise ValueError(
+                f"query of shape {tuple(query.shape)} does not go with keys of shape {tuple(new.keys.shape)}"
+            )
+        visibility = self._visibility(new, storage, attention_mask, causal)
+        segments = self._segments(new, storage)
+        if new.length == 1 and not new.stored:
+            # Written to the dense buffer first, so that nothing is concatenated.
+            storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
+            new.stored = True
+        pages = storage.table.columns - storage.ahead
+        outputs = [
+            attend(
+                storage,
+                query if len(segments) == 1 else query[:, :, queries],
+                _dense_tokens(storage, new, visibility, ahead, queries),
+                visibility if len(segments) == 1 else visibility.part(queries),
+                scoring,
+                pages + ahead,
+            )
+            for queries, ahead in segments
+        ]
+        if not self.options.deferred:
+            self.settle()
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def has_history(self) -> bool:
+        """Whether attention has to look at anything but the tokens of the latest update."""
+        return self._latest()[0].position > 0
+
+    def new_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the latest update, dense ``[B, Hkv, T, D]``."""
+        new, _ = self._latest()
+        return new.keys, new.values
+
+    def note_attended(self, attention_mask: torch.Tensor | None) -> None:
+        """Take note that someone else did the attention of the latest update, under this mask; stores the tokens."""
+        new, _ = self._latest()
+        self._note_padding(new, attention_mask)
+        if not self.options.deferred:
+            self.settle()
+
+    def settle(self) -> None:
+        """Store the tokens of the latest update, and pack what is due and confirmed."""
+        new, storage = self._new, self.storage
+        if new is None or storage is None:
+            return
+        self._new = None
+        keep_from = 0 if self.record_past else self._window_start(self._seen)
+        if new.length == 1 and not new.stored:
+            storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
+        elif not new.stored:
+            storage.append_block(new.keys, new.values, new.position, new.valid, not self.record_past, keep_from)
+        if not self.record_past or self._unconfirmed > _MAX_UNCONFIRMED:
+            self._confirm()
+
+    def dense_side(self, side: str) -> torch.Tensor:
+        """All keys or all values that attention may see, ``[B, Hkv, T, D]``, zeros where a token is not held."""
+        new, storage = self._new, self.storage
+        assert storage is not None
+        fresh = new.length if new is not None and not new.stored else 0
+        length = self._visible_length(new.length if new is not None else 1)
+        if new is not None and length == fresh:
+            return getattr(new, side)
+        logger.warning_once(
+            "A KVCache is read by something that needs dense keys and values: the whole cache is decompressed at every "
+            "step, which is correct but slow. With attn_implementation='hf_kvcache' the pages are read as they are."
+        )
+        dense = dense_side(storage, side, self._seen - length, length)
+        if new is not None and fresh:
+            dense[:, :, length - fresh :] = getattr(new, side)
+        return dense
+
+    def check(self) -> None:
+        """Raise IntegrityError if an invariant of the storage is broken."""
+        self.settle()
+        if self.storage is not None:
+            self.storage.check()
+
+    # -- internals ------------------------------------------------------------------------------------------------
+
+    def _latest(self) -> tuple[_NewTokens, PagedStorage]:
+        if self._new is None or self.storage is None:
+            raise RuntimeError(
+                f"layer {self.index}: attention was already computed for the latest update. A model whose layers share "
+                "keys and values says so in its config (`kv_sharing_modes`); this one does not."
+            )
+        return self._new, self.storage
+
+    def _note_padding(self, new: _NewTokens, attention_mask: torch.Tensor | None) -> Padding | None:
+        padding = padding_of(attention_mask, new.position, new.length)
+        if padding is not None:
+            new.valid = padding.valid
+        elif attention_mask is not None:
+            new.valid = valid_on_diagonal(attention_mask, new.length)
+        return padding
+
+    def _visibility(
+        self, new: _NewTokens, storage: PagedStorage, attention_mask: torch.Tensor | None, causal: bool
+    ) -> Visibility:
+        padding = self._note_padding(new, attention_mask)
+        mask = attention_mask
+        if padding is not None and (padding.held is None or np.array_equal(padding.held, self._held(new, storage))):
+            mask = None  # it hides padding, of which nothing is stored, and what causality hides
+        if mask is not None and mask.dim() == 2:
+            mask = mask[:, None, None, :].bool()
+        return Visibility(
+            start=new.position,
+            length=new.length,
+            mask=mask,
+            mask_start=self._window_start(new.position) if mask is attention_mask else 0,
+            causal=causal if mask is None or mask.shape[2] != new.length or new.length == 1 else False,
+            window=self.sliding_window,
+        )
+
+    def _held(self, new: _NewTokens, storage: PagedStorage) -> np.ndarray:
+        """Real tokens that each sequence held before the latest update."""
+        held = storage.tokens()
+        if new.stored:
+            held = held - (1 if new.valid is None else new.valid[:, 0])
+        return held
+
+    def _segments(self, new: _NewTokens, storage: PagedStorage) -> list[tuple[slice, int]]:
+        """The queries in runs that see the same pages, each with the number of pages packed ahead that it sees.
+
+        While tokens may be rolled back, a token is to see what it would have seen in plain decoding: a page from the
+        moment on when it would have been packed.
+        """
+        held = storage.dense.uniform_length
+        drafted = new.length <= max(1, self.options.tail_length)
+        if not self.record_past or held is None or new.valid is not None or not drafted or new.stored:
+            return [(slice(0, new.length), storage.ahead)]
+        due = storage.due(held + np.arange(new.length))
+        storage.pack_ahead(int(due[-1]))
+        starts = [0, *(np.flatnonzero(np.diff(due)) + 1).tolist(), new.length]
+        return [(slice(a, b), int(due[a])) for a, b in zip(starts, starts[1:], strict=False)]
+
+    def _confirm(self) -> None:
+        """Pack what is due, and let go of what has left the window."""
+        assert self.storage is not None
+        self._unconfirmed = 0
+        keep_from = self._window_start(self._seen)
+        self.storage.settle_ahead()
+        self.storage.pack_due(keep_from)
+        if self.is_sliding and keep_from:
+            self.storage.drop_before(keep_from)
+            self._kept_from = keep_from
+
+    def _window_start(self, seen: int) -> int:
+        """Position of the first token that a query after ``seen`` tokens may see."""
+        return 0 if self.sliding_window is None else max(seen - self.sliding_window + 1, 0)
+
+    def _visible_length(self, new: int) -> int:
+        """Keys shown to the queries of the last ``new`` tokens seen."""
+        return self._seen - self._window_start(self._seen - new)
+
+    def _check_update(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        shapes = f"key_states {tuple(keys.shape)}, value_states {tuple(values.shape)}"
+        if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] == 0:
+            raise ValueError(f"{shapes}: accepted: [batch, heads, tokens, dim], alike but for dim, at least one token")
+        if keys.dtype != values.dtype or not keys.is_floating_point():
+            raise ValueError(f"key_states {keys.dtype}, value_states {values.dtype}: accepted: one floating dtype")
+        if self.storage is not None:
+            held = self.storage.dense
+            for name, new, old in (("key_states", keys, held.keys), ("value_states", values, held.values)):
+                if new.shape[:2] != old.shape[:2] or new.shape[3] != old.shape[3] or new.dtype != old.dtype:
+                    raise ValueError(
+                        f"{name} {list(new.shape)} {new.dtype} does not go with what layer {self.index} holds: "
+                        f"batch {old.shape[0]}, {old.shape[1]} heads, dim {old.shape[3]}, {old.dtype}. Call reset(), or "
+                        "use a cache of its own for each batch and model."
+                    )
+                if new.device != old.device:
+                    raise ValueError(f"{name} is on {new.device}, layer {self.index} holds {old.device}")
+        if self.options.validate:
+            for name, states in (("key_states", keys), ("value_states", values)):
+                if not bool(states.isfinite().all()):
+                    raise ValueError(f"{name} of layer {self.index} holds NaN or infinity")
+
+
+def _dense_tokens(
+    storage: PagedStorage, new: _NewTokens, visibility: Visibility, ahead: int, queries: slice
+) -> DenseTokens:
+    """The full-precision tokens that the queries may see: the dense buffer, then the new tokens if not yet in it."""
+    buffer, held = storage.dense, storage.dense.longest
+    keys, values = buffer.keys[:, :, :held], buffer.values[:, :, :held]
+    positions, fresh = buffer.positions[:, :held], 0
+    if not new.stored:
+        fresh = queries.stop
+        new_keys, new_values = new.keys[:, :, :fresh], new.values[:, :, :fresh]
+        keys = torch.cat([keys, new_keys], 2) if held else new_keys
+        values = torch.cat([values, new_values], 2) if held else new_values
+        at = np.broadcast_to(np.arange(new.position, new.position + fresh), (storage.batch, fresh))
+        positions = np.concatenate([positions, at], 1)
+    ragged = buffer.uniform_length is None or (fresh and new.valid is not None)
+    if not ragged and not ahead and not fresh and visibility.sees_all(int(positions[:, 0].min())):
+        return DenseTokens(keys, values, None, None)
+    unused = None
+    if ragged or ahead:
+        slots = np.arange(held)
+        hidden = slots >= buffer.lengths[:, None]
+        first = storage.sink_length
+        hidden |= (slots >= first) & (slots < first + ahead * storage.page_size)
+        if fresh:
+            padding = np.zeros((storage.batch, fresh), bool) if new.valid is None else ~new.valid[:, :fresh]
+            hidden = np.concatenate([hidden, padding], 1)
+        unused = torch.from_numpy(hidden).to(storage.device).unsqueeze(1)
+    return DenseTokens(keys, values, torch.from_numpy(positions).to(storage.device).unsqueeze(1), unused)

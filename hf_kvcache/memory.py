@@ -1,0 +1,77 @@
+"""What a cache holds, in bytes of the storages actually allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+#: The parts of a report, in the order in which they are printed.
+PARTS = ("codes", "scales", "sinks", "tail", "tables", "other", "slack")
+
+
+@dataclass
+class MemoryReport:
+    """Bytes of a cache or of one of its layers.
+
+    Attributes:
+        parts: bytes by part: packed ``codes``, their ``scales`` (zero points included), full-precision ``sinks`` and
+            ``tail``, host-side ``tables``, ``other`` (states of layers that are transformers' own), and ``slack``
+            (allocated and not used: free pages, empty slots, alignment).
+        full_bf16: bytes that a bfloat16 DynamicCache would hold for the same tokens.
+        full_same_dtype: the same in the model's dtype.
+        packed_bits: bits of all pages, scales counted.
+        packed_elements: elements stored in pages.
+        layers: the reports of the single layers.
+    """
+
+    parts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+    full_bf16: int = 0
+    full_same_dtype: int = 0
+    packed_bits: int = 0
+    packed_elements: int = 0
+    layers: list[MemoryReport] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Bytes held."""
+        return sum(self.parts.values())
+
+    @property
+    def ratio(self) -> float:
+        """Bytes held over those of a DynamicCache in the model's dtype."""
+        return self.total / self.full_same_dtype if self.full_same_dtype else float("nan")
+
+    @property
+    def ratio_bf16(self) -> float:
+        """Bytes held over those of a bfloat16 DynamicCache."""
+        return self.total / self.full_bf16 if self.full_bf16 else float("nan")
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits per packed element, scales counted; NaN while nothing is packed."""
+        return self.packed_bits / self.packed_elements if self.packed_elements else float("nan")
+
+    @classmethod
+    def of_layers(cls, layers: list[MemoryReport]) -> MemoryReport:
+        """The sum over layers."""
+        total = cls(layers=layers)
+        for layer in layers:
+            for part, size in layer.parts.items():
+                total.parts[part] += size
+            total.full_bf16 += layer.full_bf16
+            total.full_same_dtype += layer.full_same_dtype
+            total.packed_bits += layer.packed_bits
+            total.packed_elements += layer.packed_elements
+        return total
+
+    def __str__(self) -> str:
+        lines = [f"{part:<8}{_mib(size)}" for part, size in self.parts.items() if size]
+        lines.append(f"{'total':<8}{_mib(self.total)}")
+        lines.append(f"{self.ratio:.3f} of a DynamicCache ({_mib(self.full_same_dtype).strip()})")
+        lines.append(f"{self.ratio_bf16:.3f} of a bfloat16 DynamicCache ({_mib(self.full_bf16).strip()})")
+        if self.packed_elements:
+            lines.append(f"{self.bits_per_element:.3f} bits per packed element")
+        return "\n".join(lines)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:>10.3f} MiB"

@@ -1,0 +1,137 @@
+"""The full-precision part of a layer's cache: the attention sinks, then the tail of the newest tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from hf_kvcache.storage.integrity import IntegrityError
+
+
+class DenseBuffer:
+    """Slots of full-precision keys and values per sequence, in the order of their tokens.
+
+    The first ``sink_length`` tokens of a sequence stay in the first slots for good; the tail follows.
+
+    Args:
+        keys: tensor whose batch, heads, width, dtype and device the buffer takes, ``[B, Hkv, T, Dk]``.
+        values: the same for values, ``[B, Hkv, T, Dv]``.
+        sink_length: slots that are never shifted.
+        capacity: slots to begin with.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, sink_length: int, capacity: int) -> None:
+        batch = keys.shape[0]
+        self.sink_length = sink_length
+        # Zeros, because a masked slot is still multiplied with a probability of zero.
+        self.keys = keys.new_zeros(*keys.shape[:2], capacity, keys.shape[3])
+        self.values = values.new_zeros(*values.shape[:2], capacity, values.shape[3])
+        self.positions = np.zeros((batch, capacity), dtype=np.int64)
+        self.lengths = np.zeros(batch, dtype=np.int64)
+        self._uniform: int | None = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def uniform_length(self) -> int | None:
+        """The number of slots in use if it is the same in every sequence."""
+        return self._uniform
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max(initial=0))
+
+    def append_one(self, keys: torch.Tensor, values: torch.Tensor, position: int, valid: np.ndarray | None) -> None:
+        """Append one token to each sequence, save those that ``valid [B]`` marks as padding."""
+        self.reserve(self.longest + 1)
+        if self._uniform is not None and valid is None:
+            slot = self._uniform
+            self.keys[:, :, slot] = keys[:, :, 0]
+            self.values[:, :, slot] = values[:, :, 0]
+            self.positions[:, slot] = position
+            self.lengths += 1
+            self._uniform += 1
+            return
+        rows = np.arange(len(self.lengths)) if valid is None else np.flatnonzero(valid)
+        slots = self.lengths[rows]
+        row_index, slot_index = (torch.from_numpy(i).to(self.keys.device) for i in (rows, slots))
+        self.keys[row_index, :, slot_index] = keys[row_index, :, 0]
+        self.values[row_index, :, slot_index] = values[row_index, :, 0]
+        self.positions[rows, slots] = position
+        self.lengths[rows] += 1
+        self._note_lengths()
+
+    def store(self, row: int | slice, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
+        """Make ``keys [b, Hkv, n, Dk]`` and ``values`` all that the sequences ``row`` hold."""
+        count = keys.shape[2]
+        self.reserve(count)
+        self.keys[row, :, :count] = keys if isinstance(row, slice) else keys[0]
+        self.values[row, :, :count] = values if isinstance(row, slice) else values[0]
+        self.positions[row, :count] = positions
+        self.lengths[row] = count
+        self._note_lengths()
+
+    def drop_oldest(self, rows: np.ndarray, count: int) -> None:
+        """Remove the ``count`` oldest tail tokens of each of ``rows``, shifting the rest down."""
+        start = self.sink_length
+        for row in [slice(None)] if len(rows) == len(self.lengths) else rows.tolist():
+            stop = int(self.lengths[row].max()) if isinstance(row, slice) else int(self.lengths[row])
+            rest = slice(start + count, stop)
+            moved = slice(start, stop - count)
+            # The ranges overlap: copy out first.
+            self.keys[row, ..., moved, :] = self.keys[row, ..., rest, :].clone()
+            self.values[row, ..., moved, :] = self.values[row, ..., rest, :].clone()
+            self.positions[row, ..., moved] = self.positions[row, ..., rest].copy()
+        self.lengths[rows] -= count
+        self._note_lengths()
+
+    def truncate_from(self, position: int) -> None:
+        """Forget the tokens at ``position`` and after."""
+        used = np.arange(self.capacity)[None] < self.lengths[:, None]
+        self.lengths = (used & (self.positions < position)).sum(1)
+        self._note_lengths()
+
+    def select(self, rows: np.ndarray) -> None:
+        """Replace the sequences by ``rows`` of them, which may repeat."""
+        index = torch.from_numpy(rows).to(self.keys.device)
+        self.keys, self.values = self.keys[index], self.values[index]
+        self.positions, self.lengths = self.positions[rows], self.lengths[rows]
+        self._note_lengths()
+
+    def fork(self) -> DenseBuffer:
+        """An independent copy."""
+        other = object.__new__(DenseBuffer)
+        other.__dict__.update(self.__dict__)
+        other.keys, other.values = self.keys.clone(), self.values.clone()
+        other.positions, other.lengths = self.positions.copy(), self.lengths.copy()
+        return other
+
+    def reserve(self, slots: int) -> None:
+        """Room for ``slots`` slots; grows by half where a rollback may still need what would have been packed."""
+        if slots <= self.capacity:
+            return
+        extra = max(slots, self.capacity * 3 // 2) - self.capacity
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
+        self.positions = np.pad(self.positions, ((0, 0), (0, extra)))
+
+    def shrink(self, capacity: int) -> None:
+        """Give back the room beyond ``capacity`` slots, if the content allows."""
+        if self.capacity > capacity >= self.longest:
+            self.keys = self.keys[:, :, :capacity].clone()
+            self.values = self.values[:, :, :capacity].clone()
+            self.positions = self.positions[:, :capacity].copy()
+
+    def check(self) -> None:
+        """Raise IntegrityError unless lengths fit and positions ascend."""
+        if self.lengths.min(initial=0) < 0 or self.longest > self.capacity:
+            raise IntegrityError(f"{self.lengths} slots in use of {self.capacity}")
+        for row, length in enumerate(self.lengths.tolist()):
+            if (np.diff(self.positions[row, :length]) <= 0).any():
+                raise IntegrityError(f"the positions of sequence {row} do not ascend in the dense buffer")
+
+    def _note_lengths(self) -> None:
+        first = int(self.lengths[0]) if len(self.lengths) else 0
+        self._uniform = first if bool((self.lengths == first).all()) else None

@@ -1,0 +1,323 @@
+"""A layer's tokens: pages in a pool, a table of them per KV head, and a full-precision buffer of sinks and tail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_kvcache.codecs.pages import PageEncoder, rotate
+from hf_kvcache.storage.chunks import PageChunk, build_chunks
+from hf_kvcache.storage.dense import DenseBuffer
+from hf_kvcache.storage.integrity import IntegrityError
+from hf_kvcache.storage.pool import PagePool
+from hf_kvcache.storage.table import PageTable
+
+#: Elements encoded at a time: bounds the scratch memory of packing a long prompt.
+_ENCODE_ELEMENTS = 1 << 22
+
+
+class PagedStorage:
+    """Keys and values of one layer for ``B`` sequences.
+
+    The first ``sink_length`` tokens of a sequence stay in full precision, and so do the newest: once the tail holds
+    ``tail_length + page_size`` tokens, its oldest ``page_size`` become a page. Where a page begins and when it is
+    packed depends on nothing but the number of real tokens, so a row of a padded batch packs as it would alone.
+
+    Args:
+        encoder: makes page records.
+        keys: a tensor whose batch, heads, dtype and device the storage takes, ``[B, Hkv, T, Dk]``.
+        values: the same for values.
+        sink_length: tokens at the start that are never packed.
+        tail_length: newest tokens that are never packed.
+    """
+
+    def __init__(
+        self, encoder: PageEncoder, keys: torch.Tensor, values: torch.Tensor, sink_length: int, tail_length: int
+    ) -> None:
+        self.encoder = encoder
+        self.layout = encoder.layout
+        self.page_size = self.layout.page_size
+        self.sink_length, self.tail_length = sink_length, tail_length
+        self.batch, self.heads = keys.shape[:2]
+        self.device, self.dtype = keys.device, keys.dtype
+        self.pool = PagePool(self.layout.record_bytes, keys.device)
+        self.table = PageTable(self.pool, self.batch * self.heads)
+        self._capacity = sink_length + tail_length + self.page_size
+        self.dense = DenseBuffer(keys, values, sink_length, self._capacity)
+        #: Pages at the end of the table whose tokens are still in the dense buffer too, until they are confirmed.
+        self.ahead = 0
+        self.center: torch.Tensor | None = None  # [B, Hkv, Dk] float32, in the rotated basis
+        self._center_known = np.zeros(self.batch, dtype=bool)
+        if encoder.centered:
+            self.center = torch.zeros(self.batch, self.heads, keys.shape[3], device=keys.device)
+        self._chunks: list[PageChunk] | None = None
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def append_one(self, keys: torch.Tensor, values: torch.Tensor, position: int, valid: np.ndarray | None) -> None:
+        """Append a token ``[B, Hkv, 1, D]`` to each sequence that ``valid [B]`` does not mark as padding."""
+        self.dense.append_one(keys, values, position, valid)
+
+    def append_block(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        position: int,
+        valid: np.ndarray | None,
+        pack: bool = True,
+        keep_from: int = 0,
+    ) -> None:
+        """Append ``T`` tokens at positions ``position ...`` and pack what is due.
+
+        Args:
+            keys: ``[B, Hkv, T, Dk]``.
+            values: ``[B, Hkv, T, Dv]``.
+            position: position of the first token.
+            valid: bool ``[B, T]``, False for padding; None if all tokens are real.
+            pack: whether full pages may be packed already.
+            keep_from: tokens before this position need not be kept (sliding windows).
+        """
+        positions = np.arange(position, position + keys.shape[2])
+        if valid is None and self.dense.uniform_length is not None:
+            self._append_rows(slice(None), keys, values, positions, pack, keep_from)
+            return
+        for row in range(self.batch):
+            real = slice(None) if valid is None else np.flatnonzero(valid[row])
+            index = real if isinstance(real, slice) else torch.from_numpy(real).to(self.device)
+            new_keys, new_values = keys[row : row + 1][:, :, index], values[row : row + 1][:, :, index]
+            self._append_rows(slice(row, row + 1), new_keys, new_values, positions[real], pack, keep_from)
+
+    def pack_due(self, keep_from: int = 0) -> None:
+        """Pack every page that the tail has room for."""
+        if self.dense.longest < self._capacity:
+            return
+        due = self.due(self.dense.lengths)
+        for pages in np.unique(due[due > 0]).tolist():
+            rows = np.flatnonzero(due == pages)
+            stop = self.sink_length + pages * self.page_size
+            span = slice(self.sink_length, stop)
+            whole = len(rows) == self.batch
+            index = slice(None) if whole else torch.from_numpy(rows).to(self.device)
+            positions = self.dense.positions[rows, span]
+            self._pack(rows, self.dense.keys[index, :, span], self.dense.values[index, :, span], positions, keep_from)
+            self.dense.drop_oldest(rows, pages * self.page_size)
+        self.dense.shrink(self._capacity)
+
+    def due(self, slots: Any) -> Any:
+        """How many pages are to be packed once ``slots`` slots of the dense buffer are in use."""
+        return np.maximum(slots - self.sink_length - self.tail_length, 0) // self.page_size
+
+    def pack_ahead(self, pages: int) -> None:
+        """Encode the oldest tail tokens into ``pages`` pages in all, but keep the tokens until they are confirmed."""
+        first = self.sink_length + self.ahead * self.page_size
+        span = slice(first, self.sink_length + pages * self.page_size)
+        if span.stop > first:
+            rows = np.arange(self.batch)
+            self._pack(
+                rows, self.dense.keys[:, :, span], self.dense.values[:, :, span], self.dense.positions[:, span], 0
+            )
+            self.ahead = pages
+
+    def truncate_from(self, position: int) -> None:
+        """Forget the tokens at ``position`` and after."""
+        self.dense.truncate_from(position)
+        self.settle_ahead()
+        self.table.truncate_from(position)
+        self._center_known &= self._row_pages() > 0
+        self._chunks = None
+
+    def settle_ahead(self) -> None:
+        """Keep the pages encoded ahead that are due by now, and their tokens only there; forget the others."""
+        if self.ahead == 0:
+            return
+        keep = min(self.ahead, int(self.due(self.dense.lengths).min()))
+        if keep < self.ahead:
+            self.table.drop_last(np.arange(self.batch * self.heads), self.ahead - keep)
+        if keep:
+            self.dense.drop_oldest(np.arange(self.batch), keep * self.page_size)
+        self.ahead = 0
+        self._chunks = None
+
+    def drop_before(self, position: int) -> None:
+        """Forget leading pages whose tokens all stand before ``position`` (sliding windows)."""
+        if self.table.drop_before(position):
+            self._chunks = None
+
+    def select(self, rows: np.ndarray) -> None:
+        """Replace the sequences by ``rows`` of them, which may repeat: table work, pages are shared."""
+        self.table.select((rows[:, None] * self.heads + np.arange(self.heads)).flatten())
+        self.dense.select(rows)
+        if self.center is not None:
+            self.center = self.center[torch.from_numpy(rows).to(self.device)]
+        self._center_known = self._center_known[rows]
+        self.batch = len(rows)
+        self._chunks = None
+
+    def fork(self) -> PagedStorage:
+        """A second storage over the same pages, with a copy of the dense buffer."""
+        other = object.__new__(PagedStorage)
+        other.__dict__.update(self.__dict__)
+        other.table, other.dense = self.table.fork(), self.dense.fork()
+        other._center_known = self._center_known.copy()
+        other.center = None if self.center is None else self.center.clone()
+        other._chunks = None
+        return other
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def chunks(self, columns: int | None = None) -> list[PageChunk]:
+        """The pages, column by column, in chunks; without argument those of all columns, prepared once."""
+        if columns is not None and columns < self.table.columns:
+            return build_chunks(self.table, self.page_size, columns, self.device)
+        if self._chunks is None:
+            self._chunks = build_chunks(self.table, self.page_size, self.table.columns, self.device)
+        return self._chunks
+
+    def tokens(self) -> np.ndarray:
+        """Real tokens held by each sequence."""
+        pages = self.table.tokens().reshape(self.batch, self.heads)[:, 0]
+        return pages + self.dense.lengths - self.ahead * self.page_size
+
+    def check(self) -> None:
+        """Raise IntegrityError if an invariant is broken."""
+        self.pool.check()
+        self.table.check(self.page_size)
+        self.dense.check()
+        for row, (start, stop) in enumerate(self._page_span()):
+            length = int(self.dense.lengths[row])
+            sinks = self.dense.positions[row, : min(length, self.sink_length)]
+            tail = self.dense.positions[row, self.sink_length + self.ahead * self.page_size : length]
+            if start <= stop and ((sinks >= start).any() or (tail <= stop).any()):
+                raise IntegrityError(f"sequence {row}: sinks, pages and tail overlap")
+
+    # -- accounting and export ------------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held, by part; pages shared with a fork count in both."""
+        pages = len(np.unique(self.table.page_ids()))
+        slot = self.heads * (self.dense.keys.shape[3] + self.dense.values.shape[3]) * self.dtype.itemsize
+        sinks = int(np.minimum(self.dense.lengths, self.sink_length).sum())
+        tail = int(self.dense.lengths.sum()) - sinks
+        padding = self.layout.record_bytes - self.layout.code_bytes - self.layout.scale_bytes
+        unused = (self.batch * self.dense.capacity - sinks - tail) * slot
+        center = 0 if self.center is None else self.center.numel() * self.center.element_size()
+        chunks = sum(chunk.nbytes for chunk in self._chunks or ())
+        return {
+            "codes": pages * self.layout.code_bytes,
+            "scales": pages * self.layout.scale_bytes,
+            "sinks": sinks * slot,
+            "tail": tail * slot,
+            "tables": self.table.nbytes + self.dense.positions.nbytes + self.dense.lengths.nbytes + center + chunks,
+            "slack": pages * padding + self.pool.free_pages * self.layout.record_bytes + unused,
+        }
+
+    def packed_elements(self) -> int:
+        """Elements stored in pages, each page once."""
+        dims = sum(fmt.dim for fmt in self.layout.sides.values())
+        return len(np.unique(self.table.page_ids())) * self.page_size * dims
+
+    # -- internals ------------------------------------------------------------------------------------------------
+
+    def _append_rows(
+        self,
+        rows: slice,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: np.ndarray,
+        pack: bool,
+        keep_from: int,
+    ) -> None:
+        """Append tokens to sequences that hold equally many."""
+        held = int(self.dense.lengths[rows][0])
+        positions = np.broadcast_to(positions, (keys.shape[0], len(positions)))
+        if held:
+            keys = torch.cat([self.dense.keys[rows, :, :held], keys], 2)
+            values = torch.cat([self.dense.values[rows, :, :held], values], 2)
+            positions = np.concatenate([self.dense.positions[rows, :held], positions], 1)
+        pages = int(self.due(keys.shape[2])) if pack else 0
+        if pages:
+            start, stop = self.sink_length, self.sink_length + pages * self.page_size
+            numbers = np.arange(self.batch)[rows]
+            self._pack(numbers, keys[:, :, start:stop], values[:, :, start:stop], positions[:, start:stop], keep_from)
+            keys = torch.cat([keys[:, :, :start], keys[:, :, stop:]], 2)
+            values = torch.cat([values[:, :, :start], values[:, :, stop:]], 2)
+            positions = np.concatenate([positions[:, :start], positions[:, stop:]], 1)
+        self.dense.store(rows, keys, values, positions)
+        if pack:
+            self.dense.shrink(self._capacity)
+
+    def _pack(
+        self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray, keep_from: int
+    ) -> None:
+        """Make pages of ``keys [b, Hkv, n * P, Dk]`` and append them to the table of the sequences ``rows``."""
+        skip = int((positions[:, self.page_size - 1 :: self.page_size] < keep_from).all(0).sum()) * self.page_size
+        keys, values, positions = keys[:, :, skip:], values[:, :, skip:], positions[:, skip:]
+        pages = keys.shape[2] // self.page_size
+        if pages == 0:
+            return
+        self._fix_center(rows, keys)
+        table_rows = (rows[:, None] * self.heads + np.arange(self.heads)).flatten()
+        # Column by column, so that the pages that are read together lie together.
+        ids = self.pool.allocate(pages * len(table_rows)).reshape(pages, len(table_rows))
+        for start, stop, records in self._encode(rows, keys, values):
+            self.pool.write(ids[start:stop].flatten(), records)
+        paged = positions.reshape(len(rows), pages, self.page_size)
+        self._note_positions(paged, ids)
+        self.table.append(table_rows, ids.T, paged[:, :, 0].repeat(self.heads, 0), self.page_size)
+        self._chunks = None
+
+    def _encode(
+        self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Records of page columns ``[start, stop)``, a bounded number at a time."""
+        center = None
+        if self.center is not None:
+            center = self.center[torch.from_numpy(rows).to(self.device)].flatten(0, 1)
+        pages = keys.shape[2] // self.page_size
+        step = max(1, _ENCODE_ELEMENTS // (keys.shape[0] * self.heads * self.page_size * keys.shape[3]))
+        for start in range(0, pages, step):
+            stop = min(start + step, pages)
+            span = slice(start * self.page_size, stop * self.page_size)
+            columns = [
+                x[:, :, span].unflatten(2, (-1, self.page_size)).permute(2, 0, 1, 3, 4).flatten(0, 2)
+                for x in (keys, values)
+            ]
+            repeated = None if center is None else center.repeat(stop - start, 1)
+            yield start, stop, self.encoder.encode(columns[0], columns[1], repeated)
+
+    def _fix_center(self, rows: np.ndarray, keys: torch.Tensor) -> None:
+        """Take the mean of a sequence's keys from the first tokens that are packed; it never changes afterwards."""
+        if self.center is None or self._center_known[rows].all():
+            return
+        mean = rotate(keys.float().mean(2), self.layout.sides["keys"])
+        new = np.flatnonzero(~self._center_known[rows])
+        index = torch.from_numpy(new).to(self.device)
+        self.center[torch.from_numpy(rows[new]).to(self.device)] = mean[index]
+        self._center_known[rows] = True
+
+    def _note_positions(self, positions: np.ndarray, ids: np.ndarray) -> None:
+        """Remember every position of the pages whose tokens do not stand side by side."""
+        scattered = positions[:, :, -1] - positions[:, :, 0] != self.page_size - 1
+        for row, column in np.argwhere(scattered).tolist():
+            for page in ids[column, row * self.heads : (row + 1) * self.heads].tolist():
+                self.pool.positions[page] = positions[row, column].copy()
+
+    def _row_pages(self) -> np.ndarray:
+        return self.table.lengths.reshape(self.batch, self.heads)[:, 0]
+
+    def _page_span(self) -> list[tuple[int, int]]:
+        """First and last position in the pages of each sequence (``(0, -1)`` without pages)."""
+        columns = self.table.columns
+        positions = self.table.positions(0, columns, self.page_size)
+        _, counts, _ = self.table.window(0, columns)
+        spans = []
+        for row in range(0, self.batch * self.heads, self.heads):
+            last = int(self.table.lengths[row]) - 1 - self.ahead
+            if last < 0:
+                spans.append((0, -1))
+            else:
+                spans.append((int(positions[row, 0, 0]), int(positions[row, last, counts[row, last] - 1])))
+        return spans

@@ -1,0 +1,196 @@
+"""Reference-counted pages in slabs that never move."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from hf_kvcache.kernels.workspace import scratch
+from hf_kvcache.storage.integrity import IntegrityError
+
+#: A new slab holds at least this fraction of the pages there are: few slabs, little slack.
+_GROWTH = 1 / 64
+
+
+class PageHolder(Protocol):
+    """Whoever holds references to pages: a table."""
+
+    def page_ids(self) -> np.ndarray: ...
+
+
+class PagePool:
+    """Pages of one layer as rows of uint8 slabs.
+
+    The pool grows by adding slabs, so growth copies nothing and addresses stay valid. Pages are immutable once
+    written; sequences share them by counting references. A slab without a used page is given back to the allocator.
+
+    Args:
+        record_bytes: bytes of a page.
+        device: where pages live.
+    """
+
+    def __init__(self, record_bytes: int, device: torch.device) -> None:
+        self.record_bytes = record_bytes
+        self.device = device
+        self._slabs: list[torch.Tensor | None] = []
+        self._starts = np.zeros(0, dtype=np.int64)  # first page id of each slab, ascending
+        self._sizes: list[int] = []
+        self._references = np.zeros(0, dtype=np.int32)
+        self._free = np.zeros(0, dtype=np.int64)
+        #: Original positions of pages whose tokens do not stand side by side; the others store only their first.
+        self.positions: dict[int, np.ndarray] = {}
+        self._holders: weakref.WeakSet[PageHolder] = weakref.WeakSet()
+
+    @property
+    def held_pages(self) -> int:
+        """Pages that are allocated, used or free."""
+        return sum(slab.shape[0] for slab in self._slabs if slab is not None)
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def references(self, ids: np.ndarray) -> np.ndarray:
+        """How many table entries refer to each of ``ids``."""
+        return self._references[ids]
+
+    def add_holder(self, holder: PageHolder) -> None:
+        """Make a table known to :meth:`check`; held weakly."""
+        self._holders.add(holder)
+
+    def allocate(self, count: int) -> np.ndarray:
+        """``count`` ascending page ids with one reference each, whose contents are not yet written."""
+        if len(self._free) < count:
+            self._add_slab(count - len(self._free))
+        ids, self._free = self._free[:count], self._free[count:]
+        self._references[ids] = 1
+        return ids
+
+    def retain(self, ids: np.ndarray) -> None:
+        """Add a reference to each of ``ids``, which may repeat."""
+        np.add.at(self._references, ids, 1)
+
+    def release(self, ids: np.ndarray) -> None:
+        """Drop a reference to each of ``ids``, which may repeat; pages without any become free."""
+        np.subtract.at(self._references, ids, 1)
+        unique = np.unique(ids)
+        freed = unique[self._references[unique] == 0]
+        if len(freed) == 0:
+            return
+        for page in freed.tolist() if self.positions else ():
+            self.positions.pop(page, None)
+        self._free = np.sort(np.concatenate([self._free, freed]))
+        self._drop_empty_slabs(freed)
+
+    def write(self, ids: np.ndarray, records: torch.Tensor) -> None:
+        """Store uint8 ``records [n, record_bytes]`` in the pages ``ids``."""
+        for slab, slots, where in self._by_slab(ids):
+            rows = records if len(where) == len(ids) else records[torch.from_numpy(where)]
+            if slots[-1] - slots[0] == len(slots) - 1 and bool((np.diff(slots) == 1).all()):
+                slab[slots[0] : slots[0] + len(slots)] = rows
+            else:
+                slab[torch.from_numpy(slots).to(self.device)] = rows
+
+    def reader(self, ids: np.ndarray) -> PageReader:
+        """Prepare reading the pages ``ids`` in that order; valid as long as they keep their references."""
+        return PageReader([(s, slots, where) for s, slots, where in self._by_slab(ids)], len(ids), self.record_bytes)
+
+    def check(self) -> None:
+        """Raise IntegrityError unless free and used pages add up and the references are those of the tables."""
+        held = np.concatenate([np.zeros(0, np.int64), *(i for i in self._live_ids())])
+        used = held[self._references[held] > 0]
+        if len(used) + len(self._free) != len(held):
+            raise IntegrityError(f"{len(used)} used + {len(self._free)} free pages != {len(held)} held")
+        if len(np.unique(self._free)) != len(self._free) or self._references[self._free].any():
+            raise IntegrityError("the free list repeats a page or holds a used one")
+        counted = np.zeros_like(self._references)
+        for holder in self._holders:
+            np.add.at(counted, holder.page_ids(), 1)
+        if not np.array_equal(counted, self._references):
+            raise IntegrityError("the reference counts are not those of the tables")
+        if any(self._references[page] == 0 for page in self.positions):
+            raise IntegrityError("positions are stored for a free page")
+
+    def _add_slab(self, count: int) -> None:
+        count = max(count, int(self.held_pages * _GROWTH))
+        index = self._vacant_slab(count)
+        start = int(self._starts[index])
+        self._slabs[index] = torch.empty(count, self.record_bytes, dtype=torch.uint8, device=self.device)
+        self._free = np.sort(np.concatenate([self._free, np.arange(start, start + count)]))
+
+    def _vacant_slab(self, count: int) -> int:
+        """The index of a slab of ``count`` pages without memory: one that was given back, or a new one."""
+        for index, (slab, size) in enumerate(zip(self._slabs, self._sizes, strict=True)):
+            if slab is None and size == count:
+                return index
+        self._slabs.append(None)
+        self._sizes.append(count)
+        self._starts = np.append(self._starts, len(self._references))
+        self._references = np.concatenate([self._references, np.zeros(count, dtype=np.int32)])
+        return len(self._slabs) - 1
+
+    def _drop_empty_slabs(self, freed: np.ndarray) -> None:
+        for index in np.unique(np.searchsorted(self._starts, freed, side="right") - 1).tolist():
+            slab, start = self._slabs[index], int(self._starts[index])
+            assert slab is not None
+            stop = start + slab.shape[0]
+            if not self._references[start:stop].any():
+                self._slabs[index] = None
+                self._free = self._free[(self._free < start) | (self._free >= stop)]
+
+    def _live_ids(self) -> Iterator[np.ndarray]:
+        for slab, start in zip(self._slabs, self._starts.tolist(), strict=True):
+            if slab is not None:
+                yield np.arange(start, start + slab.shape[0])
+
+    def _by_slab(self, ids: np.ndarray) -> Iterator[tuple[torch.Tensor, np.ndarray, np.ndarray]]:
+        """For each slab that holds some of ``ids``: the slab, the slots in it and their places in ``ids``."""
+        owner = np.searchsorted(self._starts, ids, side="right") - 1
+        for index in np.unique(owner).tolist():
+            where = np.flatnonzero(owner == index)
+            slab = self._slabs[index]
+            assert slab is not None
+            yield slab, ids[where] - self._starts[index], where
+
+
+class PageReader:
+    """Reads a fixed list of pages: a view where they lie side by side, a gather of packed bytes where not."""
+
+    def __init__(
+        self, parts: list[tuple[torch.Tensor, np.ndarray, np.ndarray]], count: int, record_bytes: int
+    ) -> None:
+        self._shape = (count, record_bytes)
+        self._view: torch.Tensor | None = None
+        self._gathers: list[tuple[torch.Tensor, torch.Tensor, slice | torch.Tensor]] = []
+        slab, slots, _ = parts[0]
+        if len(parts) == 1 and bool((np.diff(slots) == 1).all()):
+            self._view = slab[int(slots[0]) : int(slots[0]) + count]
+            return
+        for slab, slots, where in parts:
+            device = slab.device
+            run = bool((np.diff(where) == 1).all())
+            place = (
+                slice(int(where[0]), int(where[0]) + len(where)) if run else torch.from_numpy(where).to(device)
+            )
+            self._gathers.append((slab, torch.from_numpy(slots).to(device), place))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the indices that the reader keeps."""
+        return sum(8 * slots.numel() * (1 if isinstance(place, slice) else 2) for _, slots, place in self._gathers)
+
+    def records(self) -> torch.Tensor:
+        """uint8 ``[pages, record_bytes]``, valid until the next call of any reader on this thread."""
+        if self._view is not None:
+            return self._view
+        out = scratch("pages", self._shape, torch.uint8, self._gathers[0][0].device)
+        for slab, slots, place in self._gathers:
+            if isinstance(place, slice):
+                torch.index_select(slab, 0, slots, out=out[place])
+            else:
+                out[place] = slab[slots]
+        return out

@@ -1,0 +1,181 @@
+"""The page table: which pages each row (a KV head of a sequence) holds, in order."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from hf_kvcache.storage.integrity import IntegrityError
+from hf_kvcache.storage.pool import PagePool
+
+_NO_PAGE = -1
+
+
+class PageTable:
+    """Page ids, token counts and first positions per row, on the host.
+
+    Args:
+        pool: where the pages are; the table holds references there.
+        rows: number of rows, sequences times KV heads.
+    """
+
+    def __init__(self, pool: PagePool, rows: int) -> None:
+        self.pool = pool
+        self.lengths = np.zeros(rows, dtype=np.int64)  # pages in each row
+        self._ids = np.full((rows, 0), _NO_PAGE, dtype=np.int64)
+        self._counts = np.zeros((rows, 0), dtype=np.int32)  # tokens of each page that count: fewer after a crop
+        self._first = np.zeros((rows, 0), dtype=np.int64)
+        pool.add_holder(self)
+
+    @property
+    def columns(self) -> int:
+        """Pages in the longest row."""
+        return int(self.lengths.max(initial=0))
+
+    @property
+    def nbytes(self) -> int:
+        positions = sum(self.pool.positions[p].nbytes for p in self.pool.positions)
+        return self._ids.nbytes + self._counts.nbytes + self._first.nbytes + self.lengths.nbytes + positions
+
+    def page_ids(self) -> np.ndarray:
+        """All ids in the table, one per reference."""
+        return self._ids[self._ids != _NO_PAGE]
+
+    def tokens(self) -> np.ndarray:
+        """Tokens held in the pages of each row."""
+        return self._counts.sum(1, dtype=np.int64)
+
+    def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, counts and first positions of columns ``[start, stop)``: ``[rows, stop - start]`` each.
+
+        Where a row is shorter, the id is that of some page in use and the count is 0.
+        """
+        ids, counts = self._ids[:, start:stop], self._counts[:, start:stop]
+        missing = ids == _NO_PAGE
+        if missing.any():
+            ids = np.where(missing, ids.max(), ids)
+        return ids, counts, self._first[:, start:stop]
+
+    def append(self, rows: np.ndarray, ids: np.ndarray, first: np.ndarray, count: int) -> None:
+        """Append full pages ``ids [len(rows), n]`` of ``count`` tokens, whose references pass to the table."""
+        added = ids.shape[1]
+        self._reserve(int(self.lengths[rows].max(initial=0)) + added)
+        columns = self.lengths[rows, None] + np.arange(added)
+        self._ids[rows[:, None], columns] = ids
+        self._counts[rows[:, None], columns] = count
+        self._first[rows[:, None], columns] = first
+        self.lengths[rows] += added
+
+    def truncate_from(self, position: int) -> None:
+        """Forget the tokens at ``position`` and after; a page that loses some keeps the others."""
+        counts = self._counts
+        kept = np.clip(position - self._first, 0, counts)
+        for row, column in self._explicit_cells():
+            positions = self.pool.positions[int(self._ids[row, column])]
+            kept[row, column] = min(int(counts[row, column]), int(np.searchsorted(positions, position)))
+        dropped = (kept == 0) & (self._ids != _NO_PAGE)
+        released = self._ids[dropped]
+        self._counts = kept.astype(np.int32)
+        self._ids[dropped] = _NO_PAGE
+        self.lengths = (self._ids != _NO_PAGE).sum(1)
+        self.pool.release(released)
+
+    def drop_last(self, rows: np.ndarray, pages: int) -> None:
+        """Forget the last ``pages`` pages of each of ``rows``."""
+        columns = self.lengths[rows, None] - 1 - np.arange(pages)
+        released = self._ids[rows[:, None], columns].flatten()
+        self._ids[rows[:, None], columns] = _NO_PAGE
+        self._counts[rows[:, None], columns] = 0
+        self.lengths[rows] -= pages
+        self.pool.release(released)
+
+    def drop_before(self, position: int) -> int:
+        """Forget leading pages all of whose tokens stand before ``position``; returns how many were dropped."""
+        last = self._first + self._counts - 1
+        for row, column in self._explicit_cells():
+            last[row, column] = self.pool.positions[int(self._ids[row, column])][self._counts[row, column] - 1]
+        stale = (self._ids != _NO_PAGE) & (last < position)
+        if not stale.any():
+            return 0
+        released = self._ids[stale]
+        # Positions ascend along a row, so the stale pages are a prefix of it: move the rest to the front.
+        shift = stale.sum(1)
+        columns = np.arange(self._ids.shape[1])[None] + shift[:, None]
+        valid = columns < self._ids.shape[1]
+        source = np.minimum(columns, self._ids.shape[1] - 1)
+        self._ids = np.where(valid, np.take_along_axis(self._ids, source, 1), _NO_PAGE)
+        self._counts = np.where(valid, np.take_along_axis(self._counts, source, 1), 0).astype(np.int32)
+        self._first = np.where(valid, np.take_along_axis(self._first, source, 1), 0)
+        self.lengths = self.lengths - shift
+        self.pool.release(released)
+        return len(released)
+
+    def select(self, rows: np.ndarray) -> None:
+        """Replace the table's rows by ``rows`` of it, which may repeat."""
+        old = self.page_ids()
+        self._ids, self._counts, self._first = self._ids[rows], self._counts[rows], self._first[rows]
+        self.lengths = self.lengths[rows]
+        # Retain before release, so that pages which stay are never freed in between.
+        self.pool.retain(self.page_ids())
+        self.pool.release(old)
+
+    def fork(self) -> PageTable:
+        """A second table over the same pages."""
+        other = PageTable(self.pool, len(self.lengths))
+        other._ids, other._counts, other._first = self._ids.copy(), self._counts.copy(), self._first.copy()
+        other.lengths = self.lengths.copy()
+        self.pool.retain(other.page_ids())
+        return other
+
+    def clear(self) -> None:
+        """Drop every page."""
+        self.pool.release(self.page_ids())
+        rows = len(self.lengths)
+        self._ids = np.full((rows, 0), _NO_PAGE, dtype=np.int64)
+        self._counts, self._first = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.int64)
+        self.lengths = np.zeros(rows, dtype=np.int64)
+
+    def positions(self, start: int, stop: int, page_size: int) -> np.ndarray:
+        """Original positions ``[rows, stop - start, page_size]``; whatever lies behind a page's count is undefined."""
+        positions = self._first[:, start:stop, None] + np.arange(page_size)
+        for row, column in self._explicit_cells(start, stop):
+            stored = self.pool.positions[int(self._ids[row, column])]
+            positions[row, column - start, : len(stored)] = stored
+        return positions
+
+    def check(self, page_size: int) -> None:
+        """Raise IntegrityError unless counts are sane and positions ascend along every row."""
+        filled = np.arange(self._ids.shape[1])[None] < self.lengths[:, None]
+        if not np.array_equal(self._ids != _NO_PAGE, filled):
+            raise IntegrityError("a row has a hole or pages behind its length")
+        if ((self._counts < 1) & filled).any() or (self._counts > page_size).any() or self._counts[~filled].any():
+            raise IntegrityError("a page counts fewer than one token or more than fit")
+        positions = self.positions(0, self._ids.shape[1], page_size)
+        for row in range(len(self.lengths)):
+            counted = np.arange(page_size)[None] < self._counts[row][:, None]
+            if (np.diff(positions[row][counted]) <= 0).any():
+                raise IntegrityError(f"the positions of row {row} do not ascend")
+
+    def __del__(self) -> None:
+        # A fork that goes away gives its references back; at interpreter exit there is nothing left to give them to.
+        if not sys.is_finalizing() and hasattr(self, "_ids"):
+            self.pool.release(self.page_ids())
+
+    def _explicit_cells(self, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
+        """The cells in columns ``[start, stop)`` whose page stores a position per token."""
+        if not self.pool.positions:
+            return []
+        ids = self._ids[:, start:stop]
+        cells = np.argwhere(np.isin(ids, np.fromiter(self.pool.positions, dtype=np.int64)))
+        return [(int(row), int(column) + start) for row, column in cells]
+
+    def _reserve(self, columns: int) -> None:
+        """Room for ``columns`` columns, growing by half, so that appending costs constant time on average."""
+        held = self._ids.shape[1]
+        if columns <= held:
+            return
+        rows, extra = len(self.lengths), max(columns, held * 3 // 2) - held
+        self._ids = np.concatenate([self._ids, np.full((rows, extra), _NO_PAGE, dtype=np.int64)], 1)
+        self._counts = np.concatenate([self._counts, np.zeros((rows, extra), dtype=np.int32)], 1)
+        self._first = np.concatenate([self._first, np.zeros((rows, extra), dtype=np.int64)], 1)
