@@ -57,7 +57,7 @@ def attention_function(
         # Nothing is compressed yet: the first tokens attend to each other exactly as without this package.
         new_keys, new_values = layer.new_tokens()
         result = _previous(module)(module, query, new_keys, new_values, attention_mask, **arguments)
-        layer.note_attended(attention_mask)
+        layer.note_attended(attention_mask, query.shape[2])
         return result
     _check_supported(module, dropout, kwargs)
     scoring = Scoring(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -93,6 +94,8 @@ class KVCache(Cache):
                 f"layer_idx={layer_idx!r}: this cache was built for a {self.config.model_type!r} model of "
                 f"{len(self.layers)} layers; build one from the config of the model that runs"
             )
+        if not getattr(self.layers[layer_idx], "is_initialized", True):
+            check_states(self.config, key_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
@@ -106,6 +109,14 @@ class KVCache(Cache):
         for layer in self.own_layers:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything; the cache may then hold another batch."""
+        for layer in self.own_layers:
+            layer.reset()
+        # transformers' own layers would keep states of the old batch size, only zeroed: start with new ones.
+        fresh = _make_layers(self.config, self.options)
+        self.layers = [a if isinstance(a, KVCacheLayer) else b for a, b in zip(self.layers, fresh, strict=True)]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace sequence ``i`` by sequence ``beam_idx[i]`` (beam search)."""
@@ -122,8 +133,6 @@ class KVCache(Cache):
 
     def fork(self) -> KVCache:
         """A copy that goes its own way from here: pages are shared, since they never change once written."""
-        from copy import deepcopy
-
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.layers = [
@@ -140,6 +149,22 @@ class KVCache(Cache):
         from hf_kvcache.accounting import layer_report
 
         return MemoryReport.of_layers([layer_report(layer) for layer in self.layers])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What the cache holds as a flat dictionary of tensors, ready for safetensors; pages stay packed."""
+        from hf_kvcache.export import export_state
+
+        return export_state(self)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Hold what :meth:`state_dict` of a cache with the same settings returned, in place of what is held.
+
+        Raises:
+            ValueError: if the state does not go with this cache; nothing is changed then.
+        """
+        from hf_kvcache.export import import_state
+
+        import_state(self, state)
 
     def integrity(self) -> None:
         """Check the invariants of the storage: references, free pages, ascending positions.
@@ -181,6 +206,24 @@ class QuantizedKVCache(KVCache):
         widths = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
         given = {name: value for name, value in widths.items() if value is not None}
         super().__init__(config, codec, **given, **options)
+
+
+def check_states(config: PreTrainedConfig, key_states: torch.Tensor) -> None:
+    """Raise ValueError where keys ``[B, Hkv, T, Dk]`` cannot come from a model with this config.
+
+    What a model caches is not always its ``num_key_value_heads`` by its ``head_dim``: shared heads, latents and rotary
+    parts have names of their own. So any number that the config calls heads, or a width, is taken as possible.
+    """
+    numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
+    heads = {value for name, value in numbers.items() if "head" in name and "dim" not in name} | {1}
+    widths = {value for name, value in numbers.items() if "dim" in name or "rank" in name}
+    if "hidden_size" in numbers and numbers.get("num_attention_heads"):
+        widths.add(numbers["hidden_size"] // numbers["num_attention_heads"])
+    if key_states.dim() == 4 and (key_states.shape[1] not in heads or key_states.shape[3] not in widths):
+        raise ValueError(
+            f"key_states of shape {list(key_states.shape)} do not come from the {config.model_type!r} model whose config "
+            f"this cache was built for; accepted: heads {sorted(heads)}, dim {sorted(widths)}"
+        )
 
 
 def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:

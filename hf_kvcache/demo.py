@@ -1,7 +1,7 @@
 """The demo: one question over a long text, answered with the full cache and with several compressed ones.
 
 Fidelity is measured where it is lost: the prompt is prefilled and packed, and then the full cache's own
-answer is fed token by token, so that each compared distribution was computed by attention over the packed pages.
+answer is fed token by token, so that each compared distribution comes from attention over the packed pages.
 """
 
 from __future__ import annotations
@@ -295,9 +295,17 @@ def build_table(rows: Sequence[Measurement]) -> Table:
         title="Caches on the same prompt",
         caption="Agreement and KL: against the full cache, on its own answer, decoded through each cache.",
     )
-    table.add_column("cache")
-    for heading in ("held (MiB)", "ratio", "bits/element", "tokens/s", "top-1 agreement", "mean KL (nats)"):
-        table.add_column(heading, justify="right")
+    # Two-line headings: seven columns then fit a terminal of 80 characters.
+    table.add_column("\ncache", no_wrap=True)
+    for heading in (
+        "held\nMiB",
+        "\nratio",
+        "bits per\nelement",
+        "tokens\nper s",
+        "top-1\nagrees",
+        "mean KL\nnats",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.name,

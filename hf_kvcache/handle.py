@@ -56,7 +56,8 @@ class KVHandle(torch.Tensor):
 
     def dense(self) -> torch.Tensor:
         """The keys or values as a dense tensor, zeros where a token is not held (padding)."""
-        return self.layer().dense_side(self._side)
+        # Contiguous, as the handle says it is: composite operations view it by the handle's strides.
+        return self.layer().dense_side(self._side).contiguous()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"KVHandle({self._side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -237,7 +237,7 @@ class KVCacheLayer(CacheLayerMixin):
         """Attention of the latest update's queries over the cache; the new tokens are stored by it.
 
         Args:
-            query: ``[B, Hq, T, Dk]``.
+            query: ``[B, Hq, T, Dk]``, or only the last of the T queries (a layer that shares another's keys).
             attention_mask: boolean or additive ``[B, 1 or Hq, T, tokens]``, 2D ``[B, tokens]``, or None.
             scoring: how scores are made.
             causal: whether a token sees no later one where no mask says it.
@@ -249,12 +249,13 @@ class KVCacheLayer(CacheLayerMixin):
             ValueError: if the query does not go with the latest update.
         """
         new, storage = self._latest()
-        if query.shape[0] != storage.batch or query.shape[2] != new.length or query.shape[1] % storage.heads:
+        skip = new.length - query.shape[2]
+        if query.shape[0] != storage.batch or skip < 0 or query.shape[1] % storage.heads:
             raise ValueError(
                 f"query of shape {tuple(query.shape)} does not go with keys of shape {tuple(new.keys.shape)}"
             )
-        visibility = self._visibility(new, storage, attention_mask, causal)
-        segments = self._segments(new, storage)
+        visibility = self._visibility(new, storage, attention_mask, causal, skip)
+        segments = [(slice(max(at.start, skip), at.stop), n) for at, n in self._segments(new, storage) if at.stop > skip]
         if new.length == 1 and not new.stored:
             # Written to the dense buffer first, so that nothing is concatenated.
             storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
@@ -263,9 +264,9 @@ class KVCacheLayer(CacheLayerMixin):
         outputs = [
             attend(
                 storage,
-                query if len(segments) == 1 else query[:, :, queries],
+                query if len(segments) == 1 else query[:, :, queries.start - skip : queries.stop - skip],
                 _dense_tokens(storage, new, visibility, ahead, queries),
-                visibility if len(segments) == 1 else visibility.part(queries),
+                visibility if len(segments) == 1 else visibility.part(slice(queries.start - skip, queries.stop - skip)),
                 scoring,
                 pages + ahead,
             )
@@ -284,10 +285,11 @@ class KVCacheLayer(CacheLayerMixin):
         new, _ = self._latest()
         return new.keys, new.values
 
-    def note_attended(self, attention_mask: torch.Tensor | None) -> None:
+    def note_attended(self, attention_mask: torch.Tensor | None, queries: int) -> None:
         """Take note that someone else did the attention of the latest update, under this mask; stores the tokens."""
         new, _ = self._latest()
-        self._note_padding(new, attention_mask)
+        if queries == new.length:  # else a layer that shares these keys, of which the mask does not tell
+            self._note_padding(new, attention_mask)
         if not self.options.deferred:
             self.settle()
 
@@ -322,6 +324,20 @@ class KVCacheLayer(CacheLayerMixin):
             dense[:, :, length - fresh :] = getattr(new, side)
         return dense
 
+    def progress(self) -> dict[str, int]:
+        """The counters that go with the storage's tensors when the layer is saved."""
+        self.settle()
+        return {"seen": self._seen, "unconfirmed": self._unconfirmed, "kept_from": self._kept_from}
+
+    def restore(self, tensors: dict[str, torch.Tensor], progress: dict[str, int]) -> None:
+        """Hold what :meth:`PagedStorage.state` and :meth:`progress` returned, in place of what is held."""
+        self.reset()
+        if tensors:
+            self.lazy_initialization(tensors["dense.keys"], tensors["dense.values"])
+            assert self.storage is not None
+            self.storage.restore(tensors)
+        self._seen, self._unconfirmed, self._kept_from = (progress[k] for k in ("seen", "unconfirmed", "kept_from"))
+
     def check(self) -> None:
         """Raise IntegrityError if an invariant of the storage is broken."""
         self.settle()
@@ -347,20 +363,20 @@ class KVCacheLayer(CacheLayerMixin):
         return padding
 
     def _visibility(
-        self, new: _NewTokens, storage: PagedStorage, attention_mask: torch.Tensor | None, causal: bool
+        self, new: _NewTokens, storage: PagedStorage, attention_mask: torch.Tensor | None, causal: bool, skip: int
     ) -> Visibility:
-        padding = self._note_padding(new, attention_mask)
+        padding = None if skip else self._note_padding(new, attention_mask)
         mask = attention_mask
         if padding is not None and (padding.held is None or np.array_equal(padding.held, self._held(new, storage))):
             mask = None  # it hides padding, of which nothing is stored, and what causality hides
         if mask is not None and mask.dim() == 2:
             mask = mask[:, None, None, :].bool()
         return Visibility(
-            start=new.position,
-            length=new.length,
+            start=new.position + skip,
+            length=new.length - skip,
             mask=mask,
             mask_start=self._window_start(new.position) if mask is attention_mask else 0,
-            causal=causal if mask is None or mask.shape[2] != new.length or new.length == 1 else False,
+            causal=causal if mask is None or mask.shape[2] != new.length - skip or mask.shape[2] == 1 else False,
             window=self.sliding_window,
         )
 

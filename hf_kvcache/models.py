@@ -58,7 +58,7 @@ def load_default_model(
         source = model or str(_converted_default_model(console))
         with console.status(f"loading {model or DEFAULT_MODEL_NAME}"):
             tokenizer = AutoTokenizer.from_pretrained(source)
-            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
             if device is not None:
                 loaded = loaded.to(device)
     return loaded.eval(), tokenizer
@@ -115,7 +115,9 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 def _dequantized_model(gguf: Path) -> Any:
     # The GGUF reader draws a bar of its own that transformers' switch does not reach.
     with redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
     # The loader dequantizes, and yet leaves the marks of a quantized checkpoint: saving would be refused.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -25,23 +25,37 @@ def normalise_variance(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Row scales ``[N, P, 1]`` and column scales ``[N, 1, D]``.
     """
+    squares = x.square()
     log_row, log_column = x.new_zeros(x.shape[0], x.shape[1], 1), x.new_zeros(x.shape[0], 1, x.shape[2])
     best_row, best_column = log_row, log_column
     best = x.new_full((x.shape[0], 1, 1), float("inf"))
     for _ in range(_ITERATIONS + 1):
-        scaled = x * (-log_row - log_column).exp()
-        column_std = scaled.std(1, keepdim=True, unbiased=False).clamp(*_STD_RANGE)
-        row_std = scaled.std(2, keepdim=True, unbiased=False).clamp(*_STD_RANGE)
+        column_std = _column_std(x, squares, (-log_row).exp(), (-log_column).exp())
+        row_std = _row_std(x, squares, (-log_row).exp(), (-log_column).exp())
         spread = column_std.amax(2, True) / column_std.amin(2, True) * row_std.amax(1, True) / row_std.amin(1, True)
         better = spread < best
         best = torch.where(better, spread, best)
         best_row = torch.where(better, log_row, best_row)
         best_column = torch.where(better, log_column, best_column)
         log_column = (log_column + column_std.log()).clamp(*_LOG_SCALE_RANGE)
-        scaled = x * (-log_row - log_column).exp()
-        row_std = scaled.std(2, keepdim=True, unbiased=False).clamp(*_STD_RANGE)
+        row_std = _row_std(x, squares, (-log_row).exp(), (-log_column).exp())
         log_row = (log_row + row_std.log()).clamp(*_LOG_SCALE_RANGE)
     return best_row.exp(), best_column.exp()
+
+
+def _column_std(x: torch.Tensor, squares: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Standard deviations ``[N, 1, D]`` of the columns of ``x * rows * columns``, from two products with the pages."""
+    mean = torch.matmul(rows.transpose(1, 2), x) / x.shape[1]
+    power = torch.matmul(rows.square().transpose(1, 2), squares) / x.shape[1]
+    return (columns * (power - mean.square()).clamp_min(0).sqrt()).clamp(*_STD_RANGE)
+
+
+def _row_std(x: torch.Tensor, squares: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Standard deviations ``[N, P, 1]`` of the rows of ``x * rows * columns``."""
+    # Not a matrix product: for a single page it rounds otherwise than for several, and a page shall not depend on those.
+    mean = (x * columns).sum(2, keepdim=True) / x.shape[2]
+    power = (squares * columns.square()).sum(2, keepdim=True) / x.shape[2]
+    return (rows * (power - mean.square()).clamp_min(0).sqrt()).clamp(*_STD_RANGE)
 
 
 class VarianceNormalisedSide(SideCodec):

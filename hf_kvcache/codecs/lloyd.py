@@ -23,11 +23,28 @@ def normal_levels(bits: int) -> tuple[float, ...]:
     return tuple(levels)
 
 
+#: Cells of the lookup grid per unit, and where it ends; beyond lies nothing but the outermost levels.
+_CELLS = 512
+_EDGE = 4
+
+
 def nearest_level(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes (uint8) of the levels nearest to ``x``, and those levels."""
-    table = torch.tensor(normal_levels(bits), dtype=x.dtype, device=x.device)
-    index = torch.bucketize(x, (table[1:] + table[:-1]) / 2)
-    return index.to(torch.uint8), table[index]
+    """The codes (uint8) of the levels nearest to ``x`` (ties within 1/1024 go either way), and those levels."""
+    codes, levels = _grid(bits, x.device)
+    # A lookup on a fine grid costs the same for any number of levels, and a fraction of a binary search.
+    # Clamped as integers, so that even NaN falls in some cell.
+    cells = x.mul(_CELLS).add_(_EDGE * _CELLS + 0.5).to(torch.int32).clamp_(0, 2 * _EDGE * _CELLS).view(-1)
+    return torch.index_select(codes, 0, cells).view(x.shape), torch.index_select(levels, 0, cells).view(x.shape)
+
+
+@lru_cache(maxsize=16)
+def _grid(bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Code and level of every cell of the lookup grid."""
+    with torch.inference_mode(False):
+        table = torch.tensor(normal_levels(bits), dtype=torch.float64)
+        cells = torch.arange(2 * _EDGE * _CELLS + 1) / _CELLS - _EDGE
+        codes = torch.bucketize(cells.double(), (table[1:] + table[:-1]) / 2)
+        return codes.to(torch.uint8).to(device), table[codes].float().to(device)
 
 
 def _truncated_mean(low: float, high: float) -> float:

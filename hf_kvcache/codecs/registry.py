@@ -16,7 +16,7 @@ _CODECS: dict[str, type[Codec]] = {}
 _CodecType = TypeVar("_CodecType", bound=type[Codec])
 
 #: The best measured codec for the bits asked, which ``codec="auto"`` takes; the README's table shows the measurements.
-BEST_MEASURED = {8: "int", 4: "rotated", 3: "kvarn", 2: "kvarn", 1: "turboquant"}
+BEST_MEASURED = {8: "int", 4: "rotated", 3: "unbiased", 2: "unbiased", 1: "unbiased"}
 
 
 def register(name: str) -> Callable[[_CodecType], _CodecType]:
@@ -79,6 +79,8 @@ def resolve(
     key_bits = bits if key_bits is None else key_bits
     value_bits = bits if value_bits is None else value_bits
     if name == "auto":
+        # A width that is not given is 4 here, whatever the default of the codec that the other one leads to.
+        key_bits, value_bits = (4 if width is None else width for width in (key_bits, value_bits))
         name = _best(key_bits, value_bits)
     codec_class = _discover()[name]
     known = [p for p in inspect.signature(codec_class).parameters if p not in ("key_bits", "value_bits")]
@@ -87,8 +89,8 @@ def resolve(
     return codec_class(key_bits, value_bits, **options)
 
 
-def _best(key_bits: int | None, value_bits: int | None) -> str:
-    widths = {4 if bits is None else bits for bits in (key_bits, value_bits)}
+def _best(key_bits: int, value_bits: int) -> str:
+    widths = {key_bits, value_bits}
     for width in widths:
         if width not in BEST_MEASURED:
             raise ValueError(f"bits={width!r} has no codec; accepted: {sorted(BEST_MEASURED)}")

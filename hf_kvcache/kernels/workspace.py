@@ -16,7 +16,8 @@ def scratch(tag: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
     size = prod(shape)
     buffer = buffers.get((tag, dtype, device))
     if buffer is None or buffer.numel() < size:
-        buffer = torch.empty(size, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # else it could not be used outside of that mode
+            buffer = torch.empty(size, dtype=dtype, device=device)
         buffers[tag, dtype, device] = buffer
     return buffer[:size].view(shape)
 

@@ -20,6 +20,8 @@ class DenseBuffer:
         capacity: slots to begin with.
     """
 
+    # Buffers made under inference mode could not be written outside of it, wherever a cache is used in both.
+    @torch.inference_mode(False)
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, sink_length: int, capacity: int) -> None:
         batch = keys.shape[0]
         self.sink_length = sink_length
@@ -73,6 +75,11 @@ class DenseBuffer:
         self.lengths[row] = count
         self._note_lengths()
 
+    def set_lengths(self, lengths: np.ndarray) -> None:
+        """Say how many slots each sequence uses."""
+        self.lengths = lengths.copy()
+        self._note_lengths()
+
     def drop_oldest(self, rows: np.ndarray, count: int) -> None:
         """Remove the ``count`` oldest tail tokens of each of ``rows``, shifting the rest down."""
         start = self.sink_length
@@ -93,6 +100,7 @@ class DenseBuffer:
         self.lengths = (used & (self.positions < position)).sum(1)
         self._note_lengths()
 
+    @torch.inference_mode(False)
     def select(self, rows: np.ndarray) -> None:
         """Replace the sequences by ``rows`` of them, which may repeat."""
         index = torch.from_numpy(rows).to(self.keys.device)
@@ -100,6 +108,7 @@ class DenseBuffer:
         self.positions, self.lengths = self.positions[rows], self.lengths[rows]
         self._note_lengths()
 
+    @torch.inference_mode(False)
     def fork(self) -> DenseBuffer:
         """An independent copy."""
         other = object.__new__(DenseBuffer)
@@ -113,10 +122,12 @@ class DenseBuffer:
         if slots <= self.capacity:
             return
         extra = max(slots, self.capacity * 3 // 2) - self.capacity
-        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
-        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
+        with torch.inference_mode(False):
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
         self.positions = np.pad(self.positions, ((0, 0), (0, extra)))
 
+    @torch.inference_mode(False)
     def shrink(self, capacity: int) -> None:
         """Give back the room beyond ``capacity`` slots, if the content allows."""
         if self.capacity > capacity >= self.longest:

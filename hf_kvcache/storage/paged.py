@@ -15,8 +15,8 @@ from hf_kvcache.storage.integrity import IntegrityError
 from hf_kvcache.storage.pool import PagePool
 from hf_kvcache.storage.table import PageTable
 
-#: Elements encoded at a time: bounds the scratch memory of packing a long prompt.
-_ENCODE_ELEMENTS = 1 << 22
+#: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
+_ENCODE_ELEMENTS = 1 << 19
 
 
 class PagedStorage:
@@ -34,6 +34,7 @@ class PagedStorage:
         tail_length: newest tokens that are never packed.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self, encoder: PageEncoder, keys: torch.Tensor, values: torch.Tensor, sink_length: int, tail_length: int
     ) -> None:
@@ -146,6 +147,7 @@ class PagedStorage:
         if self.table.drop_before(position):
             self._chunks = None
 
+    @torch.inference_mode(False)
     def select(self, rows: np.ndarray) -> None:
         """Replace the sequences by ``rows`` of them, which may repeat: table work, pages are shared."""
         self.table.select((rows[:, None] * self.heads + np.arange(self.heads)).flatten())
@@ -156,6 +158,7 @@ class PagedStorage:
         self.batch = len(rows)
         self._chunks = None
 
+    @torch.inference_mode(False)
     def fork(self) -> PagedStorage:
         """A second storage over the same pages, with a copy of the dense buffer."""
         other = object.__new__(PagedStorage)
@@ -218,6 +221,53 @@ class PagedStorage:
         """Elements stored in pages, each page once."""
         dims = sum(fmt.dim for fmt in self.layout.sides.values())
         return len(np.unique(self.table.page_ids())) * self.page_size * dims
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The contents as tensors: each page once, the table as indices into them, and the dense tokens."""
+        ids, counts, first = self.table.export()
+        unique, index = np.unique(ids[ids >= 0], return_inverse=True)
+        table = np.full_like(ids, -1)
+        table[ids >= 0] = index
+        scattered = [(i, self.pool.positions[page]) for i, page in enumerate(unique.tolist()) if page in self.pool.positions]
+        held = self.dense.longest
+        records = self.pool.reader(unique).records().clone() if len(unique) else None
+        state = {
+            "records": torch.empty(0, self.layout.record_bytes, dtype=torch.uint8) if records is None else records,
+            "table": torch.from_numpy(table),
+            "counts": torch.from_numpy(counts),
+            "first": torch.from_numpy(first),
+            "scattered": torch.tensor([i for i, _ in scattered], dtype=torch.int64),
+            "positions": torch.from_numpy(
+                np.array([p for _, p in scattered], dtype=np.int64).reshape(-1, self.page_size)
+            ),
+            "ahead": torch.tensor(self.ahead),
+            "dense.keys": self.dense.keys[:, :, :held].clone(),
+            "dense.values": self.dense.values[:, :, :held].clone(),
+            "dense.positions": torch.from_numpy(self.dense.positions[:, :held].copy()),
+            "dense.lengths": torch.from_numpy(self.dense.lengths.copy()),
+        }
+        if self.center is not None:
+            state["center"] = self.center.clone()
+            state["center_known"] = torch.from_numpy(self._center_known.copy())
+        return state
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Fill a fresh storage with what :meth:`state` returned."""
+        table = state["table"].numpy()
+        ids = self.pool.allocate(len(state["records"]))
+        if len(ids):
+            self.pool.write(ids, state["records"].to(self.device))
+        cells = np.where(table >= 0, ids[table] if len(ids) else table, -1)
+        self.table.restore(cells, state["counts"].numpy(), state["first"].numpy())
+        for index, positions in zip(state["scattered"].tolist(), state["positions"].numpy(), strict=True):
+            self.pool.positions[int(ids[index])] = positions.copy()
+        self.ahead = int(state["ahead"])
+        keys, values = state["dense.keys"].to(self.device), state["dense.values"].to(self.device)
+        self.dense.store(slice(None), keys, values, state["dense.positions"].numpy())
+        self.dense.set_lengths(state["dense.lengths"].numpy())
+        if self.center is not None:
+            self.center = state["center"].to(self.device)
+            self._center_known = state["center_known"].numpy().copy()
 
     # -- internals ------------------------------------------------------------------------------------------------
 

@@ -115,6 +115,7 @@ class PagePool:
         if any(self._references[page] == 0 for page in self.positions):
             raise IntegrityError("positions are stored for a free page")
 
+    @torch.inference_mode(False)
     def _add_slab(self, count: int) -> None:
         count = max(count, int(self.held_pages * _GROWTH))
         index = self._vacant_slab(count)

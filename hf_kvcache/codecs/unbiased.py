@@ -1,0 +1,151 @@
+"""Normal levels with an unbiased gain per token: this package's own codec for few bits.
+
+Rounding to the nearest level, or to least squares, shrinks a vector towards zero: its dot product with the original comes
+out smaller than the original's own. Softmax then prefers the exact tokens (sinks, tail) to the packed ones. Here the
+last scale of every token is chosen so that ``<x, x_hat> = <x, x>``, which costs no bits and nothing at decode, and which on
+SmolLM2 at 2 bits cuts the divergence of the output distribution by more than half (the README has the table).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.codecs.base import Codec, Encoded, SideCodec, check_packable, round_scale
+from hf_kvcache.codecs.lloyd import nearest_level, normal_levels
+from hf_kvcache.codecs.registry import register
+from hf_kvcache.kernels.page import SideFormat
+
+_TINY = 1e-6
+
+
+def unbiased_gain(x: torch.Tensor, approximation: torch.Tensor) -> torch.Tensor:
+    """The factor per token that makes ``<x, factor * approximation>`` equal ``<x, x>``.
+
+    Args:
+        x: ``[N, P, D]``.
+        approximation: the same shape.
+
+    Returns:
+        ``[N, P, 1]``; where the two are nearly orthogonal, no more than twice the ratio of their lengths.
+    """
+    energy = x.square().sum(2, keepdim=True)
+    overlap = (x * approximation).sum(2, keepdim=True)
+    least = (energy * approximation.square().sum(2, keepdim=True)).sqrt() / 2
+    return energy / overlap.maximum(least).clamp_min(_TINY**2)
+
+
+class UnbiasedKeys(SideCodec):
+    """Keys: a scale and a zero point per channel, and a gain per token, in the rotated and centred basis.
+
+    Args:
+        bits: width of a code.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def format(self, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:
+        check_packable(self.bits, dim)
+        return SideFormat(
+            dim,
+            self.bits,
+            level="table",
+            axis="channel",
+            group=page_size,
+            other=True,
+            rotation="hadamard",
+            centered=True,
+            table=normal_levels(self.bits),
+        )
+
+    def encode(self, x: torch.Tensor) -> Encoded:
+        gain, scale, zero = _normalise(x)
+        _, levels = nearest_level((x / gain - zero) / scale, self.bits)
+        scale, zero = _fit_line(levels, x / gain)
+        fitted = levels * scale + zero
+        gain = (x * fitted).sum(2, keepdim=True) / fitted.square().sum(2, keepdim=True).clamp_min(_TINY**2)
+        gain = gain.clamp_min(_TINY)
+        stored_scale, stored_zero = round_scale(scale), round_scale(zero)
+        codes, levels = nearest_level((x / gain - stored_zero.float()) / _nonzero(stored_scale), self.bits)
+        stored_scale, stored_zero = (round_scale(t) for t in _fit_line(levels, x / gain))
+        # The gain is fitted last, to what will be decoded, and so takes up the rounding of the other two.
+        gain = unbiased_gain(x, levels * stored_scale.float() + stored_zero.float())
+        return Encoded(codes, stored_scale, stored_zero, round_scale(gain))
+
+
+class UnbiasedValues(SideCodec):
+    """Values: a scale per token in the rotated basis.
+
+    Args:
+        bits: width of a code.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def format(self, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:
+        check_packable(self.bits, dim)
+        return SideFormat(
+            dim,
+            self.bits,
+            level="table",
+            axis="token",
+            group=dim,
+            zero=False,
+            rotation="hadamard",
+            table=normal_levels(self.bits),
+        )
+
+    def encode(self, x: torch.Tensor) -> Encoded:
+        scale = x.square().mean(2, keepdim=True).sqrt().clamp_min(_TINY)
+        _, levels = nearest_level(x / scale, self.bits)
+        scale = (x * levels).sum(2, keepdim=True) / levels.square().sum(2, keepdim=True)
+        codes, levels = nearest_level(x / _nonzero(round_scale(scale)), self.bits)
+        return Encoded(codes, round_scale(unbiased_gain(x, levels)))
+
+
+@register("unbiased")
+class UnbiasedCodec(Codec):
+    """Normal levels with an unbiased gain per token.
+
+    ``b + 32 / page_size + 16 / head_dim`` bits for keys, ``b + 16 / head_dim`` for values.
+
+    Args:
+        key_bits: width of the keys' codes.
+        value_bits: width of the values' codes.
+    """
+
+    supported_bits = (1, 2, 3, 4)
+    default_bits = 2
+
+    def __init__(self, key_bits: int | None = None, value_bits: int | None = None) -> None:
+        super().__init__(key_bits, value_bits)
+        assert self.key_bits and self.value_bits
+        self.keys = UnbiasedKeys(self.key_bits)
+        self.values = UnbiasedValues(self.value_bits)
+
+
+def _normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gain per token, scale and mean per channel that make a page's entries close to N(0, 1)."""
+    gain = torch.ones_like(x[:, :, :1])
+    for last in (False, False, True):
+        relative = x / gain
+        mean = relative.mean(1, keepdim=True)
+        scale = (relative - mean).square().mean(1, keepdim=True).sqrt().clamp_min(_TINY)
+        if not last:
+            gain = ((x - mean * gain) / scale).square().mean(2, keepdim=True).sqrt().clamp_min(1e-4)
+    return gain, scale, mean
+
+
+def _fit_line(levels: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero per channel, ``[N, 1, D]`` each, that bring ``levels * scale + zero`` closest to ``y``."""
+    level_mean, y_mean = levels.mean(1, keepdim=True), y.mean(1, keepdim=True)
+    spread = levels - level_mean
+    scale = (spread * (y - y_mean)).sum(1, keepdim=True) / spread.square().sum(1, keepdim=True).clamp_min(_TINY)
+    scale = scale.clamp_min(_TINY)
+    return scale, y_mean - scale * level_mean
+
+
+def _nonzero(stored: torch.Tensor) -> torch.Tensor:
+    """A stored scale to divide by: half precision may have rounded it to zero."""
+    return stored.float().clamp_min(_TINY)

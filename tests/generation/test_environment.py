@@ -1,0 +1,136 @@
+"""What surrounds a generation: output options, streamers, dtypes, devices, gradient modes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from tests import families
+from tests.running import (
+    ROUNDING,
+    assert_packed,
+    assert_same,
+    full_cache,
+    generate,
+    prompt,
+    set_binding,
+    small_cache,
+)
+
+
+class _Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.extend(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_plain_output(model: PreTrainedModel) -> None:
+    """Without ``return_dict_in_generate`` the same sequences come back as a tensor."""
+    expected = generate(model, prompt(50), full_cache(model)).tokens
+    out = model.generate(prompt(50), past_key_values=small_cache(model), max_new_tokens=20, do_sample=False)
+    assert isinstance(out, torch.Tensor) and torch.equal(out[:, 50:], expected)
+
+
+def test_streamer(model: PreTrainedModel) -> None:
+    """A streamer sees the prompt and then every token."""
+    streamer = _Recorder()
+    ours = generate(model, prompt(50), small_cache(model), streamer=streamer)
+    assert streamer.ended and streamer.tokens == torch.cat([prompt(50), ours.tokens], 1)[0].tolist()
+
+
+def test_hidden_states(model: PreTrainedModel) -> None:
+    """Hidden states can be asked for beside a cache, and are those of the full cache."""
+    outputs = []
+    for cache in (full_cache(model), small_cache(model)):
+        set_binding(model, cache)
+        outputs.append(
+            model.generate(
+                prompt(50),
+                past_key_values=cache,
+                max_new_tokens=8,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_hidden_states=True,
+            )
+        )
+    for theirs, ours in zip(*(out.hidden_states for out in outputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(family: str, dtype: torch.dtype) -> None:
+    """In half precision the logits stay as near to the full cache's as one rounding per layer allows."""
+    model = families.build(family, dtype=dtype)
+    ids = torch.cat([prompt(60), prompt(20, seed=1)], 1)
+    logits = {}
+    for cache in (full_cache(model), small_cache(model)):
+        set_binding(model, cache)
+        with torch.no_grad():
+            parts = [ids[:, :60], *ids[:, 60:].split(1, 1)]
+            steps = [model(part, past_key_values=cache, use_cache=True).logits for part in parts]
+        logits[type(cache)] = torch.cat(steps, 1).float()
+    assert_packed(cache)
+    assert {layer.dtype for layer in cache.own_layers} == {dtype}
+    theirs, ours = logits.values()
+    tolerance = 24 * torch.finfo(dtype).eps * theirs.abs().max().item()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_dispatched_by_accelerate(family: str) -> None:
+    """``device_map`` wraps the modules with hooks, which must let the cache and its handles through."""
+    from accelerate import dispatch_model
+
+    plain = families.build(family)
+    expected = generate(plain, prompt(60), full_cache(plain))
+    model = dispatch_model(families.build(family), {"": "cpu"}, force_hooks=True)
+    ours = generate(model, prompt(60), small_cache(model))
+    assert_packed(ours.cache)
+    assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda mode: mode.__name__
+)
+def test_gradient_modes(model: PreTrainedModel, mode: Any) -> None:
+    """Forward passes work in every gradient mode, also one after the other on the same cache."""
+    ids = prompt(70)
+    expected = model(ids).logits.detach()
+    cache = small_cache(model)
+    contexts: list[AbstractContextManager[Any]] = [mode(), torch.no_grad(), mode()]
+    steps = []
+    for part, context in zip(ids.split([60, 1, 9], 1), contexts, strict=True):
+        with context:
+            steps.append(model(part, past_key_values=cache, use_cache=True).logits.detach().clone())
+    assert_packed(cache)
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=ROUNDING)
+
+
+def test_inference_mode_then_no_grad(model: PreTrainedModel) -> None:
+    """A cache filled under inference mode goes on outside of it (and is copied there)."""
+    ids = prompt(75)
+    expected = model(ids).logits.detach()
+    cache = small_cache(model)
+    with torch.inference_mode():
+        model(ids[:, :60], past_key_values=cache, use_cache=True)
+    fork = cache.fork()
+    for each in (cache, fork):
+        with torch.no_grad():
+            steps = [
+                model(part, past_key_values=each, use_cache=True).logits for part in ids[:, 60:].split(1, 1)
+            ]
+        torch.testing.assert_close(torch.cat(steps, 1), expected[:, 60:], rtol=0, atol=ROUNDING)
+    assert_packed(cache)

@@ -1,0 +1,103 @@
+"""``codec="none"`` equals DynamicCache where a cache is used again: turns, forks, resets, drafts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_kvcache import KVCache
+from tests import families
+from tests.running import (
+    assert_packed,
+    assert_same,
+    full_cache,
+    generate,
+    left_padded,
+    prompt,
+    small_cache,
+)
+
+FEW = ["llama", "gemma3", "mistral", "gpt_oss"]
+
+
+@pytest.mark.parametrize("family", families.names(without=("deepseek_v3",)))
+def test_padding_in_the_middle(model: PreTrainedModel) -> None:
+    """The second turn of a batch is left-padded too: padding then stands between the turns."""
+    first = left_padded([prompt(20), prompt(47)])
+    second = left_padded([prompt(25, seed=1), prompt(7, seed=1)])
+    caches = full_cache(model), small_cache(model)
+    turns = [generate(model, first, cache, 10) for cache in caches]
+    assert_same(turns[1], turns[0])
+    inputs = {
+        "input_ids": torch.cat([first["input_ids"], turns[0].tokens, second["input_ids"]], 1),
+        "attention_mask": torch.cat(
+            [first["attention_mask"], torch.ones_like(turns[0].tokens), second["attention_mask"]], 1
+        ),
+    }
+    theirs, ours = (generate(model, inputs, cache, 12) for cache in caches)
+    assert_packed(caches[1])
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("family", families.names(without=families.RECURRENT))
+@pytest.mark.parametrize("length", [20, 60])
+def test_prompt_lookup(model: PreTrainedModel, length: int) -> None:
+    """Drafts out of the prompt, most of them rolled back."""
+    inputs = prompt(length).repeat(1, 2)
+    theirs = generate(model, inputs, full_cache(model), 30)
+    ours = generate(model, inputs, small_cache(model), 30, prompt_lookup_num_tokens=4)
+    assert_packed(ours.cache)
+    assert torch.equal(ours.tokens, theirs.tokens)
+
+
+@pytest.mark.parametrize("family", families.names(without=families.RECURRENT))
+def test_assisted(model: PreTrainedModel) -> None:
+    """An assistant drafts; it agrees often, because it is the model itself with a little noise."""
+    assistant = families.build(_family_of(model))
+    with torch.no_grad():
+        for weight in assistant.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)) * 0.02)
+    inputs = prompt(50)
+    theirs = generate(model, inputs, full_cache(model), 30)
+    ours = generate(model, inputs, small_cache(model), 30, assistant_model=assistant)
+    assert_packed(ours.cache)
+    assert torch.equal(ours.tokens, theirs.tokens)
+
+
+def _family_of(model: PreTrainedModel) -> str:
+    from tests.conftest import MODELS
+
+    return next(name for name, shared in MODELS.items() if shared is model)
+
+
+@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("copied", [copy.deepcopy, KVCache.fork], ids=["deepcopy", "fork"])
+def test_prefix_reuse(model: PreTrainedModel, copied: Any) -> None:
+    """A prompt's prefix is computed once and continued in several ways, none of which disturbs another."""
+    prefix = prompt(58)
+    model(prefix, past_key_values=(shared := small_cache(model)), use_cache=True)
+    for seed in range(3):
+        inputs = torch.cat([prefix, prompt(5 + 9 * seed, seed=seed)], 1)
+        ours = generate(model, inputs, copied(shared), 12)
+        assert_packed(ours.cache)
+        assert_same(ours, generate(model, inputs, full_cache(model), 12))
+    assert shared.get_seq_length() == 58
+    shared.integrity()
+
+
+@pytest.mark.parametrize("family", [*FEW, "qwen3_next", "gemma4"])
+def test_reset(model: PreTrainedModel) -> None:
+    """After a reset a cache takes another batch and behaves like a new one."""
+    cache = small_cache(model)
+    generate(model, prompt(50, 3), cache, 5)
+    assert_packed(cache)
+    for inputs in (prompt(60), prompt(33, 2)):
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        ours = generate(model, inputs, cache, 16)
+        assert_packed(cache)
+        assert_same(ours, generate(model, inputs, full_cache(model), 16))
