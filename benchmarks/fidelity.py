@@ -2,10 +2,10 @@
 
     python benchmarks/fidelity.py --text wiki.test.raw --caches int8,auto4,kvarn3,hqq4
 
-Each window of the text is a prefix, which the cache compresses, and a continuation, which is teacher-forced one token at a
-time (or ``--block`` tokens at a time) through the compressed cache. The next-token distributions are compared with those
-of the full cache: mean and tail of KL(full || cache) in nats, top-1 agreement, and the change of the continuation's
-negative log-likelihood. A single forward pass over the whole text would never read what was compressed.
+Each window of the text is a prefix, which the cache compresses, and a continuation, which is teacher-forced one token
+at a time (or ``--block`` tokens at a time) through the compressed cache. The next-token distributions are compared with
+those of the full cache: mean and tail of KL(full || cache) in nats, top-1 agreement, and the change of the
+continuation's negative log-likelihood. A single forward pass over the whole text would never read what was compressed.
 """
 
 from __future__ import annotations
@@ -90,8 +90,9 @@ def compare(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> d
     return {"kl": kl, "agree": agree, "delta_nll": nll[1] - nll[0]}
 
 
-def measure(model: Any, spec: str, windows: torch.Tensor, full: list[torch.Tensor], args: argparse.Namespace,
-            progress: Progress) -> Result:
+def measure(
+    model: Any, spec: str, windows: torch.Tensor, full: list[torch.Tensor], args: argparse.Namespace, progress: Progress
+) -> Result:
     """Run one cache over all windows, ``args.batch`` at a time."""
     # The peer's fp8 scale is per tensor and would be shared by a batch.
     batch = 1 if spec == "peer-fp8" else args.batch
@@ -168,29 +169,38 @@ def main() -> None:
     with Progress(console=console, transient=True) as progress:
         overall = progress.add_task("caches", total=len(specs) + 1)
         full = [
-            decode(model, rows, build("full", model.config, args), args, progress)
-            for rows in windows.split(args.batch)
+            decode(model, rows, build("full", model.config, args), args, progress) for rows in windows.split(args.batch)
         ]
         progress.advance(overall)
         for spec in specs:
             results.append(measure(model, spec, windows, full, args, progress))
             progress.advance(overall)
             console.print(f"{results[-1]}", highlight=False)
-    table = Table(
-        title=f"{len(windows)} windows of {name}: {args.prefix} tokens, then {args.suffix} decoded {args.block} at a time"
-    )
+    protocol = f"{args.prefix} tokens, then {args.suffix} decoded {args.block} at a time"
+    table = Table(title=f"{len(windows)} windows of {name}: {protocol}")
     for column in ("cache", "bits", "of bf16", "mean KL", "+-", "p99 KL", "top-1", "dNLL", "s"):
         table.add_column(column, justify="left" if column == "cache" else "right")
     for r in results:
         table.add_row(
-            r.cache, f"{r.bits:.3f}", f"{r.ratio_bf16:.3f}", f"{r.kl:.5f}", f"{r.kl_error:.5f}", f"{r.kl_p99:.4f}",
-            f"{r.top1:.4f}", f"{r.delta_nll:+.4f}", f"{r.seconds:.0f}",
+            r.cache,
+            f"{r.bits:.3f}",
+            f"{r.ratio_bf16:.3f}",
+            f"{r.kl:.5f}",
+            f"{r.kl_error:.5f}",
+            f"{r.kl_p99:.4f}",
+            f"{r.top1:.4f}",
+            f"{r.delta_nll:+.4f}",
+            f"{r.seconds:.0f}",
         )
     console.print(table)
     if args.json:
         setting = {k: v for k, v in vars(args).items() if k not in ("json", "text")} | {"text": name}
-        machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-                   "torch": torch.__version__, "transformers": transformers.__version__}
+        machine = {
+            "cpu": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
         payload = {"setting": setting, "machine": machine, "results": [asdict(r) for r in results]}
         Path(args.json).write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
 

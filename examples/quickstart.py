@@ -5,9 +5,7 @@ from hf_kvcache.models import load_default_model
 
 model, tokenizer = load_default_model()  # or AutoModelForCausalLM.from_pretrained(...) and AutoTokenizer
 messages = [{"role": "user", "content": "Explain in three sentences why the sky is blue."}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 cache = QuantizedKVCache(model.config, bits=4)
 output = model.generate(**inputs, past_key_values=cache, max_new_tokens=200, do_sample=False)

@@ -1,9 +1,9 @@
 """KV caches for Hugging Face transformers that hold less and read less.
 
-    from hf_kvcache import QuantizedKVCache
-    cache = QuantizedKVCache(model.config, bits=4)
-    model.generate(**inputs, past_key_values=cache, max_new_tokens=200)
-    print(cache.memory())
+from hf_kvcache import QuantizedKVCache
+cache = QuantizedKVCache(model.config, bits=4)
+model.generate(**inputs, past_key_values=cache, max_new_tokens=200)
+print(cache.memory())
 """
 
 from hf_kvcache.attention import register

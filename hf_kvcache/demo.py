@@ -132,9 +132,7 @@ def _check_context(model: Any, tokens: int) -> None:
     """Refuse a run beyond the positions that the model was trained for: its answers would say nothing."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
-        raise ValueError(
-            f"prompt and answer need {tokens} tokens, the model takes {limit}; lower prompt_tokens"
-        )
+        raise ValueError(f"prompt and answer need {tokens} tokens, the model takes {limit}; lower prompt_tokens")
 
 
 def build_prompt(tokenizer: Any, prompt_tokens: int) -> torch.Tensor:

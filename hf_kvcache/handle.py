@@ -32,10 +32,10 @@ class KVHandle(torch.Tensor):
         handle._layer, handle._side, handle._at_version = layer, side, layer.version
         return handle
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = tree_map_only(KVHandle, KVHandle.dense, (args, kwargs or {}))
@@ -59,7 +59,7 @@ class KVHandle(torch.Tensor):
         # Contiguous, as the handle says it is: composite operations view it by the handle's strides.
         return self.layer().dense_side(self._side).contiguous()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"KVHandle({self._side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:

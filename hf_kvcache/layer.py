@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,6 +208,8 @@ class KVCacheLayer(CacheLayerMixin):
         rows = torch.as_tensor(rows)
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
+        if rows.is_floating_point():
+            raise ValueError(f"{argument}={rows.tolist()!r}: accepted: whole numbers or booleans")
         indices = rows.cpu().numpy().astype(np.int64)
         if self.storage is None:
             return indices
@@ -255,7 +258,9 @@ class KVCacheLayer(CacheLayerMixin):
                 f"query of shape {tuple(query.shape)} does not go with keys of shape {tuple(new.keys.shape)}"
             )
         visibility = self._visibility(new, storage, attention_mask, causal, skip)
-        segments = [(slice(max(at.start, skip), at.stop), n) for at, n in self._segments(new, storage) if at.stop > skip]
+        segments = [
+            (slice(max(at.start, skip), at.stop), n) for at, n in self._segments(new, storage) if at.stop > skip
+        ]
         if new.length == 1 and not new.stored:
             # Written to the dense buffer first, so that nothing is concatenated.
             storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
@@ -400,7 +405,7 @@ class KVCacheLayer(CacheLayerMixin):
         due = storage.due(held + np.arange(new.length))
         storage.pack_ahead(int(due[-1]))
         starts = [0, *(np.flatnonzero(np.diff(due)) + 1).tolist(), new.length]
-        return [(slice(a, b), int(due[a])) for a, b in zip(starts, starts[1:], strict=False)]
+        return [(slice(a, b), int(due[a])) for a, b in itertools.pairwise(starts)]
 
     def _confirm(self) -> None:
         """Pack what is due, and let go of what has left the window."""
@@ -433,8 +438,8 @@ class KVCacheLayer(CacheLayerMixin):
                 if new.shape[:2] != old.shape[:2] or new.shape[3] != old.shape[3] or new.dtype != old.dtype:
                     raise ValueError(
                         f"{name} {list(new.shape)} {new.dtype} does not go with what layer {self.index} holds: "
-                        f"batch {old.shape[0]}, {old.shape[1]} heads, dim {old.shape[3]}, {old.dtype}. Call reset(), or "
-                        "use a cache of its own for each batch and model."
+                        f"batch {old.shape[0]}, {old.shape[1]} heads, dim {old.shape[3]}, {old.dtype}. Call reset(), "
+                        "or use a cache of its own for each batch and model."
                     )
                 if new.device != old.device:
                     raise ValueError(f"{name} is on {new.device}, layer {self.index} holds {old.device}")

@@ -136,9 +136,7 @@ class Visibility:
         in_window = self.window is None or first_position > self.start + self.length - 1 - self.window
         return self.mask is None and in_window
 
-    def bias(
-        self, positions: torch.Tensor, unused: torch.Tensor | None, heads: int, queries: slice
-    ) -> torch.Tensor:
+    def bias(self, positions: torch.Tensor, unused: torch.Tensor | None, heads: int, queries: slice) -> torch.Tensor:
         """What to add to the scores of keys at ``positions``.
 
         Args:

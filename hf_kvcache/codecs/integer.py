@@ -37,9 +37,7 @@ class IntegerSide(SideCodec):
         whole, what = (page_size, "page_size") if self.axis == "channel" else (dim, "head_dim")
         group = whole if self.group_size is None else self.group_size
         check_divides("group_size", group, whole, what)
-        return SideFormat(
-            dim, self.bits, axis=self.axis, group=group, rotation=self.rotation, centered=self.centered
-        )
+        return SideFormat(dim, self.bits, axis=self.axis, group=group, rotation=self.rotation, centered=self.centered)
 
     def encode(self, x: torch.Tensor) -> Encoded:
         dim = 1 if self.axis == "channel" else 2

@@ -52,7 +52,7 @@ def _column_std(x: torch.Tensor, squares: torch.Tensor, rows: torch.Tensor, colu
 
 def _row_std(x: torch.Tensor, squares: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Standard deviations ``[N, P, 1]`` of the rows of ``x * rows * columns``."""
-    # Not a matrix product: for a single page it rounds otherwise than for several, and a page shall not depend on those.
+    # Not a matrix product: for one page that rounds otherwise than for several, on which a page shall not depend.
     mean = (x * columns).sum(2, keepdim=True) / x.shape[2]
     power = (squares * columns.square()).sum(2, keepdim=True) / x.shape[2]
     return (rows * (power - mean.square()).clamp_min(0).sqrt()).clamp(*_STD_RANGE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from math import erf, exp, inf, pi, sqrt
 
@@ -14,8 +15,8 @@ def normal_levels(bits: int) -> tuple[float, ...]:
     count = 2**bits
     levels = [-3 + 6 * (i + 0.5) / count for i in range(count)]
     for _ in range(10_000):
-        edges = [-inf, *((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)), inf]
-        updated = [_truncated_mean(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        edges = [-inf, *((a + b) / 2 for a, b in itertools.pairwise(levels)), inf]
+        updated = [_truncated_mean(a, b) for a, b in itertools.pairwise(edges)]
         change = max(abs(a - b) for a, b in zip(levels, updated, strict=True))
         levels = updated
         if change < 1e-12:

@@ -37,9 +37,7 @@ def available() -> list[str]:
 
 def specs() -> list[str]:
     """Every codec with each of its widths, as specs that :func:`resolve` takes: ``["fp8", "int2", ...]``."""
-    return [
-        f"{name}{bits}" for name, codec in sorted(_discover().items()) for bits in (codec.supported_bits or ("",))
-    ]
+    return [f"{name}{bits}" for name, codec in sorted(_discover().items()) for bits in (codec.supported_bits or ("",))]
 
 
 def resolve(
@@ -93,8 +91,9 @@ def _best(key_bits: int, value_bits: int) -> str:
     widths = {key_bits, value_bits}
     for width in widths:
         if width not in BEST_MEASURED:
-            raise ValueError(f"bits={width!r} has no codec; accepted: {sorted(BEST_MEASURED)}")
-    # One page has one codec: of mixed widths the narrower side loses most, so it chooses, if the codec has the wider too.
+            argument = "bits" if key_bits == value_bits else "key_bits" if width == key_bits else "value_bits"
+            raise ValueError(f"{argument}={width!r} has no codec; accepted: {sorted(BEST_MEASURED)}")
+    # One page has one codec: of mixed widths the narrower loses most, so it chooses, if the codec has the wider too.
     for width in sorted(widths):
         if widths <= set(_discover()[BEST_MEASURED[width]].supported_bits):
             return BEST_MEASURED[width]

@@ -33,7 +33,7 @@ class SideFormat:
         dim: width of a token's vector (head_dim, or the latent rank).
         bits: bits of a code; for ``level="dense"`` the bits of the stored element.
         level: how a code becomes a number before scaling.
-        axis: ``"channel"``: one scale per channel and group of tokens; ``"token"``: one per token and group of channels.
+        axis: ``"channel"``: a scale per channel and group of tokens; ``"token"``: one per token and group of channels.
         group: tokens (axis "channel") or channels (axis "token") that share a scale.
         zero: whether a zero point is stored beside the scale.
         other: whether a second scale along the other axis is stored.
@@ -108,7 +108,7 @@ class PageLayout:
         return 8 * (self.code_bytes + self.scale_bytes) / elements
 
     def view(self, records: torch.Tensor, name: str) -> torch.Tensor | None:
-        """The field ``name`` of uint8 ``records [..., record_bytes]`` as ``[..., *shape]``, or None if it is not stored."""
+        """The field ``name`` of ``records [..., record_bytes]`` as ``[..., *shape]``, or None if it is not stored."""
         field = self.fields.get(name)
         if field is None:
             return None

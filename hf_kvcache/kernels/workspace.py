@@ -1,4 +1,4 @@
-"""Scratch buffers that kernels reuse from call to call, so that decoding allocates nothing that grows with the cache."""
+"""Scratch buffers that kernels reuse, so that decoding allocates nothing that grows with the cache."""
 
 from __future__ import annotations
 

@@ -46,8 +46,7 @@ def build_chunks(table: PageTable, page_size: int, columns: int, device: torch.d
     """Chunks over the first ``columns`` columns of ``table``."""
     step = max(1, CHUNK_TOKENS // page_size)
     return [
-        _build_chunk(table, page_size, start, min(start + step, columns), device)
-        for start in range(0, columns, step)
+        _build_chunk(table, page_size, start, min(start + step, columns), device) for start in range(0, columns, step)
     ]
 
 

@@ -113,14 +113,14 @@ class PagedStorage:
 
     def pack_ahead(self, pages: int) -> None:
         """Encode the oldest tail tokens into ``pages`` pages in all, but keep the tokens until they are confirmed."""
-        first = self.sink_length + self.ahead * self.page_size
-        span = slice(first, self.sink_length + pages * self.page_size)
-        if span.stop > first:
-            rows = np.arange(self.batch)
-            self._pack(
-                rows, self.dense.keys[:, :, span], self.dense.values[:, :, span], self.dense.positions[:, span], 0
-            )
-            self.ahead = pages
+        rows = np.arange(self.batch)
+        # One at a time, as plain decoding would: the first page packed fixes the center.
+        for page in range(self.ahead, pages):
+            first = self.sink_length + page * self.page_size
+            span = slice(first, first + self.page_size)
+            keys, values = self.dense.keys[:, :, span], self.dense.values[:, :, span]
+            self._pack(rows, keys, values, self.dense.positions[:, span], 0)
+        self.ahead = max(self.ahead, pages)
 
     def truncate_from(self, position: int) -> None:
         """Forget the tokens at ``position`` and after."""
@@ -228,7 +228,9 @@ class PagedStorage:
         unique, index = np.unique(ids[ids >= 0], return_inverse=True)
         table = np.full_like(ids, -1)
         table[ids >= 0] = index
-        scattered = [(i, self.pool.positions[page]) for i, page in enumerate(unique.tolist()) if page in self.pool.positions]
+        scattered = [
+            (i, self.pool.positions[page]) for i, page in enumerate(unique.tolist()) if page in self.pool.positions
+        ]
         held = self.dense.longest
         records = self.pool.reader(unique).records().clone() if len(unique) else None
         state = {
@@ -303,7 +305,13 @@ class PagedStorage:
         self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray, keep_from: int
     ) -> None:
         """Make pages of ``keys [b, Hkv, n * P, Dk]`` and append them to the table of the sequences ``rows``."""
-        skip = int((positions[:, self.page_size - 1 :: self.page_size] < keep_from).all(0).sum()) * self.page_size
+        stale = (positions[:, self.page_size - 1 :: self.page_size] < keep_from).sum(1)
+        if (stale != stale[0]).any():
+            for i in range(len(rows)):
+                one = slice(i, i + 1)
+                self._pack(rows[one], keys[one], values[one], positions[one], keep_from)
+            return
+        skip = int(stale[0]) * self.page_size
         keys, values, positions = keys[:, :, skip:], values[:, :, skip:], positions[:, skip:]
         pages = keys.shape[2] // self.page_size
         if pages == 0:

@@ -161,9 +161,7 @@ class PagePool:
 class PageReader:
     """Reads a fixed list of pages: a view where they lie side by side, a gather of packed bytes where not."""
 
-    def __init__(
-        self, parts: list[tuple[torch.Tensor, np.ndarray, np.ndarray]], count: int, record_bytes: int
-    ) -> None:
+    def __init__(self, parts: list[tuple[torch.Tensor, np.ndarray, np.ndarray]], count: int, record_bytes: int) -> None:
         self._shape = (count, record_bytes)
         self._view: torch.Tensor | None = None
         self._gathers: list[tuple[torch.Tensor, torch.Tensor, slice | torch.Tensor]] = []
@@ -174,9 +172,7 @@ class PageReader:
         for slab, slots, where in parts:
             device = slab.device
             run = bool((np.diff(where) == 1).all())
-            place = (
-                slice(int(where[0]), int(where[0]) + len(where)) if run else torch.from_numpy(where).to(device)
-            )
+            place = slice(int(where[0]), int(where[0]) + len(where)) if run else torch.from_numpy(where).to(device)
             self._gathers.append((slab, torch.from_numpy(slots).to(device), place))
 
     @property

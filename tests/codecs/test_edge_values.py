@@ -47,7 +47,7 @@ def test_unusual_pages(spec: str, kind: str, dtype: torch.dtype) -> None:
         exact, fmt = rotated(encoder, side, x[side]), encoder.layout.sides[side]
         assert result.isfinite().all()
         if fmt.level == "table":  # at most twice as long as the original, and no more than a right angle away
-            assert relative_error(result, exact) < 5**0.5
+            assert relative_error(result, exact) < 1.001
         elif fmt.level == "integer":
             # Half a step of the widest range there is; twice that where scales of two axes multiply.
             half_step = float(exact.amax() - exact.amin()) / (2**fmt.bits - 1) / 2 * (2 if fmt.other else 1)

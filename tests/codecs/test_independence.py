@@ -36,9 +36,7 @@ def test_strides_do_not_matter(spec: str) -> None:
     stored = gaussian(0, 16, 5, 64)
     before = stored.clone()
     view = stored.transpose(0, 1)
-    assert torch.equal(
-        encoder.encode(view, view, None), encoder.encode(view.contiguous(), view.contiguous(), None)
-    )
+    assert torch.equal(encoder.encode(view, view, None), encoder.encode(view.contiguous(), view.contiguous(), None))
     assert torch.equal(stored, before)
 
 

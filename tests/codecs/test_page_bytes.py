@@ -43,9 +43,7 @@ FIELDS: dict[str, Callable[[int, int, int, int], list[int]]] = {
 
 @pytest.mark.parametrize("page_size", [16, 64, 128])
 @pytest.mark.parametrize(("key_dim", "value_dim"), WIDTHS)
-@pytest.mark.parametrize(
-    "spec", [spec for spec in specs() if spec.rstrip("12348") in FIELDS or spec in FIELDS]
-)
+@pytest.mark.parametrize("spec", [spec for spec in specs() if spec.rstrip("12348") in FIELDS or spec in FIELDS])
 def test_bytes(spec: str, key_dim: int, value_dim: int, page_size: int) -> None:
     """A record has the bytes of its fields, each rounded up to 16, and the encoder makes such records."""
     name = spec if spec in FIELDS else spec.rstrip("12348")
@@ -55,9 +53,7 @@ def test_bytes(spec: str, key_dim: int, value_dim: int, page_size: int) -> None:
     assert sorted(field.nbytes for field in layout.fields.values()) == sorted(expected)
     assert layout.record_bytes == sum((size + 15) // 16 * 16 for size in expected)
     assert layout.code_bytes + layout.scale_bytes == sum(expected)
-    assert layout.bits_per_element == pytest.approx(
-        8 * sum(expected) / (page_size * (key_dim + value_dim)), rel=1e-12
-    )
+    assert layout.bits_per_element == pytest.approx(8 * sum(expected) / (page_size * (key_dim + value_dim)), rel=1e-12)
     records = encoder.encode(gaussian(0, 2, page_size, key_dim), gaussian(1, 2, page_size, value_dim), None)
     assert records.dtype == torch.uint8 and records.shape == (2, layout.record_bytes)
 

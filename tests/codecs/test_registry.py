@@ -126,9 +126,7 @@ def test_groups_that_do_not_divide(name: str, group_size: Any) -> None:
         PageEncoder(resolve(name, 4, group_size=group_size), 64, 64, 64, torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("key_dim", "value_dim", "what"), [(64, 80, "head_dim=80"), (80, 64, None), (64, 96, None)]
-)
+@pytest.mark.parametrize(("key_dim", "value_dim", "what"), [(64, 80, "head_dim=80"), (80, 64, None), (64, 96, None)])
 def test_groups_divide_tokens_and_value_channels(key_dim: int, value_dim: int, what: str | None) -> None:
     """Keys are grouped along tokens, so only the values' width has to be a multiple of the group."""
     codec = resolve("int4", group_size=32)

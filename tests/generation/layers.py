@@ -1,16 +1,18 @@
-"""One attention layer with given queries, keys and values: inputs are the same to the last bit, however they come.
+"""One attention layer with given queries, keys and values: the same to the last bit, however they come.
 
-In a whole model a different order of summation changes keys in the last bit, which may flip a code. Here it cannot, so
-that what a quantized cache gives can be compared without tolerance for flips.
+In a whole model a different order of summation changes keys in the last bit, which may flip a code. Here it
+cannot, so that what a quantized cache gives can be compared without tolerance for flips.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from hf_kvcache import KVCache, QuantizedKVCache
 from hf_kvcache.attention import attention_function
@@ -76,7 +78,7 @@ class Layer:
         config: PreTrainedConfig = (
             LlamaConfig(**shape) if kind == "full" else MistralConfig(**shape, sliding_window=WINDOW)
         )
-        self.attention = LlamaAttention(config, 0)
+        self.attention = (LlamaAttention if kind == "full" else MistralAttention)(config, 0)
         sizes = {"page_size": PAGE, "tail_length": TAIL, "sink_length": SINKS}
         self.cache: KVCache = QuantizedKVCache(config, codec=spec, **{**sizes, **options})
 
@@ -87,7 +89,7 @@ class Layer:
         return other
 
     def __call__(self, new: States, real: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention output ``[B, T, 4, 16]`` of new tokens; ``real [B, tokens seen]`` is False for padding."""
+        """Attention output ``[B, T, 4, 16]`` of new tokens; ``real [B, tokens]`` is False for padding."""
         length, offset = self.cache.get_mask_sizes(new.length, 0)
         seen = self.cache.get_seq_length()
         queries = torch.arange(seen, seen + new.length)[:, None]
@@ -104,4 +106,4 @@ class Layer:
     def steps(self, new: States, prefill: int = 0, **arguments: Any) -> torch.Tensor:
         """Output of all tokens: the first ``prefill`` at once, the others one by one."""
         cuts = [0, *range(prefill, new.length + 1)] if prefill else list(range(new.length + 1))
-        return torch.cat([self(new.at(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)], 1)
+        return torch.cat([self(new.at(a, b)) for a, b in pairwise(cuts)], 1)

@@ -129,8 +129,6 @@ def test_inference_mode_then_no_grad(model: PreTrainedModel) -> None:
     fork = cache.fork()
     for each in (cache, fork):
         with torch.no_grad():
-            steps = [
-                model(part, past_key_values=each, use_cache=True).logits for part in ids[:, 60:].split(1, 1)
-            ]
+            steps = [model(part, past_key_values=each, use_cache=True).logits for part in ids[:, 60:].split(1, 1)]
         torch.testing.assert_close(torch.cat(steps, 1), expected[:, 60:], rtol=0, atol=ROUNDING)
     assert_packed(cache)

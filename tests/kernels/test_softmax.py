@@ -37,9 +37,7 @@ def online(scores: torch.Tensor, values: torch.Tensor, cuts: list[tuple[int, int
     """Feed keys ``start ... stop`` as ``blocks`` blocks, for each (start, stop, blocks) of ``cuts``."""
     state = OnlineSoftmax(scores.shape[0], scores.shape[1], values.shape[-1], CPU)
     for start, stop, blocks in cuts:
-        score_part = (
-            scores[:, :, start:stop].float().unflatten(2, (blocks, -1)).permute(2, 0, 1, 3).contiguous()
-        )
+        score_part = scores[:, :, start:stop].float().unflatten(2, (blocks, -1)).permute(2, 0, 1, 3).contiguous()
         value_part = values[:, start:stop].float().unflatten(1, (blocks, -1)).transpose(0, 1).contiguous()
         state.add(score_part, value_part)
     return state
@@ -53,9 +51,7 @@ def test_online_softmax(rows: int, queries: int, keys: int, dim: int) -> None:
     for offset in (0.0, 700.0, -700.0):
         output, log_sum_exp = online(scores + offset, values, [(0, keys, 1)]).result()
         # Adding 700 in float32 costs the scores 6e-5 of precision.
-        torch.testing.assert_close(
-            output.double(), expected[0], atol=4e-6 if offset == 0 else 1e-3, rtol=1e-5
-        )
+        torch.testing.assert_close(output.double(), expected[0], atol=4e-6 if offset == 0 else 1e-3, rtol=1e-5)
         torch.testing.assert_close(log_sum_exp.double(), expected[1] + offset, atol=2e-4, rtol=1e-6)
 
 
@@ -108,9 +104,7 @@ def attention_by_hand(
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("heads", "ratio", "length", "count"), GROUPS)
-def test_dense_attention(
-    heads: int, ratio: int, length: int, count: int, masked: bool, softcap: float | None
-) -> None:
+def test_dense_attention(heads: int, ratio: int, length: int, count: int, masked: bool, softcap: float | None) -> None:
     """Grouped queries, a bias per query head, soft-capping and widths that differ, against float64."""
     batch, dim, value_dim = 2, 24, 16
     query = gaussian(5, batch, heads * ratio, length, dim)

@@ -22,9 +22,7 @@ class LargestResult(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {
-            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
@@ -34,9 +32,7 @@ class LargestResult(TorchDispatchMode):
 def held(storage: PagedStorage) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Address and bytes of the slabs, and of the dense buffer."""
     slabs = [(slab.data_ptr(), slab.nbytes) for slab in storage.pool._slabs if slab is not None]
-    return slabs, [
-        (t.data_ptr(), t.untyped_storage().nbytes()) for t in (storage.dense.keys, storage.dense.values)
-    ]
+    return slabs, [(t.data_ptr(), t.untyped_storage().nbytes()) for t in (storage.dense.keys, storage.dense.values)]
 
 
 def test_memory_changes_only_when_a_page_is_packed() -> None:

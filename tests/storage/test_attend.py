@@ -70,11 +70,7 @@ def test_masks(padding: bool, mask_heads: int, additive: bool) -> None:
     query = queries(2, 3, 3)
     visible = torch.rand(2, mask_heads, 3, 60, generator=torch.Generator().manual_seed(1)) > 0.4
     visible[0, 0, 1] = False
-    mask = (
-        torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-        if additive
-        else visible
-    )
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min) if additive else visible
     visibility = Visibility(57, 3, mask, 0, False, None)
     output = attend(storage, query, loose_tokens(storage), visibility, Scoring(0.3))
     hidden = ~visible.expand(2, 3 * HEADS, 3, 60)
@@ -87,9 +83,7 @@ def test_a_mask_that_starts_late() -> None:
     storage, model = filled()
     query = queries(2, 2, 1)
     mask = torch.rand(2, 1, 2, 30, generator=torch.Generator().manual_seed(2)) > 0.3
-    output = attend(
-        storage, query, loose_tokens(storage), Visibility(58, 2, mask, 30, True, None), Scoring(0.3)
-    )
+    output = attend(storage, query, loose_tokens(storage), Visibility(58, 2, mask, 30, True, None), Scoring(0.3))
     hidden = torch.ones(2, HEADS, 2, 60, dtype=torch.bool)
     hidden[..., 30:] = ~mask.expand(2, HEADS, 2, 30)
     assert_near(output, attention_by_lists(model, query, 58, 0.3, hidden=hidden))
@@ -131,9 +125,7 @@ def test_a_long_block_of_queries_is_cut(window: int | None, monkeypatch: pytest.
 def test_nothing_is_seen() -> None:
     """A query whose window holds no token gets exactly zero."""
     storage, _ = filled()
-    output = attend(
-        storage, queries(2, 1, 1), loose_tokens(storage), everything(200, 1, window=10), Scoring(0.3)
-    )
+    output = attend(storage, queries(2, 1, 1), loose_tokens(storage), everything(200, 1, window=10), Scoring(0.3))
     assert torch.equal(output, torch.zeros(2, 1, HEADS, VALUE_DIM))
 
 
@@ -174,9 +166,7 @@ def test_centred_keys(codec: str) -> None:
 
     option = {"key_axis": "token"} if codec == "rotated4" else {"center": True}
     encoder = PageEncoder(resolve(codec, **option), KEY_DIM, VALUE_DIM, 16, torch.float32)
-    storage = PagedStorage(
-        encoder, torch.empty(2, HEADS, 1, KEY_DIM), torch.empty(2, HEADS, 1, VALUE_DIM), 2, 3
-    )
+    storage = PagedStorage(encoder, torch.empty(2, HEADS, 1, KEY_DIM), torch.empty(2, HEADS, 1, VALUE_DIM), 2, 3)
     keys, values = random_tokens(3, 2, 100)
     offset = torch.randn(2, HEADS, 1, KEY_DIM, generator=torch.Generator().manual_seed(5)) * 2
     storage.append_block(keys + offset, values, 0, None)
@@ -187,9 +177,7 @@ def test_centred_keys(codec: str) -> None:
     dense.append(dense_keys, dense_side(storage, "values", 0, 100), 0, None)
     query = queries(2, 1, 2)
     for softcap in (None, 5.0):
-        output = attend(
-            storage, query, loose_tokens(storage), everything(99, 1), Scoring(0.2, softcap)
-        ).double()
+        output = attend(storage, query, loose_tokens(storage), everything(99, 1), Scoring(0.2, softcap)).double()
         expected = attention_by_lists(dense, query, 99, 0.2, softcap=softcap)
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=4e-5)
 

@@ -24,9 +24,7 @@ def fingerprints(storage: PagedStorage) -> dict[int, str]:
     """A hash of the bytes of each page that the table holds."""
     ids = np.unique(storage.table.page_ids())
     records = storage.pool.reader(ids).records()
-    return {
-        int(i): hashlib.sha256(r.numpy().tobytes()).hexdigest() for i, r in zip(ids, records, strict=True)
-    }
+    return {int(i): hashlib.sha256(r.numpy().tobytes()).hexdigest() for i, r in zip(ids, records, strict=True)}
 
 
 @pytest.mark.parametrize("codec", specs())
@@ -42,18 +40,14 @@ def test_pages_never_change(codec: str) -> None:
         lambda: [storage.append_one(*random_tokens(i, 3, 1), 77 + i, None) for i in range(20)],
         lambda: storage.pack_ahead(2),
         lambda: storage.settle_ahead(),
-        lambda: storage.append_block(
-            *random_tokens(5, 3, 40), 97, np.random.default_rng(0).random((3, 40)) < 0.7
-        ),
+        lambda: storage.append_block(*random_tokens(5, 3, 40), 97, np.random.default_rng(0).random((3, 40)) < 0.7),
         lambda: storage.drop_before(30),
     ]
     for step in steps:
         step()
         for held in (storage, other):
             now = fingerprints(held)
-            assert {page: before[page] for page in now if page in before} == {
-                p: now[p] for p in now if p in before
-            }
+            assert {page: before[page] for page in now if page in before} == {p: now[p] for p in now if p in before}
             held.check()
     assert fingerprints(other) == before
 
@@ -169,9 +163,7 @@ def test_a_padded_row_packs_as_it_would_alone(codec: str) -> None:
                 solo.pack_due()
                 positions[row] += 1
             if i % 2 == 0 and len(kept):
-                solo.append_block(
-                    keys[row : row + 1, :, kept], values[row : row + 1, :, kept], positions[row], None
-                )
+                solo.append_block(keys[row : row + 1, :, kept], values[row : row + 1, :, kept], positions[row], None)
                 positions[row] += len(kept)
     batch.check()
     for row, solo in enumerate(alone):
@@ -193,6 +185,28 @@ def test_saved_pages_are_the_same_bytes(codec: str) -> None:
     for row in range(3):
         assert torch.equal(row_records(loaded, row), row_records(storage, row))
     assert loaded.pool.held_pages == len(np.unique(storage.table.page_ids()))
+
+
+@pytest.mark.parametrize("rolled_back", range(0, 30, 3))
+def test_pages_ahead_are_kept_only_if_confirmed(rolled_back: int) -> None:
+    """Pages encoded before their tokens are confirmed are the very pages of plain packing, or leave no trace."""
+    keys, values = random_tokens(0, 1, 60)
+    ahead, plain = (make_storage("rotated4", 1, page_size=8, sinks=2, tail=3) for _ in range(2))
+    ahead.append_block(keys[:, :, :30], values[:, :, :30], 0, None)
+    ahead.append_block(keys[:, :, 30:], values[:, :, 30:], 30, None, pack=False)
+    columns = ahead.table.columns
+    ahead.pack_ahead(3)
+    ahead.check()
+    assert ahead.table.columns == columns + 3 and ahead.tokens().tolist() == [60]
+    ahead.truncate_from(60 - rolled_back)
+    ahead.pack_due()
+    ahead.check()
+    plain.append_block(keys[:, :, : 60 - rolled_back], values[:, :, : 60 - rolled_back], 0, None)
+    assert ahead.ahead == 0 and ahead.tokens().tolist() == [60 - rolled_back]
+    assert torch.equal(row_records(ahead, 0), row_records(plain, 0))
+    length = plain.dense.longest
+    assert ahead.dense.longest == length
+    assert ahead.dense.positions[0, :length].tolist() == plain.dense.positions[0, :length].tolist()
 
 
 def test_positions_are_stored_only_where_needed() -> None:

@@ -56,9 +56,7 @@ def test_references_and_contents(data: st.DataObject) -> None:
         pool.check()
         used = sorted(set(holder.pages))
         assert pool.held_pages - pool.free_pages == len(used)
-        assert dict(Counter(holder.pages)) == {
-            page: int(pool.references(np.array([page]))[0]) for page in used
-        }
+        assert dict(Counter(holder.pages)) == {page: int(pool.references(np.array([page]))[0]) for page in used}
         if used:
             order = np.array(data.draw(st.lists(st.sampled_from(used), min_size=1, max_size=12)))
             records = pool.reader(order).records()

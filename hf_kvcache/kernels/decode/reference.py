@@ -52,9 +52,7 @@ def _decode_levels(fmt: SideFormat, codes: torch.Tensor, out: torch.Tensor) -> N
         out.copy_(codes.view(torch.float8_e4m3fn))
     elif fmt.level == "table":
         codes_unpacked = unpack_bits(codes, fmt.bits, torch.empty(out.shape, dtype=torch.int32, device=out.device))
-        torch.index_select(
-            _table(fmt.table, out.dtype, out.device), 0, codes_unpacked.flatten(), out=out.view(-1)
-        )
+        torch.index_select(_table(fmt.table, out.dtype, out.device), 0, codes_unpacked.flatten(), out=out.view(-1))
     else:
         unpack_bits(codes, fmt.bits, out)
 

@@ -27,7 +27,7 @@ def rotation_matrix(dim: int, kind: Rotation, dtype: torch.dtype, device: torch.
 
 
 def _orthonormal(dim: int) -> torch.Tensor:
-    """A float64 orthonormal matrix with entries +-1/sqrt(dim), or block-diagonal ones where no such matrix is at hand."""
+    """A float64 orthonormal matrix with entries +-1/sqrt(dim), or block-diagonal where none is at hand."""
     hadamard = _hadamard(dim)
     if hadamard is not None:
         return hadamard / dim**0.5

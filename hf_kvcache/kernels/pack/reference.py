@@ -1,8 +1,8 @@
 """Bit packing in plain torch: the definition of the byte layout of codes.
 
-A width is split into planes of 1, 2, 4 or 8 bits (3 = 2 + 1), so nothing is wasted. Inside a plane of ``w`` bits the row
-is cut in ``8 / w`` equal segments, and byte ``j`` holds element ``j`` of each segment, the first in the lowest bits: all
-elements that leave a byte by the same shift are neighbours, which is what vector units want.
+A width is split into planes of 1, 2, 4 or 8 bits (3 = 2 + 1), so nothing is wasted. Inside a plane of ``w`` bits the
+row is cut in ``8 / w`` equal segments; byte ``j`` holds element ``j`` of each segment, the first in the lowest bits:
+all elements that leave a byte by the same shift are neighbours, which is what vector units want.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def bit_planes(bits: int) -> list[int]:
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack uint8 ``codes [..., D]`` (each below ``2**bits``) into uint8 ``[..., D * bits / 8]``; D is a multiple of 8."""
+    """Pack uint8 ``codes [..., D]`` (each below ``2**bits``) into ``[..., D * bits / 8]``; D is a multiple of 8."""
     if bits == 8:
         return codes
     packed, shift = [], 0

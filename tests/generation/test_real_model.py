@@ -1,0 +1,64 @@
+"""SmolLM2: the full cache's tokens, and the strings that transformers' own cache tests expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_kvcache import KVCache, QuantizedKVCache
+from hf_kvcache.models import load_default_model
+from tests.running import assert_packed
+
+pytestmark = pytest.mark.slow
+SERIES = ["A sequence: 1, 2, 3, 4, 5", "A sequence: A, B, C"]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Any:
+    """Model and tokenizer of the packaged default model."""
+    torch.set_num_threads(2)
+    model, tokenizer = load_default_model()
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    yield model, tokenizer
+    torch.set_num_threads(1)
+
+
+def _text() -> str:
+    from importlib.resources import files
+
+    return (files("hf_kvcache") / "data" / "alice.txt").read_text()
+
+
+def test_full_equality(smollm2: Any) -> None:
+    """``codec="none"`` decodes 40 tokens after a prompt of 400 as DynamicCache does, its pages really read."""
+    model, tokenizer = smollm2
+    ids = tokenizer(_text()[5000:8000], return_tensors="pt").input_ids[:, :400]
+    assert ids.shape[1] == 400
+    expected = model.generate(
+        ids, past_key_values=DynamicCache(config=model.config), max_new_tokens=40, do_sample=False
+    )
+    cache = KVCache(model.config, "none")
+    ours = model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    assert_packed(cache)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("spec", ["none", "int8", "auto"])
+def test_series_go_on(smollm2: Any, spec: str) -> None:
+    """Both series continue, in small pages that are packed early; padding that nobody needs changes nothing."""
+    model, tokenizer = smollm2
+    texts = []
+    for padding in ({"padding": True}, {"padding": "max_length", "max_length": 40}):
+        inputs = tokenizer(SERIES, return_tensors="pt", **padding)
+        cache = QuantizedKVCache(model.config, codec=spec, page_size=8, tail_length=0, sink_length=1)
+        out = model.generate(**inputs, past_key_values=cache, max_new_tokens=10, do_sample=False)
+        assert_packed(cache)
+        texts.append(tokenizer.batch_decode(out, skip_special_tokens=True))
+    assert texts[0] == texts[1]
+    assert texts[0][0].startswith("A sequence: 1, 2, 3, 4, 5, 6, 7, 8")
+    assert texts[0][1].startswith("A sequence: A, B, C, D, E, F, G, H")
