@@ -69,8 +69,9 @@ class KVCache(Cache):
             tail_length=tail_length,
             page_size=page_size,
             validate=validate,
-            deferred=getattr(self.config, "kv_sharing_modes", None) is not None,
+            deferred=_shares_keys(self.config),
         )
+        _check_formats(self.config, self.options)
         super().__init__(layers=_make_layers(self.config, self.options))
         if bind:
             bind_config(self.config)
@@ -213,8 +214,11 @@ def check_states(config: PreTrainedConfig, key_states: torch.Tensor) -> None:
     parts have names of their own. So any number that the config calls heads, or a width, is taken as possible.
     """
     numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
-    heads = {value for name, value in numbers.items() if "head" in name and "dim" not in name} | {1}
-    widths = {value for name, value in numbers.items() if "dim" in name or "rank" in name}
+    named = list(numbers.items())
+    for own in (config.to_dict().get("per_layer_config") or {}).values():  # layers that differ (Gemma 4)
+        named += [(name, value) for name, value in own.items() if isinstance(value, int)]
+    heads = {value for name, value in named if "head" in name and "dim" not in name} | {1}
+    widths = {value for name, value in named if "dim" in name or "rank" in name}
     if "hidden_size" in numbers and numbers.get("num_attention_heads"):
         widths.add(numbers["hidden_size"] // numbers["num_attention_heads"])
     if key_states.dim() == 4 and (key_states.shape[1] not in heads or key_states.shape[3] not in widths):
@@ -251,7 +255,7 @@ def _is_decoder(config: PreTrainedConfig) -> bool:
 
 
 def _make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
-    layer_types, layer_arguments = get_layer_types_and_kwargs(config)
+    layer_types, layer_arguments = _layer_types(config)
     if not set(layer_types) & set(OWN_LAYER_TYPES):
         raise ValueError(
             f"config of {config.model_type!r} has layers of type {sorted(set(layer_types))}; accepted: at least one of "
@@ -264,6 +268,31 @@ def _make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
         else:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments))
     return layers
+
+
+def _check_formats(config: PreTrainedConfig, options: LayerOptions) -> None:
+    """Raise now what the codec would raise at the first update, where the config tells the width of keys and values."""
+    width = getattr(config, "head_dim", None)
+    if isinstance(width, int) and getattr(config, "kv_lora_rank", None) is None:
+        for side in (options.codec.keys, options.codec.values):
+            side.format(width, options.page_size, torch.float32)
+
+
+def _shares_keys(config: PreTrainedConfig) -> bool:
+    """Whether some layers read the keys and values of others."""
+    return getattr(config, "kv_sharing_modes", None) is not None or bool(getattr(config, "num_kv_shared_layers", 0))
+
+
+def _layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    """Type and constructor arguments of each layer, as transformers' own caches would have them."""
+    layer_types, arguments = get_layer_types_and_kwargs(config)
+    if isinstance(arguments, dict):  # transformers before 5.19: one set of arguments for all layers
+        common = arguments
+        arguments = [
+            {name: value for name, value in common.items() if name != "sliding_window" or "sliding" in layer_type}
+            for layer_type in layer_types
+        ]
+    return layer_types, arguments
 
 
 def _check_count(name: str, value: int, least: int) -> None:

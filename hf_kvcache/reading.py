@@ -8,7 +8,14 @@ import numpy as np
 import torch
 
 from hf_kvcache.codecs.pages import rotate
-from hf_kvcache.kernels.decode.reference import OnlineSoftmax, decode_side, dense_attention, merge
+from hf_kvcache.kernels.decode.reference import (
+    OnlineSoftmax,
+    decode_side,
+    dense_attention,
+    merge,
+    page_output,
+    page_scores,
+)
 from hf_kvcache.kernels.workspace import scratch
 from hf_kvcache.masks import Visibility
 from hf_kvcache.storage import PagedStorage
@@ -141,15 +148,14 @@ def _attend_pages(
     for chunk in chunks:
         records = chunk.reader.records().view(chunk.columns, count, -1)
         shape = (chunk.columns, count, storage.page_size)
-        keys = decode_side(layout, "keys", records, _buffer("keys", (*shape, keys_format.dim), rows.device))
-        scores = torch.matmul(rotated, keys.transpose(-1, -2))
+        scores = page_scores(layout, records, rotated, _buffer("keys", (*shape, keys_format.dim), rows.device))
         if shift is not None:
             scores += shift
         if scoring.softcap is not None:
             scores = scores.tanh_().mul_(scoring.softcap)
         _hide(scores, chunk, visibility, storage, queries)
-        values = decode_side(layout, "values", records, _buffer("values", (*shape, values_format.dim), rows.device))
-        state.add(scores, values)
+        buffer = _buffer("values", (*shape, values_format.dim), rows.device)
+        state.add(page_output(layout, records, state.weigh(scores), buffer))
     output, log_sum_exp = state.result()
     return rotate(output, values_format, inverse=True), log_sum_exp
 

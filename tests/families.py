@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -18,20 +19,29 @@ _BUILDERS: dict[str, Callable[[], PreTrainedConfig]] = {}
 
 #: Families with linear-attention layers: their states cannot be rolled back by more than what was recorded.
 RECURRENT = ("qwen3_next", "lfm2", "jamba")
-#: Families all of whose attention is sliding, or mixed.
-SLIDING = ("gemma2", "gemma3", "gpt_oss", "mistral", "gemma3n", "gemma4", "gemma3_vlm")
+#: Families that ask of a cache what another one in the list asks already.
+_ALIKE = ("llama_mha", "phi", "qwen3", "jamba", "lfm2", "gemma3n", "gemma3_vlm")
 
 
-def names(*, without: tuple[str, ...] = ()) -> list[str]:
-    """The names of all families but ``without``."""
-    return [name for name in _BUILDERS if name not in without]
+def names(*, without: tuple[str, ...] = ()) -> list[Any]:
+    """All families but ``without``, for parametrization; those that resemble another one are ``slow``."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if name in _ALIKE else name
+        for name in _BUILDERS
+        if name not in without
+    ]
+
+
+def every_name() -> list[str]:
+    """All families."""
+    return list(_BUILDERS)
 
 
 def build(name: str, attention: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of family ``name``, always with the same weights, whose config nobody else holds.
 
     Args:
-        name: one of :func:`names`.
+        name: a family, see :func:`names`.
         attention: attention implementation; the family's default if None.
         dtype: dtype of the weights.
     """

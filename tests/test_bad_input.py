@@ -102,10 +102,17 @@ def test_arguments(case: str) -> None:
     ],
 )
 def test_group_size_that_does_not_divide(model: PreTrainedModel, options: dict[str, int], message: str) -> None:
-    """Known only once the head dimension is: refused at the first update, which then holds nothing."""
-    cache = small_cache(model, "int4", **options)
+    """Refused when the cache is built, since the config tells the head dimension; the config stays unbound."""
     with pytest.raises(ValueError, match=message):
-        forward(model, prompt(20), cache)
+        small_cache(model, "int4", **options)
+    assert str(model.config._attn_implementation) != "hf_kvcache"
+
+
+def test_group_size_refused_at_the_first_update(model: PreTrainedModel) -> None:
+    """Where the config does not tell the head dimension, the first update refuses, and the cache then holds nothing."""
+    cache = small_cache(model, resolve("int4", group_size=16))
+    with pytest.raises(ValueError, match=r"group_size=16.*head_dim=24.*accepted"):
+        cache.layers[0].update(torch.randn(1, 2, 3, 24), torch.randn(1, 2, 3, 24))
     assert cache.get_seq_length() == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.families import names
+from tests.families import every_name, names
 from tests.running import (
     Generated,
     assert_packed,
@@ -32,7 +32,7 @@ def _both(model: PreTrainedModel, inputs: Any, new: int = 20, **options: Any) ->
     return ours, theirs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every_name())
 def test_greedy(model: PreTrainedModel) -> None:
     """One sequence, decoded greedily past a page boundary."""
     ours, theirs = _both(model, prompt(60))

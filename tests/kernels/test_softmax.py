@@ -39,7 +39,7 @@ def online(scores: torch.Tensor, values: torch.Tensor, cuts: list[tuple[int, int
     for start, stop, blocks in cuts:
         score_part = scores[:, :, start:stop].float().unflatten(2, (blocks, -1)).permute(2, 0, 1, 3).contiguous()
         value_part = values[:, start:stop].float().unflatten(1, (blocks, -1)).transpose(0, 1).contiguous()
-        state.add(score_part, value_part)
+        state.add(state.weigh(score_part) @ value_part)
     return state
 
 

@@ -42,6 +42,90 @@ def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch
     return out
 
 
+def page_scores(layout: PageLayout, records: torch.Tensor, query: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Dot products of queries with the keys of pages.
+
+    For few queries the scales never touch an element: those per channel fold into the query, those per token into the
+    scores, and a zero point is one more dot product.
+
+    Args:
+        layout: the layout of the records.
+        records: uint8 ``[C, rows, record_bytes]``.
+        query: float32 ``[rows, M, D]`` in the rotated basis.
+        buffer: float32 ``[C, rows, P, D]``, overwritten.
+
+    Returns:
+        float32 ``[C, rows, M, P]``.
+    """
+    fmt = layout.sides["keys"]
+    if not _folds(fmt, layout.page_size, query.shape[1]):
+        return torch.matmul(query, decode_side(layout, "keys", records, buffer).transpose(-1, -2))
+    levels, channel, token, zero = _factors(layout, "keys", records, buffer)
+    scaled = query if channel is None else query * channel
+    scores = torch.matmul(scaled, levels.transpose(-1, -2))
+    if fmt.axis == "channel":
+        if zero is not None:
+            scores += torch.matmul(query, zero.transpose(-1, -2))
+        return scores if token is None else scores.mul_(token)
+    scores.mul_(token)
+    return scores if zero is None else scores.addcmul_(scaled.sum(-1, keepdim=True), zero.transpose(-1, -2))
+
+
+def page_output(layout: PageLayout, records: torch.Tensor, weights: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of the values of each page, with the scales folded as in :func:`page_scores`.
+
+    Args:
+        layout: the layout of the records.
+        records: uint8 ``[C, rows, record_bytes]``.
+        weights: float32 ``[C, rows, M, P]``; may be overwritten.
+        buffer: float32 ``[C, rows, P, D]``, overwritten.
+
+    Returns:
+        float32 ``[C, rows, M, D]`` in the rotated basis.
+    """
+    fmt = layout.sides["values"]
+    if not _folds(fmt, layout.page_size, weights.shape[2]):
+        return torch.matmul(weights, decode_side(layout, "values", records, buffer))
+    levels, channel, token, zero = _factors(layout, "values", records, buffer)
+    if fmt.axis == "channel":
+        weights = weights if token is None else weights.mul_(token)
+        output = torch.matmul(weights, levels).mul_(channel)
+        return output if zero is None else output.addcmul_(weights.sum(-1, keepdim=True), zero)
+    shift = None if zero is None else torch.matmul(weights, zero)
+    output = torch.matmul(weights.mul_(token), levels)
+    output = output if shift is None else output.add_(shift)
+    return output if channel is None else output.mul_(channel)
+
+
+#: Queries of a row up to which folding the scales is less work than applying them to the page.
+_MOST_FOLDED_QUERIES = 32
+
+
+def _folds(fmt: SideFormat, page_size: int, queries: int) -> bool:
+    whole = fmt.group == (page_size if fmt.axis == "channel" else fmt.dim)
+    return fmt.level != "dense" and whole and queries <= _MOST_FOLDED_QUERIES
+
+
+def _factors(
+    layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Levels ``[..., P, D]``, the scale per channel ``[..., 1, D]``, that per token ``[..., 1, P]``, and the zero points.
+
+    Zero points are ``[..., 1, D]`` under axis "channel" and ``[..., P, 1]`` under axis "token".
+    """
+    fmt = layout.sides[side]
+    codes = layout.view(records, f"{side}.codes")
+    assert codes is not None
+    _decode_levels(fmt, codes, out)
+    scale, zero, other = (_float(layout.view(records, f"{side}.{name}")) for name in ("scale", "zero", "other"))
+    channel, token = (scale, other) if fmt.axis == "channel" else (other, scale)
+    return out, channel, None if token is None else token.transpose(-1, -2), zero
+
+
+def _float(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.float()
+
+
 def _grouping(fmt: SideFormat, dims: int) -> tuple[int, tuple[int, int]]:
     """The arguments that unflatten the axis whose neighbours share a scale into (groups, members)."""
     return (dims - 2 if fmt.axis == "channel" else dims - 1), (-1, fmt.group)
@@ -78,12 +162,14 @@ class OnlineSoftmax:
         self._sum = torch.zeros(rows, queries, device=device)
         self._out = torch.zeros(rows, queries, value_dim, device=device)
 
-    def add(self, scores: torch.Tensor, values: torch.Tensor) -> None:
-        """Take in ``C`` blocks of ``n`` keys.
+    def weigh(self, scores: torch.Tensor) -> torch.Tensor:
+        """Take in the scores of ``C`` blocks of ``n`` keys; their weighted values are due next, in :meth:`add`.
 
         Args:
             scores: ``[C, rows, queries, n]`` float32, ``-inf`` where masked; overwritten.
-            values: ``[C, rows, n, value_dim]`` float32, finite also where masked.
+
+        Returns:
+            The weights of the values, in place of the scores.
         """
         peak = torch.maximum(self._max, scores.amax((0, 3)))
         # A query that has seen no visible key yet keeps a maximum of -inf, and -inf - -inf is not a number.
@@ -91,9 +177,13 @@ class OnlineSoftmax:
         probs = scores.sub_(shift[None, :, :, None]).exp_()
         decay = (self._max - shift).exp_()
         self._sum.mul_(decay).add_(probs.sum((0, 3)))
-        update = torch.matmul(probs, values)
-        self._out.mul_(decay.unsqueeze(-1)).add_(update.sum(0) if update.shape[0] > 1 else update[0])
+        self._out.mul_(decay.unsqueeze(-1))
         self._max = peak
+        return probs
+
+    def add(self, weighted: torch.Tensor) -> None:
+        """Take in the weighted values of the blocks, ``[C, rows, queries, value_dim]`` float32."""
+        self._out.add_(weighted.sum(0) if weighted.shape[0] > 1 else weighted[0])
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The attention output ``[rows, queries, value_dim]`` and the log-sum-exp ``[rows, queries]``.
