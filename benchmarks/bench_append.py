@@ -2,10 +2,10 @@
 
     python benchmarks/bench_append.py
 
-One layer of SmolLM2's shape (9 query heads, 3 KV heads, head_dim 64, float32). *append* is ``update`` and storing, packing
-included, averaged over ``page_size`` tokens so that exactly one page per head is packed; *DynamicCache* is its ``update``,
-which copies all it holds. *read* adds attention, which has to read what is held. Both sides run in one process, taking
-turns; medians.
+One layer of SmolLM2's shape (9 query heads, 3 KV heads, head_dim 64, float32). *append* is ``update`` and storing,
+packing included, averaged over ``page_size`` tokens so that exactly one page per head is packed; *DynamicCache* is its
+``update``, which copies all it holds. *read* adds attention, which has to read what is held. Both sides run in one
+process, taking turns; medians.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ _POOR = 0.75
 def unbiased_gain(x: torch.Tensor, approximation: torch.Tensor) -> torch.Tensor:
     """The factor per token that makes ``<x, factor * approximation>`` equal ``<x, x>``.
 
-    Where the approximation is poor that factor would blow up its error, so below a cosine of 0.75 it falls off again, in
-    proportion to the factor of least squares: no token is ever worse off than at zero.
+    Where the approximation is poor that factor would blow up its error, so below a cosine of 0.75 it falls off again,
+    in proportion to the factor of least squares: no token is ever worse off than at zero.
 
     Args:
         x: ``[N, P, D]``.

@@ -67,6 +67,7 @@ def page_scores(layout: PageLayout, records: torch.Tensor, query: torch.Tensor, 
         if zero is not None:
             scores += torch.matmul(query, zero.transpose(-1, -2))
         return scores if token is None else scores.mul_(token)
+    assert token is not None
     scores.mul_(token)
     return scores if zero is None else scores.addcmul_(scaled.sum(-1, keepdim=True), zero.transpose(-1, -2))
 
@@ -88,9 +89,11 @@ def page_output(layout: PageLayout, records: torch.Tensor, weights: torch.Tensor
         return torch.matmul(weights, decode_side(layout, "values", records, buffer))
     levels, channel, token, zero = _factors(layout, "values", records, buffer)
     if fmt.axis == "channel":
+        assert channel is not None
         weights = weights if token is None else weights.mul_(token)
         output = torch.matmul(weights, levels).mul_(channel)
         return output if zero is None else output.addcmul_(weights.sum(-1, keepdim=True), zero)
+    assert token is not None
     shift = None if zero is None else torch.matmul(weights, zero)
     output = torch.matmul(weights.mul_(token), levels)
     output = output if shift is None else output.add_(shift)
@@ -109,7 +112,7 @@ def _folds(fmt: SideFormat, page_size: int, queries: int) -> bool:
 def _factors(
     layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Levels ``[..., P, D]``, the scale per channel ``[..., 1, D]``, that per token ``[..., 1, P]``, and the zero points.
+    """Levels ``[..., P, D]``, the scale per channel ``[..., 1, D]``, that per token ``[..., 1, P]``, and zero points.
 
     Zero points are ``[..., 1, D]`` under axis "channel" and ``[..., P, 1]`` under axis "token".
     """
