@@ -272,8 +272,10 @@ def _make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
 
 def _check_formats(config: PreTrainedConfig, options: LayerOptions) -> None:
     """Raise now what the codec would raise at the first update, where the config tells the width of keys and values."""
-    width = getattr(config, "head_dim", None)
-    if isinstance(width, int) and getattr(config, "kv_lora_rank", None) is None:
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return  # latents are cached, not heads
+    widths = {getattr(layer, "head_dim", None) for layer in getattr(config, "per_layer_config", [config])}
+    for width in widths - {None}:
         for side in (options.codec.keys, options.codec.values):
             side.format(width, options.page_size, torch.float32)
 

@@ -16,7 +16,7 @@ _CODECS: dict[str, type[Codec]] = {}
 _CodecType = TypeVar("_CodecType", bound=type[Codec])
 
 #: The best measured codec for the bits asked, which ``codec="auto"`` takes; the README's table shows the measurements.
-BEST_MEASURED = {8: "int", 4: "rotated", 3: "unbiased", 2: "unbiased", 1: "unbiased"}
+BEST_MEASURED = {8: "rotated", 4: "unbiased", 3: "unbiased", 2: "unbiased", 1: "unbiased"}
 
 
 def register(name: str) -> Callable[[_CodecType], _CodecType]:
