@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -165,7 +166,7 @@ def main() -> None:
     model, tokenizer = load_default_model(args.model)
     windows, name = load_windows(tokenizer, args)
     results = []
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     with Progress(console=console, transient=True) as progress:
         overall = progress.add_task("caches", total=len(specs) + 1)
         full = [

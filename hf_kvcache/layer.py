@@ -14,8 +14,9 @@ from transformers.utils import logging
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.handle import KVHandle
+from hf_kvcache.incoming import NewTokens, check_update, dense_tokens
 from hf_kvcache.masks import Padding, Visibility, padding_of, valid_on_diagonal
-from hf_kvcache.reading import DenseTokens, Scoring, attend, dense_side
+from hf_kvcache.reading import Scoring, attend, dense_side
 from hf_kvcache.storage import PagedStorage
 
 logger = logging.get_logger(__name__)
@@ -45,21 +46,6 @@ class LayerOptions:
     deferred: bool
 
 
-@dataclass
-class _NewTokens:
-    """The tokens of the latest update, ``[B, Hkv, T, D]``, until attention has seen them."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    position: int
-    valid: np.ndarray | None = None  # bool [B, T], False for padding; None if all are real
-    stored: bool = False
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[2]
-
-
 class KVCacheLayer(CacheLayerMixin):
     """One attention layer's cache.
 
@@ -84,7 +70,7 @@ class KVCacheLayer(CacheLayerMixin):
         self._seen = 0
         self._unconfirmed = 0
         self._kept_from = 0  # tokens before this position may be gone (sliding windows)
-        self._new: _NewTokens | None = None
+        self._new: NewTokens | None = None
 
     def __repr__(self) -> str:
         window = f", sliding_window={self.sliding_window}" if self.is_sliding else ""
@@ -112,12 +98,12 @@ class KVCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: if the tensors do not go with each other or with what the layer holds.
         """
-        self._check_update(key_states, value_states)
+        check_update(self.index, self.storage, key_states, value_states, self.options.validate)
         self.settle()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         # Stored tensors never carry gradients: the cache is for inference.
-        self._new = _NewTokens(key_states.detach(), value_states.detach(), self._seen)
+        self._new = NewTokens(key_states.detach(), value_states.detach(), self._seen)
         self._seen += key_states.shape[2]
         self._unconfirmed += key_states.shape[2] if self.record_past else 0
         self.version += 1
@@ -270,7 +256,7 @@ class KVCacheLayer(CacheLayerMixin):
             attend(
                 storage,
                 query if len(segments) == 1 else query[:, :, queries.start - skip : queries.stop - skip],
-                _dense_tokens(storage, new, visibility, ahead, queries),
+                dense_tokens(storage, new, visibility, ahead, queries),
                 visibility if len(segments) == 1 else visibility.part(slice(queries.start - skip, queries.stop - skip)),
                 scoring,
                 pages + ahead,
@@ -351,7 +337,7 @@ class KVCacheLayer(CacheLayerMixin):
 
     # -- internals ------------------------------------------------------------------------------------------------
 
-    def _latest(self) -> tuple[_NewTokens, PagedStorage]:
+    def _latest(self) -> tuple[NewTokens, PagedStorage]:
         if self._new is None or self.storage is None:
             raise RuntimeError(
                 f"layer {self.index}: attention was already computed for the latest update. A model whose layers share "
@@ -359,7 +345,7 @@ class KVCacheLayer(CacheLayerMixin):
             )
         return self._new, self.storage
 
-    def _note_padding(self, new: _NewTokens, attention_mask: torch.Tensor | None) -> Padding | None:
+    def _note_padding(self, new: NewTokens, attention_mask: torch.Tensor | None) -> Padding | None:
         padding = padding_of(attention_mask, new.position, new.length)
         if padding is not None:
             new.valid = padding.valid
@@ -368,7 +354,7 @@ class KVCacheLayer(CacheLayerMixin):
         return padding
 
     def _visibility(
-        self, new: _NewTokens, storage: PagedStorage, attention_mask: torch.Tensor | None, causal: bool, skip: int
+        self, new: NewTokens, storage: PagedStorage, attention_mask: torch.Tensor | None, causal: bool, skip: int
     ) -> Visibility:
         padding = None if skip else self._note_padding(new, attention_mask)
         mask = attention_mask
@@ -385,14 +371,14 @@ class KVCacheLayer(CacheLayerMixin):
             window=self.sliding_window,
         )
 
-    def _held(self, new: _NewTokens, storage: PagedStorage) -> np.ndarray:
+    def _held(self, new: NewTokens, storage: PagedStorage) -> np.ndarray:
         """Real tokens that each sequence held before the latest update."""
         held = storage.tokens()
         if new.stored:
             held = held - (1 if new.valid is None else new.valid[:, 0])
         return held
 
-    def _segments(self, new: _NewTokens, storage: PagedStorage) -> list[tuple[slice, int]]:
+    def _segments(self, new: NewTokens, storage: PagedStorage) -> list[tuple[slice, int]]:
         """The queries in runs that see the same pages, each with the number of pages packed ahead that it sees.
 
         While tokens may be rolled back, a token is to see what it would have seen in plain decoding: a page from the
@@ -425,55 +411,3 @@ class KVCacheLayer(CacheLayerMixin):
     def _visible_length(self, new: int) -> int:
         """Keys shown to the queries of the last ``new`` tokens seen."""
         return self._seen - self._window_start(self._seen - new)
-
-    def _check_update(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        shapes = f"key_states {tuple(keys.shape)}, value_states {tuple(values.shape)}"
-        if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] == 0:
-            raise ValueError(f"{shapes}: accepted: [batch, heads, tokens, dim], alike but for dim, at least one token")
-        if keys.dtype != values.dtype or not keys.is_floating_point():
-            raise ValueError(f"key_states {keys.dtype}, value_states {values.dtype}: accepted: one floating dtype")
-        if self.storage is not None:
-            held = self.storage.dense
-            for name, new, old in (("key_states", keys, held.keys), ("value_states", values, held.values)):
-                if new.shape[:2] != old.shape[:2] or new.shape[3] != old.shape[3] or new.dtype != old.dtype:
-                    raise ValueError(
-                        f"{name} {list(new.shape)} {new.dtype} does not go with what layer {self.index} holds: "
-                        f"batch {old.shape[0]}, {old.shape[1]} heads, dim {old.shape[3]}, {old.dtype}. Call reset(), "
-                        "or use a cache of its own for each batch and model."
-                    )
-                if new.device != old.device:
-                    raise ValueError(f"{name} is on {new.device}, layer {self.index} holds {old.device}")
-        if self.options.validate:
-            for name, states in (("key_states", keys), ("value_states", values)):
-                if not bool(states.isfinite().all()):
-                    raise ValueError(f"{name} of layer {self.index} holds NaN or infinity")
-
-
-def _dense_tokens(
-    storage: PagedStorage, new: _NewTokens, visibility: Visibility, ahead: int, queries: slice
-) -> DenseTokens:
-    """The full-precision tokens that the queries may see: the dense buffer, then the new tokens if not yet in it."""
-    buffer, held = storage.dense, storage.dense.longest
-    keys, values = buffer.keys[:, :, :held], buffer.values[:, :, :held]
-    positions, fresh = buffer.positions[:, :held], 0
-    if not new.stored:
-        fresh = queries.stop
-        new_keys, new_values = new.keys[:, :, :fresh], new.values[:, :, :fresh]
-        keys = torch.cat([keys, new_keys], 2) if held else new_keys
-        values = torch.cat([values, new_values], 2) if held else new_values
-        at = np.broadcast_to(np.arange(new.position, new.position + fresh), (storage.batch, fresh))
-        positions = np.concatenate([positions, at], 1)
-    ragged = buffer.uniform_length is None or (fresh and new.valid is not None)
-    if not ragged and not ahead and not fresh and visibility.sees_all(int(positions[:, 0].min())):
-        return DenseTokens(keys, values, None, None)
-    unused = None
-    if ragged or ahead:
-        slots = np.arange(held)
-        hidden = slots >= buffer.lengths[:, None]
-        first = storage.sink_length
-        hidden |= (slots >= first) & (slots < first + ahead * storage.page_size)
-        if fresh:
-            padding = np.zeros((storage.batch, fresh), bool) if new.valid is None else ~new.valid[:, :fresh]
-            hidden = np.concatenate([hidden, padding], 1)
-        unused = torch.from_numpy(hidden).to(storage.device).unsqueeze(1)
-    return DenseTokens(keys, values, torch.from_numpy(positions).to(storage.device).unsqueeze(1), unused)

@@ -13,6 +13,7 @@ from hf_kvcache.storage.chunks import PageChunk, build_chunks
 from hf_kvcache.storage.dense import DenseBuffer
 from hf_kvcache.storage.integrity import IntegrityError
 from hf_kvcache.storage.pool import PagePool
+from hf_kvcache.storage.saving import export_pages, import_pages
 from hf_kvcache.storage.table import PageTable
 
 #: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
@@ -224,24 +225,8 @@ class PagedStorage:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The contents as tensors: each page once, the table as indices into them, and the dense tokens."""
-        ids, counts, first = self.table.export()
-        unique, index = np.unique(ids[ids >= 0], return_inverse=True)
-        table = np.full_like(ids, -1)
-        table[ids >= 0] = index
-        scattered = [
-            (i, self.pool.positions[page]) for i, page in enumerate(unique.tolist()) if page in self.pool.positions
-        ]
         held = self.dense.longest
-        records = self.pool.reader(unique).records().clone() if len(unique) else None
-        state = {
-            "records": torch.empty(0, self.layout.record_bytes, dtype=torch.uint8) if records is None else records,
-            "table": torch.from_numpy(table),
-            "counts": torch.from_numpy(counts),
-            "first": torch.from_numpy(first),
-            "scattered": torch.tensor([i for i, _ in scattered], dtype=torch.int64),
-            "positions": torch.from_numpy(
-                np.array([p for _, p in scattered], dtype=np.int64).reshape(-1, self.page_size)
-            ),
+        state = export_pages(self.table) | {
             "ahead": torch.tensor(self.ahead),
             "dense.keys": self.dense.keys[:, :, :held].clone(),
             "dense.values": self.dense.values[:, :, :held].clone(),
@@ -255,14 +240,7 @@ class PagedStorage:
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Fill a fresh storage with what :meth:`state` returned."""
-        table = state["table"].numpy()
-        ids = self.pool.allocate(len(state["records"]))
-        if len(ids):
-            self.pool.write(ids, state["records"].to(self.device))
-        cells = np.where(table >= 0, ids[table] if len(ids) else table, -1)
-        self.table.restore(cells, state["counts"].numpy(), state["first"].numpy())
-        for index, positions in zip(state["scattered"].tolist(), state["positions"].numpy(), strict=True):
-            self.pool.positions[int(ids[index])] = positions.copy()
+        import_pages(self.table, state)
         self.ahead = int(state["ahead"])
         keys, values = state["dense.keys"].to(self.device), state["dense.values"].to(self.device)
         self.dense.store(slice(None), keys, values, state["dense.positions"].numpy())

@@ -8,6 +8,7 @@ import torch
 
 from hf_kvcache.kernels.pack import unpack_bits
 from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.workspace import scratch
 
 
 def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -138,8 +139,8 @@ def _decode_levels(fmt: SideFormat, codes: torch.Tensor, out: torch.Tensor) -> N
     if fmt.level == "float8":
         out.copy_(codes.view(torch.float8_e4m3fn))
     elif fmt.level == "table":
-        codes_unpacked = unpack_bits(codes, fmt.bits, torch.empty(out.shape, dtype=torch.int32, device=out.device))
-        torch.index_select(_table(fmt.table, out.dtype, out.device), 0, codes_unpacked.flatten(), out=out.view(-1))
+        index = unpack_bits(codes, fmt.bits, scratch("codes", tuple(out.shape), torch.int32, out.device))
+        torch.index_select(_table(fmt.table, out.dtype, out.device), 0, index.view(-1), out=out.view(-1))
     else:
         unpack_bits(codes, fmt.bits, out)
 

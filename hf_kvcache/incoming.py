@@ -1,0 +1,91 @@
+"""New tokens: their check, and their place beside the tokens held until attention has seen them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hf_kvcache.masks import Visibility
+from hf_kvcache.reading import DenseTokens
+from hf_kvcache.storage import PagedStorage
+
+
+@dataclass
+class NewTokens:
+    """The tokens of the latest update, ``[B, Hkv, T, D]``, until attention has seen them."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    position: int
+    valid: np.ndarray | None = None  # bool [B, T], False for padding; None if all are real
+    stored: bool = False
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+
+def check_update(
+    index: int, storage: PagedStorage | None, keys: torch.Tensor, values: torch.Tensor, finite: bool
+) -> None:
+    """Raise ValueError unless new keys and values go with each other and with what layer ``index`` holds.
+
+    Args:
+        index: number of the layer.
+        storage: what it holds; None before the first update.
+        keys: ``[B, Hkv, T, Dk]``.
+        values: ``[B, Hkv, T, Dv]``.
+        finite: whether to look for NaN and infinity too.
+    """
+    shapes = f"key_states {tuple(keys.shape)}, value_states {tuple(values.shape)}"
+    if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] == 0:
+        raise ValueError(f"{shapes}: accepted: [batch, heads, tokens, dim], alike but for dim, at least one token")
+    if keys.dtype != values.dtype or not keys.is_floating_point():
+        raise ValueError(f"key_states {keys.dtype}, value_states {values.dtype}: accepted: one floating dtype")
+    if storage is not None:
+        held = storage.dense
+        for name, new, old in (("key_states", keys, held.keys), ("value_states", values, held.values)):
+            if new.shape[:2] != old.shape[:2] or new.shape[3] != old.shape[3] or new.dtype != old.dtype:
+                raise ValueError(
+                    f"{name} {list(new.shape)} {new.dtype} does not go with what layer {index} holds: "
+                    f"batch {old.shape[0]}, {old.shape[1]} heads, dim {old.shape[3]}, {old.dtype}. Call reset(), "
+                    "or use a cache of its own for each batch and model."
+                )
+            if new.device != old.device:
+                raise ValueError(f"{name} is on {new.device}, layer {index} holds {old.device}")
+    if finite:
+        for name, states in (("key_states", keys), ("value_states", values)):
+            if not bool(states.isfinite().all()):
+                raise ValueError(f"{name} of layer {index} holds NaN or infinity")
+
+
+def dense_tokens(
+    storage: PagedStorage, new: NewTokens, visibility: Visibility, ahead: int, queries: slice
+) -> DenseTokens:
+    """The full-precision tokens that the queries may see: the dense buffer, then the new tokens if not yet in it."""
+    buffer, held = storage.dense, storage.dense.longest
+    keys, values = buffer.keys[:, :, :held], buffer.values[:, :, :held]
+    positions, fresh = buffer.positions[:, :held], 0
+    if not new.stored:
+        fresh = queries.stop
+        new_keys, new_values = new.keys[:, :, :fresh], new.values[:, :, :fresh]
+        keys = torch.cat([keys, new_keys], 2) if held else new_keys
+        values = torch.cat([values, new_values], 2) if held else new_values
+        at = np.broadcast_to(np.arange(new.position, new.position + fresh), (storage.batch, fresh))
+        positions = np.concatenate([positions, at], 1)
+    ragged = buffer.uniform_length is None or (fresh and new.valid is not None)
+    if not ragged and not ahead and not fresh and visibility.sees_all(int(positions[:, 0].min())):
+        return DenseTokens(keys, values, None, None)
+    unused = None
+    if ragged or ahead:
+        slots = np.arange(held)
+        hidden = slots >= buffer.lengths[:, None]
+        first = storage.sink_length
+        hidden |= (slots >= first) & (slots < first + ahead * storage.page_size)
+        if fresh:
+            padding = np.zeros((storage.batch, fresh), bool) if new.valid is None else ~new.valid[:, :fresh]
+            hidden = np.concatenate([hidden, padding], 1)
+        unused = torch.from_numpy(hidden).to(storage.device).unsqueeze(1)
+    return DenseTokens(keys, values, torch.from_numpy(positions).to(storage.device).unsqueeze(1), unused)
