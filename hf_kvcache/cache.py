@@ -101,6 +101,7 @@ class KVCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens of every sequence; each layer is asked before one is changed."""
+        tokens_to_remove = int(tokens_to_remove)  # older versions of transformers pass a tensor
         for layer in self.own_layers:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)

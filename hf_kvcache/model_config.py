@@ -71,7 +71,7 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
     layers: list[Any] = []
     for index, (layer_type, arguments) in enumerate(zip(layer_types, layer_arguments, strict=True)):
         if layer_type in OWN_LAYER_TYPES:
-            layers.append(KVCacheLayer(index, options, **arguments))
+            layers.append(KVCacheLayer(index, options, arguments.get("sliding_window")))
         else:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments))
     return layers
