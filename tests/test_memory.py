@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
-from hf_kvcache import KVCache
+from hf_kvcache import KVCache, QuantizedKVCache
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.pool import PagePool
 from tests.running import (
@@ -177,3 +177,21 @@ def test_printed(model: PreTrainedModel) -> None:
     for word in ("codes", "scales", "sinks", "tail", "total", "bfloat16 DynamicCache", "bits per packed element"):
         assert word in text
     assert "codes" in str(cache.memory().layers[0])
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.31), (3, 0.25), (2, 0.19)])
+@pytest.mark.parametrize("step", [8192, 1000], ids=["at once", "in blocks"])
+def test_share_of_a_bfloat16_cache(bits: int, most: float, step: int) -> None:
+    """At 8,192 tokens in bfloat16 and SmolLM2's shape, slack included, the default codecs keep to what is promised."""
+    config = LlamaConfig(
+        hidden_size=576, num_hidden_layers=1, num_attention_heads=9, num_key_value_heads=3, head_dim=64
+    )
+    cache = QuantizedKVCache(config, bits=bits)
+    for start in range(0, 8192, step):
+        new = torch.randn(1, 3, min(step, 8192 - start), 64, dtype=torch.bfloat16)
+        cache.update(new, new, 0)
+        cache.layers[0].settle()
+    report = cache.memory()
+    assert report.full_bf16 == 8192 * 3 * 64 * 2 * 2
+    assert report.ratio_bf16 < most
+    assert bits < report.bits_per_element <= bits + 0.5
