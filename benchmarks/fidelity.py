@@ -32,7 +32,10 @@ from hf_kvcache import KVCache, QuantizedKVCache
 from hf_kvcache.models import load_default_model
 
 PEERS = ("hqq", "quanto", "peer-fp8")
-OURS = "int8,fp8,rotated8,int4,rotated4,rotated4:key_axis=token,kvarn4,turboquant4,int3,kvarn3,int2,kvarn2"
+OURS = (
+    "rotated8,int8,fp8,unbiased4,kvarn4,rotated4,rotated4:key_axis=token,int4,turboquant4,"
+    "unbiased3,kvarn3,int3,unbiased2,kvarn2,int2"
+)
 
 
 @dataclass
