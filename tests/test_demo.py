@@ -1,0 +1,65 @@
+"""The demo and the command line, on a tiny model."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import PreTrainedModel
+
+from hf_kvcache import codecs
+from hf_kvcache.cli import main
+from hf_kvcache.demo import FULL, build_table, build_texts, mean_kl, measure, top1_agreement
+from tests.running import prompt
+
+
+class _Tokenizer:
+    """Spells a token as its number."""
+
+    def decode(self, tokens: torch.Tensor, **_: object) -> str:
+        return " ".join(str(token) for token in tokens.tolist())
+
+
+def test_measure(model: PreTrainedModel) -> None:
+    """Every cache is compared with the full one; dense pages agree with it, fewer bits hold less and differ more."""
+    with Progress(console=Console(quiet=True)) as progress, torch.no_grad():
+        rows = measure(model, _Tokenizer(), prompt(600), ["none", "8-bit", "2-bit"], 6, progress)
+    full, dense, eight, two = rows
+    assert [row.name for row in rows] == [FULL, "none", "8-bit", "2-bit"]
+    assert full.bytes_held > 0 and full.ratio == 1 and full.kl == 0
+    assert dense.kl < 1e-9 and dense.agreement == 1 and dense.text == full.text
+    assert 0 < eight.kl < two.kl
+    assert two.bytes_held < eight.bytes_held < dense.bytes_held
+    console = Console(width=100, file=io.StringIO())
+    console.print(build_table(rows), build_texts(rows))
+    assert "2-bit" in console.file.getvalue()
+
+
+def test_comparison_by_hand() -> None:
+    """KL and agreement of two distributions over two tokens, worked out on paper."""
+    full, other = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 3.0]]).exp().log()
+    probability = 1 / (1 + torch.tensor(3.0).exp())
+    expected = 0.5 * (0.5 / probability).log() + 0.5 * (0.5 / (1 - probability)).log()
+    assert mean_kl(full, other) == pytest.approx(expected.item(), rel=1e-6)
+    assert top1_agreement(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]])) == 0.5
+
+
+def test_info_lists_the_codecs(capsys: pytest.CaptureFixture[str]) -> None:
+    """``hf-kvcache info`` names every registered codec."""
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in codecs.available())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--caches", "5-bit"], "5-bit.*accepted"), (["--max-new-tokens", "0"], "max_new_tokens.*0")],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cache or a length that does not exist is refused before a model is loaded."""
+    assert main(["demo", *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
