@@ -12,6 +12,9 @@ PARTS = ("codes", "scales", "sinks", "tail", "tables", "other", "slack")
 class MemoryReport:
     """Bytes of a cache or of one of its layers.
 
+    Not counted: the scratch memory in which chunks are decoded, a few MiB a thread that all caches share, and the
+    pool's own bookkeeping, a few bytes a page.
+
     Attributes:
         parts: bytes by part: packed ``codes``, their ``scales`` (zero points included), full-precision ``sinks`` and
             ``tail``, host-side ``tables``, ``other`` (states of layers that are transformers' own), and ``slack``
