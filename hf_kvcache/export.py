@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_kvcache.codecs import Codec
 from hf_kvcache.layer import KVCacheLayer
 
 if TYPE_CHECKING:
@@ -62,11 +63,16 @@ def _settings(cache: KVCache) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "model_type": cache.config.model_type,
-        "codec": repr(options.codec),
+        "codec": _describe(options.codec),
         "sink_length": options.sink_length,
         "tail_length": options.tail_length,
         "page_size": options.page_size,
     }
+
+
+def _describe(codec: Codec) -> str:
+    """The codec with all that its pages depend on; its repr leaves out options such as the group size."""
+    return f"{codec.name} keys={vars(codec.keys)} values={vars(codec.values)}"
 
 
 def _encode_meta(meta: dict[str, Any]) -> torch.Tensor:

@@ -73,6 +73,18 @@ def test_other_settings_are_refused(model: PreTrainedModel, options: dict[str, o
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [("turboquant4", {"center": True}), ("int4", {"group_size": 8}), ("rotated4", {"key_axis": "token"})],
+)
+def test_other_codec_options_are_refused(model: PreTrainedModel, codec: str, options: dict[str, object]) -> None:
+    """Pages of the same codec with other options would decode to something else: the state is refused."""
+    state = _filled(model, codec)[0].state_dict()
+    cache = KVCache(model.config, codec, **PAGES, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="codec"):
+        cache.load_state_dict(state)
+
+
 def test_foreign_state_is_refused(model: PreTrainedModel) -> None:
     """A dictionary that no cache made names what is missing."""
     with pytest.raises(ValueError, match="meta"):
