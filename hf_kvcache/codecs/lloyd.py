@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 from functools import lru_cache
 from math import erf, exp, inf, pi, sqrt
+from typing import Any
 
 import torch
+
+from hf_kvcache.codecs.base import check_packable
+from hf_kvcache.kernels.page import SideFormat
 
 
 @lru_cache(maxsize=8)
@@ -22,6 +26,12 @@ def normal_levels(bits: int) -> tuple[float, ...]:
         if change < 1e-12:
             break
     return tuple(levels)
+
+
+def normal_format(dim: int, bits: int, **constants: Any) -> SideFormat:
+    """The format of a side whose codes stand for these levels; ``constants`` are the rest of :class:`SideFormat`."""
+    check_packable(bits, dim)
+    return SideFormat(dim, bits, level="table", table=normal_levels(bits), **constants)
 
 
 #: Cells of the lookup grid per unit, and where it ends; beyond lies nothing but the outermost levels.

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.codecs.base import Codec, Encoded, SideCodec, check_packable, round_scale
-from hf_kvcache.codecs.lloyd import nearest_level, normal_levels
+from hf_kvcache.codecs.base import Codec, Encoded, SideCodec, round_scale
+from hf_kvcache.codecs.lloyd import nearest_level, normal_format
 from hf_kvcache.codecs.registry import register
 from hf_kvcache.kernels.page import SideFormat
 
@@ -51,17 +51,14 @@ class UnbiasedKeys(SideCodec):
         self.bits = bits
 
     def format(self, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:
-        check_packable(self.bits, dim)
-        return SideFormat(
+        return normal_format(
             dim,
             self.bits,
-            level="table",
             axis="channel",
             group=page_size,
             other=True,
             rotation="hadamard",
             centered=True,
-            table=normal_levels(self.bits),
         )
 
     def encode(self, x: torch.Tensor) -> Encoded:
@@ -92,16 +89,13 @@ class UnbiasedValues(SideCodec):
         self.bits = bits
 
     def format(self, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:
-        check_packable(self.bits, dim)
-        return SideFormat(
+        return normal_format(
             dim,
             self.bits,
-            level="table",
             axis="token",
             group=dim,
             zero=False,
             rotation="signed_hadamard",
-            table=normal_levels(self.bits),
         )
 
     def encode(self, x: torch.Tensor) -> Encoded:
