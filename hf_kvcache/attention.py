@@ -12,8 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_kvcache.binding import IMPLEMENTATION, previous_implementation
 from hf_kvcache.handle import KVHandle
+from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.masks import mask_function
-from hf_kvcache.reading import Scoring
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hf_kvcache.masks import Visibility
-from hf_kvcache.reading import DenseTokens
+from hf_kvcache.kernels.inputs import DenseTokens
+from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.storage import PagedStorage
 
 
@@ -87,5 +87,5 @@ def dense_tokens(
         if fresh:
             padding = np.zeros((storage.batch, fresh), bool) if new.valid is None else ~new.valid[:, :fresh]
             hidden = np.concatenate([hidden, padding], 1)
-        unused = torch.from_numpy(hidden).to(storage.device).unsqueeze(1)
-    return DenseTokens(keys, values, torch.from_numpy(positions).to(storage.device).unsqueeze(1), unused)
+        unused = torch.from_numpy(hidden).to(storage.device)
+    return DenseTokens(keys, values, torch.from_numpy(positions).to(storage.device), unused)

@@ -15,8 +15,11 @@ from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.handle import KVHandle
 from hf_kvcache.incoming import NewTokens, check_update, dense_tokens
-from hf_kvcache.masks import Padding, Visibility, padding_of, valid_on_diagonal
-from hf_kvcache.reading import Scoring, attend, dense_side
+from hf_kvcache.kernels.attention import attend
+from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.masks import Padding, padding_of, valid_on_diagonal
+from hf_kvcache.reading import dense_side
 from hf_kvcache.storage import PagedStorage
 
 logger = logging.get_logger(__name__)
@@ -254,13 +257,12 @@ class KVCacheLayer(CacheLayerMixin):
         pages = storage.table.columns - storage.ahead
         outputs = [
             attend(
-                storage,
                 query if len(segments) == 1 else query[:, :, queries.start - skip : queries.stop - skip],
+                storage.pages(pages + ahead),
                 dense_tokens(storage, new, visibility, ahead, queries),
                 visibility if len(segments) == 1 else visibility.part(slice(queries.start - skip, queries.stop - skip)),
                 scoring,
-                pages + ahead,
-            )
+            ).output
             for queries, ahead in segments
         ]
         if not self.options.deferred:

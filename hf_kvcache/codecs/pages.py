@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.codecs.base import Codec, Encoded, SideCodec
-from hf_kvcache.kernels.hadamard import rotation_matrix
+from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.pack import pack_bits
-from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.page import PageLayout
 
 
 class PageEncoder:
@@ -70,11 +70,3 @@ class PageEncoder:
         field = self.layout.view(records, name)
         assert field is not None and field.shape == array.shape, (name, array.shape)
         field.copy_(array)
-
-
-def rotate(x: torch.Tensor, fmt: SideFormat, inverse: bool = False) -> torch.Tensor:
-    """``x [..., D]`` in the rotated basis of ``fmt``, or back from it."""
-    matrix = rotation_matrix(fmt.dim, fmt.rotation, x.dtype, x.device)
-    if matrix is None:
-        return x
-    return x @ (matrix.T if inverse else matrix)

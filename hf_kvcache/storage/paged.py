@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_kvcache.codecs.pages import PageEncoder, rotate
-from hf_kvcache.storage.chunks import PageChunk, build_chunks
+from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.kernels.hadamard import rotate
+from hf_kvcache.kernels.inputs import Pages
 from hf_kvcache.storage.dense import DenseBuffer
 from hf_kvcache.storage.integrity import IntegrityError
 from hf_kvcache.storage.pool import PagePool
@@ -55,7 +56,7 @@ class PagedStorage:
         self._center_known = np.zeros(self.batch, dtype=bool)
         if encoder.centered:
             self.center = torch.zeros(self.batch, self.heads, keys.shape[3], device=keys.device)
-        self._chunks: list[PageChunk] | None = None
+        self._pages: Pages | None = None
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ class PagedStorage:
         self.settle_ahead()
         self.table.truncate_from(position)
         self._center_known &= self._row_pages() > 0
-        self._chunks = None
+        self._pages = None
 
     def settle_ahead(self) -> None:
         """Keep the pages encoded ahead that are due by now, and their tokens only there; forget the others."""
@@ -141,12 +142,12 @@ class PagedStorage:
         if keep:
             self.dense.drop_oldest(np.arange(self.batch), keep * self.page_size)
         self.ahead = 0
-        self._chunks = None
+        self._pages = None
 
     def drop_before(self, position: int) -> None:
         """Forget leading pages whose tokens all stand before ``position`` (sliding windows)."""
         if self.table.drop_before(position):
-            self._chunks = None
+            self._pages = None
 
     @torch.inference_mode(False)
     def select(self, rows: np.ndarray) -> None:
@@ -157,7 +158,7 @@ class PagedStorage:
             self.center = self.center[torch.from_numpy(rows).to(self.device)]
         self._center_known = self._center_known[rows]
         self.batch = len(rows)
-        self._chunks = None
+        self._pages = None
 
     @torch.inference_mode(False)
     def fork(self) -> PagedStorage:
@@ -167,18 +168,22 @@ class PagedStorage:
         other.table, other.dense = self.table.fork(), self.dense.fork()
         other._center_known = self._center_known.copy()
         other.center = None if self.center is None else self.center.clone()
-        other._chunks = None
+        other._pages = None
         return other
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def chunks(self, columns: int | None = None) -> list[PageChunk]:
-        """The pages, column by column, in chunks; without argument those of all columns, prepared once."""
-        if columns is not None and columns < self.table.columns:
-            return build_chunks(self.table, self.page_size, columns, self.device)
-        if self._chunks is None:
-            self._chunks = build_chunks(self.table, self.page_size, self.table.columns, self.device)
-        return self._chunks
+    def pages(self, columns: int | None = None) -> Pages | None:
+        """The pages as kernels read them, or the first so many columns of them; None if there are none."""
+        if self.table.columns == 0 or columns == 0:
+            return None
+        if self._pages is None:
+            addresses, counts, first = self.table.arrays(self.table.columns)
+            center = None if self.center is None else self.center.flatten(0, 1)
+            scattered = self.table.scattered()
+            slabs = self.pool.slabs()
+            self._pages = Pages(self.layout, slabs, addresses, counts, first, scattered, center, self.heads)
+        return self._pages if columns is None else self._pages.until(columns)
 
     def tokens(self) -> np.ndarray:
         """Real tokens held by each sequence."""
@@ -208,13 +213,12 @@ class PagedStorage:
         padding = self.layout.record_bytes - self.layout.code_bytes - self.layout.scale_bytes
         unused = (self.batch * self.dense.capacity - sinks - tail) * slot
         center = 0 if self.center is None else self.center.numel() * self.center.element_size()
-        chunks = sum(chunk.nbytes for chunk in self._chunks or ())
         return {
             "codes": pages * self.layout.code_bytes,
             "scales": pages * self.layout.scale_bytes,
             "sinks": sinks * slot,
             "tail": tail * slot,
-            "tables": self.table.nbytes + self.dense.positions.nbytes + self.dense.lengths.nbytes + center + chunks,
+            "tables": self.table.nbytes + self.dense.positions.nbytes + self.dense.lengths.nbytes + center,
             "slack": pages * padding + self.pool.free_pages * self.layout.record_bytes + unused,
         }
 
@@ -303,7 +307,7 @@ class PagedStorage:
         paged = positions.reshape(len(rows), pages, self.page_size)
         self._note_positions(paged, ids)
         self.table.append(table_rows, ids.T, paged[:, :, 0].repeat(self.heads, 0), self.page_size)
-        self._chunks = None
+        self._pages = None
 
     def _encode(
         self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor
@@ -348,7 +352,7 @@ class PagedStorage:
         """First and last position in the pages of each sequence (``(0, -1)`` without pages)."""
         columns = self.table.columns
         positions = self.table.positions(0, columns, self.page_size)
-        _, counts, _ = self.table.window(0, columns)
+        _, counts, _ = self.table.arrays(columns)
         spans = []
         for row in range(0, self.batch * self.heads, self.heads):
             last = int(self.table.lengths[row]) - 1 - self.ahead

@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hf_kvcache.kernels.workspace import scratch
 from hf_kvcache.storage.integrity import IntegrityError
 
 #: A new slab holds at least this fraction of the pages there are: few slabs, little slack.
@@ -38,6 +37,7 @@ class PagePool:
         self.device = device
         self._slabs: list[torch.Tensor | None] = []
         self._starts = np.zeros(0, dtype=np.int64)  # first page id of each slab, ascending
+        self._bases = np.zeros(0, dtype=np.int64)  # address of each slab
         self._sizes: list[int] = []
         self._references = np.zeros(0, dtype=np.int32)
         self._free = np.zeros(0, dtype=np.int64)
@@ -95,9 +95,21 @@ class PagePool:
             else:
                 slab[torch.from_numpy(slots).to(self.device)] = rows
 
-    def reader(self, ids: np.ndarray) -> PageReader:
-        """Prepare reading the pages ``ids`` in that order; valid as long as they keep their references."""
-        return PageReader([(s, slots, where) for s, slots, where in self._by_slab(ids)], len(ids), self.record_bytes)
+    def read(self, ids: np.ndarray) -> torch.Tensor:
+        """A copy of the pages ``ids``, uint8 ``[len(ids), record_bytes]``."""
+        out = torch.empty(len(ids), self.record_bytes, dtype=torch.uint8, device=self.device)
+        for slab, slots, where in self._by_slab(ids):
+            out[torch.from_numpy(where).to(self.device)] = slab[torch.from_numpy(slots).to(self.device)]
+        return out
+
+    def addresses(self, ids: np.ndarray) -> np.ndarray:
+        """The byte address of each of the used pages ``ids``, of any shape; valid as long as it keeps a reference."""
+        owner = np.searchsorted(self._starts, ids, side="right") - 1
+        return self._bases[owner] + (ids - self._starts[owner]) * self.record_bytes
+
+    def slabs(self) -> list[torch.Tensor]:
+        """The tensors in which pages lie, uint8 ``[n, record_bytes]``."""
+        return [slab for slab in self._slabs if slab is not None]
 
     def check(self) -> None:
         """Raise IntegrityError unless free and used pages add up and the references are those of the tables."""
@@ -120,7 +132,8 @@ class PagePool:
         count = max(count, int(self.held_pages * _GROWTH))
         index = self._vacant_slab(count)
         start = int(self._starts[index])
-        self._slabs[index] = torch.empty(count, self.record_bytes, dtype=torch.uint8, device=self.device)
+        slab = torch.empty(count, self.record_bytes, dtype=torch.uint8, device=self.device)
+        self._slabs[index], self._bases[index] = slab, slab.data_ptr()
         self._free = np.sort(np.concatenate([self._free, np.arange(start, start + count)]))
 
     def _vacant_slab(self, count: int) -> int:
@@ -131,6 +144,7 @@ class PagePool:
         self._slabs.append(None)
         self._sizes.append(count)
         self._starts = np.append(self._starts, len(self._references))
+        self._bases = np.append(self._bases, 0)
         self._references = np.concatenate([self._references, np.zeros(count, dtype=np.int32)])
         return len(self._slabs) - 1
 
@@ -156,38 +170,3 @@ class PagePool:
             slab = self._slabs[index]
             assert slab is not None
             yield slab, ids[where] - self._starts[index], where
-
-
-class PageReader:
-    """Reads a fixed list of pages: a view where they lie side by side, a gather of packed bytes where not."""
-
-    def __init__(self, parts: list[tuple[torch.Tensor, np.ndarray, np.ndarray]], count: int, record_bytes: int) -> None:
-        self._shape = (count, record_bytes)
-        self._view: torch.Tensor | None = None
-        self._gathers: list[tuple[torch.Tensor, torch.Tensor, slice | torch.Tensor]] = []
-        slab, slots, _ = parts[0]
-        if len(parts) == 1 and bool((np.diff(slots) == 1).all()):
-            self._view = slab[int(slots[0]) : int(slots[0]) + count]
-            return
-        for slab, slots, where in parts:
-            device = slab.device
-            run = bool((np.diff(where) == 1).all())
-            place = slice(int(where[0]), int(where[0]) + len(where)) if run else torch.from_numpy(where).to(device)
-            self._gathers.append((slab, torch.from_numpy(slots).to(device), place))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the indices that the reader keeps."""
-        return sum(8 * slots.numel() * (1 if isinstance(place, slice) else 2) for _, slots, place in self._gathers)
-
-    def records(self) -> torch.Tensor:
-        """uint8 ``[pages, record_bytes]``, valid until the next call of any reader on this thread."""
-        if self._view is not None:
-            return self._view
-        out = scratch("pages", self._shape, torch.uint8, self._gathers[0][0].device)
-        for slab, slots, place in self._gathers:
-            if isinstance(place, slice):
-                torch.index_select(slab, 0, slots, out=out[place])
-            else:
-                out[place] = slab[slots]
-        return out

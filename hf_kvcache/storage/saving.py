@@ -23,12 +23,8 @@ def export_pages(table: PageTable) -> dict[str, torch.Tensor]:
     cells[ids >= 0] = index
     scattered = [i for i, page in enumerate(unique.tolist()) if page in pool.positions]
     positions = [pool.positions[int(unique[i])] for i in scattered]
-    if len(unique):
-        records = pool.reader(unique).records().clone()
-    else:
-        records = torch.empty(0, pool.record_bytes, dtype=torch.uint8, device=pool.device)
     return {
-        "records": records,
+        "records": pool.read(unique),
         "table": torch.from_numpy(cells),
         "counts": torch.from_numpy(counts),
         "first": torch.from_numpy(first),

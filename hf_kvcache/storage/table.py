@@ -26,6 +26,7 @@ class PageTable:
         self._ids = np.full((rows, 0), _NO_PAGE, dtype=np.int64)
         self._counts = np.zeros((rows, 0), dtype=np.int32)  # tokens of each page that count: fewer after a crop
         self._first = np.zeros((rows, 0), dtype=np.int64)
+        self._addresses: np.ndarray | None = None  # of the records; made when asked for
         pool.add_holder(self)
 
     @property
@@ -36,7 +37,8 @@ class PageTable:
     @property
     def nbytes(self) -> int:
         positions = sum(self.pool.positions[p].nbytes for p in self.pool.positions)
-        return self._ids.nbytes + self._counts.nbytes + self._first.nbytes + self.lengths.nbytes + positions
+        addresses = 0 if self._addresses is None else self._addresses.nbytes
+        return self._ids.nbytes + self._counts.nbytes + self._first.nbytes + self.lengths.nbytes + positions + addresses
 
     def page_ids(self) -> np.ndarray:
         """All ids in the table, one per reference."""
@@ -46,16 +48,20 @@ class PageTable:
         """Tokens held in the pages of each row."""
         return self._counts.sum(1, dtype=np.int64)
 
-    def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, counts and first positions of columns ``[start, stop)``: ``[rows, stop - start]`` each.
+    def arrays(self, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Addresses of the records (0 where a row has no page), counts and first positions of columns ``[0, stop)``.
 
-        Where a row is shorter, the id is that of some page in use and the count is 0.
+        Views, ``[rows, stop]`` each, that later appends do not change.
         """
-        ids, counts = self._ids[:, start:stop], self._counts[:, start:stop]
-        missing = ids == _NO_PAGE
-        if missing.any():
-            ids = np.where(missing, ids.max(), ids)
-        return ids, counts, self._first[:, start:stop]
+        if self._addresses is None:
+            self._addresses = np.zeros(self._ids.shape, dtype=np.int64)
+            held = self._ids != _NO_PAGE
+            self._addresses[held] = self.pool.addresses(self._ids[held])
+        return self._addresses[:, :stop], self._counts[:, :stop], self._first[:, :stop]
+
+    def scattered(self) -> dict[tuple[int, int], np.ndarray]:
+        """Positions of the pages whose tokens do not stand side by side, by row and column."""
+        return {at: self.pool.positions[int(self._ids[at])] for at in self._explicit_cells()}
 
     def append(self, rows: np.ndarray, ids: np.ndarray, first: np.ndarray, count: int) -> None:
         """Append full pages ``ids [len(rows), n]`` of ``count`` tokens, whose references pass to the table."""
@@ -65,6 +71,8 @@ class PageTable:
         self._ids[rows[:, None], columns] = ids
         self._counts[rows[:, None], columns] = count
         self._first[rows[:, None], columns] = first
+        if self._addresses is not None:
+            self._addresses[rows[:, None], columns] = self.pool.addresses(ids)
         self.lengths[rows] += added
 
     def truncate_from(self, position: int) -> None:
@@ -78,6 +86,7 @@ class PageTable:
         released = self._ids[dropped]
         self._counts = kept.astype(np.int32)
         self._ids[dropped] = _NO_PAGE
+        self._addresses = None
         self.lengths = (self._ids != _NO_PAGE).sum(1)
         self.pool.release(released)
 
@@ -87,6 +96,7 @@ class PageTable:
         released = self._ids[rows[:, None], columns].flatten()
         self._ids[rows[:, None], columns] = _NO_PAGE
         self._counts[rows[:, None], columns] = 0
+        self._addresses = None
         self.lengths[rows] -= pages
         self.pool.release(released)
 
@@ -107,6 +117,7 @@ class PageTable:
         self._ids = np.where(valid, np.take_along_axis(self._ids, source, 1), _NO_PAGE)
         self._counts = np.where(valid, np.take_along_axis(self._counts, source, 1), 0).astype(np.int32)
         self._first = np.where(valid, np.take_along_axis(self._first, source, 1), 0)
+        self._addresses = None
         self.lengths = self.lengths - shift
         self.pool.release(released)
         return len(released)
@@ -115,6 +126,7 @@ class PageTable:
         """Replace the table's rows by ``rows`` of it, which may repeat."""
         old = self.page_ids()
         self._ids, self._counts, self._first = self._ids[rows], self._counts[rows], self._first[rows]
+        self._addresses = None
         self.lengths = self.lengths[rows]
         # Retain before release, so that pages which stay are never freed in between.
         self.pool.retain(self.page_ids())
@@ -137,6 +149,7 @@ class PageTable:
         """Fill an empty table with what :meth:`export` returned; freshly allocated pages have one reference so far."""
         unique = np.unique(ids[ids != _NO_PAGE])
         self._ids, self._counts, self._first = ids.copy(), counts.copy(), first.copy()
+        self._addresses = None
         self.lengths = (ids != _NO_PAGE).sum(1)
         self.pool.retain(self.page_ids())
         self.pool.release(unique)
@@ -147,6 +160,7 @@ class PageTable:
         rows = len(self.lengths)
         self._ids = np.full((rows, 0), _NO_PAGE, dtype=np.int64)
         self._counts, self._first = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.int64)
+        self._addresses = None
         self.lengths = np.zeros(rows, dtype=np.int64)
 
     def positions(self, start: int, stop: int, page_size: int) -> np.ndarray:
@@ -192,3 +206,5 @@ class PageTable:
         self._ids = np.concatenate([self._ids, np.full((rows, extra), _NO_PAGE, dtype=np.int64)], 1)
         self._counts = np.concatenate([self._counts, np.zeros((rows, extra), dtype=np.int32)], 1)
         self._first = np.concatenate([self._first, np.zeros((rows, extra), dtype=np.int64)], 1)
+        if self._addresses is not None:
+            self._addresses = np.concatenate([self._addresses, np.zeros((rows, extra), dtype=np.int64)], 1)

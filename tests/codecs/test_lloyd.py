@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_kvcache.codecs.lloyd import nearest_level, normal_levels
+from hf_kvcache.codecs.lloyd import lloyd_max_levels, nearest_level, normal_levels
 from tests.tolerances import assert_near
 
 #: The positive levels published by Max (1960), table I.
@@ -21,8 +21,10 @@ PUBLISHED = {
 def test_published_levels(bits: int) -> None:
     """The levels are those of the literature to the digits printed there, mirrored around zero."""
     expected = [*(-level for level in reversed(PUBLISHED[bits])), *PUBLISHED[bits]]
-    assert normal_levels(bits) == pytest.approx(expected, abs=6e-4)
-    assert normal_levels(bits) == pytest.approx([-level for level in reversed(normal_levels(bits))], abs=1e-9)
+    assert lloyd_max_levels(bits) == pytest.approx(expected, abs=6e-4)
+    levels = normal_levels(bits)
+    assert levels == pytest.approx([-level for level in reversed(levels)], abs=1e-9)
+    assert levels == pytest.approx(expected, abs=levels[-1] / 127)
 
 
 @pytest.mark.parametrize("bits", PUBLISHED)

@@ -10,7 +10,8 @@ import torch
 
 from hf_kvcache.codecs import resolve
 from hf_kvcache.codecs.pages import PageEncoder
-from hf_kvcache.reading import DenseTokens, dense_side
+from hf_kvcache.kernels.inputs import DenseTokens
+from hf_kvcache.reading import dense_side
 from hf_kvcache.storage import PagedStorage
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 16, 8
@@ -145,14 +146,14 @@ def loose_tokens(storage: PagedStorage, ahead: int = 0) -> DenseTokens:
     first = storage.sink_length
     unused = unused | ((slots >= first) & (slots < first + ahead * storage.page_size))
     positions = torch.from_numpy(dense.positions[:, :count].copy())
-    return DenseTokens(dense.keys[:, :, :count], dense.values[:, :, :count], positions[:, None], unused[:, None])
+    return DenseTokens(dense.keys[:, :, :count], dense.values[:, :, :count], positions, unused)
 
 
 def row_records(storage: PagedStorage, row: int) -> torch.Tensor:
     """The page records of the first head of a sequence, in order."""
-    ids, counts, _ = storage.table.window(0, storage.table.columns)
-    index = row * storage.heads
-    return storage.pool.reader(ids[index][counts[index] > 0]).records().clone()
+    ids, _, _ = storage.table.export()
+    row_ids = ids[row * storage.heads]
+    return storage.pool.read(row_ids[row_ids >= 0])
 
 
 def attention_by_lists(

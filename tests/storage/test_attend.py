@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from hf_kvcache import reading
+from hf_kvcache.kernels.decode import reference
+from hf_kvcache.kernels.inputs import DenseTokens, Scoring
+from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch_bytes
-from hf_kvcache.masks import Visibility
-from hf_kvcache.reading import DenseTokens, Scoring, attend, dense_side
-from hf_kvcache.storage import PagedStorage, chunks
+from hf_kvcache.reading import dense_side
+from hf_kvcache.storage import PagedStorage
 from tests.storage.list_model import (
     HEADS,
     KEY_DIM,
@@ -44,6 +45,12 @@ def queries(batch: int, length: int, ratio: int) -> torch.Tensor:
     return random_tokens(99, batch, length, (KEY_DIM, 1), ratio * HEADS)[0]
 
 
+def attend_storage(
+    storage: PagedStorage, query: torch.Tensor, dense: DenseTokens, visibility: Visibility, scoring: Scoring
+) -> torch.Tensor:
+    return reference.attend(query, storage.pages(), dense, visibility, scoring).output
+
+
 def everything(start: int, length: int, window: int | None = None) -> Visibility:
     return Visibility(start, length, None, 0, True, window)
 
@@ -53,11 +60,10 @@ def everything(start: int, length: int, window: int | None = None) -> Visibility
 @pytest.mark.parametrize("ratio", [1, 3])
 def test_chunks(ratio: int, padding: bool, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result does not depend on how many pages are decoded at a time."""
-    monkeypatch.setattr(chunks, "CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(reference, "CHUNK_TOKENS", chunk_tokens)
     storage, model = filled(padding=padding)
     query = queries(2, 1, ratio)
-    output = attend(storage, query, loose_tokens(storage), everything(59, 1), Scoring(0.3))
-    assert len(storage.chunks()) == -(-storage.table.columns // max(1, chunk_tokens // 4))
+    output = attend_storage(storage, query, loose_tokens(storage), everything(59, 1), Scoring(0.3))
     assert_near(output, attention_by_lists(model, query, 59, 0.3))
 
 
@@ -72,7 +78,7 @@ def test_masks(padding: bool, mask_heads: int, additive: bool) -> None:
     visible[0, 0, 1] = False
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min) if additive else visible
     visibility = Visibility(57, 3, mask, 0, False, None)
-    output = attend(storage, query, loose_tokens(storage), visibility, Scoring(0.3))
+    output = attend_storage(storage, query, loose_tokens(storage), visibility, Scoring(0.3))
     hidden = ~visible.expand(2, 3 * HEADS, 3, 60)
     assert_near(output, attention_by_lists(model, query, 57, 0.3, causal=False, hidden=hidden))
     assert not output[0, 1, 0].any()
@@ -83,7 +89,9 @@ def test_a_mask_that_starts_late() -> None:
     storage, model = filled()
     query = queries(2, 2, 1)
     mask = torch.rand(2, 1, 2, 30, generator=torch.Generator().manual_seed(2)) > 0.3
-    output = attend(storage, query, loose_tokens(storage), Visibility(58, 2, mask, 30, True, None), Scoring(0.3))
+    output = attend_storage(
+        storage, query, loose_tokens(storage), Visibility(58, 2, mask, 30, True, None), Scoring(0.3)
+    )
     hidden = torch.ones(2, HEADS, 2, 60, dtype=torch.bool)
     hidden[..., 30:] = ~mask.expand(2, HEADS, 2, 30)
     assert_near(output, attention_by_lists(model, query, 58, 0.3, hidden=hidden))
@@ -95,7 +103,7 @@ def test_sink_logits(softcap: float | None) -> None:
     storage, model = filled(padding=True)
     query, sinks = queries(2, 2, 2), torch.tensor([-1.0, 0.0, 2.0, 5.0])
     scoring = Scoring(0.3, softcap, sinks)
-    output = attend(storage, query, loose_tokens(storage), everything(58, 2), scoring)
+    output = attend_storage(storage, query, loose_tokens(storage), everything(58, 2), scoring)
     expected = attention_by_lists(model, query, 58, 0.3, softcap=softcap, sink_logits=sinks)
     assert_near(output, expected)
 
@@ -107,25 +115,27 @@ def test_a_long_block_of_queries_is_cut(window: int | None, monkeypatch: pytest.
     keys, values = random_tokens(7, 2, 11)
     held = loose_tokens(storage)
     assert held.positions is not None and held.unused is not None
-    at = torch.arange(60, 71).expand(2, 1, 11)
+    at = torch.arange(60, 71).expand(2, 11)
     tokens = DenseTokens(
         torch.cat([held.keys, keys], 2),
         torch.cat([held.values, values], 2),
-        torch.cat([held.positions, at], 2),
-        torch.cat([held.unused, torch.zeros(2, 1, 11, dtype=torch.bool)], 2),
+        torch.cat([held.positions, at], 1),
+        torch.cat([held.unused, torch.zeros(2, 11, dtype=torch.bool)], 1),
     )
     model.append(keys, values, 60, None)
     query = queries(2, 11, 2)
     expected = attention_by_lists(model, query, 60, 0.3, window=window)
     for elements in (1, 5 * 2 * 4 * 2048, 1 << 24):
-        monkeypatch.setattr(reading, "_SCORE_ELEMENTS", elements)
-        assert_near(attend(storage, query, tokens, everything(60, 11, window), Scoring(0.3)), expected)
+        monkeypatch.setattr(reference, "_SCORE_ELEMENTS", elements)
+        assert_near(attend_storage(storage, query, tokens, everything(60, 11, window), Scoring(0.3)), expected)
 
 
 def test_nothing_is_seen() -> None:
     """A query whose window holds no token gets exactly zero."""
     storage, _ = filled()
-    output = attend(storage, queries(2, 1, 1), loose_tokens(storage), everything(200, 1, window=10), Scoring(0.3))
+    output = attend_storage(
+        storage, queries(2, 1, 1), loose_tokens(storage), everything(200, 1, window=10), Scoring(0.3)
+    )
     assert torch.equal(output, torch.zeros(2, 1, HEADS, VALUE_DIM))
 
 
@@ -134,7 +144,7 @@ def test_narrow_queries(dtype: torch.dtype) -> None:
     """The output has the dtype of the query, and the error of that rounding only."""
     storage, model = filled()
     query = queries(2, 2, 2).to(dtype)
-    output = attend(storage, query, loose_tokens(storage), everything(58, 2), Scoring(0.3))
+    output = attend_storage(storage, query, loose_tokens(storage), everything(58, 2), Scoring(0.3))
     assert output.dtype == dtype
     assert_near(output, attention_by_lists(model, query, 58, 0.3))
 
@@ -151,7 +161,7 @@ def test_packed_pages_are_read_as_they_decode(codec: str, softcap: float | None)
     dense = ListModel(2, 16, 2, 3)
     dense.append(dense_side(storage, "keys", 0, 100), dense_side(storage, "values", 0, 100), 0, None)
     query = queries(2, 2, 2)
-    output = attend(storage, query, loose_tokens(storage), everything(98, 2), Scoring(0.2, softcap)).double()
+    output = attend_storage(storage, query, loose_tokens(storage), everything(98, 2), Scoring(0.2, softcap)).double()
     expected = attention_by_lists(dense, query, 98, 0.2, softcap=softcap)
     # The keys' mean makes scores of order 10, whose rounding is what is left.
     relative, absolute = TOLERANCES[torch.float32]
@@ -177,7 +187,9 @@ def test_centred_keys(codec: str) -> None:
     dense.append(dense_keys, dense_side(storage, "values", 0, 100), 0, None)
     query = queries(2, 1, 2)
     for softcap in (None, 5.0):
-        output = attend(storage, query, loose_tokens(storage), everything(99, 1), Scoring(0.2, softcap)).double()
+        output = attend_storage(
+            storage, query, loose_tokens(storage), everything(99, 1), Scoring(0.2, softcap)
+        ).double()
         expected = attention_by_lists(dense, query, 99, 0.2, softcap=softcap)
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=4e-5)
 
@@ -190,6 +202,6 @@ def test_scratch_memory_does_not_grow_with_the_cache() -> None:
         storage.append_block(*random_tokens(1, 1, length, (64, 64), 1), 0, None)
         tokens = loose_tokens(storage)
         query = random_tokens(2, 1, 1, (64, 1), 1)[0]
-        attend(storage, query, replace(tokens, unused=None), everything(length - 1, 1), Scoring(0.1))
+        attend_storage(storage, query, replace(tokens, unused=None), everything(length - 1, 1), Scoring(0.1))
         held.append(scratch_bytes())
     assert held[0] == held[1]

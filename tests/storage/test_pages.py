@@ -23,7 +23,7 @@ def packed(codec: str = "rotated4", batch: int = 2, length: int = 90) -> PagedSt
 def fingerprints(storage: PagedStorage) -> dict[int, str]:
     """A hash of the bytes of each page that the table holds."""
     ids = np.unique(storage.table.page_ids())
-    records = storage.pool.reader(ids).records()
+    records = storage.pool.read(ids)
     return {int(i): hashlib.sha256(r.numpy().tobytes()).hexdigest() for i, r in zip(ids, records, strict=True)}
 
 

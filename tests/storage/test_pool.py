@@ -59,24 +59,25 @@ def test_references_and_contents(data: st.DataObject) -> None:
         assert dict(Counter(holder.pages)) == {page: int(pool.references(np.array([page]))[0]) for page in used}
         if used:
             order = np.array(data.draw(st.lists(st.sampled_from(used), min_size=1, max_size=12)))
-            records = pool.reader(order).records()
+            records = pool.read(order)
             assert records.shape == (len(order), 16)
             assert records.tolist() == [[contents[page]] * 16 for page in order.tolist()]
     pool.release(holder.page_ids())
     assert pool.held_pages == 0
 
 
-def test_neighbours_are_read_in_place() -> None:
-    """Pages that lie side by side are a view of the slab: nothing is copied."""
+def test_addresses() -> None:
+    """The address of a page is that of its record in its slab."""
     pool = PagePool(32, torch.device("cpu"))
     ids = pool.allocate(6)
     pool.write(ids, torch.arange(6, dtype=torch.uint8)[:, None].expand(-1, 32))
     slab = pool._slabs[0]
     assert slab is not None
-    reader = pool.reader(ids[2:5])
-    assert reader.records().data_ptr() == slab.data_ptr() + 2 * 32 and reader.nbytes == 0
-    assert pool.reader(ids[[3, 1]]).records()[:, 0].tolist() == [3, 1]
-    pool.release(ids)
+    later = pool.allocate(3)
+    assert (pool.addresses(ids[[5, 2]]) - slab.data_ptr()).tolist() == [5 * 32, 2 * 32]
+    assert pool.slabs()[1].data_ptr() == pool.addresses(later)[0]
+    assert pool.read(ids[[3, 1]])[:, 0].tolist() == [3, 1]
+    pool.release(np.concatenate([ids, later]))
 
 
 def test_an_empty_slab_is_given_back_and_its_ids_used_again() -> None:

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hf_kvcache.masks import Visibility
-from hf_kvcache.reading import Scoring, attend
+from hf_kvcache.kernels.decode import reference
+from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.storage import PagedStorage
 from tests.storage.list_model import (
     HEADS,
@@ -167,14 +168,13 @@ class StorageMachine(RuleBasedStateMachine):
         self.seed += 1
         query = random_tokens(self.seed, storage.batch, length, (KEY_DIM, 1), 3 * HEADS)[0]
         softcap = 2.0 if capped else None
-        output = attend(
-            storage,
+        output = reference.attend(
             query,
+            storage.pages(storage.table.columns - storage.ahead + read_ahead),
             loose_tokens(storage, read_ahead),
             Visibility(start, length, None, 0, True, window),
             Scoring(0.25, softcap),
-            storage.table.columns - storage.ahead + read_ahead,
-        )
+        ).output
         assert_near(output, attention_by_lists(now.model, query, start, 0.25, True, window, softcap))
 
     @invariant()

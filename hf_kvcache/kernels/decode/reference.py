@@ -1,239 +1,173 @@
-"""Attention over pages in plain torch: the definition that every faster twin is tested against."""
+"""Attention over pages and full-precision tokens in plain torch: the definition of every faster twin."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
-from hf_kvcache.kernels.pack import unpack_bits
-from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.decode.levels import page_output, page_scores
+from hf_kvcache.kernels.decode.softmax import OnlineSoftmax, dense_attention, merge
+from hf_kvcache.kernels.hadamard import rotate
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
-
-def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Decode one side of page records into ``out``, in the rotated basis and without the mean.
-
-    Args:
-        layout: the layout of the records.
-        side: ``"keys"`` or ``"values"``.
-        records: uint8 ``[..., record_bytes]``.
-        out: float32 ``[..., P, D]``, overwritten.
-
-    Returns:
-        ``out``, or for dense pages already of its dtype a view of the records.
-    """
-    fmt = layout.sides[side]
-    codes = layout.view(records, f"{side}.codes")
-    assert codes is not None
-    if fmt.level == "dense":
-        return codes if codes.dtype == out.dtype else out.copy_(codes)
-    _decode_levels(fmt, codes, out)
-    scale = layout.view(records, f"{side}.scale")
-    zero = layout.view(records, f"{side}.zero")
-    other = layout.view(records, f"{side}.other")
-    assert scale is not None
-    grouped = out.unflatten(*_grouping(fmt, out.dim()))
-    expanded = _grouping(fmt, out.dim())[0] + 1
-    grouped.mul_(scale.unsqueeze(expanded))
-    if zero is not None:
-        grouped.add_(zero.unsqueeze(expanded))
-    if other is not None:
-        out.mul_(other)
-    return out
+#: Tokens of each row that are decoded at a time.
+CHUNK_TOKENS = 2048
+#: Scores computed at a time; a longer block of queries is cut.
+_SCORE_ELEMENTS = 1 << 24
 
 
-def page_scores(layout: PageLayout, records: torch.Tensor, query: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """Dot products of queries with the keys of pages.
-
-    For few queries the scales never touch an element: those per channel fold into the query, those per token into the
-    scores, and a zero point is one more dot product.
-
-    Args:
-        layout: the layout of the records.
-        records: uint8 ``[C, rows, record_bytes]``.
-        query: float32 ``[rows, M, D]`` in the rotated basis.
-        buffer: float32 ``[C, rows, P, D]``, overwritten.
-
-    Returns:
-        float32 ``[C, rows, M, P]``.
-    """
-    fmt = layout.sides["keys"]
-    if not _folds(fmt, layout.page_size, query.shape[1]):
-        return torch.matmul(query, decode_side(layout, "keys", records, buffer).transpose(-1, -2))
-    levels, channel, token, zero = _factors(layout, "keys", records, buffer)
-    scaled = query if channel is None else query * channel
-    scores = torch.matmul(scaled, levels.transpose(-1, -2))
-    if fmt.axis == "channel":
-        if zero is not None:
-            scores += torch.matmul(query, zero.transpose(-1, -2))
-        return scores if token is None else scores.mul_(token)
-    assert token is not None
-    scores.mul_(token)
-    return scores if zero is None else scores.addcmul_(scaled.sum(-1, keepdim=True), zero.transpose(-1, -2))
-
-
-def page_output(layout: PageLayout, records: torch.Tensor, weights: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """Weighted sums of the values of each page, with the scales folded as in :func:`page_scores`.
-
-    Args:
-        layout: the layout of the records.
-        records: uint8 ``[C, rows, record_bytes]``.
-        weights: float32 ``[C, rows, M, P]``; may be overwritten.
-        buffer: float32 ``[C, rows, P, D]``, overwritten.
-
-    Returns:
-        float32 ``[C, rows, M, D]`` in the rotated basis.
-    """
-    fmt = layout.sides["values"]
-    if not _folds(fmt, layout.page_size, weights.shape[2]):
-        return torch.matmul(weights, decode_side(layout, "values", records, buffer))
-    levels, channel, token, zero = _factors(layout, "values", records, buffer)
-    if fmt.axis == "channel":
-        assert channel is not None
-        weights = weights if token is None else weights.mul_(token)
-        output = torch.matmul(weights, levels).mul_(channel)
-        return output if zero is None else output.addcmul_(weights.sum(-1, keepdim=True), zero)
-    assert token is not None
-    shift = None if zero is None else torch.matmul(weights, zero)
-    output = torch.matmul(weights.mul_(token), levels)
-    output = output if shift is None else output.add_(shift)
-    return output if channel is None else output.mul_(channel)
-
-
-#: Queries of a row up to which folding the scales is less work than applying them to the page.
-_MOST_FOLDED_QUERIES = 32
-
-
-def _folds(fmt: SideFormat, page_size: int, queries: int) -> bool:
-    whole = fmt.group == (page_size if fmt.axis == "channel" else fmt.dim)
-    return fmt.level != "dense" and whole and queries <= _MOST_FOLDED_QUERIES
-
-
-def _factors(
-    layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Levels ``[..., P, D]``, the scale per channel ``[..., 1, D]``, that per token ``[..., 1, P]``, and zero points.
-
-    Zero points are ``[..., 1, D]`` under axis "channel" and ``[..., P, 1]`` under axis "token".
-    """
-    fmt = layout.sides[side]
-    codes = layout.view(records, f"{side}.codes")
-    assert codes is not None
-    _decode_levels(fmt, codes, out)
-    scale, zero, other = (_float(layout.view(records, f"{side}.{name}")) for name in ("scale", "zero", "other"))
-    channel, token = (scale, other) if fmt.axis == "channel" else (other, scale)
-    return out, channel, None if token is None else token.transpose(-1, -2), zero
-
-
-def _float(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.float()
-
-
-def _grouping(fmt: SideFormat, dims: int) -> tuple[int, tuple[int, int]]:
-    """The arguments that unflatten the axis whose neighbours share a scale into (groups, members)."""
-    return (dims - 2 if fmt.axis == "channel" else dims - 1), (-1, fmt.group)
-
-
-def _decode_levels(fmt: SideFormat, codes: torch.Tensor, out: torch.Tensor) -> None:
-    if fmt.level == "float8":
-        out.copy_(codes.view(torch.float8_e4m3fn))
-    elif fmt.level == "table":
-        index = unpack_bits(codes, fmt.bits, scratch("codes", tuple(out.shape), torch.int32, out.device))
-        torch.index_select(_table(fmt.table, out.dtype, out.device), 0, index.view(-1), out=out.view(-1))
-    else:
-        unpack_bits(codes, fmt.bits, out)
-
-
-@lru_cache(maxsize=32)
-def _table(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(levels, dtype=dtype, device=device)
-
-
-class OnlineSoftmax:
-    """Softmax-weighted sum of values over keys that arrive in chunks, in float32.
-
-    Args:
-        rows: independent attention problems (sequences times KV heads).
-        queries: query vectors of each, i.e. query heads per KV head times query tokens.
-        value_dim: width of a value.
-        device: where it runs.
-    """
-
-    def __init__(self, rows: int, queries: int, value_dim: int, device: torch.device) -> None:
-        self._max = torch.full((rows, queries), -torch.inf, device=device)
-        self._sum = torch.zeros(rows, queries, device=device)
-        self._out = torch.zeros(rows, queries, value_dim, device=device)
-
-    def weigh(self, scores: torch.Tensor) -> torch.Tensor:
-        """Take in the scores of ``C`` blocks of ``n`` keys; their weighted values are due next, in :meth:`add`.
-
-        Args:
-            scores: ``[C, rows, queries, n]`` float32, ``-inf`` where masked; overwritten.
-
-        Returns:
-            The weights of the values, in place of the scores.
-        """
-        peak = torch.maximum(self._max, scores.amax((0, 3)))
-        # A query that has seen no visible key yet keeps a maximum of -inf, and -inf - -inf is not a number.
-        shift = peak.masked_fill(peak == -torch.inf, 0.0)
-        probs = scores.sub_(shift[None, :, :, None]).exp_()
-        decay = (self._max - shift).exp_()
-        self._sum.mul_(decay).add_(probs.sum((0, 3)))
-        self._out.mul_(decay.unsqueeze(-1))
-        self._max = peak
-        return probs
-
-    def add(self, weighted: torch.Tensor) -> None:
-        """Take in the weighted values of the blocks, ``[C, rows, queries, value_dim]`` float32."""
-        self._out.add_(weighted.sum(0) if weighted.shape[0] > 1 else weighted[0])
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attention output ``[rows, queries, value_dim]`` and the log-sum-exp ``[rows, queries]``.
-
-        A query without a visible key has output 0 and log-sum-exp ``-inf``.
-        """
-        total = self._sum.clamp_min(torch.finfo(torch.float32).tiny)
-        return self._out / total.unsqueeze(-1), self._max + self._sum.log()
-
-
-def merge(
-    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention over two disjoint sets of keys from the (output, log-sum-exp) of each."""
-    total = torch.logaddexp(first[1], second[1])
-    shift = total.masked_fill(total == -torch.inf, 0.0)
-    weights = (first[1] - shift).exp().unsqueeze(-1), (second[1] - shift).exp().unsqueeze(-1)
-    return first[0] * weights[0] + second[0] * weights[1], total
-
-
-def dense_attention(
+def attend(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over full-precision keys.
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool = False,
+) -> Attention:
+    """Attention of new queries over a layer's pages and full-precision tokens.
 
     Args:
-        query: float32 ``[B * Hkv, g * q, Dk]``, scaled.
-        keys: ``[B, Hkv, n, Dk]`` of any float dtype.
-        values: ``[B, Hkv, n, Dv]``.
-        bias: float32 ``[B, 1 or Hkv, 1 or g, q, n]``, or None.
-        softcap: logit soft-capping; the query is then scaled by ``1 / softcap`` too.
+        query: ``[B, Hq, q, Dk]``, in the model's basis.
+        pages: the packed tokens, or None.
+        dense: the full-precision tokens, the queries' own among them; at least one slot.
+        visibility: what the queries may see.
+        scoring: how scores are made.
+        mass: whether to return the probability of each key as well.
 
     Returns:
-        Output ``[B * Hkv, g * q, Dv]`` and log-sum-exp ``[B * Hkv, g * q]``, as :meth:`OnlineSoftmax.result`.
+        See :class:`~hf_kvcache.kernels.inputs.Attention`. A query that sees nothing has output 0 and log-sum-exp
+        ``-inf`` (or its sink logit).
     """
-    batch, heads = keys.shape[:2]
-    scores = torch.matmul(query.unflatten(0, (batch, heads)), keys.float().transpose(-1, -2))
-    if softcap is not None:
-        scores = scores.tanh_().mul_(softcap)
-    if bias is not None:
-        scores.unflatten(2, (-1, bias.shape[3])).add_(bias)
-    log_sum_exp = scores.logsumexp(-1)
-    shift = log_sum_exp if bias is None else log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0.0)
-    output = torch.matmul(scores.sub_(shift.unsqueeze(-1)).exp_(), values.float())
-    return output.flatten(0, 1), log_sum_exp.flatten(0, 1)
+    batch, query_heads, length, _ = query.shape
+    slots = dense.keys.shape[2]
+    block = max(1, _SCORE_ELEMENTS // (batch * query_heads * max(slots, CHUNK_TOKENS)))
+    if length <= block:
+        return _attend_block(query, pages, dense, visibility, scoring, slice(0, length), mass)
+    parts = []
+    for start in range(0, length, block):
+        queries = slice(start, min(start + block, length))
+        # The queries' own tokens come last: those behind the last query of this block are of no use to it.
+        seen = slots - (length - queries.stop) if visibility.causal and not mass else slots
+        parts.append(_attend_block(query[:, :, queries], pages, dense.until(seen), visibility, scoring, queries, mass))
+    return Attention(
+        torch.cat([p.output for p in parts], 1),
+        torch.cat([p.log_sum_exp for p in parts], 2),
+        _total([p.page_mass for p in parts]),
+        _total([p.dense_mass for p in parts]),
+    )
+
+
+def _total(masses: list[torch.Tensor | None]) -> torch.Tensor | None:
+    given = [m for m in masses if m is not None]
+    return torch.stack(given).sum(0) if given else None
+
+
+def _attend_block(
+    query: torch.Tensor,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    queries: slice,
+    mass: bool,
+) -> Attention:
+    batch, query_heads, length, _ = query.shape
+    heads = dense.keys.shape[1]
+    # All the queries that read the same KV head are one matrix: [B * Hkv, g * q, Dk].
+    rows = query.float().reshape(batch * heads, -1, query.shape[-1]) * scoring.inner
+    bias = None
+    if dense.positions is not None:
+        at, unused = dense.positions[:, None], None if dense.unused is None else dense.unused[:, None]
+        bias = visibility.bias(at, unused, heads, queries)
+    elif dense.unused is not None:
+        bias = torch.zeros(dense.unused.shape, device=query.device).masked_fill_(dense.unused, -torch.inf)
+        bias = bias[:, None, None, None]
+    dense_scores: list[torch.Tensor] | None = [] if mass else None
+    page_scores: list[torch.Tensor] | None = [] if mass else None
+    output, log_sum_exp = dense_attention(rows, dense.keys, dense.values, bias, scoring.softcap, dense_scores)
+    if pages is not None and pages.columns:
+        packed = _attend_pages(rows, pages, visibility, scoring, queries, page_scores)
+        output, log_sum_exp = merge((output, log_sum_exp), packed)
+    if scoring.sink_logits is not None:
+        sinks = scoring.sink_logits.float().reshape(1, heads, -1, 1).expand(batch, -1, -1, length)
+        sinks = sinks.reshape(log_sum_exp.shape)
+        output = output * torch.sigmoid(log_sum_exp - sinks).unsqueeze(-1)
+        log_sum_exp = torch.logaddexp(log_sum_exp, sinks)
+    shape = (batch, query_heads, length)
+    return Attention(
+        output.to(query.dtype).view(*shape, -1).transpose(1, 2).contiguous(),
+        log_sum_exp.view(shape),
+        _mass(page_scores, log_sum_exp, shape),
+        _mass(dense_scores, log_sum_exp, shape),
+    )
+
+
+def _mass(
+    scores: list[torch.Tensor] | None, log_sum_exp: torch.Tensor, shape: tuple[int, int, int]
+) -> torch.Tensor | None:
+    """Probabilities ``[B, Hq, keys]``, summed over the queries, from scores ``[rows, M, keys]`` in parts."""
+    if not scores:
+        return None
+    log_sum_exp = log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0.0)
+    probabilities = (torch.cat(scores, -1) - log_sum_exp.unsqueeze(-1)).exp_()
+    return probabilities.view(*shape, -1).sum(2)
+
+
+def _attend_pages(
+    rows: torch.Tensor,
+    pages: Pages,
+    visibility: Visibility,
+    scoring: Scoring,
+    queries: slice,
+    kept_scores: list[torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = pages.layout
+    keys_format, values_format = layout.sides["keys"], layout.sides["values"]
+    count, queries_per_row, _ = rows.shape
+    rotated = rotate(rows, keys_format)
+    # The mean that was taken out of the packed keys shifts all their scores of a query alike.
+    shift = None if pages.center is None else rotated @ pages.center.unsqueeze(-1)
+    state = OnlineSoftmax(count, queries_per_row, values_format.dim, rows.device)
+    step = max(1, CHUNK_TOKENS // layout.page_size)
+    for start in range(0, pages.columns, step):
+        stop = min(start + step, pages.columns)
+        records = pages.records(start, stop)
+        shape = (stop - start, count, layout.page_size)
+        scores = page_scores(layout, records, rotated, _buffer("keys", (*shape, keys_format.dim), rows.device))
+        if shift is not None:
+            scores += shift
+        if scoring.softcap is not None:
+            scores = scores.tanh_().mul_(scoring.softcap)
+        _hide(scores, pages, start, stop, visibility, queries)
+        if kept_scores is not None:
+            kept_scores.append(scores.permute(1, 2, 0, 3).flatten(2))
+        buffer = _buffer("values", (*shape, values_format.dim), rows.device)
+        state.add(page_output(layout, records, state.weigh(scores), buffer))
+    output, log_sum_exp = state.result()
+    return rotate(output, values_format, inverse=True), log_sum_exp
+
+
+def _hide(scores: torch.Tensor, pages: Pages, start: int, stop: int, visibility: Visibility, queries: slice) -> None:
+    """Set the scores ``[C, B * Hkv, g * q, P]`` that the queries may not see to ``-inf``."""
+    unused = pages.unused(start, stop)
+    held = pages.first[:, start:stop][pages.counts[:, start:stop] > 0]
+    if visibility.sees_all(int(held.min()) if held.size else 0):
+        if unused is not None:
+            scores.masked_fill_(unused.transpose(0, 1).unsqueeze(2), -torch.inf)
+        return
+    batch, columns = pages.rows // pages.heads, stop - start
+
+    def by_head(x: torch.Tensor) -> torch.Tensor:  # [B * Hkv, C, P] -> [B, Hkv, C * P]
+        return x.flatten(1).unflatten(0, (batch, -1))
+
+    bias = visibility.bias(
+        by_head(pages.positions(start, stop)), None if unused is None else by_head(unused), pages.heads, queries
+    )
+    # [B, Hkv, 1 or g, q, C * P] -> [C, B * Hkv, 1 or g, q, P]
+    bias = bias.unflatten(-1, (columns, -1)).permute(4, 0, 1, 2, 3, 5).flatten(1, 2)
+    scores.unflatten(2, (-1, bias.shape[3])).add_(bias)
+
+
+def _buffer(side: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return scratch(side, shape, torch.float32, device)

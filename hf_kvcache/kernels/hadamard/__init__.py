@@ -1,5 +1,5 @@
 """Orthonormal Hadamard rotations of the head dimension."""
 
-from hf_kvcache.kernels.hadamard.reference import rotation_matrix
+from hf_kvcache.kernels.hadamard.reference import rotate, rotation_matrix, rotation_signs
 
-__all__ = ["rotation_matrix"]
+__all__ = ["rotate", "rotation_matrix", "rotation_signs"]

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from hf_kvcache.kernels.page import Rotation
+from hf_kvcache.kernels.page import Rotation, SideFormat
 
 # The signs of a signed Hadamard rotation are part of the page format: a saved page can only be read with the same ones.
 _SIGN_SEED = 0x5EED
@@ -20,10 +20,26 @@ def rotation_matrix(dim: int, kind: Rotation, dtype: torch.dtype, device: torch.
     # A cached tensor made under inference_mode could not be used outside it.
     with torch.inference_mode(False):
         matrix = _orthonormal(dim)
-        if kind == "signed_hadamard":
-            signs = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(_SIGN_SEED + dim))
-            matrix = (2.0 * signs - 1.0).to(matrix.dtype)[:, None] * matrix
+        matrix = rotation_signs(dim, kind).to(matrix.dtype)[:, None] * matrix
         return matrix.to(dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def rotation_signs(dim: int, kind: Rotation) -> torch.Tensor:
+    """The signs ``[dim]``, float32 on the CPU, by which channels are multiplied before the Hadamard matrix."""
+    with torch.inference_mode(False):
+        if kind != "signed_hadamard":
+            return torch.ones(dim)
+        drawn = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(_SIGN_SEED + dim))
+        return 2.0 * drawn - 1.0
+
+
+def rotate(x: torch.Tensor, fmt: SideFormat, inverse: bool = False) -> torch.Tensor:
+    """``x [..., D]`` in the rotated basis of ``fmt``, or back from it."""
+    matrix = rotation_matrix(fmt.dim, fmt.rotation, x.dtype, x.device)
+    if matrix is None:
+        return x
+    return x @ (matrix.T if inverse else matrix)
 
 
 def _orthonormal(dim: int) -> torch.Tensor:

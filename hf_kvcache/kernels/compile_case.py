@@ -1,0 +1,37 @@
+"""A Triton kernel with the types and constants under which it is compiled ahead of time, for the compile report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Targets for which every Triton kernel is compiled without a GPU.
+ARCHITECTURES = ("sm80", "sm86", "sm89", "sm90", "sm100", "gfx942")
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One specialisation of a kernel.
+
+    Attributes:
+        name: what the report calls it: operation, codec, head dimension.
+        kernel: the ``@triton.jit`` function.
+        signature: triton type of every argument that is no constant: ``"*fp32"``, ``"i64"``, ``"fp32"``.
+        constants: values of the ``tl.constexpr`` arguments.
+        num_warps: warps of a program.
+        num_stages: software pipeline stages.
+        aligned: arguments that are multiples of 16 (pointers, strides), as the launcher would find out.
+        loop_bytes: bytes that a program loads from global memory in one turn of its main loop; None without a loop.
+        tensor_cores: whether matrix instructions must appear in the code.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    aligned: tuple[str, ...] = ()
+    loop_bytes: int | None = None
+    tensor_cores: bool = False
+    options: dict[str, Any] = field(default_factory=dict)

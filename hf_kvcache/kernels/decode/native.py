@@ -1,0 +1,102 @@
+"""Attention over pages and full-precision tokens by the C++ kernels: one call a layer and step."""
+
+from __future__ import annotations
+
+from ctypes import byref, pointer
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.native import library
+from hf_kvcache.kernels.native.layouts import DENSE, native_layout
+from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.visibility import Visibility
+
+
+def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
+    """Whether the kernels can do it: masks that say more than causality, windows and padding they cannot."""
+    return (
+        visibility.mask is None
+        and dense.keys.dtype in DENSE
+        and dense.keys.stride(-1) == 1
+        and dense.values.stride(-1) == 1
+        and (pages is None or native_layout(pages.layout) is not None)
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool = False,
+) -> Attention:
+    """The twin of :func:`hf_kvcache.kernels.decode.reference.attend`, for a query on the CPU."""
+    batch, query_heads, length, _ = query.shape
+    floats = query if query.dtype == torch.float32 and query.stride(-1) == 1 else query.float().contiguous()
+    keys, values = dense.keys, dense.values
+    output = torch.empty(batch, length, query_heads, values.shape[3])
+    log_sum_exp = torch.empty(batch, query_heads, length)
+    layout = native_layout(_dense_layout(keys.shape[3], values.shape[3]) if pages is None else pages.layout)
+    call = library.Attend(layout=pointer(layout))
+    call.query, call.output, call.log_sum_exp = floats.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr()
+    call.query_batch, call.query_head, call.query_token, _ = floats.stride()
+    call.batch, call.query_heads, call.heads, call.length = batch, query_heads, keys.shape[1], length
+    # Keeps alive what the struct only has addresses of.
+    kept = None if pages is None else _set_pages(call, pages)
+    _set_dense(call, dense)
+    call.start, call.window, call.causal = visibility.start, visibility.window or 0, visibility.causal
+    call.inner_scale, call.softcap = scoring.inner, scoring.softcap or 0.0
+    sinks = None if scoring.sink_logits is None else scoring.sink_logits.float().contiguous()
+    if sinks is not None:
+        call.sink_logits = sinks.data_ptr()
+    page_mass = dense_mass = None
+    if mass:
+        dense_mass = torch.empty(batch, query_heads, keys.shape[2])
+        call.dense_mass = dense_mass.data_ptr()
+        if pages is not None:
+            page_mass = torch.empty(batch, query_heads, pages.columns * pages.layout.page_size)
+            call.page_mass = page_mass.data_ptr()
+    call.threads = torch.get_num_threads()
+    if library.load().hfkv_attend(byref(call)):
+        raise MemoryError("attention over a KVCache: no memory left for the partial results")
+    del kept
+    return Attention(output.to(query.dtype), log_sum_exp, page_mass, dense_mass)
+
+
+def _set_pages(call: library.Attend, pages: Pages) -> np.ndarray | None:
+    """Fill in the pages; returns the array to keep until the call is over."""
+    addresses, counts, first = pages.addresses, pages.counts, pages.first
+    call.addresses, call.counts, call.first = (a.ctypes.data for a in (addresses, counts, first))
+    call.row_stride, call.columns = addresses.strides[0] // addresses.itemsize, addresses.shape[1]
+    if pages.center is not None:
+        call.center = pages.center.data_ptr()
+    if not pages.scattered:
+        return None
+    stored = np.zeros((pages.rows, call.row_stride), dtype=np.int64)
+    for at, positions in pages.scattered.items():
+        stored[at] = positions.ctypes.data
+    call.positions = stored.ctypes.data
+    return stored
+
+
+def _set_dense(call: library.Attend, dense: DenseTokens) -> None:
+    keys, values = dense.keys, dense.values
+    call.dense_keys, call.dense_values = keys.data_ptr(), values.data_ptr()
+    call.dense_level, call.slots = DENSE[keys.dtype], keys.shape[2]
+    call.keys_batch, call.keys_head, call.keys_token, _ = keys.stride()
+    call.values_batch, call.values_head, call.values_token, _ = values.stride()
+    if dense.positions is not None:
+        call.dense_positions, call.positions_batch = dense.positions.data_ptr(), dense.positions.stride(0)
+    if dense.unused is not None:
+        call.dense_unused, call.unused_batch = dense.unused.data_ptr(), dense.unused.stride(0)
+
+
+@lru_cache(maxsize=16)
+def _dense_layout(key_dim: int, value_dim: int) -> PageLayout:
+    """Widths without pages."""
+    keys, values = (SideFormat(dim, 32, "dense", dense_dtype=torch.float32) for dim in (key_dim, value_dim))
+    return PageLayout(keys, values, 8)

@@ -1,0 +1,96 @@
+"""Compiles the CPU kernels: once when the package is installed (hatch_build.py), or by hand with this file.
+
+Nothing but the standard library is imported, so that the file runs before the package's own dependencies are there. The
+library links to no OpenMP of its own: at load time it finds the one that torch has loaded, and so shares its threads.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE / "src"
+SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+LIBRARY = HERE / f"libhf_kvcache{SUFFIX}"
+
+_COMMON = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
+# Vectors wider than the baseline never cross a function that is not inlined, so their calling convention is of no account;
+# GCC 12 takes the undefined operands in its own AVX-512 headers for uninitialised variables.
+_WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+_X86 = {"avx2": _AVX2, "avx512": _AVX512, "vnni": [*_AVX512, "-mavx512vnni"]}
+SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+
+
+class CompilerError(RuntimeError):
+    """There is no compiler, or it failed."""
+
+
+def find_compiler() -> str:
+    """The C++ compiler: ``$CXX``, else the first of c++, g++, clang++.
+
+    Raises:
+        CompilerError: if there is none.
+    """
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    raise CompilerError("no C++ compiler found; accepted: $CXX, c++, g++ or clang++ on the PATH")
+
+
+def build(output: Path = LIBRARY, sanitize: bool = False) -> Path:
+    """Compile and link the library.
+
+    Args:
+        output: file to write; it appears only when it is complete.
+        sanitize: with the address and undefined-behaviour sanitizers.
+
+    Raises:
+        CompilerError: if there is no compiler or it fails.
+    """
+    compiler = find_compiler()
+    flags = _COMMON + _WARNINGS + (SANITIZER if sanitize else [])
+    openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    units: dict[str, list[str]] = {"dispatch": ["-DHFKV_X86"] if x86 else [], "isa_portable": []}
+    if x86:
+        units |= {f"isa_{name}": extra for name, extra in _X86.items()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compile_unit(unit: str) -> str:
+            target = str(Path(folder) / f"{unit}.o")
+            _run([compiler, *flags, *openmp, *units[unit], "-c", str(SOURCES / f"{unit}.cpp"), "-o", target])
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_unit, units))
+        linked = Path(folder) / output.name
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        _run([compiler, "-shared", *undefined, *(SANITIZER if sanitize else []), *objects, "-o", str(linked)])
+        # Copied beside its place and renamed: a library that is loaded is never written into.
+        staged = output.with_name(output.name + ".new")
+        shutil.copy(linked, staged)
+        staged.replace(output)
+    return output
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise CompilerError(f"{' '.join(command)}\n{result.stderr.strip()}")
+    if result.stderr.strip():
+        print(result.stderr.strip(), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    arguments = [a for a in sys.argv[1:] if a != "--sanitize"]
+    print(build(Path(arguments[0]) if arguments else LIBRARY, sanitize="--sanitize" in sys.argv))

@@ -1,0 +1,92 @@
+"""Page layouts as the CPU kernels take them."""
+
+from __future__ import annotations
+
+from ctypes import c_uint8
+from weakref import WeakKeyDictionary
+
+import torch
+
+from hf_kvcache.kernels.hadamard import rotation_matrix, rotation_signs
+from hf_kvcache.kernels.native.library import Layout, Side
+from hf_kvcache.kernels.page import PageLayout, SideFormat
+
+CODES, FLOAT8 = 0, 1
+DENSE = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+#: Signed levels are stored as bytes that exceed them by this.
+_SIGN = 128
+_BY_MATRIX, _FAST = 1, 2
+
+_layouts: WeakKeyDictionary[PageLayout, Layout | None] = WeakKeyDictionary()
+
+
+def native_layout(layout: PageLayout) -> Layout | None:
+    """The C struct of a layout; None if the kernels cannot read such pages."""
+    if layout not in _layouts:
+        keys, values = (_side(layout, side) for side in ("keys", "values"))
+        known = keys is not None and values is not None
+        _layouts[layout] = Layout(keys, values, layout.page_size, layout.record_bytes) if known else None
+    return _layouts[layout]
+
+
+def _side(layout: PageLayout, name: str) -> Side | None:
+    fmt = layout.sides[name]
+    grid = _grid(fmt)
+    if grid is None:
+        return None
+    level, bias, step, table = grid
+    offsets = {
+        field: layout.fields[f"{name}.{field}"].offset if f"{name}.{field}" in layout.fields else 0
+        for field in ("codes", "scale", "zero", "other")
+    }
+    rotation, matrix, signs = _rotation(fmt)
+    return Side(
+        dim=fmt.dim,
+        bits=fmt.bits,
+        level=level,
+        axis=0 if fmt.axis == "channel" else 1,
+        group=fmt.group or 1,
+        has_zero=f"{name}.zero" in layout.fields,
+        has_other=f"{name}.other" in layout.fields,
+        bias=bias,
+        step=step,
+        levels=(c_uint8 * 16)(*table),
+        rotation=rotation,
+        matrix=matrix,
+        signs=signs,
+        **offsets,
+    )
+
+
+def _grid(fmt: SideFormat) -> tuple[int, int, float, list[int]] | None:
+    """Kind of level, bias, step and the byte of each code; None where levels are no multiples of one step."""
+    if fmt.level == "dense":
+        assert fmt.dense_dtype is not None
+        return (DENSE[fmt.dense_dtype], 0, 1.0, []) if fmt.dense_dtype in DENSE else None
+    if fmt.level == "float8":
+        return FLOAT8, 0, 1.0, []
+    if fmt.level == "integer":
+        return CODES, 0, 1.0, list(range(1 << fmt.bits)) if fmt.bits < 8 else []
+    step = max(abs(level) for level in fmt.table) / (_SIGN - 1)
+    units = [round(level / step) for level in fmt.table]
+    if any(abs(unit * step - level) > 1e-6 * step for unit, level in zip(units, fmt.table, strict=True)):
+        return None
+    return CODES, _SIGN, step, [unit + _SIGN for unit in units]
+
+
+def _rotation(fmt: SideFormat) -> tuple[int, int | None, int | None]:
+    """Kind of rotation, and the address of its matrix or its signs, which are cached for good."""
+    if fmt.rotation == "none":
+        return 0, None, None
+    if fmt.dim & (fmt.dim - 1) == 0:
+        return _FAST, None, rotation_signs(fmt.dim, fmt.rotation).data_ptr()
+    matrix = rotation_matrix(fmt.dim, fmt.rotation, torch.float32, torch.device("cpu"))
+    assert matrix is not None
+    return _BY_MATRIX, _kept(fmt, matrix).data_ptr(), None
+
+
+_matrices: dict[tuple[int, str], torch.Tensor] = {}
+
+
+def _kept(fmt: SideFormat, matrix: torch.Tensor) -> torch.Tensor:
+    return _matrices.setdefault((fmt.dim, fmt.rotation), matrix.contiguous())

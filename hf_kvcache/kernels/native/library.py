@@ -1,0 +1,135 @@
+"""Loads the compiled CPU kernels and mirrors their C structs (``src/api.h``)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+from hf_kvcache.kernels.native.build import LIBRARY
+
+ABI_VERSION = 1
+#: Environment variable that names another library file (a sanitizer build).
+VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
+
+
+class Side(Structure):
+    """``HfkvSide``."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("dim", "bits", "level", "axis", "group", "has_zero", "has_other", "bias")),
+        ("step", c_float),
+        ("levels", c_uint8 * 16),
+        *((name, c_int64) for name in ("codes", "scale", "zero", "other")),
+        ("rotation", c_int32),
+        ("matrix", c_void_p),
+        ("signs", c_void_p),
+    )
+
+
+class Layout(Structure):
+    """``HfkvLayout``."""
+
+    _fields_ = (("keys", Side), ("values", Side), ("page_size", c_int32), ("record_bytes", c_int64))
+
+
+class Attend(Structure):
+    """``HfkvAttend``."""
+
+    _fields_ = (
+        ("layout", POINTER(Layout)),
+        ("query", c_void_p),
+        *((name, c_int64) for name in ("query_batch", "query_head", "query_token")),
+        *((name, c_void_p) for name in ("output", "log_sum_exp")),
+        *((name, c_int32) for name in ("batch", "query_heads", "heads", "length")),
+        *((name, c_void_p) for name in ("addresses", "counts", "first", "positions")),
+        ("row_stride", c_int64),
+        ("columns", c_int32),
+        ("center", c_void_p),
+        *((name, c_void_p) for name in ("dense_keys", "dense_values")),
+        *((name, c_int32) for name in ("dense_level", "slots")),
+        *((name, c_int64) for name in ("keys_batch", "keys_head", "keys_token")),
+        *((name, c_int64) for name in ("values_batch", "values_head", "values_token")),
+        *((name, c_void_p) for name in ("dense_positions", "dense_unused")),
+        *((name, c_int64) for name in ("positions_batch", "unused_batch", "start", "window")),
+        ("causal", c_int32),
+        *((name, c_float) for name in ("inner_scale", "softcap")),
+        *((name, c_void_p) for name in ("sink_logits", "page_mass", "dense_mass")),
+        ("threads", c_int32),
+    )
+
+
+def load() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        OSError: if there is none, or it cannot be loaded.
+    """
+    library, reason = _load()
+    if library is None:
+        raise OSError(reason)
+    return library
+
+
+def reason_missing() -> str | None:
+    """Why there is no library; None if there is one."""
+    return _load()[1]
+
+
+def isa() -> str:
+    """The instruction set in use: ``"portable"``, ``"avx2"``, ``"avx512"`` or ``"avx512-vnni"``."""
+    return load().hfkv_isa().decode()
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set (for tests and benchmarks).
+
+    Raises:
+        ValueError: if this CPU lacks it or it was not compiled.
+    """
+    if load().hfkv_set_isa(name.encode()):
+        raise ValueError(f"name={name!r} is not available here; accepted: {', '.join(available_isas())}")
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that can be used here, best first."""
+    current, names = isa(), []
+    for name in ("avx512-vnni", "avx512", "avx2", "portable"):
+        if load().hfkv_set_isa(name.encode()) == 0:
+            names.append(name)
+    load().hfkv_set_isa(current.encode())
+    return names
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    path = Path(os.environ.get(VARIABLE) or LIBRARY)
+    if not path.exists():
+        return None, f"{path.name} was not built: no C++ compiler when the package was installed"
+    try:
+        library = _open(path)
+    except OSError as error:
+        return None, str(error)
+    library.hfkv_abi_version.restype = c_int32
+    if library.hfkv_abi_version() != ABI_VERSION:
+        return None, f"{path.name} has ABI {library.hfkv_abi_version()}, this package wants {ABI_VERSION}: rebuild it"
+    library.hfkv_isa.restype = c_char_p
+    library.hfkv_set_isa.argtypes = [c_char_p]
+    library.hfkv_attend.argtypes = [POINTER(Attend)]
+    library.hfkv_attend.restype = c_int32
+    library.hfkv_decode_side.argtypes = [POINTER(Layout), c_int32, c_void_p, c_int64, c_void_p, c_int32]
+    library.hfkv_decode_side.restype = None
+    return library, None
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    import torch  # noqa: F401  brings the OpenMP runtime into the process, whose symbols the library looks up
+
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        # A torch that keeps its OpenMP to itself, or has none: then the system's.
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(path))

@@ -1,0 +1,91 @@
+// The C interface of the CPU kernels. hf_kvcache/kernels/native/library.py mirrors these structs with ctypes; ABI_VERSION
+// changes with every change here, and the loader refuses a library of another version.
+#pragma once
+
+#include <cstdint>
+
+#define HFKV_ABI_VERSION 1
+
+// How the elements of a side become numbers before scaling.
+enum HfkvLevel : int32_t {
+    HFKV_CODES = 0,    // level = step * (expanded byte - bias); see HfkvSide.levels
+    HFKV_FLOAT8 = 1,   // e4m3
+    HFKV_FLOAT32 = 2,  // dense
+    HFKV_BFLOAT16 = 3,
+    HFKV_FLOAT16 = 4,
+};
+
+enum HfkvAxis : int32_t { HFKV_CHANNEL = 0, HFKV_TOKEN = 1 };
+
+// One side (keys or values) of a page: SideFormat and the offsets of its fields in hf_kvcache/kernels/page.py.
+struct HfkvSide {
+    int32_t dim, bits, level, axis, group;
+    int32_t has_zero, has_other;
+    int32_t bias;          // what is subtracted from an expanded byte: 128 for signed levels, 0 for codes of 8 bits
+    float step;            // level = step * (byte - bias)
+    uint8_t levels[16];    // the byte of each code of up to 4 bits
+    int64_t codes, scale, zero, other;  // byte offsets in a record
+    int32_t rotation;      // 0 none, 1 by `matrix`, 2 fast Walsh-Hadamard after multiplying with `signs`
+    const float* matrix;   // [dim, dim]: rotated = x @ matrix
+    const float* signs;    // [dim]
+};
+
+struct HfkvLayout {
+    HfkvSide keys, values;
+    int32_t page_size;
+    int64_t record_bytes;
+};
+
+struct HfkvAttend {
+    const HfkvLayout* layout;
+    // float32 query [B, Hq, q, Dk] by strides in elements; output [B, q, Hq, Dv]; log_sum_exp [B, Hq, q].
+    const float* query;
+    int64_t query_batch, query_head, query_token;
+    float* output;
+    float* log_sum_exp;
+    int32_t batch, query_heads, heads, length;
+    // Pages: [rows, columns] arrays whose rows are row_stride apart; positions: address of a page's int64 [P], or 0.
+    const int64_t* addresses;
+    const int32_t* counts;
+    const int64_t* first;
+    const int64_t* positions;
+    int64_t row_stride;
+    int32_t columns;
+    const float* center;  // [rows, Dk] rotated, or null
+    // Full-precision tokens: [B, Hkv, n, D] by strides in elements; positions and unused [B, n].
+    const void* dense_keys;
+    const void* dense_values;
+    int32_t dense_level, slots;
+    int64_t keys_batch, keys_head, keys_token, values_batch, values_head, values_token;
+    const int64_t* dense_positions;
+    const uint8_t* dense_unused;
+    int64_t positions_batch, unused_batch;
+    // What the queries may see, and how scores are made.
+    int64_t start, window;  // window 0: none
+    int32_t causal;
+    float inner_scale, softcap;  // softcap 0: none
+    const float* sink_logits;    // [Hq] or null
+    // Probability of each key, summed over the queries, or null: [B, Hq, columns * P] and [B, Hq, n].
+    float* page_mass;
+    float* dense_mass;
+    int32_t threads;
+};
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+extern "C" {
+int32_t hfkv_abi_version();
+// Name of the instruction set in use: "portable", "avx2", "avx512", "avx512-vnni".
+const char* hfkv_isa();
+// Use that instruction set (for tests); returns 0, or 1 if this CPU lacks it or it was not compiled.
+int32_t hfkv_set_isa(const char* name);
+// Attention of a few queries; returns 0, or 1 if memory ran out (nothing is written then).
+int32_t hfkv_attend(const HfkvAttend* call);
+// Decode one side of n records (their addresses) into float32 [n, P, D], in the rotated basis, without the mean.
+void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out,
+                      int32_t threads);
+}
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif

@@ -1,0 +1,362 @@
+// Attention of a few queries over pages and full-precision tokens: split over the length, merged by log-sum-exp.
+#pragma once
+
+#include <cstdlib>
+
+#include "rotate.h"
+#include "side.h"
+
+namespace {
+
+constexpr int kDenseTile = 128;       // full-precision tokens taken at a time, as a page would be
+constexpr int kLeastPagesPerTask = 4;
+constexpr int kTasksPerThread = 4;    // uneven tasks then still end together
+constexpr int64_t kOneThreadBytes = 48 << 10;  // reading fewer takes less time than waking a thread
+
+inline int rounded(int n) { return (n + 15) & ~15; }
+inline int larger_int(int a, int b) { return a > b ? a : b; }
+
+// What softmax knows of the keys seen so far, for each query of a row: largest score, sum of exponentials, weighted values.
+struct Partial {
+    float* top;
+    float* total;
+    float* output;  // [M, value pitch]
+};
+
+struct Run {
+    const HfkvAttend& call;
+    const HfkvSide& keys;
+    const HfkvSide& values;
+    int queries;  // of a row: query heads of a KV head times query tokens, head by head
+    int page_size, page_pitch, key_pitch, value_pitch, rows, splits, tasks;
+    char* memory;
+    size_t row_floats, task_floats, thread_bytes;
+
+    explicit Run(const HfkvAttend& c) : call(c), keys(c.layout->keys), values(c.layout->values) {
+        queries = c.query_heads / c.heads * c.length;
+        page_size = c.layout->page_size;
+        page_pitch = rounded(larger_int(page_size, kDenseTile)) + 16;
+        key_pitch = rounded(keys.dim);
+        value_pitch = rounded(values.dim);
+        rows = c.batch * c.heads;
+        splits = (kTasksPerThread * c.threads + rows - 1) / rows;
+        if (c.threads == 1) splits = 1;
+        const int most = larger_int(1, c.columns / kLeastPagesPerTask);
+        splits = c.columns == 0 ? 0 : splits < most ? splits : most;
+        tasks = rows * (splits + 1);
+        memory = nullptr;
+        row_floats = (size_t)queries * (2 * key_pitch + 16);
+        task_floats = (size_t)rounded(2 * queries) + (size_t)queries * value_pitch;
+        const size_t longest = larger_int(rounded(larger_int(keys.dim, values.dim)), page_pitch);
+        const size_t widest = larger_int(keys.dim, values.dim);
+        thread_bytes = sizeof(float) * (queries * (key_pitch + 2 * page_pitch + value_pitch) + page_size * widest)
+                     + sizeof(float) * 3 * (page_size * widest + longest)  // a scale for every element is the most there can be
+                     + page_size * widest + 64 + 8 * (longest + 64) + 256;
+        thread_bytes = (thread_bytes + 63) & ~(size_t)63;
+    }
+
+    size_t bytes() const {
+        return sizeof(float) * (rows * row_floats + tasks * task_floats) + call.threads * thread_bytes + 64;
+    }
+
+    float* row_queries(int row) const { return (float*)memory + row * row_floats; }
+    float* rotated_queries(int row) const { return row_queries(row) + (size_t)queries * key_pitch; }
+    float* shifts(int row) const { return rotated_queries(row) + (size_t)queries * key_pitch; }
+
+    Partial partial(int task) const {
+        float* at = (float*)memory + rows * row_floats + task * task_floats;
+        return {at, at + queries, at + rounded(2 * queries)};
+    }
+
+    Scratch scratch(int thread) const {
+        float* at = (float*)(memory + sizeof(float) * (rows * row_floats + tasks * task_floats) + thread * thread_bytes);
+        const size_t widest = larger_int(keys.dim, values.dim);
+        const size_t longest = larger_int(rounded((int)widest), page_pitch);
+        Scratch s;
+        s.queries = at, at += (size_t)queries * key_pitch;
+        s.scores = at, at += (size_t)queries * page_pitch;
+        s.weights = at, at += (size_t)queries * page_pitch;
+        s.output = at, at += (size_t)queries * value_pitch;
+        s.decoded = at, at += page_size * widest;
+        s.first = at, at += page_size * widest + longest;
+        s.second = at, at += page_size * widest + longest;
+        s.third = at, at += page_size * widest + longest;
+        s.bytes = (uint8_t*)at;
+        s.split = (int8_t*)(s.bytes + page_size * widest + 64);
+        return s;
+    }
+};
+
+// The queries of a row, scaled, in both bases, and what the mean taken out of the packed keys adds to their scores.
+inline void prepare_row(const Run& run, int row) {
+    const HfkvAttend& c = run.call;
+    const int b = row / c.heads, head = row % c.heads, group = c.query_heads / c.heads;
+    for (int m = 0; m < run.queries; m++) {
+        const int g = m / c.length, at = m % c.length;
+        const float* from = c.query + b * c.query_batch + (head * group + g) * c.query_head + at * c.query_token;
+        float* to = run.row_queries(row) + (size_t)m * run.key_pitch;
+        for (int i = 0; i < run.keys.dim; i++) to[i] = from[i] * c.inner_scale;
+        if (run.splits == 0) continue;
+        float* rotated = run.rotated_queries(row) + (size_t)m * run.key_pitch;
+        rotate(run.keys, to, false, rotated);
+        run.shifts(row)[m] = c.center ? dot(rotated, c.center + (size_t)row * run.keys.dim, run.keys.dim) : 0.0f;
+    }
+}
+
+// Where the scores of n keys from `key` on go if the probabilities are wanted: [queries, keys] of this row.
+struct Kept {
+    float* scores;
+    int64_t pitch;
+};
+
+inline void begin(const Run& run, Partial& p) {
+    for (int m = 0; m < run.queries; m++) p.top[m] = kMinusInfinity, p.total[m] = 0;
+    std::memset(p.output, 0, sizeof(float) * run.queries * run.value_pitch);
+}
+
+// Scores to weights, in place, and the partial result scaled down to the new maximum. Hidden scores are -inf.
+inline void weigh_scores(const Run& run, float* scores, int n, Partial& p) {
+    const int stop = (n + kLanes - 1) / kLanes * kLanes;
+    for (int m = 0; m < run.queries; m++) {
+        float* s = scores + (size_t)m * run.page_pitch;
+        for (int t = n; t < stop; t++) s[t] = kMinusInfinity;
+        Vec tops = load(s);
+        for (int t = kLanes; t < stop; t += kLanes) tops = max(tops, load(s + t));
+        const float top = larger(p.top[m], largest(tops));
+        // While nothing is visible the maximum is -inf, and -inf - -inf is not a number.
+        const Vec shift = splat(top == kMinusInfinity ? 0.0f : top);
+        Vec total = splat(0.0f);
+        for (int t = 0; t < stop; t += kLanes) {
+            const Vec e = exponential(load(s + t) - shift);
+            store(s + t, e);
+            total += e;
+        }
+        if (top != p.top[m]) {
+            const float decay = exponential(splat(p.top[m] - top))[0];
+            p.total[m] *= decay;
+            float* o = p.output + (size_t)m * run.value_pitch;
+            for (int i = 0; i < run.values.dim; i++) o[i] *= decay;
+            p.top[m] = top;
+        }
+        p.total[m] += sum(total);
+    }
+}
+
+inline void cap_scores(const Run& run, float* scores, int n) {
+    const Vec cap = splat(run.call.softcap);
+    for (int m = 0; m < run.queries; m++)
+        for (int t = 0; t < n; t += kLanes) {
+            float* s = scores + (size_t)m * run.page_pitch + t;
+            store(s, cap * hyperbolic_tangent(load(s)));
+        }
+}
+
+// Hides keys by their positions: `at(t)`; those after a query if causal, those that have left its window.
+template <class Positions>
+void hide_by_position(const Run& run, float* scores, int n, bool causal, const Positions& at) {
+    const HfkvAttend& c = run.call;
+    for (int t = 0; t < n; t++) {
+        const int64_t position = at(t);
+        for (int i = 0; i < c.length; i++) {
+            const int64_t query = c.start + i;
+            if ((causal && position > query) || (c.window && position <= query - c.window))
+                for (int m = i; m < run.queries; m += c.length) scores[(size_t)m * run.page_pitch + t] = kMinusInfinity;
+        }
+    }
+}
+
+inline void keep_scores(const Run& run, const float* scores, int n, int row, int64_t key, int64_t keys, float* mass) {
+    if (!mass) return;
+    float* to = mass + (size_t)row * run.queries * keys + key;
+    for (int m = 0; m < run.queries; m++)
+        std::memcpy(to + (size_t)m * keys, scores + (size_t)m * run.page_pitch, sizeof(float) * n);
+}
+
+inline void attend_page(const Run& run, int row, int column, float* kept, Scratch& s, Partial& p) {
+    const HfkvAttend& c = run.call;
+    const int64_t cell = row * c.row_stride + column;
+    const int n = c.counts[cell];
+    const int64_t keys = (int64_t)c.columns * run.page_size;
+    if (n == 0 || c.addresses[cell] == 0) return;
+    const int64_t* positions = c.positions ? (const int64_t*)c.positions[cell] : nullptr;
+    const int64_t first = c.first[cell];
+    const auto at = [&](int t) { return positions ? positions[t] : first + t; };
+    // The oldest query sees furthest back: what has left its window has left every one.
+    if (c.window && at(n - 1) <= c.start - c.window) return;
+    const uint8_t* record = (const uint8_t*)c.addresses[cell];
+    page_scores(run.keys, run.page_size, record, n, run.rotated_queries(row), run.queries, run.key_pitch, s, run.page_pitch);
+    if (c.center)
+        for (int m = 0; m < run.queries; m++)
+            for (int t = 0; t < n; t++) s.scores[(size_t)m * run.page_pitch + t] += run.shifts(row)[m];
+    if (c.softcap > 0) cap_scores(run, s.scores, n);
+    if (c.window && at(0) <= c.start + c.length - 1 - c.window) hide_by_position(run, s.scores, n, false, at);
+    keep_scores(run, s.scores, n, row, (int64_t)column * run.page_size, keys, kept);
+    weigh_scores(run, s.scores, n, p);
+    page_output(run.values, run.page_size, record, n, s.scores, run.queries, run.page_pitch, s, p.output, run.value_pitch);
+}
+
+inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Partial& p) {
+    const HfkvAttend& c = run.call;
+    const int b = row / c.heads, head = row % c.heads;
+    const int width = c.dense_level == HFKV_FLOAT32 ? 4 : 2;
+    for (int start = 0; start < c.slots; start += kDenseTile) {
+        const int n = c.slots - start < kDenseTile ? c.slots - start : kDenseTile;
+        const uint8_t* keys = (const uint8_t*)c.dense_keys + width * (b * c.keys_batch + head * c.keys_head + start * c.keys_token);
+        const Rows key_rows{c.dense_level, 0, run.keys.dim, keys, width * c.keys_token};
+        by_fours(run.queries, DotOp{key_rows, n, run.row_queries(row), run.key_pitch, s.scores, run.page_pitch, s.split});
+        if (c.softcap > 0) cap_scores(run, s.scores, n);
+        if (c.dense_positions) {
+            const int64_t* positions = c.dense_positions + b * c.positions_batch + start;
+            hide_by_position(run, s.scores, n, c.causal, [&](int t) { return positions[t]; });
+        }
+        if (c.dense_unused) {
+            const uint8_t* unused = c.dense_unused + b * c.unused_batch + start;
+            for (int t = 0; t < n; t++)
+                if (unused[t])
+                    for (int m = 0; m < run.queries; m++) s.scores[(size_t)m * run.page_pitch + t] = kMinusInfinity;
+        }
+        keep_scores(run, s.scores, n, row, start, c.slots, kept);
+        weigh_scores(run, s.scores, n, p);
+        const uint8_t* values =
+            (const uint8_t*)c.dense_values + width * (b * c.values_batch + head * c.values_head + start * c.values_token);
+        const Rows value_rows{c.dense_level, 0, run.values.dim, values, width * c.values_token};
+        by_fours(run.queries, WeighOp{value_rows, n, s.scores, run.page_pitch, p.output, run.value_pitch, s.split});
+    }
+}
+
+inline float exp_of(float x) { return exponential(splat(x))[0]; }
+
+// Brings the parts of a row together; returns nothing visible as output 0 and log-sum-exp -inf.
+inline void finish_row(const Run& run, int row, float* buffer) {
+    const HfkvAttend& c = run.call;
+    const int b = row / c.heads, head = row % c.heads, group = c.query_heads / c.heads, dim = run.values.dim;
+    for (int m = 0; m < run.queries; m++) {
+        const int query_head = head * group + m / c.length, at = m % c.length;
+        float top = kMinusInfinity, total = 0;
+        for (int part = 0; part <= run.splits; part++) top = larger(top, run.partial(row * (run.splits + 1) + part).top[m]);
+        float* packed = buffer;
+        float* out = c.output + (((size_t)b * c.length + at) * c.query_heads + query_head) * dim;
+        for (int i = 0; i < dim; i++) packed[i] = 0;
+        if (top == kMinusInfinity) {
+            for (int i = 0; i < dim; i++) out[i] = 0;
+        } else {
+            for (int part = 0; part < run.splits; part++) {
+                const Partial p = run.partial(row * (run.splits + 1) + part);
+                const float weight = exp_of(p.top[m] - top);
+                total += weight * p.total[m];
+                for (int i = 0; i < dim; i++) packed[i] += weight * p.output[(size_t)m * run.value_pitch + i];
+            }
+            if (run.splits) rotate(run.values, packed, true, out);
+            else for (int i = 0; i < dim; i++) out[i] = 0;
+            const Partial p = run.partial(row * (run.splits + 1) + run.splits);
+            const float weight = exp_of(p.top[m] - top);
+            total += weight * p.total[m];
+            for (int i = 0; i < dim; i++) out[i] = (out[i] + weight * p.output[(size_t)m * run.value_pitch + i]) / total;
+        }
+        float log_sum_exp = top == kMinusInfinity ? top : top + __builtin_logf(total);
+        if (c.sink_logits) {
+            const float sink = c.sink_logits[query_head], most = larger(sink, log_sum_exp);
+            const float with_sink = most + __builtin_logf(exp_of(sink - most) + exp_of(log_sum_exp - most));
+            const float share = log_sum_exp == kMinusInfinity ? 0.0f : exp_of(log_sum_exp - with_sink);
+            for (int i = 0; i < dim; i++) out[i] *= share;
+            log_sum_exp = with_sink;
+        }
+        c.log_sum_exp[((size_t)b * c.query_heads + query_head) * c.length + at] = log_sum_exp;
+    }
+}
+
+// Kept scores [Hq, q, keys] of a row's queries to probabilities summed over the query tokens, [Hq, keys].
+inline void sum_mass(const Run& run, int row, const float* kept, int64_t keys, float* mass) {
+    const HfkvAttend& c = run.call;
+    const int b = row / c.heads, head = row % c.heads, group = c.query_heads / c.heads;
+    for (int g = 0; g < group; g++) {
+        const size_t query_head = (size_t)b * c.query_heads + head * group + g;
+        float* to = mass + query_head * keys;
+        for (int i = 0; i < c.length; i++) {
+            const float* from = kept + ((size_t)row * run.queries + g * c.length + i) * keys;
+            const float log_sum_exp = c.log_sum_exp[query_head * c.length + i];
+            for (int64_t t = 0; t < keys; t++) {
+                const float p = log_sum_exp == kMinusInfinity ? 0.0f : exp_of(from[t] - log_sum_exp);
+                to[t] = i ? to[t] + p : p;
+            }
+        }
+    }
+}
+
+inline float* room_for_scores(const Run& run, int64_t keys, const float* mass) {
+    if (!mass) return nullptr;
+    const size_t n = (size_t)run.rows * run.queries * keys;
+    float* kept = (float*)std::malloc(sizeof(float) * (n ? n : 1));
+    if (kept)
+        for (size_t i = 0; i < n; i++) kept[i] = kMinusInfinity;
+    return kept;
+}
+
+inline int attend(const HfkvAttend& given) {
+    HfkvAttend call = given;
+    const int64_t read = (int64_t)call.batch * call.heads
+                       * (call.columns * call.layout->record_bytes + (int64_t)call.slots * 4 * (call.layout->keys.dim + call.layout->values.dim));
+    if (read < kOneThreadBytes) call.threads = 1;
+    Run run(call);
+    const int64_t page_keys = (int64_t)call.columns * run.page_size;
+    float* page_scores = room_for_scores(run, page_keys, call.page_mass);
+    float* dense_scores = room_for_scores(run, call.slots, call.dense_mass);
+    char* allocated = (char*)std::malloc(run.bytes());
+    const bool failed = !allocated || (call.page_mass && !page_scores) || (call.dense_mass && !dense_scores);
+    if (!failed) {
+        run.memory = (char*)(((uintptr_t)allocated + 63) & ~(uintptr_t)63);
+#pragma omp parallel num_threads(call.threads)
+        {
+#if defined(_OPENMP)
+            Scratch s = run.scratch(omp_get_thread_num());
+#else
+            Scratch s = run.scratch(0);
+#endif
+#pragma omp for schedule(static)
+            for (int row = 0; row < run.rows; row++) prepare_row(run, row);
+#pragma omp for schedule(dynamic, 1)
+            for (int task = 0; task < run.tasks; task++) {
+                const int row = task / (run.splits + 1), part = task % (run.splits + 1);
+                Partial p = run.partial(task);
+                begin(run, p);
+                if (part == run.splits) {
+                    attend_dense(run, row, dense_scores, s, p);
+                } else {
+                    const int64_t first = (int64_t)call.columns * part / run.splits;
+                    const int64_t stop = (int64_t)call.columns * (part + 1) / run.splits;
+                    for (int64_t column = first; column < stop; column++) attend_page(run, row, (int)column, page_scores, s, p);
+                }
+            }
+#pragma omp for schedule(static)
+            for (int row = 0; row < run.rows; row++) {
+                finish_row(run, row, s.decoded);
+                if (page_scores) sum_mass(run, row, page_scores, page_keys, call.page_mass);
+                if (dense_scores) sum_mass(run, row, dense_scores, call.slots, call.dense_mass);
+            }
+        }
+    }
+    std::free(allocated);
+    std::free(page_scores);
+    std::free(dense_scores);
+    return failed;
+}
+
+inline void decode_pages(const HfkvLayout& layout, bool values, const int64_t* addresses, int64_t n, float* out, int threads) {
+    const HfkvSide& side = values ? layout.values : layout.keys;
+    const size_t elements = (size_t)layout.page_size * side.dim;
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch s{};
+        s.bytes = (uint8_t*)std::malloc(elements + 64);
+        s.first = (float*)std::malloc(sizeof(float) * 3 * elements);
+        s.second = s.first + elements;
+        s.third = s.second + elements;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++)
+            decode(side, layout.page_size, (const uint8_t*)addresses[i], layout.page_size, s, out + i * elements);
+        std::free(s.bytes);
+        std::free(s.first);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,75 @@
+// Chooses the kernels for the CPU that runs, once, and exports the C interface.
+#include <cstring>
+
+#include "api.h"
+
+#define HFKV_DECLARE(isa)                                                                                          \
+    int hfkv_attend_##isa(const HfkvAttend*);                                                                      \
+    void hfkv_decode_side_##isa(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);
+
+HFKV_DECLARE(portable)
+#if defined(HFKV_X86)
+HFKV_DECLARE(avx2)
+HFKV_DECLARE(avx512)
+HFKV_DECLARE(vnni)
+#endif
+
+namespace {
+
+struct Isa {
+    const char* name;
+    bool available;
+    int (*attend)(const HfkvAttend*);
+    void (*decode_side)(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);
+};
+
+#if defined(HFKV_X86)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
+
+// Best first.
+const Isa kIsas[] = {
+#if defined(HFKV_X86)
+    {"avx512-vnni", has_vnni(), hfkv_attend_vnni, hfkv_decode_side_vnni},
+    {"avx512", has_avx512(), hfkv_attend_avx512, hfkv_decode_side_avx512},
+    {"avx2", has_avx2(), hfkv_attend_avx2, hfkv_decode_side_avx2},
+#endif
+    {"portable", true, hfkv_attend_portable, hfkv_decode_side_portable},
+};
+
+const Isa* best() {
+    for (const Isa& isa : kIsas)
+        if (isa.available) return &isa;
+    return nullptr;  // never: the last one is always there
+}
+
+const Isa* current = best();
+
+}  // namespace
+
+extern "C" {
+
+int32_t hfkv_abi_version() { return HFKV_ABI_VERSION; }
+
+const char* hfkv_isa() { return current->name; }
+
+int32_t hfkv_set_isa(const char* name) {
+    for (const Isa& isa : kIsas)
+        if (isa.available && std::strcmp(isa.name, name) == 0) {
+            current = &isa;
+            return 0;
+        }
+    return 1;
+}
+
+int32_t hfkv_attend(const HfkvAttend* call) { return current->attend(call); }
+
+void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out, int32_t threads) {
+    current->decode_side(layout, values, addresses, n, out, threads);
+}
+}

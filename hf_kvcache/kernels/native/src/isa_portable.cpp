@@ -1,0 +1,2 @@
+#define HFKV_ISA portable
+#include "isa.inc"

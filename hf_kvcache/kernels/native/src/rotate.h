@@ -1,0 +1,67 @@
+// Rotation of queries into the basis of a side, and of outputs back.
+#pragma once
+
+#include "api.h"
+#include "vec.h"
+
+namespace {
+
+inline Vec mirrored(Vec v, int distance) {
+    Vec out;
+    for (int i = 0; i < kLanes; i++) out[i] = v[i ^ distance];
+    return out;
+}
+
+// In place, unnormalised, in the order of Sylvester's construction; dim is a power of two.
+inline void walsh_hadamard(float* x, int dim) {
+    int h = 1;
+    if (dim % kLanes == 0) {
+        for (; h < kLanes; h *= 2) {
+            Vec sign;
+            for (int i = 0; i < kLanes; i++) sign[i] = i & h ? -1.0f : 1.0f;
+            for (int c = 0; c < dim; c += kLanes) {
+                const Vec v = load(x + c);
+                store(x + c, mirrored(v, h) + v * sign);
+            }
+        }
+    }
+    for (; h < dim; h *= 2)
+        for (int c = 0; c < dim; c += 2 * h)
+            for (int i = c; i < c + h; i++) {
+                const float a = x[i], b = x[i + h];
+                x[i] = a + b;
+                x[i + h] = a - b;
+            }
+}
+
+inline void rotate_by_matrix(const float* x, const float* matrix, int dim, bool inverse, float* out) {
+    for (int c = 0; c < dim; c++) out[c] = 0;
+    for (int i = 0; i < dim; i++) {
+        if (inverse) {
+            float total = 0;
+            for (int c = 0; c < dim; c++) total += x[c] * matrix[i * dim + c];
+            out[i] = total;
+        } else {
+            for (int c = 0; c < dim; c++) out[c] += x[i] * matrix[i * dim + c];
+        }
+    }
+}
+
+// out = x in the rotated basis, or x back from it; x and out do not overlap.
+inline void rotate(const HfkvSide& side, const float* x, bool inverse, float* out) {
+    const int dim = side.dim;
+    if (side.rotation == 1) {
+        rotate_by_matrix(x, side.matrix, dim, inverse, out);
+        return;
+    }
+    if (side.rotation == 0) {
+        std::memcpy(out, x, sizeof(float) * dim);
+        return;
+    }
+    const float norm = 1.0f / __builtin_sqrtf((float)dim);
+    for (int c = 0; c < dim; c++) out[c] = inverse ? x[c] : x[c] * side.signs[c];
+    walsh_hadamard(out, dim);
+    for (int c = 0; c < dim; c++) out[c] *= inverse ? norm * side.signs[c] : norm;
+}
+
+}  // namespace

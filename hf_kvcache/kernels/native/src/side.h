@@ -1,0 +1,248 @@
+// One side of a page against all the queries of a row: scores from keys, weighted sums of values.
+//
+// With x_hat = (level * scale + zero) * other, scales per channel fold into the query (or the output), scales per token
+// into the scores (or the weights), and a zero point is one more dot product. Nothing is applied to an element, save where
+// a scale is shared by less than the page or the row.
+#pragma once
+
+#include "api.h"
+#include "bytes.h"
+#include "expand.h"
+
+namespace {
+
+// Buffers of one thread.
+struct Scratch {
+    float* queries;  // [M, key pitch], scaled for a page
+    float* scores;   // [M, page pitch]
+    float* weights;  // [M, page pitch]
+    float* output;   // [M, value pitch]
+    float* first;    // scales of a page
+    float* second;
+    float* third;
+    float* decoded;  // [P, D]
+    uint8_t* bytes;  // [P, D]
+    int8_t* split;
+};
+
+inline bool whole(const HfkvSide& side, int page_size) {
+    return side.group == (side.axis == HFKV_CHANNEL ? page_size : side.dim);
+}
+
+inline int scale_count(const HfkvSide& side, int page_size) {
+    return side.axis == HFKV_CHANNEL ? page_size / side.group * side.dim : page_size * (side.dim / side.group);
+}
+
+// Calls op with the number of queries, at most four at a time, as a constant.
+template <class Op>
+void by_fours(int count, const Op& op) {
+    for (int m = 0; m < count; m += 4) {
+        const int left = count - m;
+        if (left >= 4)
+            op.template run<4>(m);
+        else if (left == 3)
+            op.template run<3>(m);
+        else if (left == 2)
+            op.template run<2>(m);
+        else
+            op.template run<1>(m);
+    }
+}
+
+// The elements of n tokens before scaling, `stride` bytes apart.
+struct Rows {
+    int level, bias, dim;
+    const uint8_t* data;
+    int64_t stride;
+};
+
+struct DotOp {
+    Rows rows;
+    int n;
+    const float* query;
+    int query_pitch;
+    float* scores;
+    int pitch;
+    int8_t* split;
+
+    template <int M>
+    void run(int m) const {
+        const float* q = query + (int64_t)m * query_pitch;
+        float* s = scores + (int64_t)m * pitch;
+        switch (rows.level) {
+            case HFKV_CODES: dot_bytes<M>(rows.data, n, rows.dim, rows.bias, q, query_pitch, s, pitch, split); break;
+            case HFKV_FLOAT8: dot_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch); break;
+            case HFKV_FLOAT32: dot_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch); break;
+            case HFKV_BFLOAT16: dot_elements<BFloat16, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch); break;
+            default: dot_elements<Float16, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch);
+        }
+    }
+};
+
+struct WeighOp {
+    Rows rows;
+    int n;
+    const float* weights;
+    int pitch;
+    float* output;
+    int output_pitch;
+    int8_t* split;
+
+    template <int M>
+    void run(int m) const {
+        const float* w = weights + (int64_t)m * pitch;
+        float* o = output + (int64_t)m * output_pitch;
+        switch (rows.level) {
+            case HFKV_CODES: weigh_bytes<M>(rows.data, n, rows.dim, rows.bias, w, pitch, o, output_pitch, split); break;
+            case HFKV_FLOAT8: weigh_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch); break;
+            case HFKV_FLOAT32: weigh_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch); break;
+            case HFKV_BFLOAT16: weigh_elements<BFloat16, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch); break;
+            default: weigh_elements<Float16, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch);
+        }
+    }
+};
+
+inline Rows page_rows(const HfkvSide& side, const uint8_t* record, int n, Scratch& s) {
+    const uint8_t* codes = record + side.codes;
+    if (side.level == HFKV_CODES && side.bits < 8) {
+        expand(codes, side.bits, n, side.dim, side.levels, s.bytes);
+        codes = s.bytes;
+    }
+    const int width = side.level == HFKV_FLOAT32 ? 4 : side.level == HFKV_BFLOAT16 || side.level == HFKV_FLOAT16 ? 2 : 1;
+    return {side.level, side.bias, side.dim, codes, (int64_t)width * side.dim};
+}
+
+inline float element(const Rows& rows, int t, int c) {
+    const uint8_t* at = rows.data + t * rows.stride;
+    switch (rows.level) {
+        case HFKV_CODES: return (float)((int)at[c] - rows.bias);
+        case HFKV_FLOAT8: return from_float8(at[c]);
+        case HFKV_FLOAT32: return Float32::load_one(at + 4 * c);
+        case HFKV_BFLOAT16: return BFloat16::load_one(at + 2 * c);
+        default: return Float16::load_one(at + 2 * c);
+    }
+}
+
+// The first n tokens of a side in float32, [n, D], in the rotated basis.
+inline void decode(const HfkvSide& side, int page_size, const uint8_t* record, int n, Scratch& s, float* out) {
+    const Rows rows = page_rows(side, record, n, s);
+    const int dim = side.dim;
+    if (side.level >= HFKV_FLOAT32) {
+        for (int t = 0; t < n; t++)
+            for (int c = 0; c < dim; c++) out[t * dim + c] = element(rows, t, c);
+        return;
+    }
+    const int scales = scale_count(side, page_size), per_row = dim / side.group;
+    halves(record + side.scale, scales, s.first);
+    if (side.has_zero) halves(record + side.zero, scales, s.second);
+    if (side.has_other) halves(record + side.other, side.axis == HFKV_CHANNEL ? page_size : dim, s.third);
+    for (int t = 0; t < n; t++) {
+        float* to = out + (int64_t)t * dim;
+        const bool by_channel = side.axis == HFKV_CHANNEL;
+        const int at = by_channel ? t / side.group * dim : t * per_row;
+        for (int c = 0; c < dim; c++) {
+            const int i = at + (by_channel ? c : c / side.group);
+            const float x = element(rows, t, c) * (side.level == HFKV_CODES ? side.step : 1.0f) * s.first[i];
+            to[c] = side.has_zero ? x + s.second[i] : x;
+        }
+        if (side.has_other)
+            for (int c = 0; c < dim; c++) to[c] *= by_channel ? s.third[t] : s.third[c];
+    }
+}
+
+inline float dot(const float* a, const float* b, int n) {
+    Vec total = splat(0.0f);
+    int c = 0;
+    for (; c + kLanes <= n; c += kLanes) total += load(a + c) * load(b + c);
+    float rest = 0;
+    for (; c < n; c++) rest += a[c] * b[c];
+    return sum(total) + rest;
+}
+
+// scores[m, t] of the first n tokens of a page. query: [M, query_pitch], rotated and scaled.
+inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* record, int n, const float* query, int count,
+                        int query_pitch, Scratch& s, int pitch) {
+    const int dim = side.dim;
+    if (side.level >= HFKV_FLOAT32 || !whole(side, page_size)) {
+        Rows rows = page_rows(side, record, n, s);
+        if (side.level < HFKV_FLOAT32) {
+            decode(side, page_size, record, n, s, s.decoded);
+            rows = {HFKV_FLOAT32, 0, dim, (const uint8_t*)s.decoded, 4 * (int64_t)dim};
+        }
+        by_fours(count, DotOp{rows, n, query, query_pitch, s.scores, pitch, s.split});
+        return;
+    }
+    const Rows rows = page_rows(side, record, n, s);
+    const bool by_channel = side.axis == HFKV_CHANNEL;
+    const float step = side.level == HFKV_CODES ? side.step : 1.0f;
+    // `first` per channel (null: none), `token` per token (null: none).
+    const float* channel = nullptr;
+    const float* token = nullptr;
+    halves(record + side.scale, by_channel ? dim : page_size, s.first);
+    (by_channel ? channel : token) = s.first;
+    if (side.has_other) {
+        halves(record + side.other, by_channel ? page_size : dim, s.third);
+        (by_channel ? token : channel) = s.third;
+    }
+    if (side.has_zero) halves(record + side.zero, by_channel ? dim : page_size, s.second);
+    for (int m = 0; m < count; m++) {
+        const float* from = query + (int64_t)m * query_pitch;
+        float* to = s.queries + (int64_t)m * query_pitch;
+        for (int c = 0; c < dim; c++) to[c] = from[c] * (channel ? channel[c] * step : step);
+    }
+    by_fours(count, DotOp{rows, n, s.queries, query_pitch, s.scores, pitch, s.split});
+    for (int m = 0; m < count; m++) {
+        float* to = s.scores + (int64_t)m * pitch;
+        const float* from = query + (int64_t)m * query_pitch;
+        if (by_channel) {
+            const float shift = side.has_zero ? dot(from, s.second, dim) : 0.0f;
+            for (int t = 0; t < n; t++) to[t] = (to[t] + shift) * (token ? token[t] : 1.0f);
+        } else if (side.has_zero) {
+            float total = 0;
+            for (int c = 0; c < dim; c++) total += from[c] * (channel ? channel[c] : 1.0f);
+            for (int t = 0; t < n; t++) to[t] = to[t] * token[t] + total * s.second[t];
+        } else {
+            for (int t = 0; t < n; t++) to[t] *= token[t];
+        }
+    }
+}
+
+// output[m, c] += the weighted sum of the first n values of a page, in the rotated basis.
+inline void page_output(const HfkvSide& side, int page_size, const uint8_t* record, int n, const float* weights, int count,
+                        int pitch, Scratch& s, float* output, int output_pitch) {
+    const int dim = side.dim;
+    if (side.level >= HFKV_FLOAT32 || side.axis == HFKV_CHANNEL || !whole(side, page_size)) {
+        Rows rows = page_rows(side, record, n, s);
+        if (side.level < HFKV_FLOAT32) {
+            decode(side, page_size, record, n, s, s.decoded);
+            rows = {HFKV_FLOAT32, 0, dim, (const uint8_t*)s.decoded, 4 * (int64_t)dim};
+        }
+        by_fours(count, WeighOp{rows, n, weights, pitch, output, output_pitch, s.split});
+        return;
+    }
+    const Rows rows = page_rows(side, record, n, s);
+    halves(record + side.scale, page_size, s.first);
+    if (side.has_zero) halves(record + side.zero, page_size, s.second);
+    if (side.has_other) halves(record + side.other, dim, s.third);
+    const float step = side.level == HFKV_CODES ? side.step : 1.0f;
+    // A scale per channel is applied to the page's own sum; without one the sum goes on in the output.
+    float* to = side.has_other ? s.output : output;
+    if (side.has_other) std::memset(s.output, 0, sizeof(float) * count * output_pitch);
+    for (int m = 0; m < count; m++) {
+        const float* from = weights + (int64_t)m * pitch;
+        float* scaled = s.weights + (int64_t)m * pitch;
+        for (int t = 0; t < n; t++) scaled[t] = from[t] * s.first[t] * step;
+    }
+    by_fours(count, WeighOp{rows, n, s.weights, pitch, to, output_pitch, s.split});
+    for (int m = 0; m < count; m++) {
+        const float shift = side.has_zero ? dot(weights + (int64_t)m * pitch, s.second, n) : 0.0f;
+        float* sums = to + (int64_t)m * output_pitch;
+        float* all = output + (int64_t)m * output_pitch;
+        if (side.has_other)
+            for (int c = 0; c < dim; c++) all[c] += (sums[c] + shift) * s.third[c];
+        else if (side.has_zero)
+            for (int c = 0; c < dim; c++) all[c] += shift;
+    }
+}
+
+}  // namespace

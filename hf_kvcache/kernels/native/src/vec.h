@@ -1,0 +1,117 @@
+// Vectors of floats by GCC's and Clang's vector extensions: one source for SSE2, NEON, AVX2 and AVX-512.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define HFKV_LANES 16
+#elif defined(__AVX__)
+#define HFKV_LANES 8
+#else
+#define HFKV_LANES 4
+#endif
+
+// Every translation unit is compiled for another instruction set, so nothing in it may have external linkage: the linker
+// would keep one of the copies for all of them.
+namespace {
+
+constexpr int kLanes = HFKV_LANES;
+typedef float Vec __attribute__((vector_size(4 * HFKV_LANES)));
+typedef int32_t VecInt __attribute__((vector_size(4 * HFKV_LANES)));
+
+inline Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline Vec splat(float x) { return x - Vec{}; }
+
+inline Vec select(VecInt condition, Vec yes, Vec no) {
+    return (Vec)((condition & (VecInt)yes) | (~condition & (VecInt)no));
+}
+
+inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+
+inline float sum(Vec v) {
+    float total = 0;
+    for (int i = 0; i < kLanes; i++) total += v[i];
+    return total;
+}
+
+inline float largest(Vec v) {
+    float top = v[0];
+    for (int i = 1; i < kLanes; i++) top = v[i] > top ? v[i] : top;
+    return top;
+}
+
+inline float larger(float a, float b) { return a > b ? a : b; }
+
+constexpr float kMinusInfinity = -__builtin_inff();
+
+// e^x for x <= 88, relative error below 2e-7; 0 where x < -87 (-inf too).
+inline Vec exponential(Vec x) {
+    const VecInt vanishes = x < splat(-87.0f);
+    x = select(vanishes, splat(-87.0f), x);
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    const Vec magic = splat(12582912.0f);
+    const Vec shifted = x * splat(1.44269504088896341f) + magic;
+    const Vec n = shifted - magic;
+    const Vec r = (x - n * splat(0.693145751953125f)) - n * splat(1.428606765330187e-6f);
+    Vec p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * r * r + r + splat(1.0f);
+    const VecInt power = ((VecInt)shifted - (VecInt)magic) << 23;
+    return select(vanishes, splat(0.0f), (Vec)((VecInt)p + power));
+}
+
+inline Vec hyperbolic_tangent(Vec x) {
+    // Beyond 20, tanh is 1 in float32 and e^(2x) would overflow further on.
+    x = select(x > splat(20.0f), splat(20.0f), x);
+    return splat(1.0f) - splat(2.0f) / (exponential(x + x) + splat(1.0f));
+}
+
+inline float from_half(uint16_t h) {
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
+    uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    x *= 0x1p112f;  // the exponents' biases differ by 112; subnormal halves come out right too
+    if ((h & 0x7c00) == 0x7c00) x = (h & 0x3ff) ? __builtin_nanf("") : __builtin_inff();
+    return (h & 0x8000) ? -x : x;
+#endif
+}
+
+inline void halves(const uint8_t* p, int n, float* out) {
+    int i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + 2 * i))));
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 2 * i))));
+#endif
+    for (; i < n; i++) {
+        uint16_t h;
+        std::memcpy(&h, p + 2 * i, 2);
+        out[i] = from_half(h);
+    }
+}
+
+// e4m3 (no infinities; the codec stores no NaN) by way of half precision, which has the same layout but for the bias.
+inline float from_float8(uint8_t x) {
+    return 256.0f * from_half((uint16_t)(((x & 0x80) << 8) | ((x & 0x7f) << 7)));
+}
+
+}  // namespace
