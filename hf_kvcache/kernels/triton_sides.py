@@ -1,8 +1,8 @@
 """One side of a page inside Triton kernels: what is known at compile time, and the functions that read it.
 
-A row of codes is unpacked segment by segment, and a segment that is no power of two wide is padded to one. So kernels see
-channels in *padded order*: place ``s * segment_pad + j`` is channel ``s * segment + j``, or nothing where ``j`` is not
-below ``segment``. Where the head dimension is a power of two that is the natural order.
+A row of codes is unpacked segment by segment, and a segment that is no power of two wide is padded to one. So kernels
+see channels in *padded order*: place ``s * segment_pad + j`` is channel ``s * segment + j``, or nothing where ``j`` is
+not below ``segment``. Where the head dimension is a power of two that is the natural order.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from hf_kvcache.kernels.pack.reference import bit_planes
 from hf_kvcache.kernels.page import PageLayout
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+#: Fewest tokens and channels that a dot product takes.
+_LEAST = 16
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Side:
         table: the levels of ``level="table"``.
         element: element type of ``level="dense"``.
         compute: type in which dot products take this side.
+        precision: how dot products of fp32 are to be done.
     """
 
     dim: int
@@ -67,13 +72,14 @@ class Side:
     table: tuple[float, ...]
     element: Any
     compute: Any
+    precision: str
 
     @property
     def dim_pad(self) -> int:
         return self.segments * self.segment_pad
 
 
-def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool) -> Side:
+def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool, precision: str = "ieee") -> Side:
     """The compile-time description of side ``name`` of a layout.
 
     Args:
@@ -81,6 +87,7 @@ def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool) -> Si
         name: ``"keys"`` or ``"values"``.
         compute: Triton type in which dot products take this side.
         fold: whether scales shall be folded where a whole page or row shares them.
+        precision: how dot products of fp32 are to be done, as in ``tl.dot``.
     """
     fmt = layout.sides[name]
     offsets = [
@@ -95,7 +102,7 @@ def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool) -> Si
         segment=fmt.dim // segments,
         segment_pad=triton.next_power_of_2(fmt.dim // segments),
         page=layout.page_size,
-        page_pad=triton.next_power_of_2(layout.page_size),
+        page_pad=max(_LEAST, triton.next_power_of_2(layout.page_size)),
         bits=fmt.bits,
         level=fmt.level,
         channel=fmt.axis == "channel",
@@ -110,6 +117,7 @@ def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool) -> Si
         table=fmt.table,
         element=None if fmt.dense_dtype is None else TRITON_TYPES[fmt.dense_dtype],
         compute=compute,
+        precision=precision,
     )
 
 
@@ -117,62 +125,79 @@ def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool) -> Si
 def channels(side: tl.constexpr):
     """The channel at each place of the padded order, and whether there is one."""
     place = tl.arange(0, side.segments * side.segment_pad)
-    if side.segment == side.segment_pad:
-        return place, place >= 0
     j = place % side.segment_pad
     return place // side.segment_pad * side.segment + j, j < side.segment
 
 
 @triton.jit
-def load_tile(pointer, offsets, keep, there, masked: tl.constexpr):
-    """Elements ``[N, S]`` of rows where ``keep [N]`` and columns where ``there [S]``, 0 elsewhere."""
+def load_tile(pointer, offsets, held, there, masked: tl.constexpr):
+    """Elements ``[N, S]`` of the first ``held`` rows and of the columns that are ``there [S]``, 0 elsewhere."""
     if masked:
+        keep = tl.arange(0, offsets.shape[0]) < held
         return tl.load(pointer + offsets, mask=keep[:, None] & there[None, :], other=0)
-    return tl.load(pointer + offsets)
+    else:
+        return tl.load(pointer + offsets)
 
 
 @triton.jit
-def load_codes(record, token, keep, side: tl.constexpr, masked: tl.constexpr):
-    """Codes uint8 ``[N, dim_pad]`` of the tokens ``token [N]`` of a record, in padded order.
+def load_codes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr):
+    """Codes uint8 ``[n, dim_pad]`` of ``n`` tokens of a record, in padded order.
 
     Args:
         record: uint8 pointer to the record.
-        token: int32 ``[N]``.
-        keep: bool ``[N]``; nothing is read where it is False.
+        first: the first of the tokens.
+        held: how many of them there are to read; the codes of the rest are 0.
         side: description of the side.
-        masked: whether ``keep`` may be False anywhere.
+        n: number of tokens.
+        masked: whether ``held`` may be less than ``n``.
     """
     row_bytes: tl.constexpr = side.dim * side.bits // 8
-    width: tl.constexpr = 8 // side.segments
     some: tl.constexpr = masked or side.segment != side.segment_pad
-    n: tl.constexpr = token.shape[0]
     j = tl.arange(0, side.segment_pad)
     there = j < side.segment
-    rows = token[:, None] * row_bytes
-    low = load_tile(record + side.codes_at, rows + j[None, :], keep, there, some)
-    if side.segments == 1:
-        return low
+    rows = (first + tl.arange(0, n))[:, None] * row_bytes
+    if row_bytes == side.segment_pad:
+        # Flat, so that loads are as wide as can be whatever the length of a row.
+        low = _load_flat(record + side.codes_at + first * row_bytes, n * row_bytes, held * row_bytes, masked)
+        low = tl.reshape(low, [n, side.segment_pad])
+    else:
+        low = load_tile(record + side.codes_at, rows + j[None, :], held, there, some)
     high = low
     high_shift = j
     if side.bits == 3:
         # The high bits of neighbours are neighbours too, and come around every dim / 8 bytes.
         eighth: tl.constexpr = side.dim // 8
-        high = load_tile(record + side.codes_at + side.segment, rows + (j % eighth)[None, :], keep, there, some)
+        high = load_tile(record + side.codes_at + side.segment, rows + (j % eighth)[None, :], held, there, some)
         high_shift = j // eighth
-    if side.segments == 2:
-        both = tl.join(_code(low, high, high_shift, 0, side), _code(low, high, high_shift, 1, side))
-        return tl.reshape(tl.permute(both, (0, 2, 1)), [n, 2 * side.segment_pad])
-    if side.segments == 4:
-        even = tl.join(_code(low, high, high_shift, 0, side), _code(low, high, high_shift, 2, side))
-        odd = tl.join(_code(low, high, high_shift, 1, side), _code(low, high, high_shift, 3, side))
-        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), [n, 4 * side.segment_pad])
-    tl.static_assert(width == 1)
-    a = tl.join(_code(low, high, high_shift, 0, side), _code(low, high, high_shift, 4, side))
-    b = tl.join(_code(low, high, high_shift, 1, side), _code(low, high, high_shift, 5, side))
-    c = tl.join(_code(low, high, high_shift, 2, side), _code(low, high, high_shift, 6, side))
-    d = tl.join(_code(low, high, high_shift, 3, side), _code(low, high, high_shift, 7, side))
-    eight = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(tl.permute(eight, (0, 2, 3, 4, 1)), [n, 8 * side.segment_pad])
+    if side.segments == 1:
+        return low
+    elif side.segments == 2:
+        two = _two_codes(low, high, high_shift, 0, side)
+        return tl.reshape(tl.permute(two, (0, 2, 1)), [n, 2 * side.segment_pad])
+    elif side.segments == 4:
+        four = tl.join(_two_codes(low, high, high_shift, 0, side), _two_codes(low, high, high_shift, 1, side))
+        return tl.reshape(tl.permute(four, (0, 2, 3, 1)), [n, 4 * side.segment_pad])
+    else:
+        even = tl.join(_two_codes(low, high, high_shift, 0, side), _two_codes(low, high, high_shift, 2, side))
+        odd = tl.join(_two_codes(low, high, high_shift, 1, side), _two_codes(low, high, high_shift, 3, side))
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), [n, 8 * side.segment_pad])
+
+
+@triton.jit
+def _load_flat(pointer, count: tl.constexpr, held, masked: tl.constexpr):
+    """The first ``held`` of ``count`` elements, 0 for the rest."""
+    i = tl.arange(0, count)
+    if masked:
+        return tl.load(pointer + i, mask=i < held, other=0)
+    else:
+        return tl.load(pointer + i)
+
+
+@triton.jit
+def _two_codes(low, high, high_shift, first: tl.constexpr, side: tl.constexpr):
+    """The codes of segment ``first`` and of that half of the segments further on, side by side in a last dimension."""
+    half: tl.constexpr = side.segments // 2
+    return tl.join(_code(low, high, high_shift, first, side), _code(low, high, high_shift, first + half, side))
 
 
 @triton.jit
@@ -200,15 +225,16 @@ def levels_of(code, table, side: tl.constexpr, compute: tl.constexpr):
         # as many instructions.
         flat = tl.reshape(code, [code.shape[0] * code.shape[1]]).to(tl.int32)
         return tl.reshape(tl.gather(table, flat, 0), [code.shape[0], code.shape[1]]).to(compute)
-    if side.level == "float8":
+    elif side.level == "float8":
         # e4m3 is half precision without three of the exponent's bits: the same bits stand for a number 2**8 times too
         # small. All GPUs can do this, and unlike the conversion it is right in the interpreter.
         bits = ((code & 0x80).to(tl.uint16) << 8) | ((code & 0x7F).to(tl.uint16) << 7)
         return bits.to(tl.float16, bitcast=True).to(compute) * 256.0
-    if compute == tl.float16:
+    elif compute == tl.float16:
         # 1024 + code has the code in its lowest bits: cheaper than a conversion.
         return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
-    return code.to(compute)
+    else:
+        return code.to(compute)
 
 
 @triton.jit
@@ -217,51 +243,78 @@ def load_per_channel(record, at: tl.constexpr, channel, there, side: tl.constexp
     pointer = (record + at).to(tl.pointer_type(tl.float16))
     if side.segment == side.segment_pad:
         return tl.load(pointer + channel).to(tl.float32)
-    return tl.load(pointer + channel, mask=there, other=0.0).to(tl.float32)
+    else:
+        return tl.load(pointer + channel, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_per_token(record, at: tl.constexpr, token, keep, masked: tl.constexpr):
-    """A field of one number per token as fp32 ``[N]``, 0 where ``keep`` is False."""
-    pointer = (record + at).to(tl.pointer_type(tl.float16))
-    if masked:
-        return tl.load(pointer + token, mask=keep, other=0.0).to(tl.float32)
-    return tl.load(pointer + token).to(tl.float32)
+def load_per_token(record, at: tl.constexpr, first, held, n: tl.constexpr, masked: tl.constexpr):
+    """A field of one number per token as fp32 ``[n]``, 0 behind the first ``held``."""
+    pointer = (record + at).to(tl.pointer_type(tl.float16)) + first
+    return _load_flat(pointer, n, held, masked).to(tl.float32)
 
 
 @triton.jit
-def load_elements(record, token, keep, table, channel, there, side: tl.constexpr, masked: tl.constexpr):
-    """Decoded tokens in the type of computation ``[N, dim_pad]``, with all scales applied.
+def load_elements(
+    record, first, held, table, channel, there, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr
+):
+    """Decoded tokens in the type of computation ``[n, dim_pad]``, with all scales applied.
 
     Args:
         record: uint8 pointer to the record.
-        token: int32 ``[N]``.
-        keep: bool ``[N]``; 0 is returned where it is False.
+        first: the first of the tokens.
+        held: how many of them there are to read; the rest are 0.
         table: what :func:`load_table` gave.
         channel: int32 ``[dim_pad]`` from :func:`channels`.
         there: bool ``[dim_pad]`` from :func:`channels`.
         side: description of the side.
-        masked: whether ``keep`` may be False anywhere.
+        n: number of tokens.
+        masked: whether ``held`` may be less than ``n``.
     """
-    some: tl.constexpr = masked or side.segment != side.segment_pad
     if side.level == "dense":
+        some: tl.constexpr = masked or side.segment != side.segment_pad
         elements = (record + side.codes_at).to(tl.pointer_type(side.element))
-        rows = token[:, None] * side.dim + channel[None, :]
-        return load_tile(elements, rows, keep, there, some).to(side.compute)
-    x = levels_of(load_codes(record, token, keep, side, masked), table, side, tl.float32)
-    if side.channel:
-        cells = (token // side.group * side.dim)[:, None] + channel[None, :]
+        rows = (first + tl.arange(0, n))[:, None] * side.dim + channel[None, :]
+        return load_tile(elements, rows, held, there, some).to(side.compute)
     else:
-        groups: tl.constexpr = side.dim // side.group
-        cells = (token * groups)[:, None] + (channel // side.group)[None, :]
-    scales = (record + side.scale_at).to(tl.pointer_type(tl.float16))
-    x = x * load_tile(scales, cells, keep, there, some).to(tl.float32)
-    if side.zero:
-        zeros = (record + side.zero_at).to(tl.pointer_type(tl.float16))
-        x = x + load_tile(zeros, cells, keep, there, some).to(tl.float32)
-    if side.other:
-        if side.channel:
-            x = x * load_per_token(record, side.other_at, token, keep, masked)[:, None]
+        x = levels_of(load_codes(record, first, held, side, n, masked), table, side, tl.float32)
+        x = x * _load_cells(record, side.scale_at, first, held, channel, there, side, n, masked)
+        if side.zero:
+            x = x + _load_cells(record, side.zero_at, first, held, channel, there, side, n, masked)
+        if side.other:
+            if side.channel:
+                x = x * load_per_token(record, side.other_at, first, held, n, masked)[:, None]
+            else:
+                x = x * load_per_channel(record, side.other_at, channel, there, side)[None, :]
+        return x.to(side.compute)
+
+
+@triton.jit
+def _load_cells(
+    record,
+    at: tl.constexpr,
+    first,
+    held,
+    channel,
+    there,
+    side: tl.constexpr,
+    n: tl.constexpr,
+    masked: tl.constexpr,
+):
+    """A field that groups of tokens or channels share, as fp32 that broadcasts to ``[n, dim_pad]``."""
+    some: tl.constexpr = masked or side.segment != side.segment_pad
+    fields = (record + at).to(tl.pointer_type(tl.float16))
+    token = first + tl.arange(0, n)
+    if side.channel:
+        if side.group == side.page:
+            return load_per_channel(record, at, channel, there, side)[None, :]
         else:
-            x = x * load_per_channel(record, side.other_at, channel, there, side)[None, :]
-    return x.to(side.compute)
+            cells = (token // side.group * side.dim)[:, None] + channel[None, :]
+            return load_tile(fields, cells, held, there, some).to(tl.float32)
+    else:
+        if side.group == side.dim:
+            return load_per_token(record, at, first, held, n, masked)[:, None]
+        else:
+            groups: tl.constexpr = side.dim // side.group
+            cells = (token * groups)[:, None] + (channel // side.group)[None, :]
+            return load_tile(fields, cells, held, there, some).to(tl.float32)

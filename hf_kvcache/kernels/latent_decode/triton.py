@@ -171,6 +171,8 @@ def supports(
         query.dtype == latents.dtype == rotary_keys.dtype
         and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and rank in (16, 32, 64, 128, 256, 512)
+        # Rows of 512 float32 numbers do not fit in the registers of an AMD program.
+        and not (torch.version.hip is not None and query.dtype == torch.float32 and rank > 256)
         and rotary_keys.shape[-1] <= 128
         and latents.stride(-1) == rotary_keys.stride(-1) == 1
         and query.numel() > 0
@@ -262,9 +264,9 @@ _TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def compile_cases(architecture: str) -> list[CompileCase]:
     """DeepSeek-V2's widths (r = 512, dr = 64) for one and for many rows, with and without positions."""
     cases = [
-        _split_case(architecture, 1, "bf16", False),
-        _split_case(architecture, 32, "bf16", True),
-        _split_case(architecture, 32, "fp32", True),
+        _split_case(architecture, 512, 1, "bf16", False),
+        _split_case(architecture, 512, 32, "bf16", True),
+        _split_case(architecture, 256 if architecture.startswith("gfx") else 512, 32, "fp32", True),
     ]
     signature = {"partial": "*fp32", "partial_lse": "*fp32", "output": "*bf16", "log_sum_exp": "*fp32"}
     signature |= dict.fromkeys(("splits", "rows", "length"), "i32")
@@ -285,19 +287,19 @@ def compile_cases(architecture: str) -> list[CompileCase]:
     return cases
 
 
-def _split_case(architecture: str, rows: int, dtype: str, everything: bool) -> CompileCase:
+def _split_case(architecture: str, rank: int, rows: int, dtype: str, everything: bool) -> CompileCase:
     tiles = _tiles(rows, _TYPES[dtype], architecture.startswith("gfx"), _SHARED_BYTES.get(architecture, 99 * 1024))
     pointers = {"query": f"*{dtype}", "latents": f"*{dtype}", "rotary": f"*{dtype}"}
     pointers |= {"partial": "*fp32", "partial_lse": "*fp32"}
     optional = {"positions": "*i64", "unused": "*i1"} if everything else {}
     strides = ("query_row", "latent_batch", "latent_token", "rotary_batch", "rotary_token")
     numbers = ("tokens", "split_tokens", "start", "length", "window", "rows")
-    constants: dict[str, Any] = {"R": 512, "DR": 64, "BLOCK_DR": 64, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.tokens}
+    constants: dict[str, Any] = {"R": rank, "DR": 64, "BLOCK_DR": 64, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.tokens}
     constants |= dict.fromkeys(("HAS_POSITIONS", "CAUSAL", "WINDOWED", "HAS_UNUSED"), everything)
     constants |= {} if everything else {"positions": None, "unused": None}
-    per_token = 576 * _TYPES[dtype].itemsize + (9 if everything else 0)
+    per_token = (rank + 64) * _TYPES[dtype].itemsize + (9 if everything else 0)
     return CompileCase(
-        f"latent_decode {dtype} r512 dr64 rows{tiles.rows}" + (" masked" if everything else ""),
+        f"latent_decode {dtype} r{rank} dr64 rows{tiles.rows}" + (" masked" if everything else ""),
         _split_kernel,
         pointers | optional | dict.fromkeys((*strides, *numbers), "i32") | {"factor": "fp32"},
         constants,

@@ -26,7 +26,9 @@ _COMMON = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno"
 _WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-_X86 = {"avx2": _AVX2, "avx512": _AVX512, "vnni": [*_AVX512, "-mavx512vnni"]}
+_VNNI = [*_AVX512, "-mavx512vnni"]
+_AMX = [*_VNNI, "-mavx512vbmi", "-mamx-tile", "-mamx-int8"]
+_X86 = {"avx2": _AVX2, "avx512": _AVX512, "vnni": _VNNI, "amx": _AMX}
 SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 
 

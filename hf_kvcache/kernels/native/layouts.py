@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from hf_kvcache.kernels.hadamard import rotation_matrix, rotation_signs
+from hf_kvcache.kernels.hadamard.reference import rotation_matrix, rotation_signs
 from hf_kvcache.kernels.native.library import Layout, Side
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 
@@ -50,7 +50,7 @@ def _side(layout: PageLayout, name: str) -> Side | None:
         has_other=f"{name}.other" in layout.fields,
         bias=bias,
         step=step,
-        levels=(c_uint8 * 16)(*table),
+        levels=(c_uint8 * 64)(*([*table, *[0] * (16 - len(table))] * 4)),
         rotation=rotation,
         matrix=matrix,
         signs=signs,

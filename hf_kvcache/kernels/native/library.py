@@ -21,7 +21,7 @@ class Side(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("dim", "bits", "level", "axis", "group", "has_zero", "has_other", "bias")),
         ("step", c_float),
-        ("levels", c_uint8 * 16),
+        ("levels", c_uint8 * 64),
         *((name, c_int64) for name in ("codes", "scale", "zero", "other")),
         ("rotation", c_int32),
         ("matrix", c_void_p),
@@ -79,7 +79,7 @@ def reason_missing() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: ``"portable"``, ``"avx2"``, ``"avx512"`` or ``"avx512-vnni"``."""
+    """The instruction set in use: ``"portable"``, ``"avx2"``, ``"avx512"``, ``"avx512-vnni"`` or ``"avx512-amx"``."""
     return load().hfkv_isa().decode()
 
 
@@ -96,7 +96,7 @@ def set_isa(name: str) -> None:
 def available_isas() -> list[str]:
     """The instruction sets that can be used here, best first."""
     current, names = isa(), []
-    for name in ("avx512-vnni", "avx512", "avx2", "portable"):
+    for name in ("avx512-amx", "avx512-vnni", "avx512", "avx2", "portable"):
         if load().hfkv_set_isa(name.encode()) == 0:
             names.append(name)
     load().hfkv_set_isa(current.encode())

@@ -23,7 +23,7 @@ struct HfkvSide {
     int32_t has_zero, has_other;
     int32_t bias;          // what is subtracted from an expanded byte: 128 for signed levels, 0 for codes of 8 bits
     float step;            // level = step * (byte - bias)
-    uint8_t levels[16];    // the byte of each code of up to 4 bits
+    uint8_t levels[64];    // the byte of each code of up to 4 bits, in 16 bytes, four times
     int64_t codes, scale, zero, other;  // byte offsets in a record
     int32_t rotation;      // 0 none, 1 by `matrix`, 2 fast Walsh-Hadamard after multiplying with `signs`
     const float* matrix;   // [dim, dim]: rotated = x @ matrix
@@ -76,7 +76,7 @@ struct HfkvAttend {
 #endif
 extern "C" {
 int32_t hfkv_abi_version();
-// Name of the instruction set in use: "portable", "avx2", "avx512", "avx512-vnni".
+// Name of the instruction set in use: "portable", "avx2", "avx512", "avx512-vnni", "avx512-amx".
 const char* hfkv_isa();
 // Use that instruction set (for tests); returns 0, or 1 if this CPU lacks it or it was not compiled.
 int32_t hfkv_set_isa(const char* name);

@@ -51,7 +51,7 @@ struct Run {
         const size_t widest = larger_int(keys.dim, values.dim);
         thread_bytes = sizeof(float) * (queries * (key_pitch + 2 * page_pitch + value_pitch) + page_size * widest)
                      + sizeof(float) * 3 * (page_size * widest + longest)  // a scale for every element is the most there can be
-                     + page_size * widest + 64 + 8 * (longest + 64) + 256;
+                     + page_size * widest + 64 + 16 * (longest + 64) + 256;
         thread_bytes = (thread_bytes + 63) & ~(size_t)63;
     }
 
@@ -172,7 +172,14 @@ inline void keep_scores(const Run& run, const float* scores, int n, int row, int
         std::memcpy(to + (size_t)m * keys, scores + (size_t)m * run.page_pitch, sizeof(float) * n);
 }
 
-inline void attend_page(const Run& run, int row, int column, float* kept, Scratch& s, Partial& p) {
+// The codes of a side, to be fetched while another is computed with.
+inline Ahead codes_of(const HfkvSide& side, const uint8_t* record) {
+    if (!record) return {};
+    const int64_t bits = side.level == HFKV_CODES ? side.bits : side.level == HFKV_FLOAT8 ? 8 : side.level == HFKV_FLOAT32 ? 32 : 16;
+    return {record + side.codes, side.dim * bits / 8};
+}
+
+inline void attend_page(const Run& run, int row, int column, bool last, float* kept, Scratch& s, Partial& p) {
     const HfkvAttend& c = run.call;
     const int64_t cell = row * c.row_stride + column;
     const int n = c.counts[cell];
@@ -184,7 +191,8 @@ inline void attend_page(const Run& run, int row, int column, float* kept, Scratc
     // The oldest query sees furthest back: what has left its window has left every one.
     if (c.window && at(n - 1) <= c.start - c.window) return;
     const uint8_t* record = (const uint8_t*)c.addresses[cell];
-    page_scores(run.keys, run.page_size, record, n, run.rotated_queries(row), run.queries, run.key_pitch, s, run.page_pitch);
+    page_scores(run.keys, run.page_size, record, n, run.rotated_queries(row), run.queries, run.key_pitch, s, run.page_pitch,
+                codes_of(run.values, record));
     if (c.center)
         for (int m = 0; m < run.queries; m++)
             for (int t = 0; t < n; t++) s.scores[(size_t)m * run.page_pitch + t] += run.shifts(row)[m];
@@ -192,7 +200,9 @@ inline void attend_page(const Run& run, int row, int column, float* kept, Scratc
     if (c.window && at(0) <= c.start + c.length - 1 - c.window) hide_by_position(run, s.scores, n, false, at);
     keep_scores(run, s.scores, n, row, (int64_t)column * run.page_size, keys, kept);
     weigh_scores(run, s.scores, n, p);
-    page_output(run.values, run.page_size, record, n, s.scores, run.queries, run.page_pitch, s, p.output, run.value_pitch);
+    const uint8_t* next = last ? nullptr : (const uint8_t*)c.addresses[cell + 1];
+    page_output(run.values, run.page_size, record, n, s.scores, run.queries, run.page_pitch, s, p.output, run.value_pitch,
+                codes_of(run.keys, next));
 }
 
 inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Partial& p) {
@@ -202,8 +212,8 @@ inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Parti
     for (int start = 0; start < c.slots; start += kDenseTile) {
         const int n = c.slots - start < kDenseTile ? c.slots - start : kDenseTile;
         const uint8_t* keys = (const uint8_t*)c.dense_keys + width * (b * c.keys_batch + head * c.keys_head + start * c.keys_token);
-        const Rows key_rows{c.dense_level, 0, run.keys.dim, keys, width * c.keys_token};
-        by_fours(run.queries, DotOp{key_rows, n, run.row_queries(row), run.key_pitch, s.scores, run.page_pitch, s.split});
+        const Rows key_rows{c.dense_level, 0, run.keys.dim, n, keys, width * c.keys_token};
+        by_fours(run.queries, DotOp{key_rows, n, run.row_queries(row), run.key_pitch, s.scores, run.page_pitch, s.split, {}});
         if (c.softcap > 0) cap_scores(run, s.scores, n);
         if (c.dense_positions) {
             const int64_t* positions = c.dense_positions + b * c.positions_batch + start;
@@ -219,8 +229,8 @@ inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Parti
         weigh_scores(run, s.scores, n, p);
         const uint8_t* values =
             (const uint8_t*)c.dense_values + width * (b * c.values_batch + head * c.values_head + start * c.values_token);
-        const Rows value_rows{c.dense_level, 0, run.values.dim, values, width * c.values_token};
-        by_fours(run.queries, WeighOp{value_rows, n, s.scores, run.page_pitch, p.output, run.value_pitch, s.split});
+        const Rows value_rows{c.dense_level, 0, run.values.dim, n, values, width * c.values_token};
+        by_fours(run.queries, WeighOp{value_rows, n, s.scores, run.page_pitch, p.output, run.value_pitch, s.split, {}});
     }
 }
 
@@ -312,6 +322,9 @@ inline int attend(const HfkvAttend& given) {
 #else
             Scratch s = run.scratch(0);
 #endif
+#if defined(__AMX_INT8__)
+            configure_tiles();
+#endif
 #pragma omp for schedule(static)
             for (int row = 0; row < run.rows; row++) prepare_row(run, row);
 #pragma omp for schedule(dynamic, 1)
@@ -324,7 +337,8 @@ inline int attend(const HfkvAttend& given) {
                 } else {
                     const int64_t first = (int64_t)call.columns * part / run.splits;
                     const int64_t stop = (int64_t)call.columns * (part + 1) / run.splits;
-                    for (int64_t column = first; column < stop; column++) attend_page(run, row, (int)column, page_scores, s, p);
+                    for (int64_t column = first; column < stop; column++) 
+                        attend_page(run, row, (int)column, column + 1 == stop, page_scores, s, p);
                 }
             }
 #pragma omp for schedule(static)
@@ -333,6 +347,9 @@ inline int attend(const HfkvAttend& given) {
                 if (page_scores) sum_mass(run, row, page_scores, page_keys, call.page_mass);
                 if (dense_scores) sum_mass(run, row, dense_scores, call.slots, call.dense_mass);
             }
+#if defined(__AMX_INT8__)
+            release_tiles();
+#endif
         }
     }
     std::free(allocated);

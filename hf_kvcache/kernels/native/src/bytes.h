@@ -50,69 +50,89 @@ inline float split(const float* x, int n, int8_t* high, int8_t* low) {
     return unit;
 }
 
-// Lane i of the result is the sum over the lanes of v[i].
-inline __m512i lane_sums(const __m512i v[16]) {
-    __m512i w[4];
-    for (int i = 0; i < 4; i++) {
-        const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(v[4 * i], v[4 * i + 1]),
-                                            _mm512_unpackhi_epi32(v[4 * i], v[4 * i + 1]));
-        const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(v[4 * i + 2], v[4 * i + 3]),
-                                            _mm512_unpackhi_epi32(v[4 * i + 2], v[4 * i + 3]));
-        w[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+// Transposes 16 rows of 16 groups of four bytes: afterwards lane i of v[g] is group g of row i.
+inline void transpose(__m512i v[16]) {
+    __m512i w[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        w[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        w[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
     }
-    const __m512i x = _mm512_add_epi32(_mm512_shuffle_i32x4(w[0], w[1], 0x44), _mm512_shuffle_i32x4(w[0], w[1], 0xee));
-    const __m512i y = _mm512_add_epi32(_mm512_shuffle_i32x4(w[2], w[3], 0x44), _mm512_shuffle_i32x4(w[2], w[3], 0xee));
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        v[4 * i] = _mm512_unpacklo_epi64(w[4 * i], w[4 * i + 2]);
+        v[4 * i + 1] = _mm512_unpackhi_epi64(w[4 * i], w[4 * i + 2]);
+        v[4 * i + 2] = _mm512_unpacklo_epi64(w[4 * i + 1], w[4 * i + 3]);
+        v[4 * i + 3] = _mm512_unpackhi_epi64(w[4 * i + 1], w[4 * i + 3]);
+    }
+    // Quarter q of v[4 r + c] is group 4 q + c of rows 4 r to 4 r + 3; what is left is to transpose the quarters.
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        const __m512i even_low = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), odd_low = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xdd);
+        const __m512i even_high = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88);
+        const __m512i odd_high = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xdd);
+        w[c] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        w[4 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        w[8 + c] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+        w[12 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = w[i];
 }
 
-// kVectors: vectors of 64 bytes in a row, 0 for any number.
-template <int M, int kVectors>
+inline __m512i four_bytes(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+
+inline int32_t byte_sum(const int8_t* x, int n) {
+    int32_t total = 0;
+    for (int i = 0; i < n; i++) total += x[i];
+    return total;
+}
+
+// Sixteen tokens at a time, a token to a lane, so that no sum runs across lanes.
+template <int M>
 void dot_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float* query, int query_pitch, float* scores,
-                    int pitch, int8_t* scratch) {
-    constexpr int kTokens = M == 1 ? 16 : M == 2 ? 8 : 4;
-    const int width = padded(dim), vectors = kVectors ? kVectors : width / 64;
-    const __mmask64 last = dim % 64 ? (1ull << (dim % 64)) - 1 : ~0ull;
-    __m512i start[M];  // takes the bias out again
-    float units[16] = {};
+                    int pitch, int8_t* scratch, Ahead ahead) {
+    const int width = padded(dim);
+    int32_t start[M];  // takes the bias out again
+    float units[M];
     for (int m = 0; m < M; m++) {
         int8_t* high = scratch + (2 * m) * width;
-        int8_t* low = high + width;
-        const float unit = split(query + m * query_pitch, dim, high, low);
-        for (int t = 0; t < kTokens; t++) units[m * kTokens + t] = unit;
-        const __m512i ones = _mm512_set1_epi8((char)bias);
-        __m512i upper = _mm512_setzero_si512(), lower = upper;
-        for (int v = 0; v < vectors; v++) {
-            upper = _mm512_dpbusd_epi32(upper, ones, _mm512_loadu_si512(high + 64 * v));
-            lower = _mm512_dpbusd_epi32(lower, ones, _mm512_loadu_si512(low + 64 * v));
-        }
-        start[m] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower));
+        units[m] = split(query + m * query_pitch, dim, high, high + width);
+        start[m] = -bias * (256 * byte_sum(high, dim) + byte_sum(high + width, dim));
     }
-    const __m512 unit_of = _mm512_loadu_ps(units);
-    for (int t = 0; t < n; t += kTokens) {
-        __m512i sums[16];
-        for (int i = M * kTokens; i < 16; i++) sums[i] = _mm512_setzero_si512();
+    for (int t = 0; t < n; t += 16) {
+        ahead.fetch(t, n - t < 16 ? n - t : 16);
+        __m512i upper[M], lower[M];
+        for (int m = 0; m < M; m++) upper[m] = _mm512_setzero_si512(), lower[m] = _mm512_set1_epi32(start[m]);
+        for (int c = 0; c < dim; c += 64) {
+            const __mmask64 in = dim - c < 64 ? (1ull << (dim - c)) - 1 : ~0ull;
+            __m512i v[16];
 #pragma GCC unroll 16
-        for (int i = 0; i < kTokens; i++) {
-            // Rows behind the last one are not read: its own stands in for them.
-            const uint8_t* row = rows + (int64_t)(t + i < n ? t + i : n - 1) * dim;
-            __m512i upper[M], lower[M];
-            for (int m = 0; m < M; m++) upper[m] = _mm512_setzero_si512(), lower[m] = start[m];
-            for (int v = 0; v < vectors; v++) {
-                const __m512i x = v + 1 < vectors ? _mm512_loadu_si512(row + 64 * v) : _mm512_maskz_loadu_epi8(last, row + 64 * v);
+            for (int i = 0; i < 16; i++) {
+                // Rows behind the last one are not read: its own stands in for them.
+                const uint8_t* row = rows + (int64_t)(t + i < n ? t + i : n - 1) * dim + c;
+                v[i] = _mm512_maskz_loadu_epi8(in, row);
+            }
+            transpose(v);
+            const int8_t* q = scratch + c;
+#pragma GCC unroll 16
+            for (int g = 0; g < 16; g++)
 #pragma GCC unroll 4
                 for (int m = 0; m < M; m++) {
-                    const int8_t* high = scratch + (2 * m) * width + 64 * v;
-                    upper[m] = _mm512_dpbusd_epi32(upper[m], x, _mm512_loadu_si512(high));
-                    lower[m] = _mm512_dpbusd_epi32(lower[m], x, _mm512_loadu_si512(high + width));
+                    upper[m] = _mm512_dpbusd_epi32(upper[m], v[g], four_bytes(q + 2 * m * width + 4 * g));
+                    lower[m] = _mm512_dpbusd_epi32(lower[m], v[g], four_bytes(q + (2 * m + 1) * width + 4 * g));
                 }
-            }
-            for (int m = 0; m < M; m++) sums[m * kTokens + i] = _mm512_add_epi32(_mm512_slli_epi32(upper[m], 8), lower[m]);
         }
-        float out[16];
-        _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(lane_sums(sums)), unit_of));
-        const int count = n - t < kTokens ? n - t : kTokens;
-        for (int m = 0; m < M; m++)
-            for (int i = 0; i < count; i++) scores[m * pitch + t + i] = out[m * kTokens + i];
+        const int left = n - t;
+        const __mmask16 out = left >= 16 ? 0xffff : (__mmask16)((1 << left) - 1);
+        for (int m = 0; m < M; m++) {
+            const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(upper[m], 8), lower[m]);
+            _mm512_mask_storeu_ps(scores + m * pitch + t, out, _mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(units[m])));
+        }
     }
 }
 
@@ -120,7 +140,7 @@ void dot_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float* 
 template <int M, int kHalf>
 void weigh_block(const uint8_t* rows, int n, int dim, __mmask64 in, const int8_t* weights, int weight_pitch,
                  const int32_t* high_start, const int32_t* low_start, const float* units, float* output, int output_pitch,
-                 int channels) {
+                 int channels, Ahead ahead) {
     __m512i upper[M][2], lower[M][2];
     for (int m = 0; m < M; m++)
         for (int p = 0; p < 2; p++) {
@@ -129,6 +149,7 @@ void weigh_block(const uint8_t* rows, int n, int dim, __mmask64 in, const int8_t
         }
     for (int t = 0; t < n; t += 4) {
         __m512i row[4];
+        ahead.fetch(t, n - t < 4 ? n - t : 4);
         for (int i = 0; i < 4; i++) {
             const uint8_t* from = rows + (int64_t)(t + i < n ? t + i : n - 1) * dim;
             row[i] = _mm512_maskz_loadu_epi8(in, from);
@@ -138,11 +159,8 @@ void weigh_block(const uint8_t* rows, int n, int dim, __mmask64 in, const int8_t
         const __m512i parts[2] = {_mm512_unpacklo_epi16(ab, cd), _mm512_unpackhi_epi16(ab, cd)};
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) {
-            int32_t four;
-            std::memcpy(&four, weights + (2 * m) * weight_pitch + t, 4);
-            const __m512i high = _mm512_set1_epi32(four);
-            std::memcpy(&four, weights + (2 * m + 1) * weight_pitch + t, 4);
-            const __m512i low = _mm512_set1_epi32(four);
+            const __m512i high = four_bytes(weights + (2 * m) * weight_pitch + t);
+            const __m512i low = four_bytes(weights + (2 * m + 1) * weight_pitch + t);
             for (int p = 0; p < 2; p++) {
                 upper[m][p] = _mm512_dpbusd_epi32(upper[m][p], parts[p], high);
                 lower[m][p] = _mm512_dpbusd_epi32(lower[m][p], parts[p], low);
@@ -168,23 +186,23 @@ void weigh_block(const uint8_t* rows, int n, int dim, __mmask64 in, const int8_t
 
 template <int M>
 void weigh_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float* weights, int pitch, float* output,
-                      int output_pitch, int8_t* scratch) {
+                      int output_pitch, int8_t* scratch, Ahead ahead) {
     const int width = padded(n);
     int32_t high_start[M], low_start[M];
     float units[M];
     for (int m = 0; m < M; m++) {
         int8_t* high = scratch + (2 * m) * width;
         units[m] = split(weights + m * pitch, n, high, high + width);
-        int32_t upper = 0, lower = 0;
-        for (int t = 0; t < n; t++) upper += high[t], lower += high[width + t];
-        high_start[m] = -bias * upper;
-        low_start[m] = -bias * lower;
+        high_start[m] = -bias * byte_sum(high, n);
+        low_start[m] = -bias * byte_sum(high + width, n);
     }
     for (int c = 0; c < dim; c += 64) {
         const int channels = dim - c < 64 ? dim - c : 64;
         const __mmask64 in = channels < 64 ? (1ull << channels) - 1 : ~0ull;
-        weigh_block<M, 0>(rows + c, n, dim, in, scratch, width, high_start, low_start, units, output + c, output_pitch, channels);
-        weigh_block<M, 1>(rows + c, n, dim, in, scratch, width, high_start, low_start, units, output + c, output_pitch, channels);
+        weigh_block<M, 0>(rows + c, n, dim, in, scratch, width, high_start, low_start, units, output + c, output_pitch, channels,
+                          c ? Ahead{} : ahead);
+        weigh_block<M, 1>(rows + c, n, dim, in, scratch, width, high_start, low_start, units, output + c, output_pitch, channels,
+                          Ahead{});
     }
 }
 
@@ -195,39 +213,34 @@ constexpr int kLargestExactDim = 256, kLargestExactTokens = 256;
 
 template <int M>
 void dot_bytes(const uint8_t* rows, int n, int dim, int bias, const float* query, int query_pitch, float* scores, int pitch,
-               int8_t* scratch) {
+               int8_t* scratch, Ahead ahead) {
 #if defined(__AVX512VNNI__)
     if (dim <= kLargestExactDim) {
-        if (dim == 64)
-            dot_bytes_vnni<M, 1>(rows, n, dim, bias, query, query_pitch, scores, pitch, scratch);
-        else if (dim == 128)
-            dot_bytes_vnni<M, 2>(rows, n, dim, bias, query, query_pitch, scores, pitch, scratch);
-        else
-            dot_bytes_vnni<M, 0>(rows, n, dim, bias, query, query_pitch, scores, pitch, scratch);
+        dot_bytes_vnni<M>(rows, n, dim, bias, query, query_pitch, scores, pitch, scratch, ahead);
         return;
     }
 #endif
     (void)scratch;
     if (bias)
-        dot_elements<Byte<true>, M>(rows, dim, n, dim, query, query_pitch, scores, pitch);
+        dot_elements<Byte<true>, M>(rows, dim, n, dim, query, query_pitch, scores, pitch, ahead);
     else
-        dot_elements<Byte<false>, M>(rows, dim, n, dim, query, query_pitch, scores, pitch);
+        dot_elements<Byte<false>, M>(rows, dim, n, dim, query, query_pitch, scores, pitch, ahead);
 }
 
 template <int M>
 void weigh_bytes(const uint8_t* rows, int n, int dim, int bias, const float* weights, int pitch, float* output,
-                 int output_pitch, int8_t* scratch) {
+                 int output_pitch, int8_t* scratch, Ahead ahead) {
 #if defined(__AVX512VNNI__)
     if (n <= kLargestExactTokens) {
-        weigh_bytes_vnni<M>(rows, n, dim, bias, weights, pitch, output, output_pitch, scratch);
+        weigh_bytes_vnni<M>(rows, n, dim, bias, weights, pitch, output, output_pitch, scratch, ahead);
         return;
     }
 #endif
     (void)scratch;
     if (bias)
-        weigh_elements<Byte<true>, M>(rows, dim, n, dim, weights, pitch, output, output_pitch);
+        weigh_elements<Byte<true>, M>(rows, dim, n, dim, weights, pitch, output, output_pitch, ahead);
     else
-        weigh_elements<Byte<false>, M>(rows, dim, n, dim, weights, pitch, output, output_pitch);
+        weigh_elements<Byte<false>, M>(rows, dim, n, dim, weights, pitch, output, output_pitch, ahead);
 }
 
 }  // namespace

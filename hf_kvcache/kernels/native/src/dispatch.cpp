@@ -3,6 +3,14 @@
 
 #include "api.h"
 
+#if defined(HFKV_X86)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #define HFKV_DECLARE(isa)                                                                                          \
     int hfkv_attend_##isa(const HfkvAttend*);                                                                      \
     void hfkv_decode_side_##isa(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);
@@ -12,6 +20,7 @@ HFKV_DECLARE(portable)
 HFKV_DECLARE(avx2)
 HFKV_DECLARE(avx512)
 HFKV_DECLARE(vnni)
+HFKV_DECLARE(amx)
 #endif
 
 namespace {
@@ -30,11 +39,25 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+// Tiles are 8 KiB of state a thread, which Linux gives only to processes that ask for it.
+bool has_amx() {
+#if defined(__linux__)
+    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a, b, c, d;
+    if (!has_vnni() || !__builtin_cpu_supports("avx512vbmi") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    return (d & kTile) && (d & kInt8) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 #endif
 
 // Best first.
 const Isa kIsas[] = {
 #if defined(HFKV_X86)
+    {"avx512-amx", has_amx(), hfkv_attend_amx, hfkv_decode_side_amx},
     {"avx512-vnni", has_vnni(), hfkv_attend_vnni, hfkv_decode_side_vnni},
     {"avx512", has_avx512(), hfkv_attend_avx512, hfkv_decode_side_avx512},
     {"avx2", has_avx2(), hfkv_attend_avx2, hfkv_decode_side_avx2},

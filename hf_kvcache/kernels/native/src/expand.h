@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__SSSE3__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
@@ -12,10 +12,18 @@
 
 namespace {
 
-// A vector of bytes whose lanes of 16 look up the same table.
+// A vector of bytes whose lanes of 16 look up the same table. `shifted` may leave bits of the neighbour in the upper bits
+// (x86 shifts no bytes): whoever calls it masks them out.
 struct Bytes16 {
     static constexpr int kBytes = 16;
     typedef uint8_t Type __attribute__((vector_size(16)));
+    static Type shifted(Type x, int n) {
+#if defined(__SSE2__)
+        return (Type)_mm_srli_epi16((__m128i)x, n);
+#else
+        return x >> n;
+#endif
+    }
     static Type lookup(Type table, Type index) {
 #if defined(__SSSE3__)
         return (Type)_mm_shuffle_epi8((__m128i)table, (__m128i)index);
@@ -32,6 +40,13 @@ struct Bytes16 {
 struct Bytes32 {
     static constexpr int kBytes = 32;
     typedef uint8_t Type __attribute__((vector_size(32)));
+    static Type shifted(Type x, int n) {
+#if defined(__AVX2__)
+        return (Type)_mm256_srli_epi16((__m256i)x, n);
+#else
+        return x >> n;
+#endif
+    }
     static Type lookup(Type table, Type index) {
 #if defined(__AVX2__)
         return (Type)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
@@ -46,6 +61,13 @@ struct Bytes32 {
 struct Bytes64 {
     static constexpr int kBytes = 64;
     typedef uint8_t Type __attribute__((vector_size(64)));
+    static Type shifted(Type x, int n) {
+#if defined(__AVX512BW__)
+        return (Type)_mm512_srli_epi16((__m512i)x, n);
+#else
+        return x >> n;
+#endif
+    }
     static Type lookup(Type table, Type index) {
 #if defined(__AVX512BW__)
         return (Type)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
@@ -58,93 +80,142 @@ struct Bytes64 {
 };
 
 template <class Bytes>
-typename Bytes::Type tiled(const uint8_t table[16]) {
+inline typename Bytes::Type load_bytes(const uint8_t* p) {
     typename Bytes::Type out;
-    for (int i = 0; i < Bytes::kBytes; i += 16) std::memcpy((uint8_t*)&out + i, table, 16);
+    std::memcpy(&out, p, sizeof out);
     return out;
 }
 
-// One plane of `kWidth` bits: byte j of a row holds element j of each of its 8 / kWidth segments.
+// n rows whose planes of `kWidth` bits are `length` bytes: byte j holds element j of each of its 8 / kWidth segments.
+// `levels` are the bytes of the codes, repeated to 64.
 template <int kWidth, class Bytes>
-int expand_plane(const uint8_t* row, int from, int length, const uint8_t table[16], uint8_t* out) {
+inline void expand_plane(const uint8_t* codes, int n, int length, const uint8_t* levels, uint8_t* out) {
     typedef typename Bytes::Type Type;
-    const Type levels = tiled<Bytes>(table);
-    int j = from;
-    for (; j + Bytes::kBytes <= length; j += Bytes::kBytes) {
-        Type packed;
-        std::memcpy(&packed, row + j, sizeof packed);
+    const Type table = load_bytes<Bytes>(levels);
+    for (int t = 0; t < n; t++) {
+        const uint8_t* row = codes + (int64_t)t * length;
+        uint8_t* to = out + (int64_t)t * length * (8 / kWidth);
+        for (int j = 0; j < length; j += Bytes::kBytes) {
+            const Type packed = load_bytes<Bytes>(row + j);
 #pragma GCC unroll 8
-        for (int s = 0; s < 8 / kWidth; s++) {
-            const Type level = Bytes::lookup(levels, (packed >> (s * kWidth)) & ((1 << kWidth) - 1));
-            std::memcpy(out + s * length + j, &level, sizeof level);
+            for (int s = 0; s < 8 / kWidth; s++) {
+                const Type level = Bytes::lookup(table, Bytes::shifted(packed, s * kWidth) & (uint8_t)((1 << kWidth) - 1));
+                std::memcpy(to + s * length + j, &level, sizeof level);
+            }
         }
     }
-    return j;
+}
+
+typedef uint64_t Words __attribute__((vector_size(16)));
+
+// The same where rows are no multiple of a vector: eight bytes at a time, then one.
+template <int kWidth>
+inline void expand_uneven_plane(const uint8_t* codes, int n, int length, const uint8_t* levels, uint8_t* out) {
+    const Bytes16::Type table = load_bytes<Bytes16>(levels);
+    for (int t = 0; t < n; t++) {
+        const uint8_t* row = codes + (int64_t)t * length;
+        uint8_t* to = out + (int64_t)t * length * (8 / kWidth);
+        int j = 0;
+        for (; j + 8 <= length; j += 8) {
+            uint64_t word;
+            std::memcpy(&word, row + j, 8);
+            const Bytes16::Type packed = (Bytes16::Type)(Words){word, 0};
+#pragma GCC unroll 8
+            for (int s = 0; s < 8 / kWidth; s++) {
+                const Words level =
+                    (Words)Bytes16::lookup(table, Bytes16::shifted(packed, s * kWidth) & (uint8_t)((1 << kWidth) - 1));
+                word = level[0];
+                std::memcpy(to + s * length + j, &word, 8);
+            }
+        }
+        for (; j < length; j++)
+            for (int s = 0; s < 8 / kWidth; s++)
+                to[s * length + j] = levels[(row[j] >> (s * kWidth)) & ((1 << kWidth) - 1)];
+    }
 }
 
 template <int kWidth>
-void expand_plane_row(const uint8_t* row, int dim, const uint8_t table[16], uint8_t* out) {
+inline void expand_one_plane(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out) {
     const int length = dim * kWidth / 8;
-    int j = 0;
-#if defined(__AVX512BW__)
-    j = expand_plane<kWidth, Bytes64>(row, j, length, table, out);
-#endif
-#if defined(__AVX2__)
-    j = expand_plane<kWidth, Bytes32>(row, j, length, table, out);
-#endif
-    j = expand_plane<kWidth, Bytes16>(row, j, length, table, out);
-    for (; j < length; j++)
-        for (int s = 0; s < 8 / kWidth; s++) out[s * length + j] = table[(row[j] >> (s * kWidth)) & ((1 << kWidth) - 1)];
+    if (length % 64 == 0)
+        expand_plane<kWidth, Bytes64>(codes, n, length, levels, out);
+    else if (length % 32 == 0)
+        expand_plane<kWidth, Bytes32>(codes, n, length, levels, out);
+    else if (length % 16 == 0)
+        expand_plane<kWidth, Bytes16>(codes, n, length, levels, out);
+    else
+        expand_uneven_plane<kWidth>(codes, n, length, levels, out);
 }
 
-// Three bits: a plane of two and a plane of one. Half h of segment s of the first has its third bits in segment 2s + h
-// of the second.
-inline void expand_three_bits(const uint8_t* row, int dim, const uint8_t table[16], uint8_t* out) {
-    typedef Bytes16::Type Type;
-    const int eighth = dim / 8;
-    const uint8_t* third = row + 2 * eighth;
-    const Type levels = tiled<Bytes16>(table);
-    for (int s = 0; s < 4; s++) {
-        for (int h = 0; h < 2; h++) {
-            const uint8_t* low = row + h * eighth;
-            uint8_t* to = out + (2 * s + h) * eighth;
-            int j = 0;
-            for (; j + 16 <= eighth; j += 16) {
-                Type a, b;
-                std::memcpy(&a, low + j, 16);
-                std::memcpy(&b, third + j, 16);
-                const Type code = ((a >> (2 * s)) & 3) | (((b >> (2 * s + h)) & 1) << 2);
-                const Type level = Bytes16::lookup(levels, code);
-                std::memcpy(to + j, &level, 16);
-            }
-            for (; j + 8 <= eighth; j += 8) {
-                Type a{}, b{};
-                std::memcpy(&a, low + j, 8);
-                std::memcpy(&b, third + j, 8);
-                const Type code = ((a >> (2 * s)) & 3) | (((b >> (2 * s + h)) & 1) << 2);
-                const Type level = Bytes16::lookup(levels, code);
-                std::memcpy(to + j, &level, 8);
-            }
-            for (; j < eighth; j++) to[j] = table[((low[j] >> (2 * s)) & 3) | (((third[j] >> (2 * s + h)) & 1) << 2)];
+// Three bits are a plane of two and a plane of one: the third bits of half h of segment s of the first stand in segment
+// 2s + h of the second. Here a segment of the first fills a vector, and the second is loaded twice over.
+template <class Bytes>
+inline typename Bytes::Type twice(const uint8_t* half) {
+    typename Bytes::Type out;
+    std::memcpy((uint8_t*)&out, half, Bytes::kBytes / 2);
+    std::memcpy((uint8_t*)&out + Bytes::kBytes / 2, half, Bytes::kBytes / 2);
+    return out;
+}
+#if defined(__AVX512BW__)
+template <>
+inline Bytes64::Type twice<Bytes64>(const uint8_t* half) {
+    return (Bytes64::Type)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)half));
+}
+#endif
+#if defined(__AVX2__)
+template <>
+inline Bytes32::Type twice<Bytes32>(const uint8_t* half) {
+    return (Bytes32::Type)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)half));
+}
+#endif
+#if defined(__SSE2__)
+template <>
+inline Bytes16::Type twice<Bytes16>(const uint8_t* half) {
+    uint64_t word;
+    std::memcpy(&word, half, 8);
+    return (Bytes16::Type)(Words){word, word};
+}
+#endif
+
+template <class Bytes>
+inline void expand_three_bits(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out) {
+    typedef typename Bytes::Type Type;
+    constexpr int kSegment = Bytes::kBytes;
+    const Type table = load_bytes<Bytes>(levels);
+    Type masks[4];
+    for (int s = 0; s < 4; s++)
+        for (int i = 0; i < kSegment; i++) masks[s][i] = (uint8_t)(1 << (2 * s + (i >= kSegment / 2)));
+    for (int t = 0; t < n; t++) {
+        const uint8_t* row = codes + t * (kSegment + kSegment / 2);
+        const Type low = load_bytes<Bytes>(row);
+        const Type third = twice<Bytes>(row + kSegment);
+#pragma GCC unroll 4
+        for (int s = 0; s < 4; s++) {
+            const Type high = (Type)((third & masks[s]) == masks[s]) & 4;
+            const Type level = Bytes::lookup(table, (Bytes::shifted(low, 2 * s) & 3) | high);
+            std::memcpy(out + (t * 4 + s) * kSegment, &level, sizeof level);
         }
     }
 }
 
-// n rows of packed codes to n rows of `dim` bytes each.
-inline void expand(const uint8_t* codes, int bits, int n, int dim, const uint8_t table[16], uint8_t* out) {
-    const int row_bytes = dim * bits / 8;
-    for (int t = 0; t < n; t++) {
-        const uint8_t* row = codes + (int64_t)t * row_bytes;
-        uint8_t* to = out + (int64_t)t * dim;
-        if (bits == 4)
-            expand_plane_row<4>(row, dim, table, to);
-        else if (bits == 3)
-            expand_three_bits(row, dim, table, to);
-        else if (bits == 2)
-            expand_plane_row<2>(row, dim, table, to);
-        else
-            expand_plane_row<1>(row, dim, table, to);
+inline void expand_three_bits_row(const uint8_t* row, int dim, const uint8_t* levels, uint8_t* out) {
+    const int quarter = dim / 4, eighth = dim / 8;
+    for (int c = 0; c < dim; c++) {
+        const int low = (row[c % quarter] >> (2 * (c / quarter))) & 3;
+        const int high = (row[quarter + c % eighth] >> (c / eighth)) & 1;
+        out[c] = levels[low | (high << 2)];
     }
+}
+
+// n rows of packed codes to n rows of `dim` bytes each. levels: the byte of each code, repeated to 64.
+inline void expand(const uint8_t* codes, int bits, int n, int dim, const uint8_t* levels, uint8_t* out) {
+    if (bits == 4) return expand_one_plane<4>(codes, n, dim, levels, out);
+    if (bits == 2) return expand_one_plane<2>(codes, n, dim, levels, out);
+    if (bits == 1) return expand_one_plane<1>(codes, n, dim, levels, out);
+    if (dim == 64) return expand_three_bits<Bytes16>(codes, n, levels, out);
+    if (dim == 128) return expand_three_bits<Bytes32>(codes, n, levels, out);
+    if (dim == 256) return expand_three_bits<Bytes64>(codes, n, levels, out);
+    for (int t = 0; t < n; t++) expand_three_bits_row(codes + (int64_t)t * (dim * 3 / 8), dim, levels, out + (int64_t)t * dim);
 }
 
 }  // namespace

@@ -5,8 +5,8 @@
 // a scale is shared by less than the page or the row.
 #pragma once
 
+#include "amx.h"
 #include "api.h"
-#include "bytes.h"
 #include "expand.h"
 
 namespace {
@@ -49,9 +49,9 @@ void by_fours(int count, const Op& op) {
     }
 }
 
-// The elements of n tokens before scaling, `stride` bytes apart.
+// The elements of tokens before scaling, `stride` bytes apart. room: how many may be read.
 struct Rows {
-    int level, bias, dim;
+    int level, bias, dim, room;
     const uint8_t* data;
     int64_t stride;
 };
@@ -64,17 +64,27 @@ struct DotOp {
     float* scores;
     int pitch;
     int8_t* split;
+    Ahead after = {nullptr, 0};
 
     template <int M>
     void run(int m) const {
+        const Ahead ahead = m ? Ahead{} : after;
         const float* q = query + (int64_t)m * query_pitch;
         float* s = scores + (int64_t)m * pitch;
         switch (rows.level) {
-            case HFKV_CODES: dot_bytes<M>(rows.data, n, rows.dim, rows.bias, q, query_pitch, s, pitch, split); break;
-            case HFKV_FLOAT8: dot_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch); break;
-            case HFKV_FLOAT32: dot_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch); break;
-            case HFKV_BFLOAT16: dot_elements<BFloat16, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch); break;
-            default: dot_elements<Float16, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch);
+            case HFKV_CODES:
+#if defined(__AMX_INT8__)
+                if (tiles_fit_scores(rows.room, rows.dim)) {
+                    dot_bytes_amx<M>(rows.data, n, rows.dim, rows.bias, q, query_pitch, s, pitch, split, ahead);
+                    break;
+                }
+#endif
+                dot_bytes<M>(rows.data, n, rows.dim, rows.bias, q, query_pitch, s, pitch, split, ahead);
+                break;
+            case HFKV_FLOAT8: dot_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, ahead); break;
+            case HFKV_FLOAT32: dot_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, ahead); break;
+            case HFKV_BFLOAT16: dot_elements<BFloat16, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, ahead); break;
+            default: dot_elements<Float16, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, ahead);
         }
     }
 };
@@ -87,29 +97,39 @@ struct WeighOp {
     float* output;
     int output_pitch;
     int8_t* split;
+    Ahead after = {nullptr, 0};
 
     template <int M>
     void run(int m) const {
+        const Ahead ahead = m ? Ahead{} : after;
         const float* w = weights + (int64_t)m * pitch;
         float* o = output + (int64_t)m * output_pitch;
         switch (rows.level) {
-            case HFKV_CODES: weigh_bytes<M>(rows.data, n, rows.dim, rows.bias, w, pitch, o, output_pitch, split); break;
-            case HFKV_FLOAT8: weigh_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch); break;
-            case HFKV_FLOAT32: weigh_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch); break;
-            case HFKV_BFLOAT16: weigh_elements<BFloat16, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch); break;
-            default: weigh_elements<Float16, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch);
+            case HFKV_CODES:
+#if defined(__AMX_INT8__)
+                if (tiles_fit_output(n, rows.dim)) {
+                    weigh_bytes_amx<M>(rows.data, n, rows.dim, rows.bias, w, pitch, o, output_pitch, split, ahead);
+                    break;
+                }
+#endif
+                weigh_bytes<M>(rows.data, n, rows.dim, rows.bias, w, pitch, o, output_pitch, split, ahead);
+                break;
+            case HFKV_FLOAT8: weigh_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, ahead); break;
+            case HFKV_FLOAT32: weigh_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, ahead); break;
+            case HFKV_BFLOAT16: weigh_elements<BFloat16, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, ahead); break;
+            default: weigh_elements<Float16, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, ahead);
         }
     }
 };
 
-inline Rows page_rows(const HfkvSide& side, const uint8_t* record, int n, Scratch& s) {
+inline Rows page_rows(const HfkvSide& side, int page_size, const uint8_t* record, int n, Scratch& s) {
     const uint8_t* codes = record + side.codes;
     if (side.level == HFKV_CODES && side.bits < 8) {
         expand(codes, side.bits, n, side.dim, side.levels, s.bytes);
         codes = s.bytes;
     }
     const int width = side.level == HFKV_FLOAT32 ? 4 : side.level == HFKV_BFLOAT16 || side.level == HFKV_FLOAT16 ? 2 : 1;
-    return {side.level, side.bias, side.dim, codes, (int64_t)width * side.dim};
+    return {side.level, side.bias, side.dim, page_size, codes, (int64_t)width * side.dim};
 }
 
 inline float element(const Rows& rows, int t, int c) {
@@ -125,7 +145,7 @@ inline float element(const Rows& rows, int t, int c) {
 
 // The first n tokens of a side in float32, [n, D], in the rotated basis.
 inline void decode(const HfkvSide& side, int page_size, const uint8_t* record, int n, Scratch& s, float* out) {
-    const Rows rows = page_rows(side, record, n, s);
+    const Rows rows = page_rows(side, page_size, record, n, s);
     const int dim = side.dim;
     if (side.level >= HFKV_FLOAT32) {
         for (int t = 0; t < n; t++)
@@ -161,18 +181,18 @@ inline float dot(const float* a, const float* b, int n) {
 
 // scores[m, t] of the first n tokens of a page. query: [M, query_pitch], rotated and scaled.
 inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* record, int n, const float* query, int count,
-                        int query_pitch, Scratch& s, int pitch) {
+                        int query_pitch, Scratch& s, int pitch, Ahead ahead) {
     const int dim = side.dim;
     if (side.level >= HFKV_FLOAT32 || !whole(side, page_size)) {
-        Rows rows = page_rows(side, record, n, s);
+        Rows rows = page_rows(side, page_size, record, n, s);
         if (side.level < HFKV_FLOAT32) {
             decode(side, page_size, record, n, s, s.decoded);
-            rows = {HFKV_FLOAT32, 0, dim, (const uint8_t*)s.decoded, 4 * (int64_t)dim};
+            rows = {HFKV_FLOAT32, 0, dim, n, (const uint8_t*)s.decoded, 4 * (int64_t)dim};
         }
-        by_fours(count, DotOp{rows, n, query, query_pitch, s.scores, pitch, s.split});
+        by_fours(count, DotOp{rows, n, query, query_pitch, s.scores, pitch, s.split, ahead});
         return;
     }
-    const Rows rows = page_rows(side, record, n, s);
+    const Rows rows = page_rows(side, page_size, record, n, s);
     const bool by_channel = side.axis == HFKV_CHANNEL;
     const float step = side.level == HFKV_CODES ? side.step : 1.0f;
     // `first` per channel (null: none), `token` per token (null: none).
@@ -190,7 +210,7 @@ inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* reco
         float* to = s.queries + (int64_t)m * query_pitch;
         for (int c = 0; c < dim; c++) to[c] = from[c] * (channel ? channel[c] * step : step);
     }
-    by_fours(count, DotOp{rows, n, s.queries, query_pitch, s.scores, pitch, s.split});
+    by_fours(count, DotOp{rows, n, s.queries, query_pitch, s.scores, pitch, s.split, ahead});
     for (int m = 0; m < count; m++) {
         float* to = s.scores + (int64_t)m * pitch;
         const float* from = query + (int64_t)m * query_pitch;
@@ -209,18 +229,19 @@ inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* reco
 
 // output[m, c] += the weighted sum of the first n values of a page, in the rotated basis.
 inline void page_output(const HfkvSide& side, int page_size, const uint8_t* record, int n, const float* weights, int count,
-                        int pitch, Scratch& s, float* output, int output_pitch) {
+                        int pitch, Scratch& s, float* output, int output_pitch,
+                        Ahead ahead) {
     const int dim = side.dim;
     if (side.level >= HFKV_FLOAT32 || side.axis == HFKV_CHANNEL || !whole(side, page_size)) {
-        Rows rows = page_rows(side, record, n, s);
+        Rows rows = page_rows(side, page_size, record, n, s);
         if (side.level < HFKV_FLOAT32) {
             decode(side, page_size, record, n, s, s.decoded);
-            rows = {HFKV_FLOAT32, 0, dim, (const uint8_t*)s.decoded, 4 * (int64_t)dim};
+            rows = {HFKV_FLOAT32, 0, dim, n, (const uint8_t*)s.decoded, 4 * (int64_t)dim};
         }
-        by_fours(count, WeighOp{rows, n, weights, pitch, output, output_pitch, s.split});
+        by_fours(count, WeighOp{rows, n, weights, pitch, output, output_pitch, s.split, ahead});
         return;
     }
-    const Rows rows = page_rows(side, record, n, s);
+    const Rows rows = page_rows(side, page_size, record, n, s);
     halves(record + side.scale, page_size, s.first);
     if (side.has_zero) halves(record + side.zero, page_size, s.second);
     if (side.has_other) halves(record + side.other, dim, s.third);
@@ -233,7 +254,7 @@ inline void page_output(const HfkvSide& side, int page_size, const uint8_t* reco
         float* scaled = s.weights + (int64_t)m * pitch;
         for (int t = 0; t < n; t++) scaled[t] = from[t] * s.first[t] * step;
     }
-    by_fours(count, WeighOp{rows, n, s.weights, pitch, to, output_pitch, s.split});
+    by_fours(count, WeighOp{rows, n, s.weights, pitch, to, output_pitch, s.split, ahead});
     for (int m = 0; m < count; m++) {
         const float shift = side.has_zero ? dot(weights + (int64_t)m * pitch, s.second, n) : 0.0f;
         float* sums = to + (int64_t)m * output_pitch;

@@ -41,12 +41,31 @@ inline Vec select(VecInt condition, Vec yes, Vec no) {
 inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 
 inline float sum(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#endif
     float total = 0;
     for (int i = 0; i < kLanes; i++) total += v[i];
     return total;
 }
 
+// What will be read next: rows as long as the ones that are read now, fetched row by row beside them. A core's own
+// prefetcher stops at every 4 KiB, and would idle while a page is computed with.
+struct Ahead {
+    const uint8_t* data;  // null: nothing
+    int64_t stride;
+
+    void fetch(int row, int count = 1) const {
+        if (!data) return;
+        const uint8_t* from = data + row * stride;
+        for (int64_t i = 0; i < count * stride; i += 64) __builtin_prefetch(from + i);
+    }
+};
+
 inline float largest(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
     float top = v[0];
     for (int i = 1; i < kLanes; i++) top = v[i] > top ? v[i] : top;
     return top;
