@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 STAMP := $(VENV)/.installed-$(TORCH)
 
-.PHONY: help install demo test test-slow lint format bench eval clean
+.PHONY: help install demo test test-slow lint format bench eval kernels clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,11 +53,14 @@ format: $(STAMP) ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## every script of benchmarks/ named bench_*.py
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(STAMP) ## speed and memory against other caches, with plots (BENCH="--quick" for a short run)
+	$(BIN)/python -m benchmarks.run $(BENCH)
 
 eval: $(STAMP) ## accuracy of each cache against the full one
 	$(BIN)/python benchmarks/fidelity.py $(if $(MODEL),--model "$(MODEL)")
+
+kernels: $(STAMP) ## compile every Triton kernel for every target without a GPU and check the code (KERNELS="--quick")
+	$(BIN)/python -m benchmarks.compile_report $(KERNELS)
 
 clean: ## remove the virtual environment and what the tools left
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,105 +1,188 @@
-"""What appending a token costs, against the number of tokens held; and what a decode step costs.
+"""What it costs to take in one token, attention left out, against the number of tokens held.
 
-    python benchmarks/bench_append.py
+    python -m benchmarks.bench_append [--quick] [--shapes 9/3/64] [--tokens 1024 65536]
 
-One layer of SmolLM2's shape (9 query heads, 3 KV heads, head_dim 64, float32). *append* is ``update`` and storing,
-packing included, averaged over ``page_size`` tokens so that exactly one page per head is packed; *DynamicCache* is its
-``update``, which copies all it holds. *read* adds attention, which has to read what is held. Both sides run in one
-process, taking turns; medians.
+One layer, batch of 1, float32. An append is ``cache.update`` with one token. Ours stores the token of one update at the
+next, if no attention came between, so that the calls timed hold all of the work. DynamicCache copies all it holds at
+every call. Arms take turns by blocks; a block of ours is as many calls as a page has tokens, so that it packs exactly
+one page per head, and its mean is what a token costs with packing; the median of its single calls is a call that does
+not pack. Every call adds a token: after five blocks ours holds 640 more, DynamicCache (16 calls a block) 80.
+Allocations are counted by torch's dispatcher: every result whose memory is no argument's. What numpy and native kernels
+allocate for themselves does not show there.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from transformers import DynamicCache, LlamaConfig
+from rich.progress import Progress
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from hf_kvcache import KVCache
-from hf_kvcache.reading import Scoring
+from benchmarks.arms import DYNAMIC, SMOLLM2, CacheArm, OurArm, Shape, filled_arm
+from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.timing import cpu_clock
 
-QUERY_HEADS, HEADS, DIM = 9, 3, 64
-SCORING = Scoring(DIM**-0.5)
-
-
-def new_tokens(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random keys and values ``[1, 3, count, 64]``."""
-    return torch.randn(1, HEADS, count, DIM), torch.randn(1, HEADS, count, DIM)
+ARMS = (DYNAMIC, "ours none", "ours 8-bit", "ours 4-bit", "ours 2-bit")
+_PAGE = 128
 
 
-def config() -> LlamaConfig:
-    """A one-layer model's config with SmolLM2's attention."""
-    return LlamaConfig(
-        hidden_size=QUERY_HEADS * DIM, num_hidden_layers=1, num_attention_heads=QUERY_HEADS, num_key_value_heads=HEADS
-    )
+class AllocationCounter(TorchDispatchMode):
+    """Counts results of torch operations whose memory is no argument's, and their bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = set(_addresses((args, kwargs)))
+        for address, size in _addresses(result).items():
+            if address not in known and size:
+                known.add(address)
+                self.count, self.bytes = self.count + 1, self.bytes + size
+        return result
 
 
-def filled(codec: str | None, tokens: int) -> Any:
-    """A cache that holds ``tokens`` tokens; DynamicCache without a codec."""
-    cache: Any = DynamicCache(config=config()) if codec is None else KVCache(config(), codec)
-    cache.update(*new_tokens(tokens), 0)
-    if codec is not None:
-        cache.layers[0].note_attended(None, tokens)
-    return cache
+def _addresses(values: Any) -> dict[int, int]:
+    """Address and bytes of the storages behind the plain tensors in ``values``."""
+    tensors = (leaf for leaf in tree_leaves(values) if type(leaf) is torch.Tensor)
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta")
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-def append(cache: Any) -> None:
-    """Take in one token and store it."""
-    cache.update(*new_tokens(1), 0)
-    if isinstance(cache, KVCache):
-        cache.layers[0].settle()
+def count_allocations(arm: CacheArm, shape: Shape) -> Row:
+    """Allocations of one append, and of one append with attention behind it, as columns of a row."""
+    append, step = AllocationCounter(), AllocationCounter()
+    torch.manual_seed(0)  # every arm is to hold the same tokens
+    key, value = shape.tokens(1)
+    arm.cache.update(key, value, 0)
+    with append:
+        arm.cache.update(key, value, 0)
+    arm.step(shape.queries(1), key, value, None)
+    query = shape.queries(1)
+    with step:
+        arm.step(query, key, value, None)
+    return {
+        "append_allocations": append.count,
+        "append_allocated_bytes": append.bytes,
+        "step_allocations": step.count,
+        "step_allocated_bytes": step.bytes,
+    }
 
 
-def read(cache: Any) -> None:
-    """One decode step of one layer: take in a token and attend to everything."""
-    keys, values = cache.update(*new_tokens(1), 0)
-    query = torch.randn(1, QUERY_HEADS, 1, DIM)
-    if isinstance(cache, KVCache):
-        cache.layers[0].attend(query, None, SCORING)
+def check_same(arms: dict[str, CacheArm], shape: Shape, tolerance: float = 2e-5) -> None:
+    """Raise AssertionError unless our dense pages give what DynamicCache gives, after everything appended so far."""
+    if DYNAMIC not in arms or "ours none" not in arms:
         return
-    packed = query.view(1, HEADS, QUERY_HEADS // HEADS, DIM)
-    torch.nn.functional.scaled_dot_product_attention(packed, keys, values)
+    token = (shape.queries(1), *shape.tokens(1))
+    expected, out = (arms[name].step(*token, None) for name in (DYNAMIC, "ours none"))
+    error = ((out - expected).norm() / expected.norm()).item()
+    if not error <= tolerance:
+        raise AssertionError(f"outputs after appending differ: relative error {error:.2e}")
 
 
-def per_call(action: Callable[[Any], None], cache: Any, calls: int) -> float:
-    """Microseconds per call, averaged over ``calls``."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        action(cache)
-    return (time.perf_counter() - start) / calls * 1e6
+def appends(arm: CacheArm, shape: Shape, calls: int) -> Iterator[float]:
+    """Microseconds of each of so many appends, on tokens made beforehand."""
+    keys, values = shape.tokens(calls)
+    for at in range(calls):
+        yield cpu_clock(partial(arm.cache.update, keys[:, :, at : at + 1], values[:, :, at : at + 1], 0))
 
 
 @torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
-    parser.add_argument("--codecs", nargs="+", default=["none", "int8", "rotated4", "unbiased4", "unbiased2"])
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    for name, action in (("append", append), ("read", read)):
-        table = Table(title=f"{name}: microseconds per token, one layer, {torch.get_num_threads()} threads")
-        table.add_column("cache")
-        for tokens in args.tokens:
-            table.add_column(f"{tokens:,} held", justify="right")
-        rows: dict[str, list[str]] = {}
-        for tokens in track(args.tokens, description=name, transient=True):
-            caches = {codec or "DynamicCache": filled(codec, tokens) for codec in (None, *args.codecs)}
-            times: dict[str, list[float]] = {label: [] for label in caches}
-            for _ in range(args.rounds):
-                for label, cache in caches.items():
-                    times[label].append(per_call(action, cache, 128))
-            for label, values in times.items():
-                rows.setdefault(label, []).append(f"{median(values):,.0f}")
-        for label, cells in rows.items():
-            table.add_row(label, *cells)
-        Console().print(table)
+def measure(shape: Shape, tokens: int, names: Sequence[str], blocks: int, dynamic_calls: int) -> list[Row]:
+    """The rows of all arms for one shape and number of tokens."""
+    keys, values = shape.tokens(tokens)
+    arms: dict[str, CacheArm] = {}
+    for name in names:
+        arm = filled_arm(name, shape, keys, values, shape.queries(1), 0)
+        assert isinstance(arm, CacheArm)
+        arms[name] = arm
+    del keys, values
+    allocations = {name: count_allocations(arm, shape) for name, arm in arms.items()}
+    check_same(arms, shape)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(blocks):
+        for name, arm in arms.items():
+            times[name] += appends(arm, shape, _PAGE if isinstance(arm, OurArm) else dynamic_calls)
+    rows = []
+    for name in arms:
+        rows.append(
+            {
+                "shape": str(shape),
+                "tokens": tokens,
+                "cache": name,
+                # A mean, for ours must hold the page that each block packs; of the blocks, the middle one.
+                "append_us": median(_means(times[name], blocks)),
+                "median_call_us": median(times[name]),
+                "slowest_call_us": max(times[name]),
+                **allocations[name],
+            }
+        )
+    for row in rows:
+        row["speedup_dynamic"] = next(r["append_us"] for r in rows if r["cache"] == DYNAMIC) / row["append_us"]
+    return rows
+
+
+def _means(times: list[float], blocks: int) -> list[float]:
+    size = len(times) // blocks
+    return [sum(times[at : at + size]) / size for at in range(0, len(times), size)]
+
+
+def show(rows: list[Row], shape: str, console: Console) -> None:
+    """Print times, then allocations, of one shape."""
+    counts = list(dict.fromkeys(row["tokens"] for row in rows))
+    for title, text in (
+        ("append, µs per token with packing (× DynamicCache)", lambda r: f"{r['append_us']:,.1f} ({_times(r)})"),
+        ("append, median µs of a call", lambda r: f"{r['median_call_us']:,.1f}"),
+        ("allocations of one append", lambda r: f"{r['append_allocations']} ({r['append_allocated_bytes']:,} B)"),
+        ("allocations, attention too", lambda r: f"{r['step_allocations']} ({r['step_allocated_bytes']:,} B)"),
+    ):
+        table = make_table(f"{title}; {shape}", ("cache", *(f"{count:,} held" for count in counts)))
+        for cache in dict.fromkeys(row["cache"] for row in rows):
+            table.add_row(cache, *(text(row) for row in rows if row["cache"] == cache))
+        console.print(table)
+
+
+def _times(row: Row) -> str:
+    speedup = row["speedup_dynamic"]
+    return f"{speedup:,.0f}" if speedup >= 10 else f"{speedup:.2f}"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--shapes", nargs="+", help="query heads/KV heads/head_dim; default: 9/3/64")
+    parser.add_argument("--tokens", type=int, nargs="+", help="default: 1024 4096 16384 65536 131072")
+    parser.add_argument("--blocks", type=int, help="blocks of calls; default: 5")
+    parser.add_argument("--dynamic-calls", type=int, default=16, help="calls of DynamicCache in a block")
+    args = start(parser, argv)
+    args.tokens = pick(args.tokens, args.quick, [1024, 4096, 16384, 65536, 131072], [1024, 4096])
+    args.shapes = pick(args.shapes, args.quick, [str(SMOLLM2)], [str(SMOLLM2)])
+    args.blocks = args.blocks or (2 if args.quick else 5)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    args, console, report = parse(argv), make_console(), Report("bench_append")
+    report.note("Ours: mean of the 128 calls of a block, one of which packs a page per head; the middle block.")
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("append", total=len(args.shapes) * len(args.tokens))
+        for shape in map(Shape.parse, args.shapes):
+            rows = []
+            for count in args.tokens:
+                rows += measure(shape, count, ARMS, args.blocks, args.dynamic_calls)
+                progress.advance(task)
+            show(rows, str(shape), console)
+            report.rows += rows
+    return report.finish(args, console)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,9 @@ def dense_tokens(
     """The full-precision tokens that the queries may see: the dense buffer, then the new tokens if not yet in it."""
     buffer, held = storage.dense, storage.dense.longest
     keys, values = buffer.keys[:, :, :held], buffer.values[:, :, :held]
+    plain = visibility.mask is None and visibility.window is None
+    if new.stored and plain and not ahead and buffer.uniform_length is not None:
+        return DenseTokens(keys, values)
     positions, fresh = buffer.positions[:, :held], 0
     if not new.stored:
         fresh = queries.stop

@@ -74,6 +74,7 @@ class KVCacheLayer(CacheLayerMixin):
         self._unconfirmed = 0
         self._kept_from = 0  # tokens before this position may be gone (sliding windows)
         self._new: NewTokens | None = None
+        self._checked: tuple[Any, ...] | None = None  # shapes, dtypes and device of the latest update
 
     def __repr__(self) -> str:
         window = f", sliding_window={self.sliding_window}" if self.is_sliding else ""
@@ -101,10 +102,13 @@ class KVCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: if the tensors do not go with each other or with what the layer holds.
         """
-        check_update(self.index, self.storage, key_states, value_states, self.options.validate)
+        kind = (key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
+        if kind != self._checked or self.options.validate or value_states.device != key_states.device:
+            check_update(self.index, self.storage, key_states, value_states, self.options.validate)
         self.settle()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._checked = kind
         # Stored tensors never carry gradients: the cache is for inference.
         self._new = NewTokens(key_states.detach(), value_states.detach(), self._seen)
         self._seen += key_states.shape[2]
@@ -133,7 +137,7 @@ class KVCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything; the layer may then hold another batch."""
-        self.storage, self._new = None, None
+        self.storage = self._new = self._checked = None
         self.is_initialized = self.record_past = False
         self._seen = self._unconfirmed = self._kept_from = 0
         self.version += 1
@@ -213,6 +217,7 @@ class KVCacheLayer(CacheLayerMixin):
             return
         self.settle()
         self.storage.select(rows)
+        self._checked = None
         self.version += 1
 
     def fork(self) -> KVCacheLayer:
@@ -254,11 +259,10 @@ class KVCacheLayer(CacheLayerMixin):
             # Written to the dense buffer first, so that nothing is concatenated.
             storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
             new.stored = True
-        pages = storage.table.columns - storage.ahead
         outputs = [
             attend(
                 query if len(segments) == 1 else query[:, :, queries.start - skip : queries.stop - skip],
-                storage.pages(pages + ahead),
+                storage.pages(ahead),
                 dense_tokens(storage, new, visibility, ahead, queries),
                 visibility if len(segments) == 1 else visibility.part(slice(queries.start - skip, queries.stop - skip)),
                 scoring,

@@ -29,7 +29,7 @@ def dense_side(storage: PagedStorage, side: str, start: int, length: int) -> tor
         index = index.masked_fill(elsewhere if unused is None else elsewhere | unused, length)
         out.scatter_(1, index.unsqueeze(-1).expand(-1, -1, fmt.dim), tokens.to(out.dtype))
 
-    pages = storage.pages(storage.table.columns - storage.ahead)
+    pages = storage.pages()
     step = max(1, CHUNK_TOKENS // storage.page_size)
     for first in range(0, 0 if pages is None else pages.columns, step):
         assert pages is not None

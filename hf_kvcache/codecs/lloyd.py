@@ -12,7 +12,6 @@ import torch
 from hf_kvcache.codecs.base import check_packable
 from hf_kvcache.kernels.page import SideFormat
 
-
 _LARGEST_BYTE = 127
 
 

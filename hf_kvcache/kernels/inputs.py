@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class Pages:
         scattered: positions ``[P]`` of the pages whose tokens do not stand side by side, by ``(row, column)``.
         center: float32 ``[rows, Dk]``, the mean that was taken out of the rotated keys; None if none was.
         heads: number of KV heads.
+        prepared: what twins have made of these pages for the calls to come, by the twin's name.
     """
 
     layout: PageLayout
@@ -40,6 +41,7 @@ class Pages:
     scattered: dict[tuple[int, int], np.ndarray]
     center: torch.Tensor | None
     heads: int
+    prepared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -68,6 +70,7 @@ class Pages:
             counts=self.counts[:, :columns],
             first=self.first[:, :columns],
             scattered={at: p for at, p in self.scattered.items() if at[1] < columns},
+            prepared={},
         )
 
     def positions(self, start: int, stop: int) -> torch.Tensor:

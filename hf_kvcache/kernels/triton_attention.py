@@ -2,8 +2,8 @@
 
 The keys are cut in splits (FlashDecoding). A program takes one split and ``BLOCK_M`` queries of one row, which all read
 the same KV head: query ``m`` of a row is query token ``m // GROUP`` of head ``m % GROUP``. It leaves a partial output
-and its log-sum-exp, in base 2, for ``combine_kernel``. Scales touch no element where a whole page or row shares them: those
-per channel fold into the queries or the outputs, those per token into the scores or the weights.
+and its log-sum-exp, in base 2, for ``combine_kernel``. Scales touch no element where a whole page or row shares them:
+those per channel fold into the queries or the outputs, those per token into the scores or the weights.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ def _folded_scores(
 ):
     levels = levels_of(load_codes(record, first, held, side, n, masked), table, side, side.compute)
     scaled = query
-    if side.channel:
-        scaled = (query * load_per_channel(record, side.scale_at, channel, there, side)[None, :]).to(side.compute)
-    elif side.other:
-        scaled = (query * load_per_channel(record, side.other_at, channel, there, side)[None, :]).to(side.compute)
+    if side.channel or side.other:
+        at: tl.constexpr = side.scale_at if side.channel else side.other_at
+        scale = load_per_channel(record, at, channel, there, held, side, masked)
+        scaled = (query * scale[None, :]).to(side.compute)
     scores = tl.dot(scaled, tl.trans(levels), input_precision=side.precision)
     if side.channel:
         if side.zero:
-            zero = load_per_channel(record, side.zero_at, channel, there, side)
+            zero = load_per_channel(record, side.zero_at, channel, there, held, side, masked)
             scores += tl.sum(query.to(tl.float32) * zero[None, :], 1)[:, None]
         if side.other:
             scores *= load_per_token(record, side.other_at, first, held, n, masked)[None, :]
@@ -248,10 +248,11 @@ def pages_kernel(
         place = row.to(tl.int64) * columns + tile // TILES
         first = tile % TILES * BLOCK_N
         token = first + tl.arange(0, BLOCK_N)
-        held = KEYS.page - first
+        count = tl.full([], KEYS.page, tl.int32)
         if not FULL:
-            held = tl.load(pages + rows.to(tl.int64) * columns + place).to(tl.int32) - first
-        keep = token - first < held
+            count = tl.load(pages + rows.to(tl.int64) * columns + place).to(tl.int32)
+        held = count - first
+        keep = token < count
         record = tl.multiple_of(tl.load(pages + place).to(tl.pointer_type(tl.uint8)), 16)
         scores = _page_scores(record, q, first, held, key_table, key_channel, key_there, KEYS, BLOCK_N, MASKED)
         scores = _finish_scores(scores, q_peak, shift, inner, softcap, SOFTCAP)
@@ -289,9 +290,11 @@ def pages_kernel(
             shares = scaled.to(VALUES.compute)
             if VALUES.channel:
                 part = tl.dot(shares, levels, input_precision=VALUES.precision)
-                part *= load_per_channel(record, VALUES.scale_at, value_channel, value_there, VALUES)[None, :]
+                part *= load_per_channel(record, VALUES.scale_at, value_channel, value_there, held, VALUES, MASKED)[
+                    None, :
+                ]
                 if VALUES.zero:
-                    zero = load_per_channel(record, VALUES.zero_at, value_channel, value_there, VALUES)
+                    zero = load_per_channel(record, VALUES.zero_at, value_channel, value_there, held, VALUES, MASKED)
                     part += tl.sum(scaled, 1)[:, None] * zero[None, :]
                 acc = acc * decay[:, None] + part
             elif VALUES.other:
@@ -299,7 +302,9 @@ def pages_kernel(
                 if VALUES.zero:
                     zero = load_per_token(record, VALUES.zero_at, first, held, BLOCK_N, MASKED)
                     part += tl.sum(weights * zero[None, :], 1)[:, None]
-                part *= load_per_channel(record, VALUES.other_at, value_channel, value_there, VALUES)[None, :]
+                part *= load_per_channel(record, VALUES.other_at, value_channel, value_there, held, VALUES, MASKED)[
+                    None, :
+                ]
                 acc = acc * decay[:, None] + part
             else:
                 acc = tl.dot(shares, levels, acc * decay[:, None], input_precision=VALUES.precision)

@@ -9,7 +9,7 @@ from hf_kvcache.kernels.compile_case import CompileCase
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton_attention import combine_kernel, dense_kernel, mass_kernel, pages_kernel
 from hf_kvcache.kernels.triton_configs import attention_config, dot_precision
-from hf_kvcache.kernels.triton_launch import page_sides
+from hf_kvcache.kernels.triton_launch import code_bits, combine_shape, page_sides
 from hf_kvcache.kernels.triton_sides import TRITON_TYPES
 
 _GROUP, _PAGE = 4, 64
@@ -44,7 +44,7 @@ def formats(codec: str, dim: int) -> tuple[SideFormat, SideFormat]:
 def pages_case(arch: str, operation: str, codec: str, dim: int, length: int) -> CompileCase:
     """``pages_kernel`` for ``length`` bfloat16 query tokens over full pages that all of them see."""
     layout = PageLayout(*formats(codec, dim), _PAGE)
-    config = attention_config(arch, dim, _GROUP * length, codec != "dense")
+    config = attention_config(arch, dim, _GROUP * length, code_bits(layout))
     keys, values = page_sides(layout, torch.bfloat16, config.block_m, arch)
     block_n = min(config.block_n, _PAGE)
     rotated = layout.sides["keys"].rotation != "none"
@@ -83,12 +83,13 @@ def pages_case(arch: str, operation: str, codec: str, dim: int, length: int) -> 
         aligned=("query", *_QUERY_STRIDES, "pages", "positions", "center", "tables", *_POINTERS),
         loop_bytes=layout.record_bytes * block_n // _PAGE,
         tensor_cores=True,
+        options=config.options,
     )
 
 
 def dense_case(arch: str, operation: str, dim: int, length: int) -> CompileCase:
     """``dense_kernel`` for ``length`` bfloat16 query tokens that see no later token."""
-    config = attention_config(arch, dim, _GROUP * length, False)
+    config = attention_config(arch, dim, _GROUP * length, None)
     strides = {f"{side}_stride_{axis}": "i32" for side in ("key", "value") for axis in "bhn"}
     return CompileCase(
         name=f"{operation} full-precision tokens D={dim}",
@@ -134,11 +135,14 @@ def dense_case(arch: str, operation: str, dim: int, length: int) -> CompileCase:
         aligned=("query", *_QUERY_STRIDES, "keys", "values", *strides, "positions", "unused", *_POINTERS),
         loop_bytes=2 * 2 * dim * config.block_n,
         tensor_cores=True,
+        options=config.options,
     )
 
 
 def combine_case(arch: str, dim: int) -> CompileCase:
     """``combine_kernel`` with a rotation."""
+    dim_pad = triton.next_power_of_2(dim)
+    chunk, warps = combine_shape(dim_pad)
     return CompileCase(
         name=f"combine D={dim}",
         kernel=combine_kernel,
@@ -153,15 +157,15 @@ def combine_case(arch: str, dim: int) -> CompileCase:
         },
         constants={
             "DIM": dim,
-            "DIM_PAD": triton.next_power_of_2(dim),
-            "CHUNK": 32,
+            "DIM_PAD": dim_pad,
+            "CHUNK": chunk,
             "GROUP": _GROUP,
             "BLOCK_M": 16,
             "ROTATED": True,
             "SINKS": False,
             "PRECISION": dot_precision(arch),
         },
-        num_warps=4,
+        num_warps=warps,
         num_stages=1,
         aligned=("partial", "partial_lse", "rotation", "sinks", "output", "log_sum_exp"),
     )

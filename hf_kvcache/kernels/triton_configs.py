@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,16 +17,37 @@ class Config(NamedTuple):
         block_n: tokens that are taken at a time.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
+        options: what else the compiler is told.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    options: dict[str, Any]
+
+
+class _Tile(NamedTuple):
+    """Tokens at a time and pipeline stages: of codes, and of full-precision elements."""
+
+    coded: tuple[int, int]
+    dense: tuple[int, int]
 
 
 #: Queries of a program, at most.
 MOST_QUERIES = 64
+_DEFAULT = {64: _Tile((64, 3), (64, 3)), 128: _Tile((64, 3), (64, 3)), 256: _Tile((32, 3), (32, 2))}
+# 100 KiB of shared memory, of which a program may take half if two are to run.
+_SMALL = {**_DEFAULT, 128: _Tile((64, 3), (64, 2))}
+_TILES = {
+    "sm80": _DEFAULT,
+    "sm86": _SMALL,
+    "sm89": _SMALL,
+    "sm90": _DEFAULT,
+    "sm100": _DEFAULT,
+    "gfx942": {64: _Tile((64, 2), (64, 2)), 128: _Tile((64, 2), (64, 2)), 256: _Tile((32, 2), (32, 2))},
+    "cpu": {dim: _Tile((64, 1), (64, 1)) for dim in (64, 128, 256)},
+}
 
 
 @lru_cache(maxsize=8)
@@ -54,18 +75,24 @@ def dot_precision(arch: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def attention_config(arch: str, dim: int, queries: int, coded: bool) -> Config:
+def attention_config(arch: str, dim: int, queries: int, code_bits: int | None) -> Config:
     """The configuration of the attention kernels.
 
     Args:
         arch: the architecture.
         dim: the larger of the key's and the value's width.
         queries: queries of a row.
-        coded: whether keys and values are codes; else full-precision elements.
+        code_bits: bits of a code, of the narrower side; None for full-precision elements.
     """
+    amd = arch.startswith("gfx")
+    tiles = _TILES.get(arch, _TILES["gfx942"] if amd else _SMALL)
+    tile = tiles[64 if dim <= 64 else 128 if dim <= 128 else 256]
+    block_n, stages = tile.dense if code_bits is None else tile.coded
     block_m = min(MOST_QUERIES, max(16, triton.next_power_of_2(queries)))
-    block_n = 64 if dim <= 128 else 32
-    stages = 3 if dim <= 128 or coded else 2
-    # Two warps at most 64 wide: with more, a thread's share of a page of few bits is less than a 16-byte load.
-    warps = 2 if dim <= 64 and block_m <= 32 else 4
-    return Config(block_m, block_n, warps, 1 if arch == "cpu" else stages)
+    warps = 4
+    if code_bits is not None and block_m < MOST_QUERIES:
+        # With more, a thread's share of the tile would be less than one load of 16 bytes.
+        loads = block_n * dim * code_bits // (8 * 16)
+        warps = min(4, max(2, triton.next_power_of_2(loads // (64 if amd else 32))))
+    # Two waves to a SIMD need 256 registers or fewer, which the compiler exceeds if it is not told.
+    return Config(block_m, block_n, warps, stages, {"waves_per_eu": 2} if amd else {})

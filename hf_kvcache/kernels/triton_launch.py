@@ -26,7 +26,7 @@ _MOST_FOLDED_QUERIES = 32
 _LEAST_PAGES, _LEAST_TOKENS = 2, 128
 #: Widths that the kernels' registers hold.
 _LEAST_DIM, _MOST_DIM = 16, 256
-_COMBINE_QUERIES, _COMBINE_CHANNELS = 16, 32
+_COMBINE_QUERIES = 16
 _MASS_KEYS = 256
 
 
@@ -54,6 +54,11 @@ def page_sides(layout: PageLayout, dtype: torch.dtype, block_m: int, arch: str) 
         fold = name == "values" or fmt.axis == "token" or block_m <= _MOST_FOLDED_QUERIES
         sides.append(describe_side(layout, name, compute, fold, dot_precision(arch)))
     return sides[0], sides[1]
+
+
+def code_bits(layout: PageLayout) -> int | None:
+    """Bits of a code of the side that has fewer; None if both are full-precision elements."""
+    return min((fmt.bits for fmt in layout.sides.values() if fmt.level != "dense"), default=None)
 
 
 def dense_compute(query: torch.dtype, stored: torch.dtype, arch: str) -> Any:
@@ -86,8 +91,8 @@ class _Call:
         self.device = self.query.device
         self.arch = architecture(self.device)
 
-    def config(self, dim: int, coded: bool) -> Config:
-        return attention_config(self.arch, dim, self.rows_m, coded)
+    def config(self, dim: int, code_bits: int | None) -> Config:
+        return attention_config(self.arch, dim, self.rows_m, code_bits)
 
     def blocks(self, block_m: int) -> int:
         return self.rows * triton.cdiv(self.rows_m, block_m)
@@ -155,11 +160,10 @@ def attend(
 def _configs(call: _Call) -> tuple[Config, Config, int]:
     """Configurations of the kernels over pages and over full-precision tokens, and the pages of a split."""
     dim = max(call.query.shape[-1], call.value_dim)
-    dense = call.config(dim, False)
+    dense = call.config(dim, None)
     if call.pages is None:
         return dense, dense, 1
-    coded = any(side.level != "dense" for side in call.pages.layout.sides.values())
-    pages = call.config(dim, coded)
+    pages = call.config(dim, code_bits(call.pages.layout))
     return pages, dense, call.per_split(call.columns, _LEAST_PAGES, pages.block_m)
 
 
@@ -207,6 +211,7 @@ def _attend_pages(
         PLACED=placed,
         CENTERED=pages.center is not None,
         num_warps=config.num_warps,
+        **config.options,
         **call.common,
     )
 
@@ -257,6 +262,7 @@ def _attend_dense(
         UNUSED=dense.unused is not None,
         OWN_LAST=own_last and placed and call.visibility.causal and not call.mass,
         num_warps=config.num_warps,
+        **config.options,
         **call.common,
     )
 
@@ -273,6 +279,7 @@ def _combine(
         rotation = rotation_matrix(fmt.dim, fmt.rotation, torch.float32, call.device)
     sinks = call.scoring.sink_logits
     dim_pad = triton.next_power_of_2(call.value_dim)
+    chunk, warps = combine_shape(dim_pad)
     combine_kernel[(call.blocks(_COMBINE_QUERIES),)](
         partial,
         lse,
@@ -287,15 +294,20 @@ def _combine(
         splits,
         DIM=call.value_dim,
         DIM_PAD=dim_pad,
-        CHUNK=dim_pad if rotation is None else min(dim_pad, _COMBINE_CHANNELS),
+        CHUNK=dim_pad if rotation is None else chunk,
         GROUP=call.group,
         BLOCK_M=_COMBINE_QUERIES,
         ROTATED=rotation is not None,
         SINKS=sinks is not None,
         PRECISION=dot_precision(call.arch),
-        num_warps=4,
+        num_warps=warps,
     )
     return output, log_sum_exp
+
+
+def combine_shape(dim_pad: int) -> tuple[int, int]:
+    """Channels that ``combine_kernel`` rotates back at a time, and its warps."""
+    return min(dim_pad, 32), 4 if dim_pad <= 128 else 8
 
 
 def _mass(call: _Call, scores: torch.Tensor | None, log_sum_exp: torch.Tensor) -> torch.Tensor | None:

@@ -238,13 +238,15 @@ def levels_of(code, table, side: tl.constexpr, compute: tl.constexpr):
 
 
 @triton.jit
-def load_per_channel(record, at: tl.constexpr, channel, there, side: tl.constexpr):
-    """A field of one number per channel as fp32 ``[dim_pad]``, 0 where there is no channel."""
+def load_per_channel(record, at: tl.constexpr, channel, there, held, side: tl.constexpr, masked: tl.constexpr):
+    """A field of one number per channel as fp32 ``[dim_pad]``, 0 where there is no channel or nothing is held."""
     pointer = (record + at).to(tl.pointer_type(tl.float16))
-    if side.segment == side.segment_pad:
-        return tl.load(pointer + channel).to(tl.float32)
+    if masked or side.segment != side.segment_pad:
+        # A page that is not there has no memory either.
+        some = held + tl.zeros_like(channel) > 0  # a vector: the interpreter makes no mask of a scalar and a vector
+        return tl.load(pointer + channel, mask=there & some, other=0.0).to(tl.float32)
     else:
-        return tl.load(pointer + channel, mask=there, other=0.0).to(tl.float32)
+        return tl.load(pointer + channel).to(tl.float32)
 
 
 @triton.jit
@@ -285,7 +287,7 @@ def load_elements(
             if side.channel:
                 x = x * load_per_token(record, side.other_at, first, held, n, masked)[:, None]
             else:
-                x = x * load_per_channel(record, side.other_at, channel, there, side)[None, :]
+                x = x * load_per_channel(record, side.other_at, channel, there, held, side, masked)[None, :]
         return x.to(side.compute)
 
 
@@ -307,7 +309,7 @@ def _load_cells(
     token = first + tl.arange(0, n)
     if side.channel:
         if side.group == side.page:
-            return load_per_channel(record, at, channel, there, side)[None, :]
+            return load_per_channel(record, at, channel, there, held, side, masked)[None, :]
         else:
             cells = (token // side.group * side.dim)[:, None] + channel[None, :]
             return load_tile(fields, cells, held, there, some).to(tl.float32)

@@ -31,6 +31,7 @@ class DenseBuffer:
         self.positions = np.zeros((batch, capacity), dtype=np.int64)
         self.lengths = np.zeros(batch, dtype=np.int64)
         self._uniform: int | None = 0
+        self._longest = 0
 
     @property
     def capacity(self) -> int:
@@ -43,18 +44,18 @@ class DenseBuffer:
 
     @property
     def longest(self) -> int:
-        return int(self.lengths.max(initial=0))
+        return self._longest
 
     def append_one(self, keys: torch.Tensor, values: torch.Tensor, position: int, valid: np.ndarray | None) -> None:
         """Append one token to each sequence, save those that ``valid [B]`` marks as padding."""
         self.reserve(self.longest + 1)
         if self._uniform is not None and valid is None:
             slot = self._uniform
-            self.keys[:, :, slot] = keys[:, :, 0]
-            self.values[:, :, slot] = values[:, :, 0]
+            self.keys.select(2, slot).copy_(keys.select(2, 0))
+            self.values.select(2, slot).copy_(values.select(2, 0))
             self.positions[:, slot] = position
             self.lengths += 1
-            self._uniform += 1
+            self._uniform = self._longest = slot + 1
             return
         rows = np.arange(len(self.lengths)) if valid is None else np.flatnonzero(valid)
         slots = self.lengths[rows]
@@ -146,3 +147,4 @@ class DenseBuffer:
     def _note_lengths(self) -> None:
         first = int(self.lengths[0]) if len(self.lengths) else 0
         self._uniform = first if bool((self.lengths == first).all()) else None
+        self._longest = int(self.lengths.max(initial=0))

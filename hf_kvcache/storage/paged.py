@@ -173,17 +173,20 @@ class PagedStorage:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def pages(self, columns: int | None = None) -> Pages | None:
-        """The pages as kernels read them, or the first so many columns of them; None if there are none."""
-        if self.table.columns == 0 or columns == 0:
-            return None
+    def pages(self, ahead: int = 0) -> Pages | None:
+        """The pages as kernels read them, ``ahead`` of those packed ahead among them; None if there are none."""
         if self._pages is None:
+            if self.table.columns == 0:
+                return None
             addresses, counts, first = self.table.arrays(self.table.columns)
             center = None if self.center is None else self.center.flatten(0, 1)
             scattered = self.table.scattered()
             slabs = self.pool.slabs()
             self._pages = Pages(self.layout, slabs, addresses, counts, first, scattered, center, self.heads)
-        return self._pages if columns is None else self._pages.until(columns)
+        if ahead == self.ahead:
+            return self._pages
+        columns = self._pages.columns - self.ahead + ahead
+        return self._pages.until(columns) if columns else None
 
     def tokens(self) -> np.ndarray:
         """Real tokens held by each sequence."""

@@ -170,7 +170,7 @@ class StorageMachine(RuleBasedStateMachine):
         softcap = 2.0 if capped else None
         output = reference.attend(
             query,
-            storage.pages(storage.table.columns - storage.ahead + read_ahead),
+            storage.pages(read_ahead),
             loose_tokens(storage, read_ahead),
             Visibility(start, length, None, 0, True, window),
             Scoring(0.25, softcap),

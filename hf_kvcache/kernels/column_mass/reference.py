@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from hf_kvcache.kernels.decode.levels import page_scores
@@ -10,10 +12,23 @@ from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
-#: Keys of each row whose scores are computed at a time.
-TILE_TOKENS = 1024
-#: Scores computed at a time; a longer block of queries is cut.
-TILE_ELEMENTS = 1 << 20
+
+class Tile(NamedTuple):
+    """How much is computed at a time.
+
+    Attributes:
+        keys: keys of each row.
+        queries: query tokens, at least.
+        scores: scores, unless that would make fewer queries.
+    """
+
+    keys: int
+    queries: int
+    scores: int
+
+
+#: Scores that stay in a core's cache on a CPU; enough to fill any other device.
+TILES = {"cpu": Tile(256, 32, 1 << 18), "other": Tile(2048, 128, 1 << 24)}
 
 
 def column_mass(
@@ -57,9 +72,9 @@ def _dense_mass(
 ) -> torch.Tensor:
     """``[B * Hkv, g, n]`` from queries ``[B * Hkv, g, q, D]`` and what to subtract, ``[B * Hkv, g, q, 1]``."""
     batch, heads, slots, _ = dense.keys.shape
-    mass = torch.zeros(*rows.shape[:2], slots, device=rows.device)
-    for start in range(0, slots, TILE_TOKENS):
-        part = slice(start, min(start + TILE_TOKENS, slots))
+    mass, tile = torch.zeros(*rows.shape[:2], slots, device=rows.device), _tile(rows)
+    for start in range(0, slots, tile.keys):
+        part = slice(start, min(start + tile.keys, slots))
         keys = dense.keys[:, :, part].float().flatten(0, 1).transpose(1, 2)
         extent = _extent(dense, part)
         for queries in _blocks(rows, keys.shape[-1]):
@@ -81,7 +96,7 @@ def _page_mass(
     keys = layout.sides["keys"]
     rotated = rotate(rows, keys)
     mass = torch.zeros(*rows.shape[:2], pages.columns, layout.page_size, device=rows.device)
-    step = max(1, TILE_TOKENS // layout.page_size)
+    step = max(1, _tile(rows).keys // layout.page_size)
     for start in range(0, pages.columns, step):
         stop = min(start + step, pages.columns)
         records = pages.records(start, stop)
@@ -100,10 +115,14 @@ def _page_mass(
     return mass
 
 
+def _tile(rows: torch.Tensor) -> Tile:
+    return TILES["cpu" if rows.device.type == "cpu" else "other"]
+
+
 def _blocks(rows: torch.Tensor, keys: int) -> list[slice]:
     """The queries of ``rows [B * Hkv, g, q, D]``, so many at a time that the scores of ``keys`` keys stay few."""
-    length = rows.shape[2]
-    block = max(1, TILE_ELEMENTS // (rows.shape[0] * rows.shape[1] * keys))
+    length, tile = rows.shape[2], _tile(rows)
+    block = max(tile.queries, tile.scores // (rows.shape[0] * rows.shape[1] * keys))
     return [slice(start, min(start + block, length)) for start in range(0, length, block)]
 
 

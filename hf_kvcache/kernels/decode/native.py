@@ -10,7 +10,7 @@ import torch
 
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.native import library
-from hf_kvcache.kernels.native.layouts import DENSE, native_layout
+from hf_kvcache.kernels.native.layouts import DENSE, make_layout, native_layout
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -40,13 +40,11 @@ def attend(
     keys, values = dense.keys, dense.values
     output = torch.empty(batch, length, query_heads, values.shape[3])
     log_sum_exp = torch.empty(batch, query_heads, length)
-    layout = native_layout(_dense_layout(keys.shape[3], values.shape[3]) if pages is None else pages.layout)
-    call = library.Attend(layout=pointer(layout))
+    template = _without_pages(keys.shape[3], values.shape[3]) if pages is None else _with_pages(pages)
+    call = library.Attend.from_buffer_copy(template)
     call.query, call.output, call.log_sum_exp = floats.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr()
     call.query_batch, call.query_head, call.query_token, _ = floats.stride()
     call.batch, call.query_heads, call.heads, call.length = batch, query_heads, keys.shape[1], length
-    # Keeps alive what the struct only has addresses of.
-    kept = None if pages is None else _set_pages(call, pages)
     _set_dense(call, dense)
     call.start, call.window, call.causal = visibility.start, visibility.window or 0, visibility.causal
     call.inner_scale, call.softcap = scoring.inner, scoring.softcap or 0.0
@@ -63,24 +61,41 @@ def attend(
     call.threads = torch.get_num_threads()
     if library.load().hfkv_attend(byref(call)):
         raise MemoryError("attention over a KVCache: no memory left for the partial results")
-    del kept
     return Attention(output.to(query.dtype), log_sum_exp, page_mass, dense_mass)
 
 
-def _set_pages(call: library.Attend, pages: Pages) -> np.ndarray | None:
-    """Fill in the pages; returns the array to keep until the call is over."""
-    addresses, counts, first = pages.addresses, pages.counts, pages.first
-    call.addresses, call.counts, call.first = (a.ctypes.data for a in (addresses, counts, first))
-    call.row_stride, call.columns = addresses.strides[0] // addresses.itemsize, addresses.shape[1]
-    if pages.center is not None:
-        call.center = pages.center.data_ptr()
+def _with_pages(pages: Pages) -> library.Attend:
+    """A call in which the pages are filled in; made once for as long as they stay the same."""
+    prepared = pages.prepared.get("native")
+    if prepared is None:
+        call = library.Attend(layout=pointer(native_layout(pages.layout)))
+        addresses, counts, first = pages.addresses, pages.counts, pages.first
+        call.addresses, call.counts, call.first = (a.ctypes.data for a in (addresses, counts, first))
+        call.row_stride, call.columns = addresses.strides[0] // addresses.itemsize, addresses.shape[1]
+        if pages.center is not None:
+            call.center = pages.center.data_ptr()
+        stored = _scattered_positions(pages, call.row_stride)
+        if stored is not None:
+            call.positions = stored.ctypes.data
+        # The struct has addresses only: the array they point to is kept with it.
+        prepared = pages.prepared["native"] = (call, stored)
+    return prepared[0]
+
+
+def _scattered_positions(pages: Pages, row_stride: int) -> np.ndarray | None:
+    """Address of the positions of each page that stores them, 0 for the others; None if none does."""
     if not pages.scattered:
         return None
-    stored = np.zeros((pages.rows, call.row_stride), dtype=np.int64)
+    stored = np.zeros((pages.rows, row_stride), dtype=np.int64)
     for at, positions in pages.scattered.items():
         stored[at] = positions.ctypes.data
-    call.positions = stored.ctypes.data
     return stored
+
+
+@lru_cache(maxsize=16)
+def _without_pages(key_dim: int, value_dim: int) -> library.Attend:
+    keys, values = (SideFormat(dim, 32, "dense", dense_dtype=torch.float32) for dim in (key_dim, value_dim))
+    return library.Attend(layout=pointer(make_layout(PageLayout(keys, values, 8))))
 
 
 def _set_dense(call: library.Attend, dense: DenseTokens) -> None:
@@ -93,10 +108,3 @@ def _set_dense(call: library.Attend, dense: DenseTokens) -> None:
         call.dense_positions, call.positions_batch = dense.positions.data_ptr(), dense.positions.stride(0)
     if dense.unused is not None:
         call.dense_unused, call.unused_batch = dense.unused.data_ptr(), dense.unused.stride(0)
-
-
-@lru_cache(maxsize=16)
-def _dense_layout(key_dim: int, value_dim: int) -> PageLayout:
-    """Widths without pages."""
-    keys, values = (SideFormat(dim, 32, "dense", dense_dtype=torch.float32) for dim in (key_dim, value_dim))
-    return PageLayout(keys, values, 8)

@@ -35,11 +35,16 @@ def attend(
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
-    """Specialisations of a decoding step for the compile report."""
+    """Specialisations of a decoding step for the compile report.
+
+    3 bits at head dimension 64 are not among them: rows of 24 bytes cannot be read 16 bytes at a time.
+    """
+    codecs = ("unbiased4", "rotated4", "rotated8", "unbiased2", "unbiased3", "fp8", "dense")
     cases = [
         triton_cases.pages_case(architecture, "decode", codec, dim, 1)
         for dim in (64, 128, 256)
-        for codec in ("unbiased4", "rotated4", "rotated8", "unbiased2", "unbiased3", "fp8", "dense")
+        for codec in codecs
+        if (codec, dim) != ("unbiased3", 64)
     ]
     for dim in (64, 128, 256):
         cases.append(triton_cases.dense_case(architecture, "decode", dim, 1))

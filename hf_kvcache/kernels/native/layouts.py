@@ -23,10 +23,14 @@ _layouts: WeakKeyDictionary[PageLayout, Layout | None] = WeakKeyDictionary()
 def native_layout(layout: PageLayout) -> Layout | None:
     """The C struct of a layout; None if the kernels cannot read such pages."""
     if layout not in _layouts:
-        keys, values = (_side(layout, side) for side in ("keys", "values"))
-        known = keys is not None and values is not None
-        _layouts[layout] = Layout(keys, values, layout.page_size, layout.record_bytes) if known else None
+        _layouts[layout] = make_layout(layout)
     return _layouts[layout]
+
+
+def make_layout(layout: PageLayout) -> Layout | None:
+    """A new C struct of a layout; None if the kernels cannot read such pages."""
+    keys, values = (_side(layout, side) for side in ("keys", "values"))
+    return None if keys is None or values is None else Layout(keys, values, layout.page_size, layout.record_bytes)
 
 
 def _side(layout: PageLayout, name: str) -> Side | None:

@@ -58,7 +58,7 @@ inline bool tiles_fit_scores(int room, int dim) { return room % 32 == 0 && dim %
 // As dot_bytes; rows up to a multiple of 32 are read.
 template <int M>
 void dot_bytes_amx(const uint8_t* rows, int n, int dim, int bias, const float* query, int query_pitch, float* scores, int pitch,
-                   int8_t* scratch, Ahead ahead) {
+                   int8_t* scratch, Stream& next) {
     alignas(64) int8_t tiles[kLargestExactDim / 64][16][64];
     int32_t start[M];
     float units[M];
@@ -85,7 +85,7 @@ void dot_bytes_amx(const uint8_t* rows, int n, int dim, int bias, const float* q
             _tile_dpbusd(0, 2, 4);
             _tile_dpbusd(1, 3, 4);
         }
-        ahead.fetch(t, n - t < 32 ? n - t : 32);
+        next.work(6);
         alignas(64) int32_t sums[2][16][16];
         _tile_stored(0, sums[0], 64);
         _tile_stored(1, sums[1], 64);
@@ -107,9 +107,9 @@ void dot_bytes_amx(const uint8_t* rows, int n, int dim, int bias, const float* q
 }
 
 // 64 channels of n tokens, four tokens side by side: part p, group g, lane i is channel 16 (i / 4) + 4 p + i % 4.
-inline void interleave(const uint8_t* rows, int n, int dim, uint8_t* parts, int groups, Ahead ahead) {
+inline void interleave(const uint8_t* rows, int n, int dim, uint8_t* parts, int groups, Stream& next) {
     for (int t = 0; t < n; t += 4) {
-        ahead.fetch(t, n - t < 4 ? n - t : 4);
+        if (t % 8 == 0) next.work(1);
         __m512i row[4];
         for (int i = 0; i < 4; i++) row[i] = _mm512_loadu_si512(rows + (int64_t)(t + i < n ? t + i : n - 1) * dim);
         const __m512i ab_low = _mm512_unpacklo_epi8(row[0], row[1]), ab_high = _mm512_unpackhi_epi8(row[0], row[1]);
@@ -127,7 +127,7 @@ inline bool tiles_fit_output(int n, int dim) { return dim % 64 == 0 && n <= 128;
 // As weigh_bytes.
 template <int M>
 void weigh_bytes_amx(const uint8_t* rows, int n, int dim, int bias, const float* weights, int pitch, float* output,
-                     int output_pitch, int8_t* scratch, Ahead ahead) {
+                     int output_pitch, int8_t* scratch, Stream& next) {
     alignas(64) uint8_t parts[4 * 32 * 64];
     const int width = padded(n), groups = width / 4;
     __m512i high_start[M], low_start[M];
@@ -139,7 +139,7 @@ void weigh_bytes_amx(const uint8_t* rows, int n, int dim, int bias, const float*
         low_start[m] = _mm512_set1_epi32(-bias * byte_sum(high + width, n));
     }
     for (int c = 0; c < dim; c += 64) {
-        interleave(rows + c, n, dim, parts, groups, c ? Ahead{} : ahead);
+        interleave(rows + c, n, dim, parts, groups, next);
         alignas(64) int32_t sums[4][16][16];
         _tile_zero(0);
         _tile_zero(1);

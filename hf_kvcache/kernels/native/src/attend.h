@@ -172,13 +172,6 @@ inline void keep_scores(const Run& run, const float* scores, int n, int row, int
         std::memcpy(to + (size_t)m * keys, scores + (size_t)m * run.page_pitch, sizeof(float) * n);
 }
 
-// The codes of a side, to be fetched while another is computed with.
-inline Ahead codes_of(const HfkvSide& side, const uint8_t* record) {
-    if (!record) return {};
-    const int64_t bits = side.level == HFKV_CODES ? side.bits : side.level == HFKV_FLOAT8 ? 8 : side.level == HFKV_FLOAT32 ? 32 : 16;
-    return {record + side.codes, side.dim * bits / 8};
-}
-
 inline void attend_page(const Run& run, int row, int column, bool last, float* kept, Scratch& s, Partial& p) {
     const HfkvAttend& c = run.call;
     const int64_t cell = row * c.row_stride + column;
@@ -191,8 +184,8 @@ inline void attend_page(const Run& run, int row, int column, bool last, float* k
     // The oldest query sees furthest back: what has left its window has left every one.
     if (c.window && at(n - 1) <= c.start - c.window) return;
     const uint8_t* record = (const uint8_t*)c.addresses[cell];
-    page_scores(run.keys, run.page_size, record, n, run.rotated_queries(row), run.queries, run.key_pitch, s, run.page_pitch,
-                codes_of(run.values, record));
+    s.next.begin(last ? nullptr : (const uint8_t*)c.addresses[cell + 1], c.layout->record_bytes);
+    page_scores(run.keys, run.page_size, record, n, run.rotated_queries(row), run.queries, run.key_pitch, s, run.page_pitch);
     if (c.center)
         for (int m = 0; m < run.queries; m++)
             for (int t = 0; t < n; t++) s.scores[(size_t)m * run.page_pitch + t] += run.shifts(row)[m];
@@ -200,9 +193,7 @@ inline void attend_page(const Run& run, int row, int column, bool last, float* k
     if (c.window && at(0) <= c.start + c.length - 1 - c.window) hide_by_position(run, s.scores, n, false, at);
     keep_scores(run, s.scores, n, row, (int64_t)column * run.page_size, keys, kept);
     weigh_scores(run, s.scores, n, p);
-    const uint8_t* next = last ? nullptr : (const uint8_t*)c.addresses[cell + 1];
-    page_output(run.values, run.page_size, record, n, s.scores, run.queries, run.page_pitch, s, p.output, run.value_pitch,
-                codes_of(run.keys, next));
+    page_output(run.values, run.page_size, record, n, s.scores, run.queries, run.page_pitch, s, p.output, run.value_pitch);
 }
 
 inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Partial& p) {
@@ -213,7 +204,7 @@ inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Parti
         const int n = c.slots - start < kDenseTile ? c.slots - start : kDenseTile;
         const uint8_t* keys = (const uint8_t*)c.dense_keys + width * (b * c.keys_batch + head * c.keys_head + start * c.keys_token);
         const Rows key_rows{c.dense_level, 0, run.keys.dim, n, keys, width * c.keys_token};
-        by_fours(run.queries, DotOp{key_rows, n, run.row_queries(row), run.key_pitch, s.scores, run.page_pitch, s.split, {}});
+        by_fours(run.queries, DotOp{key_rows, n, run.row_queries(row), run.key_pitch, s.scores, run.page_pitch, s.split, s.next});
         if (c.softcap > 0) cap_scores(run, s.scores, n);
         if (c.dense_positions) {
             const int64_t* positions = c.dense_positions + b * c.positions_batch + start;
@@ -230,7 +221,7 @@ inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Parti
         const uint8_t* values =
             (const uint8_t*)c.dense_values + width * (b * c.values_batch + head * c.values_head + start * c.values_token);
         const Rows value_rows{c.dense_level, 0, run.values.dim, n, values, width * c.values_token};
-        by_fours(run.queries, WeighOp{value_rows, n, s.scores, run.page_pitch, p.output, run.value_pitch, s.split, {}});
+        by_fours(run.queries, WeighOp{value_rows, n, s.scores, run.page_pitch, p.output, run.value_pitch, s.split, s.next});
     }
 }
 

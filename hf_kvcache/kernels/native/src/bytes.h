@@ -95,7 +95,7 @@ inline int32_t byte_sum(const int8_t* x, int n) {
 // Sixteen tokens at a time, a token to a lane, so that no sum runs across lanes.
 template <int M>
 void dot_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float* query, int query_pitch, float* scores,
-                    int pitch, int8_t* scratch, Ahead ahead) {
+                    int pitch, int8_t* scratch, Stream& next) {
     const int width = padded(dim);
     int32_t start[M];  // takes the bias out again
     float units[M];
@@ -105,7 +105,7 @@ void dot_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float* 
         start[m] = -bias * (256 * byte_sum(high, dim) + byte_sum(high + width, dim));
     }
     for (int t = 0; t < n; t += 16) {
-        ahead.fetch(t, n - t < 16 ? n - t : 16);
+        next.work(3);
         __m512i upper[M], lower[M];
         for (int m = 0; m < M; m++) upper[m] = _mm512_setzero_si512(), lower[m] = _mm512_set1_epi32(start[m]);
         for (int c = 0; c < dim; c += 64) {
@@ -140,7 +140,7 @@ void dot_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float* 
 template <int M, int kHalf>
 void weigh_block(const uint8_t* rows, int n, int dim, __mmask64 in, const int8_t* weights, int weight_pitch,
                  const int32_t* high_start, const int32_t* low_start, const float* units, float* output, int output_pitch,
-                 int channels, Ahead ahead) {
+                 int channels, Stream& next) {
     __m512i upper[M][2], lower[M][2];
     for (int m = 0; m < M; m++)
         for (int p = 0; p < 2; p++) {
@@ -149,7 +149,7 @@ void weigh_block(const uint8_t* rows, int n, int dim, __mmask64 in, const int8_t
         }
     for (int t = 0; t < n; t += 4) {
         __m512i row[4];
-        ahead.fetch(t, n - t < 4 ? n - t : 4);
+        if (t % 8 == 0) next.work(1);
         for (int i = 0; i < 4; i++) {
             const uint8_t* from = rows + (int64_t)(t + i < n ? t + i : n - 1) * dim;
             row[i] = _mm512_maskz_loadu_epi8(in, from);
@@ -186,7 +186,7 @@ void weigh_block(const uint8_t* rows, int n, int dim, __mmask64 in, const int8_t
 
 template <int M>
 void weigh_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float* weights, int pitch, float* output,
-                      int output_pitch, int8_t* scratch, Ahead ahead) {
+                      int output_pitch, int8_t* scratch, Stream& next) {
     const int width = padded(n);
     int32_t high_start[M], low_start[M];
     float units[M];
@@ -199,10 +199,8 @@ void weigh_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float
     for (int c = 0; c < dim; c += 64) {
         const int channels = dim - c < 64 ? dim - c : 64;
         const __mmask64 in = channels < 64 ? (1ull << channels) - 1 : ~0ull;
-        weigh_block<M, 0>(rows + c, n, dim, in, scratch, width, high_start, low_start, units, output + c, output_pitch, channels,
-                          c ? Ahead{} : ahead);
-        weigh_block<M, 1>(rows + c, n, dim, in, scratch, width, high_start, low_start, units, output + c, output_pitch, channels,
-                          Ahead{});
+        weigh_block<M, 0>(rows + c, n, dim, in, scratch, width, high_start, low_start, units, output + c, output_pitch, channels, next);
+        weigh_block<M, 1>(rows + c, n, dim, in, scratch, width, high_start, low_start, units, output + c, output_pitch, channels, next);
     }
 }
 
@@ -213,34 +211,34 @@ constexpr int kLargestExactDim = 256, kLargestExactTokens = 256;
 
 template <int M>
 void dot_bytes(const uint8_t* rows, int n, int dim, int bias, const float* query, int query_pitch, float* scores, int pitch,
-               int8_t* scratch, Ahead ahead) {
+               int8_t* scratch, Stream& next) {
 #if defined(__AVX512VNNI__)
     if (dim <= kLargestExactDim) {
-        dot_bytes_vnni<M>(rows, n, dim, bias, query, query_pitch, scores, pitch, scratch, ahead);
+        dot_bytes_vnni<M>(rows, n, dim, bias, query, query_pitch, scores, pitch, scratch, next);
         return;
     }
 #endif
     (void)scratch;
     if (bias)
-        dot_elements<Byte<true>, M>(rows, dim, n, dim, query, query_pitch, scores, pitch, ahead);
+        dot_elements<Byte<true>, M>(rows, dim, n, dim, query, query_pitch, scores, pitch, next);
     else
-        dot_elements<Byte<false>, M>(rows, dim, n, dim, query, query_pitch, scores, pitch, ahead);
+        dot_elements<Byte<false>, M>(rows, dim, n, dim, query, query_pitch, scores, pitch, next);
 }
 
 template <int M>
 void weigh_bytes(const uint8_t* rows, int n, int dim, int bias, const float* weights, int pitch, float* output,
-                 int output_pitch, int8_t* scratch, Ahead ahead) {
+                 int output_pitch, int8_t* scratch, Stream& next) {
 #if defined(__AVX512VNNI__)
     if (n <= kLargestExactTokens) {
-        weigh_bytes_vnni<M>(rows, n, dim, bias, weights, pitch, output, output_pitch, scratch, ahead);
+        weigh_bytes_vnni<M>(rows, n, dim, bias, weights, pitch, output, output_pitch, scratch, next);
         return;
     }
 #endif
     (void)scratch;
     if (bias)
-        weigh_elements<Byte<true>, M>(rows, dim, n, dim, weights, pitch, output, output_pitch, ahead);
+        weigh_elements<Byte<true>, M>(rows, dim, n, dim, weights, pitch, output, output_pitch, next);
     else
-        weigh_elements<Byte<false>, M>(rows, dim, n, dim, weights, pitch, output, output_pitch, ahead);
+        weigh_elements<Byte<false>, M>(rows, dim, n, dim, weights, pitch, output, output_pitch, next);
 }
 
 }  // namespace

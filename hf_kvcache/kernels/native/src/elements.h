@@ -74,10 +74,10 @@ struct Float8 {
 // Dot products of `count` queries with n rows of elements `stride` bytes apart: scores[m * pitch + t].
 template <class Element, int M>
 void dot_elements(const uint8_t* rows, int64_t stride, int n, int dim, const float* query, int query_pitch, float* scores,
-                  int pitch, Ahead ahead) {
+                  int pitch, Stream& next) {
     for (int t = 0; t < n; t++) {
         const uint8_t* row = rows + t * stride;
-        ahead.fetch(t);
+        if (t % 16 == 0) next.work(3);
         Vec total[M];
         for (int m = 0; m < M; m++) total[m] = splat(0.0f);
         int c = 0;
@@ -98,7 +98,7 @@ void dot_elements(const uint8_t* rows, int64_t stride, int n, int dim, const flo
 // output[m * dim + c] += sum over t of weights[m * pitch + t] * element[t][c], vectors of channels kept in registers.
 template <class Element, int M>
 void weigh_elements(const uint8_t* rows, int64_t stride, int n, int dim, const float* weights, int pitch, float* output,
-                    int output_pitch, Ahead ahead) {
+                    int output_pitch, Stream& next) {
     constexpr int kVectors = 16 / M > 4 ? 4 : 16 / M;
     int c = 0;
     for (; c + kVectors * kLanes <= dim; c += kVectors * kLanes) {
@@ -107,7 +107,7 @@ void weigh_elements(const uint8_t* rows, int64_t stride, int n, int dim, const f
             for (int v = 0; v < kVectors; v++) total[m][v] = load(output + m * output_pitch + c + v * kLanes);
         for (int t = 0; t < n; t++) {
             const uint8_t* row = rows + t * stride + c * Element::kBytes;
-            if (c == 0) ahead.fetch(t);
+            if (c == 0 && t % 16 == 0) next.work(3);
             Vec x[kVectors];
             for (int v = 0; v < kVectors; v++) x[v] = Element::load_vec(row + v * kLanes * Element::kBytes);
             for (int m = 0; m < M; m++) {

@@ -1,8 +1,7 @@
 // Codes of 1 to 4 bits to one byte each, by a table of 16 bytes; hf_kvcache/kernels/pack/reference.py defines the layout.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include "vec.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -89,10 +88,11 @@ inline typename Bytes::Type load_bytes(const uint8_t* p) {
 // n rows whose planes of `kWidth` bits are `length` bytes: byte j holds element j of each of its 8 / kWidth segments.
 // `levels` are the bytes of the codes, repeated to 64.
 template <int kWidth, class Bytes>
-inline void expand_plane(const uint8_t* codes, int n, int length, const uint8_t* levels, uint8_t* out) {
+inline void expand_plane(const uint8_t* codes, int n, int length, const uint8_t* levels, uint8_t* out, Stream& next) {
     typedef typename Bytes::Type Type;
     const Type table = load_bytes<Bytes>(levels);
     for (int t = 0; t < n; t++) {
+        if (t % 16 == 0) next.work(1);
         const uint8_t* row = codes + (int64_t)t * length;
         uint8_t* to = out + (int64_t)t * length * (8 / kWidth);
         for (int j = 0; j < length; j += Bytes::kBytes) {
@@ -110,9 +110,11 @@ typedef uint64_t Words __attribute__((vector_size(16)));
 
 // The same where rows are no multiple of a vector: eight bytes at a time, then one.
 template <int kWidth>
-inline void expand_uneven_plane(const uint8_t* codes, int n, int length, const uint8_t* levels, uint8_t* out) {
+inline void expand_uneven_plane(const uint8_t* codes, int n, int length, const uint8_t* levels, uint8_t* out,
+                                Stream& next) {
     const Bytes16::Type table = load_bytes<Bytes16>(levels);
     for (int t = 0; t < n; t++) {
+        if (t % 16 == 0) next.work(1);
         const uint8_t* row = codes + (int64_t)t * length;
         uint8_t* to = out + (int64_t)t * length * (8 / kWidth);
         int j = 0;
@@ -135,16 +137,16 @@ inline void expand_uneven_plane(const uint8_t* codes, int n, int length, const u
 }
 
 template <int kWidth>
-inline void expand_one_plane(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out) {
+inline void expand_one_plane(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out, Stream& next) {
     const int length = dim * kWidth / 8;
     if (length % 64 == 0)
-        expand_plane<kWidth, Bytes64>(codes, n, length, levels, out);
+        expand_plane<kWidth, Bytes64>(codes, n, length, levels, out, next);
     else if (length % 32 == 0)
-        expand_plane<kWidth, Bytes32>(codes, n, length, levels, out);
+        expand_plane<kWidth, Bytes32>(codes, n, length, levels, out, next);
     else if (length % 16 == 0)
-        expand_plane<kWidth, Bytes16>(codes, n, length, levels, out);
+        expand_plane<kWidth, Bytes16>(codes, n, length, levels, out, next);
     else
-        expand_uneven_plane<kWidth>(codes, n, length, levels, out);
+        expand_uneven_plane<kWidth>(codes, n, length, levels, out, next);
 }
 
 // Three bits are a plane of two and a plane of one: the third bits of half h of segment s of the first stand in segment
@@ -178,7 +180,7 @@ inline Bytes16::Type twice<Bytes16>(const uint8_t* half) {
 #endif
 
 template <class Bytes>
-inline void expand_three_bits(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out) {
+inline void expand_three_bits(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out, Stream& next) {
     typedef typename Bytes::Type Type;
     constexpr int kSegment = Bytes::kBytes;
     const Type table = load_bytes<Bytes>(levels);
@@ -186,6 +188,7 @@ inline void expand_three_bits(const uint8_t* codes, int n, const uint8_t* levels
     for (int s = 0; s < 4; s++)
         for (int i = 0; i < kSegment; i++) masks[s][i] = (uint8_t)(1 << (2 * s + (i >= kSegment / 2)));
     for (int t = 0; t < n; t++) {
+        if (t % 16 == 0) next.work(1);
         const uint8_t* row = codes + t * (kSegment + kSegment / 2);
         const Type low = load_bytes<Bytes>(row);
         const Type third = twice<Bytes>(row + kSegment);
@@ -208,13 +211,14 @@ inline void expand_three_bits_row(const uint8_t* row, int dim, const uint8_t* le
 }
 
 // n rows of packed codes to n rows of `dim` bytes each. levels: the byte of each code, repeated to 64.
-inline void expand(const uint8_t* codes, int bits, int n, int dim, const uint8_t* levels, uint8_t* out) {
-    if (bits == 4) return expand_one_plane<4>(codes, n, dim, levels, out);
-    if (bits == 2) return expand_one_plane<2>(codes, n, dim, levels, out);
-    if (bits == 1) return expand_one_plane<1>(codes, n, dim, levels, out);
-    if (dim == 64) return expand_three_bits<Bytes16>(codes, n, levels, out);
-    if (dim == 128) return expand_three_bits<Bytes32>(codes, n, levels, out);
-    if (dim == 256) return expand_three_bits<Bytes64>(codes, n, levels, out);
+inline void expand(const uint8_t* codes, int bits, int n, int dim, const uint8_t* levels, uint8_t* out,
+                   Stream& next) {
+    if (bits == 4) return expand_one_plane<4>(codes, n, dim, levels, out, next);
+    if (bits == 2) return expand_one_plane<2>(codes, n, dim, levels, out, next);
+    if (bits == 1) return expand_one_plane<1>(codes, n, dim, levels, out, next);
+    if (dim == 64) return expand_three_bits<Bytes16>(codes, n, levels, out, next);
+    if (dim == 128) return expand_three_bits<Bytes32>(codes, n, levels, out, next);
+    if (dim == 256) return expand_three_bits<Bytes64>(codes, n, levels, out, next);
     for (int t = 0; t < n; t++) expand_three_bits_row(codes + (int64_t)t * (dim * 3 / 8), dim, levels, out + (int64_t)t * dim);
 }
 

@@ -23,6 +23,7 @@ struct Scratch {
     float* decoded;  // [P, D]
     uint8_t* bytes;  // [P, D]
     int8_t* split;
+    Stream next;
 };
 
 inline bool whole(const HfkvSide& side, int page_size) {
@@ -64,27 +65,26 @@ struct DotOp {
     float* scores;
     int pitch;
     int8_t* split;
-    Ahead after = {nullptr, 0};
+    Stream& next;
 
     template <int M>
     void run(int m) const {
-        const Ahead ahead = m ? Ahead{} : after;
         const float* q = query + (int64_t)m * query_pitch;
         float* s = scores + (int64_t)m * pitch;
         switch (rows.level) {
             case HFKV_CODES:
 #if defined(__AMX_INT8__)
                 if (tiles_fit_scores(rows.room, rows.dim)) {
-                    dot_bytes_amx<M>(rows.data, n, rows.dim, rows.bias, q, query_pitch, s, pitch, split, ahead);
+                    dot_bytes_amx<M>(rows.data, n, rows.dim, rows.bias, q, query_pitch, s, pitch, split, next);
                     break;
                 }
 #endif
-                dot_bytes<M>(rows.data, n, rows.dim, rows.bias, q, query_pitch, s, pitch, split, ahead);
+                dot_bytes<M>(rows.data, n, rows.dim, rows.bias, q, query_pitch, s, pitch, split, next);
                 break;
-            case HFKV_FLOAT8: dot_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, ahead); break;
-            case HFKV_FLOAT32: dot_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, ahead); break;
-            case HFKV_BFLOAT16: dot_elements<BFloat16, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, ahead); break;
-            default: dot_elements<Float16, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, ahead);
+            case HFKV_FLOAT8: dot_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, next); break;
+            case HFKV_FLOAT32: dot_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, next); break;
+            case HFKV_BFLOAT16: dot_elements<BFloat16, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, next); break;
+            default: dot_elements<Float16, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, next);
         }
     }
 };
@@ -97,27 +97,26 @@ struct WeighOp {
     float* output;
     int output_pitch;
     int8_t* split;
-    Ahead after = {nullptr, 0};
+    Stream& next;
 
     template <int M>
     void run(int m) const {
-        const Ahead ahead = m ? Ahead{} : after;
         const float* w = weights + (int64_t)m * pitch;
         float* o = output + (int64_t)m * output_pitch;
         switch (rows.level) {
             case HFKV_CODES:
 #if defined(__AMX_INT8__)
                 if (tiles_fit_output(n, rows.dim)) {
-                    weigh_bytes_amx<M>(rows.data, n, rows.dim, rows.bias, w, pitch, o, output_pitch, split, ahead);
+                    weigh_bytes_amx<M>(rows.data, n, rows.dim, rows.bias, w, pitch, o, output_pitch, split, next);
                     break;
                 }
 #endif
-                weigh_bytes<M>(rows.data, n, rows.dim, rows.bias, w, pitch, o, output_pitch, split, ahead);
+                weigh_bytes<M>(rows.data, n, rows.dim, rows.bias, w, pitch, o, output_pitch, split, next);
                 break;
-            case HFKV_FLOAT8: weigh_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, ahead); break;
-            case HFKV_FLOAT32: weigh_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, ahead); break;
-            case HFKV_BFLOAT16: weigh_elements<BFloat16, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, ahead); break;
-            default: weigh_elements<Float16, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, ahead);
+            case HFKV_FLOAT8: weigh_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, next); break;
+            case HFKV_FLOAT32: weigh_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, next); break;
+            case HFKV_BFLOAT16: weigh_elements<BFloat16, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, next); break;
+            default: weigh_elements<Float16, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, next);
         }
     }
 };
@@ -125,7 +124,7 @@ struct WeighOp {
 inline Rows page_rows(const HfkvSide& side, int page_size, const uint8_t* record, int n, Scratch& s) {
     const uint8_t* codes = record + side.codes;
     if (side.level == HFKV_CODES && side.bits < 8) {
-        expand(codes, side.bits, n, side.dim, side.levels, s.bytes);
+        expand(codes, side.bits, n, side.dim, side.levels, s.bytes, s.next);
         codes = s.bytes;
     }
     const int width = side.level == HFKV_FLOAT32 ? 4 : side.level == HFKV_BFLOAT16 || side.level == HFKV_FLOAT16 ? 2 : 1;
@@ -181,7 +180,7 @@ inline float dot(const float* a, const float* b, int n) {
 
 // scores[m, t] of the first n tokens of a page. query: [M, query_pitch], rotated and scaled.
 inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* record, int n, const float* query, int count,
-                        int query_pitch, Scratch& s, int pitch, Ahead ahead) {
+                        int query_pitch, Scratch& s, int pitch) {
     const int dim = side.dim;
     if (side.level >= HFKV_FLOAT32 || !whole(side, page_size)) {
         Rows rows = page_rows(side, page_size, record, n, s);
@@ -189,7 +188,7 @@ inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* reco
             decode(side, page_size, record, n, s, s.decoded);
             rows = {HFKV_FLOAT32, 0, dim, n, (const uint8_t*)s.decoded, 4 * (int64_t)dim};
         }
-        by_fours(count, DotOp{rows, n, query, query_pitch, s.scores, pitch, s.split, ahead});
+        by_fours(count, DotOp{rows, n, query, query_pitch, s.scores, pitch, s.split, s.next});
         return;
     }
     const Rows rows = page_rows(side, page_size, record, n, s);
@@ -210,7 +209,7 @@ inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* reco
         float* to = s.queries + (int64_t)m * query_pitch;
         for (int c = 0; c < dim; c++) to[c] = from[c] * (channel ? channel[c] * step : step);
     }
-    by_fours(count, DotOp{rows, n, s.queries, query_pitch, s.scores, pitch, s.split, ahead});
+    by_fours(count, DotOp{rows, n, s.queries, query_pitch, s.scores, pitch, s.split, s.next});
     for (int m = 0; m < count; m++) {
         float* to = s.scores + (int64_t)m * pitch;
         const float* from = query + (int64_t)m * query_pitch;
@@ -229,8 +228,7 @@ inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* reco
 
 // output[m, c] += the weighted sum of the first n values of a page, in the rotated basis.
 inline void page_output(const HfkvSide& side, int page_size, const uint8_t* record, int n, const float* weights, int count,
-                        int pitch, Scratch& s, float* output, int output_pitch,
-                        Ahead ahead) {
+                        int pitch, Scratch& s, float* output, int output_pitch) {
     const int dim = side.dim;
     if (side.level >= HFKV_FLOAT32 || side.axis == HFKV_CHANNEL || !whole(side, page_size)) {
         Rows rows = page_rows(side, page_size, record, n, s);
@@ -238,7 +236,7 @@ inline void page_output(const HfkvSide& side, int page_size, const uint8_t* reco
             decode(side, page_size, record, n, s, s.decoded);
             rows = {HFKV_FLOAT32, 0, dim, n, (const uint8_t*)s.decoded, 4 * (int64_t)dim};
         }
-        by_fours(count, WeighOp{rows, n, weights, pitch, output, output_pitch, s.split, ahead});
+        by_fours(count, WeighOp{rows, n, weights, pitch, output, output_pitch, s.split, s.next});
         return;
     }
     const Rows rows = page_rows(side, page_size, record, n, s);
@@ -254,7 +252,7 @@ inline void page_output(const HfkvSide& side, int page_size, const uint8_t* reco
         float* scaled = s.weights + (int64_t)m * pitch;
         for (int t = 0; t < n; t++) scaled[t] = from[t] * s.first[t] * step;
     }
-    by_fours(count, WeighOp{rows, n, s.weights, pitch, to, output_pitch, s.split, ahead});
+    by_fours(count, WeighOp{rows, n, s.weights, pitch, to, output_pitch, s.split, s.next});
     for (int m = 0; m < count; m++) {
         const float shift = side.has_zero ? dot(weights + (int64_t)m * pitch, s.second, n) : 0.0f;
         float* sums = to + (int64_t)m * output_pitch;

@@ -49,16 +49,19 @@ inline float sum(Vec v) {
     return total;
 }
 
-// What will be read next: rows as long as the ones that are read now, fetched row by row beside them. A core's own
-// prefetcher stops at every 4 KiB, and would idle while a page is computed with.
-struct Ahead {
-    const uint8_t* data;  // null: nothing
-    int64_t stride;
+// The record that is computed with next, fetched a few cache lines at a time beside the work on this one: a core's own
+// prefetcher stops at every 4 KiB, and the core would wait for memory in one place and leave it idle in another.
+struct Stream {
+    const uint8_t* at = nullptr;
+    const uint8_t* end = nullptr;
+    int lines = 0;  // of a unit of work; a page is some 64 units
 
-    void fetch(int row, int count = 1) const {
-        if (!data) return;
-        const uint8_t* from = data + row * stride;
-        for (int64_t i = 0; i < count * stride; i += 64) __builtin_prefetch(from + i);
+    void begin(const uint8_t* record, int64_t bytes) {
+        at = record, end = record ? record + bytes : nullptr;
+        lines = (int)(bytes / (64 * 64)) + 1;
+    }
+    void work(int units) {
+        for (int i = 0; i < units * lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 2);
     }
 };
 

@@ -1,0 +1,1 @@
+"""What the caches cost in time and memory (``make bench``), and in accuracy (``fidelity.py``)."""

@@ -1,0 +1,287 @@
+"""One decode step of one attention layer: a token is taken in, and its query attends to everything held.
+
+    python -m benchmarks.bench_decode [--long] [--quick] [--shapes 32/8/128] [--tokens 4096 16384]
+
+Batch of 1, float32 queries, random normal keys and values. All arms hold the same tokens in one process and take turns
+(A B C, A B C, ...); medians over the rounds. Nothing is put back between the steps: every arm grows by one token a
+round, from 44 tokens past the nominal T to at most 92, so that our full-precision tail has the length that it has on
+average. Our cache takes the last 512 of its first tokens one at a time, so that its pages lie in memory as they do
+after decoding. In the rounds no page fills. Packing is timed apart (the step in which a page fills and the one behind
+it, less two ordinary ones) and added, spread over the page's tokens. QuantizedCache's own flush requantizes all tokens
+every 128; it is counted as the time of its first quantization, spread likewise. Every arm is checked against float64
+attention before it is timed.
+
+*page faults* are counted in one more step: an arm that allocates anew waits there for the system to map memory.
+With T = 64k and all arms this takes about 5 GB of memory, with ``--long`` 10 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import exact
+from benchmarks.arms import (
+    CODECS,
+    DENSE32,
+    DYNAMIC,
+    LLAMA_8B,
+    PEERS,
+    PLAIN,
+    SMOLLM2,
+    STATIC,
+    Arm,
+    CacheArm,
+    DenseArm,
+    OurArm,
+    Shape,
+    filled_arm,
+)
+from benchmarks.session import Report, Row, last_level_cache, make_console, make_parser, make_table, pick, start
+from benchmarks.timing import Clock, count_page_faults, cpu_clock, read_bandwidth, take_turns
+
+#: Tokens past the nominal T at the start. T being a multiple of the page size (128), the tail then holds 164 tokens of
+#: the 128 to 255 between which it moves, sinks apart, and no page fills within ``ROUNDS``.
+OFFSET = 40
+ROUNDS, LEAST_ROUNDS, WARM_UP = 48, 5, 3
+_RESIDUAL = 128
+ARMS = (DYNAMIC, STATIC, *PEERS, DENSE32, "dense bf16", *CODECS)
+
+
+@dataclass
+class Setting:
+    """How long and with what to measure.
+
+    Attributes:
+        seconds: for the rounds of one shape and T.
+        peer_tokens: the largest T at which the group-wise peers run: each of their steps decodes all tokens.
+        clock: times an action.
+        like: keys, values and queries are of its dtype and on its device.
+        dense: the dense arm with which the others are compared.
+    """
+
+    seconds: float
+    peer_tokens: int
+    clock: Clock = cpu_clock
+    like: torch.Tensor = field(default_factory=lambda: PLAIN)
+    dense: str = DENSE32
+
+
+def make_arms(
+    names: Sequence[str], shape: Shape, keys: torch.Tensor, values: torch.Tensor, setting: Setting, report: Report
+) -> tuple[dict[str, Arm], dict[str, float]]:
+    """The arms that can run here, filled, and how many microseconds the filling took."""
+    arms: dict[str, Arm] = {}
+    fill_us: dict[str, float] = {}
+    query = shape.queries(1, keys)
+    room = ROUNDS + WARM_UP + 2 + _RESIDUAL
+    for name in names:
+        if name in PEERS[:2] and keys.shape[2] - OFFSET > setting.peer_tokens:
+            report.note(f"hqq and quanto are left out above {setting.peer_tokens:,} tokens (--peer-tokens).")
+            continue
+
+        def build(name: str = name) -> None:
+            arms[name] = filled_arm(name, shape, keys, values, query, room)
+
+        try:
+            if name in PEERS:  # first calls import and compile, which is no part of quantizing
+                filled_arm(name, shape, keys[:, :, :256], values[:, :, :256], query, room)
+            fill_us[name] = setting.clock(build)
+        except ImportError as error:
+            report.note(f"{name} is left out: {str(error).splitlines()[0]}")
+    return arms, fill_us
+
+
+def check_arm(
+    arm: Arm, shape: Shape, keys: torch.Tensor, values: torch.Tensor, token: tuple[torch.Tensor, ...]
+) -> dict[str, float]:
+    """Take in ``token`` and compare with float64; returns the errors as columns of a row."""
+    query, key, value = token
+    all_keys, all_values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+    errors = {}
+    if isinstance(arm, OurArm):
+        out, own_keys, own_values = arm.step_and_decode(query, key, value)
+        own = exact.attention(query, own_keys, own_values)
+        tolerance = exact.OWN_TOLERANCE if keys.dtype == torch.float32 else exact.TOLERANCES["bf16"]
+        errors["kernel_error"] = exact.check(arm.name, exact.relative_error(out, own), tolerance)
+    else:
+        out = arm.step(query, key, value, arm.mask(1))
+    error = exact.relative_error(out, exact.attention(query, all_keys, all_values))
+    return errors | {"error": exact.check(arm.name, error, exact.TOLERANCES[arm.stored])}
+
+
+def packing_us(arm: CacheArm, shape: Shape, like: torch.Tensor, step_us: float, clock: Clock) -> float:
+    """Microseconds a token that our cache spends on packing: a page filled now, spread over its tokens."""
+    size = arm.cache.options.page_size
+    missing = size - (arm.cache.get_seq_length() - arm.cache.options.sink_length - arm.cache.options.tail_length) % size
+    for _ in range(missing - 2):
+        arm.cache.update(*shape.tokens(1, like), 0)
+    packed, times = arm.cache.memory().packed_elements, []
+    for _ in range(8):
+        before = arm.cache.memory().packed_elements
+        times.append(clock(partial(arm.step, shape.queries(1, like), *shape.tokens(1, like), None)))
+        if before > packed:  # the step before this one packed: both are in
+            return max(sum(times[-2:]) - 2 * step_us, 0.0) / size
+    raise RuntimeError(f"{arm.name}: no page was packed in {len(times)} steps")
+
+
+@torch.inference_mode()
+def measure(
+    shape: Shape, tokens: int, names: Sequence[str], setting: Setting, bandwidth: float, report: Report
+) -> list[Row]:
+    """The rows of all arms for one shape and number of tokens."""
+    torch.manual_seed(tokens)  # the errors are then the same in every run
+    like = setting.like
+    keys, values = shape.tokens(tokens + OFFSET, like)
+    arms, fill_us = make_arms(names, shape, keys, values, setting, report)
+    first = (shape.queries(1, like), *shape.tokens(1, like))
+    rows: dict[str, Row] = {}
+    for name, arm in arms.items():
+        if isinstance(arm, DenseArm):
+            arm.choose(first[0], setting.clock)
+        rows[name] = {"shape": str(shape), "tokens": tokens, "cache": name, "method": arm.method}
+        rows[name] |= check_arm(arm, shape, keys, values, first)
+        rows[name] |= {"bytes_read": arm.bytes_read(), "bytes_held": arm.bytes_held()}
+    del keys, values
+
+    def one_round(number: int) -> dict[str, float]:
+        token = (shape.queries(1, like), *shape.tokens(1, like))
+        return {name: setting.clock(partial(arm.step, *token, arm.mask(1))) for name, arm in arms.items()}
+
+    for number in range(WARM_UP):
+        one_round(number)
+    times = take_turns(one_round, ROUNDS, LEAST_ROUNDS, setting.seconds)
+    token = (shape.queries(1, like), *shape.tokens(1, like))
+    for name, arm in arms.items():
+        rows[name]["page_faults"] = count_page_faults(partial(arm.step, *token, arm.mask(1)))
+    for name, arm in arms.items():
+        step = median(times[name])
+        packing = 0.0
+        if isinstance(arm, OurArm):
+            packing = packing_us(arm, shape, like, step, setting.clock)
+        elif name in PEERS[:2]:
+            packing = fill_us[name] / _RESIDUAL
+        rate = rows[name]["bytes_read"] / step / 1e3
+        rows[name] |= {
+            "rounds": len(times[name]),
+            "step_us": step,
+            "packing_us": packing,
+            "total_us": step + packing,
+            "gb_per_s": rate,
+            "bandwidth_share": rate / bandwidth,
+        }
+    for row in rows.values():
+        for label, other in (("dynamic", DYNAMIC), ("dense", setting.dense)):
+            if other in rows:
+                row[f"speedup_{label}"] = rows[other]["total_us"] / row["total_us"]
+    return list(rows.values())
+
+
+def show(rows: list[Row], shape: str, tokens: int, dense: str, console: Console) -> None:
+    """Print the table of one shape and number of tokens."""
+    columns = (
+        "cache",
+        "µs",
+        "of it packing",
+        "× DynamicCache",
+        f"× {dense}",
+        "MB to read",
+        "GB/s",
+        "of bandwidth",
+        "page faults",
+    )
+    table = make_table(f"decode step, {shape} (query heads/KV heads/head_dim), T = {tokens:,}", (*columns, "error"))
+    for row in rows:
+        name = f"{row['cache']} ({row['method']})" if row["method"] else row["cache"]
+        speedups = [f"{row[key]:.2f}" if key in row else "-" for key in ("speedup_dynamic", "speedup_dense")]
+        table.add_row(
+            name,
+            f"{row['total_us']:,.0f}",
+            f"{row['packing_us']:,.0f}" if row["packing_us"] else "-",
+            *speedups,
+            f"{row['bytes_read'] / 1e6:,.2f}",
+            f"{row['gb_per_s']:.1f}",
+            f"{row['bandwidth_share']:.0%}",
+            f"{row['page_faults']:,}",
+            f"{row['error']:.1e}",
+        )
+    console.print(table)
+
+
+def show_bandwidth(rates: dict[str, float], size: int, report: Report) -> float:
+    """Note the bandwidth by every way of reading; returns the largest, in GB/s."""
+    best = max(rates, key=lambda way: rates[way])
+    report.facts["read_bandwidth_gb_per_s"] = rates
+    report.facts["read_buffer_bytes"] = size
+    ways = ", ".join(f"{way} {rate:.1f}" for way, rate in rates.items())
+    report.note(
+        f"Read bandwidth {rates[best]:.1f} GB/s by {best}, over {size / 2**20:,.0f} MiB ({ways}). Where what is held "
+        "fits in the last-level cache, an arm may exceed it."
+    )
+    return rates[best]
+
+
+def run(
+    report: Report,
+    shapes: Sequence[Shape],
+    tokens: Sequence[int],
+    names: Sequence[str],
+    setting: Setting,
+    bandwidth: float,
+    console: Console,
+) -> None:
+    """Measure and show every shape and number of tokens."""
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("decode", total=len(shapes) * len(tokens))
+        for shape in shapes:
+            for count in tokens:
+                progress.update(task, description=f"decode {shape}, T = {count:,}")
+                rows = measure(shape, count, names, setting, bandwidth, report)
+                report.rows += rows
+                show(rows, str(shape), count, setting.dense, console)
+                progress.advance(task)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--shapes", nargs="+", help="query heads/KV heads/head_dim; default: 32/8/128 9/3/64")
+    parser.add_argument("--tokens", type=int, nargs="+", help="multiples of 128; default: 1024 4096 16384 65536")
+    parser.add_argument("--long", action="store_true", help="also 131,072 tokens")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--seconds", type=float, default=8.0, help="for the rounds of one shape and T, at most")
+    parser.add_argument("--peer-tokens", type=int, default=16384, help="largest T at which hqq and quanto run")
+    args = start(parser, argv)
+    args.tokens = pick(args.tokens, args.quick, [1024, 4096, 16384, 65536], [1024, 4096])
+    args.tokens += [131072] if args.long and 131072 not in args.tokens else []
+    if bad := [count for count in args.tokens if count % 128 or count < 512]:
+        parser.error(f"--tokens {bad[0]}: accepted: multiples of 128 from 512")
+    args.shapes = pick(args.shapes, args.quick, [str(LLAMA_8B), str(SMOLLM2)], [str(SMOLLM2)])
+    args.seconds = min(args.seconds, 2.0) if args.quick else args.seconds
+    return args
+
+
+def main(argv: Sequence[str] | None = None, read: Callable[..., dict[str, float]] = read_bandwidth) -> Any:
+    args, console, report = parse(argv), make_console(), Report("bench_decode")
+    # Its warning that the whole cache is decoded is about what the check does on purpose.
+    logging.getLogger("hf_kvcache.layer").setLevel(logging.ERROR)
+    size = 2**26 if args.quick else max(2**30, 4 * (last_level_cache() or 0))
+    bandwidth = show_bandwidth(read(size), size, report)
+    setting = Setting(args.seconds, args.peer_tokens)
+    report.note(
+        f"T grows by one token a round in every arm, from {OFFSET + WARM_UP + 1} past the nominal T; nothing is reset."
+    )
+    run(report, [Shape.parse(s) for s in args.shapes], args.tokens, args.arms, setting, bandwidth, console)
+    return report.finish(args, console)
+
+
+if __name__ == "__main__":
+    main()

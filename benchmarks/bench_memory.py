@@ -1,0 +1,108 @@
+"""Bytes that one layer's cache holds, against the number of tokens.
+
+    python -m benchmarks.bench_memory [--quick] [--shapes 9/3/64 32/8/128] [--tokens 1024 65536]
+
+Batch of 1. DynamicCache's bytes are those of its tensors; ours are what ``cache.memory()`` says: codes, scales,
+full-precision sinks and tail, tables, and the slack of what is allocated and not used. All hold tokens of ``--dtype``
+(bfloat16: our sinks and tail are then bfloat16 too) and are compared with DynamicCache in bfloat16 and in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import DynamicCache
+
+from benchmarks.arms import CODECS, DTYPES, PEERS, SMOLLM2, OurArm, Shape, empty_arm, held_bytes
+from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+
+FP32, BF16 = "DynamicCache fp32", "DynamicCache bf16"
+
+
+def _dynamic(shape: Shape, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> int:
+    cache = DynamicCache(config=shape.config())
+    cache.update(keys.to(dtype), values.to(dtype), 0)
+    return held_bytes(cache)
+
+
+@torch.inference_mode()
+def measure(shape: Shape, tokens: int, like: torch.Tensor, report: Report) -> list[Row]:
+    """The rows of all caches for one shape and number of tokens of the dtype of ``like``."""
+    keys, values = shape.tokens(tokens, like)
+    held = {FP32: _dynamic(shape, keys, values, torch.float32), BF16: _dynamic(shape, keys, values, torch.bfloat16)}
+    bits: dict[str, float] = {}
+    for name in (*PEERS, *CODECS):
+        try:
+            arm = empty_arm(name, shape, tokens, keys)
+            arm.fill(keys, values, shape.queries(1, like))
+        except ImportError as error:
+            report.note(f"{name} is left out: {str(error).splitlines()[0]}")
+            continue
+        held[name] = held_bytes(arm.cache)
+        if isinstance(arm, OurArm) and arm.cache.memory().packed_elements:
+            bits[name] = arm.cache.memory().bits_per_element
+    return [
+        {
+            "shape": str(shape),
+            "tokens": tokens,
+            "cache": name,
+            "bytes_held": size,
+            "of_bf16": size / held[BF16],
+            "of_fp32": size / held[FP32],
+            **({"bits_per_packed_element": bits[name]} if name in bits else {}),
+        }
+        for name, size in held.items()
+    ]
+
+
+def show(rows: list[Row], shape: str, console: Console) -> None:
+    """Print the table of one shape."""
+    counts = list(dict.fromkeys(row["tokens"] for row in rows))
+    title = f"MiB held by one layer (the share of a bfloat16 DynamicCache), {shape}"
+    table = make_table(title, ("cache", *(f"{count:,} tokens" for count in counts), "bits per packed element"))
+    for cache in dict.fromkeys(row["cache"] for row in rows):
+        own = {row["tokens"]: row for row in rows if row["cache"] == cache}
+        cells = [f"{own[n]['bytes_held'] / 2**20:,.2f} ({own[n]['of_bf16']:.3f})" if n in own else "-" for n in counts]
+        bits = [row["bits_per_packed_element"] for row in own.values() if "bits_per_packed_element" in row]
+        table.add_row(cache, *cells, f"{bits[-1]:.3f}" if bits else "-")
+    console.print(table)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--shapes", nargs="+", help="query heads/KV heads/head_dim; default: 4/1/128 9/3/64")
+    parser.add_argument("--tokens", type=int, nargs="+", help="default: 1024 4096 16384 32768")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the tokens that the caches take in")
+    args = start(parser, argv)
+    args.tokens = pick(args.tokens, args.quick, [1024, 4096, 16384, 32768], [1024, 4096])
+    args.shapes = pick(args.shapes, args.quick, ["4/1/128", str(SMOLLM2)], [str(SMOLLM2)])
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    args, console, report = parse(argv), make_console(), Report("bench_memory")
+    like = torch.empty(0, dtype=DTYPES[args.dtype])
+    report.note("Bytes grow in proportion to the KV heads: 4/1/128 is a Llama-3-8B layer (32/8/128) with one of its 8.")
+    report.note(
+        "At multiples of 128 tokens our full-precision tail is about as long as it gets (252 of 255 tokens, 192 on "
+        "average), and the residual of hqq and quanto as short (0 of 127 tokens)."
+    )
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("memory", total=len(args.shapes) * len(args.tokens))
+        for shape in map(Shape.parse, args.shapes):
+            rows = []
+            for count in args.tokens:
+                rows += measure(shape, count, like, report)
+                progress.advance(task)
+            show(rows, str(shape), console)
+            report.rows += rows
+    return report.finish(args, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Prefill in one attention layer: a chunk of new tokens over the tokens held, and the first tokens of all.
+
+    python -m benchmarks.bench_prefill [--quick] [--chunk 512] [--tokens 4096 16384] [--first 1024 4096]
+
+``update`` and attention, batch of 1, float32. *chunk*: 512 new tokens over T held ones, with the causal mask that a
+model makes (once for all its layers; it is not timed). Before every round each arm goes back to its T tokens: the
+transformers caches get back the tensors they had, ours is a fork of the cache that holds them (pages are shared, the
+full-precision tail is copied), whose last 512 tokens came in chunks too. *first*: T tokens into an empty cache. Arms
+take turns; medians. Each arm's output is checked against float64 attention (chunk) or against DynamicCache's (first)
+before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import exact
+from benchmarks.arms import DYNAMIC, LLAMA_8B, PEERS, PLAIN, SMOLLM2, STATIC, CacheArm, Shape, empty_arm
+from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.timing import Clock, cpu_clock, take_turns
+
+ARMS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit", "ours 2-bit")
+_LEAST_ROUNDS = 3
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def available(names: Sequence[str], shape: Shape, like: torch.Tensor, report: Report) -> list[str]:
+    """Those of the arms whose packages are installed."""
+    found = []
+    for name in names:
+        try:
+            empty_arm(name, shape, 1, like)
+            found.append(name)
+        except ImportError as error:
+            report.note(f"{name} is left out: {str(error).splitlines()[0]}")
+    return found
+
+
+def inputs(shape: Shape, count: int, like: torch.Tensor) -> Inputs:
+    """Query, key and value of ``count`` new tokens."""
+    return shape.queries(count, like), *shape.tokens(count, like)
+
+
+@torch.inference_mode()
+def measure_chunk(
+    shape: Shape, tokens: int, names: Sequence[str], like: torch.Tensor, clock: Clock, args: argparse.Namespace
+) -> list[Row]:
+    """The rows of a chunk of ``args.chunk`` tokens over ``tokens`` held ones."""
+    torch.manual_seed(tokens)
+    chunk = args.chunk
+    keys, values = shape.tokens(tokens, like)
+    new = inputs(shape, chunk, like)
+    expected = exact.attention(new[0], torch.cat([keys, new[1]], 2), torch.cat([values, new[2]], 2))
+    arms: dict[str, CacheArm] = {}
+    masks, errors = {}, {}
+    for name in names:
+        arm = arms[name] = empty_arm(name, shape, tokens + chunk, like)
+        arm.fill(keys, values, shape.queries(1, like), chunk)
+        arm.keep()
+        arm.restore()
+        masks[name] = arm.mask(chunk)
+        error = exact.relative_error(arm.step(*new, masks[name]), expected)
+        errors[name] = exact.check(name, error, exact.TOLERANCES[arm.stored])
+
+    def one_round(number: int) -> dict[str, float]:
+        times = {}
+        for name, arm in arms.items():
+            arm.restore()
+            times[name] = clock(partial(arm.step, *new, masks[name]))
+        return times
+
+    times = take_turns(one_round, args.rounds, min(args.rounds, _LEAST_ROUNDS), args.seconds)
+    return _rows("chunk", shape, tokens, chunk, times, errors)
+
+
+@torch.inference_mode()
+def measure_first(
+    shape: Shape, tokens: int, names: Sequence[str], like: torch.Tensor, clock: Clock, args: argparse.Namespace
+) -> list[Row]:
+    """The rows of the first ``tokens`` tokens into an empty cache."""
+    new = inputs(shape, tokens, like)
+
+    def action(name: str) -> Callable[[], torch.Tensor]:
+        arm = empty_arm(name, shape, tokens, like)
+        return partial(arm.step, *new, arm.mask(tokens))
+
+    expected = action(DYNAMIC)()
+    tolerance = exact.TOLERANCES["fp32" if like.dtype == torch.float32 else "bf16"]
+    errors = {name: exact.check(name, exact.relative_error(action(name)(), expected), tolerance) for name in names}
+
+    def one_round(number: int) -> dict[str, float]:
+        return {name: clock(action(name)) for name in names}
+
+    times = take_turns(one_round, args.rounds, min(args.rounds, _LEAST_ROUNDS), args.seconds)
+    return _rows("first", shape, tokens, tokens, times, errors)
+
+
+def _rows(
+    kind: str, shape: Shape, tokens: int, new: int, times: dict[str, list[float]], errors: dict[str, float]
+) -> list[Row]:
+    milliseconds = {name: median(values) / 1e3 for name, values in times.items()}
+    return [
+        {
+            "kind": kind,
+            "shape": str(shape),
+            "tokens": tokens,
+            "new_tokens": new,
+            "cache": name,
+            "ms": value,
+            "time_over_dynamic": value / milliseconds[DYNAMIC],
+            "error": errors[name],
+            "rounds": len(times[name]),
+        }
+        for name, value in milliseconds.items()
+    ]
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """Print a table for each kind and shape."""
+    for kind, shape in dict.fromkeys((row["kind"], row["shape"]) for row in rows):
+        own = [row for row in rows if (row["kind"], row["shape"]) == (kind, shape)]
+        counts = list(dict.fromkeys(row["tokens"] for row in own))
+        what = f"{own[0]['new_tokens']} tokens over T held" if kind == "chunk" else "the first T tokens"
+        title = f"prefill of {what}: ms in one layer (time over DynamicCache's); {shape}"
+        table = make_table(title, ("cache", *(f"T = {count:,}" for count in counts)))
+        for cache in dict.fromkeys(row["cache"] for row in own):
+            found = {row["tokens"]: row for row in own if row["cache"] == cache}
+            cells = (_cell(found[count]) if count in found else "-" for count in counts)
+            table.add_row(cache, *cells)
+        console.print(table)
+
+
+def _cell(row: Row) -> str:
+    return f"{row['ms']:,.1f} ({row['time_over_dynamic']:.2f})"
+
+
+def run(report: Report, args: argparse.Namespace, like: torch.Tensor, clock: Clock, console: Console) -> None:
+    """Measure and show every shape, for tokens of the dtype and on the device of ``like``."""
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("prefill", total=len(args.shapes) * (len(args.tokens) + len(args.first)))
+        for shape in map(Shape.parse, args.shapes):
+            names = available(ARMS, shape, like, report)
+            rows = []
+            few = [name for name in names if name != PEERS[0]]
+            if len(few) < len(names) and max(*args.tokens, *args.first) > args.peer_tokens:
+                report.note(f"hqq is left out above {args.peer_tokens:,} tokens (--peer-tokens).")
+            for count in args.tokens:
+                here = names if count <= args.peer_tokens else few
+                rows += measure_chunk(shape, count, here, like, clock, args)
+                progress.advance(task)
+            for count in args.first:
+                here = names if count <= args.peer_tokens else few
+                rows += measure_first(shape, count, here, like, clock, args)
+                progress.advance(task)
+            show(rows, console)
+            report.rows += rows
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--shapes", nargs="+", help="query heads/KV heads/head_dim; default: 32/8/128 9/3/64")
+    parser.add_argument("--tokens", type=int, nargs="+", help="tokens held by the chunk; default: 1024 4096 16384")
+    parser.add_argument("--first", type=int, nargs="+", help="tokens of the first prefill; default: 1024 4096")
+    parser.add_argument("--chunk", type=int, help="new tokens; default: 512")
+    parser.add_argument("--rounds", type=int, help="rounds at most; default: 9")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for the rounds of one shape and T, at most")
+    parser.add_argument("--peer-tokens", type=int, default=1024, help="largest T at which hqq runs")
+    args = start(parser, argv)
+    args.shapes = pick(args.shapes, args.quick, [str(LLAMA_8B), str(SMOLLM2)], [str(SMOLLM2)])
+    args.tokens = pick(args.tokens, args.quick, [1024, 4096, 16384], [1024])
+    args.first = pick(args.first, args.quick, [1024, 4096], [1024])
+    args.chunk = args.chunk or (128 if args.quick else 512)
+    args.rounds = args.rounds or (3 if args.quick else 9)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    args, console, report = parse(argv), make_console(), Report("bench_prefill")
+    run(report, args, PLAIN, cpu_clock, console)
+    return report.finish(args, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Finding the cases of all kernels, and compiling them without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hf_kvcache.kernels
+from benchmarks.compiling import amd, nvidia
+from benchmarks.compiling.measured import Measured, measure
+from benchmarks.compiling.targets import TARGETS
+from hf_kvcache.kernels.compile_case import CompileCase
+
+
+def operations() -> list[str]:
+    """The folders of ``hf_kvcache/kernels`` that have a Triton twin."""
+    folder = Path(hf_kvcache.kernels.__file__).parent
+    return sorted(path.parent.name for path in folder.glob("*/triton.py"))
+
+
+def cases(operation: str, architecture: str) -> list[CompileCase]:
+    """The cases of an operation for a target."""
+    module = importlib.import_module(f"hf_kvcache.kernels.{operation}.triton")
+    return list(module.compile_cases(architecture))
+
+
+def build(operation: str, architecture: str, index: int) -> Measured:
+    """Compile one case and measure it; what goes wrong is in the result."""
+    start = time.perf_counter()
+    case, target = cases(operation, architecture)[index], TARGETS[architecture]
+    try:
+        with warnings.catch_warnings():
+            # Triton announces a future default; what users get is today's.
+            warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+            compiled = compile_case(case, architecture)
+        read = amd.read if target.amd else nvidia.read
+        measured = measure(
+            case, target, *read(compiled.asm["amdgcn" if target.amd else "cubin"], compiled.metadata.shared)
+        )
+    except Exception as error:  # a compiler may fail in any way, and the other cases are still of interest
+        measured = Measured(architecture, case.name, error=_reason(error))
+    measured.seconds = time.perf_counter() - start
+    return measured
+
+
+def _reason(error: BaseException) -> str:
+    """The first of the errors that led to this one, in a line: what triton wraps around it only says where."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: " + " ".join(str(error).split())[:300]
+
+
+def compile_case(case: CompileCase, architecture: str) -> Any:
+    """The compiled kernel of a case: ``asm`` and ``metadata``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names = case.kernel.arg_names
+    unknown = (set(case.signature) | set(case.constants)) ^ set(names)
+    if unknown:
+        raise ValueError(f"arguments of the case and of the kernel differ: {', '.join(sorted(unknown))}")
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    source = triton.compiler.ASTSource(case.kernel, signature, case.constants, aligned)
+    if architecture.startswith("gfx"):
+        target = GPUTarget("hip", architecture, 64)
+    else:
+        target = GPUTarget("cuda", int(architecture.removeprefix("sm")), 32)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    return triton.compile(source, target=target, options=options)

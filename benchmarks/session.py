@@ -1,0 +1,186 @@
+"""What every benchmark shares: its options, the machine it ran on, its file of results and its table."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import plots
+from hf_kvcache.kernels.dispatch import twin
+
+RESULTS = Path("benchmarks/results")
+_PACKAGES = ("hf-kvcache", "torch", "transformers", "numpy", "hqq", "optimum-quanto")
+Row = dict[str, Any]
+
+
+def make_console() -> Console:
+    """A console on stdout, wide enough for the tables where stdout is a file."""
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: does it run, and roughly")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files and plots")
+    parser.add_argument("--no-plots", action="store_true", help="write no PNG files")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: as torch chooses")
+    return parser
+
+
+def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments and set the number of threads."""
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def pick(given: list[Any] | None, quick: bool, default: list[Any], small: list[Any]) -> list[Any]:
+    """What was asked for, else the default of a full or of a quick run."""
+    return given or (small if quick else default)
+
+
+@dataclass
+class Report:
+    """What a benchmark found out.
+
+    Attributes:
+        script: name of the benchmark, which is also the name of its file.
+        device: where it runs.
+        rows: one dictionary for each measurement.
+        notes: sentences on what was done and what was left out.
+        facts: further results that are not rows (the bandwidth).
+    """
+
+    script: str
+    device: str = "cpu"
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: Row = field(default_factory=dict)
+
+    def note(self, text: str) -> None:
+        """Add a sentence, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def finish(self, args: argparse.Namespace, console: Console) -> Path:
+        """Print the notes, write the JSON file and the plots; returns the file's path.
+
+        Raises:
+            ValueError: if a number of a row is not finite.
+        """
+        _check_finite(self.rows)
+        kernels = ", ".join(f"{op} {backend}" for op, backend in kernel_backends(self.device).items())
+        self.note(f"Our kernels: {kernels}.")
+        for note in self.notes:
+            console.print(f"- {note}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"{self.script}.json"
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "no_plots")}
+        payload = {
+            "script": self.script,
+            "command": command(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine(self.device),
+            "versions": versions(),
+            "settings": settings,
+            "facts": self.facts,
+            "notes": self.notes,
+            "rows": self.rows,
+        }
+        path.write_text(json.dumps(payload, indent=1, default=str) + "\n", encoding="utf-8")
+        console.print(f"wrote {path}")
+        if not args.no_plots:
+            console.print(plots.draw(path))
+        return path
+
+
+def _check_finite(rows: list[Row]) -> None:
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}={value!r} in {row!r}")
+
+
+def command() -> str:
+    """The command line, without the path of the script and of ``--out``, which only say where files lie."""
+    words = sys.argv[1:]
+    if "--out" in words:
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    words = [word for word in words if not word.startswith("--out=")]
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
+
+
+def kernel_backends(device: str) -> dict[str, str]:
+    """Which twin of our attention kernels runs on the device: ``"reference"``, ``"native"`` or ``"triton"``."""
+    found = {op: twin(op, torch.device(device)) for op in ("decode", "extend")}
+    return {op: "reference" if module is None else module.__name__.rpartition(".")[2] for op, module in found.items()}
+
+
+def machine(device: str) -> Row:
+    """The processor, its last cache, the threads of torch, which kernels run, and the GPU if one is used."""
+    found = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "last_level_cache_bytes": last_level_cache(),
+        "system": platform.system(),
+        "kernels": kernel_backends(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {})
+
+
+def _cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def last_level_cache() -> int | None:
+    """Bytes of the largest cache of the first core; None where the system does not tell."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="utf-8").strip()
+        sizes.append(int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text))
+    return max(sizes, default=None)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter here, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def make_table(title: str, columns: Sequence[str]) -> Table:
+    """A table whose first column holds names and the others numbers."""
+    table = Table(title=title)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table

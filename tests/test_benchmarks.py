@@ -1,0 +1,141 @@
+"""Every benchmark runs at tiny sizes, its numbers are finite and positive, and its arms agree."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from benchmarks import bench_append, bench_decode, bench_memory, bench_model, bench_prefill, exact, gpu, plots, timing
+from benchmarks.arms import DENSE32, DYNAMIC, PLAIN, STATIC, Shape, filled_arm
+from benchmarks.session import Report
+
+#: Columns that may be zero: nothing was mapped, packed or allocated, or the arms agree to the last bit.
+MAY_BE_ZERO = ("page_faults", "packing", "error", "allocations", "allocated_bytes", "mean_kl", "top1_agreement")
+ARMS = (DYNAMIC, STATIC, "fp8 QuantizedCache", DENSE32, "ours none", "ours 8-bit", "ours 4-bit")
+SHAPE = "4/2/16"
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of results, each number checked."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for part in ("command", "date", "machine", "versions", "settings", "notes"):
+        assert result[part]
+    assert result["rows"]
+    check_numbers(result["rows"])
+    return result["rows"]
+
+
+def check_numbers(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, (int, float)):
+                zero = any(part in name for part in MAY_BE_ZERO)
+                assert math.isfinite(value) and (value > 0 or (zero and value == 0)), (name, row)
+
+
+def test_decode(tmp_path: Path) -> None:
+    argv = ["--quick", "--no-plots", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "512", "--seconds", "0"]
+
+    def bandwidth(size: int) -> dict[str, float]:
+        return timing.read_bandwidth(1 << 16, repeats=1)
+
+    rows = rows_of(bench_decode.main([*argv, "--arms", *ARMS], bandwidth))
+    assert [row["cache"] for row in rows] == list(ARMS)
+    assert {row["cache"]: row["bytes_read"] for row in rows}[DYNAMIC] == 2 * 2 * (512 + 41) * 16 * 4
+
+
+def test_decode_refuses_an_arm_that_is_wrong() -> None:
+    shape = Shape.parse(SHAPE)
+    keys, values = shape.tokens(300)
+    arm = filled_arm("ours 8-bit", shape, keys, values + 1, shape.queries(1), 8)
+    with pytest.raises(AssertionError, match="ours 8-bit: relative error"):
+        bench_decode.check_arm(arm, shape, keys, values, (shape.queries(1), *shape.tokens(1)))
+
+
+def test_prefill(tmp_path: Path) -> None:
+    argv = ["--no-plots", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "300", "--first", "200"]
+    rows = rows_of(bench_prefill.main([*argv, "--chunk", "64", "--rounds", "1", "--peer-tokens", "1"]))
+    assert {row["kind"] for row in rows} == {"chunk", "first"}
+
+
+def test_append(tmp_path: Path) -> None:
+    argv = ["--no-plots", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "300", "--blocks", "1"]
+    rows = {row["cache"]: row for row in rows_of(bench_append.main([*argv, "--dynamic-calls", "2"]))}
+    # 300 tokens, then one of each counted kind before: both sides are copied into new memory.
+    assert rows[DYNAMIC]["append_allocations"] == 2
+    assert rows[DYNAMIC]["append_allocated_bytes"] == 2 * 2 * 302 * 16 * 4
+    assert rows["ours 4-bit"]["append_allocations"] == 0
+
+
+def test_memory(tmp_path: Path) -> None:
+    argv = ["--no-plots", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "256", "512"]
+    rows = rows_of(bench_memory.main(argv))
+    dynamic = {row["tokens"]: row["bytes_held"] for row in rows if row["cache"] == bench_memory.BF16}
+    assert dynamic == {256: 2 * 2 * 256 * 16 * 2, 512: 2 * 2 * 512 * 16 * 2}
+
+
+def test_model(model: PreTrainedModel, tmp_path: Path) -> None:
+    names = [DYNAMIC, STATIC, "ours none", "ours 4-bit"]
+    argv = ["--quick", "--out", str(tmp_path), "--contexts", "256", "300", "--prefill", "40", "--arms", *names]
+    args, report = bench_model.parse(argv), Report("bench_model")
+    tokens = torch.arange(301)[None] % model.config.vocab_size
+    bench_model.run_text_model(model, "tiny", tokens, args, report, Console(quiet=True))
+    check_numbers(report.rows)
+    decode = [row for row in report.rows if "ms" in row]
+    assert [row["cache"] for row in decode] == 2 * names
+    # A page fills at 260 tokens only (4 sinks, a tail of 128 and a page): what it costs is taken over from there.
+    packing = [row["packing_ms"] for row in decode if row["cache"] == "ours 4-bit"]
+    assert packing[0] == packing[1]
+
+
+def test_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+    monkeypatch.setattr(bench_model, "llama8b_layers", lambda layers, positions: model)
+    monkeypatch.setattr(bench_model, "RANDOM_HEADS", (model.config.num_key_value_heads, model.config.head_dim))
+    layers = str(model.config.num_hidden_layers)
+    argv = ["--quick", "--no-plots", "--out", str(tmp_path), "--models", "llama8b", "--layers", layers]
+    rows = rows_of(bench_model.main([*argv, "--random-context", "256", "--arms", DYNAMIC, "ours 8-bit"]))
+    assert [row["cache"] for row in rows] == [DYNAMIC, "ours 8-bit"]
+
+
+def test_gpu_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA GPU"):
+        gpu.main([])
+
+
+def test_gpu_code_path_on_the_cpu() -> None:
+    argv = ["--quick", "--shapes", SHAPE, "--tokens", "512", "--first", "128", "--chunk", "32", "--rounds", "1"]
+    args, report = gpu.parse([*argv, "--seconds", "0", "--peer-tokens", "1"]), Report("gpu")
+    gpu.run(report, args, PLAIN.bfloat16(), timing.cpu_clock, Console(quiet=True))
+    check_numbers(report.rows)
+    assert {row["kind"] for row in report.rows} == {"decode", "chunk", "first"}
+
+
+def test_exact_attention_is_causal() -> None:
+    shape = Shape(2, 1, 8)
+    keys, values = shape.tokens(5)
+    query = shape.queries(2)
+    out = exact.attention(query, keys, values)
+    alone = exact.attention(query[:, :, :1], keys[:, :, :4], values[:, :, :4])
+    torch.testing.assert_close(out[:, :1], alone)
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = bench_memory.main(["--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "256", "--no-plots"])
+    assert "drew" in plots.draw(path)
+    assert len(list(tmp_path.glob("*.png"))) == 2
