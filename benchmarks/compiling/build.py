@@ -50,7 +50,9 @@ def _reason(error: BaseException) -> str:
     """The first of the errors that led to this one, in a line: what triton wraps around it only says where."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: " + " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())
+    # Triton's own errors begin with a place and end with the reason; between them stands the source.
+    return f"{type(error).__name__}: " + (text if len(text) < 400 else f"{text[:80]} … {text[-300:]}")
 
 
 def compile_case(case: CompileCase, architecture: str) -> Any:

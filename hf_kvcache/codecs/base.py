@@ -33,7 +33,12 @@ class Encoded(NamedTuple):
 
 
 class SideCodec(ABC):
-    """Encodes one side (keys or values) of pages."""
+    """Encodes one side (keys or values) of pages.
+
+    ``method`` names the same encoding in the kernels' twins, where there is one: they rotate, round and pack in one go.
+    """
+
+    method: ClassVar[str | None] = None
 
     @abstractmethod
     def format(self, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:

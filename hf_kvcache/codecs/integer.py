@@ -20,6 +20,8 @@ class IntegerSide(SideCodec):
         centered: whether the sequence's mean is subtracted first.
     """
 
+    method = "integer"
+
     def __init__(
         self,
         bits: int,

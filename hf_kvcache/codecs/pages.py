@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.codecs.base import Codec, Encoded, SideCodec
+from hf_kvcache.kernels.dispatch import twin
 from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.pack import pack_bits
 from hf_kvcache.kernels.page import PageLayout
@@ -55,7 +56,12 @@ class PageEncoder:
     ) -> None:
         fmt = self.layout.sides[side]
         if fmt.level != "dense":
-            x = rotate(x.float(), fmt)
+            x = x.float()
+            faster = twin("pack", x.device)
+            if faster is not None and faster.supports_encoding(self.layout, codec.method, x):
+                faster.encode_side(self.layout, side, codec.method, x, center, records)
+                return
+            x = rotate(x, fmt)
             if center is not None:
                 x = x - center.unsqueeze(1)
         encoded = codec.encode(x)

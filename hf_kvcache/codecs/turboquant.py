@@ -21,6 +21,8 @@ class TurboQuantSide(SideCodec):
         centered: whether the sequence's mean is subtracted first.
     """
 
+    method = "norm"
+
     def __init__(self, bits: int, centered: bool = False) -> None:
         self.bits, self.centered = bits, centered
 

@@ -47,6 +47,8 @@ class UnbiasedKeys(SideCodec):
         bits: width of a code.
     """
 
+    method = "unbiased_keys"
+
     def __init__(self, bits: int) -> None:
         self.bits = bits
 
@@ -84,6 +86,8 @@ class UnbiasedValues(SideCodec):
     Args:
         bits: width of a code.
     """
+
+    method = "unbiased_values"
 
     def __init__(self, bits: int) -> None:
         self.bits = bits

@@ -34,8 +34,9 @@ class _Tile(NamedTuple):
     dense: tuple[int, int]
 
 
-#: Queries of a program, at most.
-MOST_QUERIES = 64
+#: Queries of a program, at most: with more, registers run out where operands of matrix instructions are held in them.
+_MOST_QUERIES = {"sm90": 64, "sm100": 64}
+_MOST_QUERIES_ELSEWHERE = 32
 _DEFAULT = {64: _Tile((64, 3), (64, 3)), 128: _Tile((64, 3), (64, 3)), 256: _Tile((32, 3), (32, 2))}
 # 100 KiB of shared memory, of which a program may take half if two are to run.
 _SMALL = {**_DEFAULT, 128: _Tile((64, 3), (64, 2))}
@@ -88,9 +89,10 @@ def attention_config(arch: str, dim: int, queries: int, code_bits: int | None) -
     tiles = _TILES.get(arch, _TILES["gfx942"] if amd else _SMALL)
     tile = tiles[64 if dim <= 64 else 128 if dim <= 128 else 256]
     block_n, stages = tile.dense if code_bits is None else tile.coded
-    block_m = min(MOST_QUERIES, max(16, triton.next_power_of_2(queries)))
+    most = _MOST_QUERIES.get(arch, _MOST_QUERIES_ELSEWHERE)
+    block_m = min(most, max(16, triton.next_power_of_2(queries)))
     warps = 4
-    if code_bits is not None and block_m < MOST_QUERIES:
+    if code_bits is not None and block_m <= 32:
         # With more, a thread's share of the tile would be less than one load of 16 bytes.
         loads = block_n * dim * code_bits // (8 * 16)
         warps = min(4, max(2, triton.next_power_of_2(loads // (64 if amd else 32))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,10 @@ from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.triton_attention import combine_kernel, dense_kernel, mass_kernel, pages_kernel
 from hf_kvcache.kernels.triton_configs import Config, architecture, attention_config, dot_precision, programs_wanted
-from hf_kvcache.kernels.triton_sides import TRITON_TYPES, Side, describe_side
+from hf_kvcache.kernels.triton_sides import TRITON_TYPES, Side, describe_side, level_tables
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
-#: Queries of a program up to which folding a scale per channel into them is less work than applying it to the keys.
-_MOST_FOLDED_QUERIES = 32
 #: Pages and full-precision tokens of a split, at least.
 _LEAST_PAGES, _LEAST_TOKENS = 2, 128
 #: Widths that the kernels' registers hold.
@@ -44,15 +41,14 @@ def can_attend(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, vis
     return contiguous and dtypes <= set(TRITON_TYPES) and min(dims) >= _LEAST_DIM and max(dims) <= _MOST_DIM
 
 
-def page_sides(layout: PageLayout, dtype: torch.dtype, block_m: int, arch: str) -> tuple[Side, Side]:
+def page_sides(layout: PageLayout, dtype: torch.dtype, arch: str) -> tuple[Side, Side]:
     """Compile-time descriptions of both sides of pages, for queries of ``dtype``."""
     sides = []
     for name, fmt in layout.sides.items():
         compute = tl.float32 if dtype == torch.float32 else tl.float16
         if fmt.dense_dtype is not None:
             compute = dense_compute(dtype, fmt.dense_dtype, arch)
-        fold = name == "values" or fmt.axis == "token" or block_m <= _MOST_FOLDED_QUERIES
-        sides.append(describe_side(layout, name, compute, fold, dot_precision(arch)))
+        sides.append(describe_side(layout, name, compute, True, dot_precision(arch)))
     return sides[0], sides[1]
 
 
@@ -177,7 +173,7 @@ def _attend_pages(
     lse: torch.Tensor,
     kept_scores: torch.Tensor,
 ) -> None:
-    keys, values = page_sides(pages.layout, call.query.dtype, config.block_m, call.arch)
+    keys, values = page_sides(pages.layout, call.query.dtype, call.arch)
     fmt = pages.layout.sides["keys"]
     query = call.query if fmt.rotation == "none" else rotate(call.query.float(), fmt)
     table = np.stack([pages.addresses, pages.counts, pages.first - call.visibility.start])
@@ -196,7 +192,7 @@ def _attend_pages(
         uploaded,
         positions,
         partial if pages.center is None else pages.center,
-        _tables(pages.layout, call.device),
+        level_tables(fmt.table, pages.layout.sides["values"].table, call.device),
         partial,
         lse,
         kept_scores,
@@ -318,16 +314,3 @@ def _mass(call: _Call, scores: torch.Tensor | None, log_sum_exp: torch.Tensor) -
     grid = call.batch * call.query_heads, triton.cdiv(keys, _MASS_KEYS)
     mass_kernel[grid](scores, log_sum_exp, mass, call.rows_m, keys, GROUP=call.group, BLOCK_N=_MASS_KEYS)
     return mass
-
-
-def _tables(layout: PageLayout, device: torch.device) -> torch.Tensor:
-    """fp32 ``[2, 16]``: the levels of keys and values, 0 behind their end."""
-    return _level_tables(layout.sides["keys"].table, layout.sides["values"].table, device)
-
-
-@lru_cache(maxsize=32)
-def _level_tables(keys: tuple[float, ...], values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    # A cached tensor made under inference_mode could not be used outside it.
-    with torch.inference_mode(False):
-        padded = [list(table) + [0.0] * (16 - len(table)) for table in (keys, values)]
-        return torch.tensor(padded, dtype=torch.float32, device=device)

@@ -8,6 +8,7 @@ not below ``segment``. Where the head dimension is a power of two that is the na
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -119,6 +120,15 @@ def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool, preci
         compute=compute,
         precision=precision,
     )
+
+
+@lru_cache(maxsize=32)
+def level_tables(keys: tuple[float, ...], values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """fp32 ``[2, 16]``: the levels of keys and of values, 0 behind their end."""
+    # A cached tensor made under inference_mode could not be used outside it.
+    with torch.inference_mode(False):
+        padded = [list(table) + [0.0] * (16 - len(table)) for table in (keys, values)]
+        return torch.tensor(padded, dtype=torch.float32, device=device)
 
 
 @triton.jit

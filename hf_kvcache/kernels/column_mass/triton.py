@@ -62,7 +62,7 @@ def _mass_kernel(
 ):
     """The masses of ``BLOCK_N`` keys for one query head of one sequence."""
     query_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    head = query_head // ratio
+    head = (query_head // ratio).to(tl.int64)
     row = batch * tl.num_programs(1) + query_head
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_D)

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 
+from hf_kvcache.kernels.dispatch import twin
 from hf_kvcache.kernels.pack import unpack_bits
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.workspace import scratch
@@ -23,6 +24,15 @@ def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch
     Returns:
         ``out``, or for dense pages already of its dtype a view of the records.
     """
+    if layout.sides[side].level != "dense":
+        faster = twin("pack", records.device)
+        if faster is not None and faster.supports_decoding(layout, records, out):
+            return faster.decode_side(layout, side, records, out)
+    return decode_side_in_torch(layout, side, records, out)
+
+
+def decode_side_in_torch(layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """:func:`decode_side` in plain torch: its definition."""
     fmt = layout.sides[side]
     codes = layout.view(records, f"{side}.codes")
     assert codes is not None

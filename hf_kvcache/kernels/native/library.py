@@ -61,6 +61,26 @@ class Attend(Structure):
     )
 
 
+class Grid(Structure):
+    """``HfkvGrid``."""
+
+    _fields_ = (("count", c_int32), ("levels", c_float * 16), ("edges", c_float * 16))
+
+
+class Encode(Structure):
+    """``HfkvEncode``."""
+
+    _fields_ = (
+        ("layout", POINTER(Layout)),
+        *((name, c_int32) for name in ("values", "method")),
+        ("grid", Grid),
+        *((name, c_void_p) for name in ("x", "center")),
+        ("pages", c_int64),
+        ("records", c_void_p),
+        ("threads", c_int32),
+    )
+
+
 def load() -> ctypes.CDLL:
     """The library.
 
@@ -121,6 +141,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.hfkv_attend.restype = c_int32
     library.hfkv_decode_side.argtypes = [POINTER(Layout), c_int32, c_void_p, c_int64, c_void_p, c_int32]
     library.hfkv_decode_side.restype = None
+    library.hfkv_encode.argtypes = [POINTER(Encode)]
+    library.hfkv_encode.restype = c_int32
     return library, None
 
 

@@ -35,15 +35,19 @@ with pytest.MonkeyPatch.context() as _patch:
 
 @pytest.fixture(scope="package", autouse=True)
 def interpreter() -> Iterator[None]:
-    """Triton's library interpreted, and the variable set, while the tests of this folder run."""
-    if not INTERPRETED:
-        yield
-        return
+    """Triton's library interpreted, and the variable set, while the tests of this folder run.
+
+    What they compare with, and the pages that they make, are the reference's, not those of the CPU's own kernels.
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_KVCACHE_BACKEND", "reference")
+        if not INTERPRETED:
+            yield
+            return
         patch.setenv(VARIABLE, "1")
         interpreted: dict[int, InterpretedFunction] = {}
         for scope in (tl, tl.standard, tl.core, tl.math, tl.random, tl.tensor):

@@ -71,6 +71,26 @@ struct HfkvAttend {
     int32_t threads;
 };
 
+// How a side is encoded: hf_kvcache/codecs.
+enum HfkvMethod : int32_t { HFKV_INTEGER = 0, HFKV_UNBIASED_KEYS = 1, HFKV_UNBIASED_VALUES = 2, HFKV_NORM = 3 };
+
+struct HfkvGrid {
+    int32_t count;     // levels
+    float levels[16];
+    float edges[16];   // count - 1 numbers half-way between neighbours
+};
+
+struct HfkvEncode {
+    const HfkvLayout* layout;
+    int32_t values, method;  // values: which side
+    HfkvGrid grid;
+    const float* x;       // [pages, P, D] in the model's basis
+    const float* center;  // [pages, D] rotated, or null
+    int64_t pages;
+    uint8_t* records;     // [pages, record_bytes]; only the fields of this side are written
+    int32_t threads;
+};
+
 #if defined(__GNUC__)
 #pragma GCC visibility push(default)
 #endif
@@ -85,6 +105,8 @@ int32_t hfkv_attend(const HfkvAttend* call);
 // Decode one side of n records (their addresses) into float32 [n, P, D], in the rotated basis, without the mean.
 void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out,
                       int32_t threads);
+// Encode one side of pages; returns 0, or 1 if memory ran out.
+int32_t hfkv_encode(const HfkvEncode* call);
 }
 #if defined(__GNUC__)
 #pragma GCC visibility pop

@@ -13,7 +13,8 @@
 
 #define HFKV_DECLARE(isa)                                                                                          \
     int hfkv_attend_##isa(const HfkvAttend*);                                                                      \
-    void hfkv_decode_side_##isa(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);
+    void hfkv_decode_side_##isa(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);                     \
+    int hfkv_encode_##isa(const HfkvEncode*);
 
 HFKV_DECLARE(portable)
 #if defined(HFKV_X86)
@@ -30,6 +31,7 @@ struct Isa {
     bool available;
     int (*attend)(const HfkvAttend*);
     void (*decode_side)(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);
+    int (*encode)(const HfkvEncode*);
 };
 
 #if defined(HFKV_X86)
@@ -57,12 +59,12 @@ bool has_amx() {
 // Best first.
 const Isa kIsas[] = {
 #if defined(HFKV_X86)
-    {"avx512-amx", has_amx(), hfkv_attend_amx, hfkv_decode_side_amx},
-    {"avx512-vnni", has_vnni(), hfkv_attend_vnni, hfkv_decode_side_vnni},
-    {"avx512", has_avx512(), hfkv_attend_avx512, hfkv_decode_side_avx512},
-    {"avx2", has_avx2(), hfkv_attend_avx2, hfkv_decode_side_avx2},
+    {"avx512-amx", has_amx(), hfkv_attend_amx, hfkv_decode_side_amx, hfkv_encode_amx},
+    {"avx512-vnni", has_vnni(), hfkv_attend_vnni, hfkv_decode_side_vnni, hfkv_encode_vnni},
+    {"avx512", has_avx512(), hfkv_attend_avx512, hfkv_decode_side_avx512, hfkv_encode_avx512},
+    {"avx2", has_avx2(), hfkv_attend_avx2, hfkv_decode_side_avx2, hfkv_encode_avx2},
 #endif
-    {"portable", true, hfkv_attend_portable, hfkv_decode_side_portable},
+    {"portable", true, hfkv_attend_portable, hfkv_decode_side_portable, hfkv_encode_portable},
 };
 
 const Isa* best() {
@@ -95,4 +97,6 @@ int32_t hfkv_attend(const HfkvAttend* call) { return current->attend(call); }
 void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out, int32_t threads) {
     current->decode_side(layout, values, addresses, n, out, threads);
 }
+
+int32_t hfkv_encode(const HfkvEncode* call) { return current->encode(call); }
 }

@@ -1,0 +1,38 @@
+"""Build hook: compiles the CPU kernels when the package is installed or a wheel is made.
+
+Without a compiler, or with ``HF_KVCACHE_BUILD=0``, the installation succeeds all the same and the package uses its
+reference kernels in torch, which ``hf-kvcache info`` says.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class NativeKernels(BuildHookInterface):
+    """Adds the compiled library to the package."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile before the files are collected."""
+        if os.environ.get("HF_KVCACHE_BUILD") == "0":
+            return
+        script = Path(self.root) / "hf_kvcache" / "kernels" / "native" / "build.py"
+        spec = importlib.util.spec_from_file_location("hf_kvcache_native_build", script)
+        assert spec is not None and spec.loader is not None
+        native = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(native)
+        try:
+            library = native.build()
+        except native.CompilerError as error:
+            self.app.display_warning(f"the CPU kernels were not compiled, the package will be slower: {error}")
+            return
+        build_data["artifacts"].append(str(library.relative_to(self.root)))
+        # The library depends on the platform, but neither on Python's nor on torch's binary interface.
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

@@ -1,0 +1,79 @@
+"""The Triton twin of attention of long blocks of queries against one softmax per query, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_kvcache.kernels.extend import triton as extend
+from hf_kvcache.kernels.workspace import scratch
+from tests.kernels.triton.calls import Call, Random, Shape, check, make_call, ragged, scattered
+
+
+def run(call: Call, mass: bool = False) -> None:
+    """Check a call, with NaN in all memory that the kernels are to write."""
+    for tag in ("partial", "lse", "page_scores", "dense_scores"):
+        scratch(f"triton.{tag}", (1 << 17,), torch.float32, call.query.device).fill_(float("nan"))
+    assert extend.supports(call.query, call.pages, call.dense, call.visibility)
+    check(extend.attend(*call.arguments, mass=mass), call)
+
+
+@pytest.mark.parametrize("spec", ["unbiased4", "unbiased3", "kvarn4", "rotated8", "turboquant2", "fp8", "none"])
+def test_codecs(spec: str, device: torch.device) -> None:
+    """More queries than a program takes, over pages and the queries' own tokens."""
+    run(make_call(spec, Shape(1, 1, 4, 19, slots=24), device=device))
+
+
+@pytest.mark.parametrize(("group", "length", "slots"), [(1, 17, 17), (3, 33, 40), (8, 20, 21), (1, 100, 133)])
+def test_causality_among_new_tokens(group: int, length: int, slots: int, device: torch.device) -> None:
+    """A prompt after some tokens, or the first one of all: every query sees itself and what is before it."""
+    run(make_call(None, Shape(1, 1, group, length, slots=slots), device=device))
+
+
+@pytest.mark.parametrize("window", [1, 5, 30, 1000])
+def test_sliding_window(window: int, device: torch.device) -> None:
+    """Windows that move over pages with gaps between positions, of rows with fewer pages."""
+    call = ragged(scattered(make_call("rotated4", Shape(2, 1, 2, 33, slots=35), device=device)))
+    run(replace(call, visibility=replace(call.visibility, window=window)))
+
+
+def test_padding_in_a_batch(device: torch.device) -> None:
+    """Rows of a batch that begin later: their unused slots are no tokens, and queries there see nothing."""
+    call = make_call(None, Shape(2, 1, 2, 20, slots=20), device=device)
+    unused = torch.zeros(2, 20, dtype=torch.bool, device=device)
+    unused[1, :7] = True
+    call = replace(call, dense=replace(call.dense, unused=unused))
+    run(call)
+    assert not extend.attend(*call.arguments).output[1, :7].any()
+
+
+def test_not_causal(device: torch.device) -> None:
+    """Without causality all queries see all tokens."""
+    call = make_call("rotated4", Shape(1, 1, 2, 18, columns=2, slots=20), device=device)
+    run(replace(call, visibility=replace(call.visibility, causal=False)))
+
+
+@pytest.mark.parametrize("elements", [1 << 26, 7000])
+def test_cut_in_blocks(elements: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """A block of queries that is cut for its memory gives what it would give in one go, masses too."""
+    monkeypatch.setattr(extend, "_MOST_ELEMENTS", elements)
+    call = make_call("unbiased4", Shape(1, 2, 2, 35, columns=2, slots=40), device=device)
+    logits = Random(5).normal(4).to(device)
+    call = replace(call, scoring=replace(call.scoring, softcap=5.0, sink_logits=logits))
+    run(call, mass=True)
+    run(call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype, device: torch.device) -> None:
+    """Models in 16 bits."""
+    run(make_call("unbiased4", Shape(1, 1, 4, 20, 80, 64, slots=24, dtype=dtype), device=device))
+
+
+def test_masks_are_not_supported(device: torch.device) -> None:
+    """Arbitrary masks are for the reference."""
+    call = make_call(None, Shape(length=20, slots=20), device=device)
+    masked = replace(call.visibility, mask=torch.ones(1, 1, 20, 20, dtype=torch.bool))
+    assert not extend.supports(call.query, None, call.dense, masked)

@@ -1,0 +1,119 @@
+"""The Triton twins of bit packing and page decoding against the layout worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_kvcache.codecs import resolve
+from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.kernels.pack import triton as pack
+from hf_kvcache.kernels.page import PageLayout, SideFormat
+from tests.kernels.bytes_by_hand import bytes_by_hand
+from tests.kernels.test_decode_side import FORMATS, PAGE, random_records
+from tests.kernels.triton.calls import Random
+from tests.tolerances import assert_near
+
+BITS = [1, 2, 3, 4, 8]
+DIMS = [8, 40, 128]
+CANARY = 0xA5
+
+
+def random_codes(bits: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(bits)
+    return torch.randint(0, 2**bits, shape, generator=generator).to(torch.uint8)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("bits", BITS)
+def test_bits_by_hand(bits: int, dim: int, device: torch.device) -> None:
+    """Every byte is where python integers put it, for a number of rows that is odd; unpacking gives the codes back."""
+    codes = random_codes(bits, 35, dim)
+    packed = pack.pack_bits(codes.to(device), bits)
+    assert [bytes(row.tolist()) for row in packed.cpu()] == [bytes_by_hand(row.tolist(), bits) for row in codes]
+    out = torch.full(codes.shape, float("nan"), device=device)
+    assert pack.unpack_bits(packed, bits, out) is out
+    assert torch.equal(out.cpu(), codes.float())
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_strides_and_dtypes(bits: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A field inside larger records is unpacked as it is, into a strided output of any dtype."""
+    codes = random_codes(bits, 2, 3, 5, 64).to(device)
+    packed = pack.pack_bits(codes.transpose(0, 1), bits).transpose(0, 1)
+    width = packed.shape[-1]
+    records = torch.full((2, 6, 5, 16 + width + 16), 255, dtype=torch.uint8, device=device)
+    records[:, ::2, :, 16 : 16 + width] = packed
+    out = torch.full((2, 3, 5, 128), 77, dtype=dtype, device=device)
+    pack.unpack_bits(records[:, ::2, :, 16 : 16 + width], bits, out[..., 32:96])
+    assert torch.equal(out[..., 32:96], codes.to(dtype))
+    assert (out[..., :32] == 77).all() and (out[..., 96:] == 77).all()
+
+
+def test_nothing_at_all(device: torch.device) -> None:
+    """No row, no work."""
+    codes = torch.empty(0, 64, dtype=torch.uint8, device=device)
+    packed = pack.pack_bits(codes, 4)
+    assert packed.shape == (0, 32)
+    assert pack.unpack_bits(packed, 4, torch.empty(0, 64, device=device)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_decode_side(name: str, side: str, device: torch.device) -> None:
+    """``(level * scale + zero) * other`` for every kind of format, into memory full of NaN, from strided records."""
+    fmt, filler = FORMATS[name], SideFormat(48, 3, group=48)
+    layout = PageLayout(*((fmt, filler) if side == "keys" else (filler, fmt)), PAGE)
+    records, expected = random_records(layout, side, 4)
+    spread = torch.full((2, 4, layout.record_bytes), 0xFF, dtype=torch.uint8)
+    spread[:, ::2] = records.view(2, 2, -1)
+    out = torch.full((2, 2, *expected.shape[1:]), float("nan"), device=device)
+    decoded = pack.decode_side(layout, side, spread.to(device)[:, ::2], out)
+    assert decoded.data_ptr() == out.data_ptr()
+    assert_near(decoded.cpu().flatten(0, 1), expected)
+
+
+def test_decode_dense_side(device: torch.device) -> None:
+    """Dense pages come back bit for bit, and where no cast is needed without a copy."""
+    for dtype in (torch.float32, torch.bfloat16):
+        fmt = SideFormat(40, 8 * dtype.itemsize, level="dense", zero=False, dense_dtype=dtype)
+        layout = PageLayout(fmt, fmt, PAGE)
+        pages = Random(0).normal(3, PAGE, 40).to(dtype)
+        records = pages.view(torch.uint8).flatten(1).repeat(1, 2).to(device)
+        decoded = pack.decode_side(layout, "values", records, torch.full((3, PAGE, 40), float("nan"), device=device))
+        assert torch.equal(decoded.cpu(), pages.float())
+
+
+@pytest.mark.parametrize(
+    ("spec", "group", "dim"),
+    [("int2", None, 64), ("int3", 8, 40), ("int4", None, 40), ("int4", 12, 64), ("int8", 4, 64), ("int3", None, 64)],
+)
+def test_encode_asymmetric(spec: str, group: int | None, dim: int, device: torch.device) -> None:
+    """Codes, scales and zero points are those of torch byte for byte, and nothing else is written."""
+    x = Random(0).normal(4, 24, dim)
+    # A page of noise, one of a single number, one beyond half precision's range, one below it.
+    x[1], x[2], x[3] = 0.5, x[2] * 1e5, x[3] * 1e-7
+    encoder = PageEncoder(resolve(spec, group_size=group), dim, dim, 24, torch.float32)
+    layout = encoder.layout
+    expected = encoder.encode(x, x, None)
+    for side in ("keys", "values"):
+        if not pack.can_encode(layout.sides[side]):
+            assert side == "values" and group is not None  # groups of channels
+            continue
+        records = torch.full((4, layout.record_bytes), CANARY, dtype=torch.uint8, device=device)
+        pack.encode_asymmetric(layout, side, x.to(device), records)
+        written = torch.zeros(layout.record_bytes, dtype=torch.bool)
+        for name, field in layout.fields.items():
+            if name.startswith(side):
+                written[field.offset : field.offset + field.nbytes] = True
+        assert torch.equal(records.cpu()[:, written], expected[:, written])
+        assert (records.cpu()[:, ~written] == CANARY).all()
+
+
+def test_what_cannot_be_encoded() -> None:
+    """Levels from a table, second scales, and groups of channels are rounded in torch."""
+    assert not pack.can_encode(SideFormat(64, 4, level="table", group=64, table=tuple(range(16))))
+    assert not pack.can_encode(SideFormat(64, 4, group=64, other=True))
+    assert not pack.can_encode(SideFormat(64, 4, group=32))
+    assert pack.can_encode(SideFormat(64, 4, axis="channel", group=8)) and pack.can_encode(SideFormat(64, 4, group=64))
