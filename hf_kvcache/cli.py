@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", help="default: cpu")
     demo.set_defaults(run=_demo)
 
-    info = commands.add_parser("info", help="versions, device and the codecs registered")
+    info = commands.add_parser("info", help="versions, device, kernels and the codecs registered")
     info.set_defaults(run=_info)
     return parser
 
@@ -64,8 +64,25 @@ def _info(args: argparse.Namespace) -> int:
     print(f"{'python':14}{platform.python_version()}")
     print(f"{'device':14}{torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}")
     print(f"{'threads':14}{torch.get_num_threads()}")
+    print(f"{'kernels':14}{_kernels()}")
     print(f"{'codecs':14}{', '.join(codecs.available())}")
     return 0
+
+
+def _kernels() -> str:
+    """Which kernels run on the CPU and on a GPU, or why they cannot."""
+    import os
+
+    from hf_kvcache.kernels import dispatch
+    from hf_kvcache.kernels.native import library
+
+    forced = os.environ.get(dispatch.VARIABLE)
+    if forced:
+        return f"{forced} ({dispatch.VARIABLE})"
+    missing = dispatch.reason_missing("native", "cpu")
+    on_cpu = f"native, {library.isa()}" if missing is None else f"reference ({missing})"
+    missing = dispatch.reason_missing("triton", "cuda")
+    return f"cpu: {on_cpu}; cuda: {'triton' if missing is None else f'reference ({missing})'}"
 
 
 def _version(package: str) -> str:

@@ -58,7 +58,7 @@ class PageEncoder:
         if fmt.level != "dense":
             x = x.float()
             faster = twin("pack", x.device)
-            if faster is not None and faster.supports_encoding(self.layout, codec.method, x):
+            if faster is not None and faster.supports_encoding(self.layout, side, codec.method, x):
                 faster.encode_side(self.layout, side, codec.method, x, center, records)
                 return
             x = rotate(x, fmt)

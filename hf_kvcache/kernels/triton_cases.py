@@ -45,7 +45,7 @@ def pages_case(arch: str, operation: str, codec: str, dim: int, length: int) -> 
     """``pages_kernel`` for ``length`` bfloat16 query tokens over full pages that all of them see."""
     layout = PageLayout(*formats(codec, dim), _PAGE)
     config = attention_config(arch, dim, _GROUP * length, code_bits(layout))
-    keys, values = page_sides(layout, torch.bfloat16, arch)
+    keys, values = page_sides(layout, torch.bfloat16, config.block_m, arch)
     block_n = min(config.block_n, _PAGE)
     rotated = layout.sides["keys"].rotation != "none"
     return CompileCase(

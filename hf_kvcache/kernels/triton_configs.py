@@ -35,17 +35,17 @@ class _Tile(NamedTuple):
 
 
 #: Queries of a program, at most: with more, registers run out where operands of matrix instructions are held in them.
-_MOST_QUERIES = {"sm90": 64, "sm100": 64}
+_MOST_QUERIES = {"sm90": 64, "sm100": 64, "gfx942": 16}
 _MOST_QUERIES_ELSEWHERE = 32
 _DEFAULT = {64: _Tile((64, 3), (64, 3)), 128: _Tile((64, 3), (64, 3)), 256: _Tile((32, 3), (32, 2))}
-# 100 KiB of shared memory, of which a program may take half if two are to run.
+# Where two programs of three stages do not fit in shared memory (100 KiB; on sm100 their operands lie there too).
 _SMALL = {**_DEFAULT, 128: _Tile((64, 3), (64, 2))}
 _TILES = {
     "sm80": _DEFAULT,
     "sm86": _SMALL,
     "sm89": _SMALL,
     "sm90": _DEFAULT,
-    "sm100": _DEFAULT,
+    "sm100": _SMALL,
     "gfx942": {64: _Tile((64, 2), (64, 2)), 128: _Tile((64, 2), (64, 2)), 256: _Tile((32, 2), (32, 2))},
     "cpu": {dim: _Tile((64, 1), (64, 1)) for dim in (64, 128, 256)},
 }
@@ -91,10 +91,16 @@ def attention_config(arch: str, dim: int, queries: int, code_bits: int | None) -
     block_n, stages = tile.dense if code_bits is None else tile.coded
     most = _MOST_QUERIES.get(arch, _MOST_QUERIES_ELSEWHERE)
     block_m = min(most, max(16, triton.next_power_of_2(queries)))
-    warps = 4
+    # Half the registers of a thread, where the output of a program takes more than that of matrix units of their own.
+    warps = 8 if most <= 32 and block_m * dim >= 32 * 256 else 4
     if code_bits is not None and block_m <= 32:
         # With more, a thread's share of the tile would be less than one load of 16 bytes.
         loads = block_n * dim * code_bits // (8 * 16)
-        warps = min(4, max(2, triton.next_power_of_2(loads // (64 if amd else 32))))
+        warps = min(warps, max(2, triton.next_power_of_2(loads // (64 if amd else 32))))
     # Two waves to a SIMD need 256 registers or fewer, which the compiler exceeds if it is not told.
     return Config(block_m, block_n, warps, stages, {"waves_per_eu": 2} if amd else {})
+
+
+def single_precision(config: Config, dim: int) -> Config:
+    """The configuration for dot products of fp32, whose operands take twice the memory and more registers."""
+    return config._replace(block_m=16, block_n=32 if dim <= 128 else 16, num_stages=1)

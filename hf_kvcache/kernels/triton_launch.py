@@ -14,11 +14,20 @@ from hf_kvcache.kernels.hadamard import rotate, rotation_matrix
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.triton_attention import combine_kernel, dense_kernel, mass_kernel, pages_kernel
-from hf_kvcache.kernels.triton_configs import Config, architecture, attention_config, dot_precision, programs_wanted
+from hf_kvcache.kernels.triton_configs import (
+    Config,
+    architecture,
+    attention_config,
+    dot_precision,
+    programs_wanted,
+    single_precision,
+)
 from hf_kvcache.kernels.triton_sides import TRITON_TYPES, Side, describe_side, level_tables
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
+#: Elements of a block of queries up to which a scale per channel goes into them: of more, a second copy spills.
+_MOST_FOLDED_ELEMENTS = 4096
 #: Pages and full-precision tokens of a split, at least.
 _LEAST_PAGES, _LEAST_TOKENS = 2, 128
 #: Widths that the kernels' registers hold.
@@ -41,14 +50,15 @@ def can_attend(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, vis
     return contiguous and dtypes <= set(TRITON_TYPES) and min(dims) >= _LEAST_DIM and max(dims) <= _MOST_DIM
 
 
-def page_sides(layout: PageLayout, dtype: torch.dtype, arch: str) -> tuple[Side, Side]:
+def page_sides(layout: PageLayout, dtype: torch.dtype, block_m: int, arch: str) -> tuple[Side, Side]:
     """Compile-time descriptions of both sides of pages, for queries of ``dtype``."""
     sides = []
     for name, fmt in layout.sides.items():
         compute = tl.float32 if dtype == torch.float32 else tl.float16
         if fmt.dense_dtype is not None:
             compute = dense_compute(dtype, fmt.dense_dtype, arch)
-        sides.append(describe_side(layout, name, compute, True, dot_precision(arch)))
+        fold = name == "values" or fmt.axis == "token" or block_m * fmt.dim <= _MOST_FOLDED_ELEMENTS
+        sides.append(describe_side(layout, name, compute, fold, dot_precision(arch)))
     return sides[0], sides[1]
 
 
@@ -88,7 +98,9 @@ class _Call:
         self.arch = architecture(self.device)
 
     def config(self, dim: int, code_bits: int | None) -> Config:
-        return attention_config(self.arch, dim, self.rows_m, code_bits)
+        config = attention_config(self.arch, dim, self.rows_m, code_bits)
+        interpreted = self.arch == "cpu"
+        return single_precision(config, dim) if self.query.dtype == torch.float32 and not interpreted else config
 
     def blocks(self, block_m: int) -> int:
         return self.rows * triton.cdiv(self.rows_m, block_m)
@@ -173,7 +185,7 @@ def _attend_pages(
     lse: torch.Tensor,
     kept_scores: torch.Tensor,
 ) -> None:
-    keys, values = page_sides(pages.layout, call.query.dtype, call.arch)
+    keys, values = page_sides(pages.layout, call.query.dtype, config.block_m, call.arch)
     fmt = pages.layout.sides["keys"]
     query = call.query if fmt.rotation == "none" else rotate(call.query.float(), fmt)
     table = np.stack([pages.addresses, pages.counts, pages.first - call.visibility.start])

@@ -1,5 +1,20 @@
 """Packing of codes into bytes and back."""
 
-from hf_kvcache.kernels.pack.reference import pack_bits, unpack_bits
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.kernels.dispatch import twin
+from hf_kvcache.kernels.pack import reference
+from hf_kvcache.kernels.pack.reference import unpack_bits
 
 __all__ = ["pack_bits", "unpack_bits"]
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack uint8 ``codes [..., D]`` (each below ``2**bits``) into ``[..., D * bits / 8]``; D is a multiple of 8."""
+    if codes.is_cuda:  # on the CPU the native kernels pack in the same go as they round
+        faster = twin("pack", codes.device)
+        if faster is not None:
+            return faster.pack_bits(codes, bits)
+    return reference.pack_bits(codes, bits)

@@ -32,8 +32,10 @@ def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch
     """The twin of :func:`hf_kvcache.kernels.decode.levels.decode_side_in_torch`, on the CPU."""
     count = records.numel() // layout.record_bytes
     addresses = records.data_ptr() + np.arange(count, dtype=np.int64) * layout.record_bytes
+    known = native_layout(layout)
+    assert known is not None
     library.load().hfkv_decode_side(
-        byref(native_layout(layout)),
+        byref(known),
         side == "values",
         addresses.ctypes.data,
         count,
@@ -43,7 +45,7 @@ def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch
     return out
 
 
-def supports_encoding(layout: PageLayout, method: str | None, x: torch.Tensor) -> bool:
+def supports_encoding(layout: PageLayout, side: str, method: str | None, x: torch.Tensor) -> bool:
     """Whether :func:`encode_side` can do it."""
     return method in METHODS and x.dtype == torch.float32 and native_layout(layout) is not None
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from hf_kvcache.kernels.compile_case import CompileCase
+from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton_sides import (
     Side,
@@ -86,6 +87,29 @@ def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch
             flat, flat.stride(0), level_tables(fmt.table, fmt.table, out.device), out, SIDE=described, TOKENS=tokens
         )
     return out
+
+
+def supports_decoding(layout: PageLayout, records: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether :func:`decode_side` can do it."""
+    return out.is_contiguous()
+
+
+def supports_encoding(layout: PageLayout, side: str, method: str | None, x: torch.Tensor) -> bool:
+    """Whether :func:`encode_side` can do it."""
+    return method == "integer" and can_encode(layout.sides[side])
+
+
+def encode_side(
+    layout: PageLayout,
+    side: str,
+    method: str,
+    x: torch.Tensor,
+    center: torch.Tensor | None,
+    records: torch.Tensor,
+) -> None:
+    """Rotate and centre float32 vectors ``x [N, P, D]`` of the model's basis, and encode them into ``records``."""
+    x = rotate(x, layout.sides[side])
+    encode_asymmetric(layout, side, x if center is None else x - center.unsqueeze(1), records)
 
 
 def can_encode(fmt: SideFormat) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,8 +47,6 @@ def test_formats(number: int, device: torch.device) -> None:
     keys, values = formats[number], formats[(number + 5) % len(formats)]
     shape = Shape(1, 1, 3, 1, keys.dim, values.dim, PAGE, 2, 3)
     layout = PageLayout(keys, values, PAGE)
-    import numpy as np
-
     rng = np.random.default_rng(number)
     records = np.zeros((2, layout.record_bytes), dtype=np.uint8)
     decoded: dict[str, list[list[list[float]]]] = {"keys": [], "values": []}
@@ -90,20 +89,19 @@ def test_widths(spec: str, key_dim: int, value_dim: int, device: torch.device) -
     run(make_call(spec, Shape(key_dim=key_dim, value_dim=value_dim, columns=2), device=device))
 
 
-@pytest.mark.parametrize(("group", "length"), [(1, 1), (3, 1), (4, 3), (8, 1), (8, 5), (1, 16), (3, 16)])
+@pytest.mark.parametrize(("group", "length"), [(1, 1), (3, 1), (4, 3), (8, 5), (3, 16)])
 def test_queries_per_row(group: int, length: int, device: torch.device) -> None:
     """Query heads per KV head times query tokens: more and fewer than a program takes."""
     run(make_call("unbiased2", Shape(2, 1, group, length, columns=2, slots=length + 1), device=device))
 
 
-@pytest.mark.parametrize("page_size", [8, 16, 24, 48, 64, 128])
+@pytest.mark.parametrize("page_size", [8, 24, 64, 128])
 def test_page_sizes(page_size: int, device: torch.device) -> None:
     """Pages that are longer and shorter than what is taken at a time, also by no power of two."""
     run(make_call("unbiased4", Shape(heads=1, page_size=page_size, columns=3), device=device))
 
 
-@pytest.mark.parametrize("columns", [1, 2, 7, 13])
-@pytest.mark.parametrize("slots", [1, 3, 129, 300])
+@pytest.mark.parametrize(("columns", "slots"), [(1, 1), (2, 300), (7, 3), (13, 129)])
 def test_tables_of_odd_lengths(columns: int, slots: int, device: torch.device) -> None:
     """Splits of pages and of full-precision tokens that do not come out even."""
     run(make_call("fp8", Shape(heads=1, columns=columns, slots=slots), device=device))
@@ -123,7 +121,7 @@ def test_a_row_without_any_page(device: torch.device) -> None:
     run(call, mass=True)
 
 
-@pytest.mark.parametrize("window", [1, 4, 20, 37, 1000])
+@pytest.mark.parametrize("window", [1, 20, 37, 1000])
 @pytest.mark.parametrize("spread", [False, True])
 def test_sliding_window(window: int, spread: bool, device: torch.device) -> None:
     """Windows that end among the full-precision tokens, in a page and before all, tokens side by side and not."""
@@ -148,8 +146,7 @@ def test_scores_far_from_zero(softcap: float | None, device: torch.device) -> No
     call = make_call("none", Shape(), device=device)
     query = call.query * 8
     dense = replace(call.dense, keys=call.dense.keys * 8)
-    pages = None
-    call = replace(call, query=query, dense=dense, pages=pages, keys=call.keys[:, :0], values=call.values[:, :0])
+    call = replace(call, query=query, dense=dense, pages=None, keys=call.keys[:, :0], values=call.values[:, :0])
     result = decode.attend(*replace(call, scoring=replace(call.scoring, softcap=softcap)).arguments)
     assert result.output.isfinite().all() and result.log_sum_exp.isfinite().all()
     if softcap is not None:

@@ -20,7 +20,7 @@ def run(call: Call, mass: bool = False) -> None:
     check(extend.attend(*call.arguments, mass=mass), call)
 
 
-@pytest.mark.parametrize("spec", ["unbiased4", "unbiased3", "kvarn4", "rotated8", "turboquant2", "fp8", "none"])
+@pytest.mark.parametrize("spec", ["unbiased4", "kvarn3", "rotated8", "fp8", "none"])
 def test_codecs(spec: str, device: torch.device) -> None:
     """More queries than a program takes, over pages and the queries' own tokens."""
     run(make_call(spec, Shape(1, 1, 4, 19, slots=24), device=device))
@@ -32,7 +32,7 @@ def test_causality_among_new_tokens(group: int, length: int, slots: int, device:
     run(make_call(None, Shape(1, 1, group, length, slots=slots), device=device))
 
 
-@pytest.mark.parametrize("window", [1, 5, 30, 1000])
+@pytest.mark.parametrize("window", [5, 30])
 def test_sliding_window(window: int, device: torch.device) -> None:
     """Windows that move over pages with gaps between positions, of rows with fewer pages."""
     call = ragged(scattered(make_call("rotated4", Shape(2, 1, 2, 33, slots=35), device=device)))

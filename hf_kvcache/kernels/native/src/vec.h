@@ -61,7 +61,7 @@ struct Stream {
         lines = (int)(bytes / (64 * 64)) + 1;
     }
     void work(int units) {
-        for (int i = 0; i < units * lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 2);
+        for (int i = 0; i < units * lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 3);
     }
 };
 

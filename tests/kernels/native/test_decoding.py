@@ -1,0 +1,71 @@
+"""``hfkv_decode_side`` against decoding in float64."""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import numpy as np
+import pytest
+import torch
+
+from hf_kvcache.kernels.native import library
+from hf_kvcache.kernels.native.layouts import native_layout
+from hf_kvcache.kernels.page import PageLayout, SideFormat
+from tests.kernels.native.brute_force import decode_record
+from tests.kernels.native.cases import Shape, formats_of, random_records
+from tests.kernels.native.grid import CODECS, SHAPES, fits
+from tests.tolerances import assert_near
+
+GUARD, CANARY = 64, 12345.0
+#: Formats that no codec makes today.
+OTHERS = {
+    "values per channel": (
+        SideFormat(64, 4, axis="channel", group=24, other=True),
+        SideFormat(40, 3, axis="channel", group=8),
+    ),
+    "no zero": (
+        SideFormat(72, 2, axis="channel", group=6, zero=False),
+        SideFormat(48, 8, group=16, zero=False, other=True),
+    ),
+    "float8 per channel": (
+        SideFormat(36, 8, "float8", "channel", 24, zero=False),
+        SideFormat(100, 8, "float8", group=100),
+    ),
+}
+
+
+def check(layout: PageLayout, threads: int = 1, count: int = 5) -> None:
+    """Both sides of some records, taken out of order, into NaN between guards."""
+    records = random_records(layout, count, np.random.default_rng(count))
+    order = np.random.default_rng(0).permutation(count)
+    addresses = records.ctypes.data + order.astype(np.int64) * layout.record_bytes
+    for side, fmt in layout.sides.items():
+        buffer = torch.full((count * layout.page_size * fmt.dim + 2 * GUARD,), CANARY)
+        out = buffer[GUARD:-GUARD].fill_(torch.nan)
+        library.load().hfkv_decode_side(
+            byref(native_layout(layout)), side == "values", addresses.ctypes.data, count, out.data_ptr(), threads
+        )
+        expected = np.stack([decode_record(layout, side, records[i]) for i in order])
+        assert_near(out.view(expected.shape), torch.from_numpy(expected))
+        assert (buffer[:GUARD] == CANARY).all() and (buffer[-GUARD:] == CANARY).all()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_codecs(isa: str, codec: str) -> None:
+    """Every codec, for three shapes that it fits."""
+    spec, options = CODECS[codec]
+    for shape in [shape for shape in SHAPES if fits(codec, shape)][::4]:
+        check(PageLayout(*formats_of(spec, shape, **options), shape.page_size))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_formats(isa: str, name: str) -> None:
+    check(PageLayout(*OTHERS[name], 24))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 13])
+def test_threads(isa: str, threads: int, count: int) -> None:
+    """More and fewer pages than threads."""
+    shape = Shape(128, 64)
+    check(PageLayout(*formats_of("int3", shape), shape.page_size), threads, count)

@@ -1,0 +1,167 @@
+"""Which twin of a kernel runs, what is said when it cannot, and what becomes of a library that cannot be loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_kvcache.kernels import dispatch
+from hf_kvcache.kernels.native import library
+
+CPU = torch.device("cpu")
+# A device that need not be there: dispatch looks at its type alone.
+ELSEWHERE = torch.device("meta")
+BUILT = pytest.mark.skipif(library.reason_missing() is not None, reason="the native library was not built")
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No backend forced, and no twin or warning remembered from before or kept for later."""
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    for cached in (dispatch._twin, dispatch._warn):
+        cached.cache_clear()
+    yield
+    for cached in (dispatch._twin, dispatch._warn):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package without the compiled library; gives the reason."""
+    reason = "it was not built for this test"
+    monkeypatch.setattr(library, "reason_missing", lambda: reason)
+    return reason
+
+
+def name_of(op: str, device: torch.device = CPU) -> str | None:
+    """The name of the module that dispatch gives."""
+    module = dispatch.twin(op, device)
+    return None if module is None else module.__name__
+
+
+@BUILT
+def test_native_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    """The CPU has compiled twins of some operations, and the reference for the others, without a word."""
+    assert name_of("decode") == "hf_kvcache.kernels.decode.native"
+    assert name_of("pack") == "hf_kvcache.kernels.pack.native"
+    for op in set(dispatch.TWINS["triton"]) - set(dispatch.TWINS["native"]):
+        assert name_of(op) is None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("op", [*dispatch.TWINS["triton"], "an operation without twins"])
+@pytest.mark.parametrize("device", [CPU, ELSEWHERE], ids=str)
+def test_reference(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, op: str, device: torch.device
+) -> None:
+    """The reference can be forced on any device, and is what an unknown operation has."""
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    assert name_of(op, device) is None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("value", ["cuda", "Native", "reference ", "0"])
+def test_unknown_backend(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """The message names the variable, the value and what is accepted, every time."""
+    monkeypatch.setenv(dispatch.VARIABLE, value)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"HF_KVCACHE_BACKEND={value!r}; accepted: reference, triton, native"):
+            dispatch.twin("decode", CPU)
+
+
+def test_empty_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that is set to nothing forces nothing."""
+    expected = name_of("decode")
+    monkeypatch.setenv(dispatch.VARIABLE, "")
+    assert name_of("decode") == expected
+
+
+def test_triton_that_cannot_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Asked for on a CPU, and with no interpreter, triton is replaced with one warning for all operations and calls."""
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for op in (*dispatch.TWINS["triton"], "decode"):
+        assert name_of(op) is None
+    assert messages(caplog) == [
+        "hf_kvcache: no triton kernels (triton runs on a CPU only with TRITON_INTERPRET=1); "
+        "the slower reference in torch is used"
+    ]
+
+
+def test_native_for_another_device(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The native twins are for the CPU alone."""
+    monkeypatch.setenv(dispatch.VARIABLE, "native")
+    assert name_of("decode", ELSEWHERE) is None and name_of("pack", ELSEWHERE) is None
+    assert len(messages(caplog)) == 1 and "native kernels are for the CPU, not meta" in messages(caplog)[0]
+
+
+@pytest.mark.parametrize("forced", ["", "native"])
+def test_library_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, no_library: str, forced: str
+) -> None:
+    """The CPU should have it: one warning, whether it was asked for by name or not."""
+    monkeypatch.setenv(dispatch.VARIABLE, forced)
+    assert [name_of(op) for op in ("decode", "pack", "decode")] == [None, None, None]
+    assert len(messages(caplog)) == 1 and f"no native kernels ({no_library})" in messages(caplog)[0]
+
+
+@BUILT
+def test_each_value_is_remembered_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of the variable takes effect at the next call, and the old choice is there again later."""
+    native = dispatch.twin("decode", CPU)
+    assert native is not None
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    assert dispatch.twin("decode", CPU) is None
+    monkeypatch.setenv(dispatch.VARIABLE, "native")
+    assert dispatch.twin("decode", CPU) is native
+    monkeypatch.delenv(dispatch.VARIABLE)
+    monkeypatch.setattr(library, "reason_missing", lambda: pytest.fail("asked again"))
+    assert dispatch.twin("decode", CPU) is native
+
+
+SCRIPT = """
+import logging, torch
+logging.basicConfig(format="%(message)s")
+from hf_kvcache.kernels.decode import attend, reference
+from hf_kvcache.kernels.inputs import DenseTokens, Scoring
+from hf_kvcache.kernels.visibility import Visibility
+query, keys, values = (torch.ones(1, 1, 1, 8) for _ in range(3))
+call = query, None, DenseTokens(keys, values), Visibility(0, 1, None, 0, True, None), Scoring(1.0)
+for _ in range(2):
+    assert torch.equal(attend(*call).output, reference.attend(*call).output)
+from hf_kvcache.kernels.dispatch import twin
+print(twin("decode", torch.device("cpu")), twin("pack", torch.device("cpu")))
+"""
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a library"], ids=["missing", "empty", "of another kind"])
+def test_bad_library(tmp_path: Path, content: bytes | None) -> None:
+    """A file that is not there, or is no library, leaves the reference at work and one warning that names it."""
+    path = tmp_path / "broken.so"
+    if content is not None:
+        path.write_bytes(content)
+    finished = run_with_library(path)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == ["None", "None"]
+    warnings = [line for line in finished.stderr.splitlines() if line.startswith("hf_kvcache:")]
+    assert len(warnings) == 1
+    assert "no native kernels" in warnings[0] and "broken.so" in warnings[0]
+
+
+def run_with_library(path: Path) -> subprocess.CompletedProcess[str]:
+    """Attention in a process of its own that takes this file for the library."""
+    environment = {name: value for name, value in os.environ.items() if name != dispatch.VARIABLE}
+    environment |= {library.VARIABLE: str(path)}
+    return subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was warned of."""
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
