@@ -7,7 +7,8 @@
 
 Fails (exit status 1) where a kernel spills registers or uses a stack, wants more shared memory than there is, does not
 use tensor cores though it should, leaves fewer than 8 warps on a multiprocessor, loads less than half of its bytes by
-128-bit loads, or needs 5 % more or fewer instructions for a byte than recorded in compiled.json.
+128-bit loads, or needs 5 % more or fewer instructions for a byte than recorded in compiled.json. A case may waive some
+of that if it says why; what is waived is marked in the table by an asterisk and listed below it with its reason.
 
 The column *static bound* is no measurement of speed: it is the share of a GPU's memory bandwidth at which the main
 loop's instructions take every issue slot there is. A kernel cannot do better; how much worse it does, only a GPU tells.
@@ -60,7 +61,9 @@ def main() -> int:
     wrong = problems(work, results, record if comparable else {}, comparable)
     if complete and comparable:
         wrong += stale(results, record)
-    console.print(table(results, {name for name, _ in wrong}))
+    console.print(table(work, results, {name for name, _ in wrong}))
+    for line in waivers(work, results):
+        console.print(escape(line), soft_wrap=True)
     if not comparable:
         console.print(f"The recorded values are of another triton than {version()} and were not compared.")
     for name, reason in wrong:
@@ -175,8 +178,23 @@ def write_record(results: list[Any], complete: bool) -> None:
     RECORD.write_text(json.dumps({"triton": version(), "instructions_per_byte": ordered}, indent=1) + "\n")
 
 
-def table(results: list[Any], wrong: set[str]) -> Table:
+def waivers(work: Work, results: list[Any]) -> list[str]:
+    """Every reason for which something is waived, and of which cases what."""
+    from benchmarks.compiling.measured import unmet_criteria
+
+    lines: dict[tuple[str, str], list[str]] = {}
+    for (*_, case), result in zip(work, results, strict=True):
+        unmet = unmet_criteria(result, case)
+        for criterion in unmet.keys() & case.waived.keys():
+            named = f"  {result.target} {case.name}: {unmet[criterion]}"
+            lines.setdefault((criterion, case.waived[criterion]), []).append(named)
+    groups = ([f"* {criterion} waived: {reason}", *named] for (criterion, reason), named in sorted(lines.items()))
+    return [line for group in groups for line in group]
+
+
+def table(work: Work, results: list[Any], wrong: set[str]) -> Table:
     """One row for each kernel and target."""
+    from benchmarks.compiling.measured import SPILLS, WARPS, WIDE_LOADS
     from benchmarks.compiling.targets import TARGETS
 
     made = Table(title=f"Triton {version()}, compiled without a GPU")
@@ -187,8 +205,9 @@ def table(results: list[Any], wrong: set[str]) -> Table:
     made.add_column("loop instr.\n(x turns)", justify="right")
     made.add_column("warp instr.\n/ byte", justify="right")
     made.add_column("static bound, not measured:\nshare of memory bandwidth")
-    for result in results:
+    for (*_, case), result in zip(work, results, strict=True):
         name = f"{result.target} {result.case}"
+        spill, warp, wide = ("*" if criterion in case.waived else "" for criterion in (SPILLS, WARPS, WIDE_LOADS))
         style = "red" if name in wrong else None
         if result.resources is None:
             made.add_row(result.target, result.case, *["-"] * 10, style=style)
@@ -198,8 +217,9 @@ def table(results: list[Any], wrong: set[str]) -> Table:
         if per_byte is not None:
             bound = ", ".join(f"{gpu.name} {target.bandwidth_bound(gpu, per_byte):.0%}" for gpu in target.gpus)
         loop = f"{result.loop_instructions}" + (f" x{result.turns}" if result.turns > 1 else "")
-        cells = [r.registers, r.spills, r.stack_bytes, f"{r.shared_bytes / 1024:.1f}", result.tensor_instructions]
-        cells += [result.warps, f"{result.wide:.0%}", loop, "-" if per_byte is None else f"{per_byte:.4f}", bound]
+        cells = [r.registers, f"{r.spills}{spill}", f"{r.stack_bytes}{spill}", f"{r.shared_bytes / 1024:.1f}"]
+        cells += [result.tensor_instructions, f"{result.warps}{warp}", f"{result.wide:.0%}{wide}", loop]
+        cells += ["-" if per_byte is None else f"{per_byte:.4f}", bound]
         made.add_row(result.target, result.case, *map(str, cells), style=style)
     return made
 

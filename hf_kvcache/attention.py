@@ -99,7 +99,8 @@ def _names_of(module: torch.nn.Module) -> dict[str, Any]:
 def _sink_logits(module: torch.nn.Module, kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Learned sink logits: passed along, or where only the module's own eager function would look for them."""
     logits = kwargs.get("s_aux")
-    return getattr(module, "sinks", None) if logits is None else logits
+    # Not by getattr: for what a module does not have, that takes longer than the rest of this function's work.
+    return module._parameters.get("sinks") if logits is None else logits
 
 
 def _check_supported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:

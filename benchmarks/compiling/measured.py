@@ -14,6 +14,9 @@ LEAST_WARPS = 8
 LEAST_WIDE = 0.5
 #: How far instructions per byte may be from the recorded value.
 MOST_DRIFT = 0.05
+SPILLS, SHARED, TENSOR_CORES, WARPS, WIDE_LOADS = "spills", "shared memory", "tensor cores", "warps", "wide loads"
+#: What a case may name in ``waived``; registers must suffice at least on NVIDIA's GPUs.
+WAIVABLE = (SPILLS, WARPS, WIDE_LOADS)
 
 
 @dataclass
@@ -90,7 +93,7 @@ def is_tensor(instruction: Instruction) -> bool:
 
 
 def failures(measured: Measured, case: CompileCase, recorded: float | None, compare: bool) -> list[str]:
-    """What is wrong with a compiled case, in words.
+    """What is wrong with a compiled case, in words, but for what is waived.
 
     Args:
         measured: the case.
@@ -100,20 +103,39 @@ def failures(measured: Measured, case: CompileCase, recorded: float | None, comp
     """
     if measured.error is not None:
         return [measured.error]
-    resources, target = measured.resources, TARGETS[measured.target]
-    assert resources is not None
-    wrong = []
-    if resources.spills or resources.stack_bytes:
-        wrong.append(f"{resources.spills} spills, {resources.stack_bytes} bytes of stack")
-    if resources.shared_bytes > target.program_shared_bytes:
-        wrong.append(f"{resources.shared_bytes} bytes of shared memory, {target.program_shared_bytes} are to be had")
-    if case.tensor_cores and not measured.tensor_instructions:
-        wrong.append("no tensor-core instructions")
-    if measured.warps < LEAST_WARPS:
-        wrong.append(f"{measured.warps} resident warps, {LEAST_WARPS} are wanted")
-    if measured.wide < LEAST_WIDE:
-        wrong.append(f"{measured.wide:.0%} of the bytes by 128-bit loads, {LEAST_WIDE:.0%} are wanted")
+    unmet = unmet_criteria(measured, case)
+    wrong = [text for criterion, text in unmet.items() if criterion not in case.waived]
+    for criterion in case.waived:
+        if not may_waive(criterion, measured.target):
+            wrong.append(f"{criterion} cannot be waived")
+        elif criterion not in unmet:
+            wrong.append(f"{criterion} are waived without need")
     return wrong + _drift(measured, case, recorded, compare)
+
+
+def may_waive(criterion: str, target: str) -> bool:
+    """Whether a case may leave a criterion unmet if it says why."""
+    return criterion in WAIVABLE and (criterion != SPILLS or TARGETS[target].amd)
+
+
+def unmet_criteria(measured: Measured, case: CompileCase) -> dict[str, str]:
+    """The criteria that a compiled case does not meet, waived or not, with what it does instead."""
+    resources, target = measured.resources, TARGETS[measured.target]
+    if resources is None:
+        return {}
+    unmet = {}
+    if resources.spills or resources.stack_bytes:
+        unmet[SPILLS] = f"{resources.spills} spills, {resources.stack_bytes} bytes of stack"
+    if resources.shared_bytes > target.program_shared_bytes:
+        most = target.program_shared_bytes
+        unmet[SHARED] = f"{resources.shared_bytes} bytes of shared memory, {most} are to be had"
+    if case.tensor_cores and not measured.tensor_instructions:
+        unmet[TENSOR_CORES] = "no tensor-core instructions"
+    if measured.warps < LEAST_WARPS:
+        unmet[WARPS] = f"{measured.warps} resident warps, {LEAST_WARPS} are wanted"
+    if measured.wide < LEAST_WIDE:
+        unmet[WIDE_LOADS] = f"{measured.wide:.0%} of the bytes by 128-bit loads, {LEAST_WIDE:.0%} are wanted"
+    return unmet
 
 
 def _drift(measured: Measured, case: CompileCase, recorded: float | None, compare: bool) -> list[str]:

@@ -23,6 +23,8 @@ class CompileCase:
         aligned: arguments that are multiples of 16 (pointers, strides), as the launcher would find out.
         loop_bytes: bytes that a program loads from global memory in one turn of its main loop; None without a loop.
         tensor_cores: whether matrix instructions must appear in the code.
+        options: what else the compiler is told.
+        waived: criteria of the report that this case cannot meet on its target, and why.
     """
 
     name: str
@@ -35,3 +37,4 @@ class CompileCase:
     loop_bytes: int | None = None
     tensor_cores: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    waived: dict[str, str] = field(default_factory=dict)

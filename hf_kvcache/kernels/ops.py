@@ -1,7 +1,7 @@
 """The kernels as operators of torch (``torch.ops.hf_kvcache.*``), so that compiled code can call them.
 
-An operator takes tensors and plain numbers only: pages come as their slabs and tables, a layout as a string. In eager code
-the functions of the folders are called as they are; what happens here only flattens and rebuilds their arguments.
+An operator takes tensors and plain numbers only: pages come as their slabs and tables, a layout as a string. In eager
+code the functions of the folders are called as they are; what happens here only flattens and rebuilds their arguments.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _pages(
 ) -> Pages | None:
     if not slabs:
         return None
-    tables = (t.numpy() for t in (addresses, counts, first))
-    return Pages(layout_of(layout), slabs, *tables, {}, center, heads)
+    known = layout_of(layout)
+    return Pages(known, slabs, addresses.numpy(), counts.numpy(), first.numpy(), {}, center, heads)
 
 
 @torch.library.custom_op("hf_kvcache::attend", mutates_args=())

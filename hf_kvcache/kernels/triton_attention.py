@@ -535,7 +535,7 @@ def combine_kernel(
     tl.store(log_sum_exp + at, total * LN_2, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows_m", "keys"])
+@triton.jit(do_not_specialize=["rows_m"])
 def mass_kernel(scores, log_sum_exp, mass, rows_m, keys, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
     """Probabilities of keys, summed over the query tokens of a head; grid (sequences times query heads, key blocks).
 

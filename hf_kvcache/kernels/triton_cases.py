@@ -9,7 +9,7 @@ from hf_kvcache.kernels.compile_case import CompileCase
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton_attention import combine_kernel, dense_kernel, mass_kernel, pages_kernel
 from hf_kvcache.kernels.triton_configs import attention_config, dot_precision
-from hf_kvcache.kernels.triton_launch import code_bits, combine_shape, page_sides
+from hf_kvcache.kernels.triton_launch import code_bits, combine_shape, mass_shape, page_sides
 from hf_kvcache.kernels.triton_sides import TRITON_TYPES
 
 _GROUP, _PAGE = 4, 64
@@ -172,13 +172,14 @@ def combine_case(arch: str, dim: int) -> CompileCase:
 
 
 def mass_case(arch: str) -> CompileCase:
-    """``mass_kernel``; it is the same on all architectures."""
+    """``mass_kernel`` for whole pages of keys."""
+    block_n, warps = mass_shape(arch)
     return CompileCase(
         name="mass",
         kernel=mass_kernel,
         signature={"scores": "*fp32", "log_sum_exp": "*fp32", "mass": "*fp32", "rows_m": "i32", "keys": "i32"},
-        constants={"GROUP": _GROUP, "BLOCK_N": 256},
-        num_warps=4,
+        constants={"GROUP": _GROUP, "BLOCK_N": block_n},
+        num_warps=warps,
         num_stages=1,
-        aligned=("scores", "log_sum_exp", "mass"),
+        aligned=("scores", "log_sum_exp", "mass", "keys"),
     )

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from hf_kvcache.kernels.pack.reference import bit_planes
+
 
 class Config(NamedTuple):
     """How a kernel is launched.
@@ -46,7 +48,8 @@ _TILES = {
     "sm89": _SMALL,
     "sm90": _DEFAULT,
     "sm100": _SMALL,
-    "gfx942": {64: _Tile((64, 2), (64, 2)), 128: _Tile((64, 2), (64, 2)), 256: _Tile((32, 2), (32, 2))},
+    # One stage: a compute unit has registers for the codes of one tile and what becomes of them, not for two tiles.
+    "gfx942": {64: _Tile((64, 1), (64, 2)), 128: _Tile((64, 1), (64, 2)), 256: _Tile((32, 1), (32, 2))},
     "cpu": {dim: _Tile((64, 1), (64, 1)) for dim in (64, 128, 256)},
 }
 
@@ -75,6 +78,11 @@ def dot_precision(arch: str) -> str:
     return "tf32x3" if arch.startswith("sm") else "ieee"
 
 
+def lanes(arch: str) -> int:
+    """Threads of a warp."""
+    return 64 if arch.startswith("gfx") else 32
+
+
 @lru_cache(maxsize=256)
 def attention_config(arch: str, dim: int, queries: int, code_bits: int | None) -> Config:
     """The configuration of the attention kernels.
@@ -94,9 +102,9 @@ def attention_config(arch: str, dim: int, queries: int, code_bits: int | None) -
     # Half the registers of a thread, where the output of a program takes more than that of matrix units of their own.
     warps = 8 if most <= 32 and block_m * dim >= 32 * 256 else 4
     if code_bits is not None and block_m <= 32:
-        # With more, a thread's share of the tile would be less than one load of 16 bytes.
-        loads = block_n * dim * code_bits // (8 * 16)
-        warps = min(warps, max(2, triton.next_power_of_2(loads // (64 if amd else 32))))
+        # With more, a thread's share of the tile (of 3-bit codes, of their lower two) would be less than 16 bytes.
+        loads = block_n * dim * bit_planes(code_bits)[0] // (8 * 16)
+        warps = min(warps, max(1 if amd else 2, triton.next_power_of_2(loads // lanes(arch))))
     # Two waves to a SIMD need 256 registers or fewer, which the compiler exceeds if it is not told.
     return Config(block_m, block_n, warps, stages, {"waves_per_eu": 2} if amd else {})
 

@@ -33,7 +33,6 @@ _LEAST_PAGES, _LEAST_TOKENS = 2, 128
 #: Widths that the kernels' registers hold.
 _LEAST_DIM, _MOST_DIM = 16, 256
 _COMBINE_QUERIES = 16
-_MASS_KEYS = 256
 
 
 def can_attend(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
@@ -318,11 +317,19 @@ def combine_shape(dim_pad: int) -> tuple[int, int]:
     return min(dim_pad, 32), 4 if dim_pad <= 128 else 8
 
 
+def mass_shape(arch: str) -> tuple[int, int]:
+    """Keys of a program of ``mass_kernel``, of which each thread takes as many as one load brings, and its warps."""
+    return 512, 2 if arch.startswith("gfx") else 4
+
+
 def _mass(call: _Call, scores: torch.Tensor | None, log_sum_exp: torch.Tensor) -> torch.Tensor | None:
     if not call.mass or scores is None:
         return None
     keys = scores.shape[-1]
     mass = torch.empty(call.batch, call.query_heads, keys, device=call.device)
-    grid = call.batch * call.query_heads, triton.cdiv(keys, _MASS_KEYS)
-    mass_kernel[grid](scores, log_sum_exp, mass, call.rows_m, keys, GROUP=call.group, BLOCK_N=_MASS_KEYS)
+    block_n, warps = mass_shape(call.arch)
+    grid = call.batch * call.query_heads, triton.cdiv(keys, block_n)
+    mass_kernel[grid](
+        scores, log_sum_exp, mass, call.rows_m, keys, GROUP=call.group, BLOCK_N=block_n, num_warps=warps
+    )
     return mass

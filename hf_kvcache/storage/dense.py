@@ -51,8 +51,8 @@ class DenseBuffer:
         self.reserve(self.longest + 1)
         if self._uniform is not None and valid is None:
             slot = self._uniform
-            self.keys.select(2, slot).copy_(keys.select(2, 0))
-            self.values.select(2, slot).copy_(values.select(2, 0))
+            self.keys.narrow(2, slot, 1).copy_(keys)
+            self.values.narrow(2, slot, 1).copy_(values)
             self.positions[:, slot] = position
             self.lengths += 1
             self._uniform = self._longest = slot + 1

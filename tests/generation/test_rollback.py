@@ -23,9 +23,24 @@ from tests.running import (
 FAMILIES = ["llama", "gemma3"]
 
 
+@pytest.fixture
+def token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers whose result for a token does not depend on how many tokens come with it.
+
+    A matrix product rounds otherwise for five tokens than for one. That last bit of a key can move its page's scale to the
+    next number in half precision, and so every key of the page: not a matter of rolling back, so it is kept out.
+    """
+    plain = torch.nn.Linear.forward
+
+    def forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([plain(self, token) for token in x.unbind(-2)], -2)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spec", ["none", "int4", "int2", "rotated4", "kvarn3", "turboquant2", "fp8"])
-def test_speculation_equals_greedy(model: PreTrainedModel, spec: str) -> None:
+def test_speculation_equals_greedy(model: PreTrainedModel, spec: str, token_by_token: None) -> None:
     """Assisted and prompt-lookup decoding give the cache's own greedy result, far past the first pages."""
     inputs = prompt(11).repeat(1, 2)
     assert inputs.shape[1] <= UNPACKED - SINKS  # nothing is packed at the prefill, in sliding layers neither

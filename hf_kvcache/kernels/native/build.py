@@ -21,7 +21,7 @@ SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 LIBRARY = HERE / f"libhf_kvcache{SUFFIX}"
 
 _COMMON = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
-# Vectors wider than the baseline never cross a function that is not inlined, so their calling convention does not matter;
+# Vectors wider than the baseline cross no function that is not inlined, so their calling convention does not matter;
 # GCC 12 takes the undefined operands in its own AVX-512 headers for uninitialised variables.
 _WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]

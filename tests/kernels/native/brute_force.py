@@ -1,4 +1,4 @@
-"""Attention in float64, key by key as the definition has it, over pages that are decoded from their bytes with numpy."""
+"""Attention in float64 as the definition has it, over pages that are decoded from their bytes with numpy."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _slice(record: np.ndarray, offset: int, length: int) -> np.ndarray:
 
 def _levels(fmt: SideFormat, raw: np.ndarray) -> np.ndarray:
     """What the codes ``[P, bytes]`` stand for before scaling, ``[P, D]``."""
-    if fmt.level == "dense":
+    if fmt.dense_dtype is not None:
         return torch.from_numpy(raw).view(fmt.dense_dtype).double().numpy()
     if fmt.level == "float8":
         return _float8_numbers()[raw]

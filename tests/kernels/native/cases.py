@@ -164,8 +164,8 @@ def random_pages(case: Case, rng: np.random.Generator) -> Pages:
             if len(held) and held[-1] - held[0] >= len(held):
                 scattered[row, column] = held
     center = torch.from_numpy(rng.normal(size=(rows, shape.key_dim))).float() if case.formats[0].centered else None
-    arrays = (array[:, :columns] for array in (addresses, counts, first))
-    return Pages(layout, slabs, *arrays, scattered, center, shape.heads)
+    used = np.s_[:, :columns]
+    return Pages(layout, slabs, addresses[used], counts[used], first[used], scattered, center, shape.heads)
 
 
 def _counts(case: Case, rng: np.random.Generator) -> np.ndarray:

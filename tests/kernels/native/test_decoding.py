@@ -36,6 +36,8 @@ OTHERS = {
 
 def check(layout: PageLayout, threads: int = 1, count: int = 5) -> None:
     """Both sides of some records, taken out of order, into NaN between guards."""
+    native = native_layout(layout)
+    assert native is not None
     records = random_records(layout, count, np.random.default_rng(count))
     order = np.random.default_rng(0).permutation(count)
     addresses = records.ctypes.data + order.astype(np.int64) * layout.record_bytes
@@ -43,7 +45,7 @@ def check(layout: PageLayout, threads: int = 1, count: int = 5) -> None:
         buffer = torch.full((count * layout.page_size * fmt.dim + 2 * GUARD,), CANARY)
         out = buffer[GUARD:-GUARD].fill_(torch.nan)
         library.load().hfkv_decode_side(
-            byref(native_layout(layout)), side == "values", addresses.ctypes.data, count, out.data_ptr(), threads
+            byref(native), side == "values", addresses.ctypes.data, count, out.data_ptr(), threads
         )
         expected = np.stack([decode_record(layout, side, records[i]) for i in order])
         assert_near(out.view(expected.shape), torch.from_numpy(expected))

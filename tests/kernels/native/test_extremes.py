@@ -129,7 +129,7 @@ def test_what_lies_behind_the_tokens(isa: str) -> None:
 
 def spoil(layout: PageLayout, slabs: list[torch.Tensor], count: int) -> None:
     """Fill with 0xFF, which is NaN as any float, what belongs to tokens from ``count`` on."""
-    for name, field in layout.fields.items():
+    for field in layout.fields.values():
         if field.shape[0] != layout.page_size:
             continue
         for slab in slabs:
