@@ -104,12 +104,10 @@ def failures(measured: Measured, case: CompileCase, recorded: float | None, comp
     if measured.error is not None:
         return [measured.error]
     unmet = unmet_criteria(measured, case)
-    wrong = [text for criterion, text in unmet.items() if criterion not in case.waived]
-    for criterion in case.waived:
-        if not may_waive(criterion, measured.target):
-            wrong.append(f"{criterion} cannot be waived")
-        elif criterion not in unmet:
-            wrong.append(f"{criterion} are waived without need")
+    allowed = {criterion for criterion in case.waived if may_waive(criterion, measured.target)}
+    wrong = [text for criterion, text in unmet.items() if criterion not in allowed]
+    wrong += [f"{criterion} cannot be waived" for criterion in case.waived if criterion not in allowed]
+    wrong += [f"{criterion} are waived without need" for criterion in allowed if criterion not in unmet]
     return wrong + _drift(measured, case, recorded, compare)
 
 

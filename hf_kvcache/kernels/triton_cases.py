@@ -9,7 +9,7 @@ from hf_kvcache.kernels.compile_case import CompileCase
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton_attention import combine_kernel, dense_kernel, mass_kernel, pages_kernel
 from hf_kvcache.kernels.triton_configs import attention_config, dot_precision
-from hf_kvcache.kernels.triton_launch import code_bits, combine_shape, mass_shape, page_sides
+from hf_kvcache.kernels.triton_launch import codes_of, combine_shape, mass_shape, page_sides
 from hf_kvcache.kernels.triton_sides import TRITON_TYPES
 
 _GROUP, _PAGE = 4, 64
@@ -44,7 +44,7 @@ def formats(codec: str, dim: int) -> tuple[SideFormat, SideFormat]:
 def pages_case(arch: str, operation: str, codec: str, dim: int, length: int) -> CompileCase:
     """``pages_kernel`` for ``length`` bfloat16 query tokens over full pages that all of them see."""
     layout = PageLayout(*formats(codec, dim), _PAGE)
-    config = attention_config(arch, dim, _GROUP * length, code_bits(layout))
+    config = attention_config(arch, dim, _GROUP * length, codes_of(layout))
     keys, values = page_sides(layout, torch.bfloat16, config.block_m, arch)
     block_n = min(config.block_n, _PAGE)
     rotated = layout.sides["keys"].rotation != "none"

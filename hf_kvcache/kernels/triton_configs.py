@@ -29,6 +29,13 @@ class Config(NamedTuple):
     options: dict[str, Any]
 
 
+class Codes(NamedTuple):
+    """What the codes of a page's sides are: bits of a code, of the narrower side, and whether a table has levels."""
+
+    bits: int
+    table: bool
+
+
 class _Tile(NamedTuple):
     """Tokens at a time and pipeline stages: of codes, and of full-precision elements."""
 
@@ -48,8 +55,7 @@ _TILES = {
     "sm89": _SMALL,
     "sm90": _DEFAULT,
     "sm100": _SMALL,
-    # One stage: a compute unit has registers for the codes of one tile and what becomes of them, not for two tiles.
-    "gfx942": {64: _Tile((64, 1), (64, 2)), 128: _Tile((64, 1), (64, 2)), 256: _Tile((32, 1), (32, 2))},
+    "gfx942": {64: _Tile((64, 2), (64, 2)), 128: _Tile((64, 2), (64, 2)), 256: _Tile((32, 2), (32, 2))},
     "cpu": {dim: _Tile((64, 1), (64, 1)) for dim in (64, 128, 256)},
 }
 
@@ -84,26 +90,28 @@ def lanes(arch: str) -> int:
 
 
 @lru_cache(maxsize=256)
-def attention_config(arch: str, dim: int, queries: int, code_bits: int | None) -> Config:
+def attention_config(arch: str, dim: int, queries: int, codes: Codes | None) -> Config:
     """The configuration of the attention kernels.
 
     Args:
         arch: the architecture.
         dim: the larger of the key's and the value's width.
         queries: queries of a row.
-        code_bits: bits of a code, of the narrower side; None for full-precision elements.
+        codes: those of the pages; None for full-precision elements.
     """
     amd = arch.startswith("gfx")
     tiles = _TILES.get(arch, _TILES["gfx942"] if amd else _SMALL)
     tile = tiles[64 if dim <= 64 else 128 if dim <= 128 else 256]
-    block_n, stages = tile.dense if code_bits is None else tile.coded
+    block_n, stages = tile.dense if codes is None else tile.coded
+    if amd and codes is not None and codes.table:
+        stages = 1  # where places in a table are looked up, a second tile that waits in registers makes them spill
     most = _MOST_QUERIES.get(arch, _MOST_QUERIES_ELSEWHERE)
     block_m = min(most, max(16, triton.next_power_of_2(queries)))
     # Half the registers of a thread, where the output of a program takes more than that of matrix units of their own.
     warps = 8 if most <= 32 and block_m * dim >= 32 * 256 else 4
-    if code_bits is not None and block_m <= 32:
+    if codes is not None and block_m <= 32:
         # With more, a thread's share of the tile (of 3-bit codes, of their lower two) would be less than 16 bytes.
-        loads = block_n * dim * bit_planes(code_bits)[0] // (8 * 16)
+        loads = block_n * dim * bit_planes(codes.bits)[0] // (8 * 16)
         warps = min(warps, max(1 if amd else 2, triton.next_power_of_2(loads // lanes(arch))))
     # Two waves to a SIMD need 256 registers or fewer, which the compiler exceeds if it is not told.
     return Config(block_m, block_n, warps, stages, {"waves_per_eu": 2} if amd else {})

@@ -15,6 +15,7 @@ from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.triton_attention import combine_kernel, dense_kernel, mass_kernel, pages_kernel
 from hf_kvcache.kernels.triton_configs import (
+    Codes,
     Config,
     architecture,
     attention_config,
@@ -61,9 +62,10 @@ def page_sides(layout: PageLayout, dtype: torch.dtype, block_m: int, arch: str) 
     return sides[0], sides[1]
 
 
-def code_bits(layout: PageLayout) -> int | None:
-    """Bits of a code of the side that has fewer; None if both are full-precision elements."""
-    return min((fmt.bits for fmt in layout.sides.values() if fmt.level != "dense"), default=None)
+def codes_of(layout: PageLayout) -> Codes | None:
+    """What the codes of pages are; None if both sides are full-precision elements."""
+    coded = [fmt for fmt in layout.sides.values() if fmt.level != "dense"]
+    return Codes(min(fmt.bits for fmt in coded), any(fmt.level == "table" for fmt in coded)) if coded else None
 
 
 def dense_compute(query: torch.dtype, stored: torch.dtype, arch: str) -> Any:
@@ -96,8 +98,8 @@ class _Call:
         self.device = self.query.device
         self.arch = architecture(self.device)
 
-    def config(self, dim: int, code_bits: int | None) -> Config:
-        config = attention_config(self.arch, dim, self.rows_m, code_bits)
+    def config(self, dim: int, codes: Codes | None) -> Config:
+        config = attention_config(self.arch, dim, self.rows_m, codes)
         interpreted = self.arch == "cpu"
         return single_precision(config, dim) if self.query.dtype == torch.float32 and not interpreted else config
 
@@ -170,7 +172,7 @@ def _configs(call: _Call) -> tuple[Config, Config, int]:
     dense = call.config(dim, None)
     if call.pages is None:
         return dense, dense, 1
-    pages = call.config(dim, code_bits(call.pages.layout))
+    pages = call.config(dim, codes_of(call.pages.layout))
     return pages, dense, call.per_split(call.columns, _LEAST_PAGES, pages.block_m)
 
 
@@ -329,7 +331,5 @@ def _mass(call: _Call, scores: torch.Tensor | None, log_sum_exp: torch.Tensor) -
     mass = torch.empty(call.batch, call.query_heads, keys, device=call.device)
     block_n, warps = mass_shape(call.arch)
     grid = call.batch * call.query_heads, triton.cdiv(keys, block_n)
-    mass_kernel[grid](
-        scores, log_sum_exp, mass, call.rows_m, keys, GROUP=call.group, BLOCK_N=block_n, num_warps=warps
-    )
+    mass_kernel[grid](scores, log_sum_exp, mass, call.rows_m, keys, GROUP=call.group, BLOCK_N=block_n, num_warps=warps)
     return mass

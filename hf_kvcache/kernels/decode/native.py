@@ -20,6 +20,7 @@ def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visib
     return (
         visibility.mask is None
         and dense.keys.dtype in DENSE
+        and dense.values.dtype == dense.keys.dtype
         and dense.keys.stride(-1) == 1
         and dense.values.stride(-1) == 1
         and (pages is None or native_layout(pages.layout) is not None)

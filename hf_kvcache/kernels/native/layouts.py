@@ -13,8 +13,8 @@ from hf_kvcache.kernels.page import PageLayout, SideFormat
 
 CODES, FLOAT8 = 0, 1
 DENSE = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
-#: Signed levels are stored as bytes that exceed them by this.
-_SIGN = 128
+#: The byte of level 0: the kernels subtract it.
+_CENTER = 128
 _BY_MATRIX, _FAST = 1, 2
 
 _layouts: WeakKeyDictionary[PageLayout, Layout | None] = WeakKeyDictionary()
@@ -38,7 +38,7 @@ def _side(layout: PageLayout, name: str) -> Side | None:
     grid = _grid(fmt)
     if grid is None:
         return None
-    level, bias, step, table = grid
+    level, offset, step, table = grid
     offsets = {
         field: layout.fields[f"{name}.{field}"].offset if f"{name}.{field}" in layout.fields else 0
         for field in ("codes", "scale", "zero", "other")
@@ -52,7 +52,7 @@ def _side(layout: PageLayout, name: str) -> Side | None:
         group=fmt.group or 1,
         has_zero=f"{name}.zero" in layout.fields,
         has_other=f"{name}.other" in layout.fields,
-        bias=bias,
+        offset=offset,
         step=step,
         levels=(c_uint8 * 64)(*([*table, *[0] * (16 - len(table))] * 4)),
         rotation=rotation,
@@ -63,19 +63,20 @@ def _side(layout: PageLayout, name: str) -> Side | None:
 
 
 def _grid(fmt: SideFormat) -> tuple[int, int, float, list[int]] | None:
-    """Kind of level, bias, step and the byte of each code; None where levels are no multiples of one step."""
+    """Kind of level, offset, step and the byte of each code; None where levels are no multiples of one step."""
     if fmt.level == "dense":
         assert fmt.dense_dtype is not None
         return (DENSE[fmt.dense_dtype], 0, 1.0, []) if fmt.dense_dtype in DENSE else None
     if fmt.level == "float8":
         return FLOAT8, 0, 1.0, []
     if fmt.level == "integer":
-        return CODES, 0, 1.0, list(range(1 << fmt.bits)) if fmt.bits < 8 else []
-    step = max(abs(level) for level in fmt.table) / (_SIGN - 1)
+        middle = 1 << (fmt.bits - 1)
+        return CODES, middle, 1.0, [_CENTER - middle + code for code in range(1 << fmt.bits)] if fmt.bits < 8 else []
+    step = max(abs(level) for level in fmt.table) / (_CENTER - 1)
     units = [round(level / step) for level in fmt.table]
     if any(abs(unit * step - level) > 1e-6 * step for unit, level in zip(units, fmt.table, strict=True)):
         return None
-    return CODES, _SIGN, step, [unit + _SIGN for unit in units]
+    return CODES, 0, step, [unit + _CENTER for unit in units]
 
 
 def _rotation(fmt: SideFormat) -> tuple[int, int | None, int | None]:
@@ -83,14 +84,15 @@ def _rotation(fmt: SideFormat) -> tuple[int, int | None, int | None]:
     if fmt.rotation == "none":
         return 0, None, None
     if fmt.dim & (fmt.dim - 1) == 0:
-        return _FAST, None, rotation_signs(fmt.dim, fmt.rotation).data_ptr()
+        return _FAST, None, _kept(fmt, rotation_signs(fmt.dim, fmt.rotation)).data_ptr()
     matrix = rotation_matrix(fmt.dim, fmt.rotation, torch.float32, torch.device("cpu"))
     assert matrix is not None
     return _BY_MATRIX, _kept(fmt, matrix).data_ptr(), None
 
 
-_matrices: dict[tuple[int, str], torch.Tensor] = {}
+#: Matrices and signs whose addresses the structs have: never given up.
+_constants: dict[tuple[int, str], torch.Tensor] = {}
 
 
-def _kept(fmt: SideFormat, matrix: torch.Tensor) -> torch.Tensor:
-    return _matrices.setdefault((fmt.dim, fmt.rotation), matrix.contiguous())
+def _kept(fmt: SideFormat, constant: torch.Tensor) -> torch.Tensor:
+    return _constants.setdefault((fmt.dim, fmt.rotation), constant.contiguous())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.native.build import LIBRARY
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 
@@ -19,7 +19,7 @@ class Side(Structure):
     """``HfkvSide``."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("dim", "bits", "level", "axis", "group", "has_zero", "has_other", "bias")),
+        *((name, c_int32) for name in ("dim", "bits", "level", "axis", "group", "has_zero", "has_other", "offset")),
         ("step", c_float),
         ("levels", c_uint8 * 64),
         *((name, c_int64) for name in ("codes", "scale", "zero", "other")),
@@ -127,11 +127,15 @@ def available_isas() -> list[str]:
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     path = Path(os.environ.get(VARIABLE) or LIBRARY)
     if not path.exists():
+        if VARIABLE in os.environ:
+            return None, f"{VARIABLE} names {path.name}, which does not exist"
         return None, f"{path.name} was not built: no C++ compiler when the package was installed"
     try:
         library = _open(path)
     except OSError as error:
         return None, str(error)
+    if not hasattr(library, "hfkv_abi_version"):
+        return None, f"{path.name} is no library of this package's kernels"
     library.hfkv_abi_version.restype = c_int32
     if library.hfkv_abi_version() != ABI_VERSION:
         return None, f"{path.name} has ABI {library.hfkv_abi_version()}, this package wants {ABI_VERSION}: rebuild it"

@@ -17,6 +17,8 @@ import triton.language as tl
 from hf_kvcache.kernels.compile_case import CompileCase
 from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.triton_configs import architecture as architecture_of
+from hf_kvcache.kernels.triton_configs import lanes
 from hf_kvcache.kernels.triton_sides import (
     Side,
     channels,
@@ -27,11 +29,24 @@ from hf_kvcache.kernels.triton_sides import (
     load_table,
 )
 
-_ROWS, _TOKENS = 32, 32
+#: Tokens that a program encodes or decodes.
+_TOKENS = 32
+#: Rows that a program unpacks: of 128 codes of 2 bits, 16 bytes for each thread of four warps of 32.
+_UNPACKED_ROWS = 64
 #: 1.5 * 2**23: adding and subtracting it rounds to the nearest whole number, ties to even, as torch does.
 _ROUNDER = tl.constexpr(12582912.0)
 _SCALE_MIN = tl.constexpr(2.0**-14)
 _SCALE_MAX = tl.constexpr(65504.0)
+
+
+def _warps(arch: str) -> int:
+    """Warps of a program that encodes or decodes: 16 bytes of 4-bit codes of 128 channels for each of 128 threads."""
+    return 128 // lanes(arch)
+
+
+def _packed_rows(arch: str) -> int:
+    """Rows that a program packs: of 128 codes, 16 bytes of an eighth for each thread of its one warp."""
+    return lanes(arch)
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -42,8 +57,9 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows = codes.reshape(-1, dim)
     packed = codes.new_empty(*codes.shape[:-1], dim * bits // 8)
     if rows.numel():
-        _pack_kernel[(triton.cdiv(len(rows), _ROWS),)](
-            rows, rows.stride(0), packed, len(rows), DIM=dim, BITS=bits, PAD=_pad(dim // 8), ROWS=_ROWS
+        block = _packed_rows(architecture_of(codes.device))
+        _pack_kernel[(triton.cdiv(len(rows), block),)](
+            rows, rows.stride(0), packed, len(rows), DIM=dim, BITS=bits, PAD=_pad(dim // 8), ROWS=block, num_warps=1
         )
     return packed
 
@@ -57,7 +73,8 @@ def unpack_bits(packed: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Ten
     rows = packed.reshape(-1, packed.shape[-1]).contiguous()
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     if rows.numel():
-        _unpack_kernel[(triton.cdiv(len(rows), _ROWS),)](rows, target, len(rows), SIDE=side, ROWS=_ROWS)
+        grid = (triton.cdiv(len(rows), _UNPACKED_ROWS),)
+        _unpack_kernel[grid](rows, target, len(rows), SIDE=side, ROWS=_UNPACKED_ROWS)
     return out if target is out else out.copy_(target)
 
 
@@ -84,7 +101,13 @@ def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch
     tokens = min(_TOKENS, described.page_pad)
     if len(flat):
         _decode_kernel[len(flat), described.page_pad // tokens](
-            flat, flat.stride(0), level_tables(fmt.table, fmt.table, out.device), out, SIDE=described, TOKENS=tokens
+            flat,
+            flat.stride(0),
+            level_tables(fmt.table, fmt.table, out.device),
+            out,
+            SIDE=described,
+            TOKENS=tokens,
+            num_warps=_warps(architecture_of(out.device)),
         )
     return out
 
@@ -138,7 +161,11 @@ def encode_asymmetric(layout: PageLayout, side: str, x: torch.Tensor, records: t
     tokens = fmt.group if fmt.axis == "channel" else layout.page_size
     block = triton.next_power_of_2(tokens) if fmt.axis == "channel" else min(_TOKENS, described.page_pad)
     _encode_kernel[len(x), triton.cdiv(layout.page_size, min(tokens, block))](
-        x.contiguous(), records, records.stride(0), **_encode_constants(described, min(tokens, block), block)
+        x.contiguous(),
+        records,
+        records.stride(0),
+        **_encode_constants(described, min(tokens, block), block),
+        num_warps=_warps(architecture_of(x.device)),
     )
 
 
@@ -326,8 +353,14 @@ def _encode_plane(
         tl.store(target + (r * PART + j)[None, :], byte, mask=mask)
 
 
+_UNPACKED_ON_AMD = {
+    "wide loads": "16 bytes are 64 codes of 2 bits. To be stored as fp32 side by side they pass through 256 bytes of "
+    "shared memory for each thread: of 64 KiB, that leaves 4 waves on a compute unit."
+}
+
+
 def compile_cases(architecture: str) -> list[CompileCase]:
-    """Specialisations for the compile report; they are the same on all architectures."""
+    """Specialisations for the compile report."""
     page, dim = 64, 128
     formats = {
         "per channel": SideFormat(dim, 4, axis="channel", group=page),
@@ -343,7 +376,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 kernel=_encode_kernel,
                 signature={"x": "*fp32", "records": "*u8", "stride": "i32"},
                 constants=_encode_constants(side, tokens, tokens),
-                num_warps=4,
+                num_warps=_warps(architecture),
                 num_stages=1,
                 aligned=("x", "records", "stride"),
             )
@@ -354,7 +387,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 kernel=_decode_kernel,
                 signature={"records": "*u8", "stride": "i32", "tables": "*fp32", "out": "*fp32"},
                 constants={"SIDE": side, "TOKENS": _TOKENS},
-                num_warps=4,
+                num_warps=_warps(architecture),
                 num_stages=1,
                 aligned=("records", "stride", "tables", "out"),
             )
@@ -365,8 +398,8 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 name=f"pack_bits {bits} D={dim}",
                 kernel=_pack_kernel,
                 signature={"codes": "*u8", "stride": "i32", "packed": "*u8", "rows": "i32"},
-                constants={"DIM": dim, "BITS": bits, "PAD": dim // 8, "ROWS": _ROWS},
-                num_warps=4,
+                constants={"DIM": dim, "BITS": bits, "PAD": dim // 8, "ROWS": _packed_rows(architecture)},
+                num_warps=1,
                 num_stages=1,
                 aligned=("codes", "stride", "packed"),
             )
@@ -376,10 +409,11 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 name=f"unpack_bits {bits} D={dim}",
                 kernel=_unpack_kernel,
                 signature={"packed": "*u8", "out": "*fp32", "rows": "i32"},
-                constants={"SIDE": _bare_side(dim, bits), "ROWS": _ROWS},
+                constants={"SIDE": _bare_side(dim, bits), "ROWS": _UNPACKED_ROWS},
                 num_warps=4,
                 num_stages=1,
                 aligned=("packed", "out"),
+                waived=_UNPACKED_ON_AMD if bits < 4 and architecture.startswith("gfx") else {},
             )
         )
     return cases

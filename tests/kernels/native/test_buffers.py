@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from hf_kvcache.kernels.hadamard.reference import rotation_signs
 from hf_kvcache.kernels.inputs import Attention
 from tests.kernels.native.cases import Case, Shape
 from tests.kernels.native.comparing import attend, check_call, worked_out
@@ -112,3 +113,17 @@ def test_a_row_does_not_depend_on_the_others(isa: str) -> None:
         )
         for a, t in zip(alone, together, strict=True):
             assert a is not None and t is not None and torch.equal(a, t[b : b + 1])
+
+
+def test_signs_outlive_other_rotations(isa: str) -> None:
+    """A layout in use keeps the signs of its rotation, whatever other rotations were asked for since."""
+    call, expected = worked_out(make_case("turboquant4", Shape()))
+    check_call(call, expected)
+    for dim in range(1000, 1065):
+        rotation_signs(dim, "signed_hadamard")
+    overwriting = [torch.full((64,), torch.nan) for _ in range(2000)]
+    try:
+        check_call(call, expected)
+    finally:
+        del overwriting
+        worked_out.cache_clear()

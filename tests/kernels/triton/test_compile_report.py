@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compile_report
 from benchmarks.compiling import amd, nvidia
 from benchmarks.compiling.code import loaded_bytes, turns
 from benchmarks.compiling.measured import Measured, Resources, failures, is_tensor, measure
@@ -135,6 +136,30 @@ def test_every_failure_is_named() -> None:
     assert "--record" in failures(good, CASE, None, True)[0]
     assert failures(good, CASE, None, False) == []
     assert failures(replace(good, instructions_per_byte=None), replace(CASE, loop_bytes=None), None, True) == []
+
+
+def test_waivers() -> None:
+    """What a case waives is no failure, unless it is met, or is something that cannot be waived on its target."""
+    narrow, spilling = Measured("sm80", "x", None, SOUND, 8, 16, 100, 1, 0.4, 0.1), replace(SOUND, spills=2)
+    waiving = {name: replace(CASE, waived={name: "why"}) for name in ("wide loads", "spills", "shared memory")}
+    assert failures(narrow, waiving["wide loads"], 0.1, True) == []
+    assert "without need" in failures(replace(narrow, wide=0.9), waiving["wide loads"], 0.1, True)[0]
+    for name in ("spills", "shared memory"):
+        assert "cannot be waived" in failures(replace(narrow, wide=0.9), waiving[name], 0.1, True)[0]
+    on_amd = replace(narrow, target="gfx942", resources=spilling, wide=0.9)
+    assert failures(on_amd, waiving["spills"], 0.1, True) == []
+
+
+def test_waivers_are_told() -> None:
+    """The report names what is waived, of which case and why, and marks it in the table."""
+    case = replace(CASE, waived={"wide loads": "rows are short"})
+    measured = Measured("sm80", CASE.name, None, SOUND, 8, 16, 100, 1, 0.4, 0.1)
+    work = [("pack", "sm80", 0, case)]
+    lines = compile_report.waivers(work, [measured])
+    assert lines[0] == "* wide loads waived: rows are short"
+    assert lines[1].strip().startswith("sm80 made up: 40%")
+    columns = compile_report.table(work, [measured], set()).columns
+    assert "40%*" in [cell for column in columns for cell in column.cells]
 
 
 def test_one_kernel() -> None:

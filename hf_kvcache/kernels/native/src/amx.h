@@ -57,7 +57,7 @@ inline bool tiles_fit_scores(int room, int dim) { return room % 32 == 0 && dim %
 
 // As dot_bytes; rows up to a multiple of 32 are read.
 template <int M>
-void dot_bytes_amx(const uint8_t* rows, int n, int dim, int bias, const float* query, int query_pitch, float* scores, int pitch,
+void dot_bytes_amx(const uint8_t* rows, int n, int dim, const float* query, int query_pitch, float* scores, int pitch,
                    int8_t* scratch, Stream& next) {
     alignas(64) int8_t tiles[kLargestExactDim / 64][16][64];
     int32_t start[M];
@@ -66,7 +66,7 @@ void dot_bytes_amx(const uint8_t* rows, int n, int dim, int bias, const float* q
         int8_t* high = scratch;
         int8_t* low = scratch + dim;
         units[m] = split(query + m * query_pitch, dim, high, low);
-        start[m] = -bias * (256 * byte_sum(high, dim) + byte_sum(low, dim));
+        start[m] = -kBias * (256 * byte_sum(high, dim) + byte_sum(low, dim));
         for (int c = 0; c < dim; c += 4) {
             int8_t* to = tiles[c / 64][c % 64 / 4];
             std::memcpy(to + 8 * m, high + c, 4);
@@ -126,7 +126,7 @@ inline bool tiles_fit_output(int n, int dim) { return dim % 64 == 0 && n <= 128;
 
 // As weigh_bytes.
 template <int M>
-void weigh_bytes_amx(const uint8_t* rows, int n, int dim, int bias, const float* weights, int pitch, float* output,
+void weigh_bytes_amx(const uint8_t* rows, int n, int dim, const float* weights, int pitch, float* output,
                      int output_pitch, int8_t* scratch, Stream& next) {
     alignas(64) uint8_t parts[4 * 32 * 64];
     const int width = padded(n), groups = width / 4;
@@ -135,8 +135,8 @@ void weigh_bytes_amx(const uint8_t* rows, int n, int dim, int bias, const float*
     for (int m = 0; m < M; m++) {
         int8_t* high = scratch + 2 * m * width;
         units[m] = _mm512_set1_ps(split(weights + m * pitch, n, high, high + width));
-        high_start[m] = _mm512_set1_epi32(-bias * byte_sum(high, n));
-        low_start[m] = _mm512_set1_epi32(-bias * byte_sum(high + width, n));
+        high_start[m] = _mm512_set1_epi32(-kBias * byte_sum(high, n));
+        low_start[m] = _mm512_set1_epi32(-kBias * byte_sum(high + width, n));
     }
     for (int c = 0; c < dim; c += 64) {
         interleave(rows + c, n, dim, parts, groups, next);

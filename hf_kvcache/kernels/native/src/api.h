@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 1
+#define HFKV_ABI_VERSION 2
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
-    HFKV_CODES = 0,    // level = step * (expanded byte - bias); see HfkvSide.levels
+    HFKV_CODES = 0,    // bytes, after a look-up below 8 bits; see HfkvSide.levels
     HFKV_FLOAT8 = 1,   // e4m3
     HFKV_FLOAT32 = 2,  // dense
     HFKV_BFLOAT16 = 3,
@@ -21,8 +21,8 @@ enum HfkvAxis : int32_t { HFKV_CHANNEL = 0, HFKV_TOKEN = 1 };
 struct HfkvSide {
     int32_t dim, bits, level, axis, group;
     int32_t has_zero, has_other;
-    int32_t bias;          // what is subtracted from an expanded byte: 128 for signed levels, 0 for codes of 8 bits
-    float step;            // level = step * (byte - bias)
+    int32_t offset;        // level = step * (byte - 128 + offset); codes of 8 bits are bytes as they are
+    float step;
     uint8_t levels[64];    // the byte of each code of up to 4 bits, in 16 bytes, four times
     int64_t codes, scale, zero, other;  // byte offsets in a record
     int32_t rotation;      // 0 none, 1 by `matrix`, 2 fast Walsh-Hadamard after multiplying with `signs`

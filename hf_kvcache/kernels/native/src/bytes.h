@@ -1,4 +1,5 @@
-// Products with rows of bytes (levels or codes of 8 bits), whose values are `byte - bias`.
+// Products with rows of bytes (levels or codes of 8 bits), whose values are `byte - kBias`: centred, because what is left of
+// rounding is proportional to them, and a mean that all channels share would gather in one when it is rotated back.
 //
 // With AVX512-VNNI the float side is split in two signed bytes, 16 bits in all: x = unit * (256 * high + low). The sums are
 // exact in int32, so the error is that of the split: at most 2^-16 of the largest |x|.
@@ -8,16 +9,17 @@
 
 namespace {
 
-template <bool kSigned>
+constexpr int kBias = 128;
+
 struct Byte {
     static constexpr int kBytes = 1;
     static Vec load_vec(const uint8_t* p) {
         typedef uint8_t Narrow __attribute__((vector_size(HFKV_LANES)));
         Narrow x;
         std::memcpy(&x, p, sizeof x);
-        return __builtin_convertvector(__builtin_convertvector(x, VecInt) - (kSigned ? 128 : 0), Vec);
+        return __builtin_convertvector(__builtin_convertvector(x, VecInt) - kBias, Vec);
     }
-    static float load_one(const uint8_t* p) { return (float)((int)*p - (kSigned ? 128 : 0)); }
+    static float load_one(const uint8_t* p) { return (float)((int)*p - kBias); }
 };
 
 #if defined(__AVX512VNNI__)
@@ -94,7 +96,7 @@ inline int32_t byte_sum(const int8_t* x, int n) {
 
 // Sixteen tokens at a time, a token to a lane, so that no sum runs across lanes.
 template <int M>
-void dot_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float* query, int query_pitch, float* scores,
+void dot_bytes_vnni(const uint8_t* rows, int n, int dim, const float* query, int query_pitch, float* scores,
                     int pitch, int8_t* scratch, Stream& next) {
     const int width = padded(dim);
     int32_t start[M];  // takes the bias out again
@@ -102,7 +104,7 @@ void dot_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float* 
     for (int m = 0; m < M; m++) {
         int8_t* high = scratch + (2 * m) * width;
         units[m] = split(query + m * query_pitch, dim, high, high + width);
-        start[m] = -bias * (256 * byte_sum(high, dim) + byte_sum(high + width, dim));
+        start[m] = -kBias * (256 * byte_sum(high, dim) + byte_sum(high + width, dim));
     }
     for (int t = 0; t < n; t += 16) {
         next.work(3);
@@ -185,7 +187,7 @@ void weigh_block(const uint8_t* rows, int n, int dim, __mmask64 in, const int8_t
 }
 
 template <int M>
-void weigh_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float* weights, int pitch, float* output,
+void weigh_bytes_vnni(const uint8_t* rows, int n, int dim, const float* weights, int pitch, float* output,
                       int output_pitch, int8_t* scratch, Stream& next) {
     const int width = padded(n);
     int32_t high_start[M], low_start[M];
@@ -193,8 +195,8 @@ void weigh_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float
     for (int m = 0; m < M; m++) {
         int8_t* high = scratch + (2 * m) * width;
         units[m] = split(weights + m * pitch, n, high, high + width);
-        high_start[m] = -bias * byte_sum(high, n);
-        low_start[m] = -bias * byte_sum(high + width, n);
+        high_start[m] = -kBias * byte_sum(high, n);
+        low_start[m] = -kBias * byte_sum(high + width, n);
     }
     for (int c = 0; c < dim; c += 64) {
         const int channels = dim - c < 64 ? dim - c : 64;
@@ -210,35 +212,29 @@ void weigh_bytes_vnni(const uint8_t* rows, int n, int dim, int bias, const float
 constexpr int kLargestExactDim = 256, kLargestExactTokens = 256;
 
 template <int M>
-void dot_bytes(const uint8_t* rows, int n, int dim, int bias, const float* query, int query_pitch, float* scores, int pitch,
+void dot_bytes(const uint8_t* rows, int n, int dim, const float* query, int query_pitch, float* scores, int pitch,
                int8_t* scratch, Stream& next) {
 #if defined(__AVX512VNNI__)
     if (dim <= kLargestExactDim) {
-        dot_bytes_vnni<M>(rows, n, dim, bias, query, query_pitch, scores, pitch, scratch, next);
+        dot_bytes_vnni<M>(rows, n, dim, query, query_pitch, scores, pitch, scratch, next);
         return;
     }
 #endif
     (void)scratch;
-    if (bias)
-        dot_elements<Byte<true>, M>(rows, dim, n, dim, query, query_pitch, scores, pitch, next);
-    else
-        dot_elements<Byte<false>, M>(rows, dim, n, dim, query, query_pitch, scores, pitch, next);
+    dot_elements<Byte, M>(rows, dim, n, dim, query, query_pitch, scores, pitch, next);
 }
 
 template <int M>
-void weigh_bytes(const uint8_t* rows, int n, int dim, int bias, const float* weights, int pitch, float* output,
+void weigh_bytes(const uint8_t* rows, int n, int dim, const float* weights, int pitch, float* output,
                  int output_pitch, int8_t* scratch, Stream& next) {
 #if defined(__AVX512VNNI__)
     if (n <= kLargestExactTokens) {
-        weigh_bytes_vnni<M>(rows, n, dim, bias, weights, pitch, output, output_pitch, scratch, next);
+        weigh_bytes_vnni<M>(rows, n, dim, weights, pitch, output, output_pitch, scratch, next);
         return;
     }
 #endif
     (void)scratch;
-    if (bias)
-        weigh_elements<Byte<true>, M>(rows, dim, n, dim, weights, pitch, output, output_pitch, next);
-    else
-        weigh_elements<Byte<false>, M>(rows, dim, n, dim, weights, pitch, output, output_pitch, next);
+    weigh_elements<Byte, M>(rows, dim, n, dim, weights, pitch, output, output_pitch, next);
 }
 
 }  // namespace

@@ -52,7 +52,7 @@ void by_fours(int count, const Op& op) {
 
 // The elements of tokens before scaling, `stride` bytes apart. room: how many may be read.
 struct Rows {
-    int level, bias, dim, room;
+    int level, offset, dim, room;
     const uint8_t* data;
     int64_t stride;
 };
@@ -75,11 +75,11 @@ struct DotOp {
             case HFKV_CODES:
 #if defined(__AMX_INT8__)
                 if (tiles_fit_scores(rows.room, rows.dim)) {
-                    dot_bytes_amx<M>(rows.data, n, rows.dim, rows.bias, q, query_pitch, s, pitch, split, next);
+                    dot_bytes_amx<M>(rows.data, n, rows.dim, q, query_pitch, s, pitch, split, next);
                     break;
                 }
 #endif
-                dot_bytes<M>(rows.data, n, rows.dim, rows.bias, q, query_pitch, s, pitch, split, next);
+                dot_bytes<M>(rows.data, n, rows.dim, q, query_pitch, s, pitch, split, next);
                 break;
             case HFKV_FLOAT8: dot_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, next); break;
             case HFKV_FLOAT32: dot_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, next); break;
@@ -107,11 +107,11 @@ struct WeighOp {
             case HFKV_CODES:
 #if defined(__AMX_INT8__)
                 if (tiles_fit_output(n, rows.dim)) {
-                    weigh_bytes_amx<M>(rows.data, n, rows.dim, rows.bias, w, pitch, o, output_pitch, split, next);
+                    weigh_bytes_amx<M>(rows.data, n, rows.dim, w, pitch, o, output_pitch, split, next);
                     break;
                 }
 #endif
-                weigh_bytes<M>(rows.data, n, rows.dim, rows.bias, w, pitch, o, output_pitch, split, next);
+                weigh_bytes<M>(rows.data, n, rows.dim, w, pitch, o, output_pitch, split, next);
                 break;
             case HFKV_FLOAT8: weigh_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, next); break;
             case HFKV_FLOAT32: weigh_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, next); break;
@@ -128,13 +128,13 @@ inline Rows page_rows(const HfkvSide& side, int page_size, const uint8_t* record
         codes = s.bytes;
     }
     const int width = side.level == HFKV_FLOAT32 ? 4 : side.level == HFKV_BFLOAT16 || side.level == HFKV_FLOAT16 ? 2 : 1;
-    return {side.level, side.bias, side.dim, page_size, codes, (int64_t)width * side.dim};
+    return {side.level, side.offset, side.dim, page_size, codes, (int64_t)width * side.dim};
 }
 
 inline float element(const Rows& rows, int t, int c) {
     const uint8_t* at = rows.data + t * rows.stride;
     switch (rows.level) {
-        case HFKV_CODES: return (float)((int)at[c] - rows.bias);
+        case HFKV_CODES: return (float)((int)at[c] - kBias + rows.offset);
         case HFKV_FLOAT8: return from_float8(at[c]);
         case HFKV_FLOAT32: return Float32::load_one(at + 4 * c);
         case HFKV_BFLOAT16: return BFloat16::load_one(at + 2 * c);
@@ -178,6 +178,15 @@ inline float dot(const float* a, const float* b, int n) {
     return sum(total) + rest;
 }
 
+inline float total(const float* x, int n) {
+    Vec sums = splat(0.0f);
+    int c = 0;
+    for (; c + kLanes <= n; c += kLanes) sums += load(x + c);
+    float rest = 0;
+    for (; c < n; c++) rest += x[c];
+    return sum(sums) + rest;
+}
+
 // scores[m, t] of the first n tokens of a page. query: [M, query_pitch], rotated and scaled.
 inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* record, int n, const float* query, int count,
                         int query_pitch, Scratch& s, int pitch) {
@@ -213,15 +222,16 @@ inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* reco
     for (int m = 0; m < count; m++) {
         float* to = s.scores + (int64_t)m * pitch;
         const float* from = query + (int64_t)m * query_pitch;
+        // What the centring of the bytes left out.
+        float shift = side.offset ? (float)side.offset * total(s.queries + (int64_t)m * query_pitch, dim) : 0.0f;
         if (by_channel) {
-            const float shift = side.has_zero ? dot(from, s.second, dim) : 0.0f;
+            if (side.has_zero) shift += dot(from, s.second, dim);
             for (int t = 0; t < n; t++) to[t] = (to[t] + shift) * (token ? token[t] : 1.0f);
         } else if (side.has_zero) {
-            float total = 0;
-            for (int c = 0; c < dim; c++) total += from[c] * (channel ? channel[c] : 1.0f);
-            for (int t = 0; t < n; t++) to[t] = to[t] * token[t] + total * s.second[t];
+            const float sum = channel ? dot(from, channel, dim) : total(from, dim);
+            for (int t = 0; t < n; t++) to[t] = (to[t] + shift) * token[t] + sum * s.second[t];
         } else {
-            for (int t = 0; t < n; t++) to[t] *= token[t];
+            for (int t = 0; t < n; t++) to[t] = (to[t] + shift) * token[t];
         }
     }
 }
@@ -254,12 +264,13 @@ inline void page_output(const HfkvSide& side, int page_size, const uint8_t* reco
     }
     by_fours(count, WeighOp{rows, n, s.weights, pitch, to, output_pitch, s.split, s.next});
     for (int m = 0; m < count; m++) {
-        const float shift = side.has_zero ? dot(weights + (int64_t)m * pitch, s.second, n) : 0.0f;
+        float shift = side.offset ? (float)side.offset * total(s.weights + (int64_t)m * pitch, n) : 0.0f;
+        if (side.has_zero) shift += dot(weights + (int64_t)m * pitch, s.second, n);
         float* sums = to + (int64_t)m * output_pitch;
         float* all = output + (int64_t)m * output_pitch;
         if (side.has_other)
             for (int c = 0; c < dim; c++) all[c] += (sums[c] + shift) * s.third[c];
-        else if (side.has_zero)
+        else if (shift != 0)
             for (int c = 0; c < dim; c++) all[c] += shift;
     }
 }
