@@ -27,8 +27,8 @@ FAMILIES = ["llama", "gemma3"]
 def token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear layers whose result for a token does not depend on how many tokens come with it.
 
-    A matrix product rounds otherwise for five tokens than for one. That last bit of a key can move its page's scale to the
-    next number in half precision, and so every key of the page: not a matter of rolling back, so it is kept out.
+    A matrix product rounds otherwise for five tokens than for one. That last bit of a key can move its page's scale to
+    the next number in half precision, and so every key of the page: not a matter of rolling back, so it is kept out.
     """
     plain = torch.nn.Linear.forward
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from hf_kvcache.kernels.decode.levels import page_output, page_scores
@@ -16,6 +18,11 @@ CHUNK_TOKENS = 2048
 #: Scores computed at a time; a longer block of queries is cut.
 _SCORE_ELEMENTS = 1 << 24
 
+#: Attention of the scaled queries of all rows over pages: see :func:`_attend_pages`.
+PageReader = Callable[
+    [torch.Tensor, Pages, Visibility, Scoring, slice, "list[torch.Tensor] | None"], tuple[torch.Tensor, torch.Tensor]
+]
+
 
 def attend(
     query: torch.Tensor,
@@ -24,6 +31,7 @@ def attend(
     visibility: Visibility,
     scoring: Scoring,
     mass: bool = False,
+    read_pages: PageReader | None = None,
 ) -> Attention:
     """Attention of new queries over a layer's pages and full-precision tokens.
 
@@ -34,6 +42,7 @@ def attend(
         visibility: what the queries may see.
         scoring: how scores are made.
         mass: whether to return the probability of each key as well.
+        read_pages: does the attention over the pages in place of the one here.
 
     Returns:
         See :class:`~hf_kvcache.kernels.inputs.Attention`. A query that sees nothing has output 0 and log-sum-exp
@@ -43,13 +52,17 @@ def attend(
     slots = dense.keys.shape[2]
     block = max(1, _SCORE_ELEMENTS // (batch * query_heads * max(slots, CHUNK_TOKENS)))
     if length <= block:
-        return _attend_block(query, pages, dense, visibility, scoring, slice(0, length), mass)
+        return _attend_block(query, pages, dense, visibility, scoring, slice(0, length), mass, read_pages)
     parts = []
     for start in range(0, length, block):
         queries = slice(start, min(start + block, length))
         # The queries' own tokens come last: those behind the last query of this block are of no use to it.
         seen = slots - (length - queries.stop) if visibility.causal and not mass else slots
-        parts.append(_attend_block(query[:, :, queries], pages, dense.until(seen), visibility, scoring, queries, mass))
+        parts.append(
+            _attend_block(
+                query[:, :, queries], pages, dense.until(seen), visibility, scoring, queries, mass, read_pages
+            )
+        )
     return Attention(
         torch.cat([p.output for p in parts], 1),
         torch.cat([p.log_sum_exp for p in parts], 2),
@@ -71,6 +84,7 @@ def _attend_block(
     scoring: Scoring,
     queries: slice,
     mass: bool,
+    read_pages: PageReader | None,
 ) -> Attention:
     batch, query_heads, length, _ = query.shape
     heads = dense.keys.shape[1]
@@ -87,7 +101,7 @@ def _attend_block(
     page_scores: list[torch.Tensor] | None = [] if mass else None
     output, log_sum_exp = dense_attention(rows, dense.keys, dense.values, bias, scoring.softcap, dense_scores)
     if pages is not None and pages.columns:
-        packed = _attend_pages(rows, pages, visibility, scoring, queries, page_scores)
+        packed = (read_pages or _attend_pages)(rows, pages, visibility, scoring, queries, page_scores)
         output, log_sum_exp = merge((output, log_sum_exp), packed)
     if scoring.sink_logits is not None:
         sinks = scoring.sink_logits.float().reshape(1, heads, -1, 1).expand(batch, -1, -1, length)

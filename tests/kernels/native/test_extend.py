@@ -1,0 +1,64 @@
+"""Long blocks of queries: the twin against the definition, which the storage tests hold against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_kvcache.codecs import resolve
+from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.kernels.decode import reference
+from hf_kvcache.kernels.extend import native
+from hf_kvcache.kernels.inputs import DenseTokens, Scoring
+from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.storage import PagedStorage
+from tests.tolerances import assert_near
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def storage_of(codec: str, length: int) -> PagedStorage:
+    encoder = PageEncoder(resolve(codec), 32, 32, 16, torch.float32)
+    keys, values = random(1, 2, 2, length, 32), random(2, 2, 2, length, 32)
+    storage = PagedStorage(encoder, keys, values, 2, 5)
+    storage.append_block(keys, values, 0, None)
+    return storage
+
+
+@pytest.mark.parametrize("codec", ["none", "rotated4", "unbiased3", "fp8", "kvarn2"])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("chunk", [32, 4096])
+def test_block_of_queries(codec: str, sinks: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of pages, the tail and the queries' own tokens, causal among themselves, merged."""
+    monkeypatch.setattr(native, "_CHUNK_TOKENS", chunk)
+    storage = storage_of(codec, 150)
+    dense, pages = storage.dense, storage.pages()
+    assert pages is not None and pages.columns > 4
+    at = torch.cat(
+        [torch.from_numpy(dense.positions[:, : dense.longest].copy()), torch.arange(150, 170).expand(2, 20)], 1
+    )
+    tokens = DenseTokens(
+        torch.cat([dense.keys[:, :, : dense.longest], random(3, 2, 2, 20, 32)], 2),
+        torch.cat([dense.values[:, :, : dense.longest], random(4, 2, 2, 20, 32)], 2),
+        at,
+    )
+    query, visibility = random(5, 2, 6, 20, 32), Visibility(150, 20, None, 0, True, None)
+    scoring = Scoring(0.2, None, random(6, 6) if sinks else None)
+    assert native.supports(query, pages, tokens, visibility)
+    ours = native.attend(query, pages, tokens, visibility, scoring)
+    theirs = reference.attend(query, pages, tokens, visibility, scoring)
+    assert_near(ours.output, theirs.output)
+    assert_near(ours.log_sum_exp, theirs.log_sum_exp)
+
+
+def test_what_it_leaves_to_the_reference() -> None:
+    storage = storage_of("int4", 150)
+    pages = storage.pages()
+    dense = DenseTokens(storage.dense.keys, storage.dense.values)
+    query = random(5, 2, 6, 20, 32)
+    assert native.supports(query, pages, dense, Visibility(150, 20, None, 0, True, None))
+    assert not native.supports(query, pages, dense, Visibility(150, 20, None, 0, True, 40))
+    storage.truncate_from(100)  # a page loses some of its tokens
+    assert not native.supports(query, storage.pages(), dense, Visibility(100, 20, None, 0, True, None))
