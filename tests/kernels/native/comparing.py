@@ -9,7 +9,7 @@ import torch
 from hf_kvcache.kernels.decode import native
 from hf_kvcache.kernels.inputs import Attention
 from hf_kvcache.kernels.native import library
-from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.page import PageLayout
 from tests.kernels.native import brute_force
 from tests.kernels.native.brute_force import Expected
 from tests.kernels.native.cases import Call, Case, make_call
@@ -17,8 +17,6 @@ from tests.tolerances import SPLIT_IN_16_BITS, TOLERANCES, Tolerance, assert_wit
 
 #: The instruction sets with integer dot products.
 INTEGER_ISAS = ("avx512-vnni", "avx512-amx")
-#: How much wider the tolerance of float32 is where rounding errors are gathered in one channel.
-GATHERING = 2
 
 
 @lru_cache(maxsize=16)
@@ -46,8 +44,7 @@ def check_call(call: Call, expected: Expected, factor: float = 1) -> None:
     layout = None if call.pages is None else call.pages.layout
     assert actual.output.dtype == call.query.dtype
     assert actual.dense_mass is not None and (actual.page_mass is None) == (layout is None)
-    gathers = layout is not None and _gathers_errors(layout.sides["values"])
-    tolerance = widened(tolerance_of("gathered" if gathers else "output", layout), factor)
+    tolerance = widened(tolerance_of("output", layout), factor)
     assert_within(actual.output, expected.output, max(tolerance, TOLERANCES[call.query.dtype]))
     assert_within(actual.log_sum_exp, expected.log_sum_exp, widened(tolerance_of("log_sum_exp", layout), factor))
     mass_tolerance = widened(tolerance_of("mass", layout), factor)
@@ -64,9 +61,7 @@ def widened(tolerance: Tolerance, factor: float) -> Tolerance:
 def tolerance_of(result: str, layout: PageLayout | None) -> Tolerance:
     """That of the arithmetic which the instruction set in use has for such pages."""
     integers = layout is not None and library.isa() in INTEGER_ISAS and _takes_integers(layout)
-    if integers:
-        return SPLIT_IN_16_BITS[result]
-    return widened(TOLERANCES[torch.float32], GATHERING if result == "gathered" else 1)
+    return SPLIT_IN_16_BITS[result] if integers else TOLERANCES[torch.float32]
 
 
 def _takes_integers(layout: PageLayout) -> bool:
@@ -76,8 +71,3 @@ def _takes_integers(layout: PageLayout) -> bool:
         fmt.level in ("integer", "table") and fmt.group == (page if fmt.axis == "channel" else fmt.dim)
         for fmt in layout.sides.values()
     )
-
-
-def _gathers_errors(values: SideFormat) -> bool:
-    """Whether channels share rounding errors that the rotation back brings together; see ``SPLIT_IN_16_BITS``."""
-    return values.zero and values.rotation != "none"

@@ -24,7 +24,7 @@ DIMS = (64, 72, 80, 96, 128)
 PAGE_SIZES = (8, 24, 128)
 #: Pages of so few tokens that a code which falls on the other side of an edge shows in the error.
 TINY = 8
-#: How far the mean squared error may lie from the torch path's. Measured, the worst here: 0.6 %, and 1.4 % of tiny pages.
+#: How far the mean squared error may lie from the torch path's; the worst measured: 0.6 %, and 1.4 % of tiny pages.
 ERROR, ERROR_OF_TINY = 0.01, 0.03
 #: The share of the codes' bytes that may differ. Levels of a table are found in torch by a grid of 512 cells a unit, so
 #: values within 1/1024 of an edge go either way: 1.5 % at the most. Integers differ by float32's own rounding alone.
@@ -46,6 +46,8 @@ CODECS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 #: One of each method and axis.
 SOME = ("int4", "int3 in groups", "rotated4", "rotated8 per token", "unbiased1", "unbiased4", "turboquant4 centred")
+#: Those for values at the ends: with other widths too.
+AT_THE_ENDS = (*SOME, "int8", "rotated2", "unbiased2", "turboquant1")
 
 
 class Input(NamedTuple):
@@ -258,16 +260,18 @@ def edge_pages(page_size: int, dim: int) -> dict[str, torch.Tensor]:
     return pages
 
 
-@pytest.mark.parametrize("name", [name for name in CODECS if "groups" not in name or "3" in name])
 @pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("name", AT_THE_ENDS)
 def test_edge_values(name: str, center: bool, loaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never a number that is not finite, and an error like the torch path's, if not smaller."""
-    for dim, page_size, side in itertools.product((64, 80), (8, 128), SIDES):
+    for (dim, page_size), side in itertools.product(((64, 8), (80, 128)), SIDES):
         encoder = make_encoder(name, dim, page_size)
         if center and not encoder.layout.sides[side].centered:
             continue
         for edge, page in edge_pages(page_size, dim).items():
-            given = Input(page[None], page.mean(0)[None] if center else None)
+            given = Input(page[None], None)
+            if center:
+                given = given._replace(center=rotated(encoder, side, given).mean(1).float())
             expected = encode_in_torch(encoder, side, given, monkeypatch)
             for isa in instruction_sets():
                 try:
@@ -280,13 +284,16 @@ def test_edge_values(name: str, center: bool, loaded: None, monkeypatch: pytest.
 def check_edge(encoder: PageEncoder, side: str, given: Input, expected: torch.Tensor) -> None:
     """Assert that a page at the ends is finite when it is read back, and as near as the torch path brings it."""
     actual = encode(encoder, side, given)
-    fields = of_side(encoder, side)
     assert decoded(encoder, side, actual).isfinite().all()
-    if encoder.layout.sides[side].rotation == "none":
+    fmt = encoder.layout.sides[side]
+    if fmt.rotation == "none":
+        fields = of_side(encoder, side)
         assert torch.equal(actual[:, fields], expected[:, fields])
+        return
+    # Where channels are all but constant, the table codecs' steps are fitted to rounding noise, which differs.
+    factor, share = (1.25, 5e-5) if fmt.level == "table" else (1.05, 4e-7)
     error, reference = (squared_error(encoder, side, given, records) for records in (actual, expected))
-    rounding = (1e-6 * float(given.x.abs().max())) ** 2
-    assert error <= 1.05 * reference + rounding, (error, reference)
+    assert error <= factor * reference + share * float(given.x.square().mean()), (error, reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
