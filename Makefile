@@ -7,6 +7,7 @@ VENV   ?= .venv
 TORCH  ?= 2.13.0
 MODEL  ?=
 JOBS   ?= 2
+SLOW   ?= tests
 
 BIN := $(VENV)/bin
 # The name carries the torch version, so that changing TORCH reinstalls.
@@ -42,8 +43,8 @@ demo: $(STAMP) ## answer a question over a long text with several caches, and co
 test: $(STAMP) ## the fast tests
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
-test-slow: $(STAMP) ## the tests on the real model
-	$(BIN)/python -m pytest -m slow
+test-slow: $(STAMP) ## the tests on the real model, and the exhaustive ones of the kernels (SLOW=tests/generation: only those in there)
+	$(BIN)/python -m pytest -m slow $(SLOW)
 
 # The compiler's run-time libraries have to be in the process before python is; libstdc++ with them, since they look up
 # there what throws. Python leaks at exit by design. A report ends the process, and with it the tests.
