@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from hf_kvcache.kernels import decode, extend
+from hf_kvcache.kernels.decode import reference
+from hf_kvcache.kernels.dispatch import twin
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.visibility import Visibility
 
-#: Query tokens up to which :mod:`decode` is used: one, a draft to verify, a small chunk.
+#: Query tokens up to which it is a decoding step: one, a draft to verify, a small chunk.
 MOST_DECODED_QUERIES = 16
 
 
@@ -20,6 +23,27 @@ def attend(
     scoring: Scoring,
     mass: bool = False,
 ) -> Attention:
-    """Attention of new queries; :func:`hf_kvcache.kernels.decode.reference.attend` tells what it takes and gives."""
-    op = decode if query.shape[2] <= MOST_DECODED_QUERIES else extend
-    return op.attend(query, pages, dense, visibility, scoring, mass)
+    """Attention of new queries, by the twin for their number and device.
+
+    :func:`hf_kvcache.kernels.decode.reference.attend` tells what it takes and gives. A twin says with ``supports`` what
+    it can do; the reference does the rest (masks that say more than causality, windows and padding). None of them has a
+    gradient: asking for it raises RuntimeError.
+    """
+    faster = twin("decode" if query.shape[2] <= MOST_DECODED_QUERIES else "extend", query.device)
+    use = faster if faster is not None and faster.supports(query, pages, dense, visibility) else reference
+    result = use.attend(query.detach(), pages, dense, visibility, scoring, mass)
+    if query.requires_grad and torch.is_grad_enabled():
+        return result._replace(output=_NoGradient.apply(query, result.output))
+    return result
+
+
+class _NoGradient(torch.autograd.Function):
+    """Hands an output on; going backwards through it is an error, not a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise RuntimeError("attention over a KVCache has no gradient: train without past_key_values")

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from hf_kvcache.kernels import dispatch
+from hf_kvcache.kernels.attention import attend
+from hf_kvcache.kernels.inputs import DenseTokens, Scoring
 from hf_kvcache.kernels.native import library
+from hf_kvcache.kernels.visibility import Visibility
 
 CPU = torch.device("cpu")
 # A device that need not be there: dispatch looks at its type alone.
@@ -130,7 +133,8 @@ def test_each_value_is_remembered_by_itself(monkeypatch: pytest.MonkeyPatch) -> 
 SCRIPT = """
 import logging, os, sys, torch
 logging.basicConfig(format="%(message)s")
-from hf_kvcache.kernels.decode import attend, reference
+from hf_kvcache.kernels.attention import attend
+from hf_kvcache.kernels.decode import reference
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels import dispatch
@@ -171,3 +175,14 @@ def run_with_libraries(paths: list[Path]) -> subprocess.CompletedProcess[str]:
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What was warned of."""
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_a_gradient_is_an_error(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels have no gradient: asking for one raises, where a graph that ends here would give zeros."""
+    monkeypatch.setenv(dispatch.VARIABLE, backend)
+    query = torch.ones(1, 1, 1, 8, requires_grad=True)
+    dense = DenseTokens(torch.ones(1, 1, 3, 8), torch.ones(1, 1, 3, 8))
+    output = attend(query, None, dense, Visibility(2, 1, None, 0, True, None), Scoring(1.0)).output
+    with pytest.raises(RuntimeError, match="no gradient"):
+        output.sum().backward()
