@@ -169,6 +169,13 @@ inline void decode(const HfkvSide& side, int page_size, const uint8_t* record, i
     }
 }
 
+// Rows that need no scaling: full-precision ones as they lie, others decoded.
+inline Rows plain_rows(const HfkvSide& side, int page_size, const uint8_t* record, int n, Scratch& s) {
+    if (side.level >= HFKV_FLOAT32) return page_rows(side, page_size, record, n, s);
+    decode(side, page_size, record, n, s, s.decoded);
+    return {HFKV_FLOAT32, 0, side.dim, n, (const uint8_t*)s.decoded, 4 * (int64_t)side.dim};
+}
+
 inline float dot(const float* a, const float* b, int n) {
     Vec total = splat(0.0f);
     int c = 0;
@@ -192,11 +199,7 @@ inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* reco
                         int query_pitch, Scratch& s, int pitch) {
     const int dim = side.dim;
     if (side.level >= HFKV_FLOAT32 || !whole(side, page_size)) {
-        Rows rows = page_rows(side, page_size, record, n, s);
-        if (side.level < HFKV_FLOAT32) {
-            decode(side, page_size, record, n, s, s.decoded);
-            rows = {HFKV_FLOAT32, 0, dim, n, (const uint8_t*)s.decoded, 4 * (int64_t)dim};
-        }
+        const Rows rows = plain_rows(side, page_size, record, n, s);
         by_fours(count, DotOp{rows, n, query, query_pitch, s.scores, pitch, s.split, s.next});
         return;
     }
@@ -241,11 +244,7 @@ inline void page_output(const HfkvSide& side, int page_size, const uint8_t* reco
                         int pitch, Scratch& s, float* output, int output_pitch) {
     const int dim = side.dim;
     if (side.level >= HFKV_FLOAT32 || side.axis == HFKV_CHANNEL || !whole(side, page_size)) {
-        Rows rows = page_rows(side, page_size, record, n, s);
-        if (side.level < HFKV_FLOAT32) {
-            decode(side, page_size, record, n, s, s.decoded);
-            rows = {HFKV_FLOAT32, 0, dim, n, (const uint8_t*)s.decoded, 4 * (int64_t)dim};
-        }
+        const Rows rows = plain_rows(side, page_size, record, n, s);
         by_fours(count, WeighOp{rows, n, weights, pitch, output, output_pitch, s.split, s.next});
         return;
     }
