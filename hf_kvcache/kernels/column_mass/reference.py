@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from hf_kvcache.kernels.decode.levels import page_scores
+from hf_kvcache.kernels.decode.reference import hide_pages
 from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.visibility import Visibility
@@ -102,6 +103,7 @@ def _page_mass(
         records = pages.records(start, stop)
         shape = (stop - start, len(rows), layout.page_size, keys.dim)
         buffer = scratch("keys", shape, torch.float32, rows.device)
+        last = _last_position(pages, start, stop)
         for queries in _blocks(rows, step * layout.page_size):
             block = rotated[:, :, queries].flatten(1, 2)
             scores = page_scores(layout, records, block, buffer)
@@ -109,7 +111,8 @@ def _page_mass(
                 scores += block @ pages.center.unsqueeze(-1)
             if scoring.softcap is not None:
                 scores = scores.tanh_().mul_(scoring.softcap)
-            _hide_pages(scores, pages, start, stop, visibility, queries)
+            earlier = last <= visibility.start + queries.start
+            hide_pages(scores, pages, start, stop, visibility, queries, earlier)
             probabilities = scores.sub_(shift[:, :, queries].flatten(1, 2)).exp_()
             mass[:, :, start:stop] += probabilities.unflatten(2, (rows.shape[1], -1)).sum(3).permute(1, 2, 0, 3)
     return mass
@@ -152,24 +155,11 @@ def _hide(scores: torch.Tensor, dense: DenseTokens, part: slice, visibility: Vis
         scores.masked_fill_(unused[:, :, None, None], -torch.inf)
 
 
-def _hide_pages(
-    scores: torch.Tensor, pages: Pages, start: int, stop: int, visibility: Visibility, queries: slice
-) -> None:
-    """Set the scores ``[C, B * Hkv, g * q, P]`` that the queries may not see to ``-inf``.
+def _last_position(pages: Pages, start: int, stop: int) -> int:
+    """The last position in page columns ``[start, stop)``; -1 without tokens.
 
     Unlike attention, which runs before its queries' own tokens are packed, this may find them in pages.
     """
     positions, unused = pages.positions(start, stop), pages.unused(start, stop)
     used = positions if unused is None else positions[~unused]
-    earlier = not used.numel() or int(used.max()) <= visibility.start + queries.start
-    if earlier and visibility.sees_all(int(used.min()) if used.numel() else 0):
-        if unused is not None:
-            scores.masked_fill_(unused.transpose(0, 1).unsqueeze(2), -torch.inf)
-        return
-    batch = pages.rows // pages.heads
-    at, hidden = (None if x is None else x.flatten(1).unflatten(0, (batch, -1)) for x in (positions, unused))
-    assert at is not None
-    bias = visibility.bias(at, hidden, pages.heads, queries)
-    # [B, Hkv, 1 or g, q, C * P] -> [C, B * Hkv, 1 or g, q, P]
-    bias = bias.unflatten(-1, (stop - start, -1)).permute(4, 0, 1, 2, 3, 5).flatten(1, 2)
-    scores.unflatten(2, (-1, bias.shape[3])).add_(bias)
+    return int(used.max()) if used.numel() else -1

@@ -153,7 +153,7 @@ def _attend_pages(
             scores += shift
         if scoring.softcap is not None:
             scores = scores.tanh_().mul_(scoring.softcap)
-        _hide(scores, pages, start, stop, visibility, queries)
+        hide_pages(scores, pages, start, stop, visibility, queries)
         if kept_scores is not None:
             kept_scores.append(scores.permute(1, 2, 0, 3).flatten(2))
         buffer = _buffer("values", (*shape, values_format.dim), rows.device)
@@ -162,11 +162,24 @@ def _attend_pages(
     return rotate(output, values_format, inverse=True), log_sum_exp
 
 
-def _hide(scores: torch.Tensor, pages: Pages, start: int, stop: int, visibility: Visibility, queries: slice) -> None:
-    """Set the scores ``[C, B * Hkv, g * q, P]`` that the queries may not see to ``-inf``."""
+def hide_pages(
+    scores: torch.Tensor,
+    pages: Pages,
+    start: int,
+    stop: int,
+    visibility: Visibility,
+    queries: slice,
+    earlier: bool = True,
+) -> None:
+    """Set the scores ``[C, B * Hkv, g * q, P]`` of page columns that the queries may not see to ``-inf``.
+
+    Args:
+        earlier: whether no token of these pages comes after a query. In attention it is so: what a query's own call
+            brings is packed after it.
+    """
     unused = pages.unused(start, stop)
     held = pages.first[:, start:stop][pages.counts[:, start:stop] > 0]
-    if visibility.sees_all(int(held.min()) if held.size else 0):
+    if earlier and visibility.sees_all(int(held.min()) if held.size else 0):
         if unused is not None:
             scores.masked_fill_(unused.transpose(0, 1).unsqueeze(2), -torch.inf)
         return

@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.kernels import triton_cases, triton_launch
+from hf_kvcache.kernels.attention import MOST_DECODED_QUERIES
 from hf_kvcache.kernels.compile_case import CompileCase
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.visibility import Visibility
 
-#: Query tokens up to which a call is a decoding step; longer ones are for ``extend``.
-MOST_QUERIES = 16
-
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
     """Whether :func:`attend` can do this: at most 16 query tokens, no arbitrary mask, head dimensions of 16 to 256."""
-    return query.shape[2] <= MOST_QUERIES and triton_launch.can_attend(query, pages, dense, visibility)
+    return query.shape[2] <= MOST_DECODED_QUERIES and triton_launch.can_attend(query, pages, dense, visibility)
 
 
 def attend(
