@@ -8,6 +8,7 @@ TORCH  ?= 2.13.0
 MODEL  ?=
 JOBS   ?= 2
 SLOW   ?= tests
+EVAL   ?=
 
 BIN := $(VENV)/bin
 # The name carries the torch version, so that changing TORCH reinstalls.
@@ -73,12 +74,12 @@ $(BENCH_STAMP): $(STAMP)
 bench: $(BENCH_STAMP) ## speed and memory against other caches, with plots (BENCH="--quick" for a short run)
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
-eval: $(STAMP) ## accuracy of each cache against the full one
-	$(BIN)/python benchmarks/fidelity.py $(if $(MODEL),--model "$(MODEL)")
+eval: $(STAMP) ## what each cache costs in accuracy, with a report (EVAL="--suite standard" for all of them; it goes on where it stopped)
+	$(BIN)/hf-kvcache-eval run $(EVAL) $(if $(MODEL),--model "$(MODEL)")
 
 kernels: $(STAMP) ## compile every Triton kernel for every target without a GPU and check the code (KERNELS="--quick")
 	$(BIN)/python -m benchmarks.compile_report $(KERNELS)
 
 clean: ## remove the virtual environment and what the tools left
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
-	find hf_kvcache tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find hf_kvcache eval tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Build hook: compiles the CPU kernels when the package is installed or a wheel is made.
+"""Build hook: compiles the CPU kernels when the package is installed or a wheel is made, and adds lm-eval's task files.
 
 Without a compiler, or with ``HF_KVCACHE_BUILD=0``, the installation succeeds all the same and the package uses its
 reference kernels in torch, which ``hf-kvcache info`` says.
@@ -20,6 +20,8 @@ class NativeKernels(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before the files are collected."""
+        if version == "standard":  # an editable installation finds them where they are
+            build_data["force_include"]["eval/tasks"] = "hf_kvcache_eval/tasks"
         if os.environ.get("HF_KVCACHE_BUILD") == "0":
             return
         script = Path(self.root) / "hf_kvcache" / "kernels" / "native" / "build.py"

@@ -1,1 +1,1 @@
-"""What the caches cost in time and memory (``make bench``), and in accuracy (``fidelity.py``)."""
+"""What the caches cost in time and memory (``make bench``); their cost in accuracy is measured in `eval`."""

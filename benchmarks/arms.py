@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from hf_kvcache_eval.caches import held_bytes
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, QuantizedCache, StaticCache
 from transformers.masking_utils import create_causal_mask
@@ -18,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from hf_kvcache import KVCache
 
 DYNAMIC, STATIC, DENSE32 = "DynamicCache", "StaticCache", "dense fp32"
-#: QuantizedCache's group-wise integers as in fidelity.py, and its fp8 cast.
+#: QuantizedCache's group-wise integers, and its fp8 cast.
 PEERS = ("hqq 4-bit", "quanto 4-bit", "fp8 QuantizedCache")
 #: Our codecs by the names that tables show; the 4-, 3- and 2-bit ones are what ``QuantizedKVCache(bits=...)`` takes.
 CODECS = {
@@ -342,25 +343,6 @@ def peer_cache(name: str, config: Any) -> QuantizedCache:
 def recent_start(tokens: int) -> int:
     """Index of the first of the tokens that come one at a time, when a cache of ours is filled with ``tokens``."""
     return max(tokens - RECENT, tokens // 2)
-
-
-def held_bytes(cache: Any) -> int:
-    """Bytes of the tensors that a cache holds; for a KVCache what ``memory()`` says, tables and slack included."""
-    if isinstance(cache, KVCache):
-        return cache.memory().total
-    return sum(_tensor_bytes(vars(layer)) for layer in cache.layers)
-
-
-def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        if hasattr(value, "__tensor_flatten__"):  # quanto's tensors are made of others
-            return sum(_tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(_tensor_bytes(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(_tensor_bytes(item) for item in value)
-    return 0
 
 
 def _frozen(state: dict[str, Any]) -> dict[str, Any]:

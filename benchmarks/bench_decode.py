@@ -46,8 +46,9 @@ from benchmarks.arms import (
     Shape,
     filled_arm,
 )
-from benchmarks.session import Report, Row, last_level_cache, make_console, make_parser, make_table, pick, start
+from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
 from benchmarks.timing import Clock, count_page_faults, cpu_clock, read_bandwidth, take_turns
+from hf_kvcache.environment import last_level_cache
 
 #: Tokens past the nominal T at the start. T being a multiple of the page size (128), the tail then holds 164 tokens of
 #: the 128 to 255 between which it moves, sinks apart, and no page fills within ``ROUNDS``.

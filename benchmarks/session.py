@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,10 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import plots
-from hf_kvcache.kernels.dispatch import twin
+from hf_kvcache.environment import kernel_backends, machine, versions
 
 RESULTS = Path("benchmarks/results")
-_PACKAGES = ("hf-kvcache", "torch", "transformers", "numpy", "hqq", "optimum-quanto")
 Row = dict[str, Any]
 
 
@@ -126,56 +122,6 @@ def command() -> str:
         words = words[:at] + words[at + 2 :]
     words = [word for word in words if not word.startswith("--out=")]
     return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
-
-
-def kernel_backends(device: str) -> dict[str, str]:
-    """Which twin of our attention kernels runs on the device: ``"reference"``, ``"native"`` or ``"triton"``."""
-    found = {op: twin(op, torch.device(device)) for op in ("decode", "extend")}
-    return {op: "reference" if module is None else module.__name__.rpartition(".")[2] for op, module in found.items()}
-
-
-def machine(device: str) -> Row:
-    """The processor, its last cache, the threads of torch, which kernels run, and the GPU if one is used."""
-    found = {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "last_level_cache_bytes": last_level_cache(),
-        "system": platform.system(),
-        "kernels": kernel_backends(device),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {})
-
-
-def _cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def last_level_cache() -> int | None:
-    """Bytes of the largest cache of the first core; None where the system does not tell."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="utf-8").strip()
-        sizes.append(int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text))
-    return max(sizes, default=None)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter here, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def make_table(title: str, columns: Sequence[str]) -> Table:

@@ -1,0 +1,187 @@
+"""The caches that can be measured: this package's, transformers' own, and two that lose tokens on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig, QuantizedCache
+
+from hf_kvcache import KVCache, QuantizedKVCache, codecs
+from hf_kvcache_eval.null_arms import DroppingCache
+from hf_kvcache_eval.protocol import Protocol
+from hf_kvcache_eval.specs import CacheSpec, parse
+
+Make = Callable[[CacheSpec, PreTrainedConfig, Protocol], Any]
+#: Dtypes that ``full:dtype=...`` can run the model in.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the harness has to know about a sort of cache.
+
+    Attributes:
+        make: builds an empty cache.
+        help: one line for ``hf-kvcache-eval caches``.
+        rows: takes left-padded batches and can repeat rows; otherwise it is given one sequence at a time.
+        after_prefill: compresses only what one prefill brought, so it cannot score a text from its first token.
+        budget: needs a budget.
+        shares_prefill: what it keeps of a prefill depends on keys and values alone, so that it can take them from the
+            prefill of another cache; False for policies that look at queries.
+    """
+
+    make: Make
+    help: str
+    rows: bool = True
+    after_prefill: bool = False
+    budget: bool = False
+    shares_prefill: bool = True
+
+
+def _full(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> DynamicCache:
+    _only(spec, "dtype")
+    return DynamicCache(config=config)
+
+
+def _codec(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> KVCache:
+    return KVCache(config, spec.name, **_lengths(spec, protocol))
+
+
+def _quantized(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> KVCache:
+    return QuantizedKVCache(config, **_lengths(spec, protocol))
+
+
+def _hqq(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> QuantizedCache:
+    return _peer(spec, config, protocol, "hqq", axis_key=1, axis_value=1)
+
+
+def _quanto(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> QuantizedCache:
+    return _peer(spec, config, protocol, "quanto")
+
+
+def _peer(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol, backend: str, **axes: int) -> QuantizedCache:
+    equal = {"q_group_size": 64, "residual_length": protocol.tail_length, **axes}
+    options: dict[str, Any] = equal | spec.options
+    return QuantizedCache(backend, config, nbits=int(spec.name.removeprefix(backend)), **options)
+
+
+def _peer_fp8(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> QuantizedCache:
+    _only(spec)
+    return QuantizedCache("fp8", config)
+
+
+def _random(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> DroppingCache:
+    return _dropping(spec, config, protocol, at_random=True)
+
+
+def _window(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> DroppingCache:
+    return _dropping(spec, config, protocol, at_random=False)
+
+
+def _dropping(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol, at_random: bool) -> DroppingCache:
+    _only(spec)
+    assert spec.budget is not None
+    return DroppingCache(config, spec.budget, protocol, at_random)
+
+
+def _lengths(spec: CacheSpec, protocol: Protocol) -> dict[str, Any]:
+    """The protocol's lengths, and the spec's own options over them."""
+    equal = {
+        "sink_length": protocol.sink_length,
+        "tail_length": protocol.tail_length,
+        "page_size": protocol.page_size,
+    }
+    return equal | spec.options
+
+
+def kinds() -> dict[str, Kind]:
+    """Every name that a spec may have; what the codec registry holds is found by itself."""
+    ours = {
+        name: Kind(_codec, f"this package's codec {name}")
+        for codec in codecs.available()
+        for name in [codec, *(spec for spec in codecs.specs() if spec.rstrip("0123456789") == codec)]
+    }
+    return {
+        "full": Kind(_full, "transformers' DynamicCache; dtype=bfloat16 runs the model in it (the noise floor)"),
+        "quantized": Kind(_quantized, "QuantizedKVCache: bits=, codec=, key_bits=, value_bits="),
+        **ours,
+        "random": Kind(_random, "sinks, tail and random tokens per head", rows=False, after_prefill=True, budget=True),
+        "window": Kind(_window, "sinks and newest tokens", rows=False, after_prefill=True, budget=True),
+        # transformers' quantized caches cannot repeat rows, and their fp8 scale is one per tensor, shared by all rows.
+        **{
+            f"{backend}{bits}": Kind(make, f"transformers' QuantizedCache, {backend}, {bits} bits", rows=False)
+            for backend, make in (("hqq", _hqq), ("quanto", _quanto))
+            for bits in (2, 4)
+        },
+        "hf-fp8": Kind(_peer_fp8, "transformers' QuantizedCache, fp8", rows=False),
+    }
+
+
+class Arm:
+    """One side of a comparison: a cache spec that can be built for a model.
+
+    Args:
+        spec: the spec or its text.
+
+    Raises:
+        ValueError: for an unknown name or what the named cache does not take.
+    """
+
+    def __init__(self, spec: CacheSpec | str) -> None:
+        self.spec = parse(spec) if isinstance(spec, str) else spec
+        known = kinds()
+        if self.spec.name not in known:
+            raise ValueError(f"cache={self.spec.text!r}: no cache {self.spec.name!r}; accepted: {', '.join(known)}")
+        self.kind = known[self.spec.name]
+        if self.kind.budget != (self.spec.budget is not None):
+            what = "needs" if self.kind.budget else "takes no"
+            raise ValueError(f"cache={self.spec.text!r}: {self.spec.name} {what} budget ({self.spec.name}@0.3)")
+        if self.spec.codec is not None:
+            raise ValueError(f"cache={self.spec.text!r}: {self.spec.name} takes no codec behind a +")
+        dtype = self.spec.options.get("dtype")
+        if self.spec.name == "full" and dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} of cache={self.spec.text!r}; accepted: {', '.join(DTYPES)}")
+
+    def __str__(self) -> str:
+        return self.spec.text
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that the model is to have in this arm; None for the one it was loaded in."""
+        return DTYPES[str(self.spec.options["dtype"])] if self.full and "dtype" in self.spec.options else None
+
+    @property
+    def full(self) -> bool:
+        """Whether this is transformers' own full cache."""
+        return self.spec.name == "full"
+
+    def make(self, config: PreTrainedConfig, protocol: Protocol) -> Any:
+        """An empty cache for a model of ``config``."""
+        return self.kind.make(self.spec, config, protocol)
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes of the tensors that a cache holds; for a KVCache what ``memory()`` says, tables and slack included."""
+    if isinstance(cache, KVCache):
+        return cache.memory().total
+    return sum(_tensor_bytes(vars(layer)) for layer in cache.layers)
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):  # quanto's tensors are made of others
+            return sum(_tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_tensor_bytes(item) for item in value)
+    return 0
+
+
+def _only(spec: CacheSpec, *accepted: str) -> None:
+    if unknown := sorted(set(spec.options) - set(accepted)):
+        raise ValueError(f"cache={spec.text!r} has no option {unknown[0]!r}; accepted: {', '.join(accepted) or 'none'}")

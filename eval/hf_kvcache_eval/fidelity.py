@@ -1,0 +1,181 @@
+"""Fidelity: how far the next-token distributions through a compressed cache are from those through the full one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_kvcache import KVCache
+from hf_kvcache_eval.caches import Arm, held_bytes
+from hf_kvcache_eval.cells import Memory, Metric, Series
+from hf_kvcache_eval.statistics import mean_metric
+from hf_kvcache_eval.task import Bench, Outcome, Task
+
+_LABELS = {"kl": "KL (nats)", "delta_nll": "change of NLL (nats)"}
+#: In the data folder; without one, the text that the package ships is read.
+TEXT = "wikitext2/wiki.test.raw"
+
+
+@dataclass
+class Fidelity(Task):
+    """Prefix, compress, then a teacher-forced continuation that is decoded through the compressed cache.
+
+    Attributes:
+        prefix: tokens that are prefilled.
+        suffix: tokens that are decoded.
+        windows: windows of the text, spread over it evenly; they are the samples.
+        batch: windows decoded together.
+    """
+
+    prefix: int = 1024
+    suffix: int = 256
+    windows: int = 10
+    batch: int = 5
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"fidelity@{self.prefix}"
+
+    def run(self, bench: Bench, arm: Arm) -> Outcome:
+        windows, text = self._windows(bench)
+        full = self._full(bench, windows)
+        compared: list[dict[str, torch.Tensor]] = []
+        run = _Run(bench, arm, self.prefix)
+        step = self.batch if arm.kind.rows else 1
+        for start in range(0, len(windows), step):
+            rows = windows[start : start + step]
+            compared.append(_compare(full[start : start + step], run.decode(rows), rows[:, self.prefix :]))
+            bench.advance((start + len(rows)) / len(windows))
+        joined = {name: torch.cat([part[name] for part in compared]) for name in compared[0]}
+        return Outcome(
+            metrics=_metrics(joined),
+            series={name: _by_distance(joined[name], name) for name in _LABELS},
+            memory=run.memory,
+            protocol={
+                "prefix": self.prefix,
+                "suffix": self.suffix,
+                "windows": len(windows),
+                "text": text,
+                "what": "KL(full || cache) in nats per decoded token; the reference decodes through DynamicCache in "
+                "float32 in the same blocks",
+            },
+            timing=run.timing,
+        )
+
+    def _windows(self, bench: Bench) -> tuple[torch.Tensor, str]:
+        """Windows ``[n, prefix + suffix]`` and the text's name."""
+        text, name = read_text(bench.data)
+        key = ("tokens", name)
+        if key not in bench.memo:
+            bench.memo[key] = bench.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+        tokens, length = bench.memo[key], self.prefix + self.suffix
+        if len(tokens) < length:
+            raise ValueError(f"{name} has {len(tokens)} tokens; one window takes {length}")
+        count = min(self.windows, len(tokens) // length)
+        starts = torch.linspace(0, len(tokens) - length, count).long().tolist()
+        return torch.stack([tokens[start : start + length] for start in starts]), name
+
+    def _full(self, bench: Bench, windows: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities ``[n, suffix, vocabulary]`` through the full cache, computed once for all arms."""
+        key = (self.name, self.suffix, len(windows), bench.protocol.block)
+        if key not in bench.memo:
+            # One task's at a time: they are the largest thing that is held.
+            for old in [k for k in bench.memo if isinstance(k, tuple) and str(k[0]).startswith("fidelity")]:
+                del bench.memo[old]
+            run = _Run(bench, Arm("full"), self.prefix)
+            bench.memo[key] = torch.cat([run.decode(rows) for rows in windows.split(self.batch)])
+        return bench.memo[key]
+
+
+class _Run:
+    """One arm over the windows, batch by batch, with what it took."""
+
+    def __init__(self, bench: Bench, arm: Arm, prefix: int) -> None:
+        self.bench, self.arm, self.prefix = bench, arm, prefix
+        self.memory: Memory | None = None
+        self.timing: dict[str, Any] = {"decode_seconds": 0.0, "decode_calls": 0}
+
+    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities ``[B, suffix, vocabulary]`` of the continuations of ``rows [B, prefix + suffix]``."""
+        reader = self.bench.reader(self.arm)
+        reader.prefill(rows[:, : self.prefix].tolist())
+        self.memory = memory_of(reader.caches[0], reader.model.config, rows.shape[0], self.prefix)
+        started = time.perf_counter()
+        out = [logits.log_softmax(-1) for logits in reader.logits(rows[:, self.prefix :])]
+        self.timing["decode_seconds"] += time.perf_counter() - started
+        self.timing["decode_calls"] += len(out)
+        return torch.cat(out, 1)
+
+
+def memory_of(cache: Any, config: Any, batch: int, tokens: int) -> Memory:
+    """What ``cache`` holds of ``batch`` sequences of ``tokens`` tokens."""
+    text_config = config.get_text_config(decoder=True)
+    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    full = 2 * 2 * text_config.num_hidden_layers * heads * dim * batch * tokens
+    bits = None
+    if isinstance(cache, KVCache):
+        report = cache.memory()
+        full = report.full_bf16
+        bits = report.bits_per_element if report.packed_elements else None
+    return Memory(batch * tokens, held_bytes(cache), full, bits)
+
+
+def read_text(data: Path | None) -> tuple[str, str]:
+    """A long text and its name: WikiText-2's test text where there is one, else the novel that the package ships."""
+    if data is not None and (path := data / TEXT).is_file():
+        return path.read_text(encoding="utf-8"), path.name
+    found = resources.files("hf_kvcache.data") / "alice.txt"
+    return found.read_text(encoding="utf-8"), found.name
+
+
+def _compare(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Per decoded token ``[B, suffix]``; the last one's successor is unknown, so it has no NLL."""
+    kl = (full.exp() * (full - other)).sum(-1)
+    nll = [-x[:, :-1].gather(-1, targets[:, 1:, None]).squeeze(-1) for x in (full, other)]
+    return {
+        "kl": kl.double(),
+        "agree": (full.argmax(-1) == other.argmax(-1)).double(),
+        "nll": nll[1].double(),
+        "delta_nll": (nll[1] - nll[0]).double(),
+    }
+
+
+def _metrics(found: dict[str, torch.Tensor]) -> dict[str, Metric]:
+    # Windows are independent of each other, neighbouring tokens are not: standard errors are over windows.
+    kl = found["kl"]
+    return {
+        "kl": mean_metric(kl.mean(1), higher_is_better=False, unit="nats"),
+        "kl_p99": Metric(kl.flatten().quantile(0.99).item(), None, False, "nats"),
+        "kl_p999": Metric(kl.flatten().quantile(0.999).item(), None, False, "nats"),
+        "top1": mean_metric(found["agree"].mean(1), unit="share"),
+        "delta_nll": mean_metric(found["delta_nll"].mean(1), higher_is_better=False, unit="nats"),
+        "nll": mean_metric(found["nll"].mean(1), higher_is_better=False, unit="nats"),
+    }
+
+
+def _by_distance(found: torch.Tensor, name: str) -> Series:
+    """Means over windows and over bins of distances from the end of the prefix, bins doubling in width."""
+    x, y, error = [], [], []
+    for start, stop in _bins(found.shape[1]):
+        bin_means = found[:, start:stop].mean(1)
+        x.append((start + stop - 1) / 2 + 1)
+        y.append(bin_means.mean().item())
+        error.append((bin_means.std() / len(bin_means) ** 0.5).item() if len(bin_means) > 1 else 0.0)
+    return Series(
+        x, y, error, "tokens after the prefix", {"kl": "KL (nats)", "delta_nll": "change of NLL (nats)"}[name]
+    )
+
+
+def _bins(length: int) -> Iterator[tuple[int, int]]:
+    start, width = 0, 8
+    while start < length:
+        yield start, min(start + width, length)
+        start += width
+        width = start

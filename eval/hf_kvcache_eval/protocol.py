@@ -1,0 +1,190 @@
+"""How a cache is measured: prefill, compress, then read what was compressed.
+
+A single forward pass over a whole text attends to full-precision keys and values and never touches the compressed part
+of a cache, so every method would seem lossless. Here a context is prefilled, which the cache compresses; every scored
+token is then predicted by a decoding step that reads the compressed cache, the first one included: the last context
+token is not prefilled but decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from hf_kvcache_eval.prefills import Prefills, can_share
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is held equal when caches are compared.
+
+    Attributes:
+        sink_length: first tokens of each sequence in full precision.
+        tail_length: newest tokens of each sequence in full precision.
+        page_size: tokens of a page.
+        block: tokens decoded at a time. Within a block the newest tokens are read in full precision, as they are from
+            the tail, so a block no longer than the tail changes nothing but the time it takes.
+        seed: of the arms that draw at random.
+    """
+
+    sink_length: int = 4
+    tail_length: int = 128
+    page_size: int = 128
+    block: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("sink_length", 0), ("tail_length", 0), ("page_size", 8), ("block", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}; accepted: whole numbers from {least}")
+
+
+class Reader:
+    """Sequences that were prefilled into one cache and are then decoded through it.
+
+    Args:
+        model: a causal language model of transformers.
+        cache: an empty cache.
+        block: tokens decoded at a time.
+        rows: whether the cache can select and repeat its rows; otherwise it holds one sequence and forks are copies.
+        prefills: what other caches prefilled with this model, to be taken over; None to run the model every time.
+    """
+
+    def __init__(
+        self, model: Any, cache: Any, block: int = 1, rows: bool = True, prefills: Prefills | None = None
+    ) -> None:
+        self.model, self.block, self.rows, self.prefills = model, block, rows, prefills
+        self.caches = [cache]
+        self.mask: torch.Tensor | None = None
+
+    @torch.inference_mode()
+    def prefill(self, contexts: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        """Take in ``contexts``, left-padded where their lengths differ.
+
+        Returns:
+            The logits ``[B, vocabulary]`` after the last token; None if all contexts are empty.
+
+        Raises:
+            ValueError: if some contexts are empty and others are not, or there are several and the cache takes one.
+        """
+        lengths = [len(context) for context in contexts]
+        width = max(lengths)
+        if not self.rows and len(contexts) > 1:
+            raise ValueError(f"{len(contexts)} contexts; this cache takes one at a time")
+        device = self.model.device
+        self.mask = torch.ones(len(contexts), width, dtype=torch.long, device=device)
+        if width == 0:
+            return None
+        if min(lengths) == 0:
+            raise ValueError("empty contexts must be prefilled apart from others")
+        tokens = torch.zeros(len(contexts), width, dtype=torch.long, device=device)
+        for row, context in enumerate(contexts):
+            self.mask[row, : width - len(context)] = 0
+            tokens[row, width - len(context) :] = torch.tensor(context, device=device)
+        if self.prefills is None or not can_share(self.model.config, self.caches[0]):
+            return self._forward(tokens, self.mask, self.caches[0], logits_to_keep=1)[:, -1]
+        return self._shared(self.prefills, contexts, tokens, self.mask)
+
+    def _shared(
+        self, prefills: Prefills, contexts: Sequence[Sequence[int]], tokens: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Take over the prefill of ``contexts``, made now if it is not there; returns the last logits."""
+        found = prefills.find(self.model, contexts)
+        if found is None:
+            full = DynamicCache(config=self.model.config)
+            logits = self._forward(tokens, mask, full, logits_to_keep=1)[:, -1]
+            prefills.keep(self.model, contexts, full, mask, logits)
+            found = prefills.find(self.model, contexts)
+            assert found is not None
+        found.into(self.caches[0])
+        return found.logits
+
+    def fork(self, counts: Sequence[int]) -> None:
+        """Repeat row ``i`` ``counts[i]`` times, copies side by side; each then goes its own way."""
+        assert self.mask is not None, "prefill first"
+        if len(counts) != len(self.mask):
+            raise ValueError(f"counts has {len(counts)} entries for {len(self.mask)} rows")
+        index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(list(counts))).to(self.mask.device)
+        if not self.rows:
+            self.caches += [_copy(self.caches[0]) for _ in range(counts[0] - 1)]
+        elif self.mask.shape[1] and list(counts) != [1] * len(counts):
+            # An empty cache has no rows yet.
+            self.caches[0].batch_select_indices(index)
+        self.mask = self.mask[index]
+
+    @torch.inference_mode()
+    def logits(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Decode ``tokens [B, n]``; yields logits ``[B, <= block, vocabulary]`` in float32."""
+        assert self.mask is not None, "prefill first"
+        for chunk in tokens.to(self.mask.device).split(self.block, dim=1):
+            self.mask = torch.cat([self.mask, self.mask.new_ones(chunk.shape)], 1)
+            if self.rows:
+                yield self._forward(chunk, self.mask, self.caches[0]).float()
+            else:
+                yield torch.cat(
+                    [
+                        self._forward(chunk[i : i + 1], self.mask[i : i + 1], cache).float()
+                        for i, cache in enumerate(self.caches)
+                    ]
+                )
+
+    @torch.inference_mode()
+    def score(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode ``tokens [B, n]``.
+
+        Returns:
+            The log-probability of each of ``targets [B, n]``, and whether it was the likeliest token; both ``[B, n]``.
+        """
+        log_probs, greedy, at = [], [], 0
+        for logits in self.logits(tokens):
+            wanted = targets[:, at : at + logits.shape[1]].to(logits.device)
+            at += logits.shape[1]
+            log_probs.append(logits.log_softmax(-1).gather(-1, wanted[..., None]).squeeze(-1))
+            greedy.append(logits.argmax(-1) == wanted)
+        return torch.cat(log_probs, 1), torch.cat(greedy, 1)
+
+    @torch.inference_mode()
+    def generate(self, tokens: torch.Tensor, count: int, stop: set[int]) -> list[list[int]]:
+        """Decode ``tokens [B, n]`` through the cache, then up to ``count`` tokens greedily.
+
+        Returns:
+            The new tokens of each row, without the one of ``stop`` that ended it.
+        """
+        assert self.mask is not None, "prefill first"
+        out: list[list[int]] = [[] for _ in range(len(self.mask))]
+        alive = [True] * len(out)
+        for _ in range(count):
+            for logits in self.logits(tokens):
+                last = logits[:, -1]
+            tokens = last.argmax(-1, keepdim=True)
+            for row, token in enumerate(tokens[:, 0].tolist()):
+                alive[row] = alive[row] and token not in stop
+                if alive[row]:
+                    out[row].append(token)
+            if not any(alive):
+                break
+        return out
+
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
+        inputs: dict[str, Any] = {}
+        if not bool(mask.all()):
+            # forward() counts positions from the cache's length alone; only generate() looks at padding.
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
+            inputs = {"attention_mask": mask, "position_ids": positions}
+        return self.model(tokens, past_key_values=cache, use_cache=True, **inputs, **options).logits
+
+
+def _copy(cache: Any) -> Any:
+    """A cache of transformers that goes its own way: its layers replace tensors and never write into them.
+
+    ``deepcopy`` cannot copy quanto's tensors, and would double the bytes of all others.
+    """
+    other = copy(cache)
+    other.layers = [copy(layer) for layer in cache.layers]
+    return other

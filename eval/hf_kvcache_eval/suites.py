@@ -1,0 +1,140 @@
+"""What a comparison measures: named suites, and tasks by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hf_kvcache_eval.fidelity import Fidelity
+from hf_kvcache_eval.lm_task import LmTask
+from hf_kvcache_eval.retrieval import RetrievalTask, kinds
+from hf_kvcache_eval.speed import Speed
+from hf_kvcache_eval.task import Task
+
+#: Contexts of these tasks are short: with the long tail and pages of the rest nothing would be compressed.
+SHORT = {"tail_length": 16, "page_size": 32}
+#: lm-eval tasks by the names of reports, headline metric first.
+LM_TASKS = {
+    "lambada": ("lambada_openai", ("acc", "perplexity")),
+    "hellaswag": ("hellaswag", ("acc_norm", "acc")),
+    "piqa": ("piqa", ("acc_norm", "acc")),
+    "arc_easy": ("arc_easy", ("acc", "acc_norm")),
+    "arc_challenge": ("arc_challenge", ("acc_norm", "acc")),
+    "winogrande": ("winogrande", ("acc",)),
+    "openbookqa": ("openbookqa", ("acc_norm", "acc")),
+    "wikitext": ("wikitext", ("word_perplexity", "byte_perplexity", "bits_per_byte")),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A task of a suite.
+
+    Attributes:
+        task: what is measured.
+        protocol: fields of the shared protocol that this task changes, for every cache alike.
+    """
+
+    task: Task
+    protocol: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a suite does of each sort of task."""
+
+    windows: int
+    suffix: int
+    samples: int
+    limit: int
+
+
+SIZES = {"quick": Size(3, 128, 8, 40), "standard": Size(8, 256, 12, 60), "full": Size(16, 256, 50, 500)}
+TASKS = {
+    "quick": "fidelity@1024 quote@1024 passkey@512 speed@1024",
+    "standard": "fidelity@1024 fidelity@4096 passkey@1024 needle@1024 multikey@1024 vartrack@1024 quote@1024 "
+    "needle@1024:aware quote@1024:aware lambada hellaswag arc_easy piqa speed@4096",
+    "full": "fidelity@1024 fidelity@2048 fidelity@4096 fidelity@8000 "
+    + " ".join(
+        f"{kind}@{length}{mode}"
+        for length in (512, 1024, 2048, 4096, 8000)
+        for kind in ("passkey", "needle", "multikey", "vartrack", "quote")
+        for mode in ("", ":aware")
+    )
+    + f" {' '.join(LM_TASKS)} speed@1024 speed@4096 speed@8000",
+}
+#: What a suite compares where no caches are named: full, noise floor, ours, the arms that every method beats, peers.
+CACHES = {
+    "quick": "full full:dtype=bfloat16 rotated8 unbiased4 unbiased3 unbiased2 random@0.5",
+    "standard": "full full:dtype=bfloat16 none rotated8 int8 fp8 unbiased4 kvarn4 rotated4 turboquant4 int4 unbiased3 "
+    "kvarn3 turboquant3 int3 unbiased2 kvarn2 int2 unbiased1 random@0.5 random@0.25 window@8 hf-fp8 quanto4 hqq4",
+}
+CACHES["full"] = CACHES["standard"]
+
+
+def suite(name: str, tasks: str | None = None, limit: int | None = None) -> list[tuple[str, Entry | ValueError]]:
+    """The tasks of a suite.
+
+    Args:
+        name: ``"quick"``, ``"standard"`` or ``"full"``: what is done, and how much of it.
+        tasks: other tasks in the suite's size, separated by commas or spaces.
+        limit: samples of every task in place of the suite's number.
+
+    Returns:
+        Each task's name with the task, or with what is wrong with the name: one bad name does not stop the others.
+
+    Raises:
+        ValueError: for an unknown suite or a limit below 1.
+    """
+    if name not in SIZES:
+        raise ValueError(f"suite={name!r}; accepted: {', '.join(SIZES)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit!r}; accepted: whole numbers from 1")
+    size = SIZES[name] if limit is None else replace(SIZES[name], windows=limit, samples=limit, limit=limit)
+    words = dict.fromkeys(word for word in re.split(r"[,\s]+", tasks or TASKS[name]) if word)
+    return [(word, _entry_or_error(word, size)) for word in words]
+
+
+def _entry_or_error(word: str, size: Size) -> Entry | ValueError:
+    try:
+        return entry(word, size)
+    except ValueError as error:
+        return error
+
+
+def entry(word: str, size: Size) -> Entry:
+    """The task that is named ``word``, in that size; ValueError for an unknown name."""
+    match = re.fullmatch(r"(?P<kind>\w+)(?:@(?P<length>\d+))?(?::(?P<mode>\w+))?", word)
+    if match is None:
+        raise ValueError(f"task={word!r}; accepted: kind@length, kind@length:aware or an lm-eval task's name")
+    kind, length, mode = match["kind"], match["length"], match["mode"]
+    if kind in ("fidelity", "speed") and length and not mode:
+        return Entry(_FIXED[kind](int(length), size))
+    if kind in kinds() and length and mode in (None, "aware"):
+        return Entry(RetrievalTask(kind, int(length), samples=size.samples, query_aware=mode == "aware"))
+    if not length and not mode:
+        return _lm_entry(kind, size)
+    raise ValueError(
+        f"task={word!r}; accepted: fidelity@N, speed@N, {', '.join(f'{kind}@N' for kind in kinds())} (with :aware for "
+        f"the question inside the compressed context), {', '.join(LM_TASKS)} and lm-eval's own names"
+    )
+
+
+def _fidelity(length: int, size: Size) -> Task:
+    # Long windows are few: the time goes with the square of their length.
+    windows = max(3, size.windows * 1024 // max(length, 1024))
+    return Fidelity(length, size.suffix, windows=windows, batch=max(1, min(4, 4096 // length)))
+
+
+def _speed(length: int, size: Size) -> Task:
+    return Speed(length)
+
+
+_FIXED: dict[str, Callable[[int, Size], Task]] = {"fidelity": _fidelity, "speed": _speed}
+
+
+def _lm_entry(name: str, size: Size) -> Entry:
+    task, metrics = LM_TASKS.get(name, (name, ()))
+    return Entry(LmTask(task, label=name, limit=size.limit, metrics=metrics), SHORT)

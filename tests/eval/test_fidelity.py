@@ -1,0 +1,109 @@
+"""Fidelity against a derivation of its own, and what it must notice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.fidelity import Fidelity
+from hf_kvcache_eval.protocol import Protocol
+from hf_kvcache_eval.task import Bench
+from tests.eval.tiny import LetterTokenizer
+
+TASK = Fidelity(prefix=64, suffix=20, windows=3, batch=2)
+
+
+@pytest.fixture
+def bench(model: PreTrainedModel) -> Bench:
+    return Bench(load=lambda dtype: (model, LetterTokenizer()), protocol=Protocol(2, 8, 16))
+
+
+def test_the_full_cache_has_none_to_itself(bench: Bench) -> None:
+    metrics = TASK.run(bench, Arm("full")).metrics
+    assert metrics["kl"].value == pytest.approx(0, abs=1e-9)
+    assert metrics["top1"].value == 1 and metrics["delta_nll"].value == 0
+
+
+def test_the_numbers_are_those_of_a_plain_loop(bench: Bench, model: PreTrainedModel) -> None:
+    outcome = TASK.run(bench, Arm("int2"))
+    windows, _ = TASK._windows(bench)
+    kl, nll, top1 = [], [], []
+    for window in windows:
+        full, mine = (_plain(model, window, make(model)) for make in (_full, _int2))
+        kl.append((full.exp() * (full - mine)).sum(-1))
+        top1.append((full.argmax(-1) == mine.argmax(-1)).double())
+        target = window[65:, None]
+        nll.append(full[:-1].gather(-1, target)[:, 0] - mine[:-1].gather(-1, target)[:, 0])
+    assert outcome.metrics["kl"].value == pytest.approx(torch.stack(kl).mean().item(), rel=1e-3)
+    assert outcome.metrics["kl"].samples == pytest.approx([one.mean().item() for one in kl], rel=1e-3)
+    assert outcome.metrics["kl_p99"].value == pytest.approx(torch.stack(kl).flatten().quantile(0.99).item(), rel=1e-3)
+    assert outcome.metrics["top1"].value == pytest.approx(torch.stack(top1).mean().item())
+    assert outcome.metrics["delta_nll"].value == pytest.approx(torch.stack(nll).mean().item(), rel=1e-3, abs=1e-5)
+    error = torch.stack(kl).mean(1).double().std() / 3**0.5
+    assert outcome.metrics["kl"].stderr == pytest.approx(error.item(), rel=1e-3)
+
+
+def _full(model: PreTrainedModel) -> Any:
+    return DynamicCache(config=model.config)
+
+
+def _int2(model: PreTrainedModel) -> Any:
+    return Arm("int2").make(model.config, Protocol(2, 8, 16))
+
+
+def _plain(model: PreTrainedModel, window: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Log-probabilities ``[20, vocabulary]`` in float64, one token at a time."""
+    with torch.inference_mode():
+        model(window[None, :64], past_key_values=cache)
+        steps = [model(window[None, at : at + 1], past_key_values=cache).logits[0, -1] for at in range(64, 84)]
+    return torch.stack(steps).double().log_softmax(-1)
+
+
+def test_fewer_bits_and_dropped_tokens_cost_more(bench: Bench) -> None:
+    kl = {
+        spec: TASK.run(bench, Arm(spec)).metrics["kl"].value
+        for spec in ("none", "rotated8", "int4", "int2", "window@8")
+    }
+    assert kl["none"] < kl["rotated8"] < kl["int4"] < kl["int2"]
+    assert kl["window@8"] > kl["int4"]
+
+
+def test_memory_is_that_of_the_prefix(bench: Bench, model: PreTrainedModel) -> None:
+    memory = TASK.run(bench, Arm("int4")).memory
+    config = model.config
+    assert memory is not None and memory.bits_per_element is not None
+    assert (
+        memory.bytes_bf16
+        == 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * memory.tokens
+    )
+    assert 4 < memory.bits_per_element < 8
+    full = TASK.run(bench, Arm("full")).memory
+    assert full is not None and full.bytes == 2 * full.bytes_bf16
+
+
+def test_series_are_means_over_doubling_distances(bench: Bench) -> None:
+    series = TASK.run(bench, Arm("int2")).series["kl"]
+    assert series.x == [4.5, 12.5, 18.5]
+    kl = TASK.run(bench, Arm("int2")).metrics["kl"].value
+    assert (8 * series.y[0] + 8 * series.y[1] + 4 * series.y[2]) / 20 == pytest.approx(kl)
+
+
+def test_the_full_cache_is_decoded_once_for_all_arms_and_again_for_another_protocol(bench: Bench) -> None:
+    TASK.run(bench, Arm("int4"))
+    (kept,) = [value for key, value in bench.memo.items() if key[0] == "fidelity@64"]
+    TASK.run(bench, Arm("int2"))
+    (again,) = [value for key, value in bench.memo.items() if key[0] == "fidelity@64"]
+    assert again is kept
+    bench.protocol = replace(bench.protocol, block=4)
+    TASK.run(bench, Arm("int2"))
+    assert [key[-1] for key in bench.memo if key[0] == "fidelity@64"] == [4]
+
+
+def test_a_text_that_is_too_short_is_refused(bench: Bench) -> None:
+    with pytest.raises(ValueError, match="tokens; one window takes"):
+        Fidelity(prefix=10**7).run(bench, Arm("full"))

@@ -1,0 +1,102 @@
+"""A prefill that is taken over leaves a cache as the model's own prefill would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_kvcache import KVCache
+from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.prefills import Prefills, can_share
+from hf_kvcache_eval.protocol import Protocol, Reader
+from tests import families
+from tests.families import VOCABULARY
+from tests.running import ROUNDING
+from tests.tolerances import assert_near
+
+SMALL = Protocol(sink_length=2, tail_length=8, page_size=16)
+
+
+def contexts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def reader(model: PreTrainedModel, spec: str, prefills: Prefills | None) -> Reader:
+    arm = Arm(spec)
+    return Reader(model, arm.make(model.config, SMALL), 1, arm.kind.rows, prefills)
+
+
+@pytest.mark.parametrize("spec", ["full", "none", "int4", "kvarn2", "unbiased3", "fp8"])
+@pytest.mark.parametrize("lengths", [(50,), (61, 40, 55)])
+def test_a_cache_that_took_it_over_decodes_alike(model: PreTrainedModel, spec: str, lengths: tuple[int, ...]) -> None:
+    batch, follow = contexts(*lengths), torch.randint(1, VOCABULARY, (len(lengths), 6))
+    prefills = Prefills()
+    reader(model, "full", prefills).prefill(batch)
+    readers = [reader(model, spec, None), reader(model, spec, prefills)]
+    first = [one.prefill(batch) for one in readers]
+    torch.testing.assert_close(*first, atol=ROUNDING, rtol=0)
+    after = [torch.cat(list(one.logits(follow)), 1) for one in readers]
+    torch.testing.assert_close(*after, atol=ROUNDING, rtol=0)
+    if isinstance(readers[0].caches[0], KVCache):
+        own, taken = (one.caches[0].state_dict() for one in readers)
+        assert own.keys() == taken.keys()
+        for name in own:
+            # The sums of a mean may be taken in another order where the tensors lie otherwise in memory.
+            assert_near(taken[name], own[name])
+
+
+@pytest.mark.parametrize("spec", ["full", "window@12", "random@0.5"])
+def test_one_row_of_a_batch_serves_a_cache_that_takes_one_at_a_time(model: PreTrainedModel, spec: str) -> None:
+    batch, follow = contexts(61, 40), torch.randint(1, VOCABULARY, (1, 6))
+    prefills = Prefills()
+    reader(model, "full", prefills).prefill(batch)
+    readers = [reader(model, spec, None), reader(model, spec, prefills)]
+    for one in readers:
+        one.prefill(batch[1:])
+    after = [torch.cat(list(one.logits(follow)), 1) for one in readers]
+    torch.testing.assert_close(*after, atol=ROUNDING, rtol=0)
+
+
+def test_the_model_prefills_once(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    prefills = Prefills()
+    for spec in ("full", "int4", "none", "window@8"):
+        reader(model, spec, prefills).prefill(contexts(40))
+    assert len(calls) == 1
+
+
+def test_what_a_cache_does_to_its_tokens_stays_its_own(model: PreTrainedModel) -> None:
+    prefills = Prefills()
+    (context,) = contexts(40)
+    first = reader(model, "full", prefills)
+    first.prefill([context])
+    kept = [side.clone() for pair in prefills.find(model, [context]).states for side in pair]
+    with torch.inference_mode():
+        for layer in first.caches[0].layers:
+            layer.keys.fill_(float("nan"))
+    again = [side for pair in prefills.find(model, [context]).states for side in pair]
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+def test_other_models_and_contexts_are_told_apart_and_old_ones_forgotten(model: PreTrainedModel) -> None:
+    first, second = contexts(40, 30)
+    prefills = Prefills(limit_bytes=1)
+    reader(model, "full", prefills).prefill([first])
+    assert prefills.find(model, [second]) is None
+    assert prefills.find(families.build("llama"), [first]) is None
+    reader(model, "full", prefills).prefill([second])
+    assert prefills.find(model, [first]) is None and prefills.find(model, [second]) is not None
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
+def test_models_whose_caches_hold_more_than_keys_and_values_prefill_each(model: PreTrainedModel, family: str) -> None:
+    cache = Arm("int4").make(model.config, SMALL)
+    assert not can_share(model.config, cache)
+    prefills = Prefills()
+    one = Reader(model, cache, 1, True, prefills)
+    one.prefill(contexts(40))
+    assert prefills.find(model, contexts(40)) is None

@@ -1,0 +1,98 @@
+"""Cache specs and the arms that are made of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_kvcache import KVCache, codecs
+from hf_kvcache_eval.caches import Arm, kinds
+from hf_kvcache_eval.protocol import Protocol
+from hf_kvcache_eval.specs import parse, split
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "budget", "codec", "options"),
+    [
+        ("full", "full", None, None, {}),
+        ("kvarn3", "kvarn3", None, None, {}),
+        ("random@0.3", "random", 0.3, None, {}),
+        ("snapkv@0.3+int4", "snapkv", 0.3, "int4", {}),
+        ("window@8", "window", 8, None, {}),
+        ("rotated4:key_axis=token;group_size=32", "rotated4", None, None, {"key_axis": "token", "group_size": 32}),
+        ("quantized:key_bits=4;center=true;p=0.5", "quantized", None, None, {"key_bits": 4, "center": True, "p": 0.5}),
+    ],
+)
+def test_a_spec_is_parsed(text: str, name: str, budget: float | None, codec: str | None, options: dict) -> None:
+    spec = parse(text)
+    assert (spec.name, spec.budget, spec.codec, spec.options) == (name, budget, codec, options)
+    assert spec.text == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "@0.3", "int4:", "int4:group_size", "a b", "random@0", "random@1.5", "int4+", "x@."]
+)
+def test_a_bad_spec_is_refused_by_name(text: str) -> None:
+    with pytest.raises(ValueError, match=r"cache=|budget="):
+        parse(text)
+
+
+@given(
+    st.lists(st.sampled_from(["full", "int4", "random@0.3", "a:b=1;c=2"]), min_size=1),
+    st.sampled_from([",", " ", ", "]),
+)
+def test_a_list_keeps_order_and_drops_repeats(words: list[str], separator: str) -> None:
+    assert split(separator.join(words)) == list(dict.fromkeys(words))
+
+
+def test_an_empty_list_is_refused() -> None:
+    with pytest.raises(ValueError, match="caches=' , '"):
+        split(" , ")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("snapkv", "no cache 'snapkv'; accepted: full"),
+        ("random", "needs"),
+        ("int4@0.3", "takes no budget"),
+        ("random@0.3+int4", "takes no codec"),
+        ("full:dtype=int7", "accepted: float32, bfloat16"),
+    ],
+)
+def test_an_arm_says_what_is_wrong_with_its_spec(text: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Arm(text)
+
+
+@pytest.mark.parametrize("text", ["full:bits=4", "window@8:x=1", "hf-fp8:x=1"])
+def test_options_that_a_cache_does_not_have_are_refused(text: str, model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="no option"):
+        Arm(text).make(model.config, Protocol())
+
+
+def test_every_codec_is_an_arm() -> None:
+    assert set(codecs.specs()) | set(codecs.available()) <= set(kinds())
+
+
+def test_an_arm_follows_the_protocol_and_its_own_options(model: PreTrainedModel) -> None:
+    protocol = Protocol(sink_length=2, tail_length=24, page_size=16)
+    cache = Arm("int4:tail_length=40").make(model.config, protocol)
+    assert isinstance(cache, KVCache)
+    assert (cache.options.sink_length, cache.options.tail_length, cache.options.page_size) == (2, 40, 16)
+    assert cache.codec.name == "int"
+
+
+def test_the_full_arm_is_transformers_own_cache_in_the_dtype_named(model: PreTrainedModel) -> None:
+    assert type(Arm("full").make(model.config, Protocol())) is DynamicCache
+    assert Arm("full").dtype is None
+    assert Arm("full:dtype=bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("field", ["sink_length", "tail_length", "page_size", "block", "seed"])
+def test_a_protocol_refuses_what_is_no_count(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field}=-1; accepted"):
+        Protocol(**{field: -1})
