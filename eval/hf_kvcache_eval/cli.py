@@ -103,10 +103,7 @@ def _run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     cells = run(comparison, console)
     failed = sum(cell.status == "failed" for cell in cells)
-    print(
-        f"{len(cells) - failed} of {len(cells)} cells done in {comparison.out}"
-        + (f", {failed} failed" if failed else "")
-    )
+    print(f"{comparison.out}: {len(cells) - failed} cells done, {failed} failed")
     if not args.no_report:
         _write_report(comparison.out, None)
     return 1 if failed else 0

@@ -104,7 +104,7 @@ def run(comparison: Comparison, console: Console) -> list[Cell]:
                 done.append(cell)
                 finish()
                 if cell.status == "failed":
-                    console.print(f"failed: {cache} on {name}: {cell.error}", style="red", markup=False)
+                    console.print(f"failed: {cache} on {name}: {cell.error}", style="red", markup=False, soft_wrap=True)
     return done
 
 
@@ -144,7 +144,7 @@ def _blank(comparison: Comparison, cache: str, name: str, entry: Entry | ValueEr
     protocol = asdict(comparison.protocol)
     if isinstance(entry, Entry):
         protocol |= entry.protocol
-        protocol["task"] = asdict(entry.task) if is_dataclass(entry.task) else {}
+        protocol["settings"] = asdict(entry.task) if is_dataclass(entry.task) else {}
     return Cell(
         cache=cache,
         task=name,

@@ -44,7 +44,10 @@ def test_a_cache_that_took_it_over_decodes_alike(model: PreTrainedModel, spec: s
         assert own.keys() == taken.keys()
         for name in own:
             # The sums of a mean may be taken in another order where the tensors lie otherwise in memory.
-            assert_near(taken[name], own[name])
+            if own[name].is_floating_point():
+                assert_near(taken[name], own[name])
+            else:
+                assert torch.equal(taken[name], own[name])
 
 
 @pytest.mark.parametrize("spec", ["full", "window@12", "random@0.5"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,12 @@ CONSOLE = Console(quiet=True)
 SMALL = Fidelity(prefix=48, suffix=8, windows=2, batch=2)
 
 
-@dataclass
 class Broken(Task):
     """Fails as told; ``ran`` notes on which arms it was tried."""
 
-    error: BaseException
-    name: str = "broken"
-    ran: list[str] = field(default_factory=list)
+    def __init__(self, error: BaseException, name: str = "broken") -> None:
+        self.error, self.name = error, name
+        self.ran: list[str] = []
 
     def run(self, bench: Bench, arm: Arm) -> Outcome:
         self.ran.append(str(arm))
@@ -71,7 +70,7 @@ def test_a_cell_says_how_it_was_made(comparison: Comparison) -> None:
     cell = runner.run(comparison, CONSOLE)[1]
     read = Store(comparison.out).read("int2", "fidelity@48")
     assert read == Cell.from_json(cell.to_json())
-    assert cell.protocol["tail_length"] == 8 and cell.protocol["task"]["prefix"] == 48
+    assert cell.protocol["tail_length"] == 8 and cell.protocol["settings"]["prefix"] == 48
     assert cell.versions["torch"] == torch.__version__ and cell.machine["threads"] == torch.get_num_threads()
     assert cell.model["dtype"] == "float32" and cell.model["parameters"] > 0
     assert cell.command == (
@@ -231,7 +230,7 @@ def test_the_command_line_says_by_its_status_that_a_cell_failed(
         (["run", "--data", "no/such/folder"], "data='no/such/folder' is no folder"),
         (["run", "--suite", "huge"], "suite='huge'"),
         (["run", "--page-size", "3"], "page_size=3"),
-        (["report", "no/such/folder"], "no cells"),
+        (["report", "no/such/folder"], "no readable cells"),
     ],
 )
 def test_bad_arguments_are_named(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
