@@ -27,8 +27,9 @@ class Protocol:
         sink_length: first tokens of each sequence in full precision.
         tail_length: newest tokens of each sequence in full precision.
         page_size: tokens of a page.
-        block: tokens decoded at a time. Within a block the newest tokens are read in full precision, as they are from
-            the tail, so a block no longer than the tail changes nothing but the time it takes.
+        block: tokens decoded at a time. Within a block the newest tokens are read in full precision, as they would be
+            from the tail, and a page that falls due is packed behind the block: with a block well below the tail
+            that changes the time it takes, and results by less than their noise.
         seed: of the arms that draw at random.
     """
 

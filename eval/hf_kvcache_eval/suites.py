@@ -10,11 +10,12 @@ from typing import Any
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.lm_task import LmTask
 from hf_kvcache_eval.retrieval import RetrievalTask, kinds
+from hf_kvcache_eval.retrieval.ready import KINDS as READY
 from hf_kvcache_eval.speed import Speed
 from hf_kvcache_eval.task import Task
 
 #: Contexts of these tasks are short: with the long tail and pages of the rest nothing would be compressed.
-SHORT = {"tail_length": 16, "page_size": 32}
+SHORT = {"tail_length": 8, "page_size": 16, "block": 8}
 #: lm-eval tasks by the names of reports, headline metric first.
 LM_TASKS = {
     "lambada": ("lambada_openai", ("acc", "perplexity")),
@@ -112,7 +113,7 @@ def entry(word: str, size: Size) -> Entry:
     kind, length, mode = match["kind"], match["length"], match["mode"]
     if kind in ("fidelity", "speed") and length and not mode:
         return Entry(_FIXED[kind](int(length), size))
-    if kind in kinds() and length and mode in (None, "aware"):
+    if kind in (*kinds(), *READY) and length and mode in (None, "aware"):
         return Entry(RetrievalTask(kind, int(length), samples=size.samples, query_aware=mode == "aware"))
     if not length and not mode:
         return _lm_entry(kind, size)

@@ -1,0 +1,191 @@
+"""Retrieval: does a compressed cache still hold what a question asks for?"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.cells import Memory, Metric
+from hf_kvcache_eval.fidelity import memory_of
+from hf_kvcache_eval.protocol import Reader
+from hf_kvcache_eval.retrieval import generator, ready
+from hf_kvcache_eval.retrieval.haystack import Haystack, read_haystack
+from hf_kvcache_eval.retrieval.prompts import Prompt, batches, tokenized
+from hf_kvcache_eval.retrieval.registry import kinds
+from hf_kvcache_eval.retrieval.sample import Sample
+from hf_kvcache_eval.statistics import mean_metric
+from hf_kvcache_eval.task import Bench, Outcome, Task
+
+#: Tokens that an output may have beyond those of the expected answers.
+_MORE = 8
+
+
+@dataclass
+class RetrievalTask(Task):
+    """Prefill a context, compress, then ask for something that stands in it.
+
+    Attributes:
+        kind: a kind of the generator, or a ready set of the data folder.
+        length: tokens of context, question and answer.
+        samples: how many.
+        query_aware: the question is in the cache before it is compressed, but for its last token; otherwise it is
+            decoded through the compressed cache.
+        batch: samples decoded together.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    kind: str
+    length: int = 1024
+    samples: int = 16
+    query_aware: bool = False
+    batch: int = 4
+
+    def __post_init__(self) -> None:
+        if self.kind not in (accepted := [*kinds(), *ready.KINDS]):
+            raise ValueError(f"kind={self.kind!r}; accepted: {', '.join(accepted)}")
+        for name in ("length", "samples", "batch"):
+            generator.check_count(name, getattr(self, name))
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.kind}@{self.length}{':aware' if self.query_aware else ''}"
+
+    @property
+    def literal(self) -> bool:
+        """Whether the answer is scored token by token, as a continuation."""
+        return self.kind == "longctx_quote" if self.kind in ready.KINDS else kinds()[self.kind].literal
+
+    def run(self, bench: Bench, arm: Arm) -> Outcome:
+        made, text = self._samples(bench)
+        prompts = [tokenized(sample, bench.tokenizer, self.literal, self.query_aware) for sample in made]
+        asking = _Asking(bench, arm)
+        asking.check_fits(max(prompt.tokens for prompt in prompts))
+        found: dict[int, dict[str, float]] = {}
+        for rows in batches(prompts, self.batch if arm.kind.rows else 1):
+            scores = asking.score(rows) if self.literal else asking.recall(rows)
+            found.update(zip((prompt.sample.index for prompt in rows), scores, strict=True))
+            bench.advance(len(found) / len(prompts))
+        return Outcome(
+            metrics=_metrics([found[sample.index] for sample in made]),
+            memory=asking.memory,
+            protocol={
+                "kind": self.kind,
+                "length": self.length,
+                "samples": self.samples,
+                "query_aware": self.query_aware,
+                "generator": generator.VERSION,
+                "text": text,
+                "what": self._what(),
+            },
+            timing=asking.timing,
+        )
+
+    def _samples(self, bench: Bench) -> tuple[list[Sample], str]:
+        """The samples and the name of their text."""
+        if self.kind in ready.KINDS:
+            return ready.read_ready(bench.data, self.kind, self.length, self.samples)
+        key = ("haystack", str(bench.data))
+        if key not in bench.memo:
+            bench.memo[key] = Haystack(*read_haystack(bench.data), bench.tokenizer)
+        haystack = bench.memo[key]
+        seed = bench.protocol.seed
+        made = generator.samples(self.kind, self.length, self.samples, seed, bench.tokenizer, haystack)
+        return made, haystack.name
+
+    def _what(self) -> str:
+        what = "a ready set" if self.kind in ready.KINDS else kinds()[self.kind].what
+        order = "compressed with the question" if self.query_aware else "compressed before the question is read"
+        scored = "nats per token of the answer" if self.literal else "share of the answers in a greedy output"
+        return f"{what}; {order}; {scored}"
+
+
+class _Asking:
+    """One arm's answers, batch by batch, with what they took."""
+
+    def __init__(self, bench: Bench, arm: Arm) -> None:
+        self.bench, self.arm = bench, arm
+        self.model = bench.model(arm.dtype)
+        self.memory: Memory | None = None
+        self.timing: dict[str, Any] = {"decode_seconds": 0.0}
+
+    def check_fits(self, tokens: int) -> None:
+        """ValueError if the model has no positions for ``tokens``."""
+        config = self.model.config.get_text_config(decoder=True)
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise ValueError(f"samples take up to {tokens} tokens, and the model has {limit} positions")
+
+    def recall(self, rows: Sequence[Prompt]) -> list[dict[str, float]]:
+        """Generate; the share of each row's answers in its output."""
+        tokenizer = self.bench.tokenizer
+        answers = [", ".join(prompt.sample.answers) for prompt in rows]
+        room = max(len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) for answer in answers)
+        reader = self._prefilled(rows)
+        started = time.perf_counter()
+        outputs = reader.generate(_asked(rows), room + _MORE, self._stop())
+        self.timing["decode_seconds"] += time.perf_counter() - started
+        texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        return [{"recall": recall_of(prompt.sample.answers, text)} for prompt, text in zip(rows, texts, strict=True)]
+
+    def score(self, rows: Sequence[Prompt]) -> list[dict[str, float]]:
+        """Teacher forcing; mean NLL of the answers' tokens, and the share that greedy decoding would have chosen."""
+        reader = self._prefilled(rows)
+        started = time.perf_counter()
+        asked, width = _asked(rows), max(len(prompt.answer) for prompt in rows)
+        # What follows a row's own answer is decoded after it, hence changes nothing, and is not counted.
+        answers = torch.tensor([prompt.answer + [0] * (width - len(prompt.answer)) for prompt in rows])
+        if asked.shape[1] > 1:
+            for _ in reader.logits(asked[:, :-1]):
+                pass
+        reader.block = 1
+        log_probs, greedy = reader.score(torch.cat([asked[:, -1:], answers[:, :-1]], 1), answers)
+        self.timing["decode_seconds"] += time.perf_counter() - started
+        return [
+            {
+                "nll": -log_probs[row, : len(prompt.answer)].mean().item(),
+                "greedy": greedy[row, : len(prompt.answer)].double().mean().item(),
+            }
+            for row, prompt in enumerate(rows)
+        ]
+
+    def _prefilled(self, rows: Sequence[Prompt]) -> Reader:
+        reader = self.bench.reader(self.arm)
+        reader.prefill([prompt.prefilled for prompt in rows])
+        tokens = sum(len(prompt.prefilled) for prompt in rows)
+        self.memory = memory_of(reader.caches[0], self.model.config, 1, tokens)
+        return reader
+
+    def _stop(self) -> set[int]:
+        """Tokens that end an output: the model's own, and all with a line break in them."""
+        key, tokenizer = ("line breaks",), self.bench.tokenizer
+        if key not in self.bench.memo:
+            texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+            self.bench.memo[key] = {token for token, text in enumerate(texts) if "\n" in text}
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id]
+        return self.bench.memo[key] | {end for end in ends if end is not None}
+
+
+def recall_of(answers: Sequence[str], output: str) -> float:
+    """Share of ``answers`` that stand in ``output`` as words of their own."""
+    return sum(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", output) is not None for answer in answers) / len(answers)
+
+
+def _asked(rows: Sequence[Prompt]) -> torch.Tensor:
+    return torch.tensor([prompt.asked for prompt in rows])
+
+
+def _metrics(found: Sequence[dict[str, float]]) -> dict[str, Metric]:
+    unit = {"nll": "nats"}
+    return {
+        name: mean_metric([scores[name] for scores in found], name != "nll", unit.get(name, "share"))
+        for name in found[0]
+    }
