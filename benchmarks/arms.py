@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from hf_kvcache_eval.caches import held_bytes
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, QuantizedCache, StaticCache
 from transformers.masking_utils import create_causal_mask
@@ -17,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_kvcache import KVCache
+from hf_kvcache_eval.caches import held_bytes
 
 DYNAMIC, STATIC, DENSE32 = "DynamicCache", "StaticCache", "dense fp32"
 #: QuantizedCache's group-wise integers, and its fp8 cast.
