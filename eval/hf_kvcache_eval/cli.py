@@ -83,14 +83,14 @@ def _run(args: argparse.Namespace) -> int:
     from hf_kvcache_eval.protocol import Protocol
     from hf_kvcache_eval.runner import Comparison, run
     from hf_kvcache_eval.specs import split
-    from hf_kvcache_eval.suites import CACHES
+    from hf_kvcache_eval.suites import caches
 
     if args.threads:
         torch.set_num_threads(args.threads)
     protocol = Protocol(args.sink_length, args.tail_length, args.page_size, args.block, args.seed)
     comparison = Comparison(
         out=args.out or Path("results") / args.suite,
-        caches=split(args.caches or CACHES.get(args.suite, "full")),
+        caches=split(args.caches) if args.caches is not None else caches(args.suite),
         model=args.model,
         suite=args.suite,
         tasks=args.tasks,

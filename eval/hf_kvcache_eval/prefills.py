@@ -54,8 +54,7 @@ class Prefill:
         """Give ``cache``, which is empty, what the model's prefill would have given it."""
         mask = None if bool(self.mask.all()) else self.mask
         for index, (keys, values) in enumerate(self.states):
-            # A copy: a cache may keep the very tensors it is given, and change them.
-            cache.update(keys.clone(), values.clone(), index)
+            cache.update(_as_projected(keys), _as_projected(values), index)
             layer = cache.layers[index]
             if isinstance(layer, KVCacheLayer):
                 # The attention of a prefill is full attention, after which the layer packs.
@@ -108,6 +107,14 @@ def can_share(config: Any, cache: Any) -> bool:
 
 def _is_plain(cache: Any) -> bool:
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _as_projected(states: torch.Tensor) -> torch.Tensor:
+    """A copy of ``[B, Hkv, T, D]``, since a cache may keep what it is given and change it.
+
+    In memory it lies token by token, as a projection's output does, so that sums over it are those of a real prefill.
+    """
+    return states.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _key(model: Any, contexts: Contexts) -> tuple[int, tuple[tuple[int, ...], ...]]:

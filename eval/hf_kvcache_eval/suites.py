@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hf_kvcache import codecs
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.lm_task import LmTask
 from hf_kvcache_eval.retrieval import RetrievalTask, kinds
@@ -56,7 +57,7 @@ SIZES = {"quick": Size(3, 128, 8, 40), "standard": Size(8, 256, 12, 60), "full":
 TASKS = {
     "quick": "fidelity@1024 quote@1024 passkey@512 speed@1024",
     "standard": "fidelity@1024 fidelity@4096 passkey@1024 needle@1024 multikey@1024 vartrack@1024 quote@1024 "
-    "needle@1024:aware quote@1024:aware lambada hellaswag arc_easy piqa speed@4096",
+    "needle@1024:aware quote@1024:aware lambada hellaswag arc_easy speed@4096",
     "full": "fidelity@1024 fidelity@2048 fidelity@4096 fidelity@8000 "
     + " ".join(
         f"{kind}@{length}{mode}"
@@ -66,13 +67,20 @@ TASKS = {
     )
     + f" {' '.join(LM_TASKS)} speed@1024 speed@4096 speed@8000",
 }
-#: What a suite compares where no caches are named: full, noise floor, ours, the arms that every method beats, peers.
-CACHES = {
-    "quick": "full full:dtype=bfloat16 rotated8 unbiased4 unbiased3 unbiased2 random@0.5",
-    "standard": "full full:dtype=bfloat16 none rotated8 int8 fp8 unbiased4 kvarn4 rotated4 turboquant4 int4 unbiased3 "
-    "kvarn3 turboquant3 int3 unbiased2 kvarn2 int2 unbiased1 random@0.5 random@0.25 window@8 hf-fp8 quanto4 hqq4",
-}
-CACHES["full"] = CACHES["standard"]
+_QUICK = ("full", "full:dtype=bfloat16", "rotated8", "unbiased4", "unbiased3", "unbiased2", "random@0.5")
+
+
+def caches(name: str) -> list[str]:
+    """What a suite compares where no caches are named: ``full``, the noise floor, ours, arms to beat, other libraries'."""
+    if name == "quick":
+        return list(_QUICK)
+    ours = sorted(codecs.specs(), key=lambda spec: (not spec.endswith("none"), _width(spec), spec))
+    return [*_QUICK[:2], *ours, "random@0.5", "random@0.25", "window@8", "hf-fp8", "quanto4", "hqq4"]
+
+
+def _width(spec: str) -> int:
+    """Minus the bits in a codec's spec, so that the widest come first."""
+    return -int(re.sub(r"\D", "", spec) or 16)
 
 
 def suite(name: str, tasks: str | None = None, limit: int | None = None) -> list[tuple[str, Entry | ValueError]]:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from hf_kvcache import codecs
 from hf_kvcache_eval import cli, runner, suites
 from hf_kvcache_eval.caches import Arm
 from hf_kvcache_eval.cells import Cell, Metric, Store
@@ -195,8 +196,9 @@ def test_every_task_and_cache_of_a_suite_is_known(name: str) -> None:
     for task, entry in suites.suite(name):
         assert isinstance(entry, Entry), f"{task}: {entry}"
         assert entry.task.name == task
-    for spec in suites.CACHES[name].split():
+    for spec in suites.caches(name):
         Arm(spec)
+    assert set(codecs.specs()) <= set(suites.caches("standard"))
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,22 @@
 // Products of bytes on the tile unit (AMX): the same 16-bit split of the float side as in bytes.h, the same exact sums.
 //
-// A page's rows of bytes are a tile as they lie, and so are four queries by two bytes each: no transposing for scores.
+// A page's rows of bytes are a tile as they lie, and so are queries by two bytes each: scores need no transposing. Four
+// queries, a high and a low byte each, are a quad: eight columns of a product with keys, eight rows of one with values.
+// A tile has room for two of them; where there is one only, the rest is computed for nothing.
 #pragma once
 
 #include "bytes.h"
+#include "packed.h"
 
 #if defined(__AMX_INT8__)
 
 namespace {
 
-constexpr int kColumns = 8;  // four queries, a high and a low byte each
+constexpr int kQuad = 4;
+constexpr int kTileBytes = 16 * 64;
+constexpr int kBlock = 64;  // tokens that pages have a multiple of here: no tile reaches behind the record
 
-// All tiles are 16 rows of 64 bytes; where four queries fill half of one, the rest is computed for nothing.
+// All tiles are 16 rows of 64 bytes: an instruction on fewer takes as long.
 inline void configure_tiles() {
     struct alignas(64) {
         uint8_t palette, start_row, reserved[14];
@@ -20,165 +25,301 @@ inline void configure_tiles() {
     } config = {};
     config.palette = 1;
     for (int i = 0; i < 8; i++) config.rows[i] = 16, config.row_bytes[i] = 64;
+    // GCC takes the instruction for one that reads only the first bytes, and might leave out what is written to the others.
+    asm volatile("" : : "m"(config));
     _tile_loadconfig(&config);
 }
 
 inline void release_tiles() { _tile_release(); }
 
-// Eight columns of 16 rows: lane t of column c is sums[t][c].
-inline void transpose_columns(const int32_t sums[16][16], __m512i columns[kColumns]) {
-    __m512i v[8], w[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-        v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)sums[i])),
-                                  _mm256_loadu_si256((const __m256i*)sums[8 + i]), 1);
+inline bool tiles_fit(const HfkvSide& side, int page_size) {
+    return side.level == HFKV_CODES && side.dim % 64 == 0 && side.dim <= kLargestExactDim && page_size % kBlock == 0
+        && page_size <= kLargestExactTokens;
+}
+
+// Sums of each of four vectors.
+inline __m128i four_sums(const __m512i v[4]) {
+    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    const __m512i c = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    const __m256i d = _mm256_add_epi32(_mm512_castsi512_si256(c), _mm512_extracti64x4_epi64(c, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1));
+}
+
+// The high and the low bytes of 64 numbers, four to a lane of 16 bytes in turn: byte 16 r + 4 j + i is of v[j][4 r + i].
+inline void split_bytes(const __m512i v[4], __m512i& high, __m512i& low) {
+    const __m512i a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]);
+    const __m512i half = _mm512_set1_epi16(128), mask = _mm512_set1_epi16(255);
+    high = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8), _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+    low = _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
+}
+
+// Up to four rows of a multiple of 16 floats as multiples of a unit each.
+struct Quad {
+    const float* rows[kQuad];
+    int n;
+    float units[kQuad], inverses[kQuad];
+    __m512i sums[kQuad];
+
+    Quad(const float* x, int pitch, int count, int length) : n(length) {
+        for (int m = 0; m < kQuad; m++) {
+            // A row that is not there is the first one times zero.
+            rows[m] = x + (m < count ? (int64_t)m * pitch : 0);
+            units[m] = 0, inverses[m] = 0, sums[m] = _mm512_setzero_si512();
+            if (m >= count) continue;
+            __m512 top = _mm512_setzero_ps();
+            for (int c = 0; c < n; c += 16) top = _mm512_max_ps(top, _mm512_abs_ps(load(m, c)));
+            const float peak = _mm512_reduce_max_ps(top);
+            // A subnormal peak would have an infinite inverse.
+            units[m] = peak > 1e-30f ? peak / kLargestUnits : 1.0f;
+            inverses[m] = 1.0f / units[m];
+        }
+    }
+
+    __m512 load(int m, int c) const { return _mm512_loadu_ps(rows[m] + c); }
+    __m512i multiples(int m, int c) {
+        const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(load(m, c), _mm512_set1_ps(inverses[m])));
+        sums[m] = _mm512_add_epi32(sums[m], v);
+        return v;
+    }
+    // start: what takes the bias of the bytes out of a total, when all multiples have been asked for.
+    void copy(float* to_units, int32_t* start) const {
+        std::memcpy(to_units, units, sizeof units);
+        _mm_storeu_si128((__m128i*)start, _mm_mullo_epi32(four_sums(sums), _mm_set1_epi32(-kBias)));
+    }
+};
+
+// A quad of queries as columns: row c / 4 of the tiles has four channels of the high byte of each, then of the low byte.
+inline void split_queries(Quad& quad, int8_t* columns, Stream& next) {
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    for (int c = 0; c < quad.n; c += 16) {
+        next.work(1);
+        __m512i v[kQuad], high, low;
+#pragma GCC unroll 4
+        for (int m = 0; m < kQuad; m++) v[m] = quad.multiples(m, c);
+        split_bytes(v, high, low);
+        const __m512i a = _mm512_permutex2var_epi64(high, first, low), b = _mm512_permutex2var_epi64(high, second, low);
+        int8_t* to = columns + 16 * c;
+        _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(a));
+        _mm256_storeu_si256((__m256i*)(to + 64), _mm512_extracti64x4_epi64(a, 1));
+        _mm256_storeu_si256((__m256i*)(to + 128), _mm512_castsi512_si256(b));
+        _mm256_storeu_si256((__m256i*)(to + 192), _mm512_extracti64x4_epi64(b, 1));
+    }
+}
+
+// A quad of weights as eight rows of a tile for every 64 tokens, high bytes first. The tokens are in the order of split_bytes.
+inline void split_weights(Quad& quad, int8_t* rows, Stream& next) {
+    for (int t = 0; t < quad.n; t += kBlock, rows += kTileBytes)
+#pragma GCC unroll 4
+        for (int m = 0; m < kQuad; m++) {
+            next.work(1);
+            __m512i v[4], high, low;
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) v[j] = quad.multiples(m, t + 16 * j);
+            split_bytes(v, high, low);
+            _mm512_storeu_si512(rows + 64 * m, high);
+            _mm512_storeu_si512(rows + 64 * (kQuad + m), low);
+        }
+}
+
+// Rows i and i + 4 of sums: high and low bytes of four queries each.
+inline __m512i two_rows(const int32_t* sums, int i) {
+    const __m256i a = _mm256_loadu_si256((const __m256i*)(sums + 16 * i));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(a), _mm256_loadu_si256((const __m256i*)(sums + 16 * (i + 4))), 1);
+}
+
+// The totals of 16 tokens by query. sums: eight columns of 16 rows.
+inline void by_query(const int32_t* sums, __m512i totals[kQuad]) {
+    __m512i v[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        w[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-        w[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+        const __m512i a = two_rows(sums, i), b = two_rows(sums, 8 + i);
+        const __m512i high = _mm512_shuffle_i64x2(a, b, 0x88), low = _mm512_shuffle_i64x2(a, b, 0xdd);
+        v[i] = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);  // a lane of 16 bytes: token 4 lane + i
     }
-    // Quarters of v[c] (c < 4): columns c and 4 + c of rows 0-3, then of rows 8-11; of v[4 + c]: of rows 4-7 and 12-15.
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-        v[4 * i] = _mm512_unpacklo_epi64(w[4 * i], w[4 * i + 2]);
-        v[4 * i + 1] = _mm512_unpackhi_epi64(w[4 * i], w[4 * i + 2]);
-        v[4 * i + 2] = _mm512_unpacklo_epi64(w[4 * i + 1], w[4 * i + 3]);
-        v[4 * i + 3] = _mm512_unpackhi_epi64(w[4 * i + 1], w[4 * i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-        const __m512i low = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), high = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xdd);
-        columns[c] = _mm512_shuffle_i32x4(low, low, 0xd8);
-        columns[4 + c] = _mm512_shuffle_i32x4(high, high, 0xd8);
-    }
+    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpacklo_epi32(v[2], v[3]);
+    const __m512i c = _mm512_unpackhi_epi32(v[0], v[1]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+    totals[0] = _mm512_unpacklo_epi64(a, b), totals[1] = _mm512_unpackhi_epi64(a, b);
+    totals[2] = _mm512_unpacklo_epi64(c, d), totals[3] = _mm512_unpackhi_epi64(c, d);
 }
 
-inline bool tiles_fit_scores(int room, int dim) { return room % 32 == 0 && dim % 64 == 0 && dim <= kLargestExactDim; }
+constexpr int kStep = 64;  // tokens whose levels are looked up and multiplied at a time
 
-// As dot_bytes; rows up to a multiple of 32 are read.
-template <int M>
-void dot_bytes_amx(const uint8_t* rows, int n, int dim, const float* query, int query_pitch, float* scores, int pitch,
-                   int8_t* scratch, Stream& next) {
-    alignas(64) int8_t tiles[kLargestExactDim / 64][16][64];
-    int32_t start[M];
-    float units[M];
-    for (int m = 0; m < M; m++) {
-        int8_t* high = scratch;
-        int8_t* low = scratch + dim;
-        units[m] = split(query + m * query_pitch, dim, high, low);
-        start[m] = -kBias * (256 * byte_sum(high, dim) + byte_sum(low, dim));
-        for (int c = 0; c < dim; c += 4) {
-            int8_t* to = tiles[c / 64][c % 64 / 4];
-            std::memcpy(to + 8 * m, high + c, 4);
-            std::memcpy(to + 8 * m + 4, low + c, 4);
-        }
-    }
-    const int blocks = dim / 64;
-    for (int t = 0; t < n; t += 32) {
-        const uint8_t* from = rows + (int64_t)t * dim;
-        _tile_zero(0);
-        _tile_zero(1);
-        for (int b = 0; b < blocks; b++) {
-            _tile_loadd(4, tiles[b], 64);
-            _tile_loadd(2, from + 64 * b, dim);
-            _tile_loadd(3, from + 64 * b + 16 * (int64_t)dim, dim);
-            _tile_dpbusd(0, 2, 4);
-            _tile_dpbusd(1, 3, 4);
-        }
-        next.work(6);
-        alignas(64) int32_t sums[2][16][16];
-        _tile_stored(0, sums[0], 64);
-        _tile_stored(1, sums[1], 64);
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            __m512i columns[kColumns];
-            transpose_columns(sums[half], columns);
-            const int left = n - t - 16 * half;
-            const __mmask16 out = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1 << left) - 1);
-#pragma GCC unroll 4
-            for (int m = 0; m < M; m++) {
-                const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(columns[2 * m], 8),
-                                                       _mm512_add_epi32(columns[2 * m + 1], _mm512_set1_epi32(start[m])));
-                _mm512_mask_storeu_ps(scores + m * pitch + t + 16 * half, out,
-                                      _mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(units[m])));
-            }
-        }
-    }
-}
-
-// 64 channels of n tokens, four tokens side by side: part p, group g, lane i is channel 16 (i / 4) + 4 p + i % 4.
-inline void interleave(const uint8_t* rows, int n, int dim, uint8_t* parts, int groups, Stream& next) {
-    for (int t = 0; t < n; t += 4) {
-        if (t % 8 == 0) next.work(1);
-        __m512i row[4];
-        for (int i = 0; i < 4; i++) row[i] = _mm512_loadu_si512(rows + (int64_t)(t + i < n ? t + i : n - 1) * dim);
-        const __m512i ab_low = _mm512_unpacklo_epi8(row[0], row[1]), ab_high = _mm512_unpackhi_epi8(row[0], row[1]);
-        const __m512i cd_low = _mm512_unpacklo_epi8(row[2], row[3]), cd_high = _mm512_unpackhi_epi8(row[2], row[3]);
-        uint8_t* to = parts + 16 * t;
-        _mm512_storeu_si512(to, _mm512_unpacklo_epi16(ab_low, cd_low));
-        _mm512_storeu_si512(to + 64 * groups, _mm512_unpackhi_epi16(ab_low, cd_low));
-        _mm512_storeu_si512(to + 128 * groups, _mm512_unpacklo_epi16(ab_high, cd_high));
-        _mm512_storeu_si512(to + 192 * groups, _mm512_unpackhi_epi16(ab_high, cd_high));
-    }
-}
-
-inline bool tiles_fit_output(int n, int dim) { return dim % 64 == 0 && n <= 128; }
-
-// As weigh_bytes.
-template <int M>
-void weigh_bytes_amx(const uint8_t* rows, int n, int dim, const float* weights, int pitch, float* output,
-                     int output_pitch, int8_t* scratch, Stream& next) {
-    alignas(64) uint8_t parts[4 * 32 * 64];
-    const int width = padded(n), groups = width / 4;
-    __m512i high_start[M], low_start[M];
-    __m512 units[M];
-    for (int m = 0; m < M; m++) {
-        int8_t* high = scratch + 2 * m * width;
-        units[m] = _mm512_set1_ps(split(weights + m * pitch, n, high, high + width));
-        high_start[m] = _mm512_set1_epi32(-kBias * byte_sum(high, n));
-        low_start[m] = _mm512_set1_epi32(-kBias * byte_sum(high + width, n));
-    }
+// sums [kStep, 16] of rows of `dim` bytes with two quads of queries.
+inline void multiply_keys(const uint8_t* rows, int dim, const int8_t* columns, int32_t* sums, Stream& next) {
+    const int64_t tile = 16 * (int64_t)dim;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
     for (int c = 0; c < dim; c += 64) {
-        interleave(rows + c, n, dim, parts, groups, next);
-        alignas(64) int32_t sums[4][16][16];
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int t = 0; t < n; t += 64) {
-            const uint8_t* group = parts + 16 * t;
-            _tile_loadd(4, scratch + t, width);
-            _tile_loadd(5, group, 64);
-            _tile_dpbsud(0, 4, 5);
-            _tile_loadd(6, group + 64 * groups, 64);
-            _tile_dpbsud(1, 4, 6);
-            _tile_loadd(5, group + 128 * groups, 64);
-            _tile_dpbsud(2, 4, 5);
-            _tile_loadd(6, group + 192 * groups, 64);
-            _tile_dpbsud(3, 4, 6);
-        }
-        _tile_stored(0, sums[0], 64);
-        _tile_stored(1, sums[1], 64);
-        _tile_stored(2, sums[2], 64);
-        _tile_stored(3, sums[3], 64);
+        _tile_loadd(6, columns + 16 * c, 64);
+        _tile_loadd(4, rows + c, dim);
+        _tile_dpbusd(0, 4, 6);
+        next.work(1);
+        _tile_loadd(5, rows + c + tile, dim);
+        _tile_dpbusd(1, 5, 6);
+        next.work(1);
+        _tile_loadd(4, rows + c + 2 * tile, dim);
+        _tile_dpbusd(2, 4, 6);
+        next.work(1);
+        _tile_loadd(5, rows + c + 3 * tile, dim);
+        _tile_dpbusd(3, 5, 6);
+        next.work(1);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 16 * 16, 64);
+    _tile_stored(2, sums + 32 * 16, 64);
+    _tile_stored(3, sums + 48 * 16, 64);
+}
+
+template <class Packing>
+void look_up(const Rows64<Packing>& rows, int start, int dim, uint8_t* levels, Stream& next) {
+    for (int source = 0; source < rows.sources; source++)
+        for (int t = 0; t < kStep; t += 4) {
+            if (t % 8 == 0 && source == 0) next.work(1);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; m++) {
-            __m512 total[4];
+            for (int i = 0; i < 4; i++) {
+                const __m512i bytes = rows.load(start + t + i, source);
 #pragma GCC unroll 4
-            for (int p = 0; p < 4; p++) {
-                const __m512i high = _mm512_add_epi32(_mm512_load_si512(sums[p][2 * m]), high_start[m]);
-                const __m512i low = _mm512_add_epi32(_mm512_load_si512(sums[p][2 * m + 1]), low_start[m]);
-                total[p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low));
+                for (int k = 0; k < Packing::kOutputs; k++)
+                    _mm512_store_si512(levels + (t + i) * dim + 64 * rows.block(source, k), rows.levels(bytes, k));
             }
-            // Quarter q of part p holds channels 16 q + 4 p on: transpose the quarters.
-            const __m512 a = _mm512_shuffle_f32x4(total[0], total[1], 0x88), b = _mm512_shuffle_f32x4(total[2], total[3], 0x88);
-            const __m512 d = _mm512_shuffle_f32x4(total[0], total[1], 0xdd), e = _mm512_shuffle_f32x4(total[2], total[3], 0xdd);
-            const __m512 quarter[4] = {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(d, e, 0x88),
-                                       _mm512_shuffle_f32x4(a, b, 0xdd), _mm512_shuffle_f32x4(d, e, 0xdd)};
-            float* to = output + m * output_pitch + c;
+        }
+}
+
+// scores[m, t] of up to two quads of queries and n rows of codes. levels: room for kStep rows of them.
+template <class Packing>
+void dot_tiles(const Rows64<Packing>& given, int n, int dim, const float* query, int query_pitch, int count, float* scores, int pitch,
+               uint8_t* levels, int8_t* tiles, Stream& next) {
+    const Rows64<Packing> rows = given;  // bytes are written below, which could be any object's but a local one's
+    alignas(64) int32_t sums[kStep * 16];
+    float units[2 * kQuad];
+    int32_t start[2 * kQuad];
+    for (int m = 0; m < count; m += kQuad) {
+        Quad quad(query + (int64_t)m * query_pitch, query_pitch, count - m, dim);
+        split_queries(quad, tiles + 8 * m, next);
+        quad.copy(units + m, start + m);
+    }
+    for (int t = 0; t < n; t += kStep) {
+        if (Packing::kPlain) {
+            multiply_keys(rows.data + (int64_t)t * dim, dim, tiles, sums, next);
+        } else {
+            look_up(rows, t, dim, levels, next);
+            multiply_keys(levels, dim, tiles, sums, next);
+        }
+        for (int half = 0; half < kStep && t + half < n; half += 16) {
+            const int left = n - t - half;
+            const __mmask16 out = left >= 16 ? 0xffff : (__mmask16)((1 << left) - 1);
+            for (int m = 0; m < count; m += kQuad) {
+                next.work(1);
+                __m512i totals[kQuad];
+                by_query(sums + 16 * half + 2 * m, totals);
 #pragma GCC unroll 4
-            for (int q = 0; q < 4; q++)
-                _mm512_storeu_ps(to + 16 * q, _mm512_fmadd_ps(quarter[q], units[m], _mm512_loadu_ps(to + 16 * q)));
+                for (int i = 0; i < kQuad; i++) {
+                    if (m + i >= count) break;
+                    const __m512 total = _mm512_cvtepi32_ps(_mm512_add_epi32(totals[i], _mm512_set1_epi32(start[m + i])));
+                    _mm512_mask_storeu_ps(scores + (int64_t)(m + i) * pitch + t + half, out,
+                                          _mm512_mul_ps(total, _mm512_set1_ps(units[m + i])));
+                }
+            }
+        }
+    }
+}
+
+// Levels of n tokens, four tokens side by side, as tiles [64 channels, 64 tokens, part]: lane i of part p is channel
+// 16 (i / 4) + 4 p + i % 4. The groups of four tokens stand in the order of split_bytes.
+template <class Packing>
+void weave(const Rows64<Packing>& given, int n, uint8_t* tiles, Stream& next) {
+    const Rows64<Packing> rows = given;  // as above
+    const int steps = padded(n) / kBlock;
+    for (int step = 0; step < steps; step++)
+        for (int group = 0; group < 16; group++) {
+            const int64_t t = kBlock * step + 4 * (group / 4 + group % 4 * 4);
+            if (group % 2 == 0) next.work(1);
+            for (int source = 0; source < rows.sources; source++) {
+                const __m512i row0 = rows.load(t, source), row1 = rows.load(t + 1, source);
+                const __m512i row2 = rows.load(t + 2, source), row3 = rows.load(t + 3, source);
+                const __m512i ab_low = _mm512_unpacklo_epi8(row0, row1), ab_high = _mm512_unpackhi_epi8(row0, row1);
+                const __m512i cd_low = _mm512_unpacklo_epi8(row2, row3), cd_high = _mm512_unpackhi_epi8(row2, row3);
+                const __m512i parts[4] = {_mm512_unpacklo_epi16(ab_low, cd_low), _mm512_unpackhi_epi16(ab_low, cd_low),
+                                          _mm512_unpacklo_epi16(ab_high, cd_high), _mm512_unpackhi_epi16(ab_high, cd_high)};
+#pragma GCC unroll 4
+                for (int k = 0; k < Packing::kOutputs; k++) {
+                    uint8_t* to = tiles + (rows.block(source, k) * steps + step) * 4 * kTileBytes + 64 * group;
+#pragma GCC unroll 4
+                    for (int p = 0; p < 4; p++)
+                        _mm512_store_si512(to + p * kTileBytes, rows.levels(parts[p], k));
+                }
+            }
+        }
+}
+
+// sums [4, 16, 16] of two quads of weights with 64 channels of woven levels.
+inline void multiply_values(const uint8_t* woven, const int8_t* weights, int steps, int32_t* sums, Stream& next) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int step = 0; step < steps; step++, weights += kTileBytes, woven += 4 * kTileBytes) {
+        _tile_loadd(4, weights, 64);
+        _tile_loadd(6, woven, 64);
+        _tile_dpbsud(0, 4, 6);
+        next.work(1);
+        _tile_loadd(7, woven + kTileBytes, 64);
+        _tile_dpbsud(1, 4, 7);
+        next.work(1);
+        _tile_loadd(6, woven + 2 * kTileBytes, 64);
+        _tile_dpbsud(2, 4, 6);
+        next.work(1);
+        _tile_loadd(7, woven + 3 * kTileBytes, 64);
+        _tile_dpbsud(3, 4, 7);
+        next.work(1);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 16 * 16, 64);
+    _tile_stored(2, sums + 32 * 16, 64);
+    _tile_stored(3, sums + 48 * 16, 64);
+}
+
+// output [64] += unit * totals of one query, whose high bytes' sums are given, out of the order of weave.
+inline void add_channels(const int32_t* sums, int32_t start, float unit, float* output) {
+    __m512i total[4];
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; p++) {
+        const __m512i high = _mm512_load_si512(sums + 256 * p), low = _mm512_load_si512(sums + 256 * p + 16 * kQuad);
+        total[p] = _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low), _mm512_set1_epi32(start));
+    }
+    // Quarter q of part p holds channels 16 q + 4 p on: transpose the quarters.
+    const __m512i a = _mm512_shuffle_i32x4(total[0], total[1], 0x88), b = _mm512_shuffle_i32x4(total[2], total[3], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(total[0], total[1], 0xdd), d = _mm512_shuffle_i32x4(total[2], total[3], 0xdd);
+    const __m512i quarters[4] = {_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(c, d, 0x88),
+                                 _mm512_shuffle_i32x4(a, b, 0xdd), _mm512_shuffle_i32x4(c, d, 0xdd)};
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; q++)
+        _mm512_storeu_ps(output + 16 * q, _mm512_fmadd_ps(_mm512_cvtepi32_ps(quarters[q]), _mm512_set1_ps(unit),
+                                                          _mm512_loadu_ps(output + 16 * q)));
+}
+
+// output[m, c] += the sums of n rows of levels, woven, by up to two quads of weights. These go on as zeros up to a multiple
+// of 64.
+inline void weigh_tiles(const uint8_t* woven, int n, int dim, const float* weights, int pitch, int count, float* output,
+                        int output_pitch, int8_t* tiles, Stream& next) {
+    alignas(64) int32_t sums[4 * 16 * 16];
+    float units[2 * kQuad];
+    int32_t start[2 * kQuad];
+    const int steps = padded(n) / kBlock;
+    for (int m = 0; m < count; m += kQuad) {
+        Quad quad(weights + (int64_t)m * pitch, pitch, count - m, padded(n));
+        split_weights(quad, tiles + 2 * m * 64, next);
+        quad.copy(units + m, start + m);
+    }
+    for (int c = 0; c < dim; c += 64, woven += steps * 4 * kTileBytes) {
+        multiply_values(woven, tiles, steps, sums, next);
+        for (int m = 0; m < count; m++) {
+            next.work(1);
+            const int row = m / kQuad * 2 * kQuad + m % kQuad;
+            add_channels(sums + 16 * row, start[m], units[m], output + (int64_t)m * output_pitch + c);
         }
     }
 }

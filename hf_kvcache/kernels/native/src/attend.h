@@ -78,6 +78,7 @@ struct Run {
         s.weights = at, at += (size_t)queries * page_pitch;
         s.output = at, at += (size_t)queries * value_pitch;
         s.decoded = at, at += page_size * widest;
+        s.woven = (uint8_t*)s.decoded;
         s.first = at, at += page_size * widest + longest;
         s.second = at, at += page_size * widest + longest;
         s.third = at, at += page_size * widest + longest;
@@ -115,30 +116,34 @@ inline void begin(const Run& run, Partial& p) {
 }
 
 // Scores to weights, in place, and the partial result scaled down to the new maximum. Hidden scores are -inf.
-inline void weigh_scores(const Run& run, float* scores, int n, Partial& p) {
-    const int stop = (n + kLanes - 1) / kLanes * kLanes;
+inline void weigh_scores(const Run& run, float* scores, int n, Partial& p, Stream& next) {
+    const int stop = (n + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);  // within the pitch, which has a vector to spare
+    const int pitch = run.page_pitch, dim = run.values.dim, value_pitch = run.value_pitch;
     for (int m = 0; m < run.queries; m++) {
-        float* s = scores + (size_t)m * run.page_pitch;
+        float* s = scores + (size_t)m * pitch;
         for (int t = n; t < stop; t++) s[t] = kMinusInfinity;
-        Vec tops = load(s);
-        for (int t = kLanes; t < stop; t += kLanes) tops = max(tops, load(s + t));
-        const float top = larger(p.top[m], largest(tops));
+        Vec tops = max(load(s), load(s + kLanes));
+        for (int t = 2 * kLanes; t < stop; t += 2 * kLanes) tops = max(tops, max(load(s + t), load(s + t + kLanes)));
+        const float before = p.top[m], top = larger(before, largest(tops));
         // While nothing is visible the maximum is -inf, and -inf - -inf is not a number.
         const Vec shift = splat(top == kMinusInfinity ? 0.0f : top);
-        Vec total = splat(0.0f);
-        for (int t = 0; t < stop; t += kLanes) {
-            const Vec e = exponential(load(s + t) - shift);
-            store(s + t, e);
-            total += e;
+        Vec even = splat(0.0f), odd = splat(0.0f);
+        for (int t = 0; t < stop; t += 2 * kLanes) {
+            next.work(1);
+            const Vec a = exponential(load(s + t) - shift), b = exponential(load(s + t + kLanes) - shift);
+            store(s + t, a);
+            store(s + t + kLanes, b);
+            even += a;
+            odd += b;
         }
-        if (top != p.top[m]) {
-            const float decay = exponential(splat(p.top[m] - top))[0];
+        if (top != before) {
+            const float decay = exponential(splat(before - top))[0];
             p.total[m] *= decay;
-            float* o = p.output + (size_t)m * run.value_pitch;
-            for (int i = 0; i < run.values.dim; i++) o[i] *= decay;
+            float* o = p.output + (size_t)m * value_pitch;
+            for (int i = 0; i < dim; i++) o[i] *= decay;
             p.top[m] = top;
         }
-        p.total[m] += sum(total);
+        p.total[m] += sum(even + odd);
     }
 }
 
@@ -185,14 +190,12 @@ inline void attend_page(const Run& run, int row, int column, bool last, float* k
     if (c.window && at(n - 1) <= c.start - c.window) return;
     const uint8_t* record = (const uint8_t*)c.addresses[cell];
     s.next.begin(last ? nullptr : (const uint8_t*)c.addresses[cell + 1], c.layout->record_bytes);
-    page_scores(run.keys, run.page_size, record, n, run.rotated_queries(row), run.queries, run.key_pitch, s, run.page_pitch);
-    if (c.center)
-        for (int m = 0; m < run.queries; m++)
-            for (int t = 0; t < n; t++) s.scores[(size_t)m * run.page_pitch + t] += run.shifts(row)[m];
+    page_scores(run.keys, run.page_size, record, n, run.rotated_queries(row), run.queries, run.key_pitch, run.shifts(row), s,
+                run.page_pitch);
     if (c.softcap > 0) cap_scores(run, s.scores, n);
     if (c.window && at(0) <= c.start + c.length - 1 - c.window) hide_by_position(run, s.scores, n, false, at);
     keep_scores(run, s.scores, n, row, (int64_t)column * run.page_size, keys, kept);
-    weigh_scores(run, s.scores, n, p);
+    weigh_scores(run, s.scores, n, p, s.next);
     page_output(run.values, run.page_size, record, n, s.scores, run.queries, run.page_pitch, s, p.output, run.value_pitch);
 }
 
@@ -203,7 +206,7 @@ inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Parti
     for (int start = 0; start < c.slots; start += kDenseTile) {
         const int n = c.slots - start < kDenseTile ? c.slots - start : kDenseTile;
         const uint8_t* keys = (const uint8_t*)c.dense_keys + width * (b * c.keys_batch + head * c.keys_head + start * c.keys_token);
-        const Rows key_rows{c.dense_level, 0, run.keys.dim, n, keys, width * c.keys_token};
+        const Rows key_rows{c.dense_level, 0, run.keys.dim, keys, width * c.keys_token};
         by_fours(run.queries, DotOp{key_rows, n, run.row_queries(row), run.key_pitch, s.scores, run.page_pitch, s.split, s.next});
         if (c.softcap > 0) cap_scores(run, s.scores, n);
         if (c.dense_positions) {
@@ -217,10 +220,10 @@ inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Parti
                     for (int m = 0; m < run.queries; m++) s.scores[(size_t)m * run.page_pitch + t] = kMinusInfinity;
         }
         keep_scores(run, s.scores, n, row, start, c.slots, kept);
-        weigh_scores(run, s.scores, n, p);
+        weigh_scores(run, s.scores, n, p, s.next);
         const uint8_t* values =
             (const uint8_t*)c.dense_values + width * (b * c.values_batch + head * c.values_head + start * c.values_token);
-        const Rows value_rows{c.dense_level, 0, run.values.dim, n, values, width * c.values_token};
+        const Rows value_rows{c.dense_level, 0, run.values.dim, values, width * c.values_token};
         by_fours(run.queries, WeighOp{value_rows, n, s.scores, run.page_pitch, p.output, run.value_pitch, s.split, s.next});
     }
 }

@@ -107,7 +107,7 @@ void dot_bytes_vnni(const uint8_t* rows, int n, int dim, const float* query, int
         start[m] = -kBias * (256 * byte_sum(high, dim) + byte_sum(high + width, dim));
     }
     for (int t = 0; t < n; t += 16) {
-        next.work(3);
+        next.work(6);
         __m512i upper[M], lower[M];
         for (int m = 0; m < M; m++) upper[m] = _mm512_setzero_si512(), lower[m] = _mm512_set1_epi32(start[m]);
         for (int c = 0; c < dim; c += 64) {
@@ -151,7 +151,7 @@ void weigh_block(const uint8_t* rows, int n, int dim, __mmask64 in, const int8_t
         }
     for (int t = 0; t < n; t += 4) {
         __m512i row[4];
-        if (t % 8 == 0) next.work(1);
+        if (t % 8 == 0) next.work(2);
         for (int i = 0; i < 4; i++) {
             const uint8_t* from = rows + (int64_t)(t + i < n ? t + i : n - 1) * dim;
             row[i] = _mm512_maskz_loadu_epi8(in, from);

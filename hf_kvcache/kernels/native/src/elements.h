@@ -77,7 +77,7 @@ void dot_elements(const uint8_t* rows, int64_t stride, int n, int dim, const flo
                   int pitch, Stream& next) {
     for (int t = 0; t < n; t++) {
         const uint8_t* row = rows + t * stride;
-        if (t % 16 == 0) next.work(3);
+        if (t % 16 == 0) next.work(6);
         Vec total[M];
         for (int m = 0; m < M; m++) total[m] = splat(0.0f);
         int c = 0;
@@ -107,7 +107,7 @@ void weigh_elements(const uint8_t* rows, int64_t stride, int n, int dim, const f
             for (int v = 0; v < kVectors; v++) total[m][v] = load(output + m * output_pitch + c + v * kLanes);
         for (int t = 0; t < n; t++) {
             const uint8_t* row = rows + t * stride + c * Element::kBytes;
-            if (c == 0 && t % 16 == 0) next.work(3);
+            if (c == 0 && t % 16 == 0) next.work(6);
             Vec x[kVectors];
             for (int v = 0; v < kVectors; v++) x[v] = Element::load_vec(row + v * kLanes * Element::kBytes);
             for (int m = 0; m < M; m++) {

@@ -92,7 +92,7 @@ inline void expand_plane(const uint8_t* codes, int n, int length, const uint8_t*
     typedef typename Bytes::Type Type;
     const Type table = load_bytes<Bytes>(levels);
     for (int t = 0; t < n; t++) {
-        if (t % 16 == 0) next.work(1);
+        if (t % 16 == 0) next.work(2);
         const uint8_t* row = codes + (int64_t)t * length;
         uint8_t* to = out + (int64_t)t * length * (8 / kWidth);
         for (int j = 0; j < length; j += Bytes::kBytes) {
@@ -114,7 +114,7 @@ inline void expand_uneven_plane(const uint8_t* codes, int n, int length, const u
                                 Stream& next) {
     const Bytes16::Type table = load_bytes<Bytes16>(levels);
     for (int t = 0; t < n; t++) {
-        if (t % 16 == 0) next.work(1);
+        if (t % 16 == 0) next.work(2);
         const uint8_t* row = codes + (int64_t)t * length;
         uint8_t* to = out + (int64_t)t * length * (8 / kWidth);
         int j = 0;
@@ -188,7 +188,7 @@ inline void expand_three_bits(const uint8_t* codes, int n, const uint8_t* levels
     for (int s = 0; s < 4; s++)
         for (int i = 0; i < kSegment; i++) masks[s][i] = (uint8_t)(1 << (2 * s + (i >= kSegment / 2)));
     for (int t = 0; t < n; t++) {
-        if (t % 16 == 0) next.work(1);
+        if (t % 16 == 0) next.work(2);
         const uint8_t* row = codes + t * (kSegment + kSegment / 2);
         const Type low = load_bytes<Bytes>(row);
         const Type third = twice<Bytes>(row + kSegment);

@@ -7,6 +7,10 @@
 namespace {
 
 inline Vec mirrored(Vec v, int distance) {
+#if defined(__AVX512F__)
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (Vec)_mm512_permutexvar_ps(_mm512_xor_si512(lanes, _mm512_set1_epi32(distance)), (__m512)v);
+#endif
     Vec out;
     for (int i = 0; i < kLanes; i++) out[i] = v[i ^ distance];
     return out;
@@ -26,12 +30,19 @@ inline void walsh_hadamard(float* x, int dim) {
         }
     }
     for (; h < dim; h *= 2)
-        for (int c = 0; c < dim; c += 2 * h)
-            for (int i = c; i < c + h; i++) {
+        for (int c = 0; c < dim; c += 2 * h) {
+            int i = c;
+            for (; i + kLanes <= c + h; i += kLanes) {
+                const Vec a = load(x + i), b = load(x + i + h);
+                store(x + i, a + b);
+                store(x + i + h, a - b);
+            }
+            for (; i < c + h; i++) {
                 const float a = x[i], b = x[i + h];
                 x[i] = a + b;
                 x[i + h] = a - b;
             }
+        }
 }
 
 inline void rotate_by_matrix(const float* x, const float* matrix, int dim, bool inverse, float* out) {

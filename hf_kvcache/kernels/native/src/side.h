@@ -22,6 +22,7 @@ struct Scratch {
     float* third;
     float* decoded;  // [P, D]
     uint8_t* bytes;  // [P, D]
+    uint8_t* woven;  // [P, D] levels on their way to a tile, in the room of `decoded`: a page needs the one or the other
     int8_t* split;
     Stream next;
 };
@@ -50,9 +51,9 @@ void by_fours(int count, const Op& op) {
     }
 }
 
-// The elements of tokens before scaling, `stride` bytes apart. room: how many may be read.
+// The elements of tokens before scaling, `stride` bytes apart.
 struct Rows {
-    int level, offset, dim, room;
+    int level, offset, dim;
     const uint8_t* data;
     int64_t stride;
 };
@@ -73,12 +74,6 @@ struct DotOp {
         float* s = scores + (int64_t)m * pitch;
         switch (rows.level) {
             case HFKV_CODES:
-#if defined(__AMX_INT8__)
-                if (tiles_fit_scores(rows.room, rows.dim)) {
-                    dot_bytes_amx<M>(rows.data, n, rows.dim, q, query_pitch, s, pitch, split, next);
-                    break;
-                }
-#endif
                 dot_bytes<M>(rows.data, n, rows.dim, q, query_pitch, s, pitch, split, next);
                 break;
             case HFKV_FLOAT8: dot_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, next); break;
@@ -105,12 +100,6 @@ struct WeighOp {
         float* o = output + (int64_t)m * output_pitch;
         switch (rows.level) {
             case HFKV_CODES:
-#if defined(__AMX_INT8__)
-                if (tiles_fit_output(n, rows.dim)) {
-                    weigh_bytes_amx<M>(rows.data, n, rows.dim, w, pitch, o, output_pitch, split, next);
-                    break;
-                }
-#endif
                 weigh_bytes<M>(rows.data, n, rows.dim, w, pitch, o, output_pitch, split, next);
                 break;
             case HFKV_FLOAT8: weigh_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, next); break;
@@ -121,14 +110,14 @@ struct WeighOp {
     }
 };
 
-inline Rows page_rows(const HfkvSide& side, int page_size, const uint8_t* record, int n, Scratch& s) {
+inline Rows page_rows(const HfkvSide& side, const uint8_t* record, int n, Scratch& s) {
     const uint8_t* codes = record + side.codes;
     if (side.level == HFKV_CODES && side.bits < 8) {
         expand(codes, side.bits, n, side.dim, side.levels, s.bytes, s.next);
         codes = s.bytes;
     }
     const int width = side.level == HFKV_FLOAT32 ? 4 : side.level == HFKV_BFLOAT16 || side.level == HFKV_FLOAT16 ? 2 : 1;
-    return {side.level, side.offset, side.dim, page_size, codes, (int64_t)width * side.dim};
+    return {side.level, side.offset, side.dim, codes, (int64_t)width * side.dim};
 }
 
 inline float element(const Rows& rows, int t, int c) {
@@ -144,7 +133,7 @@ inline float element(const Rows& rows, int t, int c) {
 
 // The first n tokens of a side in float32, [n, D], in the rotated basis.
 inline void decode(const HfkvSide& side, int page_size, const uint8_t* record, int n, Scratch& s, float* out) {
-    const Rows rows = page_rows(side, page_size, record, n, s);
+    const Rows rows = page_rows(side, record, n, s);
     const int dim = side.dim;
     if (side.level >= HFKV_FLOAT32) {
         for (int t = 0; t < n; t++)
@@ -171,9 +160,9 @@ inline void decode(const HfkvSide& side, int page_size, const uint8_t* record, i
 
 // Rows that need no scaling: full-precision ones as they lie, others decoded.
 inline Rows plain_rows(const HfkvSide& side, int page_size, const uint8_t* record, int n, Scratch& s) {
-    if (side.level >= HFKV_FLOAT32) return page_rows(side, page_size, record, n, s);
+    if (side.level >= HFKV_FLOAT32) return page_rows(side, record, n, s);
     decode(side, page_size, record, n, s, s.decoded);
-    return {HFKV_FLOAT32, 0, side.dim, n, (const uint8_t*)s.decoded, 4 * (int64_t)side.dim};
+    return {HFKV_FLOAT32, 0, side.dim, (const uint8_t*)s.decoded, 4 * (int64_t)side.dim};
 }
 
 inline float dot(const float* a, const float* b, int n) {
@@ -194,16 +183,61 @@ inline float total(const float* x, int n) {
     return sum(sums) + rest;
 }
 
-// scores[m, t] of the first n tokens of a page. query: [M, query_pitch], rotated and scaled.
+// scores[m, t] of the first n rows of codes, before scaling.
+inline void code_scores(const HfkvSide& side, int page_size, const uint8_t* record, int n, int count, int query_pitch, Scratch& s,
+                        int pitch) {
+#if defined(__AMX_INT8__)
+    if (tiles_fit(side, page_size)) {
+        with_rows(side, record + side.codes, n, s.bytes, s.next, [&](const auto& rows) {
+            for (int m = 0; m < count; m += 2 * kQuad)
+                dot_tiles(rows, n, side.dim, s.queries + (int64_t)m * query_pitch, query_pitch,
+                                         count - m < 2 * kQuad ? count - m : 2 * kQuad, s.scores + (int64_t)m * pitch, pitch,
+                                         s.woven, s.split, s.next);
+        });
+        return;
+    }
+#endif
+    (void)page_size;
+    const Rows rows = page_rows(side, record, n, s);
+    by_fours(count, DotOp{rows, n, s.queries, query_pitch, s.scores, pitch, s.split, s.next});
+}
+
+// output[m, c] += the sum of the first n rows of codes by s.weights, before scaling.
+inline void code_output(const HfkvSide& side, int page_size, const uint8_t* record, int n, int count, int pitch, Scratch& s,
+                        float* output, int output_pitch) {
+#if defined(__AMX_INT8__)
+    if (tiles_fit(side, page_size)) {
+        with_rows(side, record + side.codes, n, s.bytes, s.next,
+                  [&](const auto& rows) { weave(rows, n, s.woven, s.next); });
+        for (int m = 0; m < count; m += 2 * kQuad)
+            weigh_tiles(s.woven, n, side.dim, s.weights + (int64_t)m * pitch, pitch, count - m < 2 * kQuad ? count - m : 2 * kQuad,
+                        output + (int64_t)m * output_pitch, output_pitch, s.split, s.next);
+        return;
+    }
+#endif
+    (void)page_size;
+    const Rows rows = page_rows(side, record, n, s);
+    by_fours(count, WeighOp{rows, n, s.weights, pitch, output, output_pitch, s.split, s.next});
+}
+
+// x = (x + before) * scale + after, n numbers and what is left of the last vector; scale may be null.
+inline void adjust(float* x, int n, float before, const float* scale, float after) {
+    for (int t = 0; t < n; t += kLanes) {
+        const Vec y = load(x + t) + splat(before);
+        store(x + t, (scale ? y * load(scale + t) : y) + splat(after));
+    }
+}
+
+// scores[m, t] of the first n tokens of a page. query: [M, query_pitch], rotated and scaled; shifts [M] are added to the scores.
 inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* record, int n, const float* query, int count,
-                        int query_pitch, Scratch& s, int pitch) {
+                        int query_pitch, const float* shifts, Scratch& s, int pitch) {
     const int dim = side.dim;
     if (side.level >= HFKV_FLOAT32 || !whole(side, page_size)) {
         const Rows rows = plain_rows(side, page_size, record, n, s);
         by_fours(count, DotOp{rows, n, query, query_pitch, s.scores, pitch, s.split, s.next});
+        for (int m = 0; m < count; m++) adjust(s.scores + (int64_t)m * pitch, n, 0, nullptr, shifts[m]);
         return;
     }
-    const Rows rows = page_rows(side, page_size, record, n, s);
     const bool by_channel = side.axis == HFKV_CHANNEL;
     const float step = side.level == HFKV_CODES ? side.step : 1.0f;
     // `first` per channel (null: none), `token` per token (null: none).
@@ -217,24 +251,23 @@ inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* reco
     }
     if (side.has_zero) halves(record + side.zero, by_channel ? dim : page_size, s.second);
     for (int m = 0; m < count; m++) {
+        s.next.work(1);
         const float* from = query + (int64_t)m * query_pitch;
         float* to = s.queries + (int64_t)m * query_pitch;
         for (int c = 0; c < dim; c++) to[c] = from[c] * (channel ? channel[c] * step : step);
     }
-    by_fours(count, DotOp{rows, n, s.queries, query_pitch, s.scores, pitch, s.split, s.next});
+    code_scores(side, page_size, record, n, count, query_pitch, s, pitch);
     for (int m = 0; m < count; m++) {
+        s.next.work(1);
         float* to = s.scores + (int64_t)m * pitch;
         const float* from = query + (int64_t)m * query_pitch;
         // What the centring of the bytes left out.
         float shift = side.offset ? (float)side.offset * total(s.queries + (int64_t)m * query_pitch, dim) : 0.0f;
-        if (by_channel) {
-            if (side.has_zero) shift += dot(from, s.second, dim);
-            for (int t = 0; t < n; t++) to[t] = (to[t] + shift) * (token ? token[t] : 1.0f);
-        } else if (side.has_zero) {
+        if (by_channel && side.has_zero) shift += dot(from, s.second, dim);
+        adjust(to, n, shift, token, shifts[m]);
+        if (!by_channel && side.has_zero) {
             const float sum = channel ? dot(from, channel, dim) : total(from, dim);
-            for (int t = 0; t < n; t++) to[t] = (to[t] + shift) * token[t] + sum * s.second[t];
-        } else {
-            for (int t = 0; t < n; t++) to[t] = (to[t] + shift) * token[t];
+            for (int t = 0; t < n; t++) to[t] += sum * s.second[t];
         }
     }
 }
@@ -248,7 +281,6 @@ inline void page_output(const HfkvSide& side, int page_size, const uint8_t* reco
         by_fours(count, WeighOp{rows, n, weights, pitch, output, output_pitch, s.split, s.next});
         return;
     }
-    const Rows rows = page_rows(side, page_size, record, n, s);
     halves(record + side.scale, page_size, s.first);
     if (side.has_zero) halves(record + side.zero, page_size, s.second);
     if (side.has_other) halves(record + side.other, dim, s.third);
@@ -257,11 +289,13 @@ inline void page_output(const HfkvSide& side, int page_size, const uint8_t* reco
     float* to = side.has_other ? s.output : output;
     if (side.has_other) std::memset(s.output, 0, sizeof(float) * count * output_pitch);
     for (int m = 0; m < count; m++) {
+        s.next.work(1);
         const float* from = weights + (int64_t)m * pitch;
         float* scaled = s.weights + (int64_t)m * pitch;
         for (int t = 0; t < n; t++) scaled[t] = from[t] * s.first[t] * step;
+        for (int t = n; t < page_size; t++) scaled[t] = 0;
     }
-    by_fours(count, WeighOp{rows, n, s.weights, pitch, to, output_pitch, s.split, s.next});
+    code_output(side, page_size, record, n, count, pitch, s, to, output_pitch);
     for (int m = 0; m < count; m++) {
         float shift = side.offset ? (float)side.offset * total(s.weights + (int64_t)m * pitch, n) : 0.0f;
         if (side.has_zero) shift += dot(weights + (int64_t)m * pitch, s.second, n);

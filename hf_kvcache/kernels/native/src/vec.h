@@ -38,7 +38,13 @@ inline Vec select(VecInt condition, Vec yes, Vec no) {
     return (Vec)((condition & (VecInt)yes) | (~condition & (VecInt)no));
 }
 
-inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return select(a > b, a, b);
+#endif
+}
 
 inline float sum(Vec v) {
 #if defined(__AVX512F__)
@@ -50,18 +56,23 @@ inline float sum(Vec v) {
 }
 
 // The record that is computed with next, fetched a few cache lines at a time beside the work on this one: a core's own
-// prefetcher stops at every 4 KiB, and the core would wait for memory in one place and leave it idle in another.
+// prefetcher stops at every 4 KiB, and the core would wait for memory in one place and leave it idle in another. A core has
+// few lines under way at a time: asked for faster than memory gives them, they would hold up the work too. They go to the
+// second-level cache: the first has no room for two pages and what is made of one.
 struct Stream {
     const uint8_t* at = nullptr;
     const uint8_t* end = nullptr;
-    int lines = 0;  // of a unit of work; a page is some 64 units
+    int lines = 0;  // of a unit of work; a page is some 128 units, which take about as long as each other
 
     void begin(const uint8_t* record, int64_t bytes) {
         at = record, end = record ? record + bytes : nullptr;
-        lines = (int)(bytes / (64 * 64)) + 1;
+        lines = (int)(bytes / (128 * 64)) + 1;
     }
     void work(int units) {
-        for (int i = 0; i < units * lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 3);
+        if (at >= end) return;
+        // A few lines behind the record may be asked for too; that is harmless, wherever they lie.
+        for (int i = 0; i < units * lines; i++) __builtin_prefetch(at + 64 * i, 0, 2);
+        at += 64 * units * lines;
     }
 };
 
@@ -80,8 +91,10 @@ constexpr float kMinusInfinity = -__builtin_inff();
 
 // e^x for x <= 88, relative error below 2e-7; 0 where x < -87 (-inf too).
 inline Vec exponential(Vec x) {
+#if !defined(__AVX512F__)
     const VecInt vanishes = x < splat(-87.0f);
     x = select(vanishes, splat(-87.0f), x);
+#endif
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
     const Vec magic = splat(12582912.0f);
     const Vec shifted = x * splat(1.44269504088896341f) + magic;
@@ -94,8 +107,13 @@ inline Vec exponential(Vec x) {
     p = p * r + splat(1.6666665459e-1f);
     p = p * r + splat(5.0000001201e-1f);
     p = p * r * r + r + splat(1.0f);
+#if defined(__AVX512F__)
+    const __mmask16 remains = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);  // NaN too
+    return (Vec)_mm512_maskz_scalef_ps(remains, (__m512)p, (__m512)n);
+#else
     const VecInt power = ((VecInt)shifted - (VecInt)magic) << 23;
     return select(vanishes, splat(0.0f), (Vec)((VecInt)p + power));
+#endif
 }
 
 inline Vec hyperbolic_tangent(Vec x) {
