@@ -66,7 +66,7 @@ class RetrievalTask(Task):
     def run(self, bench: Bench, arm: Arm) -> Outcome:
         made, text = self._samples(bench)
         prompts = [tokenized(sample, bench.tokenizer, self.literal, self.query_aware) for sample in made]
-        asking = _Asking(bench, arm)
+        asking = Asking(bench, arm)
         asking.check_fits(max(prompt.tokens for prompt in prompts))
         found: dict[int, dict[str, float]] = {}
         for rows in batches(prompts, self.batch if arm.kind.rows else 1):
@@ -107,7 +107,7 @@ class RetrievalTask(Task):
         return f"{what}; {order}; {scored}"
 
 
-class _Asking:
+class Asking:
     """One arm's answers, batch by batch, with what they took."""
 
     def __init__(self, bench: Bench, arm: Arm) -> None:
@@ -125,15 +125,18 @@ class _Asking:
 
     def recall(self, rows: Sequence[Prompt]) -> list[dict[str, float]]:
         """Generate; the share of each row's answers in its output."""
-        tokenizer = self.bench.tokenizer
-        answers = [", ".join(prompt.sample.answers) for prompt in rows]
-        room = max(len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) for answer in answers)
         reader = self._prefilled(rows)
         started = time.perf_counter()
-        outputs = reader.generate(_asked(rows), room + _MORE, self._stop())
+        outputs = reader.generate(_asked(rows), self.room(rows), self.stop())
         self.timing["decode_seconds"] += time.perf_counter() - started
-        texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        texts = self.bench.tokenizer.batch_decode(outputs, skip_special_tokens=True)
         return [{"recall": recall_of(prompt.sample.answers, text)} for prompt, text in zip(rows, texts, strict=True)]
+
+    def room(self, rows: Sequence[Prompt]) -> int:
+        """Tokens that the outputs of ``rows`` may have."""
+        answers = [f" {', '.join(prompt.sample.answers)}" for prompt in rows]
+        tokenized = self.bench.tokenizer(answers, add_special_tokens=False)["input_ids"]
+        return max(map(len, tokenized)) + _MORE
 
     def score(self, rows: Sequence[Prompt]) -> list[dict[str, float]]:
         """Teacher forcing; mean NLL of the answers' tokens, and the share that greedy decoding would have chosen."""
@@ -163,7 +166,7 @@ class _Asking:
         self.memory = memory_of(reader.caches[0], self.model.config, 1, tokens)
         return reader
 
-    def _stop(self) -> set[int]:
+    def stop(self) -> set[int]:
         """Tokens that end an output: the model's own, and all with a line break in them."""
         key, tokenizer = ("line breaks",), self.bench.tokenizer
         if key not in self.bench.memo:

@@ -1,0 +1,74 @@
+"""What the names of caches and tasks say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from hf_kvcache_eval.specs import parse
+
+FULL = "full"
+#: Arms that lose tokens without looking at them: what every method has to beat.
+NULL_ARMS = ("random", "window")
+
+
+def family(cache: str) -> str:
+    """The cache's name without digits, budget, codec and options: what shares a colour and a marker."""
+    return re.sub(r"\d+", "", _name(cache)).strip("-_") or cache
+
+
+def is_full(cache: str) -> bool:
+    """Whether this is the reference: the full cache in the model's own dtype."""
+    return cache == FULL
+
+
+def is_noise_floor(cache: str) -> bool:
+    """Whether this is the full cache in another dtype, whose loss is rounding and nothing else."""
+    return cache != FULL and _name(cache) == FULL
+
+
+def is_null(cache: str) -> bool:
+    """Whether this arm drops tokens blindly."""
+    return _name(cache) in NULL_ARMS
+
+
+@dataclass(frozen=True)
+class TaskName:
+    """A task's name in parts: ``base@length:variant``.
+
+    Attributes:
+        text: the whole name.
+        base: what is asked.
+        length: tokens of the context; None where the name says none.
+        variant: behind the colon: ``"aware"`` where the question stands in the compressed context.
+    """
+
+    text: str
+    base: str
+    length: int | None = None
+    variant: str = ""
+
+    @classmethod
+    def of(cls, text: str) -> TaskName:
+        """The parts of ``text``; a name of another form is all base."""
+        match = re.fullmatch(r"(?P<base>[^@:]+)@(?P<length>\d+)(?::(?P<variant>.+))?", text)
+        if match is None:
+            return cls(text, text)
+        return cls(text, match["base"], int(match["length"]), match["variant"] or "")
+
+    @property
+    def aware(self) -> bool:
+        """Whether the question stands in the compressed context."""
+        return self.variant == "aware"
+
+    @property
+    def order(self) -> tuple[str, str, int]:
+        """Sorts lengths of one task together and by size."""
+        return self.base, self.variant, self.length or 0
+
+
+def _name(cache: str) -> str:
+    try:
+        return parse(cache).name
+    except ValueError:  # a store may hold what this version cannot parse; it is still shown
+        return cache

@@ -1,0 +1,303 @@
+"""Reports of made-up comparisons: complete, broken and nearly empty ones."""
+
+from __future__ import annotations
+
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from hf_kvcache_eval.cells import Cell, Memory, Metric, Series, Store
+from hf_kvcache_eval.report import write_report
+from hf_kvcache_eval.report.curves import choice
+from hf_kvcache_eval.report.headline import headline_table
+from hf_kvcache_eval.report.load import load
+from hf_kvcache_eval.report.names import TaskName, family, is_full, is_noise_floor, is_null
+from hf_kvcache_eval.statistics import mean_metric
+
+#: Mean KL and share of bf16's bytes.
+CACHES = {
+    "full": (0.0, 2.0),
+    "full:dtype=bfloat16": (4e-4, 1.0),
+    "int8": (1e-4, 0.7),
+    "int4": (0.02, 0.5),
+    "rotated4": (0.0201, 0.51),
+    "int2": (0.9, 0.4),
+    "random@0.3": (1.2, 0.5),
+    "window@8": (5.0, 0.01),
+}
+COMMON = {
+    "protocol": {"sink_length": 4, "tail_length": 128, "page_size": 128, "block": 16, "compressed_share": 0.5},
+    "model": {"name": "toy<1>", "dtype": "float32"},
+    "versions": {"torch": "2"},
+    "machine": {"processor": "cpu"},
+    "command": "hf-kvcache-eval run --caches full,int4 --limit 3",
+}
+SCRIPT = "<script>alert(1)</script> | *not* `code`\nsecond line"
+
+
+def samples(cache: str, mean: float, spread: float = 0.05, count: int = 10) -> list[float]:
+    """Samples around ``mean``; what is hard is hard for every cache, so that pairs differ by little."""
+    own, hard = random.Random(cache), random.Random(0)
+    return [mean * (1 + 0.3 * hard.gauss(0, 1)) + spread * mean * own.gauss(0, 1) for _ in range(count)]
+
+
+def fidelity(cache: str, prefix: int = 1024, memory: bool = True) -> Cell:
+    kl, share = CACHES[cache]
+    x = [4.5, 12.5, 24.5]
+    return Cell(
+        cache,
+        f"fidelity@{prefix}",
+        metrics={
+            "kl": mean_metric(samples(cache, kl), False, "nats"),
+            "kl_p99": Metric(8 * kl, None, False, "nats"),
+            "top1": mean_metric([1 - kl / 10] * 10),
+            "delta_nll": mean_metric(samples(cache + "d", kl / 2, 0.2), False, "nats"),
+            "nll": mean_metric(samples(cache, 3 + kl / 2), False, "nats"),
+        },
+        series={
+            "kl": Series(x, [kl] * 3, [kl / 10] * 3, "tokens", "KL"),
+            "delta_nll": Series(x, [kl / 2, -kl / 9, 0.0], [kl / 10] * 3, "tokens", "change"),
+        },
+        memory=Memory(prefix, int(share * 1e6), 1_000_000, 4.5) if memory else None,
+        **COMMON,  # type: ignore[arg-type]
+    )
+
+
+def recall(cache: str, task: str) -> Cell:
+    drawn = random.Random(cache + task)
+    right = [float(drawn.random() > CACHES[cache][0] / 2) for _ in range(20)]
+    return Cell(cache, task, metrics={"recall": mean_metric(right, unit="share")}, **COMMON)  # type: ignore[arg-type]
+
+
+def fill(folder: Path) -> Store:
+    """Every sort of task, a failed cell, a missing one and a file that is no cell."""
+    store = Store(folder)
+    for cache, (kl, _) in CACHES.items():
+        for prefix in (1024, 4096):
+            if (cache, prefix) != ("int2", 4096):
+                store.write(fidelity(cache, prefix), {"prefill_seconds": 1.0})
+        for task in ("passkey@512", "passkey@1024", "needle@1024", "needle@1024:aware"):
+            store.write(recall(cache, task), {})
+        quote = {"nll": mean_metric(samples(cache, 0.3 + kl), False), "greedy": mean_metric([1.0, 0.0, 1.0])}
+        store.write(Cell(cache, "quote@1024", metrics=quote, **COMMON), {})  # type: ignore[arg-type]
+        if cache != "rotated4":
+            store.write(Cell(cache, "hellaswag", metrics={"acc": mean_metric([1.0, 0.0, 1.0, 1.0])}, **COMMON), {})  # type: ignore[arg-type]
+        words = {"word_perplexity": Metric(20.0 + 900 * kl, 0.5, False)}
+        store.write(Cell(cache, "wikitext", metrics=words, **COMMON), {})  # type: ignore[arg-type]
+        times = [50.0 + 5 * kl + i for i in range(5)]
+        store.write(
+            Cell(cache, "speed@2048", metrics={"bytes": Metric(1.0)}, **COMMON),  # type: ignore[arg-type]
+            {"decode_ms_per_token": times if cache != "int8" else 51.0, "prefill_seconds": 2.0},
+        )
+    store.write(Cell("int2", "fidelity@4096", "failed", SCRIPT, **COMMON), {})  # type: ignore[arg-type]
+    (store.cells / "broken.json").write_text("{")
+    (store.timings / "speed@2048__int2.json").write_text("{")
+    return store
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Path]]:
+    folder = tmp_path_factory.mktemp("store")
+    fill(folder)
+    out = folder / "new" / "place"
+    return folder, out, write_report(folder, out)
+
+
+def test_files_are_written_and_drawn_on(report: tuple[Path, Path, list[Path]]) -> None:
+    _, out, files = report
+    assert {file.name for file in files} == {
+        "report.md",
+        "report.html",
+        "pareto_1024.png",
+        "pareto_4096.png",
+        "speed.png",
+        "distance_1024.png",
+        "distance_4096.png",
+        "tasks_retrieval.png",
+        "tasks_quote.png",
+        "tasks_language.png",
+        "lengths.png",
+    }
+    assert {file.name for file in out.iterdir()} == {file.name for file in files}
+    for file in files[2:]:
+        pixels = imread(file)
+        assert min(pixels.shape[:2]) > 300
+        assert ((pixels[..., :3] < 0.9).any(-1)).mean() > 0.005, file
+
+
+def test_the_same_cells_give_the_same_files(report: tuple[Path, Path, list[Path]], tmp_path: Path) -> None:
+    folder, _, files = report
+    again = write_report(folder, tmp_path)
+    assert [a.read_bytes() == b.read_bytes() for a, b in zip(files, again, strict=True)] == [True] * len(files)
+
+
+class Tags(HTMLParser):
+    """Collects what a page refers to and whether its tags close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.sources: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_needs_nothing_else_and_escapes(report: tuple[Path, Path, list[Path]]) -> None:
+    text = report[2][1].read_text(encoding="utf-8")
+    page = Tags()
+    page.feed(text)
+    assert page.open == []
+    assert not page.tags & {"script", "link", "iframe", "object"}
+    assert len(page.sources) == 9 and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "url(" not in text and "@import" not in text and "http" not in text
+    assert "<script>alert(1)</script> | *not* 'code' second line" in page.text
+    assert "KV caches compared on toy<1>" in page.text
+
+
+def test_markdown_tables_keep_their_columns(report: tuple[Path, Path, list[Path]]) -> None:
+    lines = report[2][0].read_text(encoding="utf-8").splitlines()
+    header = 0
+    for before, line in zip(["", *lines], lines, strict=False):
+        if line.startswith("|"):
+            columns = len(re.findall(r"(?<!\\)\|", line))
+            header = header if before.startswith("|") else columns
+            assert columns == header, line
+    assert "| `int2` | `fidelity@4096` | \\<script\\>alert(1)\\</script\\> \\| \\*not\\* 'code' second line |" in lines
+    assert "- `rotated4` on `hellaswag`" in lines
+    assert "- `broken.json` is no cell that this version can read" in lines
+    assert "No token of this task was compressed" not in "\n".join(lines)
+
+
+def test_verdicts_and_groups_are_told(report: tuple[Path, Path, list[Path]]) -> None:
+    text = report[2][0].read_text(encoding="utf-8")
+    part = text.split("### fidelity@1024")[1].split("###")[0]
+    rows = {line.split("`")[1]: line for line in part.splitlines() if line.startswith("| `")}
+    assert rows["int4"].count("worse") == 2
+    assert "better" in rows["int8"]
+    assert "- `int4`, `rotated4`" in part or "- `rotated4`, `int4`" in part
+    assert "(unpaired)" in text.split("### wikitext")[1].split("##")[0]
+
+
+def test_the_summary_is_sorted_and_marks_what_is_missing(report: tuple[Path, Path, list[Path]]) -> None:
+    table = headline_table(load(report[0]))
+    column = {name: index for index, name in enumerate(table.header)}
+    rows = {row[0].text.split("`")[1]: row for row in table.rows}
+    order = list(rows)
+    assert (order[0], order[-1]) == ("window@8", "int2")  # the cell that has int2's size has failed
+    assert rows["full:dtype=bfloat16"][0].text.endswith("(noise floor)")
+    assert rows["random@0.3"][0].text.endswith("(null arm)")
+    assert rows["int2"][column["KL @4096"]].text == "–" and rows["int2"][column["KL @1024"]].text != "–"
+    assert rows["int4"][column["bytes"]].text == "50.0 %"
+    assert rows["int4"][column["accuracy"]].text.startswith("0.75")
+    assert rows["rotated4"][column["accuracy"]].text == "–"
+    three = [recall("int4", task).metrics["recall"].value for task in ("passkey@512", "passkey@1024", "needle@1024")]
+    assert float(rows["int4"][column["recall"]].text.split()[0]) == pytest.approx(sum(three) / 3, abs=0.01)
+    assert "recall, aware" in column and "quote NLL" in column
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [fidelity("int4")],
+        [fidelity("full")],
+        [fidelity("int4", memory=False), fidelity("full", memory=False)],
+        [Cell("int4", "passkey@512", "failed", "no memory")],
+        [recall("int4", "passkey@512")],
+        [recall("int4", "passkey@512"), recall("int4", "passkey@1024")],
+        [Cell("int4", "wikitext", metrics={})],
+        [Cell("what is | this?", "some task", metrics={"acc": Metric(0.5)})],
+    ],
+)
+def test_little_is_enough(cells: list[Cell], tmp_path: Path) -> None:
+    for cell in cells:
+        Store(tmp_path).write(cell, {})
+    files = write_report(tmp_path)
+    assert [file.name for file in files[:2]] == ["report.md", "report.html"]
+    assert all(file.stat().st_size for file in files)
+
+
+def test_zero_and_negative_kl_is_drawn_at_the_edge_and_said(tmp_path: Path) -> None:
+    for cache in ("int8", "int4", "int2"):
+        cell = fidelity(cache)
+        if cache == "int8":
+            cell.metrics["kl"] = Metric(-1e-9, 1e-9, False)
+        Store(tmp_path).write(cell, {})
+    files = write_report(tmp_path)
+    assert tmp_path / "pareto_1024.png" in files
+    assert "Lossless up to rounding (KL below 1e-07), drawn at the lower edge: `int8`." in files[0].read_text(
+        encoding="utf-8"
+    )
+
+
+def test_what_differs_between_cells_is_told_once(tmp_path: Path) -> None:
+    for cache, task, tail in (("full", "arc_easy", 16), ("int4", "arc_easy", 16), ("int4", "passkey@512", 128)):
+        command = f"hf-kvcache-eval run --caches {cache} --tasks {task} --limit 3"
+        cell = Cell(cache, task, metrics={"acc": Metric(0.5)}, protocol={"tail_length": tail}, command=command)
+        Store(tmp_path).write(cell, {})
+    lines = write_report(tmp_path)[0].read_text(encoding="utf-8").splitlines()
+    assert "- command: `hf-kvcache-eval run --caches full,int4 --tasks arc_easy,passkey@512 --limit 3`" in lines
+    assert "- a tail of 16 (newest tokens in full precision): `arc_easy`" in lines
+    assert "- a tail of 128 (newest tokens in full precision): `passkey@512`" in lines
+
+
+def test_lines_are_those_of_the_front_and_the_arms(report: tuple[Path, Path, list[Path]]) -> None:
+    found = load(report[0])
+    chosen = choice(found)
+    assert {"full:dtype=bfloat16", "random@0.3", "int8", "int4"} <= set(chosen)
+    assert "full" not in chosen and len(chosen) <= 7
+    losses = [found.done[cache, "fidelity@4096"].metrics["kl"].value for cache in chosen]
+    assert losses == sorted(losses)
+
+
+def test_contexts_that_fit_into_the_tail_are_pointed_out(tmp_path: Path) -> None:
+    for cache in ("full", "int4"):
+        cell = Cell(cache, "arc_easy", metrics={"acc": Metric(0.5, 0.1)}, protocol={"compressed_share": 0})
+        Store(tmp_path).write(cell, {})
+    text = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert "No token of this task was compressed" in text and "0.0 %" in text
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no readable cells"):
+        write_report(tmp_path / "nothing")
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "a.json").write_text("[]")
+    with pytest.raises(ValueError, match="no readable cells"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("cache", "expected"),
+    [("unbiased4", "unbiased"), ("int4:group_size=64", "int"), ("snapkv@0.3+int4", "snapkv"), ("hf-fp8", "hf-fp")],
+)
+def test_families_share_a_name_without_digits(cache: str, expected: str) -> None:
+    assert family(cache) == expected
+
+
+def test_arms_are_told_apart() -> None:
+    assert is_full("full") and not is_full("full:dtype=bfloat16")
+    assert is_noise_floor("full:dtype=bfloat16") and not is_noise_floor("full")
+    assert is_null("random@0.3") and is_null("window@8") and not is_null("int4")
+
+
+def test_task_names_have_parts() -> None:
+    assert TaskName.of("needle@1024:aware") == TaskName("needle@1024:aware", "needle", 1024, "aware")
+    assert TaskName.of("quote@512").length == 512 and TaskName.of("arc_easy").base == "arc_easy"
+    assert TaskName.of("x@y").length is None
