@@ -57,7 +57,7 @@ SIZES = {"quick": Size(3, 128, 8, 40), "standard": Size(8, 256, 8, 40), "full": 
 TASKS = {
     "quick": "fidelity@1024 quote@1024 passkey@512 speed@1024",
     "standard": "fidelity@1024 fidelity@4096 quote@1024 speed@2048 lambada needle@1024 quote@1024:aware "
-    "needle@1024:aware arc_easy hellaswag passkey@512",
+    "needle@1024:aware arc_easy",
     "full": "fidelity@1024 fidelity@2048 fidelity@4096 fidelity@8000 "
     + " ".join(
         f"{kind}@{length}{mode}"

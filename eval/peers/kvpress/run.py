@@ -29,7 +29,7 @@ from hf_kvcache_eval.cli import data_folder
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.retrieval.prompts import Prompt, tokenized
 from hf_kvcache_eval.retrieval.task import Asking, RetrievalTask, recall_of
-from hf_kvcache_eval.specs import split
+from hf_kvcache_eval.specs import parse, split
 from hf_kvcache_eval.statistics import mean_metric
 from hf_kvcache_eval.suites import Entry, suite
 from hf_kvcache_eval.task import Bench
@@ -71,9 +71,9 @@ class Peer:
     def cell(self, press: str, task: RetrievalTask, command: str) -> Cell:
         """One press on one task, in the form of our caches' cells."""
         prompts = self._prompts(task)
-        name, _, budget = press.partition("@")
+        name, budget = _parsed(press)
         with tempfile.TemporaryDirectory() as folder:
-            answers = self._ask(Path(folder), name, float(budget), [self._record(task, prompt) for prompt in prompts])
+            answers = self._ask(Path(folder), name, budget, [self._record(task, prompt) for prompt in prompts])
         tokens = sum(len(prompt.prefilled) for prompt in prompts)
         config = self.bench.model().config
         full = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
@@ -124,7 +124,7 @@ class Peer:
 
 def main() -> int:
     """Measure every press on every task; returns 1 if one failed."""
-    args = parse()
+    args = parse_arguments()
     console, store, failed = Console(stderr=True), Store(args.out), 0
     peer = Peer(args, console)
     tasks = [entry.task for _, entry in suite(args.suite, args.tasks, args.limit) if isinstance(entry, Entry)]
@@ -141,7 +141,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the comparison")
@@ -155,6 +155,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--environment", type=Path, default=cache_home() / "peers" / "kvpress", help="made if missing")
     return parser.parse_args()
+
+
+def _parsed(press: str) -> tuple[str, float]:
+    """``"snapkv@0.5"`` in parts."""
+    spec = parse(press)
+    if spec.budget is None or spec.budget > 1 or spec.codec or spec.options:
+        raise ValueError(f"press={press!r}; accepted: name@share, a share up to 1")
+    return spec.name, spec.budget
 
 
 def _outside() -> dict[str, str]:

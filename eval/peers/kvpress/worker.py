@@ -16,6 +16,7 @@ from typing import Any
 import kvpress
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging
 
 #: Names of presses in specs, and kvpress's classes.
 PRESSES = {
@@ -96,6 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.press not in PRESSES:
         sys.exit(f"press={args.press!r}; accepted: {', '.join(PRESSES)}")
+    logging.disable_progress_bar()  # run.py draws one over all cells
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     torch.manual_seed(args.seed)
     press = PRESSES[args.press](compression_ratio=1 - args.budget)

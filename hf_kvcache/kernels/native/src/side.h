@@ -191,8 +191,8 @@ inline void code_scores(const HfkvSide& side, int page_size, const uint8_t* reco
         with_rows(side, record + side.codes, n, s.bytes, s.next, [&](const auto& rows) {
             for (int m = 0; m < count; m += 2 * kQuad)
                 dot_tiles(rows, n, side.dim, s.queries + (int64_t)m * query_pitch, query_pitch,
-                                         count - m < 2 * kQuad ? count - m : 2 * kQuad, s.scores + (int64_t)m * pitch, pitch,
-                                         s.woven, s.split, s.next);
+                          count - m < 2 * kQuad ? count - m : 2 * kQuad, s.scores + (int64_t)m * pitch, pitch, s.woven, s.split,
+                          s.next);
         });
         return;
     }
