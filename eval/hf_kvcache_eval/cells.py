@@ -151,13 +151,6 @@ class Store:
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
-    def all(self) -> list[Cell]:
-        """Every readable cell, by file name."""
-        found = [Cell.from_json(path.read_text(encoding="utf-8")) for path in sorted(self.cells.glob("*.json"))]
-        if not found:
-            raise ValueError(f"{self.folder}: no cells; make some with `hf-kvcache-eval run --out {self.folder}`")
-        return found
-
     def timing(self, cell: Cell) -> dict[str, Any]:
         """The times taken with a cell; empty if there are none."""
         path = self.timings / f"{cell.slug}.json"
