@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_kvcache import KVCache
-from hf_kvcache_eval.caches import held_bytes
+from hf_kvcache_eval.caches import grouped_cache, held_bytes
 
 DYNAMIC, STATIC, DENSE32 = "DynamicCache", "StaticCache", "dense fp32"
 #: QuantizedCache's group-wise integers, and its fp8 cast.
@@ -336,8 +336,7 @@ def peer_cache(name: str, config: Any) -> QuantizedCache:
     """One of transformers' quantized caches; ImportError if its packages are not installed."""
     if name == "fp8 QuantizedCache":
         return QuantizedCache("fp8", config)
-    axes = {"axis_key": 1, "axis_value": 1} if name.startswith("hqq") else {}
-    return QuantizedCache(name.split()[0], config, nbits=4, q_group_size=64, residual_length=128, **axes)
+    return grouped_cache(name.split()[0], 4, config)
 
 
 def recent_start(tokens: int) -> int:

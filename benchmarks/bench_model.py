@@ -23,7 +23,6 @@ import argparse
 import time
 from collections.abc import Sequence
 from functools import partial
-from importlib import resources
 from statistics import median
 from typing import Any
 
@@ -38,6 +37,7 @@ from benchmarks.session import Report, Row, make_console, make_parser, make_tabl
 from benchmarks.timing import cpu_clock
 from hf_kvcache import KVCache, bind, unbind
 from hf_kvcache.models import load_default_model
+from hf_kvcache.text import packaged_text
 
 ARMS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit")
 #: These hold the very keys and values of DynamicCache.
@@ -230,8 +230,7 @@ def measure_prefill(
 
 def text_tokens(tokenizer: Any, length: int) -> torch.Tensor:
     """The first ``length`` tokens ``[1, length]`` of the packaged text, repeated where it ends."""
-    path = next(p for p in resources.files("hf_kvcache.data").iterdir() if p.name.endswith(".txt"))
-    tokens = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids
+    tokens = tokenizer(packaged_text()[0], return_tensors="pt", verbose=False).input_ids
     return tokens.repeat(1, -(-length // tokens.shape[1]))[:, :length]
 
 

@@ -15,7 +15,7 @@ def layer_report(layer: Any) -> MemoryReport:
     if isinstance(layer, KVCacheLayer):
         return _own_report(layer)
     report = MemoryReport()
-    held = _tensor_bytes(vars(layer))
+    held = tensor_bytes(vars(layer))
     report.parts["other"] = held
     # Kept as transformers keeps it, whatever its dtype: the same in both comparisons.
     report.full_bf16 = report.full_same_dtype = held
@@ -41,9 +41,14 @@ def _own_report(layer: KVCacheLayer) -> MemoryReport:
     return report
 
 
-def _tensor_bytes(value: Any) -> int:
+def tensor_bytes(value: Any) -> int:
+    """Bytes of the tensors in ``value``, whatever they are wrapped in."""
     if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):  # quanto's tensors are made of others
+            return sum(tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
         return value.numel() * value.element_size()
     if isinstance(value, dict):
-        return sum(_tensor_bytes(v) for v in value.values())
+        return sum(tensor_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(tensor_bytes(item) for item in value)
     return 0

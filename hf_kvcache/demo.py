@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_kvcache import QuantizedKVCache
 from hf_kvcache.models import load_default_model, quiet_transformers
+from hf_kvcache.text import packaged_text
 
 QUESTION = "In the story above, what was the label on the little bottle that Alice found on the table?"
 FULL = "DynamicCache"
@@ -140,7 +140,7 @@ def _check_context(model: Any, tokens: int) -> None:
 
 def build_prompt(tokenizer: Any, prompt_tokens: int) -> torch.Tensor:
     """The first ``prompt_tokens`` tokens of the shipped text and the question, as ids ``[1, T]``."""
-    text = (files("hf_kvcache") / "data" / "alice.txt").read_text(encoding="utf-8")
+    text, _ = packaged_text()
     ids = tokenizer(text, add_special_tokens=False).input_ids[:prompt_tokens]
     content = f"{tokenizer.decode(ids)}\n\n{QUESTION}"
     if tokenizer.chat_template is None:

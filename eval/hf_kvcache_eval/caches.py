@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, QuantizedCache
 
 from hf_kvcache import KVCache, QuantizedKVCache, codecs
+from hf_kvcache.accounting import tensor_bytes
 from hf_kvcache_eval.null_arms import DroppingCache
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.specs import CacheSpec, parse
@@ -54,18 +55,10 @@ def _quantized(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) ->
     return QuantizedKVCache(config, **_lengths(spec, protocol))
 
 
-def _hqq(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> QuantizedCache:
-    return _peer(spec, config, protocol, "hqq", axis_key=1, axis_value=1)
-
-
-def _quanto(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> QuantizedCache:
-    return _peer(spec, config, protocol, "quanto")
-
-
-def _peer(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol, backend: str, **axes: int) -> QuantizedCache:
-    equal = {"q_group_size": 64, "residual_length": protocol.tail_length, **axes}
-    options: dict[str, Any] = equal | spec.options
-    return QuantizedCache(backend, config, nbits=int(spec.name.removeprefix(backend)), **options)
+def _grouped(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> QuantizedCache:
+    backend = spec.name.rstrip("0123456789")
+    options: dict[str, Any] = {"residual_length": protocol.tail_length} | spec.options
+    return grouped_cache(backend, int(spec.name.removeprefix(backend)), config, **options)
 
 
 def _peer_fp8(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> QuantizedCache:
@@ -112,8 +105,8 @@ def kinds() -> dict[str, Kind]:
         "window": Kind(_window, "sinks and newest tokens", rows=False, after_prefill=True, budget=True),
         # transformers' quantized caches cannot repeat rows, and their fp8 scale is one per tensor, shared by all rows.
         **{
-            f"{backend}{bits}": Kind(make, f"transformers' QuantizedCache, {backend}, {bits} bits", rows=False)
-            for backend, make in (("hqq", _hqq), ("quanto", _quanto))
+            f"{backend}{bits}": Kind(_grouped, f"transformers' QuantizedCache, {backend}, {bits} bits", rows=False)
+            for backend in ("hqq", "quanto")
             for bits in (2, 4)
         },
         "hf-fp8": Kind(_peer_fp8, "transformers' QuantizedCache, fp8", rows=False),
@@ -163,23 +156,24 @@ class Arm:
         return self.kind.make(self.spec, config, protocol)
 
 
+def grouped_cache(
+    backend: str, bits: int, config: PreTrainedConfig, *, residual_length: int = 128, **options: Any
+) -> QuantizedCache:
+    """transformers' cache of group-wise integers, by ``"hqq"`` or ``"quanto"``, in groups of 64.
+
+    Raises:
+        ImportError: if the package of the backend is not installed.
+    """
+    axes = {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}
+    equal = {"q_group_size": 64, "residual_length": residual_length, **axes}
+    return QuantizedCache(backend, config, nbits=bits, **(equal | options))
+
+
 def held_bytes(cache: Any) -> int:
     """Bytes of the tensors that a cache holds; for a KVCache what ``memory()`` says, tables and slack included."""
     if isinstance(cache, KVCache):
         return cache.memory().total
-    return sum(_tensor_bytes(vars(layer)) for layer in cache.layers)
-
-
-def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        if hasattr(value, "__tensor_flatten__"):  # quanto's tensors are made of others
-            return sum(_tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(_tensor_bytes(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(_tensor_bytes(item) for item in value)
-    return 0
+    return sum(tensor_bytes(vars(layer)) for layer in cache.layers)
 
 
 def _only(spec: CacheSpec, *accepted: str) -> None:

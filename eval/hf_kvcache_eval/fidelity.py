@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +14,9 @@ from hf_kvcache_eval.caches import Arm, held_bytes
 from hf_kvcache_eval.cells import Memory, Metric, Series
 from hf_kvcache_eval.statistics import mean_metric
 from hf_kvcache_eval.task import Bench, Outcome, Task
+from hf_kvcache_eval.text import WIKITEXT, read_text
 
 _LABELS = {"kl": "KL (nats)", "delta_nll": "change of NLL (nats)"}
-#: In the data folder; without one, the text that the package ships is read.
-TEXT = "wikitext2/wiki.test.raw"
 
 
 @dataclass
@@ -70,7 +67,7 @@ class Fidelity(Task):
 
     def _windows(self, bench: Bench) -> tuple[torch.Tensor, str]:
         """Windows ``[n, prefix + suffix]`` and the text's name."""
-        text, name = read_text(bench.data)
+        text, name = read_text(bench.data, WIKITEXT)
         key = ("tokens", name)
         if key not in bench.memo:
             bench.memo[key] = bench.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
@@ -115,11 +112,7 @@ class _Run:
 
 def memory_of(cache: Any, config: Any, batch: int, tokens: int) -> Memory:
     """What ``cache`` holds of ``batch`` sequences of ``tokens`` tokens."""
-    text_config = config.get_text_config(decoder=True)
-    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-    dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    full = 2 * 2 * text_config.num_hidden_layers * heads * dim * batch * tokens
-    bits = None
+    full, bits = full_bytes(config, batch * tokens), None
     if isinstance(cache, KVCache):
         report = cache.memory()
         full = report.full_bf16
@@ -127,12 +120,12 @@ def memory_of(cache: Any, config: Any, batch: int, tokens: int) -> Memory:
     return Memory(batch * tokens, held_bytes(cache), full, bits)
 
 
-def read_text(data: Path | None) -> tuple[str, str]:
-    """A long text and its name: WikiText-2's test text where there is one, else the novel that the package ships."""
-    if data is not None and (path := data / TEXT).is_file():
-        return path.read_text(encoding="utf-8"), path.name
-    found = resources.files("hf_kvcache.data") / "alice.txt"
-    return found.read_text(encoding="utf-8"), found.name
+def full_bytes(config: Any, tokens: int) -> int:
+    """Bytes of a bfloat16 DynamicCache with full attention in every layer that holds ``tokens`` tokens."""
+    text_config = config.get_text_config(decoder=True)
+    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return 2 * 2 * text_config.num_hidden_layers * heads * dim * tokens
 
 
 def _compare(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -79,8 +79,8 @@ class Prefills:
             return self._kept[key]
         if len(contexts) != 1:
             return None
-        for (model_id, batch), kept in self._kept.items():
-            if model_id == key[0] and key[1][0] in batch:
+        for (prefiller, batch), kept in self._kept.items():
+            if prefiller is model and key[1][0] in batch:
                 return kept.row(batch.index(key[1][0]))
         return None
 
@@ -117,5 +117,6 @@ def _as_projected(states: torch.Tensor) -> torch.Tensor:
     return states.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def _key(model: Any, contexts: Contexts) -> tuple[int, tuple[tuple[int, ...], ...]]:
-    return id(model), tuple(tuple(context) for context in contexts)
+def _key(model: Any, contexts: Contexts) -> tuple[Any, tuple[tuple[int, ...], ...]]:
+    # The model itself: the id of one that is gone may be another's.
+    return model, tuple(tuple(context) for context in contexts)

@@ -57,10 +57,8 @@ class Comparison:
 
     @property
     def model_name(self) -> str:
-        """The model's name in results: of a local folder only its last part, since where it lies says nothing."""
-        if self.model is None:
-            return DEFAULT_MODEL_NAME
-        return Path(self.model).name if Path(self.model).is_dir() else self.model
+        """The model's name in results."""
+        return model_name(self.model)
 
     def command(self, cache: str, task: str) -> str:
         """The command that makes one cell again."""
@@ -72,6 +70,13 @@ class Comparison:
             if value != _DEFAULT_PROTOCOL[option.name]:
                 words += [f"--{option.name.replace('_', '-')}", str(value)]
         return shlex.join(words)
+
+
+def model_name(model: str | None) -> str:
+    """A model's name in results: of a local folder only its last part, since where it lies says nothing."""
+    if model is None:
+        return DEFAULT_MODEL_NAME
+    return Path(model).name if Path(model).is_dir() else model
 
 
 _DEFAULT_PROTOCOL = asdict(Protocol(block=16))

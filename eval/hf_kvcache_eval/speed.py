@@ -14,9 +14,10 @@ import torch
 from hf_kvcache import KVCache, bind, unbind
 from hf_kvcache_eval.caches import Arm
 from hf_kvcache_eval.cells import Metric
-from hf_kvcache_eval.fidelity import memory_of, read_text
+from hf_kvcache_eval.fidelity import memory_of
 from hf_kvcache_eval.protocol import Reader
 from hf_kvcache_eval.task import Bench, Outcome, Task
+from hf_kvcache_eval.text import WIKITEXT, read_text
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Speed(Task):
         return f"speed@{self.prefix}"
 
     def run(self, bench: Bench, arm: Arm) -> Outcome:
-        text, name = read_text(bench.data)
+        text, name = read_text(bench.data, WIKITEXT)
         tokens = bench.tokenizer(text, verbose=False).input_ids[: self.prefix + 1]
         if len(tokens) <= self.prefix:
             raise ValueError(f"{name} has {len(tokens)} tokens; {self.name} takes {self.prefix + 1}")

@@ -9,7 +9,6 @@ from typing import Any
 
 from hf_kvcache import codecs
 from hf_kvcache_eval.fidelity import Fidelity
-from hf_kvcache_eval.lm_task import LmTask
 from hf_kvcache_eval.retrieval import RetrievalTask, kinds
 from hf_kvcache_eval.retrieval.ready import KINDS as READY
 from hf_kvcache_eval.speed import Speed
@@ -145,5 +144,8 @@ _FIXED: dict[str, Callable[[int, Size], Task]] = {"fidelity": _fidelity, "speed"
 
 
 def _lm_entry(name: str, size: Size) -> Entry:
+    # lm-eval takes seconds to import, which a comparison without its tasks need not wait for.
+    from hf_kvcache_eval.lm_task import LmTask
+
     task, metrics = LM_TASKS.get(name, (name, ()))
     return Entry(LmTask(task, label=name, limit=size.limit, metrics=metrics), SHORT)

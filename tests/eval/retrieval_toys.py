@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_kvcache.text import packaged_text
 from hf_kvcache_eval.protocol import Protocol
-from hf_kvcache_eval.retrieval.haystack import read_haystack
 from hf_kvcache_eval.task import Bench
 
 VOCABULARY = 700
@@ -30,7 +30,7 @@ def tokenizer() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([read_haystack(None)[0]], trainer)
+    bpe.train_from_iterator([packaged_text()[0]], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
 
 

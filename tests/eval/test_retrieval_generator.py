@@ -9,9 +9,10 @@ from random import Random
 
 import pytest
 
+from hf_kvcache.text import packaged_text
 from hf_kvcache_eval.retrieval import Sample, kinds, samples, write_jsonl
 from hf_kvcache_eval.retrieval.generator import depth
-from hf_kvcache_eval.retrieval.haystack import Haystack, read_haystack
+from hf_kvcache_eval.retrieval.haystack import Haystack
 from hf_kvcache_eval.retrieval.ready import read_ready
 from tests.eval.retrieval_toys import tokenizer
 
@@ -114,13 +115,13 @@ def test_quotes_are_literal(made: dict[str, list[Sample]]) -> None:
 
 
 def test_the_haystack_starts_elsewhere_each_time() -> None:
-    haystack = Haystack(*read_haystack(None), tokenizer())
+    haystack = Haystack(*packaged_text(), tokenizer())
     count = len(haystack.sentences)
     assert len({haystack.start(5, index) for index in range(count)}) == count
 
 
 def test_haystack_leaves_little_unused() -> None:
-    haystack = Haystack(*read_haystack(None), tokenizer())
+    haystack = Haystack(*packaged_text(), tokenizer())
     cost = dict(zip(haystack.sentences, haystack.costs, strict=True))
     rng = Random(0)
     for _ in range(50):

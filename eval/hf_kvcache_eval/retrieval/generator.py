@@ -8,7 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from hf_kvcache_eval.retrieval.haystack import Haystack, read_haystack
+from hf_kvcache.text import packaged_text
+from hf_kvcache_eval.retrieval.haystack import Haystack
 from hf_kvcache_eval.retrieval.place import Place
 from hf_kvcache_eval.retrieval.registry import kinds
 from hf_kvcache_eval.retrieval.sample import Sample
@@ -37,7 +38,7 @@ def samples(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed={seed!r}; accepted: whole numbers")
     if haystack is None:
-        haystack = Haystack(*read_haystack(None), tokenizer)
+        haystack = Haystack(*packaged_text(), tokenizer)
     first = Random(f"{kind}/{length}/{seed}").randrange(len(haystack.sentences))
     return [
         kinds()[kind].make(

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-#: The file of the data folder that is read where it exists; else the text that the package ships.
-TEXT = "longtext/walden.txt"
 _BETWEEN_SENTENCES = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’]))\s+(?=[A-Z\"'“‘(])")
 #: Sentences that are tried when the next one no longer fits.
 _TRIES = 64
@@ -60,14 +56,6 @@ class Haystack:
         while math.gcd(step, count) > 1:
             step += 1
         return (first + index * step) % count
-
-
-def read_haystack(data: Path | None) -> tuple[str, str]:
-    """A long text and its name: Walden from the data folder where there is one, else what the package ships."""
-    if data is not None and (path := data / TEXT).is_file():
-        return path.read_text(encoding="utf-8"), path.name
-    found = resources.files("hf_kvcache.data") / "alice.txt"
-    return found.read_text(encoding="utf-8"), found.name
 
 
 def _sentences(text: str) -> list[str]:

@@ -15,12 +15,13 @@ from hf_kvcache_eval.cells import Memory, Metric
 from hf_kvcache_eval.fidelity import memory_of
 from hf_kvcache_eval.protocol import Reader
 from hf_kvcache_eval.retrieval import generator, ready
-from hf_kvcache_eval.retrieval.haystack import Haystack, read_haystack
+from hf_kvcache_eval.retrieval.haystack import Haystack
 from hf_kvcache_eval.retrieval.prompts import Prompt, batches, tokenized
 from hf_kvcache_eval.retrieval.registry import kinds
 from hf_kvcache_eval.retrieval.sample import Sample
 from hf_kvcache_eval.statistics import mean_metric
 from hf_kvcache_eval.task import Bench, Outcome, Task
+from hf_kvcache_eval.text import WALDEN, read_text
 
 #: Tokens that an output may have beyond those of the expected answers.
 _MORE = 8
@@ -64,8 +65,7 @@ class RetrievalTask(Task):
         return self.kind == "longctx_quote" if self.kind in ready.KINDS else kinds()[self.kind].literal
 
     def run(self, bench: Bench, arm: Arm) -> Outcome:
-        made, text = self._samples(bench)
-        prompts = [tokenized(sample, bench.tokenizer, self.literal, self.query_aware) for sample in made]
+        prompts, text = self.prompts(bench)
         asking = Asking(bench, arm)
         asking.check_fits(max(prompt.tokens for prompt in prompts))
         found: dict[int, dict[str, float]] = {}
@@ -74,7 +74,7 @@ class RetrievalTask(Task):
             found.update(zip((prompt.sample.index for prompt in rows), scores, strict=True))
             bench.advance(len(found) / len(prompts))
         return Outcome(
-            metrics=_metrics([found[sample.index] for sample in made]),
+            metrics=metrics_of([found[prompt.sample.index] for prompt in prompts]),
             memory=asking.memory,
             protocol={
                 "kind": self.kind,
@@ -88,13 +88,18 @@ class RetrievalTask(Task):
             timing=asking.timing,
         )
 
+    def prompts(self, bench: Bench) -> tuple[list[Prompt], str]:
+        """The samples as tokens, and the name of their text."""
+        made, text = self._samples(bench)
+        return [tokenized(sample, bench.tokenizer, self.literal, self.query_aware) for sample in made], text
+
     def _samples(self, bench: Bench) -> tuple[list[Sample], str]:
         """The samples and the name of their text."""
         if self.kind in ready.KINDS:
             return ready.read_ready(bench.data, self.kind, self.length, self.samples)
         key = ("haystack", str(bench.data))
         if key not in bench.memo:
-            bench.memo[key] = Haystack(*read_haystack(bench.data), bench.tokenizer)
+            bench.memo[key] = Haystack(*read_text(bench.data, WALDEN), bench.tokenizer)
         haystack = bench.memo[key]
         seed = bench.protocol.seed
         made = generator.samples(self.kind, self.length, self.samples, seed, bench.tokenizer, haystack)
@@ -186,7 +191,8 @@ def _asked(rows: Sequence[Prompt]) -> torch.Tensor:
     return torch.tensor([prompt.asked for prompt in rows])
 
 
-def _metrics(found: Sequence[dict[str, float]]) -> dict[str, Metric]:
+def metrics_of(found: Sequence[dict[str, float]]) -> dict[str, Metric]:
+    """The metrics of a task from the scores of its samples: ``recall``, or ``nll`` and ``greedy``."""
     unit = {"nll": "nats"}
     return {
         name: mean_metric([scores[name] for scores in found], name != "nll", unit.get(name, "share"))

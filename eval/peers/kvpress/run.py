@@ -22,15 +22,16 @@ from rich.console import Console
 from rich.progress import track
 
 from hf_kvcache.environment import machine, versions
-from hf_kvcache.models import DEFAULT_MODEL_NAME, cache_home, load_default_model
+from hf_kvcache.models import cache_home, load_default_model
 from hf_kvcache_eval.caches import Arm
-from hf_kvcache_eval.cells import Cell, Memory, Metric, Store
+from hf_kvcache_eval.cells import Cell, Memory, Store
 from hf_kvcache_eval.cli import data_folder
+from hf_kvcache_eval.fidelity import full_bytes
 from hf_kvcache_eval.protocol import Protocol
-from hf_kvcache_eval.retrieval.prompts import Prompt, tokenized
-from hf_kvcache_eval.retrieval.task import Asking, RetrievalTask, recall_of
+from hf_kvcache_eval.retrieval.prompts import Prompt
+from hf_kvcache_eval.retrieval.task import Asking, RetrievalTask, metrics_of, recall_of
+from hf_kvcache_eval.runner import model_name
 from hf_kvcache_eval.specs import parse, split
-from hf_kvcache_eval.statistics import mean_metric
 from hf_kvcache_eval.suites import Entry, suite
 from hf_kvcache_eval.task import Bench
 
@@ -70,37 +71,39 @@ class Peer:
 
     def cell(self, press: str, task: RetrievalTask, command: str) -> Cell:
         """One press on one task, in the form of our caches' cells."""
-        prompts = self._prompts(task)
+        prompts, _ = task.prompts(self.bench)
         name, budget = _parsed(press)
         with tempfile.TemporaryDirectory() as folder:
-            answers = self._ask(Path(folder), name, budget, [self._record(task, prompt) for prompt in prompts])
+            answers = self._ask(Path(folder), name, budget, self._records(task, prompts))
         tokens = sum(len(prompt.prefilled) for prompt in prompts)
-        config = self.bench.model().config
-        full = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
+        full = full_bytes(self.bench.model().config, tokens)
         return Cell(
             cache=f"kvpress-{press}",
             task=task.name,
-            metrics=self._metrics(task, prompts, answers),
+            metrics=metrics_of(self._scores(task, prompts, answers)),
             memory=Memory(tokens, sum(answer["bytes"] for answer in answers), full),
             protocol={**asdict(self.protocol), "settings": asdict(task), "what": f"{KVPRESS} in its own environment"},
-            model={"name": self.args.model or DEFAULT_MODEL_NAME, "dtype": "float32"},
+            model={"name": model_name(self.args.model), "dtype": "float32"},
             versions=versions() | {"kvpress": KVPRESS.partition("==")[2]},
             machine=machine(),
             seed=self.args.seed,
             command=command,
         )
 
-    def _prompts(self, task: RetrievalTask) -> list[Prompt]:
-        """The very prompts that our caches get."""
-        samples, _ = task._samples(self.bench)
-        return [tokenized(sample, self.bench.tokenizer, task.literal, task.query_aware) for sample in samples]
-
-    def _record(self, task: RetrievalTask, prompt: Prompt) -> dict[str, Any]:
-        """What the worker needs to know of a prompt."""
+    def _records(self, task: RetrievalTask, prompts: list[Prompt]) -> list[dict[str, Any]]:
+        """What the worker needs to know of the prompts."""
         asking = Asking(self.bench, Arm("full"))
-        tokens = {"prefilled": prompt.prefilled, "asked": prompt.asked, "answer": prompt.answer}
-        limits = {"stop": sorted(asking.stop()), "room": asking.room([prompt])}
-        return {"kind": "score" if task.literal else "recall", **tokens, **limits}
+        shared = {"kind": "score" if task.literal else "recall", "stop": sorted(asking.stop())}
+        return [
+            {
+                **shared,
+                "prefilled": prompt.prefilled,
+                "asked": prompt.asked,
+                "answer": prompt.answer,
+                "room": asking.room([prompt]),
+            }
+            for prompt in prompts
+        ]
 
     def _ask(self, folder: Path, press: str, budget: float, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         prompts, answers = folder / "prompts.jsonl", folder / "answers.jsonl"
@@ -110,16 +113,21 @@ class Peer:
         subprocess.run([self.python, WORKER, *options], check=True, env=_outside())
         return [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
 
-    def _metrics(self, task: RetrievalTask, prompts: list[Prompt], answers: list[dict[str, Any]]) -> dict[str, Metric]:
-        """The task's metrics, computed as for our caches."""
+    def _scores(
+        self, task: RetrievalTask, prompts: list[Prompt], answers: list[dict[str, Any]]
+    ) -> list[dict[str, float]]:
+        """Each sample's scores, as for our caches."""
         if task.literal:
-            nll = [-sum(answer["log_probs"]) / len(answer["log_probs"]) for answer in answers]
-            greedy = [sum(answer["greedy"]) / len(answer["greedy"]) for answer in answers]
-            return {"nll": mean_metric(nll, False, "nats"), "greedy": mean_metric(greedy, True, "share")}
+            return [
+                {
+                    "nll": -sum(answer["log_probs"]) / len(answer["log_probs"]),
+                    "greedy": sum(answer["greedy"]) / len(answer["greedy"]),
+                }
+                for answer in answers
+            ]
         outputs = [answer["output"] for answer in answers]
         texts = self.bench.tokenizer.batch_decode(outputs, skip_special_tokens=True)
-        found = [recall_of(prompt.sample.answers, text) for prompt, text in zip(prompts, texts, strict=True)]
-        return {"recall": mean_metric(found, True, "share")}
+        return [{"recall": recall_of(prompt.sample.answers, text)} for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def main() -> int:

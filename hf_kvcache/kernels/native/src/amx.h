@@ -145,13 +145,26 @@ inline void by_query(const int32_t* sums, __m512i totals[kQuad]) {
 
 constexpr int kStep = 64;  // tokens whose levels are looked up and multiplied at a time
 
-// sums [kStep, 16] of rows of `dim` bytes with two quads of queries.
-inline void multiply_keys(const uint8_t* rows, int dim, const int8_t* columns, int32_t* sums, Stream& next) {
-    const int64_t tile = 16 * (int64_t)dim;
+// Tiles 0 to 3 hold sums, 4 to 7 what is multiplied.
+inline void zero_sums() {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+}
+
+// sums: [4, 16, 16]
+inline void store_sums(int32_t* sums) {
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 16 * 16, 64);
+    _tile_stored(2, sums + 32 * 16, 64);
+    _tile_stored(3, sums + 48 * 16, 64);
+}
+
+// sums [kStep, 16] of rows of `dim` bytes with two quads of queries.
+inline void multiply_keys(const uint8_t* rows, int dim, const int8_t* columns, int32_t* sums, Stream& next) {
+    const int64_t tile = 16 * (int64_t)dim;
+    zero_sums();
     for (int c = 0; c < dim; c += 64) {
         _tile_loadd(6, columns + 16 * c, 64);
         _tile_loadd(4, rows + c, dim);
@@ -167,10 +180,7 @@ inline void multiply_keys(const uint8_t* rows, int dim, const int8_t* columns, i
         _tile_dpbusd(3, 5, 6);
         next.work(1);
     }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 16 * 16, 64);
-    _tile_stored(2, sums + 32 * 16, 64);
-    _tile_stored(3, sums + 48 * 16, 64);
+    store_sums(sums);
 }
 
 template <class Packing>
@@ -257,10 +267,7 @@ void weave(const Rows64<Packing>& given, int n, uint8_t* tiles, Stream& next) {
 
 // sums [4, 16, 16] of two quads of weights with 64 channels of woven levels.
 inline void multiply_values(const uint8_t* woven, const int8_t* weights, int steps, int32_t* sums, Stream& next) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     for (int step = 0; step < steps; step++, weights += kTileBytes, woven += 4 * kTileBytes) {
         _tile_loadd(4, weights, 64);
         _tile_loadd(6, woven, 64);
@@ -276,10 +283,7 @@ inline void multiply_values(const uint8_t* woven, const int8_t* weights, int ste
         _tile_dpbsud(3, 4, 7);
         next.work(1);
     }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 16 * 16, 64);
-    _tile_stored(2, sums + 32 * 16, 64);
-    _tile_stored(3, sums + 48 * 16, 64);
+    store_sums(sums);
 }
 
 // output [64] += unit * totals of one query, whose high bytes' sums are given, out of the order of weave.
