@@ -11,9 +11,20 @@ from hf_kvcache.binding import bind, unbind
 from hf_kvcache.cache import KVCache, QuantizedKVCache
 from hf_kvcache.codecs import Codec
 from hf_kvcache.memory import MemoryReport
+from hf_kvcache.recipes import HeavyHitterCache, SlidingWindowCache
 from hf_kvcache.storage import IntegrityError
 
 __version__ = "0.1.0"
-__all__ = ["Codec", "IntegrityError", "KVCache", "MemoryReport", "QuantizedKVCache", "bind", "unbind"]
+__all__ = [
+    "Codec",
+    "HeavyHitterCache",
+    "IntegrityError",
+    "KVCache",
+    "MemoryReport",
+    "QuantizedKVCache",
+    "SlidingWindowCache",
+    "bind",
+    "unbind",
+]
 
 register()

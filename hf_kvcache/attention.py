@@ -53,21 +53,21 @@ def attention_function(
     if not (isinstance(key, KVHandle) and isinstance(value, KVHandle)):
         return _previous(module)(module, query, key, value, attention_mask, **arguments)
     layer = key.layer()
-    if not layer.has_history():
-        # Nothing is compressed yet: the first tokens attend to each other exactly as without this package.
-        new_keys, new_values = layer.new_tokens()
-        result = _previous(module)(module, query, new_keys, new_values, attention_mask, **arguments)
-        layer.note_attended(attention_mask, query.shape[2])
-        return result
-    _check_supported(module, dropout, kwargs)
     scoring = Scoring(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         sink_logits=_sink_logits(module, kwargs),
     )
+    if not layer.has_history():
+        # Nothing is compressed yet: the first tokens attend to each other exactly as without this package.
+        new_keys, new_values = layer.new_tokens()
+        result = _previous(module)(module, query, new_keys, new_values, attention_mask, **arguments)
+        layer.note_attended(attention_mask, query, scoring, module)
+        return result
+    _check_supported(module, dropout, kwargs)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    return layer.attend(query, attention_mask, scoring, causal), None
+    return layer.attend(query, attention_mask, scoring, causal, module), None
 
 
 def _previous(module: torch.nn.Module) -> AttentionFunction:

@@ -7,11 +7,12 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hf_kvcache.binding import bind as bind_config
 from hf_kvcache.codecs import Codec, resolve
+from hf_kvcache.evictor import EvictionOptions
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
 from hf_kvcache.memory import MemoryReport
 from hf_kvcache.model_config import check_formats, check_states, decoder_config, make_layers, shares_keys
@@ -29,6 +30,7 @@ class KVCache(Cache):
         page_size: tokens a page holds.
         validate: check every update for NaN and infinity (it stalls a GPU at every step).
         bind: make the model use the fused attention; without it the cache is read through dense tensors.
+        eviction: how full-attention layers keep within a budget; None: they keep every token.
         **codec_options: ``bits``, ``key_bits``, ``value_bits`` and options of the codec such as ``group_size``.
 
     Raises:
@@ -46,6 +48,7 @@ class KVCache(Cache):
         page_size: int = 128,
         validate: bool = False,
         bind: bool = True,
+        eviction: EvictionOptions | None = None,
         **codec_options: Any,
     ) -> None:
         self.config = decoder_config(config)
@@ -54,7 +57,7 @@ class KVCache(Cache):
             ("tail_length", tail_length, 0),
             ("page_size", page_size, 8),
         ):
-            _check_count(name, value, least)
+            check_count(name, value, least)
         if page_size % 8:
             raise ValueError(f"page_size={page_size!r}; accepted: multiples of 8")
         self.options = LayerOptions(
@@ -64,6 +67,7 @@ class KVCache(Cache):
             page_size=page_size,
             validate=validate,
             deferred=shares_keys(self.config),
+            eviction=eviction,
         )
         check_formats(self.config, self.options)
         super().__init__(layers=make_layers(self.config, self.options))
@@ -124,8 +128,28 @@ class KVCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times, copies side by side."""
-        _check_count("repeats", repeats, 1)
+        check_count("repeats", repeats, 1)
         super().batch_repeat_interleave(repeats)
+
+    def compress(
+        self,
+        model: PreTrainedModel | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> None:
+        """Evict now down to the budget; policies that read the context once more need the model and the context.
+
+        Args:
+            model: the model that filled the cache.
+            input_ids: the tokens that it was filled with, ``[B, T]``.
+            attention_mask: ``[B, T]``, 0 for padding; None if there is none.
+
+        Raises:
+            ValueError: if the cache does not evict, or the policy needs what is not given.
+        """
+        from hf_kvcache.compressing import compress
+
+        compress(self, model, input_ids, attention_mask)
 
     def fork(self) -> KVCache:
         """A copy that goes its own way from here: pages are shared, since they never change once written."""
@@ -202,6 +226,8 @@ class QuantizedKVCache(KVCache):
         super().__init__(config, codec, **options)
 
 
-def _check_count(name: str, value: int, least: int) -> None:
+def check_count(name: str, value: Any, least: int) -> int:
+    """``value``, if it is a whole number from ``least`` on; else raises ValueError naming the argument ``name``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r}; accepted: whole numbers from {least}")
+    return value

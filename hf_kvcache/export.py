@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hf_kvcache.cache import KVCache
 
 #: Raised when the meaning of the tensors changes.
-_FORMAT = 1
+_FORMAT = 2
 _META = "meta"
 
 
@@ -28,9 +28,8 @@ def export_state(cache: KVCache) -> dict[str, torch.Tensor]:
         raise ValueError(f"layers of type {', '.join(foreign)} cannot be exported; accepted: KVCacheLayer only")
     state = {_META: _encode_meta(_settings(cache) | {"layers": [layer.progress() for layer in cache.own_layers]})}
     for layer in cache.own_layers:
-        if layer.storage is not None:
-            for name, tensor in layer.storage.state().items():
-                state[f"layers.{layer.index}.{name}"] = tensor
+        for name, tensor in layer.tensors().items():
+            state[f"layers.{layer.index}.{name}"] = tensor
     return state
 
 
@@ -67,6 +66,7 @@ def _settings(cache: KVCache) -> dict[str, Any]:
         "sink_length": options.sink_length,
         "tail_length": options.tail_length,
         "page_size": options.page_size,
+        "eviction": None if options.eviction is None else options.eviction.describe(),
     }
 
 

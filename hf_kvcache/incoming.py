@@ -26,6 +26,15 @@ class NewTokens:
     def length(self) -> int:
         return self.keys.shape[2]
 
+    def part(self, tokens: slice) -> NewTokens:
+        """Some of the tokens, not stored yet."""
+        return NewTokens(
+            self.keys[:, :, tokens],
+            self.values[:, :, tokens],
+            self.position + tokens.start,
+            None if self.valid is None else self.valid[:, tokens],
+        )
+
 
 def check_update(
     index: int, storage: PagedStorage | None, keys: torch.Tensor, values: torch.Tensor, finite: bool

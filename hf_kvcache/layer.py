@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.evictor import EvictionOptions
 from hf_kvcache.handle import KVHandle
 from hf_kvcache.incoming import NewTokens, check_update, dense_tokens
 from hf_kvcache.kernels.attention import attend
@@ -25,7 +26,7 @@ from hf_kvcache.storage import PagedStorage
 logger = logging.get_logger(__name__)
 
 #: Past this many tokens without a confirming `crop`, the oldest are taken as confirmed: nobody drafts that far ahead.
-_MAX_UNCONFIRMED = 512
+MAX_UNCONFIRMED = 512
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class LayerOptions:
         page_size: tokens a page holds.
         validate: whether every update is checked for NaN and infinity.
         deferred: whether new tokens are stored at the next call only, because other layers read them too.
+        eviction: how full-attention layers keep within a budget; None: they keep every token.
     """
 
     codec: Codec
@@ -47,6 +49,7 @@ class LayerOptions:
     page_size: int
     validate: bool
     deferred: bool
+    eviction: EvictionOptions | None = None
 
 
 class KVCacheLayer(CacheLayerMixin):
@@ -84,13 +87,9 @@ class KVCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make the storage for tensors like these, ``[B, Hkv, T, D]``."""
-        options = self.options
-        encoder = PageEncoder(
-            options.codec, key_states.shape[-1], value_states.shape[-1], options.page_size, key_states.dtype
-        )
         # In a sliding layer the first tokens leave the window like any others.
-        sinks = 0 if self.is_sliding else options.sink_length
-        self.storage = PagedStorage(encoder, key_states, value_states, sinks, options.tail_length)
+        sinks = 0 if self.is_sliding else self.options.sink_length
+        self.storage = self.make_storage(key_states, value_states, sinks)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -194,6 +193,16 @@ class KVCacheLayer(CacheLayerMixin):
 
     prefetch = offload
 
+    def make_storage(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, sink_length: int, spare: int | None = None
+    ) -> PagedStorage:
+        """An empty storage for tensors like these, with room for ``spare`` tokens beyond sinks and tail."""
+        options = self.options
+        encoder = PageEncoder(
+            options.codec, key_states.shape[-1], value_states.shape[-1], options.page_size, key_states.dtype
+        )
+        return PagedStorage(encoder, key_states, value_states, sink_length, options.tail_length, spare)
+
     # -- what the package adds ------------------------------------------------------------------------------------
 
     def check_rows(self, argument: str, rows: torch.Tensor) -> np.ndarray:
@@ -229,7 +238,12 @@ class KVCacheLayer(CacheLayerMixin):
         return other
 
     def attend(
-        self, query: torch.Tensor, attention_mask: torch.Tensor | None, scoring: Scoring, causal: bool = True
+        self,
+        query: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scoring: Scoring,
+        causal: bool = True,
+        module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         """Attention of the latest update's queries over the cache; the new tokens are stored by it.
 
@@ -238,6 +252,7 @@ class KVCacheLayer(CacheLayerMixin):
             attention_mask: boolean or additive ``[B, 1 or Hq, T, tokens]``, 2D ``[B, tokens]``, or None.
             scoring: how scores are made.
             causal: whether a token sees no later one where no mask says it.
+            module: the attention module, for layers that evict by what it is.
 
         Returns:
             ``[B, T, Hq, Dv]``.
@@ -246,11 +261,7 @@ class KVCacheLayer(CacheLayerMixin):
             ValueError: if the query does not go with the latest update.
         """
         new, storage = self._latest()
-        skip = new.length - query.shape[2]
-        if query.shape[0] != storage.batch or skip < 0 or query.shape[1] % storage.heads:
-            raise ValueError(
-                f"query of shape {tuple(query.shape)} does not go with keys of shape {tuple(new.keys.shape)}"
-            )
+        skip = self.check_query(query)
         visibility = self._visibility(new, storage, attention_mask, causal, skip)
         segments = [
             (slice(max(at.start, skip), at.stop), n) for at, n in self._segments(new, storage) if at.stop > skip
@@ -273,6 +284,16 @@ class KVCacheLayer(CacheLayerMixin):
             self.settle()
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
+    def check_query(self, query: torch.Tensor) -> int:
+        """How many of the new tokens have no query; raises ValueError if the query does not go with them."""
+        new, storage = self._latest()
+        skip = new.length - query.shape[2]
+        if query.shape[0] != storage.batch or skip < 0 or query.shape[1] % storage.heads:
+            raise ValueError(
+                f"query of shape {tuple(query.shape)} does not go with keys of shape {tuple(new.keys.shape)}"
+            )
+        return skip
+
     def has_history(self) -> bool:
         """Whether attention has to look at anything but the tokens of the latest update."""
         return self._latest()[0].position > 0
@@ -282,9 +303,23 @@ class KVCacheLayer(CacheLayerMixin):
         new, _ = self._latest()
         return new.keys, new.values
 
-    def note_attended(self, attention_mask: torch.Tensor | None, queries: int) -> None:
-        """Take note that someone else did the attention of the latest update, under this mask; stores the tokens."""
+    def note_attended(
+        self,
+        attention_mask: torch.Tensor | None,
+        query: torch.Tensor | int,
+        scoring: Scoring | None = None,
+        module: torch.nn.Module | None = None,
+    ) -> None:
+        """Take note that someone else did the attention of the latest update; stores the tokens.
+
+        Args:
+            attention_mask: under which mask.
+            query: with which queries ``[B, Hq, q, Dk]``, or how many.
+            scoring: how scores were made, for layers that look at them.
+            module: of which attention module.
+        """
         new, _ = self._latest()
+        queries = query if isinstance(query, int) else query.shape[2]
         if queries == new.length:  # else a layer that shares these keys, of which the mask does not tell
             self._note_padding(new, attention_mask)
         if not self.options.deferred:
@@ -301,7 +336,7 @@ class KVCacheLayer(CacheLayerMixin):
             storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
         elif not new.stored:
             storage.append_block(new.keys, new.values, new.position, new.valid, not self.record_past, keep_from)
-        if not self.record_past or self._unconfirmed > _MAX_UNCONFIRMED:
+        if not self.record_past or self._unconfirmed > MAX_UNCONFIRMED:
             self._confirm()
 
     def dense_side(self, side: str) -> torch.Tensor:
@@ -326,8 +361,13 @@ class KVCacheLayer(CacheLayerMixin):
         self.settle()
         return {"seen": self._seen, "unconfirmed": self._unconfirmed, "kept_from": self._kept_from}
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer holds, as tensors by name."""
+        self.settle()
+        return {} if self.storage is None else self.storage.state()
+
     def restore(self, tensors: dict[str, torch.Tensor], progress: dict[str, int]) -> None:
-        """Hold what :meth:`PagedStorage.state` and :meth:`progress` returned, in place of what is held."""
+        """Hold what :meth:`tensors` and :meth:`progress` returned, in place of what is held."""
         self.reset()
         if tensors:
             self.lazy_initialization(tensors["dense.keys"], tensors["dense.values"])

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
+from hf_kvcache.evicting_layer import EvictingLayer
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
 
 #: Layer types whose keys and values are ours; the others keep transformers' own layers.
@@ -69,12 +70,37 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
             f"{list(OWN_LAYER_TYPES)}, there is nothing to cache otherwise"
         )
     layers: list[Any] = []
+    evicting = [index for index, layer_type in enumerate(layer_types) if layer_type == "full_attention"]
+    if options.eviction is not None:
+        _check_eviction(config, evicting, options)
     for index, (layer_type, arguments) in enumerate(zip(layer_types, layer_arguments, strict=True)):
-        if layer_type in OWN_LAYER_TYPES:
+        if options.eviction is not None and index in evicting:
+            place = evicting.index(index), len(evicting)
+            layers.append(EvictingLayer(index, options, options.eviction, place))
+        elif layer_type in OWN_LAYER_TYPES:
             layers.append(KVCacheLayer(index, options, arguments.get("sliding_window")))
         else:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments))
     return layers
+
+
+def _check_eviction(config: PreTrainedConfig, evicting: list[int], options: LayerOptions) -> None:
+    """Raise ValueError where a model has no layer that can evict."""
+    if not evicting:
+        raise ValueError(
+            f"config of {config.model_type!r}: all of its layers see a sliding window and hold no more than that; "
+            "accepted with eviction: at least one layer of full attention"
+        )
+    if options.deferred:
+        raise ValueError(
+            f"config of {config.model_type!r}: some layers read the keys of others, which would not see their queries; "
+            "accepted with eviction: models whose layers have keys of their own"
+        )
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"config of {config.model_type!r} caches latents, which are expanded to keys in every step; accepted with "
+            "eviction: models that cache keys and values"
+        )
 
 
 def check_formats(config: PreTrainedConfig, options: LayerOptions) -> None:

@@ -12,6 +12,8 @@ from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import Pages
 from hf_kvcache.storage.dense import DenseBuffer
+from hf_kvcache.storage.evicting import keep_only
+from hf_kvcache.storage.held import NOWHERE, Held
 from hf_kvcache.storage.integrity import IntegrityError
 from hf_kvcache.storage.pool import PagePool
 from hf_kvcache.storage.saving import export_pages, import_pages
@@ -34,11 +36,18 @@ class PagedStorage:
         values: the same for values.
         sink_length: tokens at the start that are never packed.
         tail_length: newest tokens that are never packed.
+        spare: tokens beyond these that the dense buffer has room for; a page's by default.
     """
 
     @torch.inference_mode(False)
     def __init__(
-        self, encoder: PageEncoder, keys: torch.Tensor, values: torch.Tensor, sink_length: int, tail_length: int
+        self,
+        encoder: PageEncoder,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sink_length: int,
+        tail_length: int,
+        spare: int | None = None,
     ) -> None:
         self.encoder = encoder
         self.layout = encoder.layout
@@ -48,7 +57,7 @@ class PagedStorage:
         self.device, self.dtype = keys.device, keys.dtype
         self.pool = PagePool(self.layout.record_bytes, keys.device)
         self.table = PageTable(self.pool, self.batch * self.heads)
-        self._capacity = sink_length + tail_length + self.page_size
+        self._capacity = sink_length + tail_length + (self.page_size if spare is None else spare)
         self.dense = DenseBuffer(keys, values, sink_length, self._capacity)
         #: Pages at the end of the table whose tokens are still in the dense buffer too, until they are confirmed.
         self.ahead = 0
@@ -132,6 +141,25 @@ class PagedStorage:
         self._center_known &= self._row_pages() > 0
         self._pages = None
 
+    def keep_only(self, held: Held, keep: np.ndarray, tail: int | None = None) -> None:
+        """Drop every token that ``keep`` does not name, and pack all of the tail that may be packed.
+
+        Args:
+            held: what some sequences hold.
+            keep: bool ``[b, Hkv, T]``, the tokens that stay; sinks and the newest ``tail`` are among them.
+            tail: newest tokens that stay in full precision; ``tail_length`` by default.
+        """
+        keep_only(self, held, keep, self.tail_length if tail is None else tail)
+        self.dense.shrink(self._capacity)
+
+    def held(self, rows: np.ndarray) -> Held:
+        """What the sequences ``rows`` hold, which use equally many dense slots; valid until the next change."""
+        return Held.of(self, rows)
+
+    def changed(self) -> None:
+        """Take note that the table was changed."""
+        self._pages = None
+
     def settle_ahead(self) -> None:
         """Keep the pages encoded ahead that are due by now, and their tokens only there; forget the others."""
         if self.ahead == 0:
@@ -152,7 +180,7 @@ class PagedStorage:
     @torch.inference_mode(False)
     def select(self, rows: np.ndarray) -> None:
         """Replace the sequences by ``rows`` of them, which may repeat: table work, pages are shared."""
-        self.table.select((rows[:, None] * self.heads + np.arange(self.heads)).flatten())
+        self.table.select(self.table_rows(rows))
         self.dense.select(rows)
         if self.center is not None:
             self.center = self.center[torch.from_numpy(rows).to(self.device)]
@@ -301,18 +329,19 @@ class PagedStorage:
         pages = keys.shape[2] // self.page_size
         if pages == 0:
             return
-        self._fix_center(rows, keys)
-        table_rows = (rows[:, None] * self.heads + np.arange(self.heads)).flatten()
+        if self.center is not None and not self._center_known[rows].all():
+            self.fix_center(rows, rotate(keys.float().mean(2), self.layout.sides["keys"]))
+        table_rows = self.table_rows(rows)
         # Column by column, so that the pages that are read together lie together.
         ids = self.pool.allocate(pages * len(table_rows)).reshape(pages, len(table_rows))
-        for start, stop, records in self._encode(rows, keys, values):
+        for start, stop, records in self.encode(rows, keys, values):
             self.pool.write(ids[start:stop].flatten(), records)
         paged = positions.reshape(len(rows), pages, self.page_size)
         self._note_positions(paged, ids)
         self.table.append(table_rows, ids.T, paged[:, :, 0].repeat(self.heads, 0), self.page_size)
         self._pages = None
 
-    def _encode(
+    def encode(
         self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Records of page columns ``[start, stop)``, a bounded number at a time."""
@@ -331,12 +360,11 @@ class PagedStorage:
             repeated = None if center is None else center.repeat(stop - start, 1)
             yield start, stop, self.encoder.encode(columns[0], columns[1], repeated)
 
-    def _fix_center(self, rows: np.ndarray, keys: torch.Tensor) -> None:
-        """Take the mean of a sequence's keys from the first tokens that are packed; it never changes afterwards."""
-        if self.center is None or self._center_known[rows].all():
-            return
-        mean = rotate(keys.float().mean(2), self.layout.sides["keys"])
+    def fix_center(self, rows: np.ndarray, mean: torch.Tensor) -> None:
+        """Take ``mean [b, Hkv, Dk]``, of the first tokens that are packed, as the center, which never changes."""
         new = np.flatnonzero(~self._center_known[rows])
+        if self.center is None or len(new) == 0:
+            return
         index = torch.from_numpy(new).to(self.device)
         self.center[torch.from_numpy(rows[new]).to(self.device)] = mean[index]
         self._center_known[rows] = True
@@ -348,19 +376,21 @@ class PagedStorage:
             for page in ids[column, row * self.heads : (row + 1) * self.heads].tolist():
                 self.pool.positions[page] = positions[row, column].copy()
 
+    def table_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of the table, and of ``Pages``, of the sequences ``rows``: their KV heads side by side."""
+        return (rows[:, None] * self.heads + np.arange(self.heads)).flatten()
+
     def _row_pages(self) -> np.ndarray:
         return self.table.lengths.reshape(self.batch, self.heads)[:, 0]
 
     def _page_span(self) -> list[tuple[int, int]]:
-        """First and last position in the pages of each sequence (``(0, -1)`` without pages)."""
+        """First and last position in the pages of each sequence, over its heads (``(0, -1)`` without pages)."""
         columns = self.table.columns
         positions = self.table.positions(0, columns, self.page_size)
         _, counts, _ = self.table.arrays(columns)
-        spans = []
-        for row in range(0, self.batch * self.heads, self.heads):
-            last = int(self.table.lengths[row]) - 1 - self.ahead
-            if last < 0:
-                spans.append((0, -1))
-            else:
-                spans.append((int(positions[row, 0, 0]), int(positions[row, last, counts[row, last] - 1])))
-        return spans
+        first, last = [], []
+        for row, length in enumerate((self.table.lengths - self.ahead).tolist()):
+            first.append(int(positions[row, 0, 0]) if length > 0 else NOWHERE)
+            last.append(int(positions[row, length - 1, counts[row, length - 1] - 1]) if length > 0 else -1)
+        spans = zip(*(np.reshape(x, (self.batch, self.heads)) for x in (first, last)), strict=True)
+        return [(int(a.min()), int(b.max())) if b.max() >= 0 else (0, -1) for a, b in spans]

@@ -59,9 +59,34 @@ class PageTable:
             self._addresses[held] = self.pool.addresses(self._ids[held])
         return self._addresses[:, :stop], self._counts[:, :stop], self._first[:, :stop]
 
+    def ids(self, rows: np.ndarray, columns: int) -> np.ndarray:
+        """A copy of the ids of columns ``[0, columns)`` of ``rows``, ``-1`` where a row has no page."""
+        return self._ids[rows, :columns]
+
+    def counts(self, rows: np.ndarray, columns: int) -> np.ndarray:
+        """A copy of the token counts of columns ``[0, columns)`` of ``rows``."""
+        return self._counts[rows, :columns]
+
     def scattered(self) -> dict[tuple[int, int], np.ndarray]:
         """Positions of the pages whose tokens do not stand side by side, by row and column."""
         return {at: self.pool.positions[int(self._ids[at])] for at in self._explicit_cells()}
+
+    def replace(self, rows: np.ndarray, ids: np.ndarray, counts: np.ndarray, first: np.ndarray) -> None:
+        """Make ``ids [len(rows), n]`` all the pages of ``rows``; those behind a row's last page are ``-1``.
+
+        References of ids that the rows held before stay with the table, those of new ids pass to it.
+        """
+        old = self._ids[rows]
+        # Row by row: a page may be shared by several of them, of which one keeps it and another does not.
+        stays = (old[:, :, None] == ids[:, None, :]).any(2)
+        released = old[~stays & (old != _NO_PAGE)]
+        self._reserve(ids.shape[1])
+        for array, new, none in ((self._ids, ids, _NO_PAGE), (self._counts, counts, 0), (self._first, first, 0)):
+            array[rows] = none
+            array[rows, : ids.shape[1]] = new
+        self._addresses = None
+        self.lengths[rows] = (ids != _NO_PAGE).sum(1)
+        self.pool.release(released)
 
     def append(self, rows: np.ndarray, ids: np.ndarray, first: np.ndarray, count: int) -> None:
         """Append full pages ``ids [len(rows), n]`` of ``count`` tokens, whose references pass to the table."""
@@ -163,12 +188,15 @@ class PageTable:
         self._addresses = None
         self.lengths = np.zeros(rows, dtype=np.int64)
 
-    def positions(self, start: int, stop: int, page_size: int) -> np.ndarray:
+    def positions(self, start: int, stop: int, page_size: int, rows: np.ndarray | None = None) -> np.ndarray:
         """Original positions ``[rows, stop - start, page_size]``; whatever lies behind a page's count is undefined."""
-        positions = self._first[:, start:stop, None] + np.arange(page_size)
-        for row, column in self._explicit_cells(start, stop):
-            stored = self.pool.positions[int(self._ids[row, column])]
-            positions[row, column - start, : len(stored)] = stored
+        chosen = np.arange(len(self.lengths)) if rows is None else rows
+        positions = self._first[chosen, start:stop, None] + np.arange(page_size)
+        if self.pool.positions:
+            for index, page in np.ndenumerate(self._ids[chosen, start:stop]):
+                stored = self.pool.positions.get(int(page))
+                if stored is not None:
+                    positions[index] = stored
         return positions
 
     def check(self, page_size: int) -> None:

@@ -1,0 +1,423 @@
+"""A cache layer that keeps within a budget of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_kvcache.evictor import Attending, EvictionOptions, Evictor
+from hf_kvcache.incoming import NewTokens, dense_tokens
+from hf_kvcache.kernels.attention import attend
+from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.layer import MAX_UNCONFIRMED, KVCacheLayer, LayerOptions
+from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.gathering import can_drop_tokens
+
+
+@dataclass
+class Draft:
+    """An update that may be rolled back: what it takes to do it again with fewer tokens."""
+
+    new: NewTokens
+    query: torch.Tensor
+    mask: torch.Tensor | None
+    scoring: Scoring
+    causal: bool
+    first: bool
+
+    def until(self, length: int) -> Draft:
+        """The first ``length`` tokens of it."""
+        return replace(
+            self,
+            new=self.new.part(slice(0, length)),
+            query=self.query[:, :, :length],
+            mask=_rows_of(self.mask, slice(0, length), self.new.length),
+        )
+
+
+@dataclass
+class Undo:
+    """What a layer was before the drafts that followed."""
+
+    storage: PagedStorage | None
+    evictor: Evictor | None
+    seen: int
+    drafts: list[Draft]
+
+
+class EvictingLayer(KVCacheLayer):
+    """One attention layer's cache within a budget: an :class:`Evictor` drops tokens after attention has used them.
+
+    While tokens may be rolled back, eviction goes on as it would in plain decoding, on a copy: pages are shared and
+    the dense buffer is small. ``crop`` returns to what was before the drafts and does again those that were accepted.
+
+    Args:
+        index: number of the layer in the model.
+        options: what the layers of the cache share.
+        eviction: how they evict.
+        place: number of the layer among those that evict, and how many of these there are.
+    """
+
+    def __init__(self, index: int, options: LayerOptions, eviction: EvictionOptions, place: tuple[int, int]) -> None:
+        super().__init__(index, options)
+        self.eviction, self.place = eviction, place
+        self.evictor: Evictor | None = None
+        #: Told of every call of attention over tokens held: the update and the log-sum-exp ``[B, Hq, q]``.
+        self.watcher: Callable[[Draft, torch.Tensor], None] | None = None
+        self._undo: Undo | None = None
+        self._attended = True
+
+    # -- transformers' contract -----------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        interval = self.eviction.interval
+        storage = self.make_storage(key_states, value_states, self.options.sink_length, interval)
+        if not can_drop_tokens(storage.layout):
+            raise ValueError(
+                f"codec={self.options.codec!r} shares scales among some tokens of a page of {self.options.page_size}; "
+                "accepted with eviction: codecs with a scale per token or per page (page_size equal to the group)"
+            )
+        self.evictor = Evictor(self.eviction, *self.place, storage)
+        self.storage = storage
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._attended:
+            raise RuntimeError(_NOT_ATTENDED.format(self.index))
+        self._settle_prefill(key_states.shape[2])
+        if self.record_past and self._unconfirmed > MAX_UNCONFIRMED:
+            self._confirm()
+        if self.record_past and self._undo is None:
+            self._undo = self._snapshot()
+        handles = super().update(key_states, value_states, *args, **kwargs)
+        self._attended = False
+        return handles
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.check_crop(tokens_to_remove)
+        if self.storage is None:
+            return
+        self.settle()
+        undo, self._undo = self._undo, None
+        keep = self._seen + tokens_to_remove
+        if tokens_to_remove and undo is not None:
+            self._redo(undo, max(keep - undo.seen, 0))
+        if keep < self._seen:
+            self._truncate(keep)
+        self._confirm()
+        self.version += 1
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        super().check_crop(tokens_to_remove)
+        undo, evictor = self._undo, self.evictor
+        if undo is not None:
+            evictor = undo.evictor
+        length = self._seen + tokens_to_remove
+        redone = undo is not None and length >= undo.seen
+        if tokens_to_remove and length > 0 and not redone and evictor is not None and length < evictor.evicted_at:
+            raise RuntimeError(
+                f"crop({tokens_to_remove!r}): layer {self.index} evicted tokens after it had seen "
+                f"{evictor.evicted_at}, which a cache of {length} tokens would hold. fork() the cache before it grows, "
+                "or call activate_past_recording() before the tokens are added."
+            )
+
+    def reset(self) -> None:
+        super().reset()
+        self.evictor = self._undo = None
+        self._attended = True
+
+    # -- what the package adds ------------------------------------------------------------------------------------
+
+    def select_rows(self, rows: np.ndarray) -> None:
+        same = len(rows) == self.batch_size and bool((rows == np.arange(len(rows))).all())
+        super().select_rows(rows)
+        if self.evictor is not None and not same:
+            self._undo = None
+            self.evictor = self.evictor.select(rows)
+
+    def fork(self) -> EvictingLayer:
+        other = super().fork()
+        assert isinstance(other, EvictingLayer)
+        other._undo = other.watcher = None
+        if self.evictor is not None:
+            other.evictor = self.evictor.select(np.arange(self.batch_size))
+        return other
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scoring: Scoring,
+        causal: bool = True,
+        module: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
+        new, _ = self._latest()
+        self.check_query(query)
+        if query.shape[2] != new.length:
+            raise ValueError(
+                f"{query.shape[2]} queries for {new.length} new tokens; accepted with eviction: one a token"
+            )
+        assert self.evictor is not None
+        self.evictor.attending = Attending(scoring, module)
+        self._note_padding(new, attention_mask)
+        draft = Draft(new, query, attention_mask, scoring, causal, first=False)
+        if self._undo is not None:
+            self._undo.drafts.append(draft)
+        output = self._attend(draft)
+        self._attended = True
+        self.settle()
+        return output
+
+    def note_attended(
+        self,
+        attention_mask: torch.Tensor | None,
+        query: torch.Tensor | int,
+        scoring: Scoring | None = None,
+        module: torch.nn.Module | None = None,
+    ) -> None:
+        new, _ = self._latest()
+        assert self.evictor is not None
+        self._note_padding(new, attention_mask)
+        if isinstance(query, torch.Tensor):
+            scoring = Scoring(query.shape[-1] ** -0.5) if scoring is None else scoring
+            self.evictor.attending = Attending(scoring, module)
+            draft = Draft(new, query, attention_mask, scoring, causal=True, first=True)
+            if self._undo is not None:
+                self._undo.drafts.append(draft)
+            self._observe_first(draft)
+        elif self.evictor.stateful:
+            raise RuntimeError(_NOT_ATTENDED.format(self.index))
+        self._attended = True
+        self.settle()
+
+    def settle(self) -> None:
+        new, storage, evictor = self._new, self.storage, self.evictor
+        if new is None or storage is None or evictor is None:
+            return
+        if not self._attended:
+            raise RuntimeError(_NOT_ATTENDED.format(self.index))
+        self._new = None
+        if not new.stored:
+            self._store(new)
+        if self._undo is None:
+            self._settle_block()
+
+    def dense_side(self, side: str) -> torch.Tensor:
+        new, evictor = self._new, self.evictor
+        if new is not None and not new.stored and new.position == 0:
+            return getattr(new, side)
+        if evictor is None or evictor.evictions == 0:
+            return super().dense_side(side)
+        raise RuntimeError(
+            f"layer {self.index} has evicted tokens, other ones in each head: its keys and values are no dense tensor. "
+            "Call model.set_attn_implementation('hf_kvcache'), or build the cache after another one was set."
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        state = super().tensors()
+        if self.evictor is not None:
+            state |= {f"evictor.{name}": tensor for name, tensor in self.evictor.state().items()}
+        return state
+
+    def restore(self, tensors: dict[str, torch.Tensor], progress: dict[str, int]) -> None:
+        super().restore(tensors, progress)
+        if self.evictor is not None:
+            prefix = "evictor."
+            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            self.evictor.restore(own, self.device)
+
+    def compress(self) -> None:
+        """Evict now down to the budget."""
+        self.settle()
+        if self.storage is not None and self.evictor is not None:
+            self.evictor.evict(self.storage, np.arange(self.storage.batch), self._seen)
+            self._compressed()
+
+    def keep_only(self, keep: list[torch.Tensor]) -> None:
+        """Drop every token that ``keep``, bool ``[1, Hkv, T]`` for each sequence, does not name, of those held."""
+        self.settle()
+        if self.storage is not None and self.evictor is not None:
+            self.evictor.keep_only(self.storage, keep, self._seen)
+            self._compressed()
+
+    def _compressed(self) -> None:
+        self._undo, self._unconfirmed = None, 0
+        self.version += 1
+
+    def kept_positions(self) -> torch.Tensor:
+        """Original positions of the tokens held, int64 ``[B, Hkv, T]``, ``-1`` behind a head's last."""
+        self.settle()
+        if self.storage is None:
+            return torch.zeros(0, 0, 0, dtype=torch.int64)
+        held = [self.storage.held(np.array([row])) for row in range(self.storage.batch)]
+        out = torch.full((self.storage.batch, self.storage.heads, max(h.tokens for h in held)), -1)
+        for row, one in enumerate(held):
+            out[row, :, : one.tokens] = torch.from_numpy(np.where(one.exists, one.positions, -1)[0])
+        return out
+
+    # -- internals ------------------------------------------------------------------------------------------------
+
+    def _attend(self, draft: Draft) -> torch.Tensor:
+        """Attention of an update; in parts, each followed by the eviction it makes due, if it may be rolled back."""
+        new = draft.new
+        if self._undo is None:
+            return self._attend_part(draft)
+        outputs, start = [], 0
+        while start < new.length:
+            assert self.storage is not None and self.evictor is not None
+            stop = min(new.length, start + self.evictor.room(self.storage))
+            span = slice(start, stop)
+            part = replace(
+                draft,
+                new=new.part(span),
+                query=draft.query[:, :, span],
+                mask=_rows_of(draft.mask, span, new.length),
+            )
+            outputs.append(self._attend_part(part))
+            if not part.new.stored:
+                self._store(part.new)
+            self._evict_due(part.new.position + part.new.length)
+            start = stop
+        new.stored = True
+        return torch.cat(outputs, 1)
+
+    def _attend_part(self, draft: Draft) -> torch.Tensor:
+        new, storage, evictor = draft.new, self.storage, self.evictor
+        assert storage is not None and evictor is not None
+        visibility = self._visibility(new, storage, draft.mask, draft.causal, 0)
+        drafted = self._undo is not None
+        evictor.note(new.position, new.length, new.valid, drafted)
+        if new.length == 1:
+            self._store(new)
+        dense = dense_tokens(storage, new, visibility, 0, slice(0, new.length))
+        mass = evictor.policy.needs_mass
+        result = attend(draft.query, storage.pages(), dense, visibility, draft.scoring, mass)
+        if self.watcher is not None:
+            self.watcher(draft, result.log_sum_exp)
+        evictor.observe_queries(draft.query, new.position, new.valid, drafted)
+        if mass:
+            evictor.observe_mass(storage, result, 0 if new.stored else new.length, new.valid)
+        return result.output
+
+    def _observe_first(self, draft: Draft) -> None:
+        new, storage, evictor = draft.new, self.storage, self.evictor
+        assert storage is not None and evictor is not None
+        evictor.note(new.position, new.length, new.valid)
+        evictor.observe_queries(draft.query, new.position, new.valid)
+        if evictor.policy.needs_mass:
+            evictor.observe_first(storage, draft.query, new.keys, new.valid)
+
+    def _store(self, new: NewTokens) -> None:
+        assert self.storage is not None
+        if new.length == 1:
+            self.storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
+        else:
+            self.storage.append_block(new.keys, new.values, new.position, new.valid, pack=False)
+        new.stored = True
+
+    def _settle_block(self) -> None:
+        """Evict what the latest update made due, now that nothing of it will be rolled back."""
+        storage, evictor = self.storage, self.evictor
+        if storage is None or evictor is None:
+            return
+        if not evictor.pending:
+            self._evict_due(self._seen)
+        elif self.eviction.evict_prefill == "chunk":
+            evictor.evict(storage, np.arange(storage.batch), self._seen)
+        elif self.eviction.evict_prefill is None and self.eviction.interval is not None:
+            evictor.pack(storage, np.arange(storage.batch), self._seen)
+            evictor.pending = False
+
+    def _settle_prefill(self, new: int) -> None:
+        """Evict a prompt of several updates once the first token after it comes, or the first draft."""
+        storage, evictor = self.storage, self.evictor
+        follows = new == 1 or (self.record_past and self._undo is None)
+        if self.eviction.evict_prefill == "end" and follows and evictor is not None and evictor.pending:
+            self.settle()
+            if self._undo is None and storage is not None:
+                evictor.evict(storage, np.arange(storage.batch), self._seen)
+
+    def _confirm(self) -> None:
+        """Take all tokens as confirmed."""
+        self.settle()
+        self._undo, self._unconfirmed = None, 0
+        self._settle_block()
+
+    def _evict_due(self, seen: int) -> None:
+        storage, evictor = self.storage, self.evictor
+        assert storage is not None and evictor is not None
+        if self.eviction.interval is not None:
+            due = evictor.due(storage)
+            if len(due):
+                evictor.evict(storage, due, seen)
+        elif storage.dense.longest >= storage.sink_length + storage.tail_length + storage.page_size:
+            used = storage.dense.lengths - storage.sink_length - storage.tail_length
+            evictor.pack(storage, np.flatnonzero(used >= storage.page_size), seen)
+
+    def _held(self, new: NewTokens, storage: PagedStorage) -> np.ndarray:
+        """Real tokens that each sequence had seen before the latest update, whether they are still held or not."""
+        assert self.evictor is not None
+        return self.evictor.pinned.real
+
+    def _snapshot(self) -> Undo:
+        self.settle()
+        evictor = None if self.evictor is None else self.evictor.select(np.arange(self.batch_size))
+        return Undo(None if self.storage is None else self.storage.fork(), evictor, self._seen, [])
+
+    def _redo(self, undo: Undo, tokens: int) -> None:
+        """Return to what was before the drafts, and do the first ``tokens`` tokens of them again."""
+        assert self.evictor is not None
+        attending = self.evictor.attending
+        if undo.storage is None:
+            keys, values = undo.drafts[0].new.keys, undo.drafts[0].new.values
+            self.lazy_initialization(keys, values)
+        else:
+            self.storage, self.evictor = undo.storage, undo.evictor
+        assert self.evictor is not None
+        self.evictor.attending, self._seen = attending, undo.seen
+        self._undo = undo  # so that it is done again in the same parts
+        for draft in undo.drafts:
+            if tokens <= 0:
+                break
+            again = draft.until(min(tokens, draft.new.length))
+            again.new.stored = False
+            if draft.first:
+                self._observe_first(again)
+                self._store(again.new)
+            else:
+                self._attend(again)
+            self._seen += again.new.length
+            tokens -= again.new.length
+        self._undo = None
+
+    def _truncate(self, length: int) -> None:
+        storage, evictor = self.storage, self.evictor
+        assert storage is not None and evictor is not None
+        before = storage.tokens()
+        storage.truncate_from(length)
+        removed = before - storage.tokens()
+        evictor.forget(removed, storage.dense.lengths, length)
+        self._seen = length
+
+
+_NOT_ATTENDED = (
+    "layer {}: an evicting cache needs the queries of every update, and the attention implementation that ran gives "
+    "none. Build the cache from the config of the model that runs and leave bind=True, or call "
+    "model.set_attn_implementation('hf_kvcache')."
+)
+
+
+def _rows_of(mask: torch.Tensor | None, queries: slice, length: int) -> torch.Tensor | None:
+    """The part of a mask that is about some of ``length`` queries; the mask itself if it is about all of them."""
+    if mask is None or queries == slice(0, length):
+        return mask
+    # No columns of later tokens: the last ones are taken to be those of the new tokens.
+    mask = mask[..., : mask.shape[-1] - length + queries.stop]
+    return mask[:, :, queries] if mask.dim() == 4 and mask.shape[2] == length else mask

@@ -1,0 +1,64 @@
+"""What a policy is: a score for each token that a layer holds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from hf_kvcache.eviction.context import Context
+
+#: For ``Policy.observed``: every query of the latest update, however many.
+ALL_QUERIES = -1
+
+
+class Policy(ABC):
+    """Says how much each token matters; budgets, protected tokens and the choice itself are not its business.
+
+    A policy keeps no state between calls and draws random numbers only from ``ctx.generator()``, so the same inputs
+    keep the same tokens. Subclasses take their options as keyword arguments and keep them as attributes of the same
+    name, which is what ``repr`` shows.
+    """
+
+    #: Registered name.
+    name: ClassVar[str]
+    #: Latest queries that :meth:`score` looks at: 0 for none, ``ALL_QUERIES`` for every one of the latest update.
+    observed: int = 0
+    #: Whether it looks at keys and values; they are not decoded for a policy that does not.
+    needs_states: bool = True
+    #: Whether it wants the attention that each key has received from all queries so far (``ctx.mass``).
+    needs_mass: bool = False
+    #: Whether it scores by reading the context once more (``ctx.replayed``); then nothing is evicted before
+    #: ``cache.compress(model, input_ids)``.
+    needs_replay: bool = False
+    #: Whether it works before rotary positions (``ctx.rope``).
+    needs_rope: bool = False
+    #: Whether it looks at the output projection (``ctx.output_weight``).
+    needs_output: bool = False
+    #: Whether the sinks' keys are moved along with the window behind them, so that no gap is between them.
+    moves_sinks: bool = False
+    #: None: each head of a layer keeps equally many. A share: heads compete for the layer's budget, each keeps at
+    #: least this share of an equal part (Ada-KV, arXiv:2407.11550).
+    head_floor: float | None = None
+    #: Of policies that replay: whether heads compete over all layers and not only within theirs.
+    across_layers: bool = False
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{self.name}({options})"
+
+    @abstractmethod
+    def score(self, ctx: Context) -> torch.Tensor:
+        """How much each token matters, float ``[B, Hkv, T]``, higher is kept first.
+
+        What is returned for protected tokens and for places without a token is not looked at. Ties go to the newer one.
+        """
+
+    def recent(self, quota: int) -> int:
+        """Newest tokens that stay whatever their scores, when a head keeps ``quota`` tokens."""
+        return 0
+
+    def layer_quota(self, quota: int, layer: int, layers: int) -> int:
+        """Tokens that a head of layer ``layer`` keeps, when heads keep ``quota`` on average over all layers."""
+        return quota

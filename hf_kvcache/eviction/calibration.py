@@ -1,0 +1,221 @@
+"""What a model's queries are like on average, measured once and kept in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+_FORMAT = "hf_kvcache query statistics 1"
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Of one layer's queries before rotary positions, as complex pairs by frequency.
+
+    Attributes:
+        mean: complex64 ``[Hq, F]``, mean pair.
+        length: float32 ``[Hq, F]``, mean length of a pair.
+        frequencies: float32 ``[F]``, radians per position.
+    """
+
+    mean: torch.Tensor
+    length: torch.Tensor
+    frequencies: torch.Tensor
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LayerStatistics:
+        """The same with ``function`` of the mean and the length."""
+        return LayerStatistics(function(self.mean), function(self.length), self.frequencies)
+
+
+@dataclass(frozen=True)
+class QueryStatistics:
+    """Of a model's queries, by layer.
+
+    Attributes:
+        layers: by index of the layer; only layers with attention.
+        fingerprint: of the model they were measured on.
+    """
+
+    layers: dict[int, LayerStatistics] = field(repr=False)
+    fingerprint: dict[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        tensors: dict[str, torch.Tensor] = {}
+        for index, layer in self.layers.items():
+            parts = {"real": layer.mean.real, "imaginary": layer.mean.imag, "length": layer.length}
+            parts["frequencies"] = layer.frequencies
+            tensors |= {f"{index}.{name}": part.contiguous() for name, part in parts.items()}
+        save_file(tensors, path, {"format": _FORMAT, "fingerprint": json.dumps(self.fingerprint)})
+
+    @classmethod
+    def load(cls, path: str | Path, config: Any = None) -> QueryStatistics:
+        """Read what :meth:`save` has written, and with ``config`` check it as :meth:`check` does.
+
+        Raises:
+            ValueError: if the file is missing, is none of these, or does not fit.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                known = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"calibration={str(path)!r} cannot be read: {error}") from error
+        if known.get("format") != _FORMAT:
+            raise ValueError(f"calibration={str(path)!r} is no file of query statistics; accepted: what save() writes")
+        layers = {}
+        for index in sorted({int(name.partition(".")[0]) for name in tensors}):
+            mean = torch.complex(tensors[f"{index}.real"], tensors[f"{index}.imaginary"])
+            layers[index] = LayerStatistics(mean, tensors[f"{index}.length"], tensors[f"{index}.frequencies"])
+        found = cls(layers, json.loads(known["fingerprint"]))
+        if config is not None:
+            found.check(config)
+        return found
+
+    def check(self, config: Any) -> None:
+        """Raise a ValueError unless these are statistics of a model with this config."""
+        for name, value in fingerprint(config).items():
+            if self.fingerprint.get(name) != value:
+                raise ValueError(
+                    f"the calibration was made with {name}={self.fingerprint.get(name)!r}, this model has {value!r}"
+                )
+
+    def layer(self, index: int, layers: int, heads: int, frequencies: torch.Tensor) -> LayerStatistics:
+        """Those of one layer, checked against what the layer is like.
+
+        Args:
+            index: of the layer.
+            layers: of the model.
+            heads: KV heads.
+            frequencies: ``[F]`` of its rotary embedding.
+
+        Raises:
+            ValueError: if they were measured on another model.
+        """
+        known, made = self.layers.get(index), self.fingerprint.get("layers")
+        if known is None or made != layers:
+            raise ValueError(
+                f"the calibration was made with layers={made!r}, this model has {layers}, among them {index}"
+            )
+        if known.mean.shape[0] % heads:
+            raise ValueError(
+                f"the calibration was made with heads={known.mean.shape[0]}, this model has {heads} KV heads"
+            )
+        frequencies = frequencies.to(known.frequencies)
+        if known.frequencies.shape != frequencies.shape or not torch.allclose(
+            known.frequencies, frequencies, rtol=1e-4
+        ):
+            raise ValueError(
+                f"the calibration of layer {index} was made with other rotary frequencies than this model's"
+            )
+        return known
+
+
+def fingerprint(config: Any) -> dict[str, Any]:
+    """What two models have in common if one's statistics can be used for the other."""
+    text: Any = config.get_text_config(decoder=True)
+    return {
+        "model_type": text.model_type,
+        "layers": text.num_hidden_layers,
+        "heads": text.num_attention_heads,
+        "hidden_size": text.hidden_size,
+        "rope": json.dumps(getattr(text, "rope_parameters", None), sort_keys=True, default=str),
+    }
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any, texts: Sequence[str], tokenizer: Any, tokens: int = 16384, length: int = 2048
+) -> QueryStatistics:
+    """Measure a model's queries on texts of the kind that it will read.
+
+    Args:
+        model: a causal language model with rotary positions.
+        texts: read from the first one on until there are enough tokens.
+        tokenizer: the model's.
+        tokens: how many are read.
+        length: tokens that are read at a time.
+
+    Raises:
+        ValueError: if ``tokens`` or ``length`` is below 1, the texts have no token, or the model has no rotary
+            embedding that can be undone.
+    """
+    if min(tokens, length) < 1:
+        raise ValueError(f"tokens={tokens!r}, length={length!r}; accepted: whole numbers from 1")
+    sums: dict[int, _Sums] = {}
+    with _queries_seen(model, sums):
+        for chunk in _chunks(texts, tokenizer, tokens, length):
+            model(input_ids=chunk.to(model.device), use_cache=False)
+    if not sums:
+        raise ValueError(f"texts={list(texts)!r:.60}; accepted: texts with at least one token")
+    return QueryStatistics({index: sums[index].means() for index in sorted(sums)}, fingerprint(model.config))
+
+
+@dataclass
+class _Sums:
+    """Running sums over a layer's queries, in float64."""
+
+    frequencies: torch.Tensor
+    mean: torch.Tensor | float = 0.0
+    length: torch.Tensor | float = 0.0
+    count: int = 0
+
+    def add(self, pairs: torch.Tensor) -> None:
+        """``pairs [1, Hq, n, F]``."""
+        pairs = pairs[0].to("cpu", torch.complex128)
+        self.mean = self.mean + pairs.sum(1)
+        self.length = self.length + pairs.abs().sum(1)
+        self.count += pairs.shape[1]
+
+    def means(self) -> LayerStatistics:
+        mean, length = torch.as_tensor(self.mean) / self.count, torch.as_tensor(self.length) / self.count
+        return LayerStatistics(mean.to(torch.complex64), length.float(), self.frequencies)
+
+
+@contextmanager
+def _queries_seen(model: Any, sums: dict[int, _Sums]) -> Iterator[None]:
+    """While it lasts, the queries of every attention layer of ``model`` are added to ``sums``."""
+    # Not at the top: policies import this file, and policies know nothing of models.
+    from transformers import AttentionInterface
+
+    from hf_kvcache import attention
+    from hf_kvcache.binding import IMPLEMENTATION, bind, unbind
+    from hf_kvcache.rope import rope_of
+
+    config = model.config.get_text_config(decoder=True)
+    bound_before = config._attn_implementation == IMPLEMENTATION
+
+    def noting(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if module.config is config:
+            rope = rope_of(module)
+            total = sums.setdefault(module.layer_idx, _Sums(rope.frequencies))
+            total.add(rope.pairs(rope.unrotate(query, torch.arange(query.shape[2], device=query.device))))
+        return attention.attention_function(module, query, *args, **kwargs)
+
+    # The package's own attention function stands between every bound model and its queries.
+    bind(config)
+    AttentionInterface.register(IMPLEMENTATION, noting)
+    try:
+        yield
+    finally:
+        attention.register()
+        if not bound_before:
+            unbind(config)
+
+
+def _chunks(texts: Sequence[str], tokenizer: Any, tokens: int, length: int) -> Iterator[torch.Tensor]:
+    """Token ids ``[1, n]`` with ``n`` up to ``length``, ``tokens`` in all."""
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
+        tokens -= ids.shape[1]
+        yield from (chunk for chunk in ids.split(length, dim=1) if chunk.shape[1])
+        if tokens <= 0:
+            return

@@ -1,0 +1,128 @@
+"""What a policy sees of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from hf_kvcache.kernels.inputs import Scoring
+
+#: Probabilities computed at a time, so that no matrix of all queries times all keys is ever held.
+_STRIP_ELEMENTS = 1 << 22
+
+
+class Rope(Protocol):
+    """The rotary embedding of a layer."""
+
+    @property
+    def frequencies(self) -> torch.Tensor:
+        """float32 ``[D' / 2]``, radians per position; ``D'`` is the part of the head that is rotated."""
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """``x [..., n, D]`` rotated to ``positions`` (``[n]`` or ``[..., n]``), in float32."""
+
+    def unrotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`rotate`."""
+
+    def pairs(self, x: torch.Tensor) -> torch.Tensor:
+        """The rotated part of ``x [..., D]`` as complex numbers ``[..., D' / 2]``, by frequency.
+
+        Rotating to position ``p`` multiplies pair ``f`` by ``exp(1j * p * frequencies[f])``.
+        """
+
+
+@dataclass
+class Context:
+    """The tokens that a layer holds when it has to choose, in the order of their positions, never padding.
+
+    Sequences that stand differently (another number of tokens) are shown one by one, so that a row of a padded batch is
+    scored as it would be alone.
+
+    Attributes:
+        keys: ``[B, Hkv, T, Dk]`` after rotary positions, float32, as decoded from the pages.
+        values: ``[B, Hkv, T, Dv]``, the same.
+        positions: int64 ``[B, Hkv, T]``, original positions, counted over real tokens; ascending, a large number where
+            there is no token.
+        held: bool ``[B, Hkv, T]``, False where there is no token, always behind the others (heads may hold different
+            numbers); None if there is one everywhere. Keys and values are zero there.
+        protected: bool ``[B, Hkv, T]``, tokens that stay whatever their score: sinks, recent window, pins.
+        fresh: how many of the last places came with the latest update (of a prefill: all of them).
+        seen: position of the next token.
+        quota: tokens that a head keeps on average, protected ones included.
+        scoring: how the model scores queries against keys.
+        layer: index of the layer.
+        layers: number of layers.
+        queries: ``[B, Hq, n, Dk]``, the latest queries that the policy asked for, oldest first, after rotary positions,
+            not scaled; None if it asked for none.
+        query_positions: int64 ``[n]`` or ``[B, n]``, their positions.
+        mass: float32 ``[B, Hkv, T]``, attention probability that each key received from all queries that came at or
+            after it, summed over them and averaged over the query heads of its group; None if not asked for.
+        replayed: float32 ``[B, Hkv, T]``, the largest probability that any replayed query of the group gave each key;
+            None if not asked for.
+        rope: the layer's rotary embedding; None if not asked for.
+        output_weight: ``[hidden, Hq * Dv]``, the weight of the output projection; None if not asked for.
+        seed: of the policies that draw.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    held: torch.Tensor | None
+    protected: torch.Tensor
+    fresh: int
+    seen: int
+    quota: int
+    scoring: Scoring
+    layer: int
+    layers: int
+    queries: torch.Tensor | None = None
+    query_positions: torch.Tensor | None = None
+    mass: torch.Tensor | None = None
+    replayed: torch.Tensor | None = None
+    rope: Rope | None = None
+    output_weight: torch.Tensor | None = None
+    seed: int = 0
+
+    @property
+    def groups(self) -> int:
+        """Query heads per KV head."""
+        assert self.queries is not None
+        return self.queries.shape[1] // self.keys.shape[1]
+
+    def generator(self) -> torch.Generator:
+        """A source of random numbers for this layer and moment, the same in every run and for every row."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.layer * 10_007 + self.seen)
+
+    def probabilities(self) -> Iterator[torch.Tensor]:
+        """Attention probabilities of the queries over the held tokens, some queries at a time.
+
+        Yields:
+            float32 ``[B, Hkv, g, n', T]``: softmax over the keys at or before each query, sink logits counted. A query
+            that sees nothing has zeros.
+        """
+        assert self.queries is not None and self.query_positions is not None
+        batch, heads, tokens, _ = self.keys.shape
+        queries = self.queries.float().unflatten(1, (heads, -1)) * self.scoring.inner
+        at = self.query_positions.expand(batch, -1)
+        step = max(1, _STRIP_ELEMENTS // (batch * self.queries.shape[1] * tokens))
+        for start in range(0, queries.shape[3], step):
+            part = slice(start, start + step)
+            # The heads of a group as rows of one matrix: broadcasting would copy the keys for each of them.
+            rows = queries[:, :, :, part].flatten(2, 3)
+            scores = (rows @ self.keys.transpose(-1, -2)).unflatten(2, (queries.shape[2], -1))
+            if self.scoring.softcap is not None:
+                scores = scores.tanh_().mul_(self.scoring.softcap)
+            hidden = self.positions[:, :, None, :] > at[:, None, part, None]
+            if self.held is not None:
+                hidden = hidden | ~self.held[:, :, None, :]
+            yield self._softmax(scores.masked_fill_(hidden[:, :, None], -torch.inf))
+
+    def _softmax(self, scores: torch.Tensor) -> torch.Tensor:
+        total = scores.logsumexp(-1, keepdim=True)
+        if self.scoring.sink_logits is not None:
+            sinks = self.scoring.sink_logits.float().view(1, scores.shape[1], -1, 1, 1)
+            total = torch.logaddexp(total, sinks)
+        return scores.sub_(total.masked_fill(total == -torch.inf, 0.0)).exp_()

@@ -1,0 +1,1 @@
+"""One file a policy; found by :mod:`hf_kvcache.eviction.registry`."""

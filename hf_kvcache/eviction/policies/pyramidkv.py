@@ -1,0 +1,37 @@
+"""PyramidKV: SnapKV's score, and more tokens for the lower layers than for the upper (arXiv:2406.02069)."""
+
+from __future__ import annotations
+
+from hf_kvcache.eviction.options import between
+from hf_kvcache.eviction.policies.snapkv import SnapKV
+from hf_kvcache.eviction.registry import register
+
+
+@register("pyramidkv")
+class PyramidKV(SnapKV):
+    """What a layer keeps beside its window falls linearly with its depth, to ``1 / beta`` of the mean in the last.
+
+    Args:
+        window: as of :class:`SnapKV`; every layer keeps it.
+        kernel: as of :class:`SnapKV`.
+        beta: the steepness; 1 gives all layers the same.
+
+    Raises:
+        ValueError: as :class:`SnapKV`, and if ``beta`` is below 1.
+    """
+
+    def __init__(self, window: int = 64, kernel: int = 5, beta: float = 20) -> None:
+        super().__init__(window, kernel)
+        self.beta = between("beta", beta, 1, float("inf"))
+
+    def layer_quota(self, quota: int, layer: int, layers: int) -> int:
+        mirrored = layers - 1 - layer
+        if layer == mirrored:
+            return quota
+        if layer > mirrored:
+            # What one layer has beyond the mean its counterpart lacks: the sum is exact in spite of rounding.
+            return 2 * quota - self.layer_quota(quota, mirrored, layers)
+        spare = quota - self.recent(quota)
+        extra = spare * (1 - 1 / self.beta) * (1 - 2 * layer / (layers - 1))
+        # Rounded down, so that the counterpart loses at most what it has.
+        return quota + int(extra)

@@ -1,0 +1,19 @@
+"""Random: the baseline that a method has to beat (arXiv:2609.03430)."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.eviction.base import Policy
+from hf_kvcache.eviction.context import Context
+from hf_kvcache.eviction.registry import register
+
+
+@register("random")
+class Random(Policy):
+    """A uniform draw per KV head and token, the same for every sequence of a batch."""
+
+    def score(self, ctx: Context) -> torch.Tensor:
+        batch, heads, tokens, _ = ctx.keys.shape
+        draws = torch.rand(heads, tokens, generator=ctx.generator())
+        return draws.to(ctx.keys.device).expand(batch, -1, -1)

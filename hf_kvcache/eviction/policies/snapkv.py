@@ -1,0 +1,39 @@
+"""SnapKV: what the last queries of the prompt attend to (arXiv:2404.14469)."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.eviction.attended import before_queries, mean_attention, pool_mean
+from hf_kvcache.eviction.base import Policy
+from hf_kvcache.eviction.context import Context
+from hf_kvcache.eviction.options import odd, whole
+from hf_kvcache.eviction.registry import register
+
+
+@register("snapkv")
+class SnapKV(Policy):
+    """Attention of an observation window, averaged over its queries and heads and pooled over neighbouring tokens.
+
+    The window's own tokens stay, and are no neighbours of those before it.
+
+    Args:
+        window: latest queries that are observed.
+        kernel: tokens of the average pool, odd; at the ends, only those that exist count.
+
+    Raises:
+        ValueError: if ``window`` is below 1 or ``kernel`` is not odd.
+    """
+
+    def __init__(self, window: int = 64, kernel: int = 5) -> None:
+        self.window, self.kernel = whole("window", window), odd("kernel", kernel)
+
+    @property
+    def observed(self) -> int:  # type: ignore[override]
+        return self.window
+
+    def recent(self, quota: int) -> int:
+        return min(self.window, quota)
+
+    def score(self, ctx: Context) -> torch.Tensor:
+        return pool_mean(mean_attention(ctx).mean(2), before_queries(ctx), self.kernel)

@@ -1,0 +1,49 @@
+"""From scores to the tokens that stay."""
+
+from __future__ import annotations
+
+import torch
+
+
+def choose(
+    scores: torch.Tensor,
+    protected: torch.Tensor,
+    held: torch.Tensor | None,
+    quota: int,
+    head_floor: float | None = None,
+) -> torch.Tensor:
+    """The tokens that stay: the protected ones, and of the others those with the highest scores.
+
+    Args:
+        scores: ``[B, Hkv, T]``; of equal ones the newer token goes first. NaN counts as the lowest score.
+        protected: bool ``[B, Hkv, T]``, tokens that stay in any case.
+        held: bool ``[B, Hkv, T]``, False where there is no token; None if there is one everywhere.
+        quota: tokens that a head keeps, protected ones included.
+        head_floor: None: each head keeps ``quota``. A share: the heads of a layer compete for ``Hkv * quota`` tokens,
+            and each keeps at least this share of ``quota`` (Ada-KV, arXiv:2407.11550).
+
+    Returns:
+        bool ``[B, Hkv, T]``. More than ``quota`` only where more tokens are protected.
+    """
+    limit = torch.finfo(torch.float32).max
+    scores = scores.float().nan_to_num(nan=-limit).clamp(-limit, limit)
+    scores = scores.masked_fill(protected, torch.inf)
+    if held is not None:
+        scores = scores.masked_fill(~held, -torch.inf)
+    if head_floor is not None:
+        safe = _highest(scores, int(quota * head_floor)) & (scores > -torch.inf)
+        scores = scores.masked_fill(safe, torch.inf)
+        # Token by token, so that of equal scores the newer one goes first whichever head it is of.
+        by_token = scores.transpose(1, 2)
+        kept = _highest(by_token.flatten(1), quota * scores.shape[1]).view(by_token.shape).transpose(1, 2)
+    else:
+        kept = _highest(scores, quota)
+    return (kept | protected) & (scores > -torch.inf)
+
+
+def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Where the ``count`` highest of ``scores [..., T]`` stand; of equal ones the last."""
+    if count >= scores.shape[-1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.shape[-1] - 1 - order, True)

@@ -1,0 +1,69 @@
+"""What goes in front of another policy: all that it does not change is that policy's."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.eviction.base import Policy
+from hf_kvcache.eviction.context import Context
+
+
+class Wrapper(Policy):
+    """Another policy in everything; subclasses change some of it.
+
+    Args:
+        policy: the other policy.
+
+    Raises:
+        TypeError: if ``policy`` is not a :class:`Policy`.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy must be a Policy, got {type(policy).__name__}; names are for resolve()")
+        self.policy = policy
+
+    @property
+    def observed(self) -> int:  # type: ignore[override]
+        return self.policy.observed
+
+    @property
+    def needs_states(self) -> bool:  # type: ignore[override]
+        return self.policy.needs_states
+
+    @property
+    def moves_sinks(self) -> bool:  # type: ignore[override]
+        return self.policy.moves_sinks
+
+    @property
+    def across_layers(self) -> bool:  # type: ignore[override]
+        return self.policy.across_layers
+
+    @property
+    def needs_mass(self) -> bool:  # type: ignore[override]
+        return self.policy.needs_mass
+
+    @property
+    def needs_replay(self) -> bool:  # type: ignore[override]
+        return self.policy.needs_replay
+
+    @property
+    def needs_rope(self) -> bool:  # type: ignore[override]
+        return self.policy.needs_rope
+
+    @property
+    def needs_output(self) -> bool:  # type: ignore[override]
+        return self.policy.needs_output
+
+    @property
+    def head_floor(self) -> float | None:  # type: ignore[override]
+        return self.policy.head_floor
+
+    def score(self, ctx: Context) -> torch.Tensor:
+        return self.policy.score(ctx)
+
+    def recent(self, quota: int) -> int:
+        return self.policy.recent(quota)
+
+    def layer_quota(self, quota: int, layer: int, layers: int) -> int:
+        return self.policy.layer_quota(quota, layer, layers)

@@ -1,0 +1,418 @@
+"""What one layer does to keep within its budget: it shows a policy what is held and drops what is not chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from hf_kvcache.eviction import Context, Policy
+from hf_kvcache.eviction.base import ALL_QUERIES
+from hf_kvcache.eviction.budget import Budget, PinnedPositions, Pins
+from hf_kvcache.eviction.selection import choose
+from hf_kvcache.kernels.inputs import Attention, Scoring
+from hf_kvcache.observing import AttentionMass, LatestQueries, Observations
+from hf_kvcache.projections import output_weight
+from hf_kvcache.rope import LayerRope, rope_of
+from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.gathering import is_tokenwise
+from hf_kvcache.storage.held import Held
+
+#: Latest queries that are remembered while decoding for a policy that wants all of an update's.
+_DECODED_QUERIES = 128
+#: Pages that share scales cannot be merged: those with fewer of their tokens than this share are given up.
+_SPARSE = 1 / 4
+
+
+@dataclass(frozen=True)
+class EvictionOptions:
+    """How the layers of a cache evict.
+
+    Attributes:
+        policy: scores the tokens.
+        budget: how many stay.
+        pins: tokens that stay because the user says so.
+        evict_prefill: when a prompt is evicted: after every forward pass of several tokens (``"chunk"``), before the
+            first single token (``"end"``), or not by itself (None).
+        interval: tokens decoded between two evictions; None: decoding evicts nothing.
+        seed: of policies that draw.
+    """
+
+    policy: Policy
+    budget: Budget
+    pins: Pins
+    evict_prefill: Literal["chunk", "end"] | None
+    interval: int | None
+    seed: int
+
+    def describe(self) -> str:
+        """All that the choices depend on but for the pins, as text."""
+        when = f"evict_prefill={self.evict_prefill!r}, interval={self.interval!r}, seed={self.seed}"
+        return f"{self.policy!r}, budget={self.budget.amount!r}, {when}"
+
+
+@dataclass(frozen=True)
+class Attending:
+    """What attention showed of the model, at the latest update.
+
+    Attributes:
+        scoring: how queries are scored against keys.
+        module: the attention module; None if it is not known.
+    """
+
+    scoring: Scoring
+    module: torch.nn.Module | None
+
+
+class Evictor:
+    """Keeps one layer within its budget.
+
+    Args:
+        options: what the layers share.
+        layer: number of the layer among those that evict.
+        layers: how many of them there are.
+        storage: the layer's tokens.
+    """
+
+    def __init__(self, options: EvictionOptions, layer: int, layers: int, storage: PagedStorage) -> None:
+        self.options, self.layer, self.layers = options, layer, layers
+        self.pinned: PinnedPositions = options.pins.by_row(storage.batch)
+        self.seen = Observations()
+        self.attending: Attending | None = None
+        #: A prompt is held that was not evicted yet.
+        self.pending = False
+        #: Choices that dropped something, and tokens seen at the latest of them.
+        self.evictions = 0
+        self.evicted_at = 0
+        self._padded = False
+        self._sink_keys: torch.Tensor | None = None  # [B, Hkv, sinks, D], where they stood at first
+
+    @property
+    def policy(self) -> Policy:
+        return self.options.policy
+
+    @property
+    def stateful(self) -> bool:
+        """Whether choices depend on queries."""
+        return bool(self.policy.observed) or self.policy.needs_mass
+
+    # -- observing ------------------------------------------------------------------------------------------------
+
+    def note(self, position: int, length: int, valid: np.ndarray | None, drafted: bool = False) -> None:
+        """Take note of ``length`` tokens from ``position`` on, of which ``valid [B, length]`` are real.
+
+        Those that are ``drafted`` are evicted as if they came one by one; others, if there are several, as a prompt.
+        """
+        self.pinned.see(position, length, valid)
+        self._padded |= valid is not None
+        self.pending |= position == 0 or (length > 1 and not drafted)
+
+    def observe_queries(
+        self, query: torch.Tensor, position: int, valid: np.ndarray | None, drafted: bool = False
+    ) -> None:
+        """Remember ``query [B, Hq, n, D]`` from ``position`` on, as far as the policy wants it."""
+        wanted = self.policy.observed
+        if not wanted:
+            return
+        query = query.detach()
+        if self.seen.latest is None:
+            self.seen.latest = LatestQueries.of(query, _DECODED_QUERIES if wanted == ALL_QUERIES else wanted)
+        self.seen.latest.see(query, position, valid)
+        whole = wanted == ALL_QUERIES and query.shape[2] > 1 and not drafted
+        self.seen.block = (query, position, valid) if whole else None
+
+    def observe_mass(self, storage: PagedStorage, attention: Attention, fresh: int, valid: np.ndarray | None) -> None:
+        """Add the masses of one call of attention, whose last ``fresh`` full-precision tokens are not stored yet."""
+        mass, dense = self._masses(storage), attention.dense_mass
+        assert dense is not None
+        stored = dense.shape[2] - fresh
+        if storage.dense.uniform_length is not None and valid is None:
+            mass.add(dense, attention.page_mass)
+            return
+        mass.add(dense[:, :, :stored], attention.page_mass)
+        averaged = dense[:, :, stored:].unflatten(1, (storage.heads, -1)).mean(2)
+        for row in range(storage.batch if fresh else 0):
+            real = np.arange(fresh) if valid is None else np.flatnonzero(valid[row])
+            new = averaged[row : row + 1][:, :, torch.from_numpy(real).to(dense.device)]
+            empty = new.new_zeros(1, storage.heads, int(storage.dense.lengths[row]))
+            mass.add_rows(np.array([row]), torch.cat([empty, new], 2))
+
+    def observe_first(
+        self, storage: PagedStorage, query: torch.Tensor, keys: torch.Tensor, valid: np.ndarray | None
+    ) -> None:
+        """Add the masses of a first update, whose attention was computed elsewhere: ``query`` and ``keys`` of it."""
+        mass = self._masses(storage)
+        assert self.attending is not None
+        for row in range(storage.batch):
+            real = torch.arange(keys.shape[2]) if valid is None else torch.from_numpy(np.flatnonzero(valid[row]))
+            index, row_keys = real.to(keys.device), keys[row : row + 1][:, :, real.to(keys.device)].float()
+            context = self._context(
+                row_keys, row_keys, index.expand(1, storage.heads, -1), None, keys.shape[2], quota=0
+            )
+            context.queries, context.query_positions = query[row : row + 1][:, :, index], index
+            parts = [part.sum(3).mean(2) for part in context.probabilities()]
+            if parts:
+                mass.add_rows(np.array([row]), torch.stack(parts).sum(0))
+
+    def _masses(self, storage: PagedStorage) -> AttentionMass:
+        if self.seen.mass is None:
+            self.seen.mass = AttentionMass.of(storage)
+        return self.seen.mass
+
+    # -- evicting -------------------------------------------------------------------------------------------------
+
+    def due(self, storage: PagedStorage) -> np.ndarray:
+        """The sequences whose tail has grown by ``interval`` tokens."""
+        interval = self.options.interval
+        if interval is None:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(storage.dense.lengths >= storage.sink_length + storage.tail_length + interval)
+
+    def room(self, storage: PagedStorage) -> int:
+        """Tokens that can be added before a sequence is due; at least 1."""
+        if self.options.interval is None:
+            return 1 << 30
+        return max(1, storage.sink_length + storage.tail_length + self.options.interval - storage.dense.longest)
+
+    def evict(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
+        """Choose what the sequences ``rows`` keep, after ``seen`` tokens in all, and drop the rest."""
+        for group in self._groups(storage, rows):
+            held = storage.held(group)
+            keep = self._chosen(held)
+            self._apply(storage, held, keep, seen)
+        self.pending = False
+        self.seen.block = None
+
+    def pack(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
+        """Pack what may be packed of the sequences ``rows`` and drop nothing."""
+        for group in self._groups(storage, rows):
+            held = storage.held(group)
+            self._apply(storage, held, held.exists, seen)
+
+    def keep_only(self, storage: PagedStorage, keep: list[torch.Tensor], seen: int) -> None:
+        """Drop every token that ``keep``, bool ``[1, Hkv, T]`` for each sequence, does not name, of those held."""
+        for row, mask in enumerate(keep):
+            held = storage.held(np.array([row]))
+            self._apply(storage, held, mask.cpu().numpy() | self.protected(held, 0), seen)
+        self.pending = False
+
+    def quota(self, row: int) -> int:
+        """Tokens that a head of sequence ``row`` keeps on average."""
+        wanted = self.options.budget.tokens(int(self.pinned.real[row]))
+        return self.policy.layer_quota(wanted, self.layer, self.layers)
+
+    def protected(self, held: Held, recent: int) -> np.ndarray:
+        """bool ``[b, Hkv, T]``: sinks, tail, pins, and the newest ``recent`` tokens."""
+        storage, used = held.storage, held.used
+        in_buffer = held.slots < used
+        keep = in_buffer & ((held.slots < storage.sink_length) | (held.slots >= used - storage.tail_length))
+        number = np.arange(held.tokens)
+        keep |= number >= held.exists.sum(-1, keepdims=True) - recent
+        return (keep | self.pinned.at(held.rows, held.positions)) & held.exists
+
+    def context(self, held: Held, quota: int, protected: np.ndarray) -> Context:
+        """What the policy sees of the tokens ``held``; padding takes up no positions."""
+        policy, device = self.policy, held.storage.device
+        if policy.needs_states:
+            keys, values = held.states("keys"), held.states("values")
+        else:
+            shape = (*held.exists.shape, 1)
+            keys = values = torch.zeros(1, device=device).expand(shape)
+        exists = None if held.exists.all() else torch.from_numpy(held.exists).to(device)
+        positions = torch.from_numpy(self._numbers(held.rows, held.positions)).to(device)
+        seen = int(self.pinned.real[held.rows[0]])
+        context = self._context(keys, values, positions, exists, seen, quota)
+        context.protected = torch.from_numpy(protected).to(device)
+        queries = self._queries(held.rows)
+        if queries is not None:
+            context.queries, at = queries
+            context.query_positions = torch.from_numpy(self._numbers(held.rows, at)).to(device)
+        if self.seen.mass is not None:
+            context.mass = self.seen.mass.by_token(held)
+        return context
+
+    def forget(self, removed: np.ndarray, slots: np.ndarray, seen: int) -> None:
+        """Take note that the last ``removed [B]`` tokens are gone, and only ``slots [B]`` dense slots still in use."""
+        self.pinned.forget(removed, seen)
+        self.seen.forget(removed, slots)
+        self.evicted_at = min(self.evicted_at, seen)
+
+    def select(self, rows: np.ndarray) -> Evictor:
+        """The same for the sequences ``rows`` of these; also a copy."""
+        other = object.__new__(Evictor)
+        other.__dict__.update(self.__dict__)
+        other.pinned, other.seen = self.pinned.select(rows), self.seen.select(rows)
+        if self._sink_keys is not None:
+            other._sink_keys = self._sink_keys[torch.from_numpy(rows).to(self._sink_keys.device)]
+        return other
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the next choice depends on, as tensors by name.
+
+        Raises:
+            ValueError: while a prompt waits to be evicted, since the queries that are then looked at are not saved.
+        """
+        if self.pending:
+            raise ValueError("a prompt waits to be evicted; call compress() before the cache is saved")
+        state = {f"seen.{name}": tensor for name, tensor in self.seen.state().items()}
+        state["pinned"] = torch.from_numpy(self.pinned.mask.copy())
+        state["real"] = torch.from_numpy(self.pinned.real.copy())
+        state["counters"] = torch.tensor([self.evictions, self.evicted_at, self._padded])
+        if self._sink_keys is not None:
+            state["sink_keys"] = self._sink_keys.clone()
+        return state
+
+    def restore(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
+        """Take over what :meth:`state` returned."""
+        seen = {name.removeprefix("seen."): tensor for name, tensor in state.items() if name.startswith("seen.")}
+        self.seen = Observations.of_state(seen, device)
+        self.pinned.mask, self.pinned.real = state["pinned"].numpy().copy(), state["real"].numpy().copy()
+        self.evictions, self.evicted_at, padded = state["counters"].tolist()
+        self._padded = bool(padded)
+        self._sink_keys = state["sink_keys"].to(device) if "sink_keys" in state else None
+
+    # -- internals ------------------------------------------------------------------------------------------------
+
+    def _chosen(self, held: Held) -> np.ndarray:
+        policy, row = self.policy, int(held.rows[0])
+        counts = held.exists.sum(-1)
+        hard = self.protected(held, 0)
+        quota = max(self.quota(row), int(hard.sum(-1).max(initial=0)))
+        if (counts <= quota).all():
+            return held.exists
+        recent = min(policy.recent(quota), quota - int(hard.sum(-1).max(initial=0)) + held.storage.tail_length)
+        protected = self.protected(held, max(recent, 0))
+        context = self.context(held, quota, protected)
+        scores = policy.score(context)
+        if scores.shape != context.positions.shape:
+            raise ValueError(
+                f"policy {policy.name!r} gave scores of shape {tuple(scores.shape)} for tokens of shape "
+                f"{tuple(context.positions.shape)}"
+            )
+        keep = choose(scores, context.protected, context.held, quota, policy.head_floor).cpu().numpy()
+        return keep if is_tokenwise(held.storage.layout) else keep & ~self._in_sparse_pages(held, keep, hard)
+
+    def _apply(self, storage: PagedStorage, held: Held, keep: np.ndarray, seen: int) -> None:
+        mass = None if self.seen.mass is None else self.seen.mass.by_token(held)
+        if not (keep == held.exists).all():
+            self.evictions += 1
+            self.evicted_at = seen
+        storage.keep_only(held, keep, self._tail(storage, held, keep))
+        if self.policy.moves_sinks:
+            self._move_sinks(storage, held)
+        if mass is None or self.seen.mass is None:
+            return
+        after = storage.held(held.rows)
+        order = torch.from_numpy(np.argsort(~keep, axis=-1, kind="stable")[..., : after.tokens].copy())
+        self.seen.mass.put(after, mass.gather(2, order.to(mass.device)))
+        columns = int(storage.table.lengths.max(initial=0))
+        self.seen.mass.trim(storage.dense.capacity, columns * storage.page_size)
+
+    def _tail(self, storage: PagedStorage, held: Held, keep: np.ndarray) -> int:
+        """Tokens that stay in the tail; where nothing is dropped, as many as if tokens had come one by one.
+
+        So the tokens at which evictions fall due do not depend on how many tokens an update has.
+        """
+        least, step = storage.tail_length, self.options.interval or storage.page_size
+        if not (keep == held.exists).all():
+            return least
+        return least + max(held.used - storage.sink_length - least, 0) % step
+
+    def _in_sparse_pages(self, held: Held, keep: np.ndarray, hard: np.ndarray) -> np.ndarray:
+        """Tokens of pages that would be left with few tokens, none of them protected."""
+        size, columns = held.storage.page_size, int(held.slots.max(initial=0)) // held.storage.page_size + 1
+        page = np.where(held.slots >= held.used, (held.slots - held.used) // size, columns)
+
+        def per_page(mask: np.ndarray) -> np.ndarray:
+            counts = np.zeros((*mask.shape[:2], columns + 1), np.int64)
+            b, h, t = np.nonzero(mask)
+            np.add.at(counts, (b, h, page[b, h, t]), 1)
+            return counts
+
+        kept = per_page(keep & held.exists)
+        sparse = (kept < _SPARSE * size) & (kept < per_page(held.exists)) & (per_page(hard) == 0)
+        sparse[..., columns] = False
+        return np.take_along_axis(sparse, page, 2)
+
+    def _groups(self, storage: PagedStorage, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """``rows`` in groups that stand alike: all together without padding, else one by one."""
+        if len(rows) == 0:
+            return
+        lengths = storage.dense.lengths[rows]
+        if not self._padded and (lengths == lengths[0]).all():
+            yield rows
+        else:
+            yield from rows[:, None]
+
+    def _numbers(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """``positions [b, ...]`` as they would be without padding."""
+        return self.pinned.numbers(rows, positions) if self._padded else positions
+
+    def _queries(self, rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray] | None:
+        """Queries ``[b, Hq, n, D]`` that the policy wants, and their positions ``[b, n]``."""
+        if self.seen.block is not None:
+            query, position, valid = self.seen.block
+            index = torch.from_numpy(rows).to(query.device)
+            if valid is None:
+                return query[index], np.tile(position + np.arange(query.shape[2]), (len(rows), 1))
+            real = np.flatnonzero(valid[rows[0]])
+            return query[index][:, :, torch.from_numpy(real).to(query.device)], position + real[None]
+        return None if self.seen.latest is None else self.seen.latest.latest(rows)
+
+    def _context(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        held: torch.Tensor | None,
+        seen: int,
+        quota: int,
+    ) -> Context:
+        scoring = Scoring(keys.shape[-1] ** -0.5) if self.attending is None else self.attending.scoring
+        return Context(
+            keys=keys,
+            values=values,
+            positions=positions,
+            held=held,
+            protected=torch.zeros(positions.shape, dtype=torch.bool, device=keys.device),
+            fresh=keys.shape[2],
+            seen=seen,
+            quota=quota,
+            scoring=scoring,
+            layer=self.layer,
+            layers=self.layers,
+            seed=self.options.seed,
+            **self._of_model(values.shape[-1]),
+        )
+
+    def _of_model(self, value_dim: int) -> dict[str, Any]:
+        """What the policy wants to know of the model."""
+        module, policy = None if self.attending is None else self.attending.module, self.policy
+        found: dict[str, Any] = {}
+        if policy.needs_rope:
+            found["rope"] = self.rope()
+        if policy.needs_output:
+            found["output_weight"] = output_weight(module, value_dim)
+        return found
+
+    def rope(self) -> LayerRope:
+        """The layer's rotary embedding; raises ValueError where there is none that is known."""
+        module = None if self.attending is None else self.attending.module
+        if module is None:
+            raise ValueError(f"policy {self.policy.name!r} needs the attention module, which is not known")
+        return rope_of(module)
+
+    def _move_sinks(self, storage: PagedStorage, held: Held) -> None:
+        """Rotate the sinks' keys to where they would stand if what was dropped behind them had never been."""
+        sinks = min(held.used, storage.sink_length)
+        if self._sink_keys is None:
+            self._sink_keys = storage.dense.keys[:, :, :sinks].clone()
+        rows = torch.from_numpy(held.rows).to(storage.device)
+        dropped = torch.from_numpy(self.pinned.real[held.rows] - storage.tokens()[held.rows]).to(storage.device)
+        at = torch.from_numpy(storage.dense.positions[held.rows, :sinks]).to(storage.device)[:, None]
+        rope, keys = self.rope(), self._sink_keys[rows].float()
+        moved = rope.rotate(rope.unrotate(keys, at), at + dropped[:, None, None])
+        storage.dense.keys[rows, :, :sinks] = moved.to(storage.dtype)

@@ -1,0 +1,185 @@
+"""Named recipes: caches that keep some of the tokens."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+from hf_kvcache.cache import KVCache, check_count
+from hf_kvcache.codecs import Codec, resolve
+from hf_kvcache.eviction import Policy
+from hf_kvcache.eviction import resolve as resolve_policy
+from hf_kvcache.eviction.budget import Budget, Pin, Pins
+from hf_kvcache.eviction.registry import option_names
+from hf_kvcache.evictor import EvictionOptions
+
+#: Codecs whose tokens can move between pages, by bits: those of equal bits with scales per page would leave holes.
+TOKENWISE: dict[int, tuple[str, dict[str, Any]]] = {
+    8: ("rotated", {"key_axis": "token"}),
+    **{bits: ("turboquant", {}) for bits in (1, 2, 3, 4)},
+}
+_BASE = set(inspect.signature(KVCache).parameters) - {"config", "codec", "eviction", "codec_options"}
+_AUTO: Literal["auto"] = "auto"
+
+
+class HeavyHitterCache(KVCache):
+    """A KV cache that keeps the tokens that matter, within a budget, other ones in each head.
+
+    Positions stay original, padding is never a token, and ``get_seq_length()`` counts tokens seen. What is dropped is
+    freed. Only layers of full attention evict; sliding ones hold their window.
+
+    Args:
+        config: the model's config.
+        budget: tokens that a head keeps: a whole number, or a share below 1 of the tokens seen. Between two evictions a
+            head holds up to ``interval`` more.
+        policy: which tokens matter: a registered name (:func:`hf_kvcache.eviction.available`), with wrappers in front
+            (``"ada-snapkv"``), or a :class:`~hf_kvcache.eviction.Policy`.
+        codec: how what is kept is stored; ``"none"`` unless ``bits`` are given.
+        bits: bits of a code, for the best codec of that width whose tokens can move between pages.
+        sink_length: first tokens of each sequence, always kept, in full precision.
+        tail_length: newest tokens of each sequence, always kept, in full precision.
+        page_size: tokens a page holds.
+        pin: tokens that are always kept: ``(start, stop)`` over the real tokens of each sequence, or a bool mask
+            ``[B, n]`` over the first ``n`` tokens seen.
+        evict_prefill: ``"chunk"`` evicts after every forward pass of several tokens, so that a prefill in chunks never
+            holds more than budget and chunk; ``"end"`` before the first single token; None not by itself. The default
+            is ``"chunk"``, or None for policies that wait for ``compress(model, input_ids)``.
+        interval: tokens decoded between two evictions, None for none while decoding. The default is 128, or None for
+            policies that wait.
+        seed: of policies that draw at random.
+        **options: further arguments of :class:`KVCache`, of the policy and of the codec.
+
+    Raises:
+        ValueError: naming the argument, its value and the accepted ones.
+        TypeError: for an option that nobody takes.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        budget: int | float,
+        policy: str | Policy = "snapkv",
+        codec: str | Codec | None = None,
+        bits: int | None = None,
+        *,
+        sink_length: int = 4,
+        tail_length: int = 32,
+        page_size: int = 64,
+        pin: Pin = None,
+        evict_prefill: Literal["chunk", "end", "auto"] | None = _AUTO,
+        interval: int | Literal["auto"] | None = _AUTO,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        names = option_names(policy)
+        chosen = resolve_policy(policy, **{name: options.pop(name) for name in names & set(options)})
+        for name, count in (("sink_length", sink_length), ("tail_length", tail_length)):
+            check_count(name, count, 0)
+        pins = Pins(pin)
+        eviction = EvictionOptions(
+            policy=chosen,
+            budget=Budget(budget, sink_length + tail_length + pins.count),
+            pins=pins,
+            evict_prefill=_evict_prefill(evict_prefill, chosen),
+            interval=_interval(interval, chosen),
+            seed=check_count("seed", seed, 0),
+        )
+        base = {name: options.pop(name) for name in _BASE & set(options)}
+        super().__init__(
+            config,
+            _codec(codec, bits, options),
+            sink_length=sink_length,
+            tail_length=tail_length,
+            page_size=page_size,
+            eviction=eviction,
+            **base,
+        )
+
+
+class SlidingWindowCache(HeavyHitterCache):
+    """Attention sinks and a window of the newest tokens (StreamingLLM, arXiv:2309.17453).
+
+    Generates without end: bytes and time per token do not depend on how many tokens were seen.
+
+    Args:
+        config: the model's config.
+        window: newest tokens that stay.
+        sinks: first tokens that stay.
+        reindex: move the sinks along, so that they are never farther from a query than ``window + sinks`` positions and
+            the model sees no distance that it was not trained for. Off, positions stay original.
+        codec: how what is kept is stored; ``"none"`` unless ``bits`` are given.
+        bits: bits of a code.
+        tail_length: newest tokens in full precision.
+        interval: tokens decoded between two evictions.
+        **options: further arguments of :class:`HeavyHitterCache`.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        window: int,
+        sinks: int = 4,
+        reindex: bool = False,
+        codec: str | Codec | None = None,
+        bits: int | None = None,
+        *,
+        tail_length: int = 32,
+        interval: int = 64,
+        **options: Any,
+    ) -> None:
+        check_count("sinks", sinks, 0)
+        check_count("window", window, max(1, tail_length))
+        for name in ("policy", "budget", "sink_length"):
+            if name in options:
+                raise TypeError(f"{name}={options[name]!r}; a SlidingWindowCache takes window and sinks in its place")
+        super().__init__(
+            config,
+            window + sinks,
+            "streaming",
+            codec,
+            bits,
+            sink_length=sinks,
+            tail_length=tail_length,
+            interval=interval,
+            reindex=reindex,
+            **options,
+        )
+
+
+def _codec(codec: str | Codec | None, bits: int | None, options: dict[str, Any]) -> Codec:
+    if codec is None and bits is None:
+        return resolve("none", **options)
+    if codec is not None:
+        return resolve(codec, **({} if bits is None else {"bits": bits}), **options)
+    if bits not in TOKENWISE:
+        raise ValueError(f"bits={bits!r}; accepted: {sorted(TOKENWISE)}")
+    name, own = TOKENWISE[bits]
+    return resolve(name, bits=bits, **(own | options))
+
+
+def _evict_prefill(value: str | None, policy: Policy) -> Literal["chunk", "end"] | None:
+    if value == _AUTO:
+        return None if policy.needs_replay else "chunk"
+    if value not in ("chunk", "end", None):
+        raise ValueError(f"evict_prefill={value!r}; accepted: 'chunk', 'end', None, 'auto'")
+    if value is not None:
+        _check_waits("evict_prefill", value, policy)
+    return value  # type: ignore[return-value]
+
+
+def _interval(value: int | str | None, policy: Policy) -> int | None:
+    if value == _AUTO:
+        return None if policy.needs_replay else 128
+    if value is None:
+        return None
+    _check_waits("interval", value, policy)
+    return check_count("interval", value, 1)
+
+
+def _check_waits(name: str, value: Any, policy: Policy) -> None:
+    if policy.needs_replay:
+        raise ValueError(
+            f"{name}={value!r}: policy {policy.name!r} waits for compress(model, input_ids); accepted: None"
+        )

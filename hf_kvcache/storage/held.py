@@ -1,0 +1,113 @@
+"""The tokens that sequences hold, in the order of their positions, whatever part of the storage they lie in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from hf_kvcache.kernels.decode import decode_side
+from hf_kvcache.kernels.hadamard import rotate
+
+if TYPE_CHECKING:
+    from hf_kvcache.storage.paged import PagedStorage
+
+#: The position of a place without a token: later than any.
+NOWHERE = np.iinfo(np.int64).max // 2
+
+
+@dataclass
+class Held:
+    """Sinks, then pages, then tail of some sequences that use equally many slots of the dense buffer.
+
+    Attributes:
+        storage: whose tokens they are; valid until it changes.
+        rows: the sequences, ``[b]``.
+        slots: int64 ``[b, Hkv, T]``: a slot of the dense buffer, or ``dense slots + column * P + place`` in a page.
+        exists: bool ``[b, Hkv, T]``, False behind the last token of a head that holds fewer.
+        positions: int64 ``[b, Hkv, T]``, original positions, ``NOWHERE`` where there is no token.
+    """
+
+    storage: PagedStorage
+    rows: np.ndarray
+    slots: np.ndarray
+    exists: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def of(cls, storage: PagedStorage, rows: np.ndarray) -> Held:
+        """What the sequences ``rows`` of ``storage`` hold; they use equally many dense slots."""
+        used, size, batch = int(storage.dense.lengths[rows[0]]), storage.page_size, len(rows)
+        sinks = min(used, storage.sink_length)
+        table_rows = storage.table_rows(rows)
+        columns = int(storage.table.lengths[table_rows].max(initial=0))
+        counts = storage.table.counts(table_rows, columns)
+        paged = np.arange(size) < counts[:, :, None]
+        shape = (batch, storage.heads, -1)
+        dense = np.broadcast_to(np.arange(used), (batch, storage.heads, used))
+        in_pages = np.broadcast_to(used + np.arange(columns * size), (batch, storage.heads, columns * size))
+        slots = np.concatenate([dense[..., :sinks], in_pages, dense[..., sinks:]], -1)
+        exists = np.ones(slots.shape, bool)
+        exists[..., sinks : sinks + columns * size] = paged.reshape(shape)
+        at = np.repeat(storage.dense.positions[rows, None, :used], storage.heads, 1)
+        page_positions = storage.table.positions(0, columns, size, table_rows).reshape(shape)
+        positions = np.concatenate([at[..., :sinks], page_positions, at[..., sinks:]], -1)
+        if not exists.all():
+            order = np.argsort(~exists, axis=-1, kind="stable")[..., : int(exists.sum(-1).max(initial=0))]
+            slots, exists, positions = (np.take_along_axis(x, order, -1) for x in (slots, exists, positions))
+        return cls(storage, rows, slots, exists, np.where(exists, positions, NOWHERE))
+
+    @property
+    def used(self) -> int:
+        """Dense slots that each of the sequences uses."""
+        return int(self.storage.dense.lengths[self.rows[0]])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the head that holds most."""
+        return self.slots.shape[-1]
+
+    @cached_property
+    def index(self) -> torch.Tensor:
+        """``slots`` on the storage's device, 0 where there is no token."""
+        return torch.from_numpy(np.where(self.exists, self.slots, 0)).to(self.storage.device)
+
+    def pick(self, by_slot: torch.Tensor) -> torch.Tensor:
+        """``by_slot [b, Hkv, dense slots + columns * P]`` in the order of the tokens, 0 where there is none."""
+        return by_slot.gather(2, self.index).masked_fill_(self._missing, 0)
+
+    def states(self, side: str) -> torch.Tensor:
+        """Keys or values, float32 ``[b, Hkv, T, D]``, decoded; 0 where there is no token."""
+        storage, used = self.storage, self.used
+        rows = torch.from_numpy(self.rows).to(storage.device)
+        dense = getattr(storage.dense, side)[rows, :, :used].float()
+        packed = self._decoded(side)
+        whole = dense if packed is None else torch.cat([dense, packed], 2)
+        picked = whole.gather(2, self.index.unsqueeze(-1).expand(-1, -1, -1, whole.shape[-1]))
+        return picked.masked_fill_(self._missing.unsqueeze(-1), 0)
+
+    @cached_property
+    def _missing(self) -> torch.Tensor:
+        return torch.from_numpy(~self.exists).to(self.storage.device)
+
+    def _decoded(self, side: str) -> torch.Tensor | None:
+        """The pages of the sequences, ``[b, Hkv, columns * P, D]``; arbitrary where a row has no page."""
+        storage = self.storage
+        table_rows = storage.table_rows(self.rows)
+        columns = int(storage.table.lengths[table_rows].max(initial=0))
+        if columns == 0:
+            return None
+        fmt = storage.layout.sides[side]
+        ids = storage.table.ids(table_rows, columns)
+        some = ids[ids >= 0][0]
+        records = storage.pool.read(np.where(ids >= 0, ids, some).flatten())[:, None]
+        buffer = torch.empty(len(records), 1, storage.page_size, fmt.dim, device=storage.device)
+        decoded = decode_side(storage.layout, side, records, buffer)[:, 0].float()
+        decoded = decoded.reshape(len(table_rows), columns * storage.page_size, fmt.dim)
+        if side == "keys" and storage.center is not None:
+            rows = torch.from_numpy(self.rows).to(storage.device)
+            decoded = decoded + storage.center[rows].flatten(0, 1).unsqueeze(1)
+        return rotate(decoded, fmt, inverse=True).unflatten(0, (len(self.rows), storage.heads))

@@ -1,0 +1,160 @@
+"""Compactor against its two parts in float64, a chunk and a token at a time; and KVzip's product."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hf_kvcache.eviction import Context, resolve
+from tests.eviction.brute_force import Head, heads_of
+from tests.eviction.contexts import KEY_DIM, SHAPES, random_context
+from tests.eviction.rope_contexts import CASES, rotary_context, rotation
+from tests.tolerances import Tolerance, assert_near, assert_within
+
+#: The leverage of ``T`` tokens is off by ``T`` times the rounding of keys that were un-rotated in float32.
+TOLERANCE = Tolerance(1e-3, 2e-3)
+OPTIONS: list[dict[str, Any]] = [
+    {"exact": True},
+    {"sketch": 5, "chunk": 7, "kernel": 1, "weight": 0.35},
+    {"sketch": 3, "chunk": 1, "scaled": False, "weight": 2},
+]
+
+
+@pytest.mark.parametrize(("shape", "family"), CASES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_scores_equal_the_brute_force(shape: str, family: str, options: dict[str, Any]) -> None:
+    policy = resolve("compactor", **options)
+    ctx = rotary_context(shape, family, policy)
+    scores = policy.score(ctx)
+    assert scores.shape == ctx.positions.shape and scores.isfinite().all()
+    if SHAPES[shape].tokens < 2 * KEY_DIM:
+        return  # fewer tokens than dimensions: the leverage is 1 for all but for how the inverse is made to exist
+    for index in range(ctx.keys.shape[0]):
+        for kv_head, expected in enumerate(brute_force(policy, ctx, index, family)):
+            assert_within(scores[index, kv_head, : len(expected)], torch.from_numpy(expected), TOLERANCE)
+
+
+def brute_force(policy: Any, ctx: Context, index: int, family: str) -> list[np.ndarray]:
+    """The scores of all heads of a sequence: what is standardized is standardized over all of them."""
+    heads = [Head(ctx, i, kv_head) for i, kv_head in heads_of(ctx) if i == index]
+    leverage = standard([leverages(policy, head, family) for head in heads])
+    received = [attention(policy, head) for head in heads]
+    known = [~np.isnan(part) for part in received]
+    observed = standard([part[where] for part, where in zip(received, known, strict=True)])
+    weight = policy.weight
+    if weight is None:
+        weight = max(0.0, 1 - ctx.quota / np.mean([head.count for head in heads]))
+    scores = []
+    for lever, part, where in zip(leverage, observed, known, strict=True):
+        score = (1 + weight**2) ** 0.5 * lever
+        score[where] = part + weight * lever[where]
+        scores.append(score)
+    return scores
+
+
+def leverages(policy: Any, head: Head, family: str) -> np.ndarray:
+    keys = np.array([rotation(family, at).T @ key for at, key in zip(head.positions, head.keys, strict=True)])
+    keys = keys - keys.mean(0)
+    if not policy.exact and policy.sketch < KEY_DIM:
+        generator = head.ctx.generator()
+        keys = keys @ torch.randn(KEY_DIM, policy.sketch, generator=generator).double().numpy()
+    return np.diag(keys @ np.linalg.pinv(keys.T @ keys) @ keys.T)
+
+
+def attention(policy: Any, head: Head) -> np.ndarray:
+    """NaN for tokens whose query is not there."""
+    received = np.full(head.count, np.nan)
+    scale = head.ctx.scoring.scaling if policy.scaled else 1.0
+    cap = head.ctx.scoring.softcap if policy.scaled else None
+    for start in range(0, len(head.at), policy.chunk):
+        chunk = head.at[start : start + policy.chunk]
+        tokens = [head.positions.index(at) for at in chunk if at in head.positions]
+        received[tokens] = 0.0
+        for q in range(head.group):
+            for query in range(start, start + len(chunk)):
+                scores = head.keys[tokens] @ head.queries[q, query] * scale
+                scores = cap * np.tanh(scores / cap) if cap else scores
+                weights = np.exp(scores - scores.max()) if tokens else scores
+                received[tokens] += weights / weights.sum() / head.group
+    received *= np.linalg.norm(head.values, axis=1)
+    reach = range(-(policy.kernel // 2), policy.kernel // 2 + 1)
+    pooled = received.copy()
+    for token in np.flatnonzero(~np.isnan(received)):
+        near = [received[token + step] for step in reach if 0 <= token + step < head.count]
+        pooled[token] = np.nanmean(near)
+    return pooled
+
+
+def standard(parts: list[np.ndarray]) -> list[np.ndarray]:
+    together = np.concatenate(parts)
+    if not len(together):
+        return parts
+    deviation = max(together.std(), 1e-3 * abs(together.mean()), np.finfo(np.float32).tiny)
+    return [(part - together.mean()) / deviation for part in parts]
+
+
+def test_leverage_is_that_of_the_keys_before_rotating() -> None:
+    policy: Any = resolve("compactor", exact=True)
+    ctx = rotary_context("ratio 3", "llama", policy)
+    assert ctx.rope is not None
+    moved = ctx.rope.rotate(ctx.rope.unrotate(ctx.keys, ctx.positions), ctx.positions + 1000)
+    elsewhere = replace(ctx, keys=moved, positions=ctx.positions + 1000)
+    held = torch.ones_like(ctx.protected)
+    assert_within(policy._leverage(elsewhere, held), policy._leverage(ctx, held), TOLERANCE)
+    assert_within(policy._leverage(ctx, held).sum(-1), torch.full((2, 2), float(KEY_DIM)), TOLERANCE)
+
+
+def test_the_sketch_is_drawn_anew_for_each_layer_but_not_for_each_call() -> None:
+    policy = resolve("compactor", sketch=4)
+    ctx = rotary_context("ratio 3", "llama", policy)
+    assert torch.equal(policy.score(ctx), policy.score(ctx))
+    assert not torch.equal(policy.score(ctx), policy.score(replace(ctx, layer=2)))
+
+
+def test_a_sequence_of_a_batch_is_scored_as_alone() -> None:
+    policy = resolve("compactor", sketch=4, chunk=8)
+    ctx = rotary_context("ragged", "llama", policy)
+    assert ctx.held is not None and ctx.queries is not None
+    alone = replace(
+        ctx,
+        **{name: getattr(ctx, name)[1:] for name in ("keys", "values", "positions", "held", "protected", "queries")},
+    )
+    assert_near(policy.score(alone)[0], policy.score(ctx)[1])
+
+
+def test_equal_keys_have_equal_leverage() -> None:
+    policy: Any = resolve("compactor", exact=True)
+    ctx = rotary_context("ratio 3", "llama", policy)
+    scores = policy.score(replace(ctx, keys=torch.zeros_like(ctx.keys)))
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("chunk", 0), ("kernel", 2), ("sketch", 0), ("weight", -1), ("exact", 1)]
+)
+def test_bad_options_are_named(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{option}={value!r}; accepted: "):
+        resolve("compactor", **{option: value})
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_kvzip_is_what_the_replay_looked_at(normalized: bool) -> None:
+    policy = resolve("kvzip", normalized=normalized)
+    assert policy.needs_replay and policy.needs_output is normalized
+    plain = random_context(SHAPES["ragged"])
+    ctx = replace(plain, replayed=torch.rand(plain.positions.shape, generator=torch.Generator().manual_seed(0)))
+    scores = policy.score(ctx)
+    assert ctx.replayed is not None and ctx.output_weight is not None
+    for index, kv_head in heads_of(ctx):
+        head = Head(ctx, index, kv_head)
+        for token, value in enumerate(head.values):
+            expected = float(ctx.replayed[index, kv_head, token])
+            if normalized:
+                blocks = ctx.output_weight.double().numpy().reshape(ctx.output_weight.shape[0], -1, len(value))
+                group = range(kv_head * head.group, (kv_head + 1) * head.group)
+                expected *= np.mean([np.abs(blocks[:, q] @ value).sum() for q in group])
+            assert_near(scores[index, kv_head, token], torch.tensor(expected), torch.float32)
