@@ -136,6 +136,8 @@ class KVCache(Cache):
         model: PreTrainedModel | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        prompt_ids: torch.Tensor | None = None,
+        replayed: list[torch.Tensor] | None = None,
     ) -> None:
         """Evict now down to the budget; policies that read the context once more need the model and the context.
 
@@ -143,13 +145,16 @@ class KVCache(Cache):
             model: the model that filled the cache.
             input_ids: the tokens that it was filled with, ``[B, T]``.
             attention_mask: ``[B, T]``, 0 for padding; None if there is none.
+            prompt_ids: tokens ``[n]`` that ask the model to repeat the context, read before it; None for nothing.
+            replayed: what :func:`hf_kvcache.replaying.replay` returned for this context, in place of all these: several
+                budgets can share one reading.
 
         Raises:
             ValueError: if the cache does not evict, or the policy needs what is not given.
         """
         from hf_kvcache.compressing import compress
 
-        compress(self, model, input_ids, attention_mask)
+        compress(self, model, input_ids, attention_mask, prompt_ids, replayed)
 
     def fork(self) -> KVCache:
         """A copy that goes its own way from here: pages are shared, since they never change once written."""

@@ -1,4 +1,4 @@
-"""Evicting on demand, and by a second reading of the context (KVzip, arXiv:2505.23416)."""
+"""Evicting on demand, and by a second reading of the context."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_kvcache.evicting_layer import EvictingLayer
+from hf_kvcache.replaying import evict_by_replay, replay
 
 if TYPE_CHECKING:
     from hf_kvcache.cache import KVCache
 
 
-def compress(cache: KVCache, model: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+def compress(
+    cache: KVCache,
+    model: Any,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    prompt_ids: torch.Tensor | None,
+    replayed: list[torch.Tensor] | None,
+) -> None:
     """Evict every layer down to its budget; see :meth:`hf_kvcache.KVCache.compress`."""
     layers = [layer for layer in cache.layers if isinstance(layer, EvictingLayer)]
     if not layers:
@@ -22,8 +30,8 @@ def compress(cache: KVCache, model: Any, input_ids: torch.Tensor | None, attenti
         for layer in layers:
             layer.compress()
         return
-    if model is None or input_ids is None:
-        raise ValueError(f"compress(): policy {policy.name!r} reads the context again; give model and input_ids")
-    from hf_kvcache.replaying import replay
-
-    replay(cache, layers, model, input_ids, attention_mask)
+    if replayed is None:
+        if model is None or input_ids is None:
+            raise ValueError(f"compress(): policy {policy.name!r} reads the context again; give model and input_ids")
+        replayed = replay(cache, model, input_ids, attention_mask, prompt_ids)
+    evict_by_replay(cache, replayed)

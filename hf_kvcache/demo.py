@@ -19,7 +19,7 @@ from rich.text import Text
 from transformers import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from hf_kvcache import QuantizedKVCache
+from hf_kvcache import HeavyHitterCache, KVCache, QuantizedKVCache, SlidingWindowCache
 from hf_kvcache.models import load_default_model, quiet_transformers
 from hf_kvcache.text import packaged_text
 
@@ -27,16 +27,19 @@ QUESTION = "In the story above, what was the label on the little bottle that Ali
 FULL = "DynamicCache"
 MIB = 2**20
 
-CACHES: dict[str, Callable[[Any], QuantizedKVCache]] = {
+CACHES: dict[str, Callable[[Any], KVCache]] = {
     "none": lambda config: QuantizedKVCache(config, codec="none"),
     "8-bit": lambda config: QuantizedKVCache(config, bits=8),
     "4-bit": lambda config: QuantizedKVCache(config, bits=4),
     "3-bit": lambda config: QuantizedKVCache(config, bits=3),
     "2-bit": lambda config: QuantizedKVCache(config, bits=2),
+    "snapkv-25%": lambda config: HeavyHitterCache(config, budget=0.25),
+    "snapkv-25%-4-bit": lambda config: HeavyHitterCache(config, budget=0.25, bits=4),
+    "window-768": lambda config: SlidingWindowCache(config, window=768),
 }
 
 #: What runs unless other caches are named; dense pages give what DynamicCache gives.
-DEFAULT_CACHES = ("8-bit", "4-bit", "3-bit", "2-bit")
+DEFAULT_CACHES = ("8-bit", "4-bit", "3-bit", "2-bit", "snapkv-25%", "snapkv-25%-4-bit", "window-768")
 
 
 @dataclass(frozen=True)

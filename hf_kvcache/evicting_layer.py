@@ -192,8 +192,10 @@ class EvictingLayer(KVCacheLayer):
             if self._undo is not None:
                 self._undo.drafts.append(draft)
             self._observe_first(draft)
-        elif self.evictor.stateful:
+        elif self.evictor.stateful or self._undo is not None:
             raise RuntimeError(_NOT_ATTENDED.format(self.index))
+        else:
+            self.evictor.note(new.position, new.length, new.valid)
         self._attended = True
         self.settle()
 

@@ -49,7 +49,14 @@ class HeavyHitterCache(KVCache):
         interval: tokens decoded between two evictions, None for none while decoding. The default is 128, or None for
             policies that wait.
         seed: of policies that draw at random.
+        compensate: give kept tokens new values, by least squares, so that attention over them reproduces what attention
+            over all tokens gave the latest queries (attention matching, arXiv:2602.16284): how many queries, 0 for off.
+            Tokens that were packed at an earlier eviction keep theirs.
         **options: further arguments of :class:`KVCache`, of the policy and of the codec.
+
+    Attributes:
+        policy: which tokens matter.
+        budget: as it was given.
 
     Raises:
         ValueError: naming the argument, its value and the accepted ones.
@@ -71,6 +78,7 @@ class HeavyHitterCache(KVCache):
         evict_prefill: Literal["chunk", "end", "auto"] | None = _AUTO,
         interval: int | Literal["auto"] | None = _AUTO,
         seed: int = 0,
+        compensate: int = 0,
         **options: Any,
     ) -> None:
         names = option_names(policy)
@@ -85,7 +93,9 @@ class HeavyHitterCache(KVCache):
             evict_prefill=_evict_prefill(evict_prefill, chosen),
             interval=_interval(interval, chosen),
             seed=check_count("seed", seed, 0),
+            compensate=check_count("compensate", compensate, 0),
         )
+        self.policy, self.budget = chosen, budget
         base = {name: options.pop(name) for name in _BASE & set(options)}
         super().__init__(
             config,

@@ -23,30 +23,45 @@ _STRIP_ELEMENTS = 1 << 22
 @torch.no_grad()
 def replay(
     cache: KVCache,
-    layers: list[EvictingLayer],
     model: Any,
     input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None = None,
     prompt_ids: torch.Tensor | None = None,
-) -> None:
-    """Read the context again on a copy of the cache, score its tokens by the attention they get, and evict.
+) -> list[torch.Tensor]:
+    """Read the context again on a copy of the cache, and see what attention its tokens get.
 
     Args:
         cache: the cache, which holds the context and nothing else.
-        layers: its layers that evict.
         model: the model that filled it.
         input_ids: the context, ``[B, T]``.
         attention_mask: ``[B, T]``, 0 for padding; None if there is none.
         prompt_ids: what asks the model to repeat, ``[n]``, put before the context; None for nothing.
 
+    Returns:
+        For each layer that evicts float32 ``[B, Hkv, T]``: the largest probability that any query of the group gave
+        each token, of those that the layer holds, in their order.
+
     Raises:
         ValueError: if the context is not what the cache holds.
     """
+    layers = [layer for layer in cache.layers if isinstance(layer, EvictingLayer)]
     _check(cache, layers, input_ids, attention_mask)
     watches = _watch(cache, layers, model, input_ids, attention_mask, prompt_ids)
+    return [watch.largest for watch in watches]
+
+
+def evict_by_replay(cache: KVCache, replayed: list[torch.Tensor]) -> None:
+    """Keep what the cache's policy makes of what :func:`replay` returned.
+
+    Raises:
+        ValueError: if it is not of this cache.
+    """
+    layers = [layer for layer in cache.layers if isinstance(layer, EvictingLayer)]
+    if len(replayed) != len(layers) or any(x.shape[0] != cache.batch_size for x in replayed):
+        raise ValueError(f"replayed has {len(replayed)} layers; accepted: what replay() returned for this cache")
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
-    for row in range(input_ids.shape[0]):
-        found = [_scored(layer, watch.largest, row) for layer, watch in zip(layers, watches, strict=True)]
+    for row in range(cache.batch_size):
+        found = [_scored(layer, largest, row) for layer, largest in zip(layers, replayed, strict=True)]
         for of_layer, keep in zip(kept, _chosen(layers[0].eviction.policy, found), strict=True):
             of_layer.append(keep)
     for layer, rows in zip(layers, kept, strict=True):

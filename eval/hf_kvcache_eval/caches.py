@@ -1,7 +1,8 @@
-"""The caches that can be measured: this package's, transformers' own, and two that lose tokens on purpose."""
+"""The caches that can be measured: this package's and transformers' own."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +10,20 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig, QuantizedCache
 
-from hf_kvcache import KVCache, QuantizedKVCache, codecs
+from hf_kvcache import HeavyHitterCache, KVCache, QuantizedKVCache, codecs
 from hf_kvcache.accounting import tensor_bytes
-from hf_kvcache_eval.null_arms import DroppingCache
+from hf_kvcache.eviction import registry
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.specs import CacheSpec, parse
 
 Make = Callable[[CacheSpec, PreTrainedConfig, Protocol], Any]
 #: Dtypes that ``full:dtype=...`` can run the model in.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Other names of eviction policies.
+POLICIES = {"window": "streaming"}
+#: Of caches that evict, unless the protocol has less or the spec says otherwise: what is newest stays whatever its
+#: worth, and the tail of the other caches would be all of a tenth of 1,024 tokens.
+EVICTING_TAIL, EVICTING_PAGE = 8, 64
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,11 @@ class Kind:
         make: builds an empty cache.
         help: one line for ``hf-kvcache-eval caches``.
         rows: takes left-padded batches and can repeat rows; otherwise it is given one sequence at a time.
-        after_prefill: compresses only what one prefill brought, so it cannot score a text from its first token.
+        after_prefill: is compressed once, behind the prefill, so it cannot score a text from its first token.
         budget: needs a budget.
-        shares_prefill: what it keeps of a prefill depends on keys and values alone, so that it can take them from the
-            prefill of another cache; False for policies that look at queries.
+        codec: takes a codec behind a ``+``.
+        queries: is shown the queries of a prefill, so that one it is to share must have kept them.
+        shares_prefill: can take over a prefill that was made for another cache.
     """
 
     make: Make
@@ -39,6 +46,8 @@ class Kind:
     rows: bool = True
     after_prefill: bool = False
     budget: bool = False
+    codec: bool = False
+    queries: bool = False
     shares_prefill: bool = True
 
 
@@ -66,18 +75,24 @@ def _peer_fp8(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> 
     return QuantizedCache("fp8", config)
 
 
-def _random(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> DroppingCache:
-    return _dropping(spec, config, protocol, at_random=True)
-
-
-def _window(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> DroppingCache:
-    return _dropping(spec, config, protocol, at_random=False)
-
-
-def _dropping(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol, at_random: bool) -> DroppingCache:
-    _only(spec)
+def _evicting(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> HeavyHitterCache:
+    """A cache that evicts once, when the reader calls its ``compress()``; the spec's options can change that."""
     assert spec.budget is not None
-    return DroppingCache(config, spec.budget, protocol, at_random)
+    # A budget of a few tokens has no room for all of the sinks and the tail.
+    room = spec.budget if spec.budget >= 1 else EVICTING_TAIL + protocol.sink_length
+    sinks = min(protocol.sink_length, int(room))
+    equal: dict[str, Any] = {
+        "sink_length": sinks,
+        "tail_length": min(EVICTING_TAIL, protocol.tail_length, int(room) - sinks),
+        "page_size": min(EVICTING_PAGE, protocol.page_size),
+        "evict_prefill": None,
+        "interval": None,
+        "seed": protocol.seed,
+    }
+    codec = {} if spec.codec is None else {"codec": spec.codec}
+    policy = policy_name(spec.name)
+    assert policy is not None
+    return HeavyHitterCache(config, budget=spec.budget, policy=policy, **(equal | codec | spec.options))
 
 
 def _lengths(spec: CacheSpec, protocol: Protocol) -> dict[str, Any]:
@@ -101,8 +116,7 @@ def kinds() -> dict[str, Kind]:
         "full": Kind(_full, "transformers' DynamicCache; dtype=bfloat16 runs the model in it (the noise floor)"),
         "quantized": Kind(_quantized, "QuantizedKVCache: bits=, codec=, key_bits=, value_bits="),
         **ours,
-        "random": Kind(_random, "sinks, tail and random tokens per head", rows=False, after_prefill=True, budget=True),
-        "window": Kind(_window, "sinks and newest tokens", rows=False, after_prefill=True, budget=True),
+        **{name: _evicting_kind(name) for name in (*registry.available(), *POLICIES)},
         # transformers' quantized caches cannot repeat rows, and their fp8 scale is one per tensor, shared by all rows.
         **{
             f"{backend}{bits}": Kind(_grouped, f"transformers' QuantizedCache, {backend}, {bits} bits", rows=False)
@@ -111,6 +125,27 @@ def kinds() -> dict[str, Kind]:
         },
         "hf-fp8": Kind(_peer_fp8, "transformers' QuantizedCache, fp8", rows=False),
     }
+
+
+def kind_of(name: str) -> Kind | None:
+    """The kind of a spec's name, wrapped policies (``ada-snapkv``) too; None for an unknown name."""
+    known = kinds().get(name)
+    return known if known or policy_name(name) is None else _evicting_kind(name)
+
+
+def policy_name(name: str) -> str | None:
+    """The eviction policy that a spec's name stands for, wrappers in front; None if it stands for none."""
+    *outer, inner = name.split("-")
+    inner = POLICIES.get(inner, inner)
+    if inner not in registry.available() or not set(outer) <= set(registry.wrappers()):
+        return None
+    return "-".join([*outer, inner])
+
+
+def _evicting_kind(name: str) -> Kind:
+    policy = registry.resolve(policy_name(name) or name)
+    what = (sys.modules[type(policy).__module__].__doc__ or name).partition("\n")[0].rstrip(".")
+    return Kind(_evicting, f"evicts; {what}", after_prefill=True, budget=True, codec=True, queries=True)
 
 
 class Arm:
@@ -125,14 +160,17 @@ class Arm:
 
     def __init__(self, spec: CacheSpec | str) -> None:
         self.spec = parse(spec) if isinstance(spec, str) else spec
-        known = kinds()
-        if self.spec.name not in known:
-            raise ValueError(f"cache={self.spec.text!r}: no cache {self.spec.name!r}; accepted: {', '.join(known)}")
-        self.kind = known[self.spec.name]
+        kind = kind_of(self.spec.name)
+        if kind is None:
+            wrapped = f"eviction policies with {'- or '.join(registry.wrappers())}- in front"
+            raise ValueError(
+                f"cache={self.spec.text!r}: no cache {self.spec.name!r}; accepted: {', '.join(kinds())}, {wrapped}"
+            )
+        self.kind = kind
         if self.kind.budget != (self.spec.budget is not None):
             what = "needs" if self.kind.budget else "takes no"
             raise ValueError(f"cache={self.spec.text!r}: {self.spec.name} {what} budget ({self.spec.name}@0.3)")
-        if self.spec.codec is not None:
+        if self.spec.codec is not None and not self.kind.codec:
             raise ValueError(f"cache={self.spec.text!r}: {self.spec.name} takes no codec behind a +")
         dtype = self.spec.options.get("dtype")
         if self.spec.name == "full" and dtype is not None and dtype not in DTYPES:

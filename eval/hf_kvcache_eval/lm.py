@@ -197,7 +197,7 @@ class KVCacheLM(HFLM):
     def _reader(self) -> Reader:
         cache = self.arm.make(self.model.config, self.protocol)
         prefills = self.prefills if self.arm.kind.shares_prefill else None
-        return Reader(self.model, cache, self.protocol.block, self.arm.kind.rows, prefills)
+        return Reader(self.model, cache, self.protocol.block, self.arm.kind.rows, prefills, self.tokenizer)
 
     def _autocast(self) -> torch.autocast:
         dtype = self.mixed_precision_dtype

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_kvcache import KVCache
+from hf_kvcache.evicting_layer import EvictingLayer
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Prefilled:
     def note(self, cache: Any, lengths: list[int], width: int) -> None:
         """Count a cache that holds sequences of ``lengths`` tokens, padded to ``width``."""
         self.tokens += sum(lengths)
-        self.compressed += _compressed_positions(cache, len(lengths) * width)
+        self.compressed += _compressed_positions(cache, len(lengths) * width) + _evicted(cache, sum(lengths))
 
     @property
     def share(self) -> float:
@@ -36,6 +37,12 @@ class Prefilled:
 def _compressed_positions(cache: Any, positions: int) -> float:
     shares = _packed(cache) if isinstance(cache, KVCache) else [_left(layer) for layer in cache.layers]
     return positions * sum(shares) / len(shares) if shares else 0.0
+
+
+def _evicted(cache: Any, tokens: int) -> float:
+    """Of ``tokens``, those that are gone, averaged over heads and over the layers that evict."""
+    held = [layer.kept_positions() >= 0 for layer in cache.layers if isinstance(layer, EvictingLayer)]
+    return tokens - sum(float(layer.sum()) / layer.shape[1] for layer in held) / len(held) if held else 0.0
 
 
 def _packed(cache: KVCache) -> list[float]:

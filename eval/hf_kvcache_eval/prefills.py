@@ -1,14 +1,14 @@
 """A prompt is prefilled once for all caches.
 
 What a prefill computes does not depend on the cache: its tokens attend to each other in full precision, and only then
-is anything compressed. So its keys and values are kept, and every further cache takes them in layer by layer, as it
-would from the model. That is most of a comparison's time.
+is anything compressed. So its keys and values are kept, with the queries where a cache of the comparison looks at
+them, and every cache takes them in layer by layer, as it would from the model. That is most of a comparison's time.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,59 +17,66 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_kvcache.layer import KVCacheLayer
+from hf_kvcache_eval.recording import LayerStates, Recording
 
-#: Beyond this the oldest prefills are forgotten.
+#: Of keys and values; with queries, which are as large again or larger, twice as much.
 _LIMIT_BYTES = 3 * 2**30
 
 Contexts = Sequence[Sequence[int]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prefill:
     """A prefilled batch.
 
     Attributes:
         mask: ``[B, T]``, 0 for left padding.
         logits: after the last token, ``[B, vocabulary]``.
-        states: each layer's keys and values, ``[B, Hkv, T, D]``.
+        states: what each layer computed.
+        replayed: what a second reading found, for policies that need one; it does not depend on their budgets.
     """
 
     mask: torch.Tensor
     logits: torch.Tensor
-    states: list[tuple[torch.Tensor, torch.Tensor]]
+    states: list[LayerStates]
+    replayed: list[torch.Tensor] | None = None
 
     @property
     def bytes(self) -> int:
-        """Bytes of the keys and values."""
-        return sum(side.numel() * side.element_size() for pair in self.states for side in pair)
+        """Bytes of what the layers computed."""
+        return sum(layer.bytes for layer in self.states)
 
     def row(self, index: int) -> Prefill:
         """One sequence without its padding; its tensors are views."""
         start = int((self.mask[index] == 0).sum())
         rows = slice(index, index + 1)
-        states = [(keys[rows, :, start:], values[rows, :, start:]) for keys, values in self.states]
-        return Prefill(self.mask[rows, start:], self.logits[rows], states)
+        replayed = None if self.replayed is None else [layer[rows] for layer in self.replayed]
+        states = [layer.row(rows, start) for layer in self.states]
+        return Prefill(self.mask[rows, start:], self.logits[rows], states, replayed)
 
     def into(self, cache: Any) -> None:
         """Give ``cache``, which is empty, what the model's prefill would have given it."""
         mask = None if bool(self.mask.all()) else self.mask
-        for index, (keys, values) in enumerate(self.states):
-            cache.update(_as_projected(keys), _as_projected(values), index)
+        for index, states in enumerate(self.states):
+            cache.update(_as_projected(states.keys), _as_projected(states.values), index)
             layer = cache.layers[index]
             if isinstance(layer, KVCacheLayer):
                 # The attention of a prefill is full attention, after which the layer packs.
-                layer.note_attended(mask, keys.shape[2])
+                queries = states.keys.shape[2] if states.queries is None else states.queries
+                layer.note_attended(mask, queries, states.scoring, states.module)
 
 
 class Prefills:
     """The prefills kept, the newest last.
 
     Args:
-        limit_bytes: of keys and values; the newest is kept whatever its size.
+        queries: whether queries are kept too.
+        limit_bytes: of all that is kept; the newest is kept whatever its size. 3 GiB, with queries 6, unless given.
     """
 
-    def __init__(self, limit_bytes: int = _LIMIT_BYTES) -> None:
-        self.limit_bytes = limit_bytes
+    def __init__(self, queries: bool = False, limit_bytes: int | None = None) -> None:
+        self.queries = queries
+        self.limit_bytes = _LIMIT_BYTES * (1 + queries) if limit_bytes is None else limit_bytes
         self._kept: OrderedDict[Any, Prefill] = OrderedDict()
 
     def find(self, model: Any, contexts: Contexts) -> Prefill | None:
@@ -84,14 +91,23 @@ class Prefills:
                 return kept.row(batch.index(key[1][0]))
         return None
 
-    def keep(self, model: Any, contexts: Contexts, cache: Any, mask: torch.Tensor, logits: torch.Tensor) -> None:
-        """Keep what the model's prefill left in ``cache``, a DynamicCache; other caches leave nothing behind."""
-        if not _is_plain(cache):
-            return
-        states = [(layer.keys, layer.values) for layer in cache.layers]
-        self._kept[_key(model, contexts)] = Prefill(mask, logits, states)
+    def make(self, model: Any, contexts: Contexts, mask: torch.Tensor, run: Callable[[Any], torch.Tensor]) -> Prefill:
+        """Prefill ``contexts`` and keep what comes out.
+
+        Args:
+            model: the model.
+            contexts: the batch.
+            mask: ``[B, T]``, 0 for left padding.
+            run: lets the model prefill the cache that it is given; returns the last logits, ``[B, vocabulary]``.
+        """
+        with Recording(model.config, self.queries) as recording:
+            logits = run(recording.cache)
+        made = self._kept[_key(model, contexts)] = Prefill(mask, logits, recording.states)
+        # Arms go through the same batches in the same order. Were the oldest forgotten, each batch would be gone just
+        # before the next arm comes to it.
         while len(self._kept) > 1 and sum(kept.bytes for kept in self._kept.values()) > self.limit_bytes:
-            self._kept.popitem(last=False)
+            del self._kept[list(self._kept)[-2]]
+        return made
 
     def clear(self) -> None:
         """Forget all."""
@@ -99,14 +115,12 @@ class Prefills:
 
 
 def can_share(config: Any, cache: Any) -> bool:
-    """Whether ``cache`` can take in a kept prefill: every layer holds the keys and values of all tokens of its own."""
-    plain = _is_plain(DynamicCache(config=config))
+    """Whether ``cache`` can take in a prefill: every layer holds the keys and values of all tokens of its own."""
+    plain = DynamicCache(config=config)
+    if type(plain) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in plain.layers):
+        return False
     own = [layer for layer in cache.layers if isinstance(layer, KVCacheLayer)]
-    return plain and not any(layer.options.deferred for layer in own)
-
-
-def _is_plain(cache: Any) -> bool:
-    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return not any(layer.options.deferred for layer in own)
 
 
 def _as_projected(states: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
-from hf_kvcache_eval.prefills import Prefills, can_share
+from hf_kvcache import HeavyHitterCache
+from hf_kvcache.replaying import replay
+from hf_kvcache_eval.prefills import Prefill, Prefills, can_share
+
+#: What stands before a context that is read again (KVzip, arXiv:2505.23416).
+_REPEAT = "\n\nRepeat the previous context exactly.\n"
 
 
 @dataclass(frozen=True)
@@ -55,18 +59,26 @@ class Reader:
         block: tokens decoded at a time.
         rows: whether the cache can select and repeat its rows; otherwise it holds one sequence and forks are copies.
         prefills: what other caches prefilled with this model, to be taken over; None to run the model every time.
+        tokenizer: the model's, to ask it to repeat where a policy reads a context again; None to let it read only.
     """
 
     def __init__(
-        self, model: Any, cache: Any, block: int = 1, rows: bool = True, prefills: Prefills | None = None
+        self,
+        model: Any,
+        cache: Any,
+        block: int = 1,
+        rows: bool = True,
+        prefills: Prefills | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self.model, self.block, self.rows, self.prefills = model, block, rows, prefills
+        self.tokenizer = tokenizer
         self.caches = [cache]
         self.mask: torch.Tensor | None = None
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Sequence[int]]) -> torch.Tensor | None:
-        """Take in ``contexts``, left-padded where their lengths differ.
+        """Take in ``contexts``, left-padded where their lengths differ; a cache that evicts then evicts.
 
         Returns:
             The logits ``[B, vocabulary]`` after the last token; None if all contexts are empty.
@@ -89,22 +101,40 @@ class Reader:
             self.mask[row, : width - len(context)] = 0
             tokens[row, width - len(context) :] = torch.tensor(context, device=device)
         if self.prefills is None or not can_share(self.model.config, self.caches[0]):
-            return self._forward(tokens, self.mask, self.caches[0], logits_to_keep=1)[:, -1]
-        return self._shared(self.prefills, contexts, tokens, self.mask)
+            logits, found = self._forward(tokens, self.mask, self.caches[0], logits_to_keep=1)[:, -1], None
+        else:
+            found = self._shared(self.prefills, contexts, tokens, self.mask)
+            logits = found.logits
+        if isinstance(self.caches[0], HeavyHitterCache):
+            self._compress(self.caches[0], tokens, found)
+        return logits
+
+    def _compress(self, cache: HeavyHitterCache, tokens: torch.Tensor, found: Prefill | None) -> None:
+        """Let ``cache``, which holds ``tokens [B, T]``, evict; a second reading of them is kept with their prefill."""
+        replayed = None if found is None else found.replayed
+        if cache.policy.needs_replay and replayed is None:
+            asked = None
+            if self.tokenizer is not None:
+                asked = self.tokenizer(_REPEAT, add_special_tokens=False, return_tensors="pt").input_ids[0]
+            replayed = replay(cache, self.model, tokens, self.mask, asked)
+            if found is not None:
+                found.replayed = replayed
+        cache.compress(replayed=replayed)
 
     def _shared(
         self, prefills: Prefills, contexts: Sequence[Sequence[int]], tokens: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Take over the prefill of ``contexts``, made now if it is not there; returns the last logits."""
+    ) -> Prefill:
+        """Take over the prefill of ``contexts``, made now if it is not there."""
         found = prefills.find(self.model, contexts)
         if found is None:
-            full = DynamicCache(config=self.model.config)
-            logits = self._forward(tokens, mask, full, logits_to_keep=1)[:, -1]
-            prefills.keep(self.model, contexts, full, mask, logits)
-            found = prefills.find(self.model, contexts)
-            assert found is not None
+            found = prefills.make(
+                self.model,
+                contexts,
+                mask,
+                lambda cache: self._forward(tokens, mask, cache, logits_to_keep=1)[:, -1],
+            )
         found.into(self.caches[0])
-        return found.logits
+        return found
 
     def fork(self, counts: Sequence[int]) -> None:
         """Repeat row ``i`` ``counts[i]`` times, copies side by side; each then goes its own way."""
@@ -120,30 +150,40 @@ class Reader:
         self.mask = self.mask[index]
 
     @torch.inference_mode()
-    def logits(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Decode ``tokens [B, n]``; yields logits ``[B, <= block, vocabulary]`` in float32."""
+    def logits(self, tokens: torch.Tensor, skip: int = 0) -> Iterator[torch.Tensor]:
+        """Decode ``tokens [B, n]``; yields float32 logits ``[B, <= block, vocabulary]``, without the first ``skip``."""
         assert self.mask is not None, "prefill first"
         for chunk in tokens.to(self.mask.device).split(self.block, dim=1):
             self.mask = torch.cat([self.mask, self.mask.new_ones(chunk.shape)], 1)
-            if self.rows:
-                yield self._forward(chunk, self.mask, self.caches[0]).float()
-            else:
-                yield torch.cat(
-                    [
-                        self._forward(chunk[i : i + 1], self.mask[i : i + 1], cache).float()
-                        for i, cache in enumerate(self.caches)
-                    ]
-                )
+            wanted = chunk.shape[1] - skip
+            skip = max(0, -wanted)
+            logits = self._decoded(chunk, self.mask, max(1, wanted))
+            if wanted > 0:
+                yield logits
+
+    def _decoded(self, tokens: torch.Tensor, mask: torch.Tensor, wanted: int) -> torch.Tensor:
+        """Logits ``[B, wanted, vocabulary]`` of the last of ``tokens [B, n]``, which the caches take in."""
+        if self.rows:
+            return self._forward(tokens, mask, self.caches[0], logits_to_keep=wanted).float()
+        rows = [
+            self._forward(tokens[i : i + 1], mask[i : i + 1], cache, logits_to_keep=wanted).float()
+            for i, cache in enumerate(self.caches)
+        ]
+        return torch.cat(rows)
 
     @torch.inference_mode()
     def score(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode ``tokens [B, n]``.
 
+        Args:
+            tokens: what is decoded.
+            targets: ``[B, m]``, the token after each of the last ``m`` tokens.
+
         Returns:
-            The log-probability of each of ``targets [B, n]``, and whether it was the likeliest token; both ``[B, n]``.
+            The log-probability of each of ``targets``, and whether it was the likeliest token; both ``[B, m]``.
         """
         log_probs, greedy, at = [], [], 0
-        for logits in self.logits(tokens):
+        for logits in self.logits(tokens, tokens.shape[1] - targets.shape[1]):
             wanted = targets[:, at : at + logits.shape[1]].to(logits.device)
             at += logits.shape[1]
             log_probs.append(logits.log_softmax(-1).gather(-1, wanted[..., None]).squeeze(-1))

@@ -6,8 +6,8 @@ import gc
 import logging
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def run(comparison: Comparison, console: Console) -> list[Cell]:
         raise ValueError("caches is empty; accepted: at least one cache spec")
     store = Store(comparison.out)
     bench = Bench(load=_loader(comparison), protocol=comparison.protocol, data=comparison.data)
-    bench.prefills = Prefills() if comparison.share_prefills else None
+    bench.prefills = Prefills(_want_queries(comparison.caches)) if comparison.share_prefills else None
     done: list[Cell] = []
     with _progress(console, len(entries) * len(comparison.caches)) as (start, advance, finish):
         bench.advance = advance
@@ -113,11 +113,20 @@ def run(comparison: Comparison, console: Console) -> list[Cell]:
     return done
 
 
+def _want_queries(caches: Sequence[str]) -> bool:
+    """Whether any of the caches is shown queries; what is wrong with a spec is said when its turn comes."""
+    found = []
+    for cache in caches:
+        with suppress(ValueError):
+            found.append(Arm(cache).kind.queries)
+    return any(found)
+
+
 def _cell(comparison: Comparison, bench: Bench, store: Store, cache: str, name: str, entry: Entry | ValueError) -> Cell:
     """One cell: what the folder has if it was measured in the same way, else measured now and kept."""
     wanted = _blank(comparison, cache, name, entry)
     found = store.read(cache, name)
-    if found is not None and found.status == "done" and _same(found, wanted):
+    if found is not None and found.status == "done" and _same(found, wanted, entry):
         return found
     timing: dict[str, Any] = {}
     try:
@@ -162,16 +171,26 @@ def _blank(comparison: Comparison, cache: str, name: str, entry: Entry | ValueEr
     )
 
 
-def _same(found: Cell, wanted: Cell) -> bool:
+def _same(found: Cell, wanted: Cell, entry: Entry | ValueError) -> bool:
     """Whether a finished cell was measured as it would be now; on which machine does not matter."""
     # Through JSON, as tuples come back as lists.
     wanted = Cell.from_json(wanted.to_json())
+    # A setting that the cell does not know came later: it was measured with what is now the default.
+    found.protocol["settings"] = _defaults(entry) | found.protocol.get("settings", {})
     return (
         found.seed == wanted.seed
         and found.versions == wanted.versions
         and found.model.get("name") == wanted.model["name"]
         and all(found.protocol.get(key) == value for key, value in wanted.protocol.items())
     )
+
+
+def _defaults(entry: Entry | ValueError) -> dict[str, Any]:
+    """The settings that a task has if nobody sets them."""
+    task: Any = entry.task if isinstance(entry, Entry) else None
+    if not is_dataclass(task):
+        return {}
+    return {option.name: option.default for option in fields(task) if option.default is not MISSING}
 
 
 def _fill(cell: Cell, bench: Bench, outcome: Outcome) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_kvcache import codecs
+from hf_kvcache import codecs, eviction
+from hf_kvcache_eval.caches import EVICTING_PAGE, EVICTING_TAIL
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.retrieval import RetrievalTask, kinds
 from hf_kvcache_eval.retrieval.ready import KINDS as READY
@@ -44,15 +45,34 @@ class Entry:
 
 @dataclass(frozen=True)
 class Size:
-    """How much a suite does of each sort of task."""
+    """How much a suite does of each sort of task, and how.
+
+    Attributes:
+        windows: of fidelity.
+        suffix: tokens decoded in each window.
+        samples: of a retrieval task.
+        limit: documents of an lm-eval task.
+        batch: samples of a retrieval task decoded together.
+        quotes: samples of quotation tasks, whose NLL tells more a sample than right or wrong; ``samples`` if None.
+        protocol: fields of the shared protocol that the suite changes, for every cache alike.
+    """
 
     windows: int
     suffix: int
     samples: int
     limit: int
+    batch: int = 4
+    quotes: int | None = None
+    protocol: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
-SIZES = {"quick": Size(3, 128, 8, 40), "standard": Size(8, 256, 8, 40), "full": Size(16, 256, 50, 500)}
+SIZES = {
+    "quick": Size(3, 128, 8, 40),
+    "standard": Size(8, 256, 8, 40),
+    "full": Size(16, 256, 50, 500),
+    # The tail and the pages that evicting caches have anyway. Nothing is packed, so blocks may be long.
+    "eviction": Size(6, 64, 50, 100, 10, 12, {"tail_length": EVICTING_TAIL, "page_size": EVICTING_PAGE, "block": 64}),
+}
 TASKS = {
     "quick": "fidelity@1024 quote@1024 passkey@512 speed@1024",
     "standard": "fidelity@1024 fidelity@4096 quote@1024 speed@2048 lambada needle@1024 quote@1024:aware "
@@ -65,7 +85,11 @@ TASKS = {
         for mode in ("", ":aware")
     )
     + f" {' '.join(LM_TASKS)} speed@1024 speed@4096 speed@8000",
+    "eviction": "longctx_niah_essay@1024:forced fidelity@1024",
 }
+#: Shares kept, and policies with others in front, in the suite *eviction*.
+SHARES = (0.5, 0.3, 0.2, 0.1)
+WRAPPED = ("ada-snapkv", "ada-expected", "critical-snapkv")
 _QUICK = ("full", "full:dtype=bfloat16", "rotated8", "unbiased4", "unbiased3", "unbiased2", "random@0.5")
 
 
@@ -73,6 +97,10 @@ def caches(name: str) -> list[str]:
     """What a suite compares by default: ``full``, the noise floor, ours, arms to beat, other libraries'."""
     if name == "quick":
         return list(_QUICK)
+    if name == "eviction":
+        policies = [policy for policy in eviction.available() if policy != "keepall"]
+        policies += WRAPPED
+        return ["full", *(f"{policy}@{share}" for policy in policies for share in SHARES)]
     ours = sorted(codecs.specs(), key=lambda spec: (not spec.endswith("none"), _width(spec), spec))
     return [*_QUICK[:2], *ours, "random@0.5", "random@0.25", "window@8", "hf-fp8", "quanto4", "hqq4"]
 
@@ -86,7 +114,7 @@ def suite(name: str, tasks: str | None = None, limit: int | None = None) -> list
     """The tasks of a suite.
 
     Args:
-        name: ``"quick"``, ``"standard"`` or ``"full"``: what is done, and how much of it.
+        name: one of ``SIZES``: what is done, and how much of it.
         tasks: other tasks in the suite's size, separated by commas or spaces.
         limit: samples of every task in place of the suite's number.
 
@@ -100,7 +128,9 @@ def suite(name: str, tasks: str | None = None, limit: int | None = None) -> list
         raise ValueError(f"suite={name!r}; accepted: {', '.join(SIZES)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit!r}; accepted: whole numbers from 1")
-    size = SIZES[name] if limit is None else replace(SIZES[name], windows=limit, samples=limit, limit=limit)
+    size = (
+        SIZES[name] if limit is None else replace(SIZES[name], windows=limit, samples=limit, limit=limit, quotes=None)
+    )
     words = dict.fromkeys(word for word in re.split(r"[,\s]+", tasks or TASKS[name]) if word)
     return [(word, _entry_or_error(word, size)) for word in words]
 
@@ -114,19 +144,22 @@ def _entry_or_error(word: str, size: Size) -> Entry | ValueError:
 
 def entry(word: str, size: Size) -> Entry:
     """The task that is named ``word``, in that size; ValueError for an unknown name."""
-    match = re.fullmatch(r"(?P<kind>\w+)(?:@(?P<length>\d+))?(?::(?P<mode>\w+))?", word)
+    match = re.fullmatch(r"(?P<kind>\w+)(?:@(?P<length>\d+))?(?P<modes>(?::\w+)*)", word)
     if match is None:
-        raise ValueError(f"task={word!r}; accepted: kind@length, kind@length:aware or an lm-eval task's name")
-    kind, length, mode = match["kind"], match["length"], match["mode"]
-    if kind in ("fidelity", "speed") and length and not mode:
-        return Entry(_FIXED[kind](int(length), size))
-    if kind in (*kinds(), *READY) and length and mode in (None, "aware"):
-        return Entry(RetrievalTask(kind, int(length), samples=size.samples, query_aware=mode == "aware"))
-    if not length and not mode:
+        raise ValueError(f"task={word!r}; accepted: kind@length, kind@length:aware:forced or an lm-eval task's name")
+    kind, length, modes = match["kind"], match["length"], match["modes"].split(":")[1:]
+    if kind in ("fidelity", "speed") and length and not modes:
+        return Entry(_FIXED[kind](int(length), size), size.protocol)
+    if kind in (*kinds(), *READY) and length and modes in ([], ["aware"], ["forced"], ["aware", "forced"]):
+        aware, forced = "aware" in modes, "forced" in modes
+        task = RetrievalTask(kind, int(length), size.samples, aware, size.batch, forced)
+        return Entry(replace(task, samples=size.quotes or size.samples) if task.literal else task, size.protocol)
+    if not length and not modes:
         return _lm_entry(kind, size)
     raise ValueError(
         f"task={word!r}; accepted: fidelity@N, speed@N, {', '.join(f'{kind}@N' for kind in kinds())} (with :aware for "
-        f"the question inside the compressed context), {', '.join(LM_TASKS)} and lm-eval's own names"
+        "the question inside the compressed context, :forced for a given answer that is decoded in one block), "
+        f"{', '.join(LM_TASKS)} and lm-eval's own names"
     )
 
 

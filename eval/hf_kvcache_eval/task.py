@@ -70,7 +70,7 @@ class Bench:
         model = self.model(arm.dtype)
         cache = arm.make(model.config, self.protocol)
         prefills = self.prefills if arm.kind.shares_prefill else None
-        return Reader(model, cache, self.protocol.block, arm.kind.rows, prefills)
+        return Reader(model, cache, self.protocol.block, arm.kind.rows, prefills, self.tokenizer)
 
     def _loaded(self, dtype: torch.dtype | None) -> tuple[Any, Any]:
         dtype = dtype or torch.float32

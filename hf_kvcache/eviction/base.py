@@ -27,6 +27,8 @@ class Policy(ABC):
     observed: int = 0
     #: Whether it looks at keys and values; they are not decoded for a policy that does not.
     needs_states: bool = True
+    #: Whether it looks at values beside the keys.
+    needs_values: bool = True
     #: Whether it wants the attention that each key has received from all queries so far (``ctx.mass``).
     needs_mass: bool = False
     #: Whether it scores by reading the context once more (``ctx.replayed``); then nothing is evicted before

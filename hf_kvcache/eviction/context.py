@@ -10,8 +10,9 @@ import torch
 
 from hf_kvcache.kernels.inputs import Scoring
 
-#: Probabilities computed at a time, so that no matrix of all queries times all keys is ever held.
-_STRIP_ELEMENTS = 1 << 22
+#: Probabilities computed at a time: as many as stay in a core's cache, and never all queries times all keys.
+_STRIP_ELEMENTS = 1 << 19
+_FEWEST_QUERIES = 16
 
 
 class Rope(Protocol):
@@ -103,21 +104,34 @@ class Context:
             float32 ``[B, Hkv, g, n', T]``: softmax over the keys at or before each query, sink logits counted. A query
             that sees nothing has zeros.
         """
+        tokens = self.keys.shape[2]
+        for part in self._strips():
+            yield torch.nn.functional.pad(part, (0, tokens - part.shape[-1])) if part.shape[-1] < tokens else part
+
+    def received(self) -> torch.Tensor:
+        """What each key gets from all queries together, averaged over the heads of its group, ``[B, Hkv, T]``."""
+        total = torch.zeros(self.keys.shape[:3], device=self.keys.device)
+        for part in self._strips():
+            total[:, :, : part.shape[-1]] += part.sum(3).mean(2)
+        return total
+
+    def _strips(self) -> Iterator[torch.Tensor]:
+        """:meth:`probabilities`, without the keys behind the last query of each strip."""
         assert self.queries is not None and self.query_positions is not None
         batch, heads, tokens, _ = self.keys.shape
         queries = self.queries.float().unflatten(1, (heads, -1)) * self.scoring.inner
         at = self.query_positions.expand(batch, -1)
-        step = max(1, _STRIP_ELEMENTS // (batch * self.queries.shape[1] * tokens))
+        step = max(_FEWEST_QUERIES, _STRIP_ELEMENTS // (batch * self.queries.shape[1] * tokens))
         for start in range(0, queries.shape[3], step):
             part = slice(start, start + step)
+            seen = max(1, int((self.positions <= at[:, part].max()).sum(-1).max()))
             # The heads of a group as rows of one matrix: broadcasting would copy the keys for each of them.
             rows = queries[:, :, :, part].flatten(2, 3)
-            scores = (rows @ self.keys.transpose(-1, -2)).unflatten(2, (queries.shape[2], -1))
+            scores = (rows @ self.keys[:, :, :seen].mT).unflatten(2, (queries.shape[2], -1))
             if self.scoring.softcap is not None:
                 scores = scores.tanh_().mul_(self.scoring.softcap)
-            hidden = self.positions[:, :, None, :] > at[:, None, part, None]
-            if self.held is not None:
-                hidden = hidden | ~self.held[:, :, None, :]
+            # Places without a token have positions beyond those of any query.
+            hidden = self.positions[:, :, None, :seen] > at[:, None, part, None]
             yield self._softmax(scores.masked_fill_(hidden[:, :, None], -torch.inf))
 
     def _softmax(self, scores: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ def choose(
         scores = scores.masked_fill(safe, torch.inf)
         # Token by token, so that of equal scores the newer one goes first whichever head it is of.
         by_token = scores.transpose(1, 2)
-        kept = _highest(by_token.flatten(1), quota * scores.shape[1]).view(by_token.shape).transpose(1, 2)
+        kept = safe | _highest(by_token.flatten(1), quota * scores.shape[1]).view(by_token.shape).transpose(1, 2)
     else:
         kept = _highest(scores, quota)
     return (kept | protected) & (scores > -torch.inf)

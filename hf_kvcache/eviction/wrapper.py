@@ -32,6 +32,10 @@ class Wrapper(Policy):
         return self.policy.needs_states
 
     @property
+    def needs_values(self) -> bool:  # type: ignore[override]
+        return self.policy.needs_values
+
+    @property
     def moves_sinks(self) -> bool:  # type: ignore[override]
         return self.policy.moves_sinks
 

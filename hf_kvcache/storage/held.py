@@ -82,10 +82,13 @@ class Held:
     def states(self, side: str) -> torch.Tensor:
         """Keys or values, float32 ``[b, Hkv, T, D]``, decoded; 0 where there is no token."""
         storage, used = self.storage, self.used
-        rows = torch.from_numpy(self.rows).to(storage.device)
-        dense = getattr(storage.dense, side)[rows, :, :used].float()
+        dense = getattr(storage.dense, side)[:, :, :used]
+        if len(self.rows) < storage.batch:
+            dense = dense[torch.from_numpy(self.rows).to(storage.device)]
         packed = self._decoded(side)
-        whole = dense if packed is None else torch.cat([dense, packed], 2)
+        if packed is None:  # all of it lies in the order of its tokens already
+            return dense.float()
+        whole = torch.cat([dense.float(), packed], 2)
         picked = whole.gather(2, self.index.unsqueeze(-1).expand(-1, -1, -1, whole.shape[-1]))
         return picked.masked_fill_(self._missing.unsqueeze(-1), 0)
 

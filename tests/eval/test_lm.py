@@ -46,6 +46,8 @@ def test_it_is_the_protocol_written_as_a_plain_loop(model: PreTrainedModel, spec
         with torch.inference_mode():
             if context[:-1]:
                 model(torch.tensor([context[:-1]]), past_key_values=cache)
+                if arm.kind.after_prefill:
+                    cache.compress()
             for token, target in zip([context[-1], *continuation], continuation, strict=False):
                 logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
                 total += logits.log_softmax(-1)[target].item()

@@ -1,18 +1,16 @@
-"""Prefill, compress, read: the reader against plain loops, and the arms that drop tokens."""
+"""Prefill, compress, read: the reader against plain loops, and the arms that evict."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.models.llama import modeling_llama
+from transformers import PreTrainedModel
 
 from hf_kvcache_eval.caches import Arm, held_bytes
-from hf_kvcache_eval.null_arms import DroppingCache
 from hf_kvcache_eval.protocol import Protocol, Reader
+from tests.eval.kept import kept
 from tests.families import VOCABULARY
 from tests.running import ROUNDING
 
@@ -104,7 +102,7 @@ def test_contexts_that_do_not_go_together_are_refused(model: PreTrainedModel) ->
     with pytest.raises(ValueError, match="apart"):
         reader(model, "full").prefill([[], [1]])
     with pytest.raises(ValueError, match="one at a time"):
-        reader(model, "window@8").prefill([[1], [2]])
+        reader(model, "hf-fp8").prefill([[1], [2]])
     one = reader(model, "full")
     one.prefill([[1, 2]])
     with pytest.raises(ValueError, match="counts"):
@@ -133,88 +131,69 @@ def test_generation_ends_before_a_stop_token(model: PreTrainedModel) -> None:
     assert stopped == words[: words.index(stop)]
 
 
-@pytest.mark.parametrize("spec", ["random@0.4", "window@12", "random@20", "window@0.3"])
-def test_a_dropping_arm_attends_to_the_kept_tokens_only(model: PreTrainedModel, spec: str) -> None:
-    """Against attention over all tokens with a mask that hides, head by head, what the arm dropped."""
-    (context, follow) = tokens(50, 5)
-    arm = Arm(spec)
-    cache = arm.make(model.config, SMALL)
-    dropped = Reader(model, cache, 1, rows=False)
-    dropped.prefill([context])
-    kept = [_positions(model, layer.keys, context, index) for index, layer in enumerate(cache.layers)]
-    budget = round(50 * arm.spec.budget) if arm.spec.budget < 1 else arm.spec.budget
-    for layer in kept:
-        for head in layer:
-            assert len(head) == budget and head == sorted(head)
-            assert head[:2] == [0, 1] and head[-2:] == [48, 49]
+@pytest.mark.parametrize("spec", ["random@0.4", "snapkv@0.4", "window@12", "random@20", "window@0.3", "ada-snapkv@0.4"])
+def test_an_evicting_arm_evicts_once_behind_the_prefill(model: PreTrainedModel, spec: str) -> None:
+    contexts, follow = tokens(50, 41), torch.tensor(tokens(5, 5))
+    evicting = reader(model, spec)
+    evicting.prefill(contexts)
+    cache, budget = evicting.caches[0], Arm(spec).spec.budget
+    before = kept(cache)
+    for layer in before:
+        for context, row in zip(contexts, layer, strict=True):
+            quota = round(len(context) * budget) if budget < 1 else budget
+            total = sum(len(head) for head in row)
+            assert total <= quota * len(row) and (spec.startswith("ada") or {len(head) for head in row} == {quota})
+    for layer in before:
+        for head in layer[0]:  # the longest row has no padding
+            assert head == sorted(head) and head[:2] == [0, 1] and head[-2:] == [48, 49]
             if spec.startswith("window"):
-                assert head == [0, 1, *range(52 - budget, 50)]
-    log_probs, _ = dropped.score(torch.tensor([follow[:-1]]), torch.tensor([follow[1:]]))
-    torch.testing.assert_close(log_probs[0], _by_hand(model, context, follow, kept), atol=ROUNDING, rtol=0)
+                assert head == [0, 1, *range(52 - len(head), 50)]
+    for _ in evicting.logits(follow):
+        pass
+    for layer, old in zip(kept(cache), before, strict=True):
+        for row, was in zip(layer, old, strict=True):
+            assert all(head == [*held, *range(50, 55)] for head, held in zip(row, was, strict=True))
 
 
-def _positions(model: PreTrainedModel, keys: torch.Tensor, context: list[int], layer: int) -> list[list[int]]:
-    """Which tokens of the context the kept keys ``[1, Hkv, kept, D]`` of a layer are, found by looking them up."""
-    full = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(torch.tensor([context]), past_key_values=full)
-    every = full.layers[layer].keys[0]
-    return [torch.cdist(held, whole).argmin(-1).tolist() for held, whole in zip(keys[0], every, strict=True)]
+def test_an_evicted_cache_is_read(model: PreTrainedModel) -> None:
+    (context, follow) = tokens(60, 6)
+    scores = {}
+    for spec in ("full", "keepall@0.5", "random@0.3", "window@0.3"):
+        one = reader(model, spec)
+        one.prefill([context])
+        scores[spec] = one.score(torch.tensor([follow[:-1]]), torch.tensor([follow[1:]]))[0]
+    torch.testing.assert_close(scores["keepall@0.5"], scores["full"], atol=ROUNDING, rtol=0)
+    for spec in ("random@0.3", "window@0.3"):
+        assert (scores["full"] - scores[spec]).abs().max() > 0.01, spec
 
 
-def _by_hand(
-    model: PreTrainedModel, context: list[int], follow: list[int], kept: list[list[list[int]]]
-) -> torch.Tensor:
-    """Log-probabilities of ``follow[1:]`` by eager decoding over all tokens, the dropped ones' keys set to NaN."""
-    full = DynamicCache(config=model.config)
-    out = []
-    model.set_attn_implementation("eager")
-    with torch.inference_mode():
-        model(torch.tensor([context]), past_key_values=full)
-        for index, layer in enumerate(full.layers):
-            for head, positions in enumerate(kept[index]):
-                gone = torch.ones(len(context), dtype=torch.bool)
-                gone[positions] = False
-                layer.keys[0, head, gone] = float("nan")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(modeling_llama, "eager_attention_forward", _attention_without_nan)
-            for token, target in pairwise(follow):
-                logits = model(torch.tensor([[token]]), past_key_values=full).logits[0, -1]
-                out.append(logits.log_softmax(-1)[target])
-    model.set_attn_implementation("sdpa")
-    return torch.stack(out)
-
-
-def _attention_without_nan(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One query's attention that gives no weight to keys of NaN."""
-    key = modeling_llama.repeat_kv(key, module.num_key_value_groups)
-    value = modeling_llama.repeat_kv(value, module.num_key_value_groups)
-    scores = (query @ key.transpose(2, 3)) * scaling
-    weights = scores.masked_fill(scores.isnan(), float("-inf")).softmax(-1)
-    return (weights @ value).transpose(1, 2), weights
-
-
-def test_random_arms_draw_by_seed_and_by_head(model: PreTrainedModel) -> None:
+def test_random_arms_draw_by_the_seed_of_the_protocol(model: PreTrainedModel) -> None:
     (context,) = tokens(60)
 
-    def kept(seed: int) -> list[torch.Tensor]:
-        cache = DroppingCache(model.config, 20, Protocol(sink_length=2, tail_length=4, seed=seed), at_random=True)
-        Reader(model, cache, rows=False).prefill([context])
-        return [layer.keys for layer in cache.layers]
+    def drawn(seed: int) -> Any:
+        cache = Arm("random@20").make(model.config, Protocol(sink_length=2, tail_length=4, seed=seed))
+        Reader(model, cache).prefill([context])
+        return kept(cache)
 
-    same, other = kept(0), kept(1)
-    assert all(torch.equal(a, b) for a, b in zip(same, kept(0), strict=True))
-    assert not torch.equal(same[0], other[0])
-    positions = _positions(model, same[0], context, 0)
-    assert len(positions) > 1 and positions[0] != positions[1]
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+@pytest.mark.parametrize("spec", ["full", "int4"])
+@pytest.mark.parametrize("block", [2, 5, 16])
+def test_skipped_logits_are_not_made_and_the_others_are_the_same(model: PreTrainedModel, spec: str, block: int) -> None:
+    (context, follow) = tokens(40, 9)
+    every, last = (reader(model, spec, block) for _ in range(2))
+    for one in (every, last):
+        one.prefill([context])
+    whole = torch.cat(list(every.logits(torch.tensor([follow]))), 1)
+    part = torch.cat(list(last.logits(torch.tensor([follow]), skip=4)), 1)
+    torch.testing.assert_close(part, whole[:, 4:], atol=ROUNDING, rtol=0)
+    targets = torch.tensor([follow[-3:]])
+    again = reader(model, spec, block)
+    again.prefill([context])
+    log_probs, _ = again.score(torch.tensor([follow]), targets)
+    wanted = whole[:, -3:].log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    torch.testing.assert_close(log_probs, wanted, atol=ROUNDING, rtol=0)
 
 
 def test_bytes_are_those_of_the_tensors_held(model: PreTrainedModel) -> None:

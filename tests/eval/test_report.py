@@ -12,10 +12,11 @@ from matplotlib.image import imread
 
 from hf_kvcache_eval.cells import Cell, Memory, Metric, Series, Store
 from hf_kvcache_eval.report import write_report
+from hf_kvcache_eval.report.budgets import budget_sections, budget_table
 from hf_kvcache_eval.report.curves import choice
 from hf_kvcache_eval.report.headline import headline_table
 from hf_kvcache_eval.report.load import load
-from hf_kvcache_eval.report.names import TaskName, family, is_full, is_noise_floor, is_null
+from hf_kvcache_eval.report.names import TaskName, family, is_full, is_noise_floor, is_null, kept_share
 from hf_kvcache_eval.statistics import mean_metric
 
 #: Mean KL and share of bf16's bytes.
@@ -301,3 +302,54 @@ def test_task_names_have_parts() -> None:
     assert TaskName.of("needle@1024:aware") == TaskName("needle@1024:aware", "needle", 1024, "aware")
     assert TaskName.of("quote@512").length == 512 and TaskName.of("arc_easy").base == "arc_easy"
     assert TaskName.of("x@y").length is None
+
+
+@pytest.mark.parametrize(
+    ("cache", "found"),
+    [
+        ("snapkv@0.3", ("snapkv", 0.3)),
+        ("ada-snapkv@0.3+int4:window=8", ("ada-snapkv+int4:window=8", 0.3)),
+        ("snapkv@512", None),
+        ("int4", None),
+        ("not a spec", None),
+    ],
+)
+def test_the_share_that_is_kept_is_in_the_name(cache: str, found: tuple[str, float] | None) -> None:
+    assert kept_share(cache) == found
+
+
+def evictions(folder: Path) -> None:
+    """One task on which ``good`` beats ``random``, ``as-random`` does not, and ``bad`` falls behind it."""
+    generator = random.Random(1)
+    hard = [generator.random() for _ in range(40)]
+    easy = {"full": 0.95, "good": 0.8, "random": 0.3, "bad": 0.05}
+    store = Store(folder)
+    for policy, bar in easy.items():
+        for share in (0.5, 0.2) if policy != "full" else (None,):
+            hits = [float(x < bar * (share or 1) ** 0.1) for x in hard]
+            cell = Cell(f"{policy}@{share}" if share else policy, "needle@1024:forced")
+            store.write(Cell(cell.cache, cell.task, metrics={"exact": mean_metric(hits, True, "share")}, **COMMON), {})
+
+
+def test_policies_stand_in_a_table_by_what_they_keep(tmp_path: Path) -> None:
+    evictions(tmp_path)
+    found = load(tmp_path)
+    (task,) = found.tasks
+    assert [name.text for name in found.retrieval] == ["needle@1024:forced"]
+    table = budget_table(found, task, "exact", [0.5, 0.2])
+    assert table.header == ["policy", "50 %", "20 %"]
+    assert [row[0].text for row in table.rows] == ["`full`", "`good`", "`random` (null arm)", "`bad`"]
+    full, good, null, bad = table.rows
+    assert full[1].text == full[2].text and full[1].mark == "reference"
+    assert {entry.mark for entry in good[1:]} == {"better"} and not good[1].text.endswith(("=", "<"))
+    assert {entry.mark for entry in bad[1:]} == {"worse"} and bad[1].text.endswith(" <")
+    assert {entry.mark for entry in null[1:]} == {""}
+    text = write_report(tmp_path)[0].read_text()
+    assert "## By what is kept" in text and "### needle@1024:forced: exact" in text
+
+
+def test_a_comparison_without_shares_has_no_such_table(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for cache in ("full", "int4", "random@0.3"):
+        store.write(fidelity(cache), {})
+    assert budget_sections(load(tmp_path)) == []

@@ -13,7 +13,7 @@ from hf_kvcache_eval.caches import Arm
 from hf_kvcache_eval.protocol import Reader
 from hf_kvcache_eval.retrieval import RetrievalTask, samples
 from hf_kvcache_eval.retrieval.prompts import Prompt, batches, tokenized
-from hf_kvcache_eval.retrieval.task import recall_of
+from hf_kvcache_eval.retrieval.task import recall_of, scores_of
 from hf_kvcache_eval.task import Bench
 from tests.eval.retrieval_toys import bench, tokenizer
 
@@ -38,6 +38,8 @@ def nll(shared: Bench, arm: str, query_aware: bool = False, batch: int = 3) -> l
 def test_names() -> None:
     assert task("needle").name == "needle@300"
     assert task("needle", query_aware=True).name == "needle@300:aware"
+    assert RetrievalTask("needle", 300, forced=True).name == "needle@300:forced"
+    assert RetrievalTask("needle", 300, query_aware=True, forced=True).name == "needle@300:aware:forced"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_runs(shared: Bench, kind: str, arm: str, query_aware: bool) -> None:
     shares: list[float] = []
     shared.advance = shares.append
     outcome = task(kind, query_aware, batch=2, count=3).run(shared, Arm(arm))
-    assert list(outcome.metrics) == (["nll", "greedy"] if kind == "quote" else ["recall"])
+    assert list(outcome.metrics) == (["nll", "exact", "greedy"] if kind == "quote" else ["recall"])
     assert all(len(metric.samples) == 3 for metric in outcome.metrics.values())
     assert outcome.metrics["nll" if kind == "quote" else "recall"].higher_is_better == (kind != "quote")
     assert shares == sorted(shares) and shares[-1] == 1
@@ -114,6 +116,39 @@ def test_nll_is_that_of_one_forward_pass(shared: Bench) -> None:
         log_probs = logits[-len(answer) - 1 : -1].log_softmax(-1)
         wanted.append(-log_probs.gather(1, answer[:, None]).mean().item())
     assert nll(shared, "full") == pytest.approx(wanted, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("arm", ["full", "window@30", "h2o@0.3"])
+@pytest.mark.parametrize("query_aware", [False, True])
+def test_a_given_answer_in_one_block_scores_as_token_by_token(shared: Bench, arm: str, query_aware: bool) -> None:
+    """Where nothing is packed: neither is what one block read in full precision."""
+    forced = RetrievalTask("quote", LENGTH, 5, query_aware, 3, forced=True).run(shared, Arm(arm)).metrics
+    assert forced["nll"].samples == pytest.approx(nll(shared, arm, query_aware), abs=ROUNDING)
+
+
+def test_a_given_answer_is_exact_where_every_token_would_have_been_chosen(shared: Bench) -> None:
+    forced = RetrievalTask("needle", LENGTH, 6, forced=True, batch=4)
+    assert "every token of the answer" in forced._what()
+    found = forced.run(shared, Arm("full")).metrics
+    assert list(found) == ["exact", "nll", "greedy"]
+    model, exact, log_probs = shared.model(), [], []
+    for sample in samples("needle", LENGTH, 6, 0, tokenizer()):
+        prompt = tokenized(sample, tokenizer(), literal=False, query_aware=False)
+        ids, answer = prompt.prefilled + prompt.asked + prompt.answer, torch.tensor(prompt.answer)
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids]), past_key_values=DynamicCache(config=model.config)).logits[0]
+        said = logits[-len(answer) - 1 : -1]
+        exact.append(float((said.argmax(-1) == answer).all()))
+        log_probs.append(-said.log_softmax(-1).gather(1, answer[:, None]).mean().item())
+    assert found["exact"].samples == exact
+    assert found["nll"].samples == pytest.approx(log_probs, abs=ROUNDING)
+
+
+def test_scores_of_an_answer() -> None:
+    log_probs = torch.tensor([-1.0, -2.0, -3.0])
+    scores = scores_of(log_probs, torch.tensor([True, True, False]))
+    assert scores == {"exact": 0.0, "nll": pytest.approx(2.0), "greedy": pytest.approx(2 / 3)}
+    assert scores_of(log_probs, torch.ones(3, dtype=torch.bool))["exact"] == 1.0
 
 
 @pytest.mark.parametrize("arm", ["full", "window@8"])

@@ -13,11 +13,14 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from hf_kvcache import codecs
+from hf_kvcache.eviction import registry
 from hf_kvcache_eval import cli, runner, suites
 from hf_kvcache_eval.caches import Arm
 from hf_kvcache_eval.cells import Cell, Metric, Store
 from hf_kvcache_eval.fidelity import Fidelity
+from hf_kvcache_eval.prefills import Prefills
 from hf_kvcache_eval.protocol import Protocol
+from hf_kvcache_eval.retrieval import RetrievalTask
 from hf_kvcache_eval.runner import Comparison
 from hf_kvcache_eval.suites import Entry
 from hf_kvcache_eval.task import Bench, Outcome, Task
@@ -85,6 +88,35 @@ def test_finished_cells_are_not_measured_again(comparison: Comparison, monkeypat
     before = runner.run(comparison, CONSOLE)
     monkeypatch.setattr(Fidelity, "run", lambda *args: pytest.fail("measured again"))
     assert [cell.to_json() for cell in runner.run(comparison, CONSOLE)] == [cell.to_json() for cell in before]
+
+
+def test_a_setting_that_came_later_had_its_default_before(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.run(comparison, CONSOLE)
+    for path in (comparison.out / "cells").iterdir():
+        cell = json.loads(path.read_text())
+        del cell["protocol"]["settings"]["batch"]
+        path.write_text(json.dumps(cell))
+    count: list[Arm] = []
+    run = Fidelity.run
+    monkeypatch.setattr(Fidelity, "run", lambda self, bench, arm: count.append(arm) or run(self, bench, arm))
+    use(monkeypatch, ("fidelity@48", Entry(replace(SMALL, batch=Fidelity.batch))))
+    runner.run(comparison, CONSOLE)
+    assert not count
+    use(monkeypatch, ("fidelity@48", Entry(SMALL)))
+    runner.run(comparison, CONSOLE)
+    assert len(count) == 2
+
+
+@pytest.mark.parametrize(("caches", "kept"), [(["full", "int4", "zip9"], False), (["zip9", "snapkv@0.3"], True)])
+def test_queries_are_kept_where_some_cache_evicts(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch, caches: list[str], kept: bool
+) -> None:
+    made: list[bool] = []
+    monkeypatch.setattr(runner, "Prefills", lambda queries: made.append(queries) or Prefills(queries))
+    runner.run(replace(comparison, caches=caches), CONSOLE)
+    assert made == [kept]
 
 
 @pytest.mark.parametrize(
@@ -201,8 +233,27 @@ def test_every_task_and_cache_of_a_suite_is_known(name: str) -> None:
     assert set(codecs.specs()) <= set(suites.caches("standard"))
 
 
+def test_the_suite_of_evictions_has_every_policy_at_every_share() -> None:
+    specs = set(suites.caches("eviction"))
+    assert {f"{policy}@{share}" for policy in registry.available() for share in suites.SHARES} - specs == {
+        f"keepall@{share}" for share in suites.SHARES
+    }
+    assert {"full", "ada-snapkv@0.1", "critical-snapkv@0.5", "random@0.3"} <= specs
+    for _, entry in suites.suite("eviction"):
+        assert isinstance(entry, Entry) and entry.protocol == {"tail_length": 32, "page_size": 64, "block": 64}
+
+
+@pytest.mark.parametrize("modes", ["", ":aware", ":forced", ":aware:forced"])
+def test_modes_of_a_task_are_those_of_its_name(modes: str) -> None:
+    ((_, entry),) = suites.suite("quick", f"needle@512{modes}")
+    assert isinstance(entry, Entry) and isinstance(entry.task, RetrievalTask)
+    assert entry.task.name == f"needle@512{modes}"
+    assert (entry.task.query_aware, entry.task.forced) == ("aware" in modes, "forced" in modes)
+
+
 @pytest.mark.parametrize(
-    "word", ["fidelity", "fidelity@x", "speed@100:aware", "needle", "needle@512:loud", "@5", "a b"]
+    "word",
+    ["fidelity", "fidelity@x", "speed@100:aware", "needle", "needle@512:loud", "needle@512:forced:aware", "@5", "a b"],
 )
 def test_an_unknown_task_is_an_error_in_its_place(word: str) -> None:
     (found,) = suites.suite("quick", word.replace(" ", "%"))

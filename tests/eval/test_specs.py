@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_kvcache import KVCache, codecs
+from hf_kvcache import HeavyHitterCache, KVCache, codecs
+from hf_kvcache.eviction import registry
 from hf_kvcache_eval.caches import Arm, kinds
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.specs import parse, split
@@ -56,10 +57,14 @@ def test_an_empty_list_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("snapkv", "no cache 'snapkv'; accepted: full"),
+        ("zip", "no cache 'zip'; accepted: full.*snapkv.*eviction policies with .*ada-.* in front"),
+        ("ada-zip@0.3", "no cache 'ada-zip'"),
+        ("snapkv-ada@0.3", "no cache 'snapkv-ada'"),
+        ("ada@0.3", "no cache 'ada'"),
         ("random", "needs"),
+        ("ada-snapkv", "needs"),
         ("int4@0.3", "takes no budget"),
-        ("random@0.3+int4", "takes no codec"),
+        ("int4+int8", "takes no codec"),
         ("full:dtype=int7", "accepted: float32, bfloat16"),
     ],
 )
@@ -68,14 +73,53 @@ def test_an_arm_says_what_is_wrong_with_its_spec(text: str, complaint: str) -> N
         Arm(text)
 
 
-@pytest.mark.parametrize("text", ["full:bits=4", "window@8:x=1", "hf-fp8:x=1"])
+@pytest.mark.parametrize("text", ["full:bits=4", "window@8:x=1", "ada-snapkv@0.3:x=1", "hf-fp8:x=1"])
 def test_options_that_a_cache_does_not_have_are_refused(text: str, model: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="no option"):
+    with pytest.raises((ValueError, TypeError), match="no option"):
         Arm(text).make(model.config, Protocol())
 
 
 def test_every_codec_is_an_arm() -> None:
     assert set(codecs.specs()) | set(codecs.available()) <= set(kinds())
+
+
+def test_every_policy_is_an_arm_and_every_wrapper_goes_in_front() -> None:
+    for policy in registry.available():
+        for name in (policy, *(f"{wrapper}-{policy}" for wrapper in registry.wrappers())):
+            kind = Arm(f"{name}@0.3+int4").kind
+            assert kind.rows and kind.budget and kind.after_prefill and kind.shares_prefill and kind.queries
+    assert not Arm("int4").kind.queries
+
+
+@pytest.mark.parametrize(
+    ("text", "policy", "budget", "sinks", "tail", "page"),
+    [
+        ("snapkv@0.3", "snapkv", 0.3, 4, 32, 64),
+        ("window@0.3", "streaming", 0.3, 4, 32, 64),
+        ("ada-window@1024", "ada", 1024, 4, 32, 64),
+        ("window@8", "streaming", 8, 4, 4, 64),
+        ("random@3", "random", 3, 3, 0, 64),
+        ("keydiff@0.2:tail_length=128;page_size=32", "keydiff", 0.2, 4, 128, 32),
+    ],
+)
+def test_an_evicting_arm_has_the_protocols_sinks_and_a_short_tail(
+    model: PreTrainedModel, text: str, policy: str, budget: float, sinks: int, tail: int, page: int
+) -> None:
+    cache = Arm(text).make(model.config, Protocol())
+    eviction = cache.options.eviction
+    assert isinstance(cache, HeavyHitterCache) and eviction is not None
+    assert (eviction.policy.name, eviction.budget.amount) == (policy, budget)
+    assert (cache.options.sink_length, cache.options.tail_length, cache.options.page_size) == (sinks, tail, page)
+    assert eviction.evict_prefill is None and eviction.interval is None
+
+
+def test_the_spec_says_how_and_when_an_arm_evicts(model: PreTrainedModel) -> None:
+    protocol = Protocol(sink_length=2, tail_length=8, page_size=16, seed=3)
+    cache = Arm("snapkv@0.3+unbiased4:window=16;interval=64;evict_prefill=end").make(model.config, protocol)
+    eviction = cache.options.eviction
+    assert cache.codec.name == "unbiased" and eviction.policy.window == 16 and eviction.seed == 3
+    assert (eviction.interval, eviction.evict_prefill) == (64, "end")
+    assert (cache.options.sink_length, cache.options.tail_length, cache.options.page_size) == (2, 8, 16)
 
 
 def test_an_arm_follows_the_protocol_and_its_own_options(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""One attention layer that evicts, with given queries, keys and values, so that what it keeps can be compared exactly."""
+"""One attention layer that evicts, with given queries, keys and values: what it keeps can be compared exactly."""
 
 from __future__ import annotations
 

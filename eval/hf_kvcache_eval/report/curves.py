@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from hf_kvcache_eval.cells import Series
 from hf_kvcache_eval.report.compare import LOSSLESS, pareto_front
 from hf_kvcache_eval.report.document import Picture, code
-from hf_kvcache_eval.report.load import Comparison
+from hf_kvcache_eval.report.load import FOUND, Comparison
 from hf_kvcache_eval.report.names import FULL, TaskName, is_full, is_noise_floor, is_null
 from hf_kvcache_eval.report.style import Style, figure, log_ticks, save
 
@@ -123,7 +123,7 @@ def _panel(plot: Any, found: Comparison, tasks: Sequence[TaskName], caches: Sequ
         )
     first = tasks[0]
     headline = found.headline_name(first.text) or ""
-    if headline == "recall":
+    if headline in FOUND:
         plot.set_ylim(-0.05, 1.05)
     elif _spread(found, tasks, caches) > _WIDE:
         plot.set_yscale("log")

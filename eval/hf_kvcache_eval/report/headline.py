@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hf_kvcache_eval.cells import Memory, Metric
 from hf_kvcache_eval.report.document import BLANK, Block, Entry, Heading, Table, Text, code
 from hf_kvcache_eval.report.formats import metric_entry, number, percent
-from hf_kvcache_eval.report.load import Comparison
+from hf_kvcache_eval.report.load import FOUND, Comparison
 from hf_kvcache_eval.report.names import TaskName, is_full, is_noise_floor, is_null
 
 #: Fidelity columns after the mean KL.
@@ -74,8 +74,13 @@ def _groups(found: Comparison) -> dict[str, list[TaskName]]:
     retrieval, language = found.retrieval, [task for task in found.language if _is_accuracy(found, task)]
     return {
         "quote NLL": found.quotes,
-        "recall": [task for task in retrieval if not task.aware],
-        "recall, aware": [task for task in retrieval if task.aware],
+        **{
+            f"{metric}{', aware' if aware else ''}": [
+                task for task in retrieval if task.aware == aware and found.headline_name(task.text) == metric
+            ]
+            for metric in FOUND
+            for aware in (False, True)
+        },
         "accuracy": language,
     }
 

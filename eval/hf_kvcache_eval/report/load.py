@@ -12,7 +12,10 @@ from typing import Any
 from hf_kvcache_eval.cells import Cell, Memory, Metric, Store
 from hf_kvcache_eval.report.names import TaskName, is_full, is_noise_floor
 
-FIDELITY, SPEED, QUOTE = "fidelity", "speed", "quote"
+FIDELITY, SPEED = "fidelity", "speed"
+QUOTES = ("quote", "longctx_quote")
+#: Headline metrics of tasks that look for something in the context.
+FOUND = ("recall", "exact")
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,12 @@ class Comparison:
     @property
     def quotes(self) -> list[TaskName]:
         """Quotation tasks."""
-        return [task for task in self.tasks if task.base == QUOTE]
+        return [task for task in self.tasks if task.base in QUOTES]
 
     @property
     def retrieval(self) -> list[TaskName]:
-        """Tasks that look for strings: their headline metric is ``recall``."""
-        return [task for task in self.tasks if self.headline_name(task.text) == "recall"]
+        """Tasks that look for strings: their headline metric is ``recall``, or ``exact`` where the answer is given."""
+        return [task for task in self.tasks if self.headline_name(task.text) in FOUND]
 
     @property
     def language(self) -> list[TaskName]:

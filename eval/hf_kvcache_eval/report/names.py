@@ -9,7 +9,7 @@ from hf_kvcache_eval.specs import parse
 
 FULL = "full"
 #: Arms that lose tokens without looking at them: what every method has to beat.
-NULL_ARMS = ("random", "window")
+NULL_ARMS = ("random", "window", "streaming")
 
 
 def family(cache: str) -> str:
@@ -32,6 +32,20 @@ def is_null(cache: str) -> bool:
     return _name(cache) in NULL_ARMS
 
 
+def kept_share(cache: str) -> tuple[str, float] | None:
+    """What evicts, and the share of the tokens it keeps; None for caches without such a budget.
+
+    A codec and options belong to the first: ``"snapkv@0.3+int4"`` is ``("snapkv+int4", 0.3)``.
+    """
+    try:
+        spec = parse(cache)
+    except ValueError:
+        return None
+    if spec.budget is None or spec.budget >= 1:
+        return None
+    return cache.replace(f"@{cache.partition('@')[2].partition('+')[0].partition(':')[0]}", "", 1), spec.budget
+
+
 @dataclass(frozen=True)
 class TaskName:
     """A task's name in parts: ``base@length:variant``.
@@ -40,7 +54,8 @@ class TaskName:
         text: the whole name.
         base: what is asked.
         length: tokens of the context; None where the name says none.
-        variant: behind the colon: ``"aware"`` where the question stands in the compressed context.
+        variant: behind the colon: ``"aware"`` where the question stands in the compressed context, ``"forced"`` where
+            the answer is given; both as ``"aware:forced"``.
     """
 
     text: str
@@ -59,7 +74,7 @@ class TaskName:
     @property
     def aware(self) -> bool:
         """Whether the question stands in the compressed context."""
-        return self.variant == "aware"
+        return "aware" in self.variant.split(":")
 
     @property
     def order(self) -> tuple[str, str, int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hf_kvcache_eval.report import markdown, page
 from hf_kvcache_eval.report.bars import task_bars
+from hf_kvcache_eval.report.budgets import budget_sections
 from hf_kvcache_eval.report.curves import by_distance, by_length
 from hf_kvcache_eval.report.document import Block, Heading, Picture
 from hf_kvcache_eval.report.header import failures, header, how_to_read, title
@@ -14,6 +15,9 @@ from hf_kvcache_eval.report.load import Comparison, load
 from hf_kvcache_eval.report.scatter import against_bytes, against_time
 from hf_kvcache_eval.report.style import settings, styles
 from hf_kvcache_eval.report.tasktables import speed_section, task_sections
+
+#: More caches than this cannot be told apart in a picture.
+_PICTURED = 60
 
 
 def write_report(folder: Path, out: Path | None = None) -> list[Path]:
@@ -33,8 +37,8 @@ def write_report(folder: Path, out: Path | None = None) -> list[Path]:
     out = out or folder
     out.mkdir(parents=True, exist_ok=True)
     with settings():
-        shown = pictures(found, out)
-    blocks = [*header(found), *headline(found)]
+        shown = pictures(found, out) if len(found.caches) <= _PICTURED else []
+    blocks = [*header(found), *budget_sections(found), *headline(found)]
     blocks += [Heading(2, "Pictures"), *shown] if shown else []
     blocks += [*speed_section(found), *task_sections(found), *failures(found), *how_to_read()]
     files = _texts(blocks, out, title(found))

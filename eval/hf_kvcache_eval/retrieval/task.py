@@ -38,6 +38,9 @@ class RetrievalTask(Task):
         query_aware: the question is in the cache before it is compressed, but for its last token; otherwise it is
             decoded through the compressed cache.
         batch: samples decoded together.
+        forced: the answer is given token by token instead of generated, and question and answer are decoded in one
+            block: a fraction of the time. Within that block tokens see each other in full precision, as they would in
+            the tail.
 
     Raises:
         ValueError: naming the argument.
@@ -48,6 +51,7 @@ class RetrievalTask(Task):
     samples: int = 16
     query_aware: bool = False
     batch: int = 4
+    forced: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in (accepted := [*kinds(), *ready.KINDS]):
@@ -57,12 +61,17 @@ class RetrievalTask(Task):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"{self.kind}@{self.length}{':aware' if self.query_aware else ''}"
+        return f"{self.kind}@{self.length}{':aware' if self.query_aware else ''}{':forced' if self.forced else ''}"
 
     @property
     def literal(self) -> bool:
         """Whether the answer is scored token by token, as a continuation."""
         return self.kind == "longctx_quote" if self.kind in ready.KINDS else kinds()[self.kind].literal
+
+    @property
+    def scored(self) -> bool:
+        """Whether the answer is given and scored, instead of generated."""
+        return self.literal or self.forced
 
     def run(self, bench: Bench, arm: Arm) -> Outcome:
         prompts, text = self.prompts(bench)
@@ -70,11 +79,11 @@ class RetrievalTask(Task):
         asking.check_fits(max(prompt.tokens for prompt in prompts))
         found: dict[int, dict[str, float]] = {}
         for rows in batches(prompts, self.batch if arm.kind.rows else 1):
-            scores = asking.score(rows) if self.literal else asking.recall(rows)
+            scores = asking.score(rows, self.forced) if self.scored else asking.recall(rows)
             found.update(zip((prompt.sample.index for prompt in rows), scores, strict=True))
             bench.advance(len(found) / len(prompts))
         return Outcome(
-            metrics=metrics_of([found[prompt.sample.index] for prompt in prompts]),
+            metrics=metrics_of([found[prompt.sample.index] for prompt in prompts], "nll" if self.literal else None),
             memory=asking.memory,
             protocol={
                 "kind": self.kind,
@@ -108,8 +117,15 @@ class RetrievalTask(Task):
     def _what(self) -> str:
         what = "a ready set" if self.kind in ready.KINDS else kinds()[self.kind].what
         order = "compressed with the question" if self.query_aware else "compressed before the question is read"
-        scored = "nats per token of the answer" if self.literal else "share of the answers in a greedy output"
-        return f"{what}; {order}; {scored}"
+        return f"{what}; {order}; {self._how()}"
+
+    def _how(self) -> str:
+        """What the headline metric is."""
+        if self.literal:
+            return "nats per token of the answer"
+        if self.forced:
+            return "share of the samples of which every token of the answer is the likeliest, given those before it"
+        return "share of the answers in a greedy output"
 
 
 class Asking:
@@ -143,26 +159,29 @@ class Asking:
         tokenized = self.bench.tokenizer(answers, add_special_tokens=False)["input_ids"]
         return max(map(len, tokenized)) + _MORE
 
-    def score(self, rows: Sequence[Prompt]) -> list[dict[str, float]]:
-        """Teacher forcing; mean NLL of the answers' tokens, and the share that greedy decoding would have chosen."""
+    def score(self, rows: Sequence[Prompt], at_once: bool = False) -> list[dict[str, float]]:
+        """Teacher forcing: the scores of each row's answer, as in :func:`scores_of`.
+
+        Args:
+            rows: prompts that ask equally many tokens.
+            at_once: decode question and answer in one block; otherwise the answer token by token.
+        """
         reader = self._prefilled(rows)
         started = time.perf_counter()
         asked, width = _asked(rows), max(len(prompt.answer) for prompt in rows)
         # What follows a row's own answer is decoded after it, hence changes nothing, and is not counted.
         answers = torch.tensor([prompt.answer + [0] * (width - len(prompt.answer)) for prompt in rows])
-        if asked.shape[1] > 1:
-            for _ in reader.logits(asked[:, :-1]):
-                pass
-        reader.block = 1
-        log_probs, greedy = reader.score(torch.cat([asked[:, -1:], answers[:, :-1]], 1), answers)
+        tokens, before = torch.cat([asked, answers[:, :-1]], 1), asked.shape[1] - 1
+        if at_once:
+            reader.block = tokens.shape[1]
+        else:
+            if before:
+                next(reader.logits(tokens[:, :before], skip=before), None)
+            reader.block, tokens = 1, tokens[:, before:]
+        log_probs, greedy = reader.score(tokens, answers)
         self.timing["decode_seconds"] += time.perf_counter() - started
-        return [
-            {
-                "nll": -log_probs[row, : len(prompt.answer)].mean().item(),
-                "greedy": greedy[row, : len(prompt.answer)].double().mean().item(),
-            }
-            for row, prompt in enumerate(rows)
-        ]
+        sizes = [len(prompt.answer) for prompt in rows]
+        return [scores_of(log_probs[row, :size], greedy[row, :size]) for row, size in enumerate(sizes)]
 
     def _prefilled(self, rows: Sequence[Prompt]) -> Reader:
         reader = self.bench.reader(self.arm)
@@ -191,10 +210,23 @@ def _asked(rows: Sequence[Prompt]) -> torch.Tensor:
     return torch.tensor([prompt.asked for prompt in rows])
 
 
-def metrics_of(found: Sequence[dict[str, float]]) -> dict[str, Metric]:
-    """The metrics of a task from the scores of its samples: ``recall``, or ``nll`` and ``greedy``."""
+def scores_of(log_probs: torch.Tensor, greedy: torch.Tensor) -> dict[str, float]:
+    """The scores of an answer of ``n`` tokens from their log-probabilities and whether each was the likeliest, ``[n]``.
+
+    Returns:
+        ``exact``: 1 if all were the likeliest, else 0; ``nll``: the mean, in nats; ``greedy``: the share that were.
+    """
+    return {
+        "exact": float(greedy.all()),
+        "nll": -log_probs.mean().item(),
+        "greedy": greedy.double().mean().item(),
+    }
+
+
+def metrics_of(found: Sequence[dict[str, float]], headline: str | None = None) -> dict[str, Metric]:
+    """The metrics of a task from the scores of its samples; ``headline`` first, else in the scores' order."""
     unit = {"nll": "nats"}
     return {
         name: mean_metric([scores[name] for scores in found], name != "nll", unit.get(name, "share"))
-        for name in found[0]
+        for name in sorted(found[0], key=lambda name: name != headline)
     }

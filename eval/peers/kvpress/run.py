@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -29,7 +30,7 @@ from hf_kvcache_eval.cli import data_folder
 from hf_kvcache_eval.fidelity import full_bytes
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.retrieval.prompts import Prompt
-from hf_kvcache_eval.retrieval.task import Asking, RetrievalTask, metrics_of, recall_of
+from hf_kvcache_eval.retrieval.task import Asking, RetrievalTask, metrics_of, recall_of, scores_of
 from hf_kvcache_eval.runner import model_name
 from hf_kvcache_eval.specs import parse, split
 from hf_kvcache_eval.suites import Entry, suite
@@ -80,7 +81,7 @@ class Peer:
         return Cell(
             cache=f"kvpress-{press}",
             task=task.name,
-            metrics=metrics_of(self._scores(task, prompts, answers)),
+            metrics=metrics_of(self._scores(task, prompts, answers), "nll" if task.literal else None),
             memory=Memory(tokens, sum(answer["bytes"] for answer in answers), full),
             protocol={**asdict(self.protocol), "settings": asdict(task), "what": f"{KVPRESS} in its own environment"},
             model={"name": model_name(self.args.model), "dtype": "float32"},
@@ -93,7 +94,8 @@ class Peer:
     def _records(self, task: RetrievalTask, prompts: list[Prompt]) -> list[dict[str, Any]]:
         """What the worker needs to know of the prompts."""
         asking = Asking(self.bench, Arm("full"))
-        shared = {"kind": "score" if task.literal else "recall", "stop": sorted(asking.stop())}
+        kind = "force" if task.forced else "score" if task.literal else "recall"
+        shared = {"kind": kind, "stop": sorted(asking.stop())}
         return [
             {
                 **shared,
@@ -117,14 +119,8 @@ class Peer:
         self, task: RetrievalTask, prompts: list[Prompt], answers: list[dict[str, Any]]
     ) -> list[dict[str, float]]:
         """Each sample's scores, as for our caches."""
-        if task.literal:
-            return [
-                {
-                    "nll": -sum(answer["log_probs"]) / len(answer["log_probs"]),
-                    "greedy": sum(answer["greedy"]) / len(answer["greedy"]),
-                }
-                for answer in answers
-            ]
+        if task.scored:
+            return [scores_of(torch.tensor(answer["log_probs"]), torch.tensor(answer["greedy"])) for answer in answers]
         outputs = [answer["output"] for answer in answers]
         texts = self.bench.tokenizer.batch_decode(outputs, skip_special_tokens=True)
         return [{"recall": recall_of(prompt.sample.answers, text)} for prompt, text in zip(prompts, texts, strict=True)]

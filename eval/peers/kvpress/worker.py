@@ -26,8 +26,13 @@ PRESSES = {
     "expected": kvpress.ExpectedAttentionPress,
     "streaming": kvpress.StreamingLLMPress,
     "tova": kvpress.TOVAPress,
+    "lagkv": kvpress.LagKVPress,
+    "compactor": kvpress.CompactorPress,
+    "kvzip": kvpress.KVzipPress,
     "random": kvpress.RandomPress,
 }
+#: Presses around another.
+WRAPPERS = {"ada": kvpress.AdaKVPress, "critical": kvpress.CriticalKVPress}
 
 
 class Reading:
@@ -61,7 +66,7 @@ def answer(model: Any, press: Any, prompt: dict[str, Any], block: int) -> dict[s
     """What the press says to one prompt, by the prompt's kind."""
     reading = Reading(model, press, prompt["prefilled"], block)
     found: dict[str, Any] = {"bytes": reading.bytes}
-    return found | {"recall": _generate, "score": _score}[prompt["kind"]](reading, prompt)
+    return found | {"recall": _generate, "score": _score, "force": _force}[prompt["kind"]](reading, prompt)
 
 
 def _generate(reading: Reading, prompt: dict[str, Any]) -> dict[str, Any]:
@@ -81,9 +86,30 @@ def _score(reading: Reading, prompt: dict[str, Any]) -> dict[str, Any]:
     if len(prompt["asked"]) > 1:
         reading.logits(prompt["asked"][:-1])
     wanted = torch.tensor(prompt["answer"])
-    logits = reading.logits([prompt["asked"][-1], *prompt["answer"][:-1]], block=1)
+    return _scores(reading.logits([prompt["asked"][-1], *prompt["answer"][:-1]], block=1), wanted)
+
+
+def _force(reading: Reading, prompt: dict[str, Any]) -> dict[str, Any]:
+    """The same with question and answer in one block."""
+    wanted = torch.tensor(prompt["answer"])
+    tokens = [*prompt["asked"], *prompt["answer"][:-1]]
+    return _scores(reading.logits(tokens, block=len(tokens))[-len(wanted) :], wanted)
+
+
+def _scores(logits: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
     log_probs = logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
     return {"log_probs": log_probs.tolist(), "greedy": (logits.argmax(-1) == wanted).tolist()}
+
+
+def make_press(name: str, ratio: float) -> Any:
+    """The press of a name such as ``snapkv`` or ``ada-snapkv`` that drops the share ``ratio``."""
+    *outer, inner = name.split("-")
+    if inner not in PRESSES or any(wrapper not in WRAPPERS for wrapper in outer):
+        sys.exit(f"press={name!r}; accepted: {', '.join(PRESSES)}, with {'- or '.join(WRAPPERS)}- in front")
+    press = PRESSES[inner](compression_ratio=ratio)
+    for wrapper in reversed(outer):
+        press = WRAPPERS[wrapper](press)
+    return press
 
 
 @torch.inference_mode()
@@ -95,12 +121,10 @@ def main() -> None:
     parser.add_argument("block", type=int)
     parser.add_argument("seed", type=int)
     args = parser.parse_args()
-    if args.press not in PRESSES:
-        sys.exit(f"press={args.press!r}; accepted: {', '.join(PRESSES)}")
+    press = make_press(args.press, 1 - args.budget)
     logging.disable_progress_bar()  # run.py draws one over all cells
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     torch.manual_seed(args.seed)
-    press = PRESSES[args.press](compression_ratio=1 - args.budget)
     with args.answers.open("w", encoding="utf-8") as out:
         for line in args.prompts.read_text(encoding="utf-8").splitlines():
             print(json.dumps(answer(model, press, json.loads(line), args.block)), file=out, flush=True)

@@ -40,6 +40,14 @@ class Critical(Wrapper):
     def needs_output(self) -> bool:  # type: ignore[override]
         return True
 
+    @property
+    def needs_states(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def needs_values(self) -> bool:  # type: ignore[override]
+        return True
+
     def score(self, ctx: Context) -> torch.Tensor:
         scores = self.policy.score(ctx).float()
         absent = torch.zeros_like(ctx.protected) if ctx.held is None else ~ctx.held

@@ -23,6 +23,8 @@ class H2O(Policy):
     """
 
     needs_mass = True
+    needs_states = False
+    needs_values = False
 
     def __init__(self, normalize: bool = False) -> None:
         self.normalize = flag("normalize", normalize)

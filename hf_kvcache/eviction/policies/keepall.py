@@ -17,6 +17,7 @@ class KeepAll(Policy):
     """Every layer's quota is more than it can hold."""
 
     needs_states = False
+    needs_values = False
 
     def layer_quota(self, quota: int, layer: int, layers: int) -> int:
         return _EVERY_TOKEN

@@ -14,6 +14,8 @@ from hf_kvcache.eviction.registry import register
 class KeyDiff(Policy):
     """Minus the cosine between a key and the mean direction of the keys of its head."""
 
+    needs_values = False
+
     def score(self, ctx: Context) -> torch.Tensor:
         # A cosine has no scale, so the sum does for the mean; places without a token add zeros.
         anchor = normalize(ctx.keys, dim=-1).sum(2, keepdim=True)

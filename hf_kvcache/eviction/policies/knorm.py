@@ -13,5 +13,7 @@ from hf_kvcache.eviction.registry import register
 class KNorm(Policy):
     """Minus the Euclidean norm of a key."""
 
+    needs_values = False
+
     def score(self, ctx: Context) -> torch.Tensor:
         return -ctx.keys.norm(dim=-1)

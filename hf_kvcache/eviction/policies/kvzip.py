@@ -15,7 +15,8 @@ from hf_kvcache.eviction.registry import register
 class KVzip(Policy):
     """The largest probability that any query gave a token while the model read and repeated the context.
 
-    For contexts that are read once and used for many questions: it costs about one more prefill.
+    For contexts that are read once and used for many questions: it costs about one more prefill. Heads compete over all
+    layers, as in the paper: some need hardly anything, some nearly all.
 
     Args:
         normalized: whether the probability is multiplied by the L1 norm of ``W_O v``, averaged over the group's heads.
@@ -24,9 +25,14 @@ class KVzip(Policy):
     """
 
     needs_replay = True
+    across_layers = True
 
     def __init__(self, normalized: bool = False) -> None:
         self.normalized = flag("normalized", normalized)
+
+    @property
+    def needs_values(self) -> bool:  # type: ignore[override]
+        return self.normalized
 
     @property
     def needs_output(self) -> bool:  # type: ignore[override]

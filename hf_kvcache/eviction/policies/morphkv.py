@@ -22,6 +22,8 @@ class MorphKV(Policy):
         ValueError: if ``window`` is below 1 or ``fuse`` is neither.
     """
 
+    needs_values = False
+
     def __init__(self, window: int = 32, fuse: str = "sum") -> None:
         self.window, self.fuse = whole("window", window), one_of("fuse", fuse, ("sum", "max"))
 

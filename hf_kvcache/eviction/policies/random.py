@@ -13,6 +13,9 @@ from hf_kvcache.eviction.registry import register
 class Random(Policy):
     """A uniform draw per KV head and token, the same for every sequence of a batch."""
 
+    needs_states = False
+    needs_values = False
+
     def score(self, ctx: Context) -> torch.Tensor:
         batch, heads, tokens, _ = ctx.keys.shape
         draws = torch.rand(heads, tokens, generator=ctx.generator())

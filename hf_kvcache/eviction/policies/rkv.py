@@ -33,6 +33,8 @@ class RKV(Policy):
         ValueError: if ``weight`` is outside 0 to 1, ``window`` below 1, ``kernel`` not odd, or ``threshold`` no cosine.
     """
 
+    needs_values = False
+
     def __init__(self, weight: float = 0.07, window: int = 8, kernel: int = 7, threshold: float = 0.5) -> None:
         self.weight, self.window = between("weight", weight, 0, 1), whole("window", window)
         self.kernel, self.threshold = odd("kernel", kernel), between("threshold", threshold, -1, 1)

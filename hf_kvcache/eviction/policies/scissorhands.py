@@ -25,6 +25,8 @@ class Scissorhands(Policy):
         ValueError: if ``window`` is below 1 or ``newest`` below 0.
     """
 
+    needs_values = False
+
     def __init__(self, window: int = 400, newest: int = 10) -> None:
         self.window, self.newest = whole("window", window), whole("newest", newest, least=0)
 

@@ -25,6 +25,8 @@ class SnapKV(Policy):
         ValueError: if ``window`` is below 1 or ``kernel`` is not odd.
     """
 
+    needs_values = False
+
     def __init__(self, window: int = 64, kernel: int = 5) -> None:
         self.window, self.kernel = whole("window", window), odd("kernel", kernel)
 

@@ -19,6 +19,7 @@ class Streaming(Policy):
     """
 
     needs_states = False
+    needs_values = False
 
     def __init__(self, reindex: bool = False) -> None:
         self.reindex = reindex

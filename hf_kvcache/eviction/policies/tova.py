@@ -21,6 +21,7 @@ class TOVA(Policy):
         ValueError: if ``per_head`` is not a bool.
     """
 
+    needs_values = False
     observed = 1
 
     def __init__(self, per_head: bool = False) -> None:

@@ -40,6 +40,7 @@ class TriAttention(Policy):
             is used, if the calibration is not of this model.
     """
 
+    needs_values = False
     needs_rope = True
 
     def __init__(

@@ -155,7 +155,8 @@ def _attend_pages(
             scores = scores.tanh_().mul_(scoring.softcap)
         hide_pages(scores, pages, start, stop, visibility, queries)
         if kept_scores is not None:
-            kept_scores.append(scores.permute(1, 2, 0, 3).flatten(2))
+            # A copy even of a single page, where flatten alone would give a view: the scores are overwritten next.
+            kept_scores.append(scores.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format).flatten(2))
         buffer = _buffer("values", (*shape, values_format.dim), rows.device)
         state.add(page_output(layout, records, state.weigh(scores), buffer))
     output, log_sum_exp = state.result()

@@ -22,10 +22,10 @@ _flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", 
 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
-    """Whether every query sees every place of every page, and torch has the kernel."""
+    """Whether every query sees every token in pages, and torch has the kernel."""
     plain = visibility.mask is None and visibility.window is None
     same_width = pages is None or pages.layout.sides["keys"].dim == pages.layout.sides["values"].dim
-    return _flash is not None and plain and same_width and (pages is None or pages.full)
+    return _flash is not None and plain and same_width
 
 
 def attend(
@@ -57,9 +57,14 @@ def _read_pages(
     result = None
     step = max(1, _CHUNK_TOKENS // layout.page_size)
     for start in range(0, pages.columns, step):
-        records = pages.records(start, min(start + step, pages.columns))
+        stop = min(start + step, pages.columns)
+        records = pages.records(start, stop)
         keys, values = (_dense(pages, side, records) for side in ("keys", "values"))
-        output, log_sum_exp = _flash(rotated[:, None], keys[:, None], values[:, None], 0.0, False, scale=1.0)
+        unused = pages.unused(start, stop)
+        hidden = None if unused is None else _hidden(unused.flatten(1))
+        output, log_sum_exp = _flash(
+            rotated[:, None], keys[:, None], values[:, None], 0.0, False, attn_mask=hidden, scale=1.0
+        )
         part = output[:, 0], log_sum_exp.reshape(rows.shape[:2])
         result = part if result is None else merge(result, part)
     assert result is not None
@@ -68,6 +73,14 @@ def _read_pages(
         # The mean that was taken out of the packed keys shifts all their scores of a query alike.
         log_sum_exp = log_sum_exp + (rotated @ pages.center.unsqueeze(-1)).squeeze(-1)
     return rotate(output, layout.sides["values"], inverse=True), log_sum_exp
+
+
+def _hidden(unused: torch.Tensor) -> torch.Tensor:
+    """``unused [rows, n]`` as what is added to scores, ``[rows, 1, 1, n]``.
+
+    Not ``-inf``: a row without a token would become NaN; so it gets a log-sum-exp far below that of any token.
+    """
+    return torch.zeros(unused.shape, device=unused.device).masked_fill_(unused, -1e30)[:, None, None]
 
 
 def _dense(pages: Pages, side: str, records: torch.Tensor) -> torch.Tensor:

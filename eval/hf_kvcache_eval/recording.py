@@ -1,0 +1,101 @@
+"""A cache that only writes down what a prefill gives it, as this package's attention hands it to any KVCache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from hf_kvcache import KVCache, bind, unbind
+from hf_kvcache.binding import IMPLEMENTATION
+from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.layer import KVCacheLayer
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """What a prefill computed in one layer.
+
+    Attributes:
+        keys: ``[B, Hkv, T, Dk]``, after rotary positions.
+        values: ``[B, Hkv, T, Dv]``.
+        queries: ``[B, Hq, T, Dk]``, after rotary positions, not scaled; None where they were not asked for.
+        scoring: how queries are scored against keys.
+        module: the attention module.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    queries: torch.Tensor | None = None
+    scoring: Scoring | None = None
+    module: torch.nn.Module | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors."""
+        sides = [side for side in (self.keys, self.values, self.queries) if side is not None]
+        return sum(side.numel() * side.element_size() for side in sides)
+
+    def row(self, row: slice, start: int) -> LayerStates:
+        """One sequence from token ``start`` on; views."""
+        queries = None if self.queries is None else self.queries[row, :, start:]
+        return LayerStates(self.keys[row, :, start:], self.values[row, :, start:], queries, self.scoring, self.module)
+
+
+class RecordingLayer(KVCacheLayer):
+    """Keeps what attention gives it, and stores nothing."""
+
+    with_queries = False
+    _queries: tuple[torch.Tensor, Scoring | None, torch.nn.Module | None] | None = None
+
+    def note_attended(
+        self,
+        attention_mask: torch.Tensor | None,
+        queries: torch.Tensor | int,
+        scoring: Scoring | None = None,
+        module: torch.nn.Module | None = None,
+    ) -> None:
+        """Keep a copy of the queries: they may be a view of something larger."""
+        if self.with_queries and isinstance(queries, torch.Tensor):
+            self._queries = queries.detach().clone(), scoring, module
+
+    @property
+    def states(self) -> LayerStates:
+        """What the layer was given, copied."""
+        keys, values = (side.clone() for side in self.new_tokens())
+        return LayerStates(keys, values, *(self._queries or ()))
+
+
+class Recording:
+    """A context in which ``cache`` can take in one prefill of a model of ``config``.
+
+    The config is bound to this package's attention for that time, as when a KVCache prefills.
+
+    Args:
+        config: the model's.
+        queries: whether to keep the queries.
+    """
+
+    def __init__(self, config: PreTrainedConfig, queries: bool) -> None:
+        self.config: Any = config.get_text_config(decoder=True)
+        self.cache = KVCache(config, bind=False)
+        self._layers = [RecordingLayer(index, self.cache.options) for index in range(len(self.cache.layers))]
+        for layer in self._layers:
+            layer.with_queries = queries
+        self.cache.layers = list(self._layers)
+
+    def __enter__(self) -> Recording:
+        self._was_bound = self.config._attn_implementation == IMPLEMENTATION
+        bind(self.config)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._was_bound:
+            unbind(self.config)
+
+    @property
+    def states(self) -> list[LayerStates]:
+        """What each layer was given."""
+        return [layer.states for layer in self._layers]

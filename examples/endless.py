@@ -1,0 +1,26 @@
+"""Generate without end at constant memory. Run it with `python examples/endless.py [tokens]`."""
+
+import sys
+import time
+
+import torch
+
+from hf_kvcache import SlidingWindowCache
+from hf_kvcache.models import load_default_model
+
+model, tokenizer = load_default_model()
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+
+# Four sinks and the newest 256 tokens; the sinks move along, so that no distance is longer than the window.
+cache = SlidingWindowCache(model.config, window=256, sinks=4, reindex=True)
+torch.manual_seed(0)
+started = time.perf_counter()
+for number in range(int(sys.argv[1]) if len(sys.argv) > 1 else 1000):
+    with torch.inference_mode():
+        logits = model(ids, past_key_values=cache).logits[:, -1]
+    ids = torch.multinomial((logits / 0.8).softmax(-1), 1)
+    print(tokenizer.decode(ids[0]), end="", flush=True)
+    if number % 250 == 249:
+        rate = 250 / (time.perf_counter() - started)
+        print(f"\n[{cache.get_seq_length()} tokens, {cache.memory().total / 2**20:.2f} MiB, {rate:.1f} tokens/s]")
+        started = time.perf_counter()
