@@ -14,8 +14,10 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -24,6 +26,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
 from benchmarks.timing import cpu_clock
 from hf_kvcache import HeavyHitterCache, KVCache, SlidingWindowCache
+from hf_kvcache.accounting import tensor_bytes
 from hf_kvcache.evictor import Evictor
 
 _POLICIES = ("snapkv", "h2o", "tova", "keydiff", "lagkv", "leverage", "expected", "rkv", "streaming", "random")
@@ -46,11 +49,8 @@ class Stopwatch:
             evict(evictor, *args)
             self.ms += (time.perf_counter() - began) * 1e3
 
-        Evictor.evict = timed  # type: ignore[method-assign]
-        try:
+        with patch.object(Evictor, "evict", timed):
             yield self
-        finally:
-            Evictor.evict = evict  # type: ignore[method-assign]
 
 
 def tiny_model() -> Any:
@@ -80,7 +80,8 @@ def measure_prefill(model: Any, tokens: torch.Tensor, policies: Sequence[str], r
         for policy in policies:
             cache = HeavyHitterCache(model.config, _BUDGET, policy)
             with Stopwatch().installed() as watch:
-                found.setdefault(policy, []).append((cpu_clock(lambda: forward(model, tokens, cache)) / 1e3, watch.ms))
+                total = cpu_clock(partial(forward, model, tokens, cache)) / 1e3
+            found.setdefault(policy, []).append((total, watch.ms))
     return [
         {
             "part": "prefill",
@@ -131,7 +132,7 @@ def measure_peak(model: Any, tokens: torch.Tensor) -> Row:
         forward(model, chunk, cache)
         peak = max(peak, cache.memory().total)
         forward(model, chunk, full)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
+    held = tensor_bytes([vars(layer) for layer in full.layers])
     # While a layer's chunk is there, the other layers hold at most what they hold after a chunk.
     transient = peak + max(0, largest[0] - peak // len(cache.layers))
     return {
@@ -168,9 +169,9 @@ def measure_endless(tokens: int) -> Row:
     cache = SlidingWindowCache(model.config, 256, reindex=True)
     token, times, held = torch.zeros(1, 1, dtype=torch.long), [], []
     for number in range(tokens):
-        out: list[torch.Tensor] = []
-        times.append(cpu_clock(lambda token=token: out.append(forward(model, token, cache))))  # type: ignore[misc]
-        token = out[0].argmax().view(1, 1)
+        began = time.perf_counter()
+        token = forward(model, token, cache).argmax().view(1, 1)
+        times.append((time.perf_counter() - began) * 1e6)
         if number % 64 == 0:
             held.append(cache.memory().total)
     part = min(1000, tokens // 2)
@@ -199,13 +200,14 @@ def show(rows: list[Row], console: Console) -> None:
     for row in rows:
         if row["part"] == "peak":
             console.print(
-                f"{row['tokens']:,} tokens in chunks of {_CHUNK}, budget {_BUDGET}: peak {row['peak_bytes'] / 2**20:.1f} "
-                f"MiB, full cache {row['full_bytes'] / 2**20:.1f} MiB ({row['share']:.3f})"
+                f"{row['tokens']:,} tokens in chunks of {_CHUNK}, budget {_BUDGET}: peak "
+                f"{row['peak_bytes'] / 2**20:.1f} MiB, full cache {row['full_bytes'] / 2**20:.1f} ({row['share']:.3f})"
             )
         if row["part"] == "endless":
             console.print(
                 f"{row['tokens']:,} tokens without end: {row['first_us']:.0f} µs a token at first, "
-                f"{row['last_us']:.0f} at last ({row['ratio']:.3f}); {row['first_bytes']:,} and {row['last_bytes']:,} bytes"
+                f"{row['last_us']:.0f} at last ({row['ratio']:.3f}); {row['first_bytes']:,} and "
+                f"{row['last_bytes']:,} bytes"
             )
 
 

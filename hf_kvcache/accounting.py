@@ -29,6 +29,7 @@ def _own_report(layer: KVCacheLayer) -> MemoryReport:
     if storage is None:
         return report
     report.parts.update(storage.memory())
+    report.parts["other"] = tensor_bytes(layer.own_tensors())
     report.packed_elements = storage.packed_elements()
     report.packed_bits = 8 * (report.parts["codes"] + report.parts["scales"])
     tokens = layer.get_seq_length()

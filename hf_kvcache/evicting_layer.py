@@ -222,6 +222,9 @@ class EvictingLayer(KVCacheLayer):
             "Call model.set_attn_implementation('hf_kvcache'), or build the cache after another one was set."
         )
 
+    def own_tensors(self) -> list[torch.Tensor]:
+        return [] if self.evictor is None else self.evictor.tensors()
+
     def tensors(self) -> dict[str, torch.Tensor]:
         state = super().tensors()
         if self.evictor is not None:

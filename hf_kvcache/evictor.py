@@ -23,7 +23,7 @@ from hf_kvcache.storage.gathering import is_tokenwise
 from hf_kvcache.storage.held import Held
 
 #: Latest queries that are remembered while decoding for a policy that wants all of an update's.
-_DECODED_QUERIES = 128
+_DECODED_QUERIES = 64
 #: Of new values. On SmolLM2 (4 WikiText windows, 30 % kept) a ridge of 10 lowered the mean KL of all policies tried,
 #: 0.1 raised that of random tokens, and 0.001 fitted the observed queries so well that it doubled two of the three.
 _COMPENSATION_RIDGE = 10.0
@@ -199,6 +199,8 @@ class Evictor:
             self._apply(storage, held, keep, seen)
         self.pending = False
         self.seen.block = None
+        if self.options.interval is None and self.options.evict_prefill is None:
+            self.seen.latest = None  # nothing will be chosen unless asked for: what comes next is remembered for that
 
     def pack(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
         """Pack what may be packed of the sequences ``rows`` and drop nothing."""
@@ -262,6 +264,12 @@ class Evictor:
             other._sink_keys = self._sink_keys[torch.from_numpy(rows).to(self._sink_keys.device)]
         return other
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What is remembered of queries, and where sinks stood at first."""
+        block = [] if self.seen.block is None else [self.seen.block[0]]
+        sinks = [] if self._sink_keys is None else [self._sink_keys]
+        return [*self.seen.state().values(), *block, *sinks]
+
     def state(self) -> dict[str, torch.Tensor]:
         """What the next choice depends on, as tensors by name.
 
@@ -270,7 +278,7 @@ class Evictor:
         """
         if self.pending:
             raise ValueError("a prompt waits to be evicted; call compress() before the cache is saved")
-        state = {f"seen.{name}": tensor for name, tensor in self.seen.state().items()}
+        state = {f"seen.{name}": tensor.clone() for name, tensor in self.seen.state().items()}
         state["pinned"] = torch.from_numpy(self.pinned.mask.copy())
         state["real"] = torch.from_numpy(self.pinned.real.copy())
         state["padding"] = torch.from_numpy(np.concatenate(self.pinned.padding))
@@ -413,7 +421,6 @@ class Evictor:
             positions=positions,
             held=held,
             protected=torch.zeros(positions.shape, dtype=torch.bool, device=keys.device),
-            fresh=keys.shape[2],
             seen=seen,
             quota=quota,
             scoring=scoring,

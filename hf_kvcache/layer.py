@@ -361,6 +361,10 @@ class KVCacheLayer(CacheLayerMixin):
         self.settle()
         return {"seen": self._seen, "unconfirmed": self._unconfirmed, "kept_from": self._kept_from}
 
+    def own_tensors(self) -> list[torch.Tensor]:
+        """What the layer holds beside its storage."""
+        return []
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the layer holds, as tensors by name."""
         self.settle()

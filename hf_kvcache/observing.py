@@ -170,15 +170,14 @@ class Observations:
     block: tuple[torch.Tensor, int, np.ndarray | None] | None = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All of it as tensors, by name."""
+        """All of it but the block as tensors, by name; views."""
         state: dict[str, torch.Tensor] = {}
         if self.latest is not None:
-            latest = self.latest
-            state["latest.ring"] = latest.ring.clone()
+            state["latest.ring"] = self.latest.ring
             for name in ("positions", "counts", "lost"):
-                state[f"latest.{name}"] = torch.from_numpy(getattr(latest, name).copy())
+                state[f"latest.{name}"] = torch.from_numpy(getattr(self.latest, name))
         if self.mass is not None:
-            state |= {"mass.dense": self.mass.dense.clone(), "mass.pages": self.mass.pages.clone()}
+            state |= {"mass.dense": self.mass.dense, "mass.pages": self.mass.pages}
         return state
 
     @classmethod

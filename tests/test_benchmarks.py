@@ -13,7 +13,18 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from benchmarks import bench_append, bench_decode, bench_memory, bench_model, bench_prefill, exact, gpu, plots, timing
+from benchmarks import (
+    bench_append,
+    bench_decode,
+    bench_eviction,
+    bench_memory,
+    bench_model,
+    bench_prefill,
+    exact,
+    gpu,
+    plots,
+    timing,
+)
 from benchmarks.arms import DENSE32, DYNAMIC, PLAIN, STATIC, Shape, filled_arm
 from benchmarks.session import Report
 
@@ -139,3 +150,11 @@ def test_plots(tmp_path: Path) -> None:
     path = bench_memory.main(["--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "256", "--no-plots"])
     assert "drew" in plots.draw(path)
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_eviction(tmp_path: Path) -> None:
+    argv = ["--quick", "--no-plots", "--out", str(tmp_path), "--context", "640", "--endless", "40", "--rounds", "1"]
+    rows = rows_of(bench_eviction.main([*argv, "--policies", "snapkv", "h2o"]))
+    assert [row["part"] for row in rows] == ["prefill", "prefill", "decoding", "decoding", "peak", "endless"]
+    peak = rows[-2]
+    assert peak["held_bytes"] <= peak["peak_bytes"]

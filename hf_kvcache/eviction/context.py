@@ -50,7 +50,6 @@ class Context:
         held: bool ``[B, Hkv, T]``, False where there is no token, always behind the others (heads may hold different
             numbers); None if there is one everywhere. Keys and values are zero there.
         protected: bool ``[B, Hkv, T]``, tokens that stay whatever their score: sinks, recent window, pins.
-        fresh: how many of the last places came with the latest update (of a prefill: all of them).
         seen: position of the next token.
         quota: tokens that a head keeps on average, protected ones included.
         scoring: how the model scores queries against keys.
@@ -73,7 +72,6 @@ class Context:
     positions: torch.Tensor
     held: torch.Tensor | None
     protected: torch.Tensor
-    fresh: int
     seen: int
     quota: int
     scoring: Scoring

@@ -82,7 +82,6 @@ def random_context(shape: Shape) -> Context:
         positions=positions,
         held=held if shape.ragged else None,
         protected=_protected(shape, held),
-        fresh=shape.tokens,
         seen=seen,
         quota=shape.quota,
         scoring=Scoring(KEY_DIM**-0.5, 2.0 if shape.capped else None, sink_logits),

@@ -79,7 +79,8 @@ def test_what_is_dropped_is_freed(policy: str, codec: str, ratio: int) -> None:
     # Whole pages: each head may leave one of them part empty; tokens that share scales leave holes in each.
     pages = held / 2 if codec in PAGEWISE else held / 8 + HEADS
     assert ours.packed_elements <= pages * 8 * 2 * 16
-    assert ours.total < 0.5 * theirs.total
+    # What is remembered of queries does not grow with the tokens, but is as much as a few hundred of these tiny ones.
+    assert ours.total - ours.parts["other"] < 0.5 * (theirs.total - theirs.parts["other"])
 
 
 @EVERY

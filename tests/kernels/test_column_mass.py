@@ -214,6 +214,22 @@ def test_agrees_with_attention(codec: str) -> None:
     assert_near(page_mass.sum(-1) + dense_mass.sum(-1), torch.full((2, 3 * HEADS), 4.0))
 
 
+def test_masses_of_a_single_page() -> None:
+    """One page a head: its scores are not to be a view of what attention then overwrites."""
+    storage = make_storage("none", 1)
+    length = storage.sink_length + storage.tail_length + storage.page_size
+    keys, values = random_tokens(3, 1, length)
+    storage.append_block(keys, values, 0, None)
+    pages, visibility = storage.pages(), Visibility(length - 1, 1, None, 0, True, None)
+    assert pages is not None and pages.columns == 1
+    query = queries(1, 1, 1)
+    found = attend(query, pages, loose_tokens(storage), visibility, Scoring(0.3), mass=True)
+    expected = (query[0].double() * 0.3 @ keys[0].double().mT).softmax(-1)[:, 0]
+    packed = slice(storage.sink_length, storage.sink_length + storage.page_size)
+    assert found.page_mass is not None
+    assert_near(found.page_mass[0], expected[:, packed].float())
+
+
 def test_nothing_is_held_that_grows_with_queries_times_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tile of scores is as large as stated, however long the prompt is."""
     monkeypatch.setitem(reference.TILES, "cpu", reference.Tile(64, 1, 5000))
