@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from hf_kvcache.binding import bind as bind_config
 from hf_kvcache.codecs import Codec, resolve
-from hf_kvcache.evictor import EvictionOptions
+from hf_kvcache.eviction_options import EvictionOptions
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
 from hf_kvcache.memory import MemoryReport
 from hf_kvcache.model_config import check_formats, check_states, decoder_config, make_layers, shares_keys

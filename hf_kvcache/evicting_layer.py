@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_kvcache.evictor import Attending, EvictionOptions, Evictor
+from hf_kvcache.eviction_options import Attending, EvictionOptions
+from hf_kvcache.evictor import Evictor
 from hf_kvcache.incoming import NewTokens, dense_tokens
 from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Scoring

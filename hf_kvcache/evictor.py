@@ -3,75 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
+from hf_kvcache.compensating import make_up
 from hf_kvcache.eviction import Context, Policy
 from hf_kvcache.eviction.base import ALL_QUERIES
-from hf_kvcache.eviction.budget import Budget, PinnedPositions, Pins
-from hf_kvcache.eviction.compensation import Observed, fit_values
+from hf_kvcache.eviction.budget import PinnedPositions
 from hf_kvcache.eviction.selection import choose
+from hf_kvcache.eviction_options import Attending, EvictionOptions
 from hf_kvcache.kernels.inputs import Attention, Scoring
 from hf_kvcache.observing import AttentionMass, LatestQueries, Observations
 from hf_kvcache.projections import output_weight
 from hf_kvcache.rope import LayerRope, rope_of
+from hf_kvcache.sinks import MovingSinks
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.gathering import is_tokenwise
 from hf_kvcache.storage.held import Held
 
 #: Latest queries that are remembered while decoding for a policy that wants all of an update's.
 _DECODED_QUERIES = 64
-#: Of new values. On SmolLM2 (4 WikiText windows, 30 % kept) a ridge of 10 lowered the mean KL of all policies tried,
-#: 0.1 raised that of random tokens, and 0.001 fitted the observed queries so well that it doubled two of the three.
-_COMPENSATION_RIDGE = 10.0
-#: Pages that share scales cannot be merged: those with fewer of their tokens than this share are given up.
-_SPARSE = 1 / 4
-
-
-@dataclass(frozen=True)
-class EvictionOptions:
-    """How the layers of a cache evict.
-
-    Attributes:
-        policy: scores the tokens.
-        budget: how many stay.
-        pins: tokens that stay because the user says so.
-        evict_prefill: when a prompt is evicted: after every forward pass of several tokens (``"chunk"``), before the
-            first single token (``"end"``), or not by itself (None).
-        interval: tokens decoded between two evictions; None: decoding evicts nothing.
-        seed: of policies that draw.
-        compensate: latest queries whose attention the kept tokens are made to reproduce, by new values; 0 for none.
-    """
-
-    policy: Policy
-    budget: Budget
-    pins: Pins
-    evict_prefill: Literal["chunk", "end"] | None
-    interval: int | None
-    seed: int
-    compensate: int = 0
-
-    def describe(self) -> str:
-        """All that the choices depend on but for the pins, as text."""
-        when = f"evict_prefill={self.evict_prefill!r}, interval={self.interval!r}, seed={self.seed}"
-        when += f", compensate={self.compensate}" if self.compensate else ""
-        return f"{self.policy!r}, budget={self.budget.amount!r}, {when}"
-
-
-@dataclass(frozen=True)
-class Attending:
-    """What attention showed of the model, at the latest update.
-
-    Attributes:
-        scoring: how queries are scored against keys.
-        module: the attention module; None if it is not known.
-    """
-
-    scoring: Scoring
-    module: torch.nn.Module | None
 
 
 class Evictor:
@@ -95,8 +48,7 @@ class Evictor:
         self.evictions = 0
         self.evicted_at = 0
         self._padded = False
-        self._sink_keys: torch.Tensor | None = None  # [B, Hkv, sinks, D], where they stood at first
-        self._moved = np.zeros(storage.batch, bool)  # the sequences whose sinks these are
+        self._sinks = MovingSinks(storage.batch)
 
     @property
     def policy(self) -> Policy:
@@ -194,8 +146,10 @@ class Evictor:
         for group in self._groups(storage, rows):
             held = storage.held(group)
             keep = self._chosen(held)
-            if self.options.compensate and not (keep == held.exists).all():
-                self._compensate(held, keep)
+            queries = self._queries(group) if self.options.compensate else None
+            if queries is not None and not (keep == held.exists).all():
+                query, at = self._latest(queries, self.options.compensate)
+                make_up(held, keep, self.protected(held, 0), query, at, self._scoring(query.shape[-1]))
             self._apply(storage, held, keep, seen)
         self.pending = False
         self.seen.block = None
@@ -241,8 +195,7 @@ class Evictor:
         context.protected = torch.from_numpy(protected).to(device)
         queries = self._queries(held.rows)
         if queries is not None and policy.observed:
-            last = slice(None) if policy.observed == ALL_QUERIES else slice(-policy.observed, None)
-            context.queries, at = queries[0][:, :, last], queries[1][:, last]
+            context.queries, at = self._latest(queries, policy.observed)
             context.query_positions = torch.from_numpy(self._numbers(held.rows, at)).to(device)
         if self.seen.mass is not None:
             context.mass = self.seen.mass.by_token(held)
@@ -259,16 +212,13 @@ class Evictor:
         other = object.__new__(Evictor)
         other.__dict__.update(self.__dict__)
         other.pinned, other.seen = self.pinned.select(rows), self.seen.select(rows)
-        other._moved = self._moved[rows]
-        if self._sink_keys is not None:
-            other._sink_keys = self._sink_keys[torch.from_numpy(rows).to(self._sink_keys.device)]
+        other._sinks = self._sinks.select(rows)
         return other
 
     def tensors(self) -> list[torch.Tensor]:
         """What is remembered of queries, and where sinks stood at first."""
         block = [] if self.seen.block is None else [self.seen.block[0]]
-        sinks = [] if self._sink_keys is None else [self._sink_keys]
-        return [*self.seen.state().values(), *block, *sinks]
+        return [*self.seen.state().values(), *block, *self._sinks.state().values()]
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the next choice depends on, as tensors by name.
@@ -284,21 +234,17 @@ class Evictor:
         state["padding"] = torch.from_numpy(np.concatenate(self.pinned.padding))
         state["padding_lengths"] = torch.tensor([len(row) for row in self.pinned.padding])
         state["counters"] = torch.tensor([self.evictions, self.evicted_at, self._padded])
-        if self._sink_keys is not None:
-            state["sink_keys"], state["moved"] = self._sink_keys.clone(), torch.from_numpy(self._moved.copy())
-        return state
+        return state | {f"sinks.{name}": tensor.clone() for name, tensor in self._sinks.state().items()}
 
     def restore(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
         """Take over what :meth:`state` returned."""
-        seen = {name.removeprefix("seen."): tensor for name, tensor in state.items() if name.startswith("seen.")}
-        self.seen = Observations.of_state(seen, device)
+        self.seen = Observations.of_state(_part(state, "seen."), device)
+        self._sinks.restore(_part(state, "sinks."), device)
         self.pinned.mask, self.pinned.real = state["pinned"].numpy().copy(), state["real"].numpy().copy()
         padding, lengths = (state[name].numpy() for name in ("padding", "padding_lengths"))
         self.pinned.padding = np.split(padding.copy(), lengths.cumsum()[:-1])
         self.evictions, self.evicted_at, padded = state["counters"].tolist()
         self._padded = bool(padded)
-        if "sink_keys" in state:
-            self._sink_keys, self._moved = state["sink_keys"].to(device), state["moved"].numpy().copy()
 
     # -- internals ------------------------------------------------------------------------------------------------
 
@@ -319,7 +265,7 @@ class Evictor:
                 f"{tuple(context.positions.shape)}"
             )
         keep = choose(scores, context.protected, context.held, quota, policy.head_floor).cpu().numpy()
-        return keep if is_tokenwise(held.storage.layout) else keep & ~self._in_sparse_pages(held, keep, hard)
+        return keep if is_tokenwise(held.storage.layout) else keep & ~held.in_sparse_pages(keep, hard)
 
     def _apply(self, storage: PagedStorage, held: Held, keep: np.ndarray, seen: int) -> None:
         mass = None if self.seen.mass is None else self.seen.mass.by_token(held)
@@ -328,7 +274,8 @@ class Evictor:
             self.evicted_at = seen
         storage.keep_only(held, keep, self._tail(storage, held, keep))
         if self.policy.moves_sinks:
-            self._move_sinks(storage, held)
+            dropped = self.pinned.real - storage.tokens()
+            self._sinks.move(storage, self.rope(), held.rows, dropped[held.rows])
         if mass is None or self.seen.mass is None:
             return
         after = storage.held(held.rows)
@@ -336,23 +283,6 @@ class Evictor:
         self.seen.mass.put(after, mass.gather(2, order.to(mass.device)))
         columns = int(storage.table.lengths.max(initial=0))
         self.seen.mass.trim(storage.dense.capacity, columns * storage.page_size)
-
-    def _compensate(self, held: Held, keep: np.ndarray) -> None:
-        """Give kept tokens that are not packed yet values that make up for what goes, for the latest queries."""
-        queries = self._queries(held.rows)
-        assert queries is not None
-        storage, count = held.storage, self.options.compensate
-        query, at = queries[0][:, :, -count:], queries[1][..., -count:]
-        visible = torch.from_numpy(held.positions[:, :, None] <= at[:, None, :, None]).to(query.device)
-        scoring = Scoring(query.shape[-1] ** -0.5) if self.attending is None else self.attending.scoring
-        kept = torch.from_numpy(keep & held.exists).to(query.device)
-        observed = Observed(held.states("keys"), held.states("values"), kept, query, scoring, visible)
-        fixed = (held.slots >= held.used) | self.protected(held, 0)
-        values = fit_values(observed, None, torch.from_numpy(fixed).to(query.device), _COMPENSATION_RIDGE)
-        row, head, token = np.nonzero(keep & held.exists & ~fixed)
-        to = [torch.from_numpy(x).to(query.device) for x in (held.rows[row], head, held.slots[row, head, token])]
-        source = [torch.from_numpy(x).to(query.device) for x in (row, head, token)]
-        storage.dense.values[to[0], to[1], to[2]] = values[source[0], source[1], source[2]].to(storage.dtype)
 
     def _tail(self, storage: PagedStorage, held: Held, keep: np.ndarray) -> int:
         """Tokens that stay in the tail; where nothing is dropped, as many as if tokens had come one by one.
@@ -363,22 +293,6 @@ class Evictor:
         if not (keep == held.exists).all():
             return least
         return least + max(held.used - storage.sink_length - least, 0) % step
-
-    def _in_sparse_pages(self, held: Held, keep: np.ndarray, hard: np.ndarray) -> np.ndarray:
-        """Tokens of pages that would be left with few tokens, none of them protected."""
-        size, columns = held.storage.page_size, int(held.slots.max(initial=0)) // held.storage.page_size + 1
-        page = np.where(held.slots >= held.used, (held.slots - held.used) // size, columns)
-
-        def per_page(mask: np.ndarray) -> np.ndarray:
-            counts = np.zeros((*mask.shape[:2], columns + 1), np.int64)
-            b, h, t = np.nonzero(mask)
-            np.add.at(counts, (b, h, page[b, h, t]), 1)
-            return counts
-
-        kept = per_page(keep & held.exists)
-        sparse = (kept < _SPARSE * size) & (kept < per_page(held.exists)) & (per_page(hard) == 0)
-        sparse[..., columns] = False
-        return np.take_along_axis(sparse, page, 2)
 
     def _groups(self, storage: PagedStorage, rows: np.ndarray) -> Iterator[np.ndarray]:
         """``rows`` in groups that stand alike: all together without padding, else one by one."""
@@ -405,6 +319,16 @@ class Evictor:
             return query[index][:, :, torch.from_numpy(real).to(query.device)], position + real[None]
         return None if self.seen.latest is None else self.seen.latest.latest(rows)
 
+    @staticmethod
+    def _latest(queries: tuple[torch.Tensor, np.ndarray], count: int) -> tuple[torch.Tensor, np.ndarray]:
+        """The last ``count`` of the queries and positions that :meth:`_queries` returned."""
+        last = slice(None) if count == ALL_QUERIES else slice(-count, None)
+        return queries[0][:, :, last], queries[1][:, last]
+
+    def _scoring(self, dim: int) -> Scoring:
+        """How queries are scored; as most models do, where no attention of ours has said it."""
+        return Scoring(dim**-0.5) if self.attending is None else self.attending.scoring
+
     def _context(
         self,
         keys: torch.Tensor,
@@ -414,7 +338,6 @@ class Evictor:
         seen: int,
         quota: int,
     ) -> Context:
-        scoring = Scoring(keys.shape[-1] ** -0.5) if self.attending is None else self.attending.scoring
         return Context(
             keys=keys,
             values=values,
@@ -423,7 +346,7 @@ class Evictor:
             protected=torch.zeros(positions.shape, dtype=torch.bool, device=keys.device),
             seen=seen,
             quota=quota,
-            scoring=scoring,
+            scoring=self._scoring(keys.shape[-1]),
             layer=self.layer,
             layers=self.layers,
             seed=self.options.seed,
@@ -453,24 +376,6 @@ class Evictor:
             raise ValueError(f"policy {self.policy.name!r} needs the attention module, which is not known")
         return rope_of(module)
 
-    def _move_sinks(self, storage: PagedStorage, held: Held) -> None:
-        """Rotate the sinks' keys to where they would stand if what was dropped behind them had never been."""
-        sinks, dropped = storage.sink_length, self.pinned.real - storage.tokens()
-        # Nothing is dropped before all sinks are there.
-        rows = held.rows[dropped[held.rows] > 0]
-        if len(rows) == 0:
-            return
-        self._remember_sinks(storage, rows[~self._moved[rows]])
-        assert self._sink_keys is not None
-        index, by = (torch.from_numpy(x).to(storage.device) for x in (rows, dropped[rows]))
-        at = torch.from_numpy(storage.dense.positions[rows, :sinks]).to(storage.device)[:, None]
-        rope, keys = self.rope(), self._sink_keys[index].float()
-        moved = rope.rotate(rope.unrotate(keys, at), at + by[:, None, None])
-        storage.dense.keys[index, :, :sinks] = moved.to(storage.dtype)
 
-    def _remember_sinks(self, storage: PagedStorage, rows: np.ndarray) -> None:
-        """Keep the sinks' keys of the sequences ``rows``, which were not moved yet."""
-        keys, index = storage.dense.keys[:, :, : storage.sink_length], torch.from_numpy(rows).to(storage.device)
-        known = torch.zeros_like(keys) if self._sink_keys is None else self._sink_keys
-        self._sink_keys = known.index_copy(0, index, keys[index])
-        self._moved[rows] = True
+def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.pages import PageEncoder
-from hf_kvcache.evictor import EvictionOptions
+from hf_kvcache.eviction_options import EvictionOptions
 from hf_kvcache.handle import KVHandle
 from hf_kvcache.incoming import NewTokens, check_update, dense_tokens
 from hf_kvcache.kernels.attention import attend

@@ -17,8 +17,8 @@ class MemoryReport:
 
     Attributes:
         parts: bytes by part: packed ``codes``, their ``scales`` (zero points included), full-precision ``sinks`` and
-            ``tail``, host-side ``tables``, ``other`` (states of layers that are transformers' own, and what evicting ones
-            remember of queries), and ``slack`` (allocated and not used: free pages, empty slots, alignment).
+            ``tail``, host-side ``tables``, ``other`` (states of layers that are transformers' own, and what evicting
+            ones remember of queries), and ``slack`` (allocated and not used: free pages, empty slots, alignment).
         full_bf16: bytes that a bfloat16 DynamicCache would hold for the same tokens.
         full_same_dtype: the same in the model's dtype.
         packed_bits: bits of all pages, scales counted.

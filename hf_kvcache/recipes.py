@@ -13,7 +13,7 @@ from hf_kvcache.eviction import Policy
 from hf_kvcache.eviction import resolve as resolve_policy
 from hf_kvcache.eviction.budget import Budget, Pin, Pins
 from hf_kvcache.eviction.registry import option_names
-from hf_kvcache.evictor import EvictionOptions
+from hf_kvcache.eviction_options import EvictionOptions
 
 #: Codecs whose tokens can move between pages, by bits: those of equal bits with scales per page would leave holes.
 TOKENWISE: dict[int, tuple[str, dict[str, Any]]] = {
@@ -85,6 +85,10 @@ class HeavyHitterCache(KVCache):
         chosen = resolve_policy(policy, **{name: options.pop(name) for name in names & set(options)})
         for name, count in (("sink_length", sink_length), ("tail_length", tail_length)):
             check_count(name, count, 0)
+        if compensate and chosen.needs_replay:
+            raise ValueError(
+                f"compensate={compensate!r}: policy {chosen.name!r} looks at no latest queries; accepted: 0"
+            )
         pins = Pins(pin)
         eviction = EvictionOptions(
             policy=chosen,

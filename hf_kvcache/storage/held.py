@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: The position of a place without a token: later than any.
 NOWHERE = np.iinfo(np.int64).max // 2
+#: Pages that share scales cannot be merged: those with fewer of their tokens than this share are given up.
+_SPARSE = 1 / 4
 
 
 @dataclass
@@ -91,6 +93,23 @@ class Held:
         whole = torch.cat([dense.float(), packed], 2)
         picked = whole.gather(2, self.index.unsqueeze(-1).expand(-1, -1, -1, whole.shape[-1]))
         return picked.masked_fill_(self._missing.unsqueeze(-1), 0)
+
+    def in_sparse_pages(self, keep: np.ndarray, protected: np.ndarray) -> np.ndarray:
+        """Tokens of pages that would be left with few of their tokens, none of them protected; all ``[b, Hkv, T]``."""
+        size = self.storage.page_size
+        columns = int(self.slots.max(initial=0)) // size + 1
+        page = np.where(self.slots >= self.used, (self.slots - self.used) // size, columns)
+
+        def per_page(mask: np.ndarray) -> np.ndarray:
+            counts = np.zeros((*mask.shape[:2], columns + 1), np.int64)
+            row, head, token = np.nonzero(mask)
+            np.add.at(counts, (row, head, page[row, head, token]), 1)
+            return counts
+
+        kept = per_page(keep & self.exists)
+        sparse = (kept < _SPARSE * size) & (kept < per_page(self.exists)) & (per_page(protected) == 0)
+        sparse[..., columns] = False
+        return np.take_along_axis(sparse, page, 2)
 
     @cached_property
     def _missing(self) -> torch.Tensor:

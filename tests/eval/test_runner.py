@@ -240,7 +240,7 @@ def test_the_suite_of_evictions_has_every_policy_at_every_share() -> None:
     }
     assert {"full", "ada-snapkv@0.1", "critical-snapkv@0.5", "random@0.3"} <= specs
     for _, entry in suites.suite("eviction"):
-        assert isinstance(entry, Entry) and entry.protocol == {"tail_length": 32, "page_size": 64, "block": 64}
+        assert isinstance(entry, Entry) and entry.protocol == {"tail_length": 8, "page_size": 64, "block": 64}
 
 
 @pytest.mark.parametrize("modes", ["", ":aware", ":forced", ":aware:forced"])

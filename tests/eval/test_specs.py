@@ -94,9 +94,9 @@ def test_every_policy_is_an_arm_and_every_wrapper_goes_in_front() -> None:
 @pytest.mark.parametrize(
     ("text", "policy", "budget", "sinks", "tail", "page"),
     [
-        ("snapkv@0.3", "snapkv", 0.3, 4, 32, 64),
-        ("window@0.3", "streaming", 0.3, 4, 32, 64),
-        ("ada-window@1024", "ada", 1024, 4, 32, 64),
+        ("snapkv@0.3", "snapkv", 0.3, 4, 8, 64),
+        ("window@0.3", "streaming", 0.3, 4, 8, 64),
+        ("ada-window@1024", "ada", 1024, 4, 8, 64),
         ("window@8", "streaming", 8, 4, 4, 64),
         ("random@3", "random", 3, 3, 0, 64),
         ("keydiff@0.2:tail_length=128;page_size=32", "keydiff", 0.2, 4, 128, 32),

@@ -1,0 +1,55 @@
+"""How the layers of a cache evict, and what their attention shows of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hf_kvcache.eviction import Policy
+from hf_kvcache.eviction.budget import Budget, Pins
+from hf_kvcache.kernels.inputs import Scoring
+
+
+@dataclass(frozen=True)
+class EvictionOptions:
+    """How the layers of a cache evict.
+
+    Attributes:
+        policy: scores the tokens.
+        budget: how many stay.
+        pins: tokens that stay because the user says so.
+        evict_prefill: when a prompt is evicted: after every forward pass of several tokens (``"chunk"``), before the
+            first single token (``"end"``), or not by itself (None).
+        interval: tokens decoded between two evictions; None: decoding evicts nothing.
+        seed: of policies that draw.
+        compensate: latest queries whose attention the kept tokens are made to reproduce, by new values; 0 for none.
+    """
+
+    policy: Policy
+    budget: Budget
+    pins: Pins
+    evict_prefill: Literal["chunk", "end"] | None
+    interval: int | None
+    seed: int
+    compensate: int = 0
+
+    def describe(self) -> str:
+        """All that the choices depend on but for the pins, as text."""
+        when = f"evict_prefill={self.evict_prefill!r}, interval={self.interval!r}, seed={self.seed}"
+        when += f", compensate={self.compensate}" if self.compensate else ""
+        return f"{self.policy!r}, budget={self.budget.amount!r}, {when}"
+
+
+@dataclass(frozen=True)
+class Attending:
+    """What attention showed of the model, at the latest update.
+
+    Attributes:
+        scoring: how queries are scored against keys.
+        module: the attention module; None if it is not known.
+    """
+
+    scoring: Scoring
+    module: torch.nn.Module | None

@@ -1,0 +1,65 @@
+"""New values for kept tokens, inside a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_kvcache import HeavyHitterCache
+from hf_kvcache.eviction import resolve
+from tests.eviction.toys import Toy, states
+from tests.generation.layers import States
+from tests.running import generate, prompt
+
+
+def values_held(toy: Toy) -> torch.Tensor:
+    storage = toy.layer.storage
+    assert storage is not None
+    return storage.held(np.zeros(1, np.int64)).states("values")
+
+
+@pytest.mark.parametrize("policy", ["random", "snapkv", "knorm"])
+def test_output_for_the_latest_queries_comes_nearer(policy: str) -> None:
+    """Attention of the observed queries over what is kept, against that over all, with and without new values."""
+    given = states(120, ratio=1)
+    errors = {}
+    for count in (0, 32):
+        toy = Toy(policy, "none", 1, compensate=count)
+        toy(given)
+        kept = toy.layer.kept_positions()[0]
+        errors[count] = error(given, kept, values_held(toy)[0], 32)
+    assert errors[32] < 0.95 * errors[0]
+
+
+def error(given: States, kept: torch.Tensor, values: torch.Tensor, count: int) -> float:
+    """Squared distance of the outputs of the last ``count`` queries, in float64, written out."""
+    total = 0.0
+    length = given.length
+    for head in range(given.key.shape[1]):
+        keys, all_values = given.key[0, head].double(), given.value[0, head].double()
+        places = kept[head][kept[head] >= 0]
+        for at in range(length - count, length):
+            query = given.query[0, head, at].double() * keys.shape[1] ** -0.5
+            full = (keys[: at + 1] @ query).softmax(0) @ all_values[: at + 1]
+            seen = places <= at
+            ours = (keys[places[seen]] @ query).softmax(0) @ values[head, : len(places)][seen].double()
+            total += float((ours - full).square().sum())
+    return total
+
+
+def test_sinks_tail_and_packed_values_stay(model: PreTrainedModel) -> None:
+    """Generation goes on over several evictions; the cache stays sound."""
+    options: dict[str, Any] = {"sink_length": 2, "tail_length": 4, "page_size": 8, "interval": 8}
+    cache = HeavyHitterCache(model.config, 28, "tova", bits=4, compensate=16, **options)
+    generate(model, prompt(60), cache, new=30)
+    cache.integrity()
+
+
+def test_replay_policies_refuse_it(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="compensate"):
+        HeavyHitterCache(model.config, 64, "kvzip", compensate=8)
+    assert resolve("kvzip").needs_replay
