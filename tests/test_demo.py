@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from hf_kvcache import codecs
+from hf_kvcache import codecs, eviction
 from hf_kvcache.cli import main
 from hf_kvcache.demo import FULL, build_table, build_texts, mean_kl, measure, top1_agreement
 from tests.running import prompt
@@ -48,11 +48,11 @@ def test_comparison_by_hand() -> None:
     assert top1_agreement(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]])) == 0.5
 
 
-def test_info_lists_the_codecs(capsys: pytest.CaptureFixture[str]) -> None:
-    """``hf-kvcache info`` names every registered codec."""
+def test_info_lists_codecs_and_policies(capsys: pytest.CaptureFixture[str]) -> None:
+    """``hf-kvcache info`` names everything that is registered."""
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in codecs.available())
+    assert all(name in printed for name in (*codecs.available(), *eviction.available(), *eviction.wrappers()))
 
 
 @pytest.mark.parametrize(

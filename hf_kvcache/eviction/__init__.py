@@ -2,6 +2,6 @@
 
 from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.context import Context
-from hf_kvcache.eviction.registry import available, register, resolve
+from hf_kvcache.eviction.registry import available, register, resolve, wrappers
 
-__all__ = ["Context", "Policy", "available", "register", "resolve"]
+__all__ = ["Context", "Policy", "available", "register", "resolve", "wrappers"]
