@@ -29,7 +29,7 @@ from hf_kvcache import HeavyHitterCache, KVCache, SlidingWindowCache
 from hf_kvcache.accounting import tensor_bytes
 from hf_kvcache.evictor import Evictor
 
-_POLICIES = ("snapkv", "h2o", "tova", "keydiff", "lagkv", "leverage", "expected", "rkv", "streaming", "random")
+_POLICIES = ("snapkv", "streaming", "keydiff", "leverage", "expected", "h2o")
 _BUDGET, _CHUNK = 512, 512
 
 
@@ -216,12 +216,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", help=f"default: {' '.join(_POLICIES)}")
     parser.add_argument("--context", type=int, help="tokens of the prefill; default: 4096")
     parser.add_argument("--endless", type=int, help="tokens generated through a window; default: 20000")
-    parser.add_argument("--rounds", type=int, help="repeats of each arm; default: 3")
+    parser.add_argument("--rounds", type=int, help="repeats of each arm; default: 1")
     args = start(parser, argv)
     args.policies = pick(args.policies, args.quick, list(_POLICIES), ["snapkv", "streaming"])
     args.context = args.context or (1024 if args.quick else 4096)
     args.endless = args.endless or (2000 if args.quick else 20000)
-    args.rounds = args.rounds or (1 if args.quick else 3)
+    args.rounds = args.rounds or 1
     return args
 
 
