@@ -30,14 +30,10 @@ class Draft:
     causal: bool
     first: bool
 
-    def until(self, length: int) -> Draft:
-        """The first ``length`` tokens of it."""
-        return replace(
-            self,
-            new=self.new.part(slice(0, length)),
-            query=self.query[:, :, :length],
-            mask=_rows_of(self.mask, slice(0, length), self.new.length),
-        )
+    def part(self, tokens: slice) -> Draft:
+        """Some of its tokens, not stored yet."""
+        mask = _rows_of(self.mask, tokens, self.new.length)
+        return replace(self, new=self.new.part(tokens), query=self.query[:, :, tokens], mask=mask)
 
 
 @dataclass
@@ -279,17 +275,11 @@ class EvictingLayer(KVCacheLayer):
         while start < new.length:
             assert self.storage is not None and self.evictor is not None
             stop = min(new.length, start + self.evictor.room(self.storage))
-            span = slice(start, stop)
-            part = replace(
-                draft,
-                new=new.part(span),
-                query=draft.query[:, :, span],
-                mask=_rows_of(draft.mask, span, new.length),
-            )
+            part = draft.part(slice(start, stop))
             outputs.append(self._attend_part(part))
             if not part.new.stored:
                 self._store(part.new)
-            self._evict_due(part.new.position + part.new.length)
+            self.evictor.settle_due(self.storage, part.new.position + part.new.length)
             start = stop
         new.stored = True
         return torch.cat(outputs, 1)
@@ -334,10 +324,10 @@ class EvictingLayer(KVCacheLayer):
         if storage is None or evictor is None:
             return
         if not evictor.pending:
-            self._evict_due(self._seen)
+            evictor.settle_due(storage, self._seen)
         elif self.eviction.evict_prefill == "chunk":
             evictor.evict(storage, np.arange(storage.batch), self._seen)
-        elif self.eviction.evict_prefill is None and self.eviction.interval is not None:
+        elif self.eviction.evict_prefill is None and not evictor.waits:
             evictor.pack(storage, np.arange(storage.batch), self._seen)
             evictor.pending = False
 
@@ -355,17 +345,6 @@ class EvictingLayer(KVCacheLayer):
         self.settle()
         self._undo, self._unconfirmed = None, 0
         self._settle_block()
-
-    def _evict_due(self, seen: int) -> None:
-        storage, evictor = self.storage, self.evictor
-        assert storage is not None and evictor is not None
-        if self.eviction.interval is not None:
-            due = evictor.due(storage)
-            if len(due):
-                evictor.evict(storage, due, seen)
-        elif storage.dense.longest >= storage.sink_length + storage.tail_length + storage.page_size:
-            used = storage.dense.lengths - storage.sink_length - storage.tail_length
-            evictor.pack(storage, np.flatnonzero(used >= storage.page_size), seen)
 
     def _held(self, new: NewTokens, storage: PagedStorage) -> np.ndarray:
         """Real tokens that each sequence had seen before the latest update, whether they are still held or not."""
@@ -392,8 +371,7 @@ class EvictingLayer(KVCacheLayer):
         for draft in undo.drafts:
             if tokens <= 0:
                 break
-            again = draft.until(min(tokens, draft.new.length))
-            again.new.stored = False
+            again = draft.part(slice(0, min(tokens, draft.new.length)))
             if draft.first:
                 self._observe_first(again)
                 self._store(again.new)

@@ -119,7 +119,7 @@ class Evictor:
                 row_keys, row_keys, index.expand(1, storage.heads, -1), None, keys.shape[2], quota=0
             )
             context.queries, context.query_positions = query[row : row + 1][:, :, index], index
-            mass.add_rows(np.array([row]), context.received())
+            mass.add_rows(np.array([row]), context.received().mean(2))
 
     def _masses(self, storage: PagedStorage) -> AttentionMass:
         if self.seen.mass is None:
@@ -128,18 +128,32 @@ class Evictor:
 
     # -- evicting -------------------------------------------------------------------------------------------------
 
-    def due(self, storage: PagedStorage) -> np.ndarray:
-        """The sequences whose tail has grown by ``interval`` tokens."""
-        interval = self.options.interval
-        if interval is None:
-            return np.zeros(0, np.int64)
-        return np.flatnonzero(storage.dense.lengths >= storage.sink_length + storage.tail_length + interval)
+    @property
+    def waits(self) -> bool:
+        """Whether a prompt is held that nobody may choose from, or pack, before ``compress()``."""
+        return self.pending and self.options.evict_prefill is None and self.options.interval is None
 
     def room(self, storage: PagedStorage) -> int:
         """Tokens that can be added before a sequence is due; at least 1."""
+        return 1 << 30 if self.waits else max(1, self._full(storage) - storage.dense.longest)
+
+    def settle_due(self, storage: PagedStorage, seen: int) -> None:
+        """Evict, or only pack, the sequences whose tail has grown by ``interval`` tokens, or by a page's."""
+        due = np.flatnonzero(storage.dense.lengths >= self._full(storage))
+        if len(due) == 0 or self.waits:
+            return
         if self.options.interval is None:
-            return 1 << 30
-        return max(1, storage.sink_length + storage.tail_length + self.options.interval - storage.dense.longest)
+            self.pack(storage, due, seen)
+        else:
+            self.evict(storage, due, seen)
+
+    def _step(self, storage: PagedStorage) -> int:
+        """Tokens by which a tail grows before some of it is packed."""
+        return self.options.interval or storage.page_size
+
+    def _full(self, storage: PagedStorage) -> int:
+        """Slots that a sequence uses when it is due."""
+        return storage.sink_length + storage.tail_length + self._step(storage)
 
     def evict(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
         """Choose what the sequences ``rows`` keep, after ``seen`` tokens in all, and drop the rest."""
@@ -289,10 +303,10 @@ class Evictor:
 
         So the tokens at which evictions fall due do not depend on how many tokens an update has.
         """
-        least, step = storage.tail_length, self.options.interval or storage.page_size
+        least = storage.tail_length
         if not (keep == held.exists).all():
             return least
-        return least + max(held.used - storage.sink_length - least, 0) % step
+        return least + max(held.used - storage.sink_length - least, 0) % self._step(storage)
 
     def _groups(self, storage: PagedStorage, rows: np.ndarray) -> Iterator[np.ndarray]:
         """``rows`` in groups that stand alike: all together without padding, else one by one."""

@@ -113,25 +113,23 @@ class AttentionMass:
     def by_token(self, held: Held) -> torch.Tensor:
         """The masses of the tokens ``held``, ``[b, Hkv, T]``."""
         rows = torch.from_numpy(held.rows).to(self.dense.device)
-        size = held.storage.page_size
-        columns = int(held.storage.table.lengths[held.storage.table_rows(held.rows)].max(initial=0))
-        self._reserve(held.used, columns * size)
-        return held.pick(torch.cat([self.dense[rows, :, : held.used], self.pages[rows, :, : columns * size]], 2))
+        places = held.columns * held.storage.page_size
+        self._reserve(held.used, places)
+        return held.pick(torch.cat([self.dense[rows, :, : held.used], self.pages[rows, :, :places]], 2))
 
     def put(self, held: Held, mass: torch.Tensor) -> None:
         """Make ``mass [b, Hkv, T]`` the masses of the tokens ``held``, and forget all others of their sequences."""
         rows = torch.from_numpy(held.rows).to(self.dense.device)
-        size = held.storage.page_size
-        columns = int(held.storage.table.lengths[held.storage.table_rows(held.rows)].max(initial=0))
-        self._reserve(held.used, columns * size)
-        both = torch.zeros(*mass.shape[:2], held.used + columns * size + 1, device=mass.device)
+        places = held.columns * held.storage.page_size
+        self._reserve(held.used, places)
+        both = torch.zeros(*mass.shape[:2], held.used + places + 1, device=mass.device)
         # The last place takes what is of no token.
         index = torch.from_numpy(np.where(held.exists, held.slots, both.shape[2] - 1)).to(mass.device)
         both.scatter_(2, index, mass)
         self.dense[rows] = 0.0
         self.pages[rows] = 0.0
         self.dense[rows, :, : held.used] = both[:, :, : held.used]
-        self.pages[rows, :, : columns * size] = both[:, :, held.used : -1]
+        self.pages[rows, :, :places] = both[:, :, held.used : -1]
 
     @torch.inference_mode(False)
     def trim(self, slots: int, places: int) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hf_kvcache.kernels.decode import decode_side
+from hf_kvcache.codecs.pages import decode_tokens
 from hf_kvcache.kernels.decode.reference import CHUNK_TOKENS
-from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.workspace import scratch
 from hf_kvcache.storage import PagedStorage
 
@@ -35,10 +34,7 @@ def dense_side(storage: PagedStorage, side: str, start: int, length: int) -> tor
         assert pages is not None
         last = min(first + step, pages.columns)
         buffer = scratch(side, (last - first, rows, storage.page_size, fmt.dim), torch.float32, out.device)
-        decoded = decode_side(storage.layout, side, pages.records(first, last), buffer)
-        if side == "keys" and storage.center is not None:
-            decoded = decoded + storage.center.flatten(0, 1).unsqueeze(1)
-        tokens = rotate(decoded, fmt, inverse=True).transpose(0, 1).flatten(1, 2)
+        tokens = decode_tokens(storage.layout, side, pages.records(first, last), pages.center, buffer)
         unused = pages.unused(first, last)
         place(tokens, pages.positions(first, last).flatten(1), None if unused is None else unused.flatten(1))
     dense, held = storage.dense, storage.dense.longest

@@ -121,8 +121,9 @@ class SlidingWindowCache(HeavyHitterCache):
         config: the model's config.
         window: newest tokens that stay.
         sinks: first tokens that stay.
-        reindex: move the sinks along, so that they are never farther from a query than ``window + sinks`` positions and
-            the model sees no distance that it was not trained for. Off, positions stay original.
+        reindex: move the sinks along, so that they are never farther from a query than what is held is long (up to
+            ``window + sinks + interval``) and the model sees no distance that it was not trained for. Off, positions
+            stay original.
         codec: how what is kept is stored; ``"none"`` unless ``bits`` are given.
         bits: bits of a code.
         tail_length: newest tokens in full precision.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
 
 from hf_kvcache.codecs.base import Codec
+from hf_kvcache.discovery import import_all
 
 _CODECS: dict[str, type[Codec]] = {}
 _CodecType = TypeVar("_CodecType", bound=type[Codec])
@@ -120,6 +119,5 @@ def _accepted() -> str:
 def _discover() -> dict[str, type[Codec]]:
     import hf_kvcache.codecs as package
 
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    import_all(package)
     return _CODECS

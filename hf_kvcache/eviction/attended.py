@@ -11,11 +11,7 @@ from hf_kvcache.eviction.context import Context
 def mean_attention(ctx: Context) -> torch.Tensor:
     """Probability of each key, averaged over the queries, float32 ``[B, Hkv, g, T]``."""
     assert ctx.queries is not None
-    batch, heads, tokens, _ = ctx.keys.shape
-    total = torch.zeros(batch, heads, ctx.groups, tokens, device=ctx.keys.device)
-    for part in ctx.probabilities():
-        total += part.sum(3)
-    return total / ctx.queries.shape[2]
+    return ctx.received() / ctx.queries.shape[2]
 
 
 def before_queries(ctx: Context) -> torch.Tensor:

@@ -137,14 +137,8 @@ class PinnedPositions:
         length = self.mask.shape[1]
         if length == 0:
             return np.zeros(positions.shape, bool)
-        mask = self.mask[rows][:, None]
         inside = positions < length
-        return (
-            np.take_along_axis(mask, np.where(inside, positions, 0).reshape(len(rows), 1, -1), 2).reshape(
-                positions.shape
-            )
-            & inside
-        )
+        return self.mask[rows[:, None, None], np.where(inside, positions, 0)] & inside
 
     def numbers(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Which of the real tokens of its sequence, from 0, stands at each of ``positions [b, ...]``."""

@@ -107,10 +107,11 @@ class Context:
             yield torch.nn.functional.pad(part, (0, tokens - part.shape[-1])) if part.shape[-1] < tokens else part
 
     def received(self) -> torch.Tensor:
-        """What each key gets from all queries together, averaged over the heads of its group, ``[B, Hkv, T]``."""
-        total = torch.zeros(self.keys.shape[:3], device=self.keys.device)
+        """What each key gets from all queries together, head by head of its group, ``[B, Hkv, g, T]``."""
+        batch, heads, tokens, _ = self.keys.shape
+        total = torch.zeros(batch, heads, self.groups, tokens, device=self.keys.device)
         for part in self._strips():
-            total[:, :, : part.shape[-1]] += part.sum(3).mean(2)
+            total[..., : part.shape[-1]] += part.sum(3)
         return total
 
     def _strips(self) -> Iterator[torch.Tensor]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from hf_kvcache.discovery import import_all
 from hf_kvcache.eviction.base import Policy
 
 _POLICIES: dict[str, type[Policy]] = {}
@@ -102,6 +101,5 @@ def _accepted() -> str:
 def _discover() -> tuple[dict[str, type[Policy]], dict[str, type[Policy]]]:
     import hf_kvcache.eviction.policies as package
 
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    import_all(package)
     return _POLICIES, _WRAPPERS

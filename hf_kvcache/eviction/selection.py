@@ -31,19 +31,22 @@ def choose(
     if held is not None:
         scores = scores.masked_fill(~held, -torch.inf)
     if head_floor is not None:
-        safe = _highest(scores, int(quota * head_floor)) & (scores > -torch.inf)
+        safe = highest(scores, int(quota * head_floor)) & (scores > -torch.inf)
         scores = scores.masked_fill(safe, torch.inf)
         # Token by token, so that of equal scores the newer one goes first whichever head it is of.
         by_token = scores.transpose(1, 2)
-        kept = safe | _highest(by_token.flatten(1), quota * scores.shape[1]).view(by_token.shape).transpose(1, 2)
+        kept = safe | highest(by_token.flatten(1), quota * scores.shape[1]).view(by_token.shape).transpose(1, 2)
     else:
-        kept = _highest(scores, quota)
+        kept = highest(scores, quota)
     return (kept | protected) & (scores > -torch.inf)
 
 
-def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Where the ``count`` highest of ``scores [..., T]`` stand; of equal ones the last."""
-    if count >= scores.shape[-1]:
-        return torch.ones_like(scores, dtype=torch.bool)
-    order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.shape[-1] - 1 - order, True)
+def highest(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """Where the ``count`` highest of ``scores [..., T]`` stand; of equal ones the last.
+
+    Args:
+        scores: without NaN.
+        count: a number for all rows, or one for each, ``[..., 1]``.
+    """
+    order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    return order.argsort(-1).flip(-1) < count

@@ -24,11 +24,13 @@ class PageRun:
         ids: int64 ``[R, n]``, ``-1`` where there is no page.
         counts: int32 ``[R, n]``, tokens that count.
         positions: int64 ``[R, n, P]``, undefined behind the count.
+        records: uint8 ``[R, n, record_bytes]`` of pages that are not stored yet; their ids are 0 until then.
     """
 
     ids: np.ndarray
     counts: np.ndarray
     positions: np.ndarray
+    records: torch.Tensor | None = None
 
 
 def keep_only(storage: PagedStorage, held: Held, keep: np.ndarray, tail: int) -> None:
@@ -48,32 +50,24 @@ def keep_only(storage: PagedStorage, held: Held, keep: np.ndarray, tail: int) ->
     keep = keep & held.exists
     in_pages = held.slots >= used
     leaving = keep & ~in_pages & (held.slots >= sinks) & (held.slots < stop)
-    new, records = _packed(storage, held, leaving)
-    rows = storage.table_rows(held.rows)
-    columns = int(storage.table.lengths[rows].max(initial=0))
+    new = _packed(storage, held, leaving)
+    rows, columns = storage.table_rows(held.rows), held.columns
     if columns and not (keep == held.exists)[in_pages].all():
-        run = _thinned(storage, rows, columns, _kept_places(storage, held, keep & in_pages, columns), new, records)
-        _replace(storage, rows, run)
+        kept = _kept_places(storage, held, keep & in_pages, columns)
+        _replace(storage, rows, _thinned(storage, rows, columns, kept, new))
     elif new is not None:
-        assert records is not None
-        ids = _store(storage, new, records)
-        held_pages = _existing(storage, rows, columns)
-        _replace(storage, rows, _side_by_side([held_pages, PageRun(ids, new.counts, new.positions)]))
+        _replace(storage, rows, _side_by_side([_existing(storage, rows, columns), _stored(storage, new)]))
     if stop > sinks:
         storage.dense.drop_oldest(held.rows, stop - sinks)
     storage.changed()
 
 
-def _packed(storage: PagedStorage, held: Held, leaving: np.ndarray) -> tuple[PageRun | None, torch.Tensor | None]:
-    """Encode the tokens that leave the dense buffer; their pages get ids only once they are stored.
-
-    Returns:
-        The pages, with ids of 0 where there is one, and their records ``[R, n, record_bytes]``; None without tokens.
-    """
+def _packed(storage: PagedStorage, held: Held, leaving: np.ndarray) -> PageRun | None:
+    """Encode the tokens that leave the dense buffer, into pages that are not stored yet; None without tokens."""
     size, counts = storage.page_size, leaving.sum(-1)
     most = int(counts.max(initial=0))
     if most == 0:
-        return None, None
+        return None
     pages = -(-most // size)
     order = np.argsort(~leaving, axis=-1, kind="stable")[..., :most]
     # The last page is filled up with its last token, which changes no range that its tokens share.
@@ -94,7 +88,7 @@ def _packed(storage: PagedStorage, held: Held, leaving: np.ndarray) -> tuple[Pag
     records = records.unflatten(0, (pages, -1)).transpose(0, 1)
     counts = np.clip(counts.reshape(-1, 1) - size * np.arange(pages), 0, size).astype(np.int32)
     positions = np.take_along_axis(held.positions, order, -1).reshape(len(counts), pages, size)
-    return PageRun(np.where(counts > 0, 0, -1), counts, positions), records
+    return PageRun(np.where(counts > 0, 0, -1), counts, positions, records)
 
 
 def _kept_places(storage: PagedStorage, held: Held, keep: np.ndarray, columns: int) -> np.ndarray:
@@ -106,26 +100,16 @@ def _kept_places(storage: PagedStorage, held: Held, keep: np.ndarray, columns: i
     return places[..., :-1].reshape(-1, columns, size)
 
 
-def _thinned(
-    storage: PagedStorage,
-    rows: np.ndarray,
-    columns: int,
-    kept: np.ndarray,
-    new: PageRun | None,
-    records: torch.Tensor | None,
-) -> PageRun:
+def _thinned(storage: PagedStorage, rows: np.ndarray, columns: int, kept: np.ndarray, new: PageRun | None) -> PageRun:
     """The pages of ``rows`` with only the ``kept [R, columns, P]`` places, and the new ones behind them."""
     size, survive = storage.page_size, kept.sum(-1)
     added = np.zeros(len(rows), np.int64) if new is None else new.counts.sum(-1)
     apart = (survive > 0).sum(-1) + -(-added // size)
     together = -(-(survive.sum(-1) + added) // size)
     if is_tokenwise(storage.layout) and apart.sum() > together.sum() + len(rows):
-        return _repacked(storage, rows, columns, kept, new, records)
+        return _repacked(storage, rows, columns, kept, new)
     run = _compacted(storage, rows, columns, kept)
-    if new is None:
-        return run
-    assert records is not None
-    return _side_by_side([run, PageRun(_store(storage, new, records), new.counts, new.positions)])
+    return run if new is None else _side_by_side([run, _stored(storage, new)])
 
 
 def _compacted(storage: PagedStorage, rows: np.ndarray, columns: int, kept: np.ndarray) -> PageRun:
@@ -147,22 +131,15 @@ def _compacted(storage: PagedStorage, rows: np.ndarray, columns: int, kept: np.n
     return PageRun(ids, survive, positions)
 
 
-def _repacked(
-    storage: PagedStorage,
-    rows: np.ndarray,
-    columns: int,
-    kept: np.ndarray,
-    new: PageRun | None,
-    records: torch.Tensor | None,
-) -> PageRun:
+def _repacked(storage: PagedStorage, rows: np.ndarray, columns: int, kept: np.ndarray, new: PageRun | None) -> PageRun:
     """All kept tokens, old and new, side by side in new pages."""
     size, old = storage.page_size, _existing(storage, rows, columns)
     ids = np.where(old.ids >= 0, old.ids, old.ids[old.ids >= 0][0])
     source = storage.pool.read(ids.flatten()).unflatten(0, ids.shape)
     all_kept, positions = kept, old.positions
     if new is not None:
-        assert records is not None
-        source = torch.cat([source, records], 1)
+        assert new.records is not None
+        source = torch.cat([source, new.records], 1)
         all_kept = np.concatenate([kept, np.arange(size) < new.counts[:, :, None]], 1)
         positions = np.concatenate([positions, new.positions], 1)
     all_kept, positions = (x.reshape(len(rows), -1) for x in (all_kept, positions))
@@ -174,23 +151,21 @@ def _repacked(
     counts = np.clip(total[:, None] - size * np.arange(pages), 0, size).astype(np.int32)
     index = torch.from_numpy(order + np.arange(len(rows))[:, None] * all_kept.shape[1]).to(storage.device)
     made = gather_tokens(storage.layout, source.flatten(0, 1), index.reshape(-1, size)).unflatten(0, (len(rows), pages))
-    run = PageRun(
-        np.where(counts > 0, 0, -1), counts, np.take_along_axis(positions, order, -1).reshape(len(rows), pages, size)
-    )
-    run.ids = _store(storage, run, made)
-    return run
+    positions = np.take_along_axis(positions, order, -1).reshape(len(rows), pages, size)
+    return _stored(storage, PageRun(np.where(counts > 0, 0, -1), counts, positions, made))
 
 
-def _store(storage: PagedStorage, run: PageRun, records: torch.Tensor) -> np.ndarray:
-    """Store ``records [R, n, record_bytes]`` of the pages that there are; returns ids ``[R, n]``."""
+def _stored(storage: PagedStorage, run: PageRun) -> PageRun:
+    """``run`` with its pages stored."""
+    assert run.records is not None
     # Column by column, so that the pages that are read together lie together.
     exist = (run.ids >= 0).T
     made = storage.pool.allocate(int(exist.sum()))
-    storage.pool.write(made, records.transpose(0, 1)[torch.from_numpy(exist).to(storage.device)])
+    storage.pool.write(made, run.records.transpose(0, 1)[torch.from_numpy(exist).to(storage.device)])
     _note_positions(storage, made, run.counts.T[exist], run.positions.transpose(1, 0, 2)[exist])
     ids = np.full(exist.shape, -1, dtype=np.int64)
     ids[exist] = made
-    return ids.T.copy()
+    return PageRun(ids.T.copy(), run.counts, run.positions)
 
 
 def _note_positions(storage: PagedStorage, ids: np.ndarray, counts: np.ndarray, positions: np.ndarray) -> None:
@@ -210,8 +185,8 @@ def _existing(storage: PagedStorage, rows: np.ndarray, columns: int) -> PageRun:
 
 
 def _side_by_side(runs: list[PageRun]) -> PageRun:
-    arrays = [[getattr(run, name) for run in runs] for name in ("ids", "counts", "positions")]
-    return PageRun(*(np.concatenate(parts, 1) for parts in arrays))
+    ids, counts, positions = zip(*((run.ids, run.counts, run.positions) for run in runs), strict=True)
+    return PageRun(np.concatenate(ids, 1), np.concatenate(counts, 1), np.concatenate(positions, 1))
 
 
 def _replace(storage: PagedStorage, rows: np.ndarray, run: PageRun) -> None:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hf_kvcache.kernels.decode import decode_side
-from hf_kvcache.kernels.hadamard import rotate
+from hf_kvcache.codecs.pages import decode_tokens
 
 if TYPE_CHECKING:
     from hf_kvcache.storage.paged import PagedStorage
@@ -73,6 +72,11 @@ class Held:
         return self.slots.shape[-1]
 
     @cached_property
+    def columns(self) -> int:
+        """Pages of the head that has most."""
+        return int(self.storage.table.lengths[self.storage.table_rows(self.rows)].max(initial=0))
+
+    @cached_property
     def index(self) -> torch.Tensor:
         """``slots`` on the storage's device, 0 where there is no token."""
         return torch.from_numpy(np.where(self.exists, self.slots, 0)).to(self.storage.device)
@@ -117,19 +121,16 @@ class Held:
 
     def _decoded(self, side: str) -> torch.Tensor | None:
         """The pages of the sequences, ``[b, Hkv, columns * P, D]``; arbitrary where a row has no page."""
-        storage = self.storage
-        table_rows = storage.table_rows(self.rows)
-        columns = int(storage.table.lengths[table_rows].max(initial=0))
+        storage, columns = self.storage, self.columns
         if columns == 0:
             return None
-        fmt = storage.layout.sides[side]
-        ids = storage.table.ids(table_rows, columns)
-        some = ids[ids >= 0][0]
-        records = storage.pool.read(np.where(ids >= 0, ids, some).flatten())[:, None]
-        buffer = torch.empty(len(records), 1, storage.page_size, fmt.dim, device=storage.device)
-        decoded = decode_side(storage.layout, side, records, buffer)[:, 0].float()
-        decoded = decoded.reshape(len(table_rows), columns * storage.page_size, fmt.dim)
-        if side == "keys" and storage.center is not None:
-            rows = torch.from_numpy(self.rows).to(storage.device)
-            decoded = decoded + storage.center[rows].flatten(0, 1).unsqueeze(1)
-        return rotate(decoded, fmt, inverse=True).unflatten(0, (len(self.rows), storage.heads))
+        # A column of pages at a time, as they are stored, so that they lie side by side.
+        ids = storage.table.ids(storage.table_rows(self.rows), columns).T
+        records = storage.pool.read(np.where(ids >= 0, ids, ids.max()).flatten()).unflatten(0, ids.shape)
+        center = None
+        if storage.center is not None:
+            center = storage.center[torch.from_numpy(self.rows).to(storage.device)].flatten(0, 1)
+        shape = (*ids.shape, storage.page_size, storage.layout.sides[side].dim)
+        buffer = torch.empty(shape, device=storage.device)
+        tokens = decode_tokens(storage.layout, side, records, center, buffer)
+        return tokens.unflatten(0, (len(self.rows), storage.heads))

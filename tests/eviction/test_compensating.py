@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.eviction import resolve
-from tests.eviction.toys import Toy, states
+from tests.eviction.toys import SINKS, TAIL, Toy, states
 from tests.generation.layers import States
-from tests.running import generate, prompt
 
 
 def values_held(toy: Toy) -> torch.Tensor:
@@ -51,15 +47,24 @@ def error(given: States, kept: torch.Tensor, values: torch.Tensor, count: int) -
     return total
 
 
-def test_sinks_tail_and_packed_values_stay(model: PreTrainedModel) -> None:
-    """Generation goes on over several evictions; the cache stays sound."""
-    options: dict[str, Any] = {"sink_length": 2, "tail_length": 4, "page_size": 8, "interval": 8}
-    cache = HeavyHitterCache(model.config, 28, "tova", bits=4, compensate=16, **options)
-    generate(model, prompt(60), cache, new=30)
-    cache.integrity()
+def test_sinks_tail_and_packed_values_stay() -> None:
+    """Only tokens that are about to be packed get new values; which tokens stay, keys alone say here."""
+    given = states(120, ratio=1)
+    with_new, without = (Toy("knorm", "none", 1, compensate=count) for count in (32, 0))
+    for toy in (with_new, without):
+        toy(given.at(0, 100))
+    packed = values_held(with_new)
+    assert with_new.positions() == without.positions()
+    changed = (packed != values_held(without)).any(-1)[0]
+    assert changed.any(-1).all() and not changed[:, :SINKS].any() and not changed[:, -TAIL:].any()
+    before = [dict(zip(at, packed[0, head], strict=False)) for head, at in enumerate(with_new.positions())]
+    with_new(given.at(100, 120))  # evicts again, with what is packed beside what is new
+    after = values_held(with_new)[0]
+    for head, positions in enumerate(with_new.positions()):
+        kept = [at for at in positions if at < 100 - TAIL]
+        assert kept and all(torch.equal(after[head, positions.index(at)], before[head][at]) for at in kept)
 
 
 def test_replay_policies_refuse_it(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="compensate"):
         HeavyHitterCache(model.config, 64, "kvzip", compensate=8)
-    assert resolve("kvzip").needs_replay

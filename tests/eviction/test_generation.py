@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_kvcache import HeavyHitterCache, SlidingWindowCache
 from hf_kvcache.evicting_layer import EvictingLayer
 from tests import families
-from tests.eviction.toys import INTERVAL, SINKS, TAIL, policies, small_options
+from tests.eviction.toys import INTERVAL, SINKS, TAIL, policies, reading_once, small_options
 from tests.running import assert_same, forward, full_cache, generate, left_padded, prompt
 
 BUDGET = 24
@@ -123,3 +123,16 @@ def test_models_that_cannot(family: str) -> None:
 def test_models_without_full_attention() -> None:
     with pytest.raises(ValueError, match="accepted with eviction: at least one layer of full attention"):
         SlidingWindowCache(families.build("mistral").config, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "policy", [name for name in reading_once() if name not in ("keepall", "pyramidkv") and "ada-" not in name]
+)
+def test_half_precision(policy: str, dtype: torch.dtype) -> None:
+    """Twice the same, within bounds, from what is held in half precision."""
+    model = families.build("llama", dtype=dtype)
+    first, second = (generate(model, prompt(50), evicting(model, policy), 20) for _ in range(2))
+    assert torch.equal(first.logits, second.logits) and first.logits.isfinite().all()
+    assert isinstance(first.cache, HeavyHitterCache)
+    evicted(first.cache)

@@ -84,6 +84,21 @@ def _assistant() -> PreTrainedModel:
     return assistant
 
 
+@pytest.mark.parametrize("codec", ["turboquant4", "unbiased4"])
+def test_packing_alone_inside_a_draft(codec: str) -> None:
+    """Decoding evicts nothing here, and a drafted token still reads a page as it would in plain decoding."""
+    plain, toy = (Toy("knorm", codec, interval=None) for _ in range(2))
+    given = states(PROMPT + 40)
+    expected = plain.run(given, [PROMPT])[:, PROMPT:]
+    toy(given.at(0, PROMPT))
+    toy.cache.activate_past_recording()
+    for start in range(PROMPT, PROMPT + 40, 20):  # longer than a page
+        part = slice(start - PROMPT, start - PROMPT + 20)
+        torch.testing.assert_close(toy(given.at(start, start + 20)), expected[:, part], rtol=0, atol=1e-5)
+        toy.cache.crop(0)
+    assert_same_kept(toy.kept(), plain.kept())
+
+
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     policy=st.sampled_from(["knorm", "snapkv", "h2o", "expected", "ada-h2o"]),

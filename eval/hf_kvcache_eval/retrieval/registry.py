@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from hf_kvcache.discovery import import_all
 from hf_kvcache_eval.retrieval.place import Place
 from hf_kvcache_eval.retrieval.sample import Sample
 
@@ -48,7 +48,5 @@ def register(name: str, what: str, literal: bool = False) -> Callable[[Make], Ma
 @lru_cache(maxsize=1)
 def kinds() -> dict[str, Kind]:
     """Every kind that can be generated."""
-    folder = importlib.import_module("hf_kvcache_eval.retrieval.kinds")
-    for module in pkgutil.iter_modules(folder.__path__):
-        importlib.import_module(f"{folder.__name__}.{module.name}")
+    import_all(importlib.import_module("hf_kvcache_eval.retrieval.kinds"))
     return dict(sorted(_KINDS.items()))

@@ -8,6 +8,7 @@ from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.options import between
 from hf_kvcache.eviction.registry import register
+from hf_kvcache.eviction.selection import highest
 from hf_kvcache.eviction.wrapper import Wrapper
 
 #: Output elements computed at a time.
@@ -52,7 +53,8 @@ class Critical(Wrapper):
         scores = self.policy.score(ctx).float()
         absent = torch.zeros_like(ctx.protected) if ctx.held is None else ~ctx.held
         free = (ctx.quota - ctx.protected.sum(-1, keepdim=True)).clamp_min(0)
-        chosen = _highest(scores, ~ctx.protected & ~absent, (free * self.first).long())
+        candidates = ~ctx.protected & ~absent
+        chosen = candidates & highest(scores.masked_fill(~candidates, -torch.inf), (free * self.first).long())
         lowest = scores.masked_fill(absent, 0.0).amin(-1, keepdim=True).clamp_max(0.0)
         weighted = (scores - lowest + self.epsilon) * output_lengths(ctx)
         # Finite, so that there is room above for what is protected.
@@ -70,10 +72,3 @@ def output_lengths(ctx: Context) -> torch.Tensor:
         for of_head in weight:
             total[:, :, part] += (ctx.values[:, :, part].float() @ of_head).abs_().sum(-1)
     return total / len(weight)
-
-
-def _highest(scores: torch.Tensor, candidates: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Which candidates are among the ``count [B, Hkv, 1]`` highest of their head; of equals, the newer ones."""
-    order = scores.masked_fill(~candidates, -torch.inf).flip(-1).argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(-1).flip(-1)
-    return candidates & (rank < count)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.options import one_of, whole
 from hf_kvcache.eviction.registry import register
+from hf_kvcache.eviction.window import WindowPolicy
 
 
 @register("morphkv")
-class MorphKV(Policy):
+class MorphKV(WindowPolicy):
     """Attention of a recent window's queries, fused over them, averaged over the heads of a group; the window stays.
 
     Args:
@@ -22,17 +22,8 @@ class MorphKV(Policy):
         ValueError: if ``window`` is below 1 or ``fuse`` is neither.
     """
 
-    needs_values = False
-
     def __init__(self, window: int = 32, fuse: str = "sum") -> None:
         self.window, self.fuse = whole("window", window), one_of("fuse", fuse, ("sum", "max"))
-
-    @property
-    def observed(self) -> int:  # type: ignore[override]
-        return self.window
-
-    def recent(self, quota: int) -> int:
-        return min(self.window, quota)
 
     def score(self, ctx: Context) -> torch.Tensor:
         batch, heads, tokens, _ = ctx.keys.shape

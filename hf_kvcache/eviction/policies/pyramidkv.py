@@ -20,8 +20,6 @@ class PyramidKV(SnapKV):
         ValueError: as :class:`SnapKV`, and if ``beta`` is below 1.
     """
 
-    needs_values = False
-
     def __init__(self, window: int = 64, kernel: int = 5, beta: float = 20) -> None:
         super().__init__(window, kernel)
         self.beta = between("beta", beta, 1, float("inf"))

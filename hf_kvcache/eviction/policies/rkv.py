@@ -6,17 +6,17 @@ import torch
 from torch.nn.functional import normalize
 
 from hf_kvcache.eviction.attended import before_queries, mean_attention, pool_max
-from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.options import between, odd, whole
 from hf_kvcache.eviction.registry import register
+from hf_kvcache.eviction.window import WindowPolicy
 
 #: Similarities computed at a time, so that no matrix of all keys times all keys is ever held.
 _BLOCK_ELEMENTS = 1 << 22
 
 
 @register("rkv")
-class RKV(Policy):
+class RKV(WindowPolicy):
     """``weight * importance - (1 - weight) * redundancy``.
 
     Importance is the attention of the latest queries: averaged over them, the largest over the heads of a group, and
@@ -33,18 +33,9 @@ class RKV(Policy):
         ValueError: if ``weight`` is outside 0 to 1, ``window`` below 1, ``kernel`` not odd, or ``threshold`` no cosine.
     """
 
-    needs_values = False
-
     def __init__(self, weight: float = 0.07, window: int = 8, kernel: int = 7, threshold: float = 0.5) -> None:
         self.weight, self.window = between("weight", weight, 0, 1), whole("window", window)
         self.kernel, self.threshold = odd("kernel", kernel), between("threshold", threshold, -1, 1)
-
-    @property
-    def observed(self) -> int:  # type: ignore[override]
-        return self.window
-
-    def recent(self, quota: int) -> int:
-        return min(self.window, quota)
 
     def score(self, ctx: Context) -> torch.Tensor:
         importance = pool_max(mean_attention(ctx).amax(2), before_queries(ctx), self.kernel)

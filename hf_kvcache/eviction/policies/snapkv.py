@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.eviction.attended import before_queries, mean_attention, pool_mean
-from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.options import odd, whole
 from hf_kvcache.eviction.registry import register
+from hf_kvcache.eviction.window import WindowPolicy
 
 
 @register("snapkv")
-class SnapKV(Policy):
+class SnapKV(WindowPolicy):
     """Attention of an observation window, averaged over its queries and heads and pooled over neighbouring tokens.
 
     The window's own tokens stay, and are no neighbours of those before it.
@@ -25,17 +25,8 @@ class SnapKV(Policy):
         ValueError: if ``window`` is below 1 or ``kernel`` is not odd.
     """
 
-    needs_values = False
-
     def __init__(self, window: int = 64, kernel: int = 5) -> None:
         self.window, self.kernel = whole("window", window), odd("kernel", kernel)
-
-    @property
-    def observed(self) -> int:  # type: ignore[override]
-        return self.window
-
-    def recent(self, quota: int) -> int:
-        return min(self.window, quota)
 
     def score(self, ctx: Context) -> torch.Tensor:
         return pool_mean(mean_attention(ctx).mean(2), before_queries(ctx), self.kernel)

@@ -69,6 +69,12 @@ def _read_pages(
         result = part if result is None else merge(result, part)
     assert result is not None
     output, log_sum_exp = result
+    empty = torch.from_numpy(pages.counts.sum(1) == 0)
+    if empty.any():  # rows that have no page, beside rows that have some
+        output, log_sum_exp = (
+            output.masked_fill(empty[:, None, None], 0.0),
+            log_sum_exp.masked_fill(empty[:, None], -torch.inf),
+        )
     if pages.center is not None:
         # The mean that was taken out of the packed keys shifts all their scores of a query alike.
         log_sum_exp = log_sum_exp + (rotated @ pages.center.unsqueeze(-1)).squeeze(-1)

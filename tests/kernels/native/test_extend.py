@@ -75,6 +75,24 @@ def test_pages_with_holes_and_rows_without(codec: str, monkeypatch: pytest.Monke
     assert_near(ours.log_sum_exp, theirs.log_sum_exp)
 
 
+def test_a_row_without_pages_sees_none_of_the_others() -> None:
+    """Its queries see nothing here, not even full-precision tokens: output 0, log-sum-exp of minus infinity."""
+    storage = storage_of("none", 150)
+    held = storage.held(np.arange(1))
+    number = np.arange(held.tokens)
+    keep = np.broadcast_to((number < 2) | (number >= held.tokens - 5), held.exists.shape)  # sinks and tail only
+    storage.keep_only(held, keep)
+    pages = storage.pages()
+    assert pages is not None and (pages.counts.sum(1) == 0).any()
+    dense = DenseTokens(random(3, 2, 2, 4, 32), random(4, 2, 2, 4, 32), unused=torch.ones(2, 4, dtype=torch.bool))
+    query, visibility = random(5, 2, 6, 20, 32), Visibility(150, 20, None, 0, True, None)
+    ours = native.attend(query, pages, dense, visibility, Scoring(0.2))
+    theirs = reference.attend(query, pages, dense, visibility, Scoring(0.2))
+    assert ours.output[0].eq(0).all() and (ours.log_sum_exp[0] == -torch.inf).all()
+    assert_near(ours.output, theirs.output)
+    assert_near(ours.log_sum_exp[1], theirs.log_sum_exp[1])
+
+
 def test_what_it_leaves_to_the_reference() -> None:
     storage = storage_of("int4", 150)
     pages = storage.pages()

@@ -1,0 +1,20 @@
+"""What policies have in common that look at the latest queries and keep the tokens of these."""
+
+from __future__ import annotations
+
+from hf_kvcache.eviction.base import Policy
+
+
+class WindowPolicy(Policy):
+    """Observes a window of the latest queries, whose own tokens stay. Subclasses set ``window``."""
+
+    needs_values = False
+    #: Latest queries that are observed, and whose tokens stay.
+    window: int
+
+    @property
+    def observed(self) -> int:  # type: ignore[override]
+        return self.window
+
+    def recent(self, quota: int) -> int:
+        return min(self.window, quota)
