@@ -12,7 +12,6 @@ import torch
 from hf_kvcache.eviction_options import Attending, EvictionOptions
 from hf_kvcache.evictor import Evictor
 from hf_kvcache.incoming import NewTokens, dense_tokens
-from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.layer import MAX_UNCONFIRMED, KVCacheLayer, LayerOptions
 from hf_kvcache.storage import PagedStorage
@@ -293,8 +292,8 @@ class EvictingLayer(KVCacheLayer):
         if new.length == 1:
             self._store(new)
         dense = dense_tokens(storage, new, visibility, 0, slice(0, new.length))
-        mass = evictor.policy.needs_mass
-        result = attend(draft.query, storage.pages(), dense, visibility, draft.scoring, mass)
+        mass, module = evictor.policy.needs_mass, None if evictor.attending is None else evictor.attending.module
+        result = self.read(draft.query, storage.pages(), dense, visibility, draft.scoring, module, mass)
         if self.watcher is not None:
             self.watcher(draft, result.log_sum_exp)
         evictor.observe_queries(draft.query, new.position, new.valid, drafted)

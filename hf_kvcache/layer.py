@@ -17,7 +17,7 @@ from hf_kvcache.eviction_options import EvictionOptions
 from hf_kvcache.handle import KVHandle
 from hf_kvcache.incoming import NewTokens, check_update, dense_tokens
 from hf_kvcache.kernels.attention import attend
-from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.masks import Padding, padding_of, valid_on_diagonal
 from hf_kvcache.reading import dense_side
@@ -252,7 +252,7 @@ class KVCacheLayer(CacheLayerMixin):
             attention_mask: boolean or additive ``[B, 1 or Hq, T, tokens]``, 2D ``[B, tokens]``, or None.
             scoring: how scores are made.
             causal: whether a token sees no later one where no mask says it.
-            module: the attention module, for layers that evict by what it is.
+            module: the attention module, for layers whose storage or eviction depends on it.
 
         Returns:
             ``[B, T, Hq, Dv]``.
@@ -271,18 +271,32 @@ class KVCacheLayer(CacheLayerMixin):
             storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
             new.stored = True
         outputs = [
-            attend(
+            self.read(
                 query if len(segments) == 1 else query[:, :, queries.start - skip : queries.stop - skip],
                 storage.pages(ahead),
                 dense_tokens(storage, new, visibility, ahead, queries),
                 visibility if len(segments) == 1 else visibility.part(slice(queries.start - skip, queries.stop - skip)),
                 scoring,
+                module,
             ).output
             for queries, ahead in segments
         ]
         if not self.options.deferred:
             self.settle()
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def read(
+        self,
+        query: torch.Tensor,
+        pages: Pages | None,
+        dense: DenseTokens,
+        visibility: Visibility,
+        scoring: Scoring,
+        module: torch.nn.Module | None,
+        mass: bool = False,
+    ) -> Attention:
+        """Attention of queries ``[B, Hq, q, Dk]`` over what is stored; of what is stored how, subclasses know."""
+        return attend(query, pages, dense, visibility, scoring, mass)
 
     def check_query(self, query: torch.Tensor) -> int:
         """How many of the new tokens have no query; raises ValueError if the query does not go with them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hf_kvcache.codecs.pages import decode_tokens
 from hf_kvcache.kernels.decode.reference import CHUNK_TOKENS
 from hf_kvcache.kernels.workspace import scratch
 from hf_kvcache.storage import PagedStorage
@@ -34,7 +33,7 @@ def dense_side(storage: PagedStorage, side: str, start: int, length: int) -> tor
         assert pages is not None
         last = min(first + step, pages.columns)
         buffer = scratch(side, (last - first, rows, storage.page_size, fmt.dim), torch.float32, out.device)
-        tokens = decode_tokens(storage.layout, side, pages.records(first, last), pages.center, buffer)
+        tokens = storage.encoder.decode(side, pages.records(first, last), pages.center, buffer)
         unused = pages.unused(first, last)
         place(tokens, pages.positions(first, last).flatten(1), None if unused is None else unused.flatten(1))
     dense, held = storage.dense, storage.dense.longest

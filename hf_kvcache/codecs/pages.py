@@ -52,6 +52,25 @@ class PageEncoder:
         self._encode_side("values", self.codec.values, values, None, records)
         return records
 
+    def decode(
+        self, side: str, records: torch.Tensor, center: torch.Tensor | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        """The vectors of one side of pages, in the model's basis: what :meth:`encode` was given, but for rounding.
+
+        Args:
+            side: ``"keys"`` or ``"values"``.
+            records: uint8 ``[C, R, record_bytes]``, ``C`` pages of each of ``R`` rows.
+            center: what was subtracted from each row's rotated keys, ``[R, Dk]``, or None.
+            out: float32 ``[C, R, P, D]``, overwritten.
+
+        Returns:
+            Float32 ``[R, C * P, D]``.
+        """
+        decoded = decode_side(self.layout, side, records, out)
+        if side == "keys" and center is not None:
+            decoded = decoded + center.unsqueeze(1)
+        return rotate(decoded, self.layout.sides[side], inverse=True).float().transpose(0, 1).flatten(1, 2)
+
     def _encode_side(
         self, side: str, codec: SideCodec, x: torch.Tensor, center: torch.Tensor | None, records: torch.Tensor
     ) -> None:
@@ -77,24 +96,3 @@ class PageEncoder:
         field = self.layout.view(records, name)
         assert field is not None and field.shape == array.shape, (name, array.shape)
         field.copy_(array)
-
-
-def decode_tokens(
-    layout: PageLayout, side: str, records: torch.Tensor, center: torch.Tensor | None, out: torch.Tensor
-) -> torch.Tensor:
-    """The vectors of one side of pages, in the model's basis: what :class:`PageEncoder` encoded, but for rounding.
-
-    Args:
-        layout: the layout of the records.
-        side: ``"keys"`` or ``"values"``.
-        records: uint8 ``[C, R, record_bytes]``, ``C`` pages of each of ``R`` rows.
-        center: what was subtracted from each row's rotated keys, ``[R, Dk]``, or None.
-        out: float32 ``[C, R, P, D]``, overwritten.
-
-    Returns:
-        Float32 ``[R, C * P, D]``.
-    """
-    decoded = decode_side(layout, side, records, out)
-    if side == "keys" and center is not None:
-        decoded = decoded + center.unsqueeze(1)
-    return rotate(decoded, layout.sides[side], inverse=True).float().transpose(0, 1).flatten(1, 2)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hf_kvcache.codecs.pages import decode_tokens
-
 if TYPE_CHECKING:
     from hf_kvcache.storage.paged import PagedStorage
 
@@ -132,5 +130,5 @@ class Held:
             center = storage.center[torch.from_numpy(self.rows).to(storage.device)].flatten(0, 1)
         shape = (*ids.shape, storage.page_size, storage.layout.sides[side].dim)
         buffer = torch.empty(shape, device=storage.device)
-        tokens = decode_tokens(storage.layout, side, records, center, buffer)
+        tokens = storage.encoder.decode(side, records, center, buffer)
         return tokens.unflatten(0, (len(self.rows), storage.heads))
