@@ -10,6 +10,7 @@ from hf_kvcache.attention import register
 from hf_kvcache.binding import bind, unbind
 from hf_kvcache.cache import KVCache, QuantizedKVCache
 from hf_kvcache.codecs import Codec
+from hf_kvcache.latent_cache import LatentKVCache
 from hf_kvcache.memory import MemoryReport
 from hf_kvcache.recipes import HeavyHitterCache, SlidingWindowCache
 from hf_kvcache.storage import IntegrityError
@@ -20,6 +21,7 @@ __all__ = [
     "HeavyHitterCache",
     "IntegrityError",
     "KVCache",
+    "LatentKVCache",
     "MemoryReport",
     "QuantizedKVCache",
     "SlidingWindowCache",

@@ -65,7 +65,13 @@ def bind(config: PreTrainedConfig) -> None:
 
 
 def unbind(config: PreTrainedConfig) -> None:
-    """Undo :func:`bind`: set the implementation that was set before. Caches in use go on with dense tensors."""
+    """Undo :func:`bind`: set the implementation that was set before. Caches in use go on with dense tensors.
+
+    Latent-attention classes that no other bound model needs get their own ``expand_kv`` back.
+    """
+    from hf_kvcache import mla
+
+    mla.unbind(config.get_text_config(decoder=True))
     if config._attn_implementation == IMPLEMENTATION:
         _set_implementation(config, previous_implementation(config))
 

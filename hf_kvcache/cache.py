@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from hf_kvcache.binding import bind as bind_config
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.eviction_options import EvictionOptions
+from hf_kvcache.latent.projection import LayerProjection
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
 from hf_kvcache.memory import MemoryReport
 from hf_kvcache.model_config import check_formats, check_states, decoder_config, make_layers, shares_keys
@@ -31,6 +32,8 @@ class KVCache(Cache):
         validate: check every update for NaN and infinity (it stalls a GPU at every step).
         bind: make the model use the fused attention; without it the cache is read through dense tensors.
         eviction: how full-attention layers keep within a budget; None: they keep every token.
+        latents: ``"native"`` where layers cache latents of the model's own, or the basis of each layer by its number;
+            None: layers store keys and values as they are. :class:`~hf_kvcache.LatentKVCache` sets it.
         **codec_options: ``bits``, ``key_bits``, ``value_bits`` and options of the codec such as ``group_size``.
 
     Raises:
@@ -49,6 +52,7 @@ class KVCache(Cache):
         validate: bool = False,
         bind: bool = True,
         eviction: EvictionOptions | None = None,
+        latents: Literal["native"] | dict[int, LayerProjection] | None = None,
         **codec_options: Any,
     ) -> None:
         self.config = decoder_config(config)
@@ -68,6 +72,7 @@ class KVCache(Cache):
             validate=validate,
             deferred=shares_keys(self.config),
             eviction=eviction,
+            latents=latents,
         )
         check_formats(self.config, self.options)
         super().__init__(layers=make_layers(self.config, self.options))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from hf_kvcache.incoming import NewTokens, check_update, dense_tokens
 from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.latent.projection import LayerProjection
 from hf_kvcache.masks import Padding, padding_of, valid_on_diagonal
 from hf_kvcache.reading import dense_side
 from hf_kvcache.storage import PagedStorage
@@ -41,6 +42,8 @@ class LayerOptions:
         validate: whether every update is checked for NaN and infinity.
         deferred: whether new tokens are stored at the next call only, because other layers read them too.
         eviction: how full-attention layers keep within a budget; None: they keep every token.
+        latents: ``"native"`` where the model caches latents itself, or the basis of each layer by its number; None:
+            keys and values are stored as they are.
     """
 
     codec: Codec
@@ -50,6 +53,7 @@ class LayerOptions:
     validate: bool
     deferred: bool
     eviction: EvictionOptions | None = None
+    latents: Literal["native"] | dict[int, LayerProjection] | None = None
 
 
 class KVCacheLayer(CacheLayerMixin):
@@ -61,6 +65,8 @@ class KVCacheLayer(CacheLayerMixin):
         sliding_window: tokens a query sees, itself included; None for full attention.
     """
 
+    #: Whether what is held are latents that the model expands.
+    takes_expansion = False
     is_compileable = False
     is_croppable = True
     supports_early_init = False

@@ -88,6 +88,11 @@ def valid_on_diagonal(mask: torch.Tensor, length: int) -> np.ndarray | None:
     return known[0]
 
 
+def rows_that_see(mask: torch.Tensor) -> np.ndarray | None:
+    """Which new tokens are real according to a mask ``[B, H, q, T]`` that hides all from padding: those that see any."""
+    return _none_if_all(visible(mask[:, 0]).any(-1))
+
+
 def _none_if_all(valid: torch.Tensor) -> np.ndarray | None:
     on_host = valid.cpu().numpy()
     return None if on_host.all() else on_host

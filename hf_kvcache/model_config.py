@@ -9,10 +9,13 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from hf_kvcache.evicting_layer import EvictingLayer
+from hf_kvcache.latent_layer import IndexedLatentLayer, LatentLayer
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
 
 #: Layer types whose keys and values are ours; the others keep transformers' own layers.
 OWN_LAYER_TYPES = ("full_attention", "sliding_attention")
+#: Layers that attend to what an indexer chooses; ours where they cache latents.
+INDEXED = "indexed_attention"
 
 
 def check_states(config: PreTrainedConfig, key_states: torch.Tensor) -> None:
@@ -64,24 +67,38 @@ def _is_decoder(config: PreTrainedConfig) -> bool:
 
 def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
     layer_types, layer_arguments = _layer_types(config)
-    if not set(layer_types) & set(OWN_LAYER_TYPES):
+    own = (*OWN_LAYER_TYPES, INDEXED) if options.latents == "native" else OWN_LAYER_TYPES
+    if not set(layer_types) & set(own):
         raise ValueError(
             f"config of {config.model_type!r} has layers of type {sorted(set(layer_types))}; accepted: at least one of "
-            f"{list(OWN_LAYER_TYPES)}, there is nothing to cache otherwise"
+            f"{list(own)}, there is nothing to cache otherwise"
         )
-    layers: list[Any] = []
     evicting = [index for index, layer_type in enumerate(layer_types) if layer_type == "full_attention"]
-    if options.eviction is not None:
+    if options.eviction is None:
+        evicting = []
+    else:
         _check_eviction(config, evicting, options)
+    layers: list[Any] = []
     for index, (layer_type, arguments) in enumerate(zip(layer_types, layer_arguments, strict=True)):
         if options.eviction is not None and index in evicting:
             place = evicting.index(index), len(evicting)
             layers.append(EvictingLayer(index, options, options.eviction, place))
-        elif layer_type in OWN_LAYER_TYPES:
-            layers.append(KVCacheLayer(index, options, arguments.get("sliding_window")))
+        elif layer_type in own:
+            layers.append(_own_layer(index, layer_type, options, arguments.get("sliding_window")))
         else:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments))
     return layers
+
+
+def _own_layer(index: int, layer_type: str, options: LayerOptions, sliding_window: int | None) -> KVCacheLayer:
+    if options.latents == "native":
+        kind = IndexedLatentLayer if layer_type == INDEXED else LatentLayer
+        return kind(index, options, sliding_window)
+    if options.latents is not None and index in options.latents:
+        from hf_kvcache.low_rank_layer import LowRankLayer
+
+        return LowRankLayer(index, options, options.latents[index], sliding_window)
+    return KVCacheLayer(index, options, sliding_window)
 
 
 def _check_eviction(config: PreTrainedConfig, evicting: list[int], options: LayerOptions) -> None:
@@ -96,7 +113,7 @@ def _check_eviction(config: PreTrainedConfig, evicting: list[int], options: Laye
             f"config of {config.model_type!r}: some layers read the keys of others, which would not see their queries; "
             "accepted with eviction: models whose layers have keys of their own"
         )
-    if getattr(config, "kv_lora_rank", None) is not None:
+    if any(getattr(layer, "kv_lora_rank", None) is not None for layer in _layer_configs(config)):
         raise ValueError(
             f"config of {config.model_type!r} caches latents, which are expanded to keys in every step; accepted with "
             "eviction: models that cache keys and values"
@@ -105,14 +122,29 @@ def _check_eviction(config: PreTrainedConfig, evicting: list[int], options: Laye
 
 def check_formats(config: PreTrainedConfig, options: LayerOptions) -> None:
     """Raise now what the codec would raise at the first update, where the config tells the width of keys and values."""
-    if getattr(config, "kv_lora_rank", None) is not None:
-        return  # latents are cached, not heads
-    widths = {getattr(layer, "head_dim", None) for layer in getattr(config, "per_layer_config", [config])}
-    for width in widths:
-        if width is None:
-            continue
-        for side in (options.codec.keys, options.codec.values):
-            side.format(width, options.page_size, torch.float32)
+    for key_width, value_width in _widths(config, options):
+        for side, width in ((options.codec.keys, key_width), (options.codec.values, value_width)):
+            if width is not None:
+                side.format(width, options.page_size, torch.float32)
+
+
+def _widths(config: PreTrainedConfig, options: LayerOptions) -> set[tuple[int | None, int | None]]:
+    """What pages hold of keys and of values; None where the config does not tell."""
+    if isinstance(options.latents, dict):
+        return {(layer.keys.rank, layer.values.rank) for layer in options.latents.values()}
+    widths: set[tuple[int | None, int | None]] = set()
+    for layer in _layer_configs(config):
+        rank = getattr(layer, "kv_lora_rank", None)
+        if rank is None:
+            widths.add((getattr(layer, "head_dim", None),) * 2)
+        elif options.latents == "native":
+            widths.add((rank, getattr(layer, "qk_rope_head_dim", None)))
+    return widths
+
+
+def _layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The config of each layer where they differ, else that of all."""
+    return getattr(config, "per_layer_config", None) or [config]
 
 
 def shares_keys(config: PreTrainedConfig) -> bool:

@@ -10,6 +10,7 @@ from hf_kvcache.kernels.decode.levels import page_output, page_scores
 from hf_kvcache.kernels.decode.softmax import OnlineSoftmax, dense_attention, merge
 from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
@@ -138,29 +139,59 @@ def _attend_pages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = pages.layout
     keys_format, values_format = layout.sides["keys"], layout.sides["values"]
-    count, queries_per_row, _ = rows.shape
     rotated = rotate(rows, keys_format)
     # The mean that was taken out of the packed keys shifts all their scores of a query alike.
     shift = None if pages.center is None else rotated @ pages.center.unsqueeze(-1)
-    state = OnlineSoftmax(count, queries_per_row, values_format.dim, rows.device)
-    step = max(1, CHUNK_TOKENS // layout.page_size)
+
+    def score(records: torch.Tensor) -> torch.Tensor:
+        scores = page_scores(layout, records, rotated, side_buffer(layout, "keys", records))
+        return scores if shift is None else scores.add_(shift)
+
+    def combine(records: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return page_output(layout, records, weights, side_buffer(layout, "values", records))
+
+    state = OnlineSoftmax(*rows.shape[:2], values_format.dim, rows.device)
+    walk_pages(state, pages, visibility, scoring, queries, kept_scores, score, combine)
+    output, log_sum_exp = state.result()
+    return rotate(output, values_format, inverse=True), log_sum_exp
+
+
+def walk_pages(
+    state: OnlineSoftmax,
+    pages: Pages,
+    visibility: Visibility,
+    scoring: Scoring,
+    queries: slice,
+    kept_scores: list[torch.Tensor] | None,
+    score: Callable[[torch.Tensor], torch.Tensor],
+    combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    tokens: int = CHUNK_TOKENS,
+) -> None:
+    """Give all pages to ``state``, ``tokens`` of each row at a time.
+
+    Args:
+        state: takes in scores and weighted values.
+        pages: the pages.
+        visibility: what the queries may see.
+        scoring: how scores are made.
+        queries: which of the queries.
+        kept_scores: where to append the scores ``[rows, M, n]``, if they are wanted.
+        score: gives the scores ``[C, rows, M, P]`` of records ``[C, rows, record_bytes]``.
+        combine: gives their values ``[C, rows, M, Dv]``, summed by weights ``[C, rows, M, P]``.
+        tokens: how many of each row at a time.
+    """
+    step = max(1, tokens // pages.layout.page_size)
     for start in range(0, pages.columns, step):
         stop = min(start + step, pages.columns)
         records = pages.records(start, stop)
-        shape = (stop - start, count, layout.page_size)
-        scores = page_scores(layout, records, rotated, _buffer("keys", (*shape, keys_format.dim), rows.device))
-        if shift is not None:
-            scores += shift
+        scores = score(records)
         if scoring.softcap is not None:
             scores = scores.tanh_().mul_(scoring.softcap)
         hide_pages(scores, pages, start, stop, visibility, queries)
         if kept_scores is not None:
             # A copy even of a single page, where flatten alone would give a view: the scores are overwritten next.
             kept_scores.append(scores.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format).flatten(2))
-        buffer = _buffer("values", (*shape, values_format.dim), rows.device)
-        state.add(page_output(layout, records, state.weigh(scores), buffer))
-    output, log_sum_exp = state.result()
-    return rotate(output, values_format, inverse=True), log_sum_exp
+        state.add(combine(records, state.weigh(scores)))
 
 
 def hide_pages(
@@ -197,5 +228,7 @@ def hide_pages(
     scores.unflatten(2, (-1, bias.shape[3])).add_(bias)
 
 
-def _buffer(side: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return scratch(side, shape, torch.float32, device)
+def side_buffer(layout: PageLayout, side: str, records: torch.Tensor) -> torch.Tensor:
+    """Scratch for one side of ``records [C, rows, record_bytes]`` decoded, float32 ``[C, rows, P, D]``."""
+    shape = (*records.shape[:2], layout.page_size, layout.sides[side].dim)
+    return scratch(side, shape, torch.float32, records.device)

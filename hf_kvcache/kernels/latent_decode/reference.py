@@ -4,80 +4,84 @@ from __future__ import annotations
 
 import torch
 
+from hf_kvcache.kernels.decode import decode_side, reference
+from hf_kvcache.kernels.decode.reference import side_buffer, walk_pages
 from hf_kvcache.kernels.decode.softmax import OnlineSoftmax
+from hf_kvcache.kernels.hadamard import rotate
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.visibility import Visibility
-from hf_kvcache.kernels.workspace import scratch
 
 #: Tokens of each sequence that are read at a time: few enough that a chunk, which is read twice, stays in the cache.
 CHUNK_TOKENS = 512
 
 
-def latent_decode(
+def latent_attend(
     query: torch.Tensor,
-    latents: torch.Tensor,
-    rotary_keys: torch.Tensor,
-    scaling: float,
-    visibility: Visibility | None = None,
-    positions: torch.Tensor | None = None,
-    unused: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a few queries over latents that all heads share (DeepSeek-V2, arXiv:2405.04434, absorbed form).
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool = False,
+) -> Attention:
+    """Attention over latents that all heads share (DeepSeek-V2, arXiv:2405.04434, in the absorbed form).
 
-    The score of a token is ``scaling * (query[:r] . latent + query[r:] . rotary_key)``, its value is its latent.
+    The score of a token is ``scaling * (query[:r] . latent + query[r:] . rotary_key)``, its value is its latent. What
+    the cache calls keys are latents here, what it calls values are rotary keys.
 
     Args:
-        query: ``[B, H, q, r + dr]``: the query in latent space first, its rotary part last.
-        latents: ``[B, T, r]`` of any float dtype; the last dimension is contiguous.
-        rotary_keys: ``[B, T, dr]``, of the dtype of ``latents``; the last dimension is contiguous.
-        scaling: factor of the scores.
-        visibility: what the queries may see; read only if ``positions`` are given.
-        positions: int64 ``[B, T]``; None if every query sees every token.
-        unused: bool ``[B, T]``, True where there is no token; None if all are tokens.
+        query: ``[B, H, q, r + dr]``: the query in latent space first, its rotary part last; ``dr`` may be 0.
+        pages: the packed tokens, of one KV head and without a center; or None.
+        dense: the full-precision tokens, the queries' own among them: latents ``[B, 1, n, r]`` as keys, rotary keys
+            ``[B, 1, n, dr]`` as values.
+        visibility: what the queries may see.
+        scoring: how scores are made.
+        mass: whether to return the probability of each token as well.
 
     Returns:
-        The weighted latents ``[B, q, H, r]`` in the dtype of the query, and the log-sum-exp, float32 ``[B, H, q]``. A
-        query that sees nothing has output 0 and log-sum-exp ``-inf``.
-
-    Raises:
-        ValueError: if ``positions`` are given without ``visibility``.
+        See :class:`~hf_kvcache.kernels.inputs.Attention`; the output is the weighted latents ``[B, q, H, r]``.
     """
-    if positions is not None and visibility is None:
-        raise ValueError("positions were given without a visibility; accepted: both or no positions")
-    batch, heads, length, _ = query.shape
-    tokens, rank = latents.shape[1:]
-    rows = query.float().reshape(batch, heads * length, -1) * scaling
-    state = OnlineSoftmax(batch, heads * length, rank, query.device)
-    for start in range(0, tokens, CHUNK_TOKENS):
-        part = slice(start, min(start + CHUNK_TOKENS, tokens))
-        chunk = _float(latents[:, part], "latents")
-        scores = torch.bmm(rows[..., :rank], chunk.transpose(1, 2))
-        scores.baddbmm_(rows[..., rank:], _float(rotary_keys[:, part], "rotary").transpose(1, 2))
-        _hide(scores.view(batch, heads, length, -1), part, visibility, positions, unused)
-        state.add(torch.bmm(state.weigh(scores.unsqueeze(0))[0], chunk).unsqueeze(0))
+    joined = DenseTokens(torch.cat([dense.keys, dense.values], -1), dense.keys, dense.positions, dense.unused)
+    return reference.attend(query, pages, joined, visibility, scoring, mass, _attend_pages)
+
+
+def _attend_pages(
+    rows: torch.Tensor,
+    pages: Pages,
+    visibility: Visibility,
+    scoring: Scoring,
+    queries: slice,
+    kept_scores: list[torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = pages.layout
+    latent_format, rotary_format = layout.sides["keys"], layout.sides["values"]
+    rank = latent_format.dim
+    wide, turned = rotate(rows[..., :rank], latent_format), rotate(rows[..., rank:], rotary_format)
+    # Read as keys and then as values: decoded once.
+    latents = torch.empty(0)
+
+    def score(records: torch.Tensor) -> torch.Tensor:
+        nonlocal latents
+        latents = decode_side(layout, "keys", records, side_buffer(layout, "keys", records))
+        scores = torch.matmul(wide, latents.transpose(-1, -2))
+        if rotary_format.dim:
+            rotary = decode_side(layout, "values", records, side_buffer(layout, "values", records))
+            scores.add_(torch.matmul(turned, rotary.transpose(-1, -2)))
+        return scores
+
+    def combine(records: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(weights, latents)
+
+    state = OnlineSoftmax(*rows.shape[:2], rank, rows.device)
+    walk_pages(state, pages, visibility, scoring, queries, kept_scores, score, combine, CHUNK_TOKENS)
     output, log_sum_exp = state.result()
-    output = output.view(batch, heads, length, rank).transpose(1, 2).to(query.dtype)
-    return output.contiguous(), log_sum_exp.view(batch, heads, length)
+    return rotate(output, latent_format, inverse=True), log_sum_exp
 
 
-def _float(part: torch.Tensor, tag: str) -> torch.Tensor:
-    """A chunk in float32: itself, or a copy that is valid until the next one with this tag."""
-    if part.dtype == torch.float32:
-        return part
-    return scratch(f"latent_decode.{tag}", tuple(part.shape), torch.float32, part.device).copy_(part)
+def absorb(query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Queries ``[B, H, q, dn]`` in latent space, ``[B, H, q, r]``, by the key up-projection ``weight [H, dn, r]``."""
+    return torch.matmul(query, weight)
 
 
-def _hide(
-    scores: torch.Tensor,
-    part: slice,
-    visibility: Visibility | None,
-    positions: torch.Tensor | None,
-    unused: torch.Tensor | None,
-) -> None:
-    """Set the scores ``[B, H, q, n]`` of the tokens ``part`` that are not to be seen to ``-inf``."""
-    hidden = None if unused is None else unused[:, part]
-    if positions is not None and visibility is not None:
-        at = positions[:, None, part]
-        bias = visibility.bias(at, None if hidden is None else hidden[:, None], 1, slice(0, scores.shape[2]))
-        scores.add_(bias[:, 0])
-    elif hidden is not None:
-        scores.masked_fill_(hidden[:, None, None], -torch.inf)
+def expand(latents: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted latents ``[B, q, H, r]`` as outputs ``[B, q, H, dv]``, by the value up-projection ``[H, dv, r]``."""
+    return torch.matmul(latents.transpose(1, 2), weight.transpose(-1, -2)).transpose(1, 2)

@@ -1,0 +1,95 @@
+"""The recipe for latents: those that a model caches itself, and those of a basis found by calibration."""
+
+from __future__ import annotations
+
+import inspect
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import PreTrainedConfig
+
+from hf_kvcache import mla
+from hf_kvcache.cache import KVCache
+from hf_kvcache.codecs import Codec, resolve
+from hf_kvcache.codecs.latent import latent_codec
+from hf_kvcache.latent_layer import LatentLayer
+from hf_kvcache.model_config import decoder_config
+
+if TYPE_CHECKING:
+    from hf_kvcache.latent.projection import Projection
+
+_BASE = set(inspect.signature(KVCache).parameters) - {"config", "codec", "latents", "codec_options"}
+
+
+class LatentKVCache(KVCache):
+    """A KV cache of latents.
+
+    Models with multi-head latent attention (DeepSeek and its kin) cache latents themselves and expand all of them at
+    every step; here queries attend to the latents as they are. For other models, keys and values are stored in a basis
+    that ``hf-kvcache calibrate`` has found.
+
+    Args:
+        config: the model's config.
+        codec: how latents are stored, a registered name or a :class:`~hf_kvcache.codecs.Codec`; ``"none"`` unless
+            ``bits`` are given.
+        bits: bits of a code; 8 or 4 for a model's own latents, any width of ``codec="auto"`` for calibrated ones.
+        rotary_codec: how the rotary keys beside a model's own latents are stored; 16 bits by default.
+        projection: file of ``hf-kvcache calibrate``, or a :class:`~hf_kvcache.latent.projection.Projection`.
+        rank: width of a calibrated latent, on average over layers, keys and values, per KV head.
+        ratio: the same as a share of the head dimension, above 0 and up to 1.
+        spread: ``"energy"`` gives layers and sides the ranks that lose least, ``"uniform"`` all the same.
+        **options: further arguments of :class:`KVCache` and of the codec.
+
+    Raises:
+        ValueError: naming the argument, its value and the accepted ones.
+        TypeError: for an option that nobody takes.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        codec: str | Codec | None = None,
+        bits: int | None = None,
+        *,
+        rotary_codec: str | Codec | None = None,
+        projection: str | PathLike[str] | Projection | None = None,
+        rank: int | None = None,
+        ratio: float | None = None,
+        spread: Literal["energy", "uniform"] = "energy",
+        **options: Any,
+    ) -> None:
+        decoder = decoder_config(config)
+        base = {name: options.pop(name) for name in _BASE & set(options)}
+        native = bool(mla.attention_classes(decoder))
+        if native:
+            _refuse(decoder, "which caches latents of its own", projection=projection, rank=rank, ratio=ratio)
+            super().__init__(config, latent_codec(codec, bits, rotary_codec, options), latents="native", **base)
+            if base.get("bind", True):
+                mla.bind(self.config)
+            return
+        _refuse(decoder, "which caches no rotary keys beside latents", rotary_codec=rotary_codec)
+        if projection is None:
+            raise ValueError(
+                f"config of {decoder.model_type!r} caches keys and values, not latents; accepted: models with "
+                "multi-head latent attention, or projection=<file of hf-kvcache calibrate>"
+            )
+        layers = _projection(projection).for_config(decoder, rank=rank, ratio=ratio, spread=spread)
+        chosen = resolve("none" if codec is None and bits is None else codec or "auto", bits=bits, **options)
+        super().__init__(config, chosen, latents=layers, **base)
+
+    @property
+    def absorbed_steps(self) -> int:
+        """Calls of attention, over all layers, that were computed on a model's own latents without expanding them."""
+        return sum(layer.absorbed for layer in self.own_layers if isinstance(layer, LatentLayer))
+
+
+def _refuse(config: PreTrainedConfig, which: str, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} does not go with a {config.model_type!r} model, {which}; accepted: None")
+
+
+def _projection(given: str | PathLike[str] | Projection) -> Projection:
+    from hf_kvcache.latent.projection import Projection
+
+    return given if isinstance(given, Projection) else Projection.load(given)

@@ -1,0 +1,187 @@
+"""Cache layers of models that cache latents themselves (multi-head latent attention, DeepSeek-V2, arXiv:2405.04434)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hf_kvcache.indexer_keys import IndexerKeys
+from hf_kvcache.kernels.attention import attend
+from hf_kvcache.kernels.decode.reference import side_buffer
+from hf_kvcache.kernels.decode.softmax import merge
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.latent_decode import absorb, expand, latent_attend
+from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.layer import KVCacheLayer
+from hf_kvcache.masks import Padding, padding_of, rows_that_see
+
+if TYPE_CHECKING:
+    from hf_kvcache.incoming import NewTokens
+    from hf_kvcache.mla import Expansion, UpProjections
+
+#: Tokens of each sequence that are expanded at a time.
+_TILE_TOKENS = 1024
+
+
+class LatentLayer(KVCacheLayer):
+    """One latent-attention layer's cache: its keys are latents ``[B, 1, T, r]``, its values rotary keys ``[B, 1, T, dr]``.
+
+    Few queries are taken into latent space and attend there (the absorbed form); for many, or where the up-projection
+    is no plain matrix, latents are expanded tile by tile.
+    """
+
+    #: Whether handles on what is held may be replaced by handles on what it would be expanded to.
+    takes_expansion = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Calls of attention that were computed on the latents.
+        self.absorbed = 0
+        self._expansion: Expansion | None = None
+
+    def attend_expanded(self, expansion: Expansion, query: torch.Tensor, *args: Any) -> torch.Tensor:
+        """:meth:`attend` for the module behind ``expansion``: queries ``[B, H, T, dn + dr]``, output ``[B, T, H, dv]``."""
+        self._expansion = expansion
+        try:
+            return self.attend(query, *args)
+        finally:
+            self._expansion = None
+
+    def read(
+        self,
+        query: torch.Tensor,
+        pages: Pages | None,
+        dense: DenseTokens,
+        visibility: Visibility,
+        scoring: Scoring,
+        module: torch.nn.Module | None,
+        mass: bool = False,
+    ) -> Attention:
+        expansion = self._expansion
+        if expansion is None:
+            raise RuntimeError(
+                f"layer {self.index} caches latents, and {type(module).__name__} attends to them as if they were keys; "
+                "accepted: attention modules that call expand_kv"
+            )
+        up = expansion.up_projections()
+        if up is None or query.shape[2] > _most_absorbed(up):
+            return self._read_expanded(expansion, query, pages, dense, visibility, scoring)
+        self.absorbed += 1
+        width = up.keys.shape[1]
+        wide = torch.cat([absorb(query[..., :width], up.keys), query[..., width:]], -1)
+        result = latent_attend(wide, pages, dense, visibility, scoring, mass)
+        return result._replace(output=expand(result.output, up.values))
+
+    def fork(self) -> KVCacheLayer:
+        other = super().fork()
+        assert isinstance(other, LatentLayer)
+        other.absorbed = 0
+        return other
+
+    def _read_expanded(
+        self,
+        expansion: Expansion,
+        query: torch.Tensor,
+        pages: Pages | None,
+        dense: DenseTokens,
+        visibility: Visibility,
+        scoring: Scoring,
+    ) -> Attention:
+        """Attention over keys and values that are expanded, a bounded number of tokens at a time."""
+        keys, values = expansion.expand(dense.keys, dense.values)
+        total = attend(query, None, replace(dense, keys=keys, values=values), visibility, scoring)
+        # Counted once: with the dense tokens. All packed tokens come before the queries.
+        scoring, earlier = replace(scoring, sink_logits=None), replace(visibility, causal=False)
+        step = max(1, _TILE_TOKENS // self.options.page_size)
+        for start in range(0, 0 if pages is None else pages.columns, step):
+            assert pages is not None
+            tile = self._expanded_tile(expansion, pages, start, min(start + step, pages.columns))
+            part = attend(query, None, tile, earlier, scoring)
+            output, log_sum_exp = merge(*((x.output.transpose(1, 2), x.log_sum_exp) for x in (total, part)))
+            total = Attention(output.transpose(1, 2).to(query.dtype), log_sum_exp)
+        return total
+
+    def _expanded_tile(self, expansion: Expansion, pages: Pages, start: int, stop: int) -> DenseTokens:
+        storage, records = self.storage, pages.records(start, stop)
+        assert storage is not None
+        latents, rotary = (
+            storage.encoder.decode(side, records, None, side_buffer(pages.layout, side, records))[:, None]
+            for side in ("keys", "values")
+        )
+        keys, values = expansion.expand(latents.to(storage.dtype), rotary.to(storage.dtype))
+        unused = pages.unused(start, stop)
+        return DenseTokens(
+            keys, values, pages.positions(start, stop).flatten(1), None if unused is None else unused.flatten(1)
+        )
+
+
+class IndexedLatentLayer(LatentLayer):
+    """A latent layer of a model whose indexer chooses the tokens to attend to (DeepSeek sparse attention).
+
+    Beside the latents it holds the indexer's keys, dense, as the model's indexer reads them at every step.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.indexer = IndexerKeys()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = super().update(key_states, value_states, *args, **kwargs)  # an indexer asks for shapes
+        return self.keys, self.values
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Take in the indexer's new keys ``[B, T, d]``; returns all of them."""
+        return self.indexer.append(indexer_key_states)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.indexer.drop_last(-tokens_to_remove)
+
+    def select_rows(self, rows: np.ndarray) -> None:
+        super().select_rows(rows)
+        self.indexer.select(rows)
+
+    def reset(self) -> None:
+        super().reset()
+        self.indexer = IndexerKeys()
+        self.keys = self.values = None
+
+    def fork(self) -> KVCacheLayer:
+        other = super().fork()
+        assert isinstance(other, IndexedLatentLayer)
+        other.indexer = self.indexer.fork()
+        other.keys = other.values = None
+        return other
+
+    def own_tensors(self) -> list[torch.Tensor]:
+        return [*super().own_tensors(), *self.indexer.tensors()]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        state = super().tensors()
+        return state | {"indexer": keys.clone() for keys in [self.indexer.keys()] if keys is not None}
+
+    def restore(self, tensors: dict[str, torch.Tensor], progress: dict[str, int]) -> None:
+        super().restore({name: x for name, x in tensors.items() if name != "indexer"}, progress)
+        if "indexer" in tensors:
+            self.indexer.append(tensors["indexer"].to(self.device))
+
+    def _note_padding(self, new: NewTokens, attention_mask: torch.Tensor | None) -> Padding | None:
+        known = padding_of(attention_mask, new.position, new.length) is not None
+        if known or attention_mask is None:
+            return super()._note_padding(new, attention_mask)
+        # The indexer's choice may leave out a token's own place, but never leaves a real token nothing to see.
+        new.valid = rows_that_see(attention_mask)
+        return None
+
+
+def _most_absorbed(up: UpProjections) -> int:
+    """Queries up to which attending to latents is less arithmetic than expanding them first."""
+    rank, expanded = up.keys.shape[2], up.keys.shape[1] + up.values.shape[1]
+    saved = 2 * rank - expanded
+    # Both are products of H heads; absorbed n queries cost n (2 r), expanded n (dn + dv) + r (dn + dv) a token.
+    return max(16, rank * expanded // saved) if saved > 0 else 1 << 30

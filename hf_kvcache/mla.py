@@ -1,0 +1,201 @@
+"""The binding to multi-head latent attention: where a model would expand its latents, ours may attend to them as they are.
+
+Attention classes of these families cache latents and call their method ``expand_kv`` on all of them at every step. Here
+that method gets a wrapper which, for handles of a latent cache, returns handles again: the attention function then asks
+the layer behind them, and the layer decides whether anything is expanded at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from transformers import PreTrainedConfig
+
+from hf_kvcache.handle import KVHandle
+
+if TYPE_CHECKING:
+    from hf_kvcache.latent_layer import LatentLayer
+
+#: The method that turns latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]`` into keys and values of every head.
+METHOD = "expand_kv"
+#: Configs of the models that are bound, by id.
+_bound: WeakValueDictionary[int, PreTrainedConfig] = WeakValueDictionary()
+
+Expand = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def attention_classes(config: PreTrainedConfig) -> list[type]:
+    """The classes that expand latents, in the file that models of this config are written in; found by inspection."""
+    package, _, name = type(config).__module__.rpartition(".")
+    if not name.startswith("configuration_"):
+        return []
+    try:
+        module = importlib.import_module(f"{package}.{name.replace('configuration_', 'modeling_', 1)}")
+    except ModuleNotFoundError:
+        return []
+    return [cls for cls in vars(module).values() if isinstance(cls, type) and METHOD in vars(cls)]
+
+
+def bind(config: PreTrainedConfig) -> None:
+    """Let models with this ``config`` attend to latents; for anything but handles of a latent cache nothing changes."""
+    for cls in attention_classes(config):
+        expand = vars(cls)[METHOD]
+        if not hasattr(expand, "__wrapped__"):
+            setattr(cls, METHOD, _wrapped(expand))
+    _bound[id(config)] = config
+
+
+def unbind(config: PreTrainedConfig) -> None:
+    """Undo :func:`bind`; classes get their own method back once no model of theirs is bound."""
+    _bound.pop(id(config), None)
+    others = {cls for other in list(_bound.values()) for cls in attention_classes(other)}
+    for cls in set(attention_classes(config)) - others:
+        expand = vars(cls)[METHOD]
+        if hasattr(expand, "__wrapped__"):
+            setattr(cls, METHOD, expand.__wrapped__)
+
+
+def _wrapped(expand: Expand) -> Expand:
+    @functools.wraps(expand)
+    def expand_or_not(
+        module: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(kv_nope, KVHandle) and isinstance(k_rot, KVHandle) and kv_nope.layer().takes_expansion:
+            return Expansion(kv_nope.layer(), module, expand).handles(kv_nope.shape[2])  # type: ignore[arg-type]
+        return expand(module, kv_nope, k_rot)
+
+    return expand_or_not
+
+
+@dataclass(frozen=True)
+class UpProjections:
+    """What turns latents into the keys and values of each head, as views of the module's own weight.
+
+    Attributes:
+        keys: ``[H, dn, r]``.
+        values: ``[H, dv, r]``.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class Expansion:
+    """Stands for all keys and values that one module would expand the latents of a layer to.
+
+    It is to the handles what a layer is to others: the attention function and the dense fallback ask it.
+
+    Args:
+        layer: holds the latents.
+        module: the attention module that reads them; of layers that share a cache each has its own.
+        expand: the module's class's own ``expand_kv``.
+    """
+
+    #: Handles of expanded keys are not expanded again.
+    takes_expansion = False
+
+    def __init__(self, layer: LatentLayer, module: torch.nn.Module, expand: Expand) -> None:
+        self.latents, self.module, self._expand = layer, module, expand
+        self._dense: tuple[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    @property
+    def version(self) -> int:
+        """Changes whenever handles given out earlier become wrong."""
+        return self.latents.version
+
+    def handles(self, length: int) -> tuple[KVHandle, KVHandle]:
+        """Handles on the keys and values of ``length`` tokens."""
+        keys, values = _shapes(self)
+        return KVHandle(self, "keys", keys, length), KVHandle(self, "values", values, length)  # type: ignore[arg-type]
+
+    def expand(self, latents: torch.Tensor, rotary_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[B, H, T, D]`` of latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]``."""
+        return self._expand(self.module, latents, rotary_keys)
+
+    def has_history(self) -> bool:
+        """Whether attention has to look at anything but the tokens of the latest update."""
+        return self.latents.has_history()
+
+    def new_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the latest update, dense ``[B, H, T, D]``."""
+        return self.expand(*self.latents.new_tokens())
+
+    def note_attended(self, attention_mask: torch.Tensor | None, query: Any, *args: Any) -> None:
+        """As :meth:`hf_kvcache.layer.KVCacheLayer.note_attended`."""
+        self.latents.note_attended(attention_mask, query, *args)
+
+    def attend(self, query: torch.Tensor, *args: Any) -> torch.Tensor:
+        """As :meth:`hf_kvcache.layer.KVCacheLayer.attend`, for queries in the space of the expanded keys."""
+        return self.latents.attend_expanded(self, query, *args)
+
+    def dense_side(self, side: str) -> torch.Tensor:
+        """All keys or all values, expanded."""
+        if self._dense is None or self._dense[0] != self.version:
+            both = self.latents.dense_side("keys"), self.latents.dense_side("values")
+            self._dense = self.version, self.expand(*both)
+        return self._dense[1][0 if side == "keys" else 1]
+
+    def up_projections(self) -> UpProjections | None:
+        """The weight of the expansion, if it can be absorbed into queries and outputs; None: expand instead.
+
+        It cannot where ``kv_b_proj`` is more than a matrix (LoRA, quantized or offloaded weights, hooks).
+        """
+        projection = getattr(self.module, "kv_b_proj", None)
+        if type(projection) is not torch.nn.Linear or projection.bias is not None:
+            return None
+        weight = projection.weight
+        plain = type(weight) is torch.nn.Parameter and weight.device.type != "meta" and weight.is_floating_point()
+        hooked = projection._forward_hooks or projection._forward_pre_hooks or hasattr(projection, "_hf_hook")
+        if not plain or hooked or weight.device != self.latents.device or weight.dtype != self.latents.dtype:
+            return None
+        return _split(self, weight) if _is_plain_expansion(self, weight) else None
+
+
+def _split(expansion: Expansion, weight: torch.Tensor) -> UpProjections:
+    module: Any = expansion.module
+    keys, values = module.qk_nope_head_dim, module.v_head_dim
+    by_head = weight.detach().view(-1, keys + values, weight.shape[1])
+    return UpProjections(by_head[:, :keys], by_head[:, keys:])
+
+
+_known_shapes: WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
+_known_plain: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _shapes(expansion: Expansion) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the module without a token, on no device but their own: the handles' like."""
+    latents, rotary = expansion.latents.new_tokens()
+    known = _known_shapes.get(expansion.module)
+    if known is None or known[0].dtype != latents.dtype or known[0].device != latents.device:
+        keys, values = expansion.expand(latents[:1, :, :1], rotary[:1, :, :1])
+        known = keys[:, :, :0].clone(), values[:, :, :0].clone()
+        _known_shapes[expansion.module] = known
+    keys, values = known
+    batch = latents.shape[0]
+    return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+
+
+@torch.no_grad()
+def _is_plain_expansion(expansion: Expansion, weight: torch.Tensor) -> bool:
+    """Whether the module's ``expand_kv`` is what the absorbed form takes it to be, asked once with random latents."""
+    module: Any = expansion.module
+    if module not in _known_plain:
+        latents, rotary = expansion.latents.new_tokens()
+        generator = torch.Generator().manual_seed(0)
+        c, k = (torch.randn(1, 1, 2, x.shape[3], generator=generator).to(x) for x in (latents, rotary))
+        keys, values = expansion.expand(c, k)
+        up = _split(expansion, weight)
+        expected = torch.cat([c @ up.keys.transpose(1, 2), k.expand(-1, len(up.keys), -1, -1)], -1)
+        tolerance = 8 * torch.finfo(weight.dtype).eps
+        _known_plain[module] = all(
+            a.shape == b.shape and float((a - b).norm()) <= tolerance * float(b.norm())
+            for a, b in ((keys, expected), (values, c @ up.values.transpose(1, 2)))
+        )
+    return _known_plain[module]
