@@ -77,10 +77,14 @@ class EvictingLayer(KVCacheLayer):
                 f"codec={self.options.codec!r} shares scales among some tokens of a page of {self.options.page_size}; "
                 "accepted with eviction: codecs with a scale per token or per page (page_size equal to the group)"
             )
-        self.evictor = Evictor(self.eviction, *self.place, storage)
+        self.evictor = self.make_evictor(storage)
         self.storage = storage
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+
+    def make_evictor(self, storage: PagedStorage) -> Evictor:
+        """What chooses the tokens of ``storage`` that stay."""
+        return Evictor(self.eviction, *self.place, storage)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -296,7 +300,7 @@ class EvictingLayer(KVCacheLayer):
         result = self.read(draft.query, storage.pages(), dense, visibility, draft.scoring, module, mass)
         if self.watcher is not None:
             self.watcher(draft, result.log_sum_exp)
-        evictor.observe_queries(draft.query, new.position, new.valid, drafted)
+        evictor.observe_queries(self._as_attended(draft.query), new.position, new.valid, drafted)
         if mass:
             evictor.observe_mass(storage, result, 0 if new.stored else new.length, new.valid)
         return result.output
@@ -305,9 +309,14 @@ class EvictingLayer(KVCacheLayer):
         new, storage, evictor = draft.new, self.storage, self.evictor
         assert storage is not None and evictor is not None
         evictor.note(new.position, new.length, new.valid)
-        evictor.observe_queries(draft.query, new.position, new.valid)
+        query = self._as_attended(draft.query)
+        evictor.observe_queries(query, new.position, new.valid)
         if evictor.policy.needs_mass:
-            evictor.observe_first(storage, draft.query, new.keys, new.valid)
+            evictor.observe_first(storage, query, evictor.attended_keys(new.keys, new.values), new.valid)
+
+    def _as_attended(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries in the space of the keys that the evictor shows to a policy."""
+        return query
 
     def _store(self, new: NewTokens) -> None:
         assert self.storage is not None

@@ -200,8 +200,7 @@ class Evictor:
     def context(self, held: Held, quota: int, protected: np.ndarray) -> Context:
         """What the policy sees of the tokens ``held``; padding takes up no positions."""
         policy, device = self.policy, held.storage.device
-        keys = held.states("keys") if policy.needs_states else self._no_states(held, "keys")
-        values = held.states("values") if policy.needs_values else self._no_states(held, "values")
+        keys, values = self.states(held)
         exists = None if held.exists.all() else torch.from_numpy(held.exists).to(device)
         positions = torch.from_numpy(self._numbers(held.rows, held.positions)).to(device)
         seen = int(self.pinned.real[held.rows[0]])
@@ -215,6 +214,16 @@ class Evictor:
             context.mass = self.seen.mass.by_token(held)
         return context
 
+    def states(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[b, Hkv, T, D]`` of what is held, as far as the policy looks at them."""
+        keys = held.states("keys") if self.policy.needs_states else _no_states(held, "keys")
+        values = held.states("values") if self.policy.needs_values else _no_states(held, "values")
+        return keys, values
+
+    def attended_keys(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What queries are scored against, of new keys and values ``[B, Hkv, T, D]``."""
+        return keys
+
     def forget(self, removed: np.ndarray, slots: np.ndarray, seen: int) -> None:
         """Take note that the last ``removed [B]`` tokens are gone, and only ``slots [B]`` dense slots still in use."""
         self.pinned.forget(removed, seen)
@@ -223,7 +232,7 @@ class Evictor:
 
     def select(self, rows: np.ndarray) -> Evictor:
         """The same for the sequences ``rows`` of these; also a copy."""
-        other = object.__new__(Evictor)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.pinned, other.seen = self.pinned.select(rows), self.seen.select(rows)
         other._sinks = self._sinks.select(rows)
@@ -367,12 +376,6 @@ class Evictor:
             **self._of_model(values.shape[-1]),
         )
 
-    @staticmethod
-    def _no_states(held: Held, side: str) -> torch.Tensor:
-        """Zeros ``[b, Hkv, T, D]`` that take no memory, for a policy that does not look at them."""
-        dim = held.storage.layout.sides[side].dim
-        return torch.zeros(1, device=held.storage.device).expand(*held.exists.shape, dim)
-
     def _of_model(self, value_dim: int) -> dict[str, Any]:
         """What the policy wants to know of the model."""
         module, policy = None if self.attending is None else self.attending.module, self.policy
@@ -389,6 +392,12 @@ class Evictor:
         if module is None:
             raise ValueError(f"policy {self.policy.name!r} needs the attention module, which is not known")
         return rope_of(module)
+
+
+def _no_states(held: Held, side: str) -> torch.Tensor:
+    """Zeros ``[b, Hkv, T, D]`` that take no memory, for a policy that does not look at them."""
+    dim = held.storage.layout.sides[side].dim
+    return torch.zeros(1, device=held.storage.device).expand(*held.exists.shape, dim)
 
 
 def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

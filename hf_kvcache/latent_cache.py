@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedConfig
@@ -13,7 +14,7 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.latent import latent_codec
 from hf_kvcache.latent_layer import LatentLayer
-from hf_kvcache.model_config import decoder_config
+from hf_kvcache.model_config import decoder_config, latent_ranks
 
 if TYPE_CHECKING:
     from hf_kvcache.latent.projection import Projection
@@ -33,7 +34,8 @@ class LatentKVCache(KVCache):
         codec: how latents are stored, a registered name or a :class:`~hf_kvcache.codecs.Codec`; ``"none"`` unless
             ``bits`` are given.
         bits: bits of a code; 8 or 4 for a model's own latents, any width of ``codec="auto"`` for calibrated ones.
-        rotary_codec: how the rotary keys beside a model's own latents are stored; 16 bits by default.
+        rotary_codec: how the rotary keys beside a model's own latents are stored; by default dense beside dense latents,
+            8 bits beside 4-bit ones, else 16.
         projection: file of ``hf-kvcache calibrate``, or a :class:`~hf_kvcache.latent.projection.Projection`.
         rank: width of a calibrated latent, on average over layers, keys and values, per KV head.
         ratio: the same as a share of the head dimension, above 0 and up to 1.
@@ -60,12 +62,11 @@ class LatentKVCache(KVCache):
     ) -> None:
         decoder = decoder_config(config)
         base = {name: options.pop(name) for name in _BASE & set(options)}
-        native = bool(mla.attention_classes(decoder))
-        if native:
+        chosen: Codec
+        if mla.attention_classes(decoder):
             _refuse(decoder, "which caches latents of its own", projection=projection, rank=rank, ratio=ratio)
-            super().__init__(config, latent_codec(codec, bits, rotary_codec, options), latents="native", **base)
-            if base.get("bind", True):
-                mla.bind(self.config)
+            chosen = latent_codec(codec, bits, rotary_codec, latent_ranks(decoder), options)
+            super().__init__(config, chosen, latents="native", **base)
             return
         _refuse(decoder, "which caches no rotary keys beside latents", rotary_codec=rotary_codec)
         if projection is None:
@@ -73,7 +74,9 @@ class LatentKVCache(KVCache):
                 f"config of {decoder.model_type!r} caches keys and values, not latents; accepted: models with "
                 "multi-head latent attention, or projection=<file of hf-kvcache calibrate>"
             )
-        layers = _projection(projection).for_config(decoder, rank=rank, ratio=ratio, spread=spread)
+        found = _projection(projection)
+        found.check(decoder)
+        layers = found.layers(rank=rank, ratio=ratio, spread=spread)
         chosen = resolve("none" if codec is None and bits is None else codec or "auto", bits=bits, **options)
         super().__init__(config, chosen, latents=layers, **base)
 
@@ -86,10 +89,12 @@ class LatentKVCache(KVCache):
 def _refuse(config: PreTrainedConfig, which: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
-            raise ValueError(f"{name}={value!r} does not go with a {config.model_type!r} model, {which}; accepted: None")
+            raise ValueError(
+                f"{name}={value!r} does not go with a {config.model_type!r} model, {which}; accepted: None"
+            )
 
 
 def _projection(given: str | PathLike[str] | Projection) -> Projection:
     from hf_kvcache.latent.projection import Projection
 
-    return given if isinstance(given, Projection) else Projection.load(given)
+    return given if isinstance(given, Projection) else Projection.load(Path(given))

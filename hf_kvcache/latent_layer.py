@@ -30,7 +30,8 @@ class LatentLayer(KVCacheLayer):
     """One latent-attention layer's cache: its keys are latents ``[B, 1, T, r]``, its values rotary keys ``[B, 1, T, dr]``.
 
     Few queries are taken into latent space and attend there (the absorbed form); for many, or where the up-projection
-    is no plain matrix, latents are expanded tile by tile.
+    is no plain matrix, latents are expanded tile by tile. Either way :meth:`attend` takes queries
+    ``[B, H, T, dn + dr]`` and gives ``[B, T, H, dv]``.
     """
 
     #: Whether handles on what is held may be replaced by handles on what it would be expanded to.
@@ -40,15 +41,8 @@ class LatentLayer(KVCacheLayer):
         super().__init__(*args, **kwargs)
         #: Calls of attention that were computed on the latents.
         self.absorbed = 0
-        self._expansion: Expansion | None = None
-
-    def attend_expanded(self, expansion: Expansion, query: torch.Tensor, *args: Any) -> torch.Tensor:
-        """:meth:`attend` for the module behind ``expansion``: queries ``[B, H, T, dn + dr]``, output ``[B, T, H, dv]``."""
-        self._expansion = expansion
-        try:
-            return self.attend(query, *args)
-        finally:
-            self._expansion = None
+        #: What the module that attended last would expand the latents to.
+        self.expansion: Expansion | None = None
 
     def read(
         self,
@@ -60,7 +54,7 @@ class LatentLayer(KVCacheLayer):
         module: torch.nn.Module | None,
         mass: bool = False,
     ) -> Attention:
-        expansion = self._expansion
+        expansion = self.expansion
         if expansion is None:
             raise RuntimeError(
                 f"layer {self.index} caches latents, and {type(module).__name__} attends to them as if they were keys; "
@@ -70,16 +64,8 @@ class LatentLayer(KVCacheLayer):
         if up is None or query.shape[2] > _most_absorbed(up):
             return self._read_expanded(expansion, query, pages, dense, visibility, scoring)
         self.absorbed += 1
-        width = up.keys.shape[1]
-        wide = torch.cat([absorb(query[..., :width], up.keys), query[..., width:]], -1)
-        result = latent_attend(wide, pages, dense, visibility, scoring, mass)
+        result = latent_attend(in_latent_space(query, up), pages, dense, visibility, scoring, mass)
         return result._replace(output=expand(result.output, up.values))
-
-    def fork(self) -> KVCacheLayer:
-        other = super().fork()
-        assert isinstance(other, LatentLayer)
-        other.absorbed = 0
-        return other
 
     def _read_expanded(
         self,
@@ -177,6 +163,12 @@ class IndexedLatentLayer(LatentLayer):
         # The indexer's choice may leave out a token's own place, but never leaves a real token nothing to see.
         new.valid = rows_that_see(attention_mask)
         return None
+
+
+def in_latent_space(query: torch.Tensor, up: UpProjections) -> torch.Tensor:
+    """Queries ``[B, H, q, dn + dr]`` as ``[B, H, q, r + dr]``: what latents and rotary keys are scored with."""
+    width = up.keys.shape[1]
+    return torch.cat([absorb(query[..., :width], up.keys), query[..., width:]], -1)
 
 
 def _most_absorbed(up: UpProjections) -> int:

@@ -63,9 +63,7 @@ def unbind(config: PreTrainedConfig) -> None:
 
 def _wrapped(expand: Expand) -> Expand:
     @functools.wraps(expand)
-    def expand_or_not(
-        module: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def expand_or_not(module: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(kv_nope, KVHandle) and isinstance(k_rot, KVHandle) and kv_nope.layer().takes_expansion:
             return Expansion(kv_nope.layer(), module, expand).handles(kv_nope.shape[2])  # type: ignore[arg-type]
         return expand(module, kv_nope, k_rot)
@@ -128,11 +126,13 @@ class Expansion:
 
     def note_attended(self, attention_mask: torch.Tensor | None, query: Any, *args: Any) -> None:
         """As :meth:`hf_kvcache.layer.KVCacheLayer.note_attended`."""
+        self.latents.expansion = self
         self.latents.note_attended(attention_mask, query, *args)
 
     def attend(self, query: torch.Tensor, *args: Any) -> torch.Tensor:
         """As :meth:`hf_kvcache.layer.KVCacheLayer.attend`, for queries in the space of the expanded keys."""
-        return self.latents.attend_expanded(self, query, *args)
+        self.latents.expansion = self
+        return self.latents.attend(query, *args)
 
     def dense_side(self, side: str) -> torch.Tensor:
         """All keys or all values, expanded."""

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
+from hf_kvcache.evicting_latent_layer import EvictingLatentLayer, check_policy
 from hf_kvcache.evicting_layer import EvictingLayer
 from hf_kvcache.latent_layer import IndexedLatentLayer, LatentLayer
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
@@ -82,7 +83,8 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
     for index, (layer_type, arguments) in enumerate(zip(layer_types, layer_arguments, strict=True)):
         if options.eviction is not None and index in evicting:
             place = evicting.index(index), len(evicting)
-            layers.append(EvictingLayer(index, options, options.eviction, place))
+            kind = EvictingLatentLayer if options.latents == "native" else EvictingLayer
+            layers.append(kind(index, options, options.eviction, place))
         elif layer_type in own:
             layers.append(_own_layer(index, layer_type, options, arguments.get("sliding_window")))
         else:
@@ -113,10 +115,12 @@ def _check_eviction(config: PreTrainedConfig, evicting: list[int], options: Laye
             f"config of {config.model_type!r}: some layers read the keys of others, which would not see their queries; "
             "accepted with eviction: models whose layers have keys of their own"
         )
-    if any(getattr(layer, "kv_lora_rank", None) is not None for layer in _layer_configs(config)):
+    if options.latents == "native" and options.eviction is not None:
+        check_policy(options.eviction.policy, options.eviction.compensate)
+    elif latent_ranks(config) or options.latents is not None:
         raise ValueError(
-            f"config of {config.model_type!r} caches latents, which are expanded to keys in every step; accepted with "
-            "eviction: models that cache keys and values"
+            f"config of {config.model_type!r}: latents={options.latents if options.latents is None else '...'!r}; "
+            "accepted with eviction: keys and values as they are, or a model's own latents ('native')"
         )
 
 
@@ -140,6 +144,12 @@ def _widths(config: PreTrainedConfig, options: LayerOptions) -> set[tuple[int | 
         elif options.latents == "native":
             widths.add((rank, getattr(layer, "qk_rope_head_dim", None)))
     return widths
+
+
+def latent_ranks(config: PreTrainedConfig) -> set[int]:
+    """Widths of the latents that the model's layers cache themselves."""
+    ranks = {getattr(layer, "kv_lora_rank", None) for layer in _layer_configs(config)}
+    return {rank for rank in ranks if rank is not None}
 
 
 def _layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:

@@ -9,18 +9,20 @@ from transformers import PreTrainedConfig
 
 from hf_kvcache.cache import KVCache, check_count
 from hf_kvcache.codecs import Codec, resolve
+from hf_kvcache.codecs.latent import latent_codec
 from hf_kvcache.eviction import Policy
 from hf_kvcache.eviction import resolve as resolve_policy
 from hf_kvcache.eviction.budget import Budget, Pin, Pins
 from hf_kvcache.eviction.registry import option_names
 from hf_kvcache.eviction_options import EvictionOptions
+from hf_kvcache.model_config import decoder_config, latent_ranks
 
 #: Codecs whose tokens can move between pages, by bits: those of equal bits with scales per page would leave holes.
 TOKENWISE: dict[int, tuple[str, dict[str, Any]]] = {
     8: ("rotated", {"key_axis": "token"}),
     **{bits: ("turboquant", {}) for bits in (1, 2, 3, 4)},
 }
-_BASE = set(inspect.signature(KVCache).parameters) - {"config", "codec", "eviction", "codec_options"}
+_BASE = set(inspect.signature(KVCache).parameters) - {"config", "codec", "eviction", "latents", "codec_options"}
 _AUTO: Literal["auto"] = "auto"
 
 
@@ -28,7 +30,8 @@ class HeavyHitterCache(KVCache):
     """A KV cache that keeps the tokens that matter, within a budget, other ones in each head.
 
     Positions stay original, padding is never a token, and ``get_seq_length()`` counts tokens seen. What is dropped is
-    freed. Only layers of full attention evict; sliding ones hold their window.
+    freed. Only layers of full attention evict; sliding ones hold their window. Of a model with multi-head latent
+    attention the latents are kept or dropped, for all heads alike, by policies that look at attention, keys or values.
 
     Args:
         config: the model's config.
@@ -101,13 +104,15 @@ class HeavyHitterCache(KVCache):
         )
         self.policy, self.budget = chosen, budget
         base = {name: options.pop(name) for name in _BASE & set(options)}
+        ranks = latent_ranks(decoder_config(config))
         super().__init__(
             config,
-            _codec(codec, bits, options),
+            latent_codec(codec, bits, None, ranks, options) if ranks else _codec(codec, bits, options),
             sink_length=sink_length,
             tail_length=tail_length,
             page_size=page_size,
             eviction=eviction,
+            latents="native" if ranks else None,
             **base,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from math import gcd
 from typing import Any
 
 from hf_kvcache.codecs.base import Codec
@@ -9,9 +11,11 @@ from hf_kvcache.codecs.bf16 import BFloat16Side
 from hf_kvcache.codecs.none import DenseSide
 from hf_kvcache.codecs.registry import resolve
 
-#: Codecs of latents by bits: 8 are plenty in any form; with 4, a scale for every 32 channels is what keeps the error of
-#: attention below a tenth (README).
-BY_BITS: dict[int, tuple[str, dict[str, Any]]] = {8: ("rotated", {}), 4: ("rotated", {"group_size": 32})}
+#: Codecs of latents, and of the rotary keys beside them, by bits of the latents. Rotary keys are one in nine of the
+#: numbers and decide scores alone, so they get more bits.
+BY_BITS: dict[int, tuple[str, str]] = {8: ("rotated8", "bf16"), 4: ("rotated4", "int8")}
+#: Channels of a 4-bit latent that share a scale: with fewer the scales weigh more than the error they spare.
+_GROUP = 64
 
 
 class LatentCodec(Codec):
@@ -37,17 +41,30 @@ class LatentCodec(Codec):
 
 
 def latent_codec(
-    codec: str | Codec | None, bits: int | None, rotary_codec: str | Codec | None, options: dict[str, Any]
+    codec: str | Codec | None,
+    bits: int | None,
+    rotary_codec: str | Codec | None,
+    ranks: Collection[int],
+    options: dict[str, Any],
 ) -> LatentCodec:
     """The codec of latent pages from what a user says.
+
+    Args:
+        codec: of the latents; None for the one that ``bits`` name, or for none.
+        bits: of the latents.
+        rotary_codec: of the rotary keys; None for the one that goes with the latents'.
+        ranks: widths of latents that it has to store.
+        options: of the latents' codec.
 
     Raises:
         ValueError: naming the argument, its value and the accepted ones.
     """
     rotary = None if rotary_codec is None else resolve(rotary_codec)
-    if codec is None and bits is not None:
-        if bits not in BY_BITS:
-            raise ValueError(f"bits={bits!r} is no width of latents; accepted: {sorted(BY_BITS)}, or a codec by name")
-        codec, own = BY_BITS[bits]
-        options = own | options
-    return LatentCodec(resolve("none" if codec is None else codec, bits=bits, **options), rotary)
+    if codec is not None or bits is None:
+        return LatentCodec(resolve("none" if codec is None else codec, bits=bits, **options), rotary)
+    if bits not in BY_BITS:
+        raise ValueError(f"bits={bits!r} is no width of latents; accepted: {sorted(BY_BITS)}, or a codec by name")
+    name, beside = BY_BITS[bits]
+    if bits < 8:
+        options = {"group_size": gcd(_GROUP, *ranks)} | options
+    return LatentCodec(resolve(name, **options), rotary or resolve(beside))

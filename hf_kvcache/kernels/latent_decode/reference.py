@@ -71,7 +71,7 @@ def _attend_pages(
     def combine(records: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return torch.matmul(weights, latents)
 
-    state = OnlineSoftmax(*rows.shape[:2], rank, rows.device)
+    state = OnlineSoftmax(rows.shape[0], rows.shape[1], rank, rows.device)
     walk_pages(state, pages, visibility, scoring, queries, kept_scores, score, combine, CHUNK_TOKENS)
     output, log_sum_exp = state.result()
     return rotate(output, latent_format, inverse=True), log_sum_exp

@@ -1,0 +1,214 @@
+"""One decode step of one latent-attention layer (DeepSeek-V2-Lite's shape): transformers' own path against ours.
+
+    python -m benchmarks.bench_latent [--quick] [--tokens 1024 4096 16384] [--dtypes fp32 bf16]
+
+16 heads, 128 + 64 query and key dimensions, 128 value dimensions, latents of 512 with rotary keys of 64; batch of 1,
+random weights, latents and rotary keys as the layer's own projections give them for random normal states. *step*: from
+``update`` to the attention output, the new token's own projections left out; *layer*: the whole attention module. The
+arms hold the same tokens in one process and take turns; medians over the rounds. ``DynamicCache`` holds the same
+latents: transformers expands all of them at every step. Each arm's step is checked against float64 attention over the
+expanded latents before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import DeepseekV2Config, DynamicCache
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
+
+from benchmarks import exact
+from benchmarks.arms import DTYPES, DYNAMIC
+from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.timing import Clock, cpu_clock, read_bandwidth, take_turns
+from hf_kvcache import LatentKVCache
+from hf_kvcache_eval.caches import held_bytes
+
+#: Our arms: how latents are stored.
+CODECS: dict[str, dict[str, Any]] = {"ours none": {}, "ours 8-bit": {"bits": 8}, "ours 4-bit": {"bits": 4}}
+#: Relative errors that are allowed against float64, by what an arm stores; the codecs' are those that README promises.
+_TOLERANCES = {"ours 8-bit": 1e-2, "ours 4-bit": 1e-1}
+_HIDDEN, _HEADS = 2048, 16
+_LEAST_ROUNDS, _WARM_UP = 5, 2
+#: Tokens past the nominal T: the tail has then about the length that it has on average, and no page fills.
+_OFFSET = 40
+
+
+class LayerArm:
+    """One attention module with a cache of its own; modules of different arms share their weights.
+
+    Args:
+        name: of the arm.
+        weights: the module whose weights it takes.
+        latents: ``[1, 1, T, r]``, what the cache is filled with.
+        rotary_keys: ``[1, 1, T, dr]``.
+    """
+
+    def __init__(
+        self, name: str, weights: DeepseekV2Attention, latents: torch.Tensor, rotary_keys: torch.Tensor
+    ) -> None:
+        config = make_config()
+        self.name = name
+        self.cache: Cache = DynamicCache() if name == DYNAMIC else LatentKVCache(config, **CODECS[name])
+        with torch.device("meta"):
+            self.module = DeepseekV2Attention(config, 0).eval()
+        self.module.load_state_dict(weights.state_dict(), assign=True)
+        self.cache.update(latents, rotary_keys, 0)
+        self.attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
+
+    def step(self, query: torch.Tensor, latents: torch.Tensor, rotary_keys: torch.Tensor) -> torch.Tensor:
+        """Take in a token; attention of its query ``[1, H, 1, dn + dr]`` to all held, ``[1, 1, H, dv]``."""
+        held = self.cache.update(latents, rotary_keys, 0)
+        keys, values = self.module.expand_kv(*held)
+        return self.attention(self.module, query, keys, values, None, scaling=self.module.scaling)[0]
+
+    def layer(self, hidden: torch.Tensor, position_embeddings: torch.Tensor) -> torch.Tensor:
+        """The whole module on a token's state ``[1, 1, hidden]``."""
+        return self.module(hidden, None, past_key_values=self.cache, position_embeddings=position_embeddings)[0]
+
+    def bytes_held(self) -> int:
+        """Bytes of the cache."""
+        return held_bytes(self.cache)
+
+
+def make_config() -> DeepseekV2Config:
+    """A config of DeepSeek-V2-Lite's attention, with one layer."""
+    config = DeepseekV2Config(
+        hidden_size=_HIDDEN,
+        num_attention_heads=_HEADS,
+        num_key_value_heads=_HEADS,
+        num_hidden_layers=1,
+        q_lora_rank=None,
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def projected(module: DeepseekV2Attention, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query ``[1, H, 1, dn + dr]`` of a random state, and latents and rotary keys ``[1, 1, tokens, .]`` of others."""
+    weight = module.o_proj.weight
+    hidden = torch.randn(1, tokens, _HIDDEN).to(weight)
+    latents, rotary = module.kv_a_proj_with_mqa(hidden).split([module.kv_lora_rank, module.qk_rope_head_dim], -1)
+    query = module.q_proj(hidden[:, -1:]).view(1, 1, _HEADS, -1).transpose(1, 2)
+    return query, module.kv_a_layernorm(latents)[:, None], rotary[:, None].contiguous()
+
+
+def expected(
+    module: DeepseekV2Attention, query: torch.Tensor, latents: torch.Tensor, rotary: torch.Tensor
+) -> torch.Tensor:
+    """The step in float64, every token expanded."""
+    by_head = module.kv_b_proj.weight.view(_HEADS, -1, module.kv_lora_rank).double()
+    width = module.qk_nope_head_dim
+    out = torch.empty(1, 1, _HEADS, module.v_head_dim, dtype=torch.float64)
+    c, k = latents[0, 0].double(), rotary[0, 0].double()
+    for head, (q, up) in enumerate(zip(query[0, :, 0].double(), by_head, strict=True)):
+        scores = (c @ (up[:width].T @ q[:width]) + k @ q[width:]) * module.scaling
+        out[0, 0, head] = up[width:] @ (scores.softmax(0) @ c)
+    return out
+
+
+@torch.inference_mode()
+def measure(dtype: str, tokens: int, bandwidth: float, args: argparse.Namespace, clock: Clock) -> list[Row]:
+    """The rows of all arms for one dtype and number of tokens."""
+    torch.manual_seed(tokens)
+    weights = DeepseekV2Attention(make_config(), 0).to(DTYPES[dtype]).eval()
+    for weight in weights.parameters():
+        if weight.dim() == 2:  # of the size that keeps states of their size
+            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    _, latents, rotary = projected(weights, tokens + _OFFSET)
+    arms = {name: LayerArm(name, weights, latents, rotary) for name in (DYNAMIC, *CODECS)}
+    token = projected(weights, 1)
+    truth = expected(weights, token[0], torch.cat([latents, token[1]], 2), torch.cat([rotary, token[2]], 2))
+    rows: dict[str, Row] = {}
+    for name, arm in arms.items():
+        error = exact.relative_error(arm.step(*token), truth)
+        allowed = max(_TOLERANCES.get(name, 0.0), exact.TOLERANCES[dtype])
+        rows[name] = {"dtype": dtype, "tokens": tokens, "cache": name, "error": exact.check(name, error, allowed)}
+        rows[name]["bytes_held"] = arm.bytes_held()
+    rotate = DeepseekV2RotaryEmbedding(make_config())
+    position = rotate(torch.empty(0), torch.tensor([[tokens + _OFFSET]]))
+    hidden = torch.randn(1, 1, _HIDDEN).to(DTYPES[dtype])
+
+    def one_round(number: int) -> dict[str, float]:
+        new = projected(weights, 1)
+        times = {f"step {name}": clock(partial(arm.step, *new)) for name, arm in arms.items()}
+        return times | {f"layer {name}": clock(partial(arm.layer, hidden, position)) for name, arm in arms.items()}
+
+    for number in range(_WARM_UP):
+        one_round(number)
+    times = take_turns(one_round, args.rounds, min(args.rounds, _LEAST_ROUNDS), args.seconds)
+    latent_bytes = 2 * (tokens + _OFFSET + 1) * (weights.kv_lora_rank + weights.qk_rope_head_dim)
+    for name, row in rows.items():
+        row |= {"rounds": len(times[f"step {name}"]), "of_bf16": row["bytes_held"] / latent_bytes}
+        for kind in ("step", "layer"):
+            row[f"{kind}_us"] = median(times[f"{kind} {name}"])
+            row[f"{kind}_speedup"] = median(times[f"{kind} {DYNAMIC}"]) / row[f"{kind}_us"]
+        row["gb_per_s"] = row["bytes_held"] / row["step_us"] / 1e3
+        row["bandwidth_share"] = row["gb_per_s"] / bandwidth
+    return list(rows.values())
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """Print the table of one dtype and number of tokens."""
+    columns = ("cache", "step µs", "×", "layer µs", "×", "MB held", "of bf16 latents", "of bandwidth", "error")
+    title = f"decode step of latent attention, {rows[0]['dtype']}, T = {rows[0]['tokens']:,}"
+    table = make_table(title, columns)
+    for row in rows:
+        table.add_row(
+            row["cache"],
+            f"{row['step_us']:,.0f}",
+            f"{row['step_speedup']:.1f}",
+            f"{row['layer_us']:,.0f}",
+            f"{row['layer_speedup']:.1f}",
+            f"{row['bytes_held'] / 1e6:.2f}",
+            f"{row['of_bf16']:.3f}",
+            f"{row['bandwidth_share']:.0%}",
+            f"{row['error']:.1e}",
+        )
+    console.print(table)
+
+
+def run(report: Report, args: argparse.Namespace, clock: Clock, console: Console) -> None:
+    """Measure and show every dtype and number of tokens."""
+    rates = read_bandwidth(64 << 20 if args.quick else 512 << 20)
+    report.facts["read_gb_per_s"] = rates
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("latent attention", total=len(args.dtypes) * len(args.tokens))
+        for dtype in args.dtypes:
+            for tokens in args.tokens:
+                rows = measure(dtype, tokens, max(rates.values()), args, clock)
+                progress.advance(task)
+                show(rows, console)
+                report.rows += rows
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", help="tokens held; default: 1024 4096 16384")
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: fp32 bf16")
+    parser.add_argument("--rounds", type=int, help="rounds at most; default: 15")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one dtype and T, at most")
+    args = start(parser, argv)
+    args.tokens = pick(args.tokens, args.quick, [1024, 4096, 16384], [512])
+    args.dtypes = pick(args.dtypes, args.quick, ["fp32", "bf16"], ["fp32"])
+    args.rounds = args.rounds or (3 if args.quick else 15)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    args, console, report = parse(argv), make_console(), Report("bench_latent")
+    run(report, args, cpu_clock, console)
+    return report.finish(args, console)
+
+
+if __name__ == "__main__":
+    main()
