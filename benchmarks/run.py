@@ -12,7 +12,15 @@ from collections.abc import Sequence
 
 from benchmarks.session import make_console, make_parser, make_table, start
 
-SCRIPTS = ("bench_decode", "bench_prefill", "bench_append", "bench_memory", "bench_model", "bench_eviction", "bench_latent")
+SCRIPTS = (
+    "bench_decode",
+    "bench_prefill",
+    "bench_append",
+    "bench_memory",
+    "bench_model",
+    "bench_eviction",
+    "bench_latent",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from hf_kvcache import mla
+
 #: The name under which the attention and mask functions are registered.
 IMPLEMENTATION = "hf_kvcache"
 _DEFAULT_PREVIOUS = "sdpa"
@@ -53,15 +55,15 @@ def bind(config: PreTrainedConfig) -> None:
         ValueError: if the implementation set now builds masks that are not tensors (flex attention).
     """
     current = config._attn_implementation
-    if current == IMPLEMENTATION:
-        return
     current = _DEFAULT_PREVIOUS if current is None else current
     if current in _UNREADABLE_MASKS or current.startswith("paged|"):
         raise ValueError(
             f"attn_implementation={current!r} cannot be combined with a KVCache; accepted: 'sdpa', 'eager' or a "
             "flash attention. Call model.set_attn_implementation('sdpa') first."
         )
-    _set_implementation(config, _Bound(current))
+    if current != IMPLEMENTATION:
+        _set_implementation(config, _Bound(current))
+    mla.bind(config)
 
 
 def unbind(config: PreTrainedConfig) -> None:
@@ -69,8 +71,6 @@ def unbind(config: PreTrainedConfig) -> None:
 
     Latent-attention classes that no other bound model needs get their own ``expand_kv`` back.
     """
-    from hf_kvcache import mla
-
     mla.unbind(config.get_text_config(decoder=True))
     if config._attn_implementation == IMPLEMENTATION:
         _set_implementation(config, previous_implementation(config))

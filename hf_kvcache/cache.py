@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hf_kvcache import mla
 from hf_kvcache.binding import bind as bind_config
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.eviction_options import EvictionOptions
@@ -79,8 +78,6 @@ class KVCache(Cache):
         super().__init__(layers=make_layers(self.config, self.options))
         if bind:
             bind_config(self.config)
-        if bind and latents == "native":
-            mla.bind(self.config)
 
     @property
     def codec(self) -> Codec:

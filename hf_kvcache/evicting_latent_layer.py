@@ -41,8 +41,8 @@ class EvictingLatentLayer(LatentLayer, EvictingLayer):
         up = None if self.expansion is None else self.expansion.up_projections()
         if up is None:
             raise RuntimeError(
-                f"layer {self.index}: policy {self.evictor.policy.name!r} looks at queries, which need a plain kv_b_proj "
-                "to be taken into latent space; accepted here: 'streaming', 'random', 'keepall'"
+                f"layer {self.index}: policy {self.evictor.policy.name!r} looks at queries, which need a plain "
+                "kv_b_proj to be taken into latent space; accepted here: 'streaming', 'random', 'keepall'"
             )
         return in_latent_space(query, up)
 
@@ -52,8 +52,8 @@ def check_policy(policy: Policy, compensate: int) -> None:
     for name in ("needs_rope", "needs_output", "needs_replay", "moves_sinks"):
         if getattr(policy, name):
             raise ValueError(
-                f"policy={policy!r} does not go with latents ({name.replace('_', ' ')}); accepted: policies that look at "
-                "attention, keys or values only, such as 'snapkv', 'h2o', 'tova', 'streaming', 'random'"
+                f"policy={policy!r} does not go with latents ({name.replace('_', ' ')}); accepted: policies that look "
+                "at attention, keys or values only, such as 'snapkv', 'h2o', 'tova', 'streaming', 'random'"
             )
     if compensate:
         raise ValueError(f"compensate={compensate!r} does not go with latents, which are keys and values; accepted: 0")

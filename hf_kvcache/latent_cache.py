@@ -34,8 +34,8 @@ class LatentKVCache(KVCache):
         codec: how latents are stored, a registered name or a :class:`~hf_kvcache.codecs.Codec`; ``"none"`` unless
             ``bits`` are given.
         bits: bits of a code; 8 or 4 for a model's own latents, any width of ``codec="auto"`` for calibrated ones.
-        rotary_codec: how the rotary keys beside a model's own latents are stored; by default dense beside dense latents,
-            8 bits beside 4-bit ones, else 16.
+        rotary_codec: how the rotary keys beside a model's own latents are stored; by default dense beside dense
+            latents, 8 bits beside 4-bit ones, else 16.
         projection: file of ``hf-kvcache calibrate``, or a :class:`~hf_kvcache.latent.projection.Projection`.
         rank: width of a calibrated latent, on average over layers, keys and values, per KV head.
         ratio: the same as a share of the head dimension, above 0 and up to 1.

@@ -27,11 +27,12 @@ _TILE_TOKENS = 1024
 
 
 class LatentLayer(KVCacheLayer):
-    """One latent-attention layer's cache: its keys are latents ``[B, 1, T, r]``, its values rotary keys ``[B, 1, T, dr]``.
+    """One latent-attention layer's cache.
 
-    Few queries are taken into latent space and attend there (the absorbed form); for many, or where the up-projection
-    is no plain matrix, latents are expanded tile by tile. Either way :meth:`attend` takes queries
-    ``[B, H, T, dn + dr]`` and gives ``[B, T, H, dv]``.
+    What it calls keys are latents ``[B, 1, T, r]``, what it calls values are rotary keys ``[B, 1, T, dr]``. Few
+    queries are taken into latent space and attend there (the absorbed form); for many, or where the up-projection is no
+    plain matrix, latents are expanded tile by tile. Either way :meth:`attend` takes queries ``[B, H, T, dn + dr]`` and
+    gives ``[B, T, H, dv]``.
     """
 
     #: Whether handles on what is held may be replaced by handles on what it would be expanded to.
@@ -148,8 +149,8 @@ class IndexedLatentLayer(LatentLayer):
         return [*super().own_tensors(), *self.indexer.tensors()]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        state = super().tensors()
-        return state | {"indexer": keys.clone() for keys in [self.indexer.keys()] if keys is not None}
+        state, keys = super().tensors(), self.indexer.keys()
+        return state if keys is None else state | {"indexer": keys.clone()}
 
     def restore(self, tensors: dict[str, torch.Tensor], progress: dict[str, int]) -> None:
         super().restore({name: x for name, x in tensors.items() if name != "indexer"}, progress)

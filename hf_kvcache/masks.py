@@ -89,7 +89,7 @@ def valid_on_diagonal(mask: torch.Tensor, length: int) -> np.ndarray | None:
 
 
 def rows_that_see(mask: torch.Tensor) -> np.ndarray | None:
-    """Which new tokens are real according to a mask ``[B, H, q, T]`` that hides all from padding: those that see any."""
+    """Which new tokens are real by a mask ``[B, H, q, T]`` that hides everything from padding: those that see any."""
     return _none_if_all(visible(mask[:, 0]).any(-1))
 
 

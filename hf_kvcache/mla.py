@@ -1,4 +1,4 @@
-"""The binding to multi-head latent attention: where a model would expand its latents, ours may attend to them as they are.
+"""The binding to multi-head latent attention: where a model expands latents, a cache may attend to them as they are.
 
 Attention classes of these families cache latents and call their method ``expand_kv`` on all of them at every step. Here
 that method gets a wrapper which, for handles of a latent cache, returns handles again: the attention function then asks
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,19 +33,27 @@ Expand = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.T
 
 def attention_classes(config: PreTrainedConfig) -> list[type]:
     """The classes that expand latents, in the file that models of this config are written in; found by inspection."""
-    package, _, name = type(config).__module__.rpartition(".")
-    if not name.startswith("configuration_"):
-        return []
     try:
-        module = importlib.import_module(f"{package}.{name.replace('configuration_', 'modeling_', 1)}")
+        importlib.import_module(_modeling_file(config))
     except ModuleNotFoundError:
         return []
-    return [cls for cls in vars(module).values() if isinstance(cls, type) and METHOD in vars(cls)]
+    return _loaded_classes(config)
+
+
+def _loaded_classes(config: PreTrainedConfig) -> list[type]:
+    """The same if that file was imported; none otherwise."""
+    names = vars(sys.modules.get(_modeling_file(config), object))
+    return [cls for cls in names.values() if isinstance(cls, type) and METHOD in vars(cls)]
+
+
+def _modeling_file(config: PreTrainedConfig) -> str:
+    package, _, name = type(config).__module__.rpartition(".")
+    return f"{package}.{name.replace('configuration_', 'modeling_', 1)}"
 
 
 def bind(config: PreTrainedConfig) -> None:
     """Let models with this ``config`` attend to latents; for anything but handles of a latent cache nothing changes."""
-    for cls in attention_classes(config):
+    for cls in _loaded_classes(config):
         expand = vars(cls)[METHOD]
         if not hasattr(expand, "__wrapped__"):
             setattr(cls, METHOD, _wrapped(expand))
@@ -54,8 +63,8 @@ def bind(config: PreTrainedConfig) -> None:
 def unbind(config: PreTrainedConfig) -> None:
     """Undo :func:`bind`; classes get their own method back once no model of theirs is bound."""
     _bound.pop(id(config), None)
-    others = {cls for other in list(_bound.values()) for cls in attention_classes(other)}
-    for cls in set(attention_classes(config)) - others:
+    others = {cls for other in list(_bound.values()) for cls in _loaded_classes(other)}
+    for cls in set(_loaded_classes(config)) - others:
         expand = vars(cls)[METHOD]
         if hasattr(expand, "__wrapped__"):
             setattr(cls, METHOD, expand.__wrapped__)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
+from hf_kvcache import mla
 from hf_kvcache.cache import KVCache, check_count
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.latent import latent_codec
@@ -104,7 +105,8 @@ class HeavyHitterCache(KVCache):
         )
         self.policy, self.budget = chosen, budget
         base = {name: options.pop(name) for name in _BASE & set(options)}
-        ranks = latent_ranks(decoder_config(config))
+        decoder = decoder_config(config)
+        ranks = latent_ranks(decoder) if mla.attention_classes(decoder) else set()
         super().__init__(
             config,
             latent_codec(codec, bits, None, ranks, options) if ranks else _codec(codec, bits, options),
