@@ -109,6 +109,6 @@ def _check_supported(module: torch.nn.Module, dropout: float, kwargs: dict[str, 
     for name in ("position_bias", "block_indices", "indices"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"{type(module).__name__} passes {name!r} to attention, which a KVCache does not support; use "
-                "model.set_attn_implementation('sdpa') after building the cache, and its dense fallback"
+                f"{type(module).__name__} passes {name!r} to attention, which a KVCache does not support; call "
+                "hf_kvcache.unbind(model.config) after building the cache: it is then read through dense tensors"
             )

@@ -1,0 +1,216 @@
+"""Layers of latents beneath the models: bytes, long blocks, other attention implementations, saving, bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+
+from hf_kvcache import KVCache, LatentKVCache, unbind
+from hf_kvcache.indexer_keys import IndexerKeys
+from hf_kvcache.latent_layer import IndexedLatentLayer
+from tests import families, mla_families
+from tests.running import assert_same, forward, full_cache, generate, prompt
+
+SIZES: dict[str, Any] = {"page_size": 16, "tail_length": 16, "sink_length": 4}
+#: More than attention takes into latent space in these models, whose latents are 32 wide.
+LONG = 80
+
+
+def small(config: Any, **options: Any) -> LatentKVCache:
+    return LatentKVCache(config, **{**SIZES, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "share", "error"), [({"bits": 8}, 0.58, 1e-2), ({"bits": 4}, 0.36, 1e-1)], ids=["8", "4"]
+)
+def test_bytes_and_error_at_full_width(options: dict[str, Any], share: float, error: float) -> None:
+    """DeepSeek's widths (512 + 64): bytes held at 16,384 tokens, and the error of what is read."""
+    config = transformers.DeepseekV2Config(num_hidden_layers=1)
+    cache = LatentKVCache(config, **options)
+    torch.manual_seed(0)
+    latents, rotary = torch.randn(1, 1, 16384, 512).bfloat16(), torch.randn(1, 1, 16384, 64).bfloat16()
+    handles = cache.update(latents, rotary, 0)
+    cache.layers[0].settle()
+    report = cache.memory()
+    assert report.full_bf16 == 16384 * 576 * 2
+    assert report.total <= share * report.full_bf16
+    for handle, given_states in zip(handles, (latents, rotary), strict=True):
+        decoded = handle.dense().float()
+        assert float((decoded - given_states).norm() / given_states.float().norm()) <= error
+    unbind(config)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v32", "dots3_note", "glm5_next"])
+def test_long_blocks_are_expanded_in_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block too long for the absorbed form over pages, some tiles of them: what DynamicCache gives."""
+    monkeypatch.setattr("hf_kvcache.latent_layer._TILE_TOKENS", 32)
+    model = mla_families.shared(name)
+    cache, reference = small(model.config), full_cache(model)
+    ids = prompt(120 + LONG, 2)
+    for part in (ids[:, :120], ids[:, 120:]):
+        got, wanted = forward(model, part, cache), forward(model, part, reference)
+    assert cache.memory().packed_elements > 0 and cache.absorbed_steps == 0
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("bind", [False, True])
+def test_other_attention_reads_what_it_expands(attention: str, bind: bool) -> None:
+    """Without our attention, or unbound later, handles are expanded whole: correct, and nothing is absorbed."""
+    model = mla_families.build("deepseek_v3", attention=attention)
+    cache = small(model.config, bind=bind)
+    if bind:
+        unbind(model.config)
+    ids = prompt(70)
+    outputs = [model(part, past_key_values=cache).logits for part in ids.split([50, 12, 1, 1, 6], 1)]
+    wanted = model(ids, past_key_values=full_cache(model)).logits
+    torch.testing.assert_close(torch.cat(outputs, 1), wanted, rtol=0, atol=1e-4)
+    assert cache.absorbed_steps == 0
+    unbind(model.config)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v32"])
+def test_saved_and_loaded(name: str) -> None:
+    """A loaded cache goes on as the saved one does, indexer's keys and packed codes included."""
+    model = mla_families.shared(name)
+    cache, other = small(model.config, bits=8), small(model.config, bits=8)
+    ids = prompt(60, 2)
+    forward(model, ids, cache)
+    other.load_state_dict({key: x.clone() for key, x in cache.state_dict().items()})
+    for token in prompt(6, 2).split(1, 1):
+        torch.testing.assert_close(forward(model, token, other), forward(model, token, cache), rtol=0, atol=0)
+    assert other.absorbed_steps > 0
+
+
+def test_a_fork_goes_its_own_way() -> None:
+    """Neither latents nor the indexer's keys are shared with a fork once it goes on."""
+    model = mla_families.shared("deepseek_v32")
+    cache, reference = small(model.config), full_cache(model)
+    forward(model, prompt(50), cache)
+    forward(model, prompt(50), reference)
+    fork = cache.fork()
+    forward(model, prompt(5, seed=3), fork)
+    for ids in prompt(20, seed=4).split([7, *[1] * 13], 1):
+        torch.testing.assert_close(forward(model, ids, cache), forward(model, ids, reference), rtol=0, atol=1e-4)
+
+
+def test_two_caches_of_one_family() -> None:
+    """Unbinding one model leaves another one of the same class bound; the last gives the class its method back."""
+    first, second = mla_families.build("minicpm3"), mla_families.build("minicpm3")
+    attention = type(first.model.layers[0].self_attn)
+    own = attention.expand_kv
+    caches = [small(model.config) for model in (first, second)]
+    assert attention.expand_kv is not own
+    unbind(first.config)
+    assert attention.expand_kv is not own
+    second(prompt(30), past_key_values=caches[1])
+    second(prompt(1), past_key_values=caches[1])
+    assert caches[1].absorbed_steps == 2
+    unbind(second.config)
+    assert attention.expand_kv is own
+
+
+def test_a_plain_cache_expands() -> None:
+    """``KVCache`` of a model with latents stores them as keys and values: slower, the same tokens."""
+    model = mla_families.shared("youtu")
+    assert_same(
+        generate(model, prompt(50), KVCache(model.config, **SIZES)), generate(model, prompt(50), full_cache(model))
+    )
+
+
+def test_a_module_that_does_not_expand() -> None:
+    """Attention to latents as if they were keys is refused."""
+    model = mla_families.build("deepseek_v2")
+    cache = small(model.config)
+    forward(model, prompt(20), cache)
+    keys, values = cache.update(torch.randn(1, 1, 1, 32), torch.randn(1, 1, 1, 8), 0)
+    from hf_kvcache.attention import attention_function
+
+    module = families.build("llama").model.layers[0].self_attn
+    with pytest.raises(RuntimeError, match=r"caches latents, and LlamaAttention attends.*accepted"):
+        cache.layers[0].expansion = None
+        attention_function(module, torch.randn(1, 4, 1, 32), keys, values, None)
+
+
+LLAMA = families.build("llama").config
+ERRORS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "bits": (lambda config: LatentKVCache(config, bits=5), r"bits=5.*accepted: \[4, 8\]"),
+    "projection": (
+        lambda config: LatentKVCache(config, projection="x"),
+        r"projection='x'.*caches latents of its own; accepted: None",
+    ),
+    "rank": (lambda config: LatentKVCache(config, rank=8), r"rank=8.*accepted: None"),
+    "ratio": (lambda config: LatentKVCache(config, ratio=0.5), r"ratio=0.5.*accepted: None"),
+    "codec": (lambda config: LatentKVCache(config, "int7"), r"bits=7.*accepted|key_bits=7.*accepted"),
+    "group": (lambda config: LatentKVCache(config, "rotated4", group_size=48), r"group_size=48 does not divide"),
+    "no latents": (lambda config: LatentKVCache(LLAMA), r"'llama' caches keys and values, not latents; accepted"),
+    "rotary": (lambda config: LatentKVCache(LLAMA, rotary_codec="int8"), r"rotary_codec='int8'.*'llama'.*accepted"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_input(case: str) -> None:
+    """A cache that cannot be is refused when it is built, and binds nothing."""
+    config = mla_families.build("deepseek_v2").config
+    build, message = ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        build(config)
+    assert str(config._attn_implementation) != "hf_kvcache"
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_indexer_keys_against_a_list(data: st.DataObject) -> None:
+    """Any sequence of operations, against plain lists of rows; buffers that grow keep what they held."""
+    held, model = IndexerKeys(), [np.zeros((0, 3)) for _ in range(2)]
+    for step in range(data.draw(st.integers(1, 12))):
+        match data.draw(st.sampled_from(["append", "drop", "select", "fork"])):
+            case "append":
+                new = np.random.default_rng(step).normal(size=(len(model), data.draw(st.sampled_from([1, 2, 300])), 3))
+                model = [np.concatenate(pair) for pair in zip(model, new, strict=True)]
+                got = held.append(torch.from_numpy(new))
+                np.testing.assert_array_equal(got.numpy(), np.stack(model))
+            case "drop":
+                count = data.draw(st.integers(0, 5))
+                held.drop_last(count)
+                model = [row[: max(0, len(row) - count)] for row in model]
+            case "select":
+                rows = np.array(data.draw(st.lists(st.integers(0, len(model) - 1), min_size=1, max_size=3)))
+                held.select(rows)
+                model = [model[row] for row in rows]
+            case "fork":
+                other = held.fork()
+                held.append(torch.full((len(model), 1, 3), torch.nan, dtype=torch.float64))
+                held = other
+    keys = held.keys()
+    assert (keys is None or keys.shape[1] == 0) == (len(model[0]) == 0)
+    if keys is not None:
+        np.testing.assert_array_equal(keys.numpy(), np.stack(model))
+
+
+def test_indexer_keys_that_do_not_go_together() -> None:
+    """Another batch, width or dtype is refused, and what was held stays."""
+    held = IndexerKeys()
+    held.append(torch.ones(2, 3, 4))
+    for wrong in (torch.ones(1, 1, 4), torch.ones(2, 1, 5), torch.ones(2, 1, 4).double()):
+        with pytest.raises(ValueError, match="do not go with those held"):
+            held.append(wrong)
+    keys = held.keys()
+    assert keys is not None and keys.shape == (2, 3, 4)
+
+
+def test_indexed_layers_count_their_keys() -> None:
+    """The indexer's keys are in the bytes held."""
+    model = mla_families.shared("glm_moe_dsa")
+    cache = small(model.config)
+    forward(model, prompt(30), cache)
+    layer = next(layer for layer in cache.layers if isinstance(layer, IndexedLatentLayer) and layer.indexer.tensors())
+    held = sum(x.numel() * x.element_size() for x in layer.indexer.tensors())
+    assert 0 < held <= cache.memory().parts["other"]
