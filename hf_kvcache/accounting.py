@@ -35,7 +35,7 @@ def _own_report(layer: KVCacheLayer) -> MemoryReport:
     tokens = layer.get_seq_length()
     if layer.sliding_window is not None:
         tokens = min(tokens, layer.sliding_window - 1)
-    widths = sum(fmt.dim for fmt in storage.layout.sides.values())
+    widths = sum(storage.encoder.widths.values())
     elements = storage.batch * storage.heads * tokens * widths
     report.full_bf16 = 2 * elements
     report.full_same_dtype = storage.dtype.itemsize * elements

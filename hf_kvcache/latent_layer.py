@@ -45,6 +45,12 @@ class LatentLayer(KVCacheLayer):
         #: What the module that attended last would expand the latents to.
         self.expansion: Expansion | None = None
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Under autocast the norm behind latents leaves float32, and rotary keys have the narrower dtype.
+        return super().update(key_states, value_states.to(key_states.dtype), *args, **kwargs)
+
     def read(
         self,
         query: torch.Tensor,
@@ -125,9 +131,19 @@ class IndexedLatentLayer(LatentLayer):
         """Take in the indexer's new keys ``[B, T, d]``; returns all of them."""
         return self.indexer.append(indexer_key_states)
 
+    def check_crop(self, tokens_to_remove: int) -> None:
+        # A layer that reads the latents of another one may have an indexer of its own: then it has seen no tokens.
+        if self.storage is not None or not self.indexer.length:
+            super().check_crop(tokens_to_remove)
+
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.indexer.drop_last(-tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.storage is None:
+            self.indexer.select(np.arange(self.indexer.batch).repeat(repeats))
 
     def select_rows(self, rows: np.ndarray) -> None:
         super().select_rows(rows)

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
+from hf_kvcache.codecs.base import side_format
 from hf_kvcache.evicting_latent_layer import EvictingLatentLayer, check_policy
 from hf_kvcache.evicting_layer import EvictingLayer
 from hf_kvcache.latent_layer import IndexedLatentLayer, LatentLayer
@@ -129,7 +130,7 @@ def check_formats(config: PreTrainedConfig, options: LayerOptions) -> None:
     for key_width, value_width in _widths(config, options):
         for side, width in ((options.codec.keys, key_width), (options.codec.values, value_width)):
             if width is not None:
-                side.format(width, options.page_size, torch.float32)
+                side_format(side, width, options.page_size, torch.float32)
 
 
 def _widths(config: PreTrainedConfig, options: LayerOptions) -> set[tuple[int | None, int | None]]:

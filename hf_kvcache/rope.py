@@ -85,20 +85,31 @@ class LayerRope:
         """Cosine and sine of each rotated pair ``[..., n, P]``, as the model itself computes them."""
         tables = self.embedding(positions.to(x.device).reshape(1, -1))
         cos, sin = (
-            table[0, :, column].view(*positions.shape, -1)
-            for table, column in zip(tables, self.columns.to(x.device), strict=True)
+            table[0, :, _places(column, x.device)].reshape(*positions.shape, -1)
+            for table, column in zip(tables, self.columns, strict=True)
         )
         return cos, sin
 
     def _turned(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         moving = self.columns.shape[1]
-        first, second = self.first[:moving].to(x.device), self.second[:moving].to(x.device)
+        first, second = (_places(dims[:moving], x.device) for dims in (self.first, self.second))
         real, imaginary = x[..., first].float(), x[..., second].float()
         shape = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1])
         turned = x.float().expand(*shape, -1).clone()
         turned[..., first] = real * cos - imaginary * sin
         turned[..., second] = imaginary * cos + real * sin
         return turned
+
+
+def _places(dims: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
+    """``dims`` as an index: a slice where they are evenly spaced, as in most families, because it copies nothing."""
+    if len(dims) == 0:
+        return slice(0)
+    listed = dims.tolist()
+    step = listed[1] - listed[0] if len(listed) > 1 else 1
+    if step > 0 and listed == list(range(listed[0], listed[-1] + 1, step)):
+        return slice(listed[0], listed[-1] + 1, step)
+    return dims.to(device)
 
 
 _known: WeakKeyDictionary[torch.nn.Module, LayerRope] = WeakKeyDictionary()
@@ -157,7 +168,9 @@ class _RefusedError(ValueError):
 
 def _refuse(module: torch.nn.Module, why: str) -> _RefusedError:
     name = type(module).__name__
-    return _RefusedError(f"the rotary embedding of {name} cannot be undone: {why}; choose a policy that needs none")
+    return _RefusedError(
+        f"the rotary embedding of {name} cannot be undone: {why}; choose a policy or projection that needs none"
+    )
 
 
 def _rotary_class(module: torch.nn.Module) -> Any:
@@ -173,7 +186,9 @@ def _rotary_class(module: torch.nn.Module) -> Any:
             return names[text[0]]
         if text:
             raise _refuse(module, f"it may use any of {', '.join(text)}")
-    raise _RefusedError(f"{type(module).__name__} has no rotary embedding; choose a policy that needs none")
+    raise _RefusedError(
+        f"{type(module).__name__} has no rotary embedding; choose a policy or projection that needs none"
+    )
 
 
 def _layer_type(module: torch.nn.Module, config: Any) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, QuantizedCache
 
-from hf_kvcache import HeavyHitterCache, KVCache, QuantizedKVCache, codecs
+from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, codecs
 from hf_kvcache.accounting import tensor_bytes
 from hf_kvcache.eviction import registry
 from hf_kvcache_eval.protocol import Protocol
@@ -19,6 +21,8 @@ from hf_kvcache_eval.specs import CacheSpec, parse
 Make = Callable[[CacheSpec, PreTrainedConfig, Protocol], Any]
 #: Dtypes that ``full:dtype=...`` can run the model in.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Environment variable: the folder with the files of ``hf-kvcache calibrate``.
+PROJECTIONS_VARIABLE = "HF_KVCACHE_PROJECTIONS"
 #: Other names of eviction policies.
 POLICIES = {"window": "streaming"}
 #: Of caches that evict, unless the protocol has less or the spec says otherwise: what is newest stays whatever its
@@ -36,6 +40,7 @@ class Kind:
         rows: takes left-padded batches and can repeat rows; otherwise it is given one sequence at a time.
         after_prefill: is compressed once, behind the prefill, so it cannot score a text from its first token.
         budget: needs a budget.
+        ratio: may be given a share of the head dimension in a budget's place.
         codec: takes a codec behind a ``+``.
         queries: is shown the queries of a prefill, so that one it is to share must have kept them.
         shares_prefill: can take over a prefill that was made for another cache.
@@ -46,6 +51,7 @@ class Kind:
     rows: bool = True
     after_prefill: bool = False
     budget: bool = False
+    ratio: bool = False
     codec: bool = False
     queries: bool = False
     shares_prefill: bool = True
@@ -95,6 +101,32 @@ def _evicting(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> 
     return HeavyHitterCache(config, budget=spec.budget, policy=policy, **(equal | codec | spec.options))
 
 
+def _latent(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> LatentKVCache:
+    """Latents of a calibrated basis, whose file is looked for by name, so that no cell holds where it lies."""
+    options = _lengths(spec, protocol)
+    name = options.pop("projection", None)
+    if name is not None:
+        options |= {"projection": projection_file(str(name)), "ratio": 1.0 if spec.budget is None else spec.budget}
+    return LatentKVCache(config, spec.codec, **options)
+
+
+def projection_file(name: str) -> Path:
+    """The file of ``hf-kvcache calibrate`` called ``name``.
+
+    Raises:
+        ValueError: if it is not in the folder that ``HF_KVCACHE_PROJECTIONS`` names (default: ``projections``).
+    """
+    folder = Path(os.environ.get(PROJECTIONS_VARIABLE, "projections"))
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        found = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none"
+        raise ValueError(
+            f"projection={name!r} is not in ${PROJECTIONS_VARIABLE}; found there: {found}. Make one with "
+            f"hf-kvcache calibrate --out {name}.safetensors"
+        )
+    return path
+
+
 def _lengths(spec: CacheSpec, protocol: Protocol) -> dict[str, Any]:
     """The protocol's lengths, and the spec's own options over them."""
     equal = {
@@ -123,6 +155,13 @@ def kinds() -> dict[str, Kind]:
             for backend in ("hqq", "quanto")
             for bits in (2, 4)
         },
+        "latent": Kind(
+            _latent,
+            "LatentKVCache: the model's own latents, or @share of the head dimension with projection=NAME",
+            ratio=True,
+            codec=True,
+            queries=True,
+        ),
         "hf-fp8": Kind(_peer_fp8, "transformers' QuantizedCache, fp8", rows=False),
     }
 
@@ -167,7 +206,7 @@ class Arm:
                 f"cache={self.spec.text!r}: no cache {self.spec.name!r}; accepted: {', '.join(kinds())}, {wrapped}"
             )
         self.kind = kind
-        if self.kind.budget != (self.spec.budget is not None):
+        if not self.kind.ratio and self.kind.budget != (self.spec.budget is not None):
             what = "needs" if self.kind.budget else "takes no"
             raise ValueError(f"cache={self.spec.text!r}: {self.spec.name} {what} budget ({self.spec.name}@0.3)")
         if self.spec.codec is not None and not self.kind.codec:

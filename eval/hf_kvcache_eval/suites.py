@@ -72,6 +72,7 @@ SIZES = {
     "full": Size(16, 256, 50, 500),
     # The tail and the pages that evicting caches have anyway. Nothing is packed, so blocks may be long.
     "eviction": Size(6, 64, 50, 100, 10, 12, {"tail_length": EVICTING_TAIL, "page_size": EVICTING_PAGE, "block": 64}),
+    "latent": Size(8, 128, 8, 40),
 }
 TASKS = {
     "quick": "fidelity@1024 quote@1024 passkey@512 speed@1024",
@@ -86,10 +87,22 @@ TASKS = {
     )
     + f" {' '.join(LM_TASKS)} speed@1024 speed@4096 speed@8000",
     "eviction": "longctx_niah_essay@1024:forced fidelity@1024",
+    "latent": "fidelity@1024",
 }
 #: Shares kept, and policies with others in front, in the suite *eviction*.
 SHARES = (0.5, 0.3, 0.2, 0.1)
 WRAPPED = ("ada-snapkv", "ada-expected", "critical-snapkv")
+#: Shares of the head dimension, projections by the names of their files (eval/README.md makes them), and what is set
+#: against calibrated rotations at 2 bits, in the suite *latent*.
+RATIOS = (0.75, 0.5, 0.35)
+PROJECTIONS = ("svd", "kq_svd", "kq_svd_joint", "palu", "palu_after")
+TWO_BITS = (
+    "rotated2:key_axis=token",
+    "clipped2",
+    "unbiased2",
+    "latent+clipped2:projection=oscar",
+    "latent+unbiased2:projection=oscar",
+)
 _QUICK = ("full", "full:dtype=bfloat16", "rotated8", "unbiased4", "unbiased3", "unbiased2", "random@0.5")
 
 
@@ -101,6 +114,10 @@ def caches(name: str) -> list[str]:
         policies = [policy for policy in eviction.available() if policy != "keepall"]
         policies += WRAPPED
         return ["full", *(f"{policy}@{share}" for policy in policies for share in SHARES)]
+    if name == "latent":
+        stored = [f"latent@{ratio}{codec}" for codec in ("", "+unbiased4") for ratio in RATIOS]
+        low_rank = [f"{spec}:projection={projection}" for projection in PROJECTIONS for spec in stored]
+        return [*_QUICK[:2], "unbiased4", *low_rank, *TWO_BITS]
     ours = sorted(codecs.specs(), key=lambda spec: (not spec.endswith("none"), _width(spec), spec))
     return [*_QUICK[:2], *ours, "random@0.5", "random@0.25", "window@8", "hf-fp8", "quanto4", "hqq4"]
 

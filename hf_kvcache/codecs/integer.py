@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from hf_kvcache.codecs.base import Codec, Encoded, SideCodec, asymmetric, check_divides, check_packable
@@ -18,9 +20,11 @@ class IntegerSide(SideCodec):
         group_size: tokens or channels that share a scale; None for the whole page or row.
         rotation: rotation of the vectors before encoding.
         centered: whether the sequence's mean is subtracted first.
+        clip: share of the elements whose magnitudes the range covers. A subclass that clips must set ``method`` to
+            None, for the kernels' twins do not.
     """
 
-    method = "integer"
+    method: ClassVar[str | None] = "integer"
 
     def __init__(
         self,
@@ -29,10 +33,12 @@ class IntegerSide(SideCodec):
         group_size: int | None = None,
         rotation: Rotation = "none",
         centered: bool = False,
+        clip: float = 1.0,
     ) -> None:
         self.bits, self.axis, self.group_size = bits, axis, group_size
         self.rotation: Rotation = rotation
         self.centered = centered
+        self.clip = clip
 
     def format(self, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:
         check_packable(self.bits, dim)
@@ -44,7 +50,7 @@ class IntegerSide(SideCodec):
     def encode(self, x: torch.Tensor) -> Encoded:
         dim = 1 if self.axis == "channel" else 2
         grouped = x.unflatten(dim, (-1, self.group_size or x.shape[dim]))
-        codes, scale, zero = asymmetric(grouped, (dim + 1,), self.bits)
+        codes, scale, zero = asymmetric(grouped, (dim + 1,), self.bits, self.clip)
         return Encoded(codes.flatten(dim, dim + 1), scale.squeeze(dim + 1), zero.squeeze(dim + 1))
 
 

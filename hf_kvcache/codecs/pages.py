@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.codecs.base import Codec, Encoded, SideCodec
+from hf_kvcache.codecs.base import Codec, Encoded, SideCodec, side_format
 from hf_kvcache.kernels.decode import decode_side
 from hf_kvcache.kernels.dispatch import twin
 from hf_kvcache.kernels.hadamard import rotate
@@ -29,42 +29,56 @@ class PageEncoder:
     def __init__(self, codec: Codec, key_dim: int, value_dim: int, page_size: int, dtype: torch.dtype) -> None:
         self.codec = codec
         self.layout = PageLayout(
-            codec.keys.format(key_dim, page_size, dtype), codec.values.format(value_dim, page_size, dtype), page_size
+            side_format(codec.keys, key_dim, page_size, dtype),
+            side_format(codec.values, value_dim, page_size, dtype),
+            page_size,
         )
 
     @property
     def centered(self) -> bool:
         return self.layout.sides["keys"].centered
 
+    @property
+    def group(self) -> int:
+        """KV heads whose tokens share a record."""
+        return 1
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of a KV head's key and value in the model, by side."""
+        return {side: fmt.dim for side, fmt in self.layout.sides.items()}
+
+    def center_of(self, mean: torch.Tensor) -> torch.Tensor:
+        """What to subtract from keys whose mean is ``mean [b, Hkv, Dk]``: ``[b, Hkv / group, dim]`` of the key side."""
+        return rotate(mean, self.layout.sides["keys"])
+
     def encode(self, keys: torch.Tensor, values: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
         """Encode ``N`` pages.
 
         Args:
-            keys: ``[N, P, Dk]`` in the model's basis.
+            keys: ``[N, P, Dk]`` in the model's basis; the KV heads of a sequence side by side.
             values: ``[N, P, Dv]``.
-            center: what to subtract from each page's rotated keys, ``[N, Dk]``, or None.
+            center: what to subtract from each record's rotated keys, ``[N / group, dim]``, or None.
 
         Returns:
-            uint8 records ``[N, record_bytes]``.
+            uint8 records ``[N / group, record_bytes]``.
         """
         records = torch.zeros(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
         self._encode_side("keys", self.codec.keys, keys, center, records)
         self._encode_side("values", self.codec.values, values, None, records)
         return records
 
-    def decode(
-        self, side: str, records: torch.Tensor, center: torch.Tensor | None, out: torch.Tensor
-    ) -> torch.Tensor:
+    def decode(self, side: str, records: torch.Tensor, center: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
         """The vectors of one side of pages, in the model's basis: what :meth:`encode` was given, but for rounding.
 
         Args:
             side: ``"keys"`` or ``"values"``.
-            records: uint8 ``[C, R, record_bytes]``, ``C`` pages of each of ``R`` rows.
-            center: what was subtracted from each row's rotated keys, ``[R, Dk]``, or None.
-            out: float32 ``[C, R, P, D]``, overwritten.
+            records: uint8 ``[C, R, record_bytes]``, ``C`` pages of each of ``R`` rows; a sequence's side by side.
+            center: what was subtracted from each row's rotated keys, ``[R, dim]``, or None.
+            out: float32 ``[C, R, P, dim]``, overwritten.
 
         Returns:
-            Float32 ``[R, C * P, D]``.
+            Float32 ``[R * group, C * P, D]``.
         """
         decoded = decode_side(self.layout, side, records, out)
         if side == "keys" and center is not None:
@@ -75,6 +89,8 @@ class PageEncoder:
         self, side: str, codec: SideCodec, x: torch.Tensor, center: torch.Tensor | None, records: torch.Tensor
     ) -> None:
         fmt = self.layout.sides[side]
+        if fmt.dim == 0:
+            return
         if fmt.level != "dense":
             x = x.float()
             faster = twin("pack", x.device)

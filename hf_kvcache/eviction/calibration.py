@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from hf_kvcache.calibrating import fingerprint, read
 
 _FORMAT = "hf_kvcache query statistics 1"
 
@@ -119,19 +120,6 @@ class QueryStatistics:
         return known
 
 
-def fingerprint(config: Any) -> dict[str, Any]:
-    """What two models have in common if one's statistics can be used for the other."""
-    text: Any = config.get_text_config(decoder=True)
-    return {
-        "model_type": text.model_type,
-        "layers": text.num_hidden_layers,
-        "heads": text.num_attention_heads,
-        "hidden_size": text.hidden_size,
-        "rope": json.dumps(getattr(text, "rope_parameters", None), sort_keys=True, default=str),
-    }
-
-
-@torch.no_grad()
 def calibrate(
     model: Any, texts: Sequence[str], tokenizer: Any, tokens: int = 16384, length: int = 2048
 ) -> QueryStatistics:
@@ -148,14 +136,19 @@ def calibrate(
         ValueError: if ``tokens`` or ``length`` is below 1, the texts have no token, or the model has no rotary
             embedding that can be undone.
     """
-    if min(tokens, length) < 1:
-        raise ValueError(f"tokens={tokens!r}, length={length!r}; accepted: whole numbers from 1")
+    # Not at the top: policies import this file, and policies know nothing of models.
+    from hf_kvcache.rope import rope_of
+
     sums: dict[int, _Sums] = {}
-    with _queries_seen(model, sums):
-        for chunk in _chunks(texts, tokenizer, tokens, length):
-            model(input_ids=chunk.to(model.device), use_cache=False)
+
+    def note(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        rope = rope_of(module)
+        total = sums.setdefault(module.layer_idx, _Sums(rope.frequencies))
+        total.add(rope.pairs(rope.unrotate(query, torch.arange(query.shape[2], device=query.device))))
+
+    read(model, texts, tokenizer, tokens, length, note)
     if not sums:
-        raise ValueError(f"texts={list(texts)!r:.60}; accepted: texts with at least one token")
+        raise ValueError(f"model of type {model.config.model_type!r}; accepted: models with attention layers")
     return QueryStatistics({index: sums[index].means() for index in sorted(sums)}, fingerprint(model.config))
 
 
@@ -178,44 +171,3 @@ class _Sums:
     def means(self) -> LayerStatistics:
         mean, length = torch.as_tensor(self.mean) / self.count, torch.as_tensor(self.length) / self.count
         return LayerStatistics(mean.to(torch.complex64), length.float(), self.frequencies)
-
-
-@contextmanager
-def _queries_seen(model: Any, sums: dict[int, _Sums]) -> Iterator[None]:
-    """While it lasts, the queries of every attention layer of ``model`` are added to ``sums``."""
-    # Not at the top: policies import this file, and policies know nothing of models.
-    from transformers import AttentionInterface
-
-    from hf_kvcache import attention
-    from hf_kvcache.binding import IMPLEMENTATION, bind, unbind
-    from hf_kvcache.rope import rope_of
-
-    config = model.config.get_text_config(decoder=True)
-    bound_before = config._attn_implementation == IMPLEMENTATION
-
-    def noting(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if module.config is config:
-            rope = rope_of(module)
-            total = sums.setdefault(module.layer_idx, _Sums(rope.frequencies))
-            total.add(rope.pairs(rope.unrotate(query, torch.arange(query.shape[2], device=query.device))))
-        return attention.attention_function(module, query, *args, **kwargs)
-
-    # The package's own attention function stands between every bound model and its queries.
-    bind(config)
-    AttentionInterface.register(IMPLEMENTATION, noting)
-    try:
-        yield
-    finally:
-        attention.register()
-        if not bound_before:
-            unbind(config)
-
-
-def _chunks(texts: Sequence[str], tokenizer: Any, tokens: int, length: int) -> Iterator[torch.Tensor]:
-    """Token ids ``[1, n]`` with ``n`` up to ``length``, ``tokens`` in all."""
-    for text in texts:
-        ids = tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
-        tokens -= ids.shape[1]
-        yield from (chunk for chunk in ids.split(length, dim=1) if chunk.shape[1])
-        if tokens <= 0:
-            return

@@ -31,7 +31,11 @@ def attend(
     """
     faster = twin("decode" if query.shape[2] <= MOST_DECODED_QUERIES else "extend", query.device)
     use = faster if faster is not None and faster.supports(query, pages, dense, visibility) else reference
-    result = use.attend(query.detach(), pages, dense, visibility, scoring, mass)
+    return without_gradient(query, use.attend(query.detach(), pages, dense, visibility, scoring, mass))
+
+
+def without_gradient(query: torch.Tensor, result: Attention) -> Attention:
+    """``result``, such that going backwards through it to ``query`` raises RuntimeError."""
     if query.requires_grad and torch.is_grad_enabled():
         return result._replace(output=_NoGradient.apply(query, result.output))
     return result

@@ -19,7 +19,7 @@ BACKENDS = ("reference", "triton", "native")
 #: The folders of this package that have a twin of their own for a backend.
 TWINS = {
     "triton": ("decode", "extend", "column_mass", "latent_decode", "hadamard", "pack"),
-    "native": ("decode", "extend", "pack"),
+    "native": ("decode", "extend", "latent_decode", "pack"),
 }
 
 

@@ -16,7 +16,7 @@ from hf_kvcache.kernels.attention import attend as attend_kernel
 from hf_kvcache.kernels.column_mass import column_mass as column_mass_kernel
 from hf_kvcache.kernels.hadamard import rotate as rotate_kernel
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.latent_decode import latent_decode as latent_decode_kernel
+from hf_kvcache.kernels.latent_decode import latent_attend as latent_attend_kernel
 from hf_kvcache.kernels.page import PageLayout, Rotation, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -124,19 +124,42 @@ def _(query: Tensor, log_sum_exp: Tensor, keys: Tensor, *rest: object) -> Tensor
     return query.new_empty(query.shape[0], query.shape[1], keys.shape[2], dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_kvcache::latent_decode", mutates_args=())
-def latent_decode(
-    query: Tensor, latents: Tensor, rotary_keys: Tensor, scaling: float, unused: Tensor | None
+@torch.library.custom_op("hf_kvcache::latent_attend", mutates_args=())
+def latent_attend(
+    query: Tensor,
+    slabs: list[Tensor],
+    addresses: Tensor,
+    counts: Tensor,
+    first: Tensor,
+    layout: str,
+    dense_latents: Tensor,
+    dense_rotary: Tensor,
+    dense_positions: Tensor | None,
+    dense_unused: Tensor | None,
+    start: int,
+    causal: bool,
+    window: int | None,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`hf_kvcache.kernels.latent_decode.latent_decode` where every query sees every latent that is used."""
-    output, log_sum_exp = latent_decode_kernel(query, latents, rotary_keys, scaling, unused=unused)
-    return output.contiguous(), log_sum_exp.contiguous()
+    """:func:`hf_kvcache.kernels.latent_decode.latent_attend`; ``slabs`` may be empty. As :func:`attend` otherwise."""
+    result = latent_attend_kernel(
+        query,
+        _pages(slabs, addresses, counts, first, None, layout, 1),
+        DenseTokens(dense_latents, dense_rotary, dense_positions, dense_unused),
+        Visibility(start, query.shape[2], None, 0, causal, window),
+        Scoring(scaling, softcap, sink_logits),
+    )
+    return result.output.contiguous(), result.log_sum_exp.contiguous()
 
 
-@latent_decode.register_fake
-def _(query: Tensor, latents: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+@latent_attend.register_fake
+def _(query: Tensor, slabs: list[Tensor], *rest: object) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = query.shape
-    output = query.new_empty(batch, length, heads, latents.shape[2])
+    dense_latents = rest[4]
+    assert isinstance(dense_latents, Tensor)
+    output = query.new_empty(batch, length, heads, dense_latents.shape[3])
     return output, query.new_empty(batch, heads, length, dtype=torch.float32)
 
 

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hf_kvcache.latent.identity import identity
+from hf_kvcache.latent.ranks import Spread, choose_ranks
+
+_FORMAT = "hf_kvcache projection 1"
+_SIDES = ("keys", "values")
 
 
 @dataclass(frozen=True)
@@ -50,3 +62,162 @@ class LayerProjection:
     def groups(self) -> int:
         """Latents of a token, ``G``."""
         return self.keys.down.shape[0]
+
+
+@dataclass(frozen=True)
+class SideBasis:
+    """All directions of the keys or values of one layer: ``x = mean + ((x - mean) @ down) @ up``.
+
+    Attributes:
+        down: float32 ``[G, W, W]``, ``W = g * D``, the most important direction first.
+        up: float32 ``[G, W, W]``, its inverse.
+        energy: float32 ``[G, W]``, the error that dropping a direction causes, as a share of what dropping all of the
+            layer's would.
+        mean: float32 ``[G, W]``, or None.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    energy: torch.Tensor
+    mean: torch.Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Number of directions, ``W``."""
+        return self.down.shape[2]
+
+    def cut(self, rank: int) -> SideProjection:
+        """The first ``rank`` directions."""
+        return SideProjection(self.down[:, :, :rank].contiguous(), self.up[:, :rank].contiguous(), self.mean)
+
+
+@dataclass(frozen=True)
+class LayerBasis:
+    """The bases of one layer.
+
+    Attributes:
+        keys: of the keys.
+        values: of the values.
+        heads: KV heads.
+        before_rope: whether the keys' basis is one of keys before their rotary embedding.
+        score: mean squared error of the scores, scaled as softmax sees them, per unit of the keys' energy. Where the
+            energies are errors of scores it is the mean squared score; elsewhere it is measured at half of the width.
+    """
+
+    keys: SideBasis
+    values: SideBasis
+    heads: int
+    before_rope: bool = False
+    score: float = 1.0
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What a calibration has found: the bases of a model's layers, to be cut to any rank.
+
+    Attributes:
+        bases: by index of the layer; only layers that cache keys and values.
+        method: by which they were solved for.
+        options: of the method.
+        fingerprint: of the model's config.
+        weights: digest of some weights of the model; empty where they were not at hand.
+        texts: names of what the model read.
+        tokens: how many counted.
+    """
+
+    bases: dict[int, LayerBasis] = field(repr=False)
+    method: str
+    options: dict[str, Any]
+    fingerprint: dict[str, Any] = field(repr=False)
+    weights: str = field(default="", repr=False)
+    texts: Sequence[str] = ()
+    tokens: int = 0
+
+    def layers(
+        self, rank: int | None = None, ratio: float | None = None, spread: Spread = "energy"
+    ) -> dict[int, LayerProjection]:
+        """The bases cut to ranks that are multiples of 8, as many bits are packed.
+
+        Args:
+            rank: width of a latent per KV head, on average over layers, keys and values.
+            ratio: the same as a share of the full width, above 0 and up to 1.
+            spread: ``"energy"`` gives layers and sides the ranks that lose least, ``"uniform"`` all the same.
+
+        Raises:
+            ValueError: unless there is either a rank or a ratio, within its range.
+        """
+        from hf_kvcache.latent.methods import resolve  # solves for bases, and so imports this file
+
+        method = resolve(self.method, **self.options)
+        ranks = choose_ranks(self.bases, rank, ratio, spread)
+        return {
+            index: LayerProjection(
+                method.finish(basis.keys.cut(ranks[index].keys)),
+                method.finish(basis.values.cut(ranks[index].values)),
+                basis.heads,
+                basis.before_rope,
+            )
+            for index, basis in self.bases.items()
+        }
+
+    def for_config(
+        self, config: Any, rank: int | None = None, ratio: float | None = None, spread: Spread = "energy"
+    ) -> dict[int, LayerProjection]:
+        """:meth:`layers` after :meth:`check`."""
+        self.check(config)
+        return self.layers(rank, ratio, spread)
+
+    def check(self, config: Any) -> None:
+        """Raise a ValueError unless a model with this config is of the kind that was calibrated."""
+        for name, value in identity(config).items():
+            if self.fingerprint.get(name) != value:
+                raise ValueError(
+                    f"the projection was made with {name}={self.fingerprint.get(name)!r}, this model has {value!r}"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        tensors = {}
+        for index, basis in self.bases.items():
+            for side in _SIDES:
+                for name in ("down", "up", "energy", "mean"):
+                    part = getattr(getattr(basis, side), name)
+                    if part is not None:
+                        tensors[f"{index}.{side}.{name}"] = part.contiguous()
+        about = {name: getattr(self, name) for name in ("method", "options", "fingerprint", "weights", "tokens")}
+        about["texts"] = list(self.texts)
+        about["layers"] = {index: [basis.heads, basis.before_rope, basis.score] for index, basis in self.bases.items()}
+        save_file(tensors, path, {"format": _FORMAT, "about": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Projection:
+        """Read what :meth:`save` has written.
+
+        Raises:
+            ValueError: if the file is missing, is none of these, or lacks a part.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                known = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"projection={str(path)!r} cannot be read: {error}") from error
+        if known.get("format") != _FORMAT:
+            raise ValueError(
+                f"projection={str(path)!r} is no file of bases; accepted: what Projection.save() and "
+                "`hf-kvcache calibrate` write"
+            )
+        try:
+            about = json.loads(known["about"])
+            bases = {
+                int(index): LayerBasis(_side(tensors, f"{index}.keys"), _side(tensors, f"{index}.values"), *others)
+                for index, others in about.pop("layers").items()
+            }
+            return cls(bases, **about)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"projection={str(path)!r} is damaged: {error}") from error
+
+
+def _side(tensors: dict[str, torch.Tensor], prefix: str) -> SideBasis:
+    down, up, energy = (tensors[f"{prefix}.{name}"] for name in ("down", "up", "energy"))
+    return SideBasis(down, up, energy, tensors.get(f"{prefix}.mean"))

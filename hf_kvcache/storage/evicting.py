@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.storage.gathering import gather_tokens, is_tokenwise
 from hf_kvcache.storage.held import Held
 
@@ -83,7 +82,7 @@ def _packed(storage: PagedStorage, held: Held, leaving: np.ndarray) -> PageRun |
     if storage.center is not None:
         weights = torch.from_numpy(np.arange(pages * size) < counts[..., None]).to(storage.device)
         mean = (keys.float() * weights.unsqueeze(-1)).sum(2) / weights.sum(2, keepdim=True).clamp_min(1)
-        storage.fix_center(held.rows, rotate(mean, storage.layout.sides["keys"]))
+        storage.fix_center(held.rows, storage.encoder.center_of(mean))
     records = torch.cat([part for _, _, part in storage.encode(held.rows, keys, values)])
     records = records.unflatten(0, (pages, -1)).transpose(0, 1)
     counts = np.clip(counts.reshape(-1, 1) - size * np.arange(pages), 0, size).astype(np.int32)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from hf_kvcache.codecs.pages import PageEncoder
-from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import Pages
+from hf_kvcache.kernels.workspace import scratch
 from hf_kvcache.storage.dense import DenseBuffer
 from hf_kvcache.storage.evicting import keep_only
 from hf_kvcache.storage.held import NOWHERE, Held
@@ -54,17 +54,20 @@ class PagedStorage:
         self.page_size = self.layout.page_size
         self.sink_length, self.tail_length = sink_length, tail_length
         self.batch, self.heads = keys.shape[:2]
+        #: Rows of the table and of ``Pages`` that a sequence has: one for the KV heads that share a record.
+        self.page_heads = self.heads // encoder.group
         self.device, self.dtype = keys.device, keys.dtype
         self.pool = PagePool(self.layout.record_bytes, keys.device)
-        self.table = PageTable(self.pool, self.batch * self.heads)
+        self.table = PageTable(self.pool, self.batch * self.page_heads)
         self._capacity = sink_length + tail_length + (self.page_size if spare is None else spare)
         self.dense = DenseBuffer(keys, values, sink_length, self._capacity)
         #: Pages at the end of the table whose tokens are still in the dense buffer too, until they are confirmed.
         self.ahead = 0
-        self.center: torch.Tensor | None = None  # [B, Hkv, Dk] float32, in the rotated basis
+        self.center: torch.Tensor | None = None  # [B, page heads, dim] float32, in the rotated basis
         self._center_known = np.zeros(self.batch, dtype=bool)
         if encoder.centered:
-            self.center = torch.zeros(self.batch, self.heads, keys.shape[3], device=keys.device)
+            dim = self.layout.sides["keys"].dim
+            self.center = torch.zeros(self.batch, self.page_heads, dim, device=keys.device)
         self._pages: Pages | None = None
 
     # -- writing --------------------------------------------------------------------------------------------------
@@ -166,7 +169,7 @@ class PagedStorage:
             return
         keep = min(self.ahead, int(self.due(self.dense.lengths).min()))
         if keep < self.ahead:
-            self.table.drop_last(np.arange(self.batch * self.heads), self.ahead - keep)
+            self.table.drop_last(np.arange(self.batch * self.page_heads), self.ahead - keep)
         if keep:
             self.dense.drop_oldest(np.arange(self.batch), keep * self.page_size)
         self.ahead = 0
@@ -191,7 +194,7 @@ class PagedStorage:
     @torch.inference_mode(False)
     def fork(self) -> PagedStorage:
         """A second storage over the same pages, with a copy of the dense buffer."""
-        other = object.__new__(PagedStorage)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.table, other.dense = self.table.fork(), self.dense.fork()
         other._center_known = self._center_known.copy()
@@ -210,15 +213,31 @@ class PagedStorage:
             center = None if self.center is None else self.center.flatten(0, 1)
             scattered = self.table.scattered()
             slabs = self.pool.slabs()
-            self._pages = Pages(self.layout, slabs, addresses, counts, first, scattered, center, self.heads)
+            self._pages = Pages(self.layout, slabs, addresses, counts, first, scattered, center, self.page_heads)
         if ahead == self.ahead:
             return self._pages
         columns = self._pages.columns - self.ahead + ahead
         return self._pages.until(columns) if columns else None
 
+    def decoded(self, side: str, pages: Pages, records: torch.Tensor, first: int) -> torch.Tensor:
+        """Keys or values of some of the pages as the model made them, but for rounding.
+
+        Args:
+            side: ``"keys"`` or ``"values"``.
+            pages: what :meth:`pages` returned.
+            records: its records of ``C`` columns, ``[C, rows, record_bytes]``.
+            first: the first of these columns.
+
+        Returns:
+            Float32 ``[B * Hkv, C * P, D]``; valid until the next call on this thread.
+        """
+        shape = (*records.shape[:2], self.page_size, self.layout.sides[side].dim)
+        buffer = scratch(side, shape, torch.float32, self.device)
+        return self.encoder.decode(side, records, pages.center, buffer)
+
     def tokens(self) -> np.ndarray:
         """Real tokens held by each sequence."""
-        pages = self.table.tokens().reshape(self.batch, self.heads)[:, 0]
+        pages = self.table.tokens().reshape(self.batch, self.page_heads)[:, 0]
         return pages + self.dense.lengths - self.ahead * self.page_size
 
     def check(self) -> None:
@@ -254,9 +273,9 @@ class PagedStorage:
         }
 
     def packed_elements(self) -> int:
-        """Elements stored in pages, each page once."""
-        dims = sum(fmt.dim for fmt in self.layout.sides.values())
-        return len(np.unique(self.table.page_ids())) * self.page_size * dims
+        """Elements of the model's keys and values that pages stand for, each page once."""
+        elements = self.page_size * self.encoder.group * sum(self.encoder.widths.values())
+        return len(np.unique(self.table.page_ids())) * elements
 
     def state(self) -> dict[str, torch.Tensor]:
         """The contents as tensors: each page once, the table as indices into them, and the dense tokens."""
@@ -329,8 +348,9 @@ class PagedStorage:
         pages = keys.shape[2] // self.page_size
         if pages == 0:
             return
+        keys = self.unplaced(rows, keys, positions)
         if self.center is not None and not self._center_known[rows].all():
-            self.fix_center(rows, rotate(keys.float().mean(2), self.layout.sides["keys"]))
+            self.fix_center(rows, self.encoder.center_of(keys.float().mean(2)))
         table_rows = self.table_rows(rows)
         # Column by column, so that the pages that are read together lie together.
         ids = self.pool.allocate(pages * len(table_rows)).reshape(pages, len(table_rows))
@@ -338,7 +358,7 @@ class PagedStorage:
             self.pool.write(ids[start:stop].flatten(), records)
         paged = positions.reshape(len(rows), pages, self.page_size)
         self._note_positions(paged, ids)
-        self.table.append(table_rows, ids.T, paged[:, :, 0].repeat(self.heads, 0), self.page_size)
+        self.table.append(table_rows, ids.T, paged[:, :, 0].repeat(self.page_heads, 0), self.page_size)
         self._pages = None
 
     def encode(
@@ -360,8 +380,12 @@ class PagedStorage:
             repeated = None if center is None else center.repeat(stop - start, 1)
             yield start, stop, self.encoder.encode(columns[0], columns[1], repeated)
 
+    def unplaced(self, rows: np.ndarray, keys: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
+        """``keys [b, Hkv, n, Dk]`` of the sequences ``rows`` at ``positions [b, n]`` as the encoder takes them."""
+        return keys
+
     def fix_center(self, rows: np.ndarray, mean: torch.Tensor) -> None:
-        """Take ``mean [b, Hkv, Dk]``, of the first tokens that are packed, as the center, which never changes."""
+        """Take ``mean [b, page heads, dim]``, of the first keys that are packed, as the center, which never changes."""
         new = np.flatnonzero(~self._center_known[rows])
         if self.center is None or len(new) == 0:
             return
@@ -373,15 +397,15 @@ class PagedStorage:
         """Remember every position of the pages whose tokens do not stand side by side."""
         scattered = positions[:, :, -1] - positions[:, :, 0] != self.page_size - 1
         for row, column in np.argwhere(scattered).tolist():
-            for page in ids[column, row * self.heads : (row + 1) * self.heads].tolist():
+            for page in ids[column, row * self.page_heads : (row + 1) * self.page_heads].tolist():
                 self.pool.positions[page] = positions[row, column].copy()
 
     def table_rows(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of the table, and of ``Pages``, of the sequences ``rows``: their KV heads side by side."""
-        return (rows[:, None] * self.heads + np.arange(self.heads)).flatten()
+        """The rows of the table, and of ``Pages``, of the sequences ``rows``, side by side."""
+        return (rows[:, None] * self.page_heads + np.arange(self.page_heads)).flatten()
 
     def _row_pages(self) -> np.ndarray:
-        return self.table.lengths.reshape(self.batch, self.heads)[:, 0]
+        return self.table.lengths.reshape(self.batch, self.page_heads)[:, 0]
 
     def _page_span(self) -> list[tuple[int, int]]:
         """First and last position in the pages of each sequence, over its heads (``(0, -1)`` without pages)."""
@@ -392,5 +416,5 @@ class PagedStorage:
         for row, length in enumerate((self.table.lengths - self.ahead).tolist()):
             first.append(int(positions[row, 0, 0]) if length > 0 else NOWHERE)
             last.append(int(positions[row, length - 1, counts[row, length - 1] - 1]) if length > 0 else -1)
-        spans = zip(*(np.reshape(x, (self.batch, self.heads)) for x in (first, last)), strict=True)
+        spans = zip(*(np.reshape(x, (self.batch, self.page_heads)) for x in (first, last)), strict=True)
         return [(int(a.min()), int(b.max())) if b.max() >= 0 else (0, -1) for a, b in spans]

@@ -111,11 +111,11 @@ def test_every_policy(model: PreTrainedModel, policy: str) -> None:
     cache.integrity()
 
 
-@pytest.mark.parametrize("family", ["gemma3n", "gemma4", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_models_that_cannot(family: str) -> None:
-    """Layers that read each other's keys, or latents, are refused when the cache is built."""
+    """Layers that read each other's keys are refused when the cache is built."""
     config = families.build(family).config
-    with pytest.raises(ValueError, match=r"(read the keys of others|caches latents).*accepted with eviction"):
+    with pytest.raises(ValueError, match=r"read the keys of others.*accepted with eviction"):
         HeavyHitterCache(config, 64)
     assert str(config.get_text_config(decoder=True)._attn_implementation) != "hf_kvcache"
 

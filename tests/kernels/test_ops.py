@@ -13,6 +13,7 @@ from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels import ops
 from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.latent_decode import latent_attend
 from hf_kvcache.kernels.visibility import Visibility
 
 
@@ -49,6 +50,17 @@ def attend_arguments(codec: str = "unbiased4") -> tuple[Any, ...]:
     )
 
 
+def latent_arguments(codec: str = "rotated4") -> tuple[Any, ...]:
+    """One row of three pages of 16 tokens and five full-precision tokens; ranks of 32, rotary keys of 8."""
+    encoder = PageEncoder(resolve(codec), 32, 8, 16, torch.float32)
+    records = encoder.encode(random(1, 3, 16, 32), random(2, 3, 16, 8), None)
+    addresses = records.data_ptr() + torch.arange(3)[None] * records.shape[1]
+    counts, first = torch.full((1, 3), 16, dtype=torch.int32), torch.arange(3)[None] * 16
+    dense = (random(4, 1, 1, 5, 32), random(5, 1, 1, 5, 8), torch.arange(48, 53)[None], None)
+    key = ops.layout_key(encoder.layout)
+    return random(6, 1, 4, 2, 40), [records], addresses, counts, first, key, *dense, 51, True, 40, 0.2, None, None
+
+
 @pytest.mark.parametrize("codec", ["unbiased4", "none", "int8"])
 def test_a_layout_survives_as_a_string(codec: str) -> None:
     layout = PageEncoder(resolve(codec), 32, 64, 16, torch.bfloat16).layout
@@ -70,6 +82,19 @@ def test_attend(codec: str) -> None:
     assert torch.equal(output, expected.output) and torch.equal(log_sum_exp, expected.log_sum_exp)
 
 
+@pytest.mark.parametrize("codec", ["rotated4", "none"])
+def test_latent_attend(codec: str) -> None:
+    """The operator is the function with its arguments flattened, with pages and without."""
+    arguments = latent_arguments(codec)
+    query, slabs, addresses, counts, first, key, latents, rotary, positions, _ = arguments[:10]
+    pages = Pages(ops.layout_of(key), slabs, addresses.numpy(), counts.numpy(), first.numpy(), {}, None, 1)
+    dense = DenseTokens(latents, rotary, positions)
+    for given, passed in ((pages, slabs), (None, [])):
+        expected = latent_attend(query, given, dense, Visibility(51, 2, None, 0, True, 40), Scoring(0.2))
+        output, log_sum_exp = torch.ops.hf_kvcache.latent_attend(query, passed, *arguments[2:])
+        assert torch.equal(output, expected.output) and torch.equal(log_sum_exp, expected.log_sum_exp)
+
+
 def cases() -> dict[str, tuple[Any, ...]]:
     keys = random(1, 1, 2, 7, 16)
     lse = torch.full((1, 4, 3), 2.0)
@@ -77,19 +102,19 @@ def cases() -> dict[str, tuple[Any, ...]]:
     return {
         "attend": attended,
         "column_mass": (random(2, 1, 4, 3, 16), lse, keys, keys, torch.arange(7)[None], None, 4, True, None, 0.3, None),
-        "latent_decode": (random(3, 1, 4, 2, 24), random(4, 1, 9, 16), random(5, 1, 9, 8), 0.2, None),
+        "latent_attend": latent_arguments(),
         "rotate": (random(6, 3, 32), "signed_hadamard", False),
         "decode_side": (attended[1][0], attended[6], False),
     }
 
 
-@pytest.mark.parametrize("name", ["attend", "column_mass", "latent_decode", "rotate", "decode_side"])
+@pytest.mark.parametrize("name", ["attend", "column_mass", "latent_attend", "rotate", "decode_side"])
 def test_contract(name: str) -> None:
     """Schema, fake implementation and tracing, as torch checks them."""
     torch.library.opcheck(getattr(torch.ops.hf_kvcache, name).default, cases()[name])
 
 
-@pytest.mark.parametrize("name", ["attend", "latent_decode", "rotate"])
+@pytest.mark.parametrize("name", ["attend", "latent_attend", "rotate"])
 def test_compiled(name: str) -> None:
     """A compiled function holds the operator in one graph and gives the same."""
     operator, arguments = getattr(torch.ops.hf_kvcache, name), cases()[name]

@@ -39,7 +39,7 @@ def attend(
     Args:
         query: ``[B, Hq, q, Dk]``, in the model's basis.
         pages: the packed tokens, or None.
-        dense: the full-precision tokens, the queries' own among them; at least one slot.
+        dense: the full-precision tokens, the queries' own last; there may be none beside pages.
         visibility: what the queries may see.
         scoring: how scores are made.
         mass: whether to return the probability of each key as well.
@@ -58,7 +58,7 @@ def attend(
     for start in range(0, length, block):
         queries = slice(start, min(start + block, length))
         # The queries' own tokens come last: those behind the last query of this block are of no use to it.
-        seen = slots - (length - queries.stop) if visibility.causal and not mass else slots
+        seen = max(0, slots - (length - queries.stop)) if visibility.causal and not mass else slots
         parts.append(
             _attend_block(
                 query[:, :, queries], pages, dense.until(seen), visibility, scoring, queries, mass, read_pages
@@ -150,7 +150,7 @@ def _attend_pages(
     def combine(records: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return page_output(layout, records, weights, side_buffer(layout, "values", records))
 
-    state = OnlineSoftmax(*rows.shape[:2], values_format.dim, rows.device)
+    state = OnlineSoftmax(rows.shape[0], rows.shape[1], values_format.dim, rows.device)
     walk_pages(state, pages, visibility, scoring, queries, kept_scores, score, combine)
     output, log_sum_exp = state.result()
     return rotate(output, values_format, inverse=True), log_sum_exp

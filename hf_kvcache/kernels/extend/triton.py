@@ -39,7 +39,7 @@ def attend(
     parts = []
     for start in range(0, length, block):
         queries = slice(start, min(start + block, length))
-        seen = slots - (length - queries.stop) if visibility.causal and not mass else slots
+        seen = max(0, slots - (length - queries.stop)) if visibility.causal and not mass else slots
         parts.append(
             triton_launch.attend(
                 query[:, :, queries], pages, dense.until(seen), visibility.part(queries), scoring, mass, own_last=True

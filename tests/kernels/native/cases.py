@@ -197,7 +197,8 @@ def _side(fmt: SideFormat, page_size: int, count: int, rng: np.random.Generator)
     """The fields of one side of ``count`` pages."""
     if fmt.level == "dense":
         dense = torch.from_numpy(rng.normal(size=(count, page_size, fmt.dim))).to(fmt.dense_dtype)
-        return {"codes": dense.view(torch.uint8).numpy()}
+        # Flat: vectors of no width (latents without a rotary part) have strides that cannot be viewed as bytes.
+        return {"codes": dense.flatten(1).view(torch.uint8).numpy()}
     codes = rng.integers(0, 256, (count, page_size, fmt.dim * fmt.bits // 8), dtype=np.uint8)
     mean, deviation = _moments(fmt)
     scale = rng.uniform(0.7, 1.4, (count, *fmt.scale_shape(page_size))) / deviation

@@ -1,0 +1,41 @@
+"""Palu's group-head low rank (arXiv:2407.21118)."""
+
+from __future__ import annotations
+
+from hf_kvcache.latent.bases import cheapest_basis
+from hf_kvcache.latent.methods.base import Method
+from hf_kvcache.latent.methods.registry import register
+from hf_kvcache.latent.moments import LayerMoments, divisor
+from hf_kvcache.latent.projection import LayerBasis
+
+#: Heads of a group in the paper.
+_GROUP = 4
+
+
+@register("palu")
+class Palu(Method):
+    """Neighbouring KV heads share a latent, that of keys before their rotary embedding.
+
+    The paper decomposes the projections' weights behind a whitening by the layer's inputs ``X``: of all ``W_r`` of
+    rank r, the one with the least ``|X W - X W_r|``. ``X W`` are the keys and values themselves, so these are the
+    principal axes of the keys and values of a group, taken side by side.
+
+    Args:
+        group: heads of a group; if None, the most up to 4 that divide the KV heads.
+        before_rope: whether keys are stored before their rotary embedding, as in the paper.
+        center: whose mean is taken out first; nobody's in the paper.
+    """
+
+    def __init__(self, group: int | None = None, before_rope: bool = True, center: str = "none") -> None:
+        super().__init__(group, before_rope, center)
+
+    def solve(self, moments: LayerMoments) -> LayerBasis:
+        keys, values = cheapest_basis(*self.keys_of(moments)), cheapest_basis(*self.values_of(moments))
+        return self.basis(moments, keys, values)
+
+    def beside(self, heads: int) -> int:
+        return divisor(heads, _GROUP) if self.group is None else super().beside(heads)
+
+    @property
+    def most(self) -> int:
+        return self.group or _GROUP

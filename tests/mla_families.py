@@ -1,0 +1,368 @@
+"""Tiny random models of every family with multi-head latent attention, built from their configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from tests.families import VOCABULARY, WINDOW
+
+#: Keys that a sparse indexer lets a query read: fewer than the tests' sequences have, so that it really selects.
+INDEX_TOPK = 16
+
+#: Enough heads that hardly a key scores zero in all: between such keys, their number decides which are chosen.
+_INDEX_HEADS = 12
+
+_BUILDERS: dict[str, Callable[[], PreTrainedConfig]] = {}
+
+#: Families with layers of linear attention, whose recurrent states know no tokens.
+RECURRENT = ("kimi_linear", "glm5_next", "bailing_hybrid")
+#: What transformers cannot do itself with a ``DynamicCache`` of a family: by operation and name, a part of its message.
+BROKEN: dict[str, dict[str, str]] = {
+    "draft": dict.fromkeys(RECURRENT, "assisted generation is not supported with stateful models"),
+    "crop": dict.fromkeys(RECURRENT, "the current layer does not track past states")
+    | {"dots3_note": "the sliding window size was already reached"},
+    "select": dict.fromkeys(RECURRENT, "has no attribute 'batch_select_indices'"),
+    "repeat": dict.fromkeys(RECURRENT, "has no attribute 'batch_repeat_interleave'"),
+}
+
+
+def names(*, without: Iterable[str] = ()) -> list[str]:
+    """All families and their variants (``family-variant``) but those ``without``."""
+    return [name for name in _BUILDERS if name not in without]
+
+
+def family(name: str) -> str:
+    """The family, a folder of ``transformers.models``, that ``name`` is a variant of."""
+    return name.split("-")[0]
+
+
+def layer_types(name: str) -> list[str] | None:
+    """What the config of ``name`` calls its layers; None: all of them attend to all tokens."""
+    return getattr(_BUILDERS[name]().get_text_config(decoder=True), "layer_types", None)
+
+
+def installed() -> set[str]:
+    """The families with latent attention in the installed transformers: those with a class that has ``expand_kv``."""
+    sources = Path(transformers.models.__path__[0]).glob("*/modeling_*.py")
+    return {source.parent.name for source in sources if "def expand_kv(" in source.read_text(encoding="utf-8")}
+
+
+def build(name: str, attention: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model ``name``, always with the same weights, whose config nobody else holds.
+
+    Args:
+        name: a family or variant, see :func:`names`.
+        attention: attention implementation; the family's default if None.
+        dtype: dtype of the weights.
+    """
+    config = _BUILDERS[name]()
+    if attention is not None:
+        config._attn_implementation = attention
+    model: Any = _initialised(config)
+    model.load_state_dict(_weights(name))
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.to(dtype).eval()
+
+
+@cache
+def shared(name: str) -> PreTrainedModel:
+    """The same in float32, built once: for tests that leave the model as it is."""
+    return build(name)
+
+
+def _initialised(config: PreTrainedConfig) -> PreTrainedModel:
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    cls = AutoModelForCausalLM if known else AutoModelForImageTextToText  # some exist with a vision tower only
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return cls.from_config(config)
+
+
+@cache
+def _weights(name: str) -> dict[str, torch.Tensor]:
+    """Weights that make logits differ clearly from token to token, and no norm a multiplication by one."""
+    model = _initialised(_BUILDERS[name]())
+    generator = torch.Generator().manual_seed(_SEEDS.get(name, 1))
+    for path, weight in model.named_parameters():
+        if "norm" in path and path.endswith("weight"):
+            torch.nn.init.uniform_(weight, 0.5, 1.5, generator=generator)
+        elif path.endswith("sinks"):
+            torch.nn.init.normal_(weight, generator=generator)
+        elif weight.dim() >= 2 and not any(part in path for part in _OWN_INITIALISATION):
+            std = 1.0 if "embed_tokens" in path else 1.5 * weight.shape[-1] ** -0.5
+            torch.nn.init.normal_(weight, std=std, generator=generator)
+    return model.state_dict()
+
+
+#: Where the usual seed makes two tokens about as likely, so that rounding would choose.
+_SEEDS = {"mistral_large4-sharing": 2}
+#: Parameters whose scale means something: what they map to is squashed or iterated.
+_OWN_INITIALISATION = ("hc", "conv1d", "vision")
+
+
+def _family(build_config: Callable[[], PreTrainedConfig]) -> Callable[[], PreTrainedConfig]:
+    _BUILDERS[build_config.__name__.lstrip("_").replace("__", "-")] = build_config
+    return build_config
+
+
+def _shape(**others: Any) -> dict[str, Any]:
+    """Arguments that all configs share: 4 heads on a latent of rank 32 and 8 rotary channels."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 24,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,  # tied random embeddings repeat one token for ever
+        **others,
+    }
+
+
+def _moe(**others: Any) -> dict[str, Any]:
+    """The same with four experts."""
+    return _shape(
+        **{
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            **others,
+        }
+    )
+
+
+def _indexed(**others: Any) -> dict[str, Any]:
+    """The same with a sparse indexer in each attention layer."""
+    return _moe(**{"index_topk": INDEX_TOPK, "index_head_dim": 16, "index_n_heads": _INDEX_HEADS, **others})
+
+
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.3,
+}
+
+
+@_family
+def _deepseek_v2() -> PreTrainedConfig:
+    # As in DeepSeek-V2-Lite, queries have no low rank.
+    return transformers.DeepseekV2Config(**_moe(q_lora_rank=None, v_head_dim=24, first_k_dense_replace=1))
+
+
+@_family
+def _deepseek_v3() -> PreTrainedConfig:
+    return transformers.DeepseekV3Config(**_moe(first_k_dense_replace=1, rope_parameters=dict(_YARN)))
+
+
+@_family
+def _deepseek_v3__half_split() -> PreTrainedConfig:
+    arguments = _moe(first_k_dense_replace=2, v_head_dim=12, rope_interleave=False)
+    return transformers.DeepseekV3Config(**arguments)
+
+
+@_family
+def _deepseek_v32() -> PreTrainedConfig:
+    return transformers.DeepseekV32Config(**_indexed(first_k_dense_replace=1, v_head_dim=24))
+
+
+@_family
+def _kimi_linear() -> PreTrainedConfig:
+    arguments = _moe(num_hidden_layers=4, q_lora_rank=None, num_local_experts=4)
+    del arguments["n_routed_experts"]
+    return transformers.KimiLinearConfig(
+        **arguments,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_head_dim=16,
+        linear_num_heads=4,
+    )
+
+
+@_family
+def _glm4_moe_lite() -> PreTrainedConfig:
+    return transformers.Glm4MoeLiteConfig(**_moe(qk_nope_head_dim=12, v_head_dim=20))
+
+
+@_family
+def _glm_moe_dsa() -> PreTrainedConfig:
+    return transformers.GlmMoeDsaConfig(
+        **_indexed(num_hidden_layers=3, first_k_dense_replace=1, indexer_types=["full", "shared", "full"])
+    )
+
+
+@_family
+def _glm5_next() -> PreTrainedConfig:
+    text = _indexed(
+        num_hidden_layers=4,
+        qk_rope_head_dim=0,
+        layer_types=["linear_attention", "indexed_attention", "indexed_attention", "linear_attention"],
+        indexer_types=["full", "full", "shared", "full"],
+        mlp_layer_types=["dense", "sparse", "dense", "sparse"],
+        linear_head_dim=16,
+        linear_num_heads=4,
+        index_kpool=4,
+        hc_mult=2,
+    )
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 32,
+        "out_hidden_size": 64,
+        "projection_intermediate_size": 32,
+    }
+    return transformers.Glm5NextConfig(text_config=text, vision_config=vision, **_no_images())
+
+
+@_family
+def _longcat_flash() -> PreTrainedConfig:
+    arguments = _shape(ffn_hidden_size=96, num_layers=2)
+    for name in ("num_hidden_layers", "intermediate_size"):
+        del arguments[name]
+    return transformers.LongcatFlashConfig(
+        **arguments, head_dim=8, moe_topk=2, n_routed_experts=4, zero_expert_num=2, expert_ffn_hidden_size=32
+    )
+
+
+@_family
+def _minicpm3() -> PreTrainedConfig:
+    return transformers.MiniCPM3Config(**_shape(scale_emb=1, dim_model_base=64, v_head_dim=24))
+
+
+@_family
+def _mistral4() -> PreTrainedConfig:
+    # Queries beyond the original length are scaled up, and half the rotary share of a head is rotated.
+    rope = {**_YARN, "llama_4_scaling_beta": 0.3, "max_position_embeddings": 1024}
+    return transformers.Mistral4Config(**_moe(rope_parameters=rope))
+
+
+@_family
+def _mistral_large4() -> PreTrainedConfig:
+    return _mistral_large4_of(no_rope_layers=[1, 0, 1], indexer_types=["full", "shared", "full"])
+
+
+@_family
+def _mistral_large4__sharing() -> PreTrainedConfig:
+    # Layers 2 and 3 read the latents of layers 0 and 1; layer 3 selects for itself.
+    return _mistral_large4_of(
+        no_rope_layers=[1, 0, 1, 0],
+        kv_source_layers=[0, 1, 0, 1],
+        indexer_types=["full", "full", "shared", "full"],
+    )
+
+
+def _mistral_large4_of(no_rope_layers: list[int], **others: Any) -> PreTrainedConfig:
+    text = _indexed(
+        num_hidden_layers=len(no_rope_layers),
+        no_rope_layers=no_rope_layers,
+        first_k_dense_replace=1,
+        rope_parameters={**_YARN, "attention_factor": 1.0, "mscale_all_dim": 0.0},
+        **others,
+    )
+    del text["q_lora_rank"]
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    return transformers.MistralLarge4Config(
+        text_config=text, vision_config=vision, image_token_index=VOCABULARY - 1, tie_word_embeddings=False
+    )
+
+
+@_family
+def _youtu() -> PreTrainedConfig:
+    return transformers.YoutuConfig(**_shape(qk_nope_head_dim=20))
+
+
+@_family
+def _axk1() -> PreTrainedConfig:
+    return transformers.AXK1Config(**_moe())
+
+
+@_family
+def _axk2() -> PreTrainedConfig:
+    return transformers.AXK2Config(**_indexed(gated_norm_rank=8, v_head_dim=24))
+
+
+@_family
+def _bailing_hybrid() -> PreTrainedConfig:
+    arguments = _moe(num_hidden_layers=4, num_local_experts=4)
+    for name in ("n_routed_experts", "q_lora_rank"):
+        del arguments[name]
+    return transformers.BailingHybridConfig(
+        **arguments,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        first_k_dense_replace=1,
+    )
+
+
+@_family
+def _dots3_note() -> PreTrainedConfig:
+    # Sliding layers have heads, ranks and head dimensions of their own.
+    sliding = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 40,
+        "head_dim": 28,
+        "qk_nope_head_dim": 12,
+        "v_head_dim": 20,
+    }
+    return transformers.Dots3NoteTextConfig(
+        **_indexed(num_hidden_layers=3, head_dim=24),
+        layer_types=["indexed_attention", "sliding_attention", "indexed_attention"],
+        sliding_window=WINDOW,
+        shared_experts_intermediate_size=32,
+        **{f"swa_{name}": value for name, value in sliding.items()},  # type: ignore[arg-type]
+    )
+
+
+@_family
+def _dots3_note__full() -> PreTrainedConfig:
+    return transformers.Dots3NoteTextConfig(**_indexed(head_dim=24, use_dsa=False, use_sliding_window=False))
+
+
+@_family
+def _hy_v4() -> PreTrainedConfig:
+    return transformers.HYV4Config(**_indexed(num_hidden_layers=3), indexer_types=["full", "shared", "full"], hc_mult=2)
+
+
+def _no_images() -> dict[str, Any]:
+    """Ids outside the vocabulary, so that no random prompt asks for an image."""
+    kinds = ("image", "video", "image_start", "image_end", "video_start", "video_end")
+    return {f"{kind}_token_id": VOCABULARY + index for index, kind in enumerate(kinds)}
