@@ -95,7 +95,9 @@ WRAPPED = ("ada-snapkv", "ada-expected", "critical-snapkv")
 #: Shares of the head dimension, projections by the names of their files (eval/README.md makes them), and what is set
 #: against calibrated rotations at 2 bits, in the suite *latent*.
 RATIOS = (0.75, 0.5, 0.35)
-PROJECTIONS = ("svd", "kq_svd", "kq_svd_joint", "palu", "palu_after")
+PROJECTIONS = ("svd", "kq_svd", "palu", "kq_svd_joint")
+#: Those whose layers do worse with ranks of their own than with equal ones.
+_UNIFORM = ("svd", "kq_svd")
 TWO_BITS = (
     "rotated2:key_axis=token",
     "clipped2",
@@ -116,7 +118,8 @@ def caches(name: str) -> list[str]:
         return ["full", *(f"{policy}@{share}" for policy in policies for share in SHARES)]
     if name == "latent":
         stored = [f"latent@{ratio}{codec}" for codec in ("", "+unbiased4") for ratio in RATIOS]
-        low_rank = [f"{spec}:projection={projection}" for projection in PROJECTIONS for spec in stored]
+        spread = dict.fromkeys(_UNIFORM, ";spread=uniform")
+        low_rank = [f"{spec}:projection={name}{spread.get(name, '')}" for name in PROJECTIONS for spec in stored]
         return [*_QUICK[:2], "unbiased4", *low_rank, *TWO_BITS]
     ours = sorted(codecs.specs(), key=lambda spec: (not spec.endswith("none"), _width(spec), spec))
     return [*_QUICK[:2], *ours, "random@0.5", "random@0.25", "window@8", "hf-fp8", "quanto4", "hqq4"]

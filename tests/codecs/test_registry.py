@@ -137,7 +137,7 @@ def test_groups_divide_tokens_and_value_channels(key_dim: int, value_dim: int, w
             PageEncoder(codec, key_dim, value_dim, 64, torch.float32)
 
 
-@pytest.mark.parametrize("spec", [spec for spec in specs() if not spec.endswith("8") and spec != "none"])
+@pytest.mark.parametrize("spec", [spec for spec in specs() if not spec.endswith("8") and spec not in ("none", "bf16")])
 def test_widths_that_do_not_fill_bytes(spec: str) -> None:
     """A width that is no multiple of 8 cannot be packed, and the message says so."""
     with pytest.raises(ValueError, match="head_dim=76 cannot be packed"):

@@ -27,7 +27,7 @@ _WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-uni
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 _VNNI = [*_AVX512, "-mavx512vnni"]
-_AMX = [*_VNNI, "-mavx512vbmi", "-mamx-tile", "-mamx-int8"]
+_AMX = [*_VNNI, "-mavx512vbmi", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 _X86 = {"avx2": _AVX2, "avx512": _AVX512, "vnni": _VNNI, "amx": _AMX}
 SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 

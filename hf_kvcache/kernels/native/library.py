@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.native.build import LIBRARY
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 
@@ -57,6 +57,45 @@ class Attend(Structure):
         ("causal", c_int32),
         *((name, c_float) for name in ("inner_scale", "softcap")),
         *((name, c_void_p) for name in ("sink_logits", "page_mass", "dense_mass")),
+        ("threads", c_int32),
+    )
+
+
+class Latent(Structure):
+    """``HfkvLatent``."""
+
+    _fields_ = (
+        ("layout", POINTER(Layout)),
+        ("query", c_void_p),
+        ("query_level", c_int32),
+        *((name, c_int64) for name in ("query_batch", "query_head", "query_token")),
+        *((name, c_void_p) for name in ("output", "log_sum_exp")),
+        *((name, c_int32) for name in ("batch", "heads", "length")),
+        *((name, c_void_p) for name in ("addresses", "counts", "first", "positions")),
+        ("row_stride", c_int64),
+        ("columns", c_int32),
+        *((name, c_void_p) for name in ("dense_latents", "dense_rotary")),
+        *((name, c_int32) for name in ("dense_level", "slots")),
+        *((name, c_int64) for name in ("latents_batch", "latents_token", "rotary_batch", "rotary_token")),
+        *((name, c_void_p) for name in ("dense_positions", "dense_unused")),
+        *((name, c_int64) for name in ("positions_batch", "unused_batch", "start", "window")),
+        ("causal", c_int32),
+        ("mask", c_void_p),
+        *((name, c_int64) for name in ("mask_batch", "mask_head", "mask_query", "mask_start", "mask_width")),
+        *((name, c_float) for name in ("inner_scale", "softcap")),
+        ("sink_logits", c_void_p),
+        ("threads", c_int32),
+    )
+
+
+class Project(Structure):
+    """``HfkvProject``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "weight", "out")),
+        *((name, c_int32) for name in ("level", "transposed", "batch", "heads", "length", "n", "width")),
+        *((name, c_int64) for name in ("x_batch", "x_head", "x_token", "out_batch", "out_head", "out_token")),
+        *((name, c_int64) for name in ("weight_head", "weight_row")),
         ("threads", c_int32),
     )
 
@@ -143,6 +182,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.hfkv_set_isa.argtypes = [c_char_p]
     library.hfkv_attend.argtypes = [POINTER(Attend)]
     library.hfkv_attend.restype = c_int32
+    library.hfkv_latent_attend.argtypes = [POINTER(Latent)]
+    library.hfkv_latent_attend.restype = c_int32
+    library.hfkv_project.argtypes = [POINTER(Project)]
+    library.hfkv_project.restype = c_int32
     library.hfkv_decode_side.argtypes = [POINTER(Layout), c_int32, c_void_p, c_int64, c_void_p, c_int32]
     library.hfkv_decode_side.restype = None
     library.hfkv_encode.argtypes = [POINTER(Encode)]

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -134,8 +135,9 @@ def test_any_number_of_rows(isa: str, heads: int, queries: int) -> None:
 @pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 100, 104, 105, 106, 10_000])
 def test_windows(isa: str, window: int) -> None:
     """Windows from the query alone to more than there is; pages hold 96 tokens before nine others."""
-    for features in ({"ragged": True}, {"scattered": True}):
-        call = make_call(make_case("int4", Shape(queries=6, batch=2), window=window, seed=3, **features))
+    for ragged in (False, True):
+        shape = Shape(queries=6, batch=2)
+        call = make_call(make_case("int4", shape, window=window, seed=3, ragged=ragged, scattered=not ragged))
         check_call(call, expected(call))
 
 
@@ -243,9 +245,6 @@ def test_slice_of_the_pages(isa: str) -> None:
     check_call(shorter, expected(shorter))
 
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sizes", [(1, 16, 1, 128, 128, 512), (2, 3, 4, 24, 40, 48), (1, 1, 16, 7, 33, 16)])
 def test_projections(
@@ -292,11 +291,16 @@ def test_what_is_left_to_the_reference() -> None:
 def test_it_is_chosen(loaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU the kernels do what they support, unless the reference is asked for."""
     calls: list[str] = []
+
+    def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            calls.append(name)
+            return original(*given)
+
+        return call
+
     for name in ("latent_attend", "absorb", "expand"):
-        original = getattr(native, name)
-        monkeypatch.setattr(
-            native, name, lambda *given, name=name, original=original: calls.append(name) or original(*given)
-        )
+        monkeypatch.setattr(native, name, noted(name, getattr(native, name)))
     query, latents, keys, values = projection_inputs(torch.float32, 1, 4, 1, 24, 40, 48)
 
     def step() -> None:

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 2
+#define HFKV_ABI_VERSION 3
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -71,6 +71,53 @@ struct HfkvAttend {
     int32_t threads;
 };
 
+// Absorbed latent attention: what pages and dense tokens have as keys are latents, their values are rotary keys.
+struct HfkvLatent {
+    const HfkvLayout* layout;
+    // Query [B, H, q, r + dr] by strides in elements; output [B, q, H, r], both of query_level; log_sum_exp [B, H, q].
+    const void* query;
+    int32_t query_level;
+    int64_t query_batch, query_head, query_token;
+    void* output;
+    float* log_sum_exp;
+    int32_t batch, heads, length;
+    // Pages as in HfkvAttend; a row is a sequence.
+    const int64_t* addresses;
+    const int32_t* counts;
+    const int64_t* first;
+    const int64_t* positions;
+    int64_t row_stride;
+    int32_t columns;
+    // Full-precision tokens: [B, n, r] and [B, n, dr] by strides in elements; positions and unused [B, n].
+    const void* dense_latents;
+    const void* dense_rotary;
+    int32_t dense_level, slots;
+    int64_t latents_batch, latents_token, rotary_batch, rotary_token;
+    const int64_t* dense_positions;
+    const uint8_t* dense_unused;
+    int64_t positions_batch, unused_batch;
+    // What the queries may see: mask [B, H, q, mask_width] by strides, 0 where all have the same; null: none.
+    int64_t start, window;  // window 0: none
+    int32_t causal;
+    const uint8_t* mask;
+    int64_t mask_batch, mask_head, mask_query, mask_start, mask_width;
+    float inner_scale, softcap;  // softcap 0: none
+    const float* sink_logits;    // [H] or null
+    int32_t threads;
+};
+
+// A projection of few vectors by a matrix for each head: weight [H, n, width] by strides in elements, width a multiple of
+// 16. Either out [width] = sum of rows of the weight by x [n], or, transposed, out [n] = products of its rows with x [width].
+struct HfkvProject {
+    const void* x;  // [B, H, q, n or width] by strides in elements, as is out; all of one level
+    const void* weight;
+    void* out;
+    int32_t level, transposed;
+    int32_t batch, heads, length, n, width;
+    int64_t x_batch, x_head, x_token, out_batch, out_head, out_token, weight_head, weight_row;
+    int32_t threads;
+};
+
 // How a side is encoded: hf_kvcache/codecs.
 enum HfkvMethod : int32_t { HFKV_INTEGER = 0, HFKV_UNBIASED_KEYS = 1, HFKV_UNBIASED_VALUES = 2, HFKV_NORM = 3 };
 
@@ -102,6 +149,10 @@ const char* hfkv_isa();
 int32_t hfkv_set_isa(const char* name);
 // Attention of a few queries; returns 0, or 1 if memory ran out (nothing is written then).
 int32_t hfkv_attend(const HfkvAttend* call);
+// Absorbed latent attention of a few queries; returns 0, or 1 if memory ran out (nothing is written then).
+int32_t hfkv_latent_attend(const HfkvLatent* call);
+// Project a few vectors; returns 0, or 1 if memory ran out.
+int32_t hfkv_project(const HfkvProject* call);
 // Decode one side of n records (their addresses) into float32 [n, P, D], in the rotated basis, without the mean.
 void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out,
                       int32_t threads);

@@ -14,10 +14,19 @@ constexpr int kBias = 128;
 struct Byte {
     static constexpr int kBytes = 1;
     static Vec load_vec(const uint8_t* p) {
+// GCC widens a vector byte by byte.
+#if defined(__AVX512F__)
+        const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+        return (Vec)_mm512_cvtepi32_ps(_mm512_sub_epi32(x, _mm512_set1_epi32(kBias)));
+#elif defined(__AVX2__)
+        const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+        return (Vec)_mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(kBias)));
+#else
         typedef uint8_t Narrow __attribute__((vector_size(HFKV_LANES)));
         Narrow x;
         std::memcpy(&x, p, sizeof x);
         return __builtin_convertvector(__builtin_convertvector(x, VecInt) - kBias, Vec);
+#endif
     }
     static float load_one(const uint8_t* p) { return (float)((int)*p - kBias); }
 };

@@ -13,8 +13,13 @@
 
 #define HFKV_DECLARE(isa)                                                                                          \
     int hfkv_attend_##isa(const HfkvAttend*);                                                                      \
+    int hfkv_latent_attend_##isa(const HfkvLatent*);                                                               \
+    int hfkv_project_##isa(const HfkvProject*);                                                                    \
     void hfkv_decode_side_##isa(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);                     \
     int hfkv_encode_##isa(const HfkvEncode*);
+
+#define HFKV_KERNELS(isa) \
+    hfkv_attend_##isa, hfkv_latent_attend_##isa, hfkv_project_##isa, hfkv_decode_side_##isa, hfkv_encode_##isa
 
 HFKV_DECLARE(portable)
 #if defined(HFKV_X86)
@@ -30,6 +35,8 @@ struct Isa {
     const char* name;
     bool available;
     int (*attend)(const HfkvAttend*);
+    int (*latent_attend)(const HfkvLatent*);
+    int (*project)(const HfkvProject*);
     void (*decode_side)(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);
     int (*encode)(const HfkvEncode*);
 };
@@ -45,11 +52,11 @@ bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 // Tiles are 8 KiB of state a thread, which Linux gives only to processes that ask for it.
 bool has_amx() {
 #if defined(__linux__)
-    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25, kBFloat16 = 1u << 22;
     constexpr int kRequestPermission = 0x1023, kTileData = 18;
     unsigned a, b, c, d;
     if (!has_vnni() || !__builtin_cpu_supports("avx512vbmi") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    return (d & kTile) && (d & kInt8) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return (d & kTile) && (d & kInt8) && (d & kBFloat16) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
     return false;
 #endif
@@ -59,12 +66,12 @@ bool has_amx() {
 // Best first.
 const Isa kIsas[] = {
 #if defined(HFKV_X86)
-    {"avx512-amx", has_amx(), hfkv_attend_amx, hfkv_decode_side_amx, hfkv_encode_amx},
-    {"avx512-vnni", has_vnni(), hfkv_attend_vnni, hfkv_decode_side_vnni, hfkv_encode_vnni},
-    {"avx512", has_avx512(), hfkv_attend_avx512, hfkv_decode_side_avx512, hfkv_encode_avx512},
-    {"avx2", has_avx2(), hfkv_attend_avx2, hfkv_decode_side_avx2, hfkv_encode_avx2},
+    {"avx512-amx", has_amx(), HFKV_KERNELS(amx)},
+    {"avx512-vnni", has_vnni(), HFKV_KERNELS(vnni)},
+    {"avx512", has_avx512(), HFKV_KERNELS(avx512)},
+    {"avx2", has_avx2(), HFKV_KERNELS(avx2)},
 #endif
-    {"portable", true, hfkv_attend_portable, hfkv_decode_side_portable, hfkv_encode_portable},
+    {"portable", true, HFKV_KERNELS(portable)},
 };
 
 const Isa* best() {
@@ -93,6 +100,10 @@ int32_t hfkv_set_isa(const char* name) {
 }
 
 int32_t hfkv_attend(const HfkvAttend* call) { return current->attend(call); }
+
+int32_t hfkv_latent_attend(const HfkvLatent* call) { return current->latent_attend(call); }
+
+int32_t hfkv_project(const HfkvProject* call) { return current->project(call); }
 
 void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out, int32_t threads) {
     current->decode_side(layout, values, addresses, n, out, threads);

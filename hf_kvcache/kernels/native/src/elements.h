@@ -18,11 +18,18 @@ struct Float32 {
 struct BFloat16 {
     static constexpr int kBytes = 2;
     static Vec load_vec(const uint8_t* p) {
+// GCC widens a vector in halves, of which it makes a whole again.
+#if defined(__AVX512F__)
+        return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+        return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
         typedef uint16_t Half __attribute__((vector_size(2 * HFKV_LANES)));
         typedef uint32_t Word __attribute__((vector_size(4 * HFKV_LANES)));
         Half h;
         std::memcpy(&h, p, sizeof h);
         return (Vec)(__builtin_convertvector(h, Word) << 16);
+#endif
     }
     static float load_one(const uint8_t* p) {
         uint16_t h;

@@ -1,0 +1,186 @@
+"""Absorbed latent attention and its projections by the C++ kernels: three calls a layer and step."""
+
+from __future__ import annotations
+
+from ctypes import byref, pointer
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.native import library
+from hf_kvcache.kernels.native.layouts import DENSE, make_layout, native_layout
+from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.visibility import Visibility
+
+#: Queries up to which each is taken on its own vectors; for more, a matrix product of the whole is better.
+_MOST_QUERIES = 16
+_LARGEST_RANK = 1024
+
+
+def supports(
+    query: torch.Tensor,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool = False,
+) -> bool:
+    """Whether :func:`latent_attend` can do this; the reference does the rest."""
+    rank, rotary = dense.keys.shape[3], dense.values.shape[3]
+    mask = visibility.mask
+    return (
+        not mass
+        and 0 < query.shape[2] <= _MOST_QUERIES
+        and query.dtype in DENSE
+        and query.stride(-1) == 1
+        and rank % 16 == 0
+        and rank <= _LARGEST_RANK
+        and rotary % 8 == 0
+        and dense.keys.dtype in DENSE
+        and dense.values.dtype == dense.keys.dtype
+        and dense.keys.stride(-1) == 1
+        and (dense.values.stride(-1) == 1 or rotary == 0)
+        and (mask is None or (mask.dtype == torch.bool and mask.stride(-1) == 1))
+        and (pages is None or (pages.center is None and native_layout(pages.layout) is not None))
+    )
+
+
+def latent_attend(
+    query: torch.Tensor,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool = False,
+) -> Attention:
+    """The twin of :func:`hf_kvcache.kernels.latent_decode.reference.latent_attend`, for what :func:`supports` says."""
+    batch, heads, length, _ = query.shape
+    latents, rotary = dense.keys, dense.values
+    rank = latents.shape[3]
+    output = torch.empty(batch, length, heads, rank, dtype=query.dtype)
+    log_sum_exp = torch.empty(batch, heads, length)
+    template = _without_pages(rank, rotary.shape[3]) if pages is None else _with_pages(pages)
+    call = library.Latent.from_buffer_copy(template)
+    call.query, call.output, call.log_sum_exp = query.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr()
+    call.query_level = DENSE[query.dtype]
+    call.query_batch, call.query_head, call.query_token, _ = query.stride()
+    call.batch, call.heads, call.length = batch, heads, length
+    _set_dense(call, dense)
+    _set_visibility(call, visibility)
+    call.inner_scale, call.softcap = scoring.inner, scoring.softcap or 0.0
+    sinks = None if scoring.sink_logits is None else scoring.sink_logits.float().contiguous()
+    if sinks is not None:
+        call.sink_logits = sinks.data_ptr()
+    call.threads = torch.get_num_threads()
+    if library.load().hfkv_latent_attend(byref(call)):
+        raise MemoryError("attention over a KVCache: no memory left for the partial results")
+    return Attention(output, log_sum_exp)
+
+
+def _with_pages(pages: Pages) -> library.Latent:
+    """A call in which the pages are filled in; made once for as long as they stay the same."""
+    prepared = pages.prepared.get("native latents")
+    if prepared is None:
+        call = library.Latent(layout=pointer(native_layout(pages.layout)))
+        addresses, counts, first = pages.addresses, pages.counts, pages.first
+        call.addresses, call.counts, call.first = (a.ctypes.data for a in (addresses, counts, first))
+        call.row_stride, call.columns = addresses.strides[0] // addresses.itemsize, addresses.shape[1]
+        stored = None
+        if pages.scattered:
+            stored = np.zeros((pages.rows, call.row_stride), dtype=np.int64)
+            for at, positions in pages.scattered.items():
+                stored[at] = positions.ctypes.data
+            call.positions = stored.ctypes.data
+        # The struct has addresses only: the array they point to is kept with it.
+        prepared = pages.prepared["native latents"] = (call, stored)
+    return prepared[0]
+
+
+@lru_cache(maxsize=16)
+def _without_pages(rank: int, rotary: int) -> library.Latent:
+    latents, turned = (SideFormat(dim, 32, "dense", dense_dtype=torch.float32) for dim in (rank, rotary))
+    return library.Latent(layout=pointer(make_layout(PageLayout(latents, turned, 8))))
+
+
+def _set_dense(call: library.Latent, dense: DenseTokens) -> None:
+    latents, rotary = dense.keys, dense.values
+    call.dense_latents, call.dense_rotary = latents.data_ptr(), rotary.data_ptr()
+    call.dense_level, call.slots = DENSE[latents.dtype], latents.shape[2]
+    call.latents_batch, _, call.latents_token, _ = latents.stride()
+    call.rotary_batch, _, call.rotary_token, _ = rotary.stride()
+    if dense.positions is not None:
+        call.dense_positions, call.positions_batch = dense.positions.data_ptr(), dense.positions.stride(0)
+    if dense.unused is not None:
+        call.dense_unused, call.unused_batch = dense.unused.data_ptr(), dense.unused.stride(0)
+
+
+def _set_visibility(call: library.Latent, visibility: Visibility) -> None:
+    call.start, call.window, call.causal = visibility.start, visibility.window or 0, visibility.causal
+    mask = visibility.mask
+    if mask is None:
+        return
+    call.mask, call.mask_start, call.mask_width = mask.data_ptr(), visibility.mask_start, mask.shape[3]
+    strides = [stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    call.mask_batch, call.mask_head, call.mask_query = strides[:3]
+
+
+def supports_projection(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether :func:`absorb` and :func:`expand` can do this: few vectors, of the weight's dtype.
+
+    ``x`` is ``[B, H, q, dn]`` or ``[B, q, H, r]``, ``weight`` ``[H, dn or dv, r]``.
+    """
+    return (
+        x.dtype == weight.dtype
+        and x.dtype in DENSE
+        and x.stride(-1) == 1
+        and weight.stride(-1) == 1
+        and weight.shape[2] % 16 == 0
+        and 0 < x.numel() <= _MOST_QUERIES * weight.shape[0] * x.shape[3]
+    )
+
+
+def absorb(query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The twin of :func:`hf_kvcache.kernels.latent_decode.reference.absorb`, for what is supported."""
+    batch, heads, length, _ = query.shape
+    out = torch.empty(batch, heads, length, weight.shape[2], dtype=query.dtype)
+    _project(False, query, query.stride()[:3], weight, out, out.stride()[:3], (batch, heads, length))
+    return out
+
+
+def expand(latents: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The twin of :func:`hf_kvcache.kernels.latent_decode.reference.expand`, for what is supported."""
+    batch, length, heads, _ = latents.shape
+    out = torch.empty(batch, length, heads, weight.shape[1], dtype=latents.dtype)
+    (x_batch, x_token, x_head, _), (out_batch, out_token, out_head, _) = latents.stride(), out.stride()
+    strides = (x_batch, x_head, x_token), (out_batch, out_head, out_token)
+    _project(True, latents, strides[0], weight, out, strides[1], (batch, heads, length))
+    return out
+
+
+def _project(
+    transposed: bool,
+    x: torch.Tensor,
+    x_strides: tuple[int, ...],
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    out_strides: tuple[int, ...],
+    sizes: tuple[int, int, int],
+) -> None:
+    """Strides and sizes are those of sequences, heads and queries."""
+    pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    # By position: a struct is filled at once, which by name takes as long as all the rest of the call.
+    call = library.Project(
+        *pointers,
+        DENSE[x.dtype],
+        transposed,
+        *sizes,
+        *weight.shape[1:],
+        *x_strides,
+        *out_strides,
+        *weight.stride()[:2],
+        torch.get_num_threads(),
+    )
+    if library.load().hfkv_project(byref(call)):
+        raise MemoryError("attention over a KVCache: no memory left to project its queries")

@@ -1,0 +1,115 @@
+// Few vectors times a matrix for each head: the weights are read once, row by row, which is all that takes time.
+#pragma once
+
+#include "latent.h"
+
+namespace {
+
+constexpr int kRowsAtOnce = 8;  // of a weight
+constexpr int kLineBytes = 64;
+
+// out [n] += sum of R rows of weights, `stride` bytes apart, by x [R]; the R rows behind them are asked for.
+template <class Element, int R>
+inline void add_rows(const uint8_t* weight, int64_t stride, const float* x, int n, float* out) {
+    Vec by[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) by[i] = splat(x[i]);
+    for (int c = 0; c < n; c += kLanes) {
+        Vec total = load(out + c);
+        const uint8_t* at = weight + c * Element::kBytes;
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            if (c * Element::kBytes % kLineBytes == 0) __builtin_prefetch(at + (i + kRowsAtOnce) * stride, 0, 2);
+            total += by[i] * Element::load_vec(at + i * stride);
+        }
+        store(out + c, total);
+    }
+}
+
+// out [R] = products of R rows of weights with x [n].
+template <class Element, int R>
+inline void multiply_rows(const uint8_t* weight, int64_t stride, const float* x, int n, float* out) {
+    Vec total[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) total[i] = splat(0.0f);
+    for (int c = 0; c < n; c += kLanes) {
+        const uint8_t* at = weight + c * Element::kBytes;
+        const Vec v = load(x + c);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            if (c * Element::kBytes % kLineBytes == 0) __builtin_prefetch(at + (i + kRowsAtOnce) * stride, 0, 2);
+            total[i] += v * Element::load_vec(at + i * stride);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) out[i] = sum(total[i]);
+}
+
+// One head: x and out are [vectors, n or width] in float32; first to last: of the width, or of n if transposed.
+template <class Element>
+void project_head(const HfkvProject& c, const uint8_t* weight, const float* x, int first, int last, float* out) {
+    const int64_t stride = Element::kBytes * c.weight_row;
+    const int vectors = c.batch * c.length, from = c.transposed ? first : 0, to = c.transposed ? last : c.n;
+    const int shift = c.transposed ? 0 : first, width = c.transposed ? c.width : last - first;
+    int row = from;
+    for (; row + kRowsAtOnce <= to; row += kRowsAtOnce) {
+        const uint8_t* at = weight + row * stride + shift * Element::kBytes;
+        for (int v = 0; v < vectors; v++) {
+            if (c.transposed) multiply_rows<Element, kRowsAtOnce>(at, stride, x + (int64_t)v * c.width, width, out + (int64_t)v * c.n + row);
+            else add_rows<Element, kRowsAtOnce>(at, stride, x + (int64_t)v * c.n + row, width, out + (int64_t)v * c.width + shift);
+        }
+    }
+    for (; row < to; row++) {
+        const uint8_t* at = weight + row * stride + shift * Element::kBytes;
+        for (int v = 0; v < vectors; v++) {
+            if (c.transposed) multiply_rows<Element, 1>(at, stride, x + (int64_t)v * c.width, width, out + (int64_t)v * c.n + row);
+            else add_rows<Element, 1>(at, stride, x + (int64_t)v * c.n + row, width, out + (int64_t)v * c.width + shift);
+        }
+    }
+}
+
+// One part of a head. buffer: [vectors, n + width].
+inline void project_part(const HfkvProject& c, int head, int first, int last, float* buffer) {
+    const int bytes = width_of(c.level), vectors = c.batch * c.length;
+    const int inner = c.transposed ? c.width : c.n, outer = c.transposed ? c.n : c.width;
+    float *x = buffer, *out = buffer + (int64_t)vectors * inner;
+    for (int v = 0; v < vectors; v++) {
+        const int64_t at = v / c.length * c.x_batch + head * c.x_head + v % c.length * c.x_token;
+        load_elements(c.level, (const uint8_t*)c.x + bytes * at, inner, x + (int64_t)v * inner);
+    }
+    std::memset(out, 0, sizeof(float) * vectors * outer);
+    const uint8_t* weight = (const uint8_t*)c.weight + bytes * (head * c.weight_head);
+    if (c.level == HFKV_FLOAT32) project_head<Float32>(c, weight, x, first, last, out);
+    else if (c.level == HFKV_BFLOAT16) project_head<BFloat16>(c, weight, x, first, last, out);
+    else project_head<Float16>(c, weight, x, first, last, out);
+    for (int v = 0; v < vectors; v++) {
+        const int64_t at = v / c.length * c.out_batch + head * c.out_head + v % c.length * c.out_token + first;
+        store_elements(c.level, out + (int64_t)v * outer + first, last - first, (uint8_t*)c.out + bytes * at);
+    }
+}
+
+inline int project(const HfkvProject& call) {
+    const int64_t floats = (int64_t)call.batch * call.length * (call.n + call.width) + 16;
+    const int64_t bytes = (int64_t)call.heads * call.n * call.width * width_of(call.level);
+    const int threads = bytes < kOneThreadBytes ? 1 : call.threads;
+    float* buffers = (float*)std::malloc(sizeof(float) * floats * threads);
+    if (!buffers) return 1;
+    // Heads are split where there are few of them; a part is a multiple of 16 of what is computed.
+    const int outer = call.transposed ? call.n : call.width, sixteens = (outer + 15) / 16;
+    const int wanted = threads == 1 ? 1 : (2 * threads + call.heads - 1) / call.heads, parts = wanted < sixteens ? wanted : sixteens;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int task = 0; task < call.heads * parts; task++) {
+        const int head = task / parts, part = task % parts;
+        const int first = sixteens * part / parts * 16, last = sixteens * (part + 1) / parts * 16;
+#if defined(_OPENMP)
+        float* buffer = buffers + floats * omp_get_thread_num();
+#else
+        float* buffer = buffers;
+#endif
+        project_part(call, head, first, last < outer ? last : outer, buffer);
+    }
+    std::free(buffers);
+    return 0;
+}
+
+}  // namespace
