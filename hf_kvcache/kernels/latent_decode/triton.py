@@ -1,311 +1,315 @@
-"""Absorbed multi-head latent attention for GPUs: tokens are split between programs, and a second kernel merges.
-
-A program reads a tile of latents once and uses it twice, as keys and as values, for up to 64 rows (query heads times
-queries), which is what makes the cache's bytes the only traffic that counts (FlashMLA does the same).
-"""
+"""The Triton twin of absorbed multi-head latent attention."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from hf_kvcache.kernels.compile_case import CompileCase
+from hf_kvcache.kernels.hadamard import rotate
+from hf_kvcache.kernels.hadamard.reference import rotation_signs
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.latent_decode import triton_cases
+from hf_kvcache.kernels.latent_decode.triton_configs import MERGED_AT_ONCE, PRECISION, latent_config, page_sides, reads
+from hf_kvcache.kernels.latent_decode.triton_kernels import dense_kernel, merge_kernel, pages_kernel
+from hf_kvcache.kernels.page import SideFormat
+from hf_kvcache.kernels.triton_configs import Config, architecture, programs_wanted
+from hf_kvcache.kernels.triton_launch import dense_compute
+from hf_kvcache.kernels.triton_sides import TRITON_TYPES, level_tables
 from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.kernels.workspace import scratch
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _split_kernel(
-    query,
-    latents,
-    rotary,
-    positions,
-    unused,
-    partial,
-    partial_lse,
-    factor,
-    tokens,
-    split_tokens,
-    start,
-    length,
-    window,
-    rows,
-    query_row,
-    latent_batch,
-    latent_token,
-    rotary_batch,
-    rotary_token,
-    R: tl.constexpr,
-    DR: tl.constexpr,
-    BLOCK_DR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    HAS_UNUSED: tl.constexpr,
-):
-    """Attention of ``BLOCK_M`` rows to one split of the tokens of a sequence, in float32, with its log2-sum-exp2."""
-    split, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = tl.arange(0, R)
-    rotary_channel = tl.arange(0, BLOCK_DR)
-    inside = row < rows
-    at_query = query + (batch * rows + row[:, None]) * query_row
-    wide = tl.load(at_query + channel[None, :], mask=inside[:, None], other=0.0)
-    turned = tl.load(
-        at_query + R + rotary_channel[None, :], mask=inside[:, None] & (rotary_channel[None, :] < DR), other=0.0
-    )
-    query_at = start + row % length
-    latents += batch * latent_batch
-    rotary += batch * rotary_batch
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    output = tl.zeros([BLOCK_M, R], tl.float32)
-    first = split * split_tokens
-    stop = tl.minimum(first + split_tokens, tokens)
-    for tile in range(first, stop, BLOCK_N):
-        token = tile + tl.arange(0, BLOCK_N)
-        held = token < stop
-        at = token.to(tl.int64)
-        latent = tl.load(latents + at[:, None] * latent_token + channel[None, :], mask=held[:, None], other=0.0)
-        turned_key = tl.load(
-            rotary + at[:, None] * rotary_token + rotary_channel[None, :],
-            mask=held[:, None] & (rotary_channel[None, :] < DR),
-            other=0.0,
-        )
-        scores = tl.dot(wide, tl.trans(latent), input_precision="ieee")
-        scores = tl.dot(turned, tl.trans(turned_key), scores, input_precision="ieee") * factor
-        seen = held[None, :]
-        if HAS_UNUSED:
-            seen = seen & (tl.load(unused + batch * tokens + at, mask=held, other=1) == 0)[None, :]
-        if HAS_POSITIONS:
-            position = tl.load(positions + batch * tokens + at, mask=held, other=0)
-            if CAUSAL:
-                seen = seen & (position[None, :] <= query_at[:, None])
-            if WINDOWED:
-                seen = seen & (position[None, :] > query_at[:, None] - window)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        # A row that has seen nothing yet has a peak of -inf, and -inf - -inf is not a number.
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(peak - shift)
-        total = total * decay + tl.sum(weights, 1)
-        output = tl.dot(weights.to(latent.dtype), latent, output * decay[:, None], input_precision="ieee")
-        peak = new_peak
-    output = output / tl.where(total == 0.0, 1.0, total)[:, None]
-    slot = (batch * tl.num_programs(0) + split) * rows + row
-    tl.store(partial + slot[:, None] * R + channel[None, :], output, mask=inside[:, None])
-    tl.store(partial_lse + slot, peak + tl.log2(total), mask=inside)
-
-
-@triton.jit
-def _merge_kernel(
-    partial,
-    partial_lse,
-    output,
-    log_sum_exp,
-    splits,
-    rows,
-    length,
-    R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """The attention of one row from that over its splits; rows ``(head, query)`` go to ``[B, q, H, r]``."""
-    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    channel = tl.arange(0, R)
-    peak = float("-inf")
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        lse = tl.load(partial_lse + (batch * splits + split) * rows + row, mask=split < splits, other=float("-inf"))
-        peak = tl.maximum(peak, tl.max(lse, 0))
-    shift = tl.where(peak == float("-inf"), 0.0, peak)
-    total = 0.0
-    result = tl.zeros([R], tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        slot = (batch * splits + split) * rows + row
-        weight = tl.exp2(tl.load(partial_lse + slot, mask=split < splits, other=float("-inf")) - shift)
-        part = tl.load(partial + slot[:, None] * R + channel[None, :], mask=(split < splits)[:, None], other=0.0)
-        total += tl.sum(weight, 0)
-        result += tl.sum(part * weight[:, None], 0)
-    result = result / tl.where(total == 0.0, 1.0, total)
-    at = (batch * length + row % length) * (rows // length) + row // length
-    tl.store(output + at * R + channel, result.to(output.dtype.element_ty))
-    tl.store(log_sum_exp + batch * rows + row, (peak + tl.log2(total)) / LOG2_E)
-
-
-class _Tiles(NamedTuple):
-    """How much a program takes at a time: rows, tokens, warps and pipeline stages."""
-
-    rows: int
-    tokens: int
-    warps: int
-    stages: int
-
-
-def _tiles(rows: int, dtype: torch.dtype, hip: bool, shared_bytes: int) -> _Tiles:
-    """The largest tiles that leave 8 warps on a multiprocessor and nothing spilled, from the compile report."""
-    block = 16 if rows <= 16 or dtype == torch.float32 else 32
-    if hip:
-        return _Tiles(block, 16, 4 if block == 16 and dtype != torch.float32 else 8, 1)
-    tokens = 16 if dtype == torch.float32 else 32
-    return _Tiles(block, tokens, 8, 3 if shared_bytes >= 160 * 1024 else 2)
+#: Widths of latents that the kernels hold in registers, and the most that rotary keys may have.
+RANKS, MOST_ROTARY = (16, 32, 64, 128, 256, 512), 128
+#: Tokens of a split, at least: the output that it leaves in float32 takes as many bytes as two latents of 16 bits do
+#: for every query.
+_LEAST_TOKENS = 256
+#: Queries of a sequence that are done at a time: of more, the outputs of the splits would be too large.
+_MOST_QUERIES = 4096
 
 
 def supports(
     query: torch.Tensor,
-    latents: torch.Tensor,
-    rotary_keys: torch.Tensor,
-    visibility: Visibility | None,
-    positions: torch.Tensor | None,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool,
 ) -> bool:
-    """Whether :func:`latent_decode` can do this; the reference does the rest."""
-    rank = latents.shape[-1]
+    """Whether :func:`latent_attend` can do this: no mass, ranks in :data:`RANKS`, dtypes of 16 or 32 bits."""
+    rank, rotary = dense.keys.shape[-1], dense.values.shape[-1]
+    dtypes = {query.dtype, dense.keys.dtype, dense.values.dtype}
+    if pages is not None:
+        dtypes |= {side.dense_dtype for side in pages.layout.sides.values() if side.dense_dtype is not None}
+    tensors = [query, dense.keys] + ([dense.values] if rotary else [])
+    tensors += [] if visibility.mask is None else [visibility.mask]
+    # Rows of more float32 numbers do not fit in the registers of an AMD program.
+    too_wide = torch.version.hip is not None and rank > 128 and (torch.float32 in dtypes or len(dtypes) > 1)
     return (
-        query.dtype == latents.dtype == rotary_keys.dtype
-        and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and rank in (16, 32, 64, 128, 256, 512)
-        # Rows of 512 float32 numbers do not fit in the registers of an AMD program.
-        and not (torch.version.hip is not None and query.dtype == torch.float32 and rank > 256)
-        and rotary_keys.shape[-1] <= 128
-        and latents.stride(-1) == rotary_keys.stride(-1) == 1
+        not mass
         and query.numel() > 0
-        and (positions is None or (visibility is not None and visibility.mask is None))
+        and rank in RANKS
+        and rotary <= MOST_ROTARY
+        and dtypes <= set(TRITON_TYPES)
+        and not too_wide
+        and all(x.stride(-1) == 1 for x in tensors)
+        and (pages is None or pages.center is None)
     )
 
 
-def latent_decode(
+def supports_projection(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Never: products with the projection's weights are plain matrix products, which torch leaves to cuBLAS."""
+    return False
+
+
+def latent_attend(
     query: torch.Tensor,
-    latents: torch.Tensor,
-    rotary_keys: torch.Tensor,
-    scaling: float,
-    visibility: Visibility | None = None,
-    positions: torch.Tensor | None = None,
-    unused: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`hf_kvcache.kernels.latent_decode.reference.latent_decode`, of one dtype and without a mask."""
-    batch, heads, length, width = query.shape
-    tokens, rank = latents.shape[1:]
-    rows = heads * length
-    multiprocessors, shared_bytes = _device(query.device)
-    tiles = _tiles(rows, query.dtype, torch.version.hip is not None, shared_bytes)
-    row_tiles = triton.cdiv(rows, tiles.rows)
-    # Two programs for each multiprocessor; splits are whole tiles, and none is empty but for an empty cache.
-    wanted = max(1, 2 * multiprocessors // (batch * row_tiles))
-    split_tokens = max(1, triton.cdiv(triton.cdiv(tokens, tiles.tokens), wanted)) * tiles.tokens
-    splits = max(1, triton.cdiv(tokens, split_tokens))
-    partial = query.new_empty(batch, splits, rows, rank, dtype=torch.float32)
-    partial_lse = query.new_empty(batch, splits, rows, dtype=torch.float32)
-    seen = visibility or Visibility(0, length, None, 0, False, None)
-    dr = rotary_keys.shape[-1]
-    _split_kernel[(splits, row_tiles, batch)](
-        query.contiguous(),
-        latents,
-        rotary_keys,
-        positions if positions is None else positions.contiguous(),
-        unused if unused is None else unused.contiguous(),
-        partial,
-        partial_lse,
-        scaling * LOG2_E.value,
-        tokens,
-        split_tokens,
-        seen.start,
-        length,
-        seen.window or 0,
-        rows,
-        width,
-        latents.stride(0),
-        latents.stride(1),
-        rotary_keys.stride(0),
-        rotary_keys.stride(1),
-        R=rank,
-        DR=dr,
-        BLOCK_DR=max(16, triton.next_power_of_2(dr)),
-        BLOCK_M=tiles.rows,
-        BLOCK_N=tiles.tokens,
-        HAS_POSITIONS=positions is not None,
-        CAUSAL=seen.causal,
-        WINDOWED=seen.window is not None,
-        HAS_UNUSED=unused is not None,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    output = query.new_empty(batch, length, heads, rank)
-    log_sum_exp = query.new_empty(batch, heads, length, dtype=torch.float32)
-    _merge_kernel[(rows, batch)](
-        partial, partial_lse, output, log_sum_exp, splits, rows, length, R=rank, BLOCK_S=_MERGED_AT_ONCE, num_warps=4
-    )
-    return output, log_sum_exp
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool = False,
+) -> Attention:
+    """Attention over latents, as :func:`hf_kvcache.kernels.latent_decode.reference.latent_attend` without masses.
 
-
-#: Splits that the second kernel reads at a time.
-_MERGED_AT_ONCE = 16
-
-
-def _device(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and bytes of shared memory of a program; of a small GPU where there is none (the interpreter)."""
-    if device.type != "cuda":
-        return 2, 99 * 1024
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-
-
-#: Shared memory of a program, by target.
-_SHARED_BYTES = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
-_TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    Packed latents enter dot products in half precision where queries are in 16 bits (dense ones and full-precision
+    tokens in their own dtype), and sums are in float32.
+    """
+    step = max(1, _MOST_QUERIES // query.shape[1])
+    blocks = [slice(start, min(start + step, query.shape[2])) for start in range(0, query.shape[2], step)]
+    parts = [_attend(_Call(query[:, :, b], pages, dense, visibility.part(b), scoring)) for b in blocks]
+    if len(parts) == 1:
+        return parts[0]
+    return Attention(torch.cat([p.output for p in parts], 1), torch.cat([p.log_sum_exp for p in parts], 2))
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
-    """DeepSeek-V2's widths (r = 512, dr = 64) for one and for many rows, with and without positions."""
-    cases = [
-        _split_case(architecture, 512, 1, "bf16", False),
-        _split_case(architecture, 512, 32, "bf16", True),
-        _split_case(architecture, 256 if architecture.startswith("gfx") else 512, 32, "fp32", True),
-    ]
-    signature = {"partial": "*fp32", "partial_lse": "*fp32", "output": "*bf16", "log_sum_exp": "*fp32"}
-    signature |= dict.fromkeys(("splits", "rows", "length"), "i32")
-    constants = {"R": 512, "BLOCK_S": _MERGED_AT_ONCE}
-    pointers = ("partial", "partial_lse", "output", "log_sum_exp")
-    cases.append(
-        CompileCase(
-            "latent_decode merge r512",
-            _merge_kernel,
-            signature,
-            constants,
-            num_warps=4,
-            num_stages=2,
-            aligned=pointers,
-            loop_bytes=_MERGED_AT_ONCE * 513 * 4,
-        )
-    )
-    return cases
+    """DeepSeek-V2's widths (r = 512, dr = 64) with its 128 heads, and with 16 on each of 8 devices."""
+    return triton_cases.compile_cases(architecture)
 
 
-def _split_case(architecture: str, rank: int, rows: int, dtype: str, everything: bool) -> CompileCase:
-    tiles = _tiles(rows, _TYPES[dtype], architecture.startswith("gfx"), _SHARED_BYTES.get(architecture, 99 * 1024))
-    pointers = {"query": f"*{dtype}", "latents": f"*{dtype}", "rotary": f"*{dtype}"}
-    pointers |= {"partial": "*fp32", "partial_lse": "*fp32"}
-    optional = {"positions": "*i64", "unused": "*i1"} if everything else {}
-    strides = ("query_row", "latent_batch", "latent_token", "rotary_batch", "rotary_token")
-    numbers = ("tokens", "split_tokens", "start", "length", "window", "rows")
-    constants: dict[str, Any] = {"R": rank, "DR": 64, "BLOCK_DR": 64, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.tokens}
-    constants |= dict.fromkeys(("HAS_POSITIONS", "CAUSAL", "WINDOWED", "HAS_UNUSED"), everything)
-    constants |= {} if everything else {"positions": None, "unused": None}
-    per_token = (rank + 64) * _TYPES[dtype].itemsize + (9 if everything else 0)
-    return CompileCase(
-        f"latent_decode {dtype} r{rank} dr64 rows{tiles.rows}" + (" masked" if everything else ""),
-        _split_kernel,
-        pointers | optional | dict.fromkeys((*strides, *numbers), "i32") | {"factor": "fp32"},
-        constants,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        aligned=(*pointers, *optional, *strides),
-        loop_bytes=tiles.tokens * per_token,
-        tensor_cores=dtype != "fp32",
+class _Mask(NamedTuple):
+    """A mask as the kernels take it."""
+
+    tensor: torch.Tensor
+    strides: tuple[int, int, int]
+    columns: int
+    kind: str
+    lowest: float
+
+
+@dataclass
+class _Call:
+    """One call: its shapes, where the parts go, and what the kernels have in common."""
+
+    query: torch.Tensor
+    pages: Pages | None
+    dense: DenseTokens
+    visibility: Visibility
+    scoring: Scoring
+
+    def __post_init__(self) -> None:
+        self.batch, self.heads, self.length, _ = self.query.shape
+        self.rank = self.dense.keys.shape[-1]
+        self.rows_m = self.heads * self.length
+        self.slots = self.dense.keys.shape[2]
+        self.columns = 0 if self.pages is None else self.pages.columns
+        self.device = self.query.device
+        self.arch = architecture(self.device)
+
+    def blocks(self, config: Config) -> int:
+        return self.batch * triton.cdiv(self.rows_m, config.block_m)
+
+    def per_split(self, total: int, least: int, config: Config) -> int:
+        """How many of ``total`` pages or tokens a split has, so that the device is full but no split tiny."""
+        return max(least, triton.cdiv(total, triton.cdiv(programs_wanted(self.device), self.blocks(config))))
+
+    def mask(self, unread: torch.Tensor) -> _Mask:
+        mask = self.visibility.mask
+        if mask is None:
+            return _Mask(unread, (0, 0, 0), 0, "none", 0.0)
+        strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+        three = strides[0], strides[1], strides[2]
+        if mask.dtype == torch.bool:
+            return _Mask(mask.view(torch.uint8), three, mask.shape[-1], "bool", 0.0)
+        return _Mask(mask, three, mask.shape[-1], "additive", torch.finfo(mask.dtype).min / 2)
+
+    def common(self, mask: _Mask, config: Config) -> dict[str, Any]:
+        """Arguments that the kernels over pages and over full-precision tokens have in common."""
+        return {
+            "mask": mask.tensor,
+            "mask_b": mask.strides[0],
+            "mask_h": mask.strides[1],
+            "mask_q": mask.strides[2],
+            "mask_shift": self.visibility.start - self.visibility.mask_start,
+            "mask_columns": mask.columns,
+            "lowest": mask.lowest,
+            "MASK": mask.kind,
+            "rows": self.batch,
+            "rows_m": self.rows_m,
+            "window": self.visibility.window or 0,
+            "inner": self.scoring.inner,
+            "softcap": self.scoring.softcap or 0.0,
+            "GROUP": self.heads,
+            "CAUSAL": self.visibility.causal,
+            "WINDOW": self.visibility.window is not None,
+            "SOFTCAP": self.scoring.softcap is not None,
+            "BLOCK_M": config.block_m,
+            "STAGES": config.num_stages,
+            "num_warps": config.num_warps,
+            **config.options,
+        }
+
+
+def _attend(call: _Call) -> Attention:
+    page_config, dense_config, per_split = _configs(call)
+    page_splits = triton.cdiv(call.columns, per_split)
+    step = call.per_split(call.slots, _LEAST_TOKENS, dense_config)
+    step = triton.cdiv(step, dense_config.block_n) * dense_config.block_n
+    splits = page_splits + triton.cdiv(call.slots, step)
+    partial = scratch("triton.partial", (splits, call.batch, call.rows_m, call.rank), torch.float32, call.device)
+    lse = scratch("triton.lse", (splits, call.batch, call.rows_m), torch.float32, call.device)
+    if page_splits:
+        assert call.pages is not None
+        _attend_pages(call, call.pages, page_config, per_split, page_splits, partial, lse)
+    if call.slots:
+        _attend_dense(call, dense_config, step, page_splits, partial, lse)
+    return _merge(call, page_splits, splits, partial, lse)
+
+
+def _configs(call: _Call) -> tuple[Config, Config, int]:
+    """Configurations of the kernels over pages and over full-precision tokens, and the pages of a split."""
+    compute = dense_compute(call.query.dtype, call.dense.keys.dtype, call.arch)
+    dense = latent_config(call.arch, call.rows_m, "singles" if compute == tl.float32 else "tokens")
+    if call.pages is None:
+        return dense, dense, 1
+    layout = call.pages.layout
+    pages = latent_config(call.arch, call.rows_m, reads(layout, call.query.dtype, call.arch))
+    return pages, dense, call.per_split(call.columns, triton.cdiv(_LEAST_TOKENS, layout.page_size), pages)
+
+
+def _attend_pages(
+    call: _Call,
+    pages: Pages,
+    config: Config,
+    per_split: int,
+    splits: int,
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    latents, rotary = page_sides(pages.layout, call.query.dtype, call.arch)
+    formats = pages.layout.sides["keys"], pages.layout.sides["values"]
+    query = _rotated(call.query[..., : call.rank], formats[0])
+    turned = _rotated(call.query[..., call.rank :], formats[1])
+    start = call.visibility.start
+    uploaded = torch.from_numpy(np.stack([pages.addresses, pages.counts, pages.first - start]))
+    uploaded = uploaded.to(call.device, non_blocking=True)
+    placed, positions = 0, uploaded
+    held = pages.first[pages.counts > 0]
+    if not call.visibility.sees_all(int(held.min()) if held.size else 0):
+        placed = 2 if pages.scattered else 1
+    if placed == 2:
+        positions = (pages.positions(0, pages.columns) - start).int()
+    pages_kernel[call.blocks(config), splits](
+        query,
+        *query.stride()[:3],
+        turned,
+        *turned.stride()[:3],
+        uploaded,
+        positions,
+        level_tables(formats[0].table, formats[1].table, call.device),
+        partial=partial,
+        partial_lse=lse,
+        columns=pages.columns,
+        per_split=per_split,
+        LATENTS=latents,
+        ROTARY=rotary,
+        BLOCK_N=min(config.block_n, latents.page_pad),
+        FULL=pages.full,
+        PLACED=placed,
+        **call.common(call.mask(partial), config),
     )
+
+
+def _rotated(query: torch.Tensor, fmt: SideFormat) -> torch.Tensor:
+    return query if fmt.rotation == "none" else rotate(query.float(), fmt)
+
+
+def _attend_dense(
+    call: _Call, config: Config, per_split: int, first_split: int, partial: torch.Tensor, lse: torch.Tensor
+) -> None:
+    dense = call.dense
+    rotary_dim = dense.values.shape[-1]
+    positions = partial if dense.positions is None else dense.positions
+    unused = partial if dense.unused is None else dense.unused.view(torch.uint8)
+    dense_kernel[call.blocks(config), triton.cdiv(call.slots, per_split)](
+        call.query,
+        *call.query.stride()[:3],
+        dense.keys,
+        dense.keys.stride(0),
+        dense.keys.stride(2),
+        dense.values,
+        dense.values.stride(0),
+        dense.values.stride(2),
+        positions,
+        positions.stride(0),
+        unused,
+        unused.stride(0),
+        partial=partial,
+        partial_lse=lse,
+        slots=call.slots,
+        per_split=per_split,
+        first_split=first_split,
+        start=call.visibility.start,
+        R=call.rank,
+        DR=rotary_dim,
+        DR_PAD=max(16, triton.next_power_of_2(rotary_dim)),
+        COMPUTE=dense_compute(call.query.dtype, dense.keys.dtype, call.arch),
+        PRECISION=PRECISION,
+        BLOCK_N=config.block_n,
+        PLACED=dense.positions is not None,
+        UNUSED=dense.unused is not None,
+        **call.common(call.mask(partial), config),
+    )
+
+
+def _merge(call: _Call, page_splits: int, splits: int, partial: torch.Tensor, lse: torch.Tensor) -> Attention:
+    output = call.query.new_empty(call.batch, call.length, call.heads, call.rank)
+    log_sum_exp = torch.empty(call.batch, call.heads, call.length, device=call.device)
+    rotation = "none" if call.pages is None else call.pages.layout.sides["keys"].rotation
+    sinks = call.scoring.sink_logits
+    merge_kernel[call.rows_m, call.batch](
+        partial,
+        lse,
+        _signs(call.rank, call.device) if rotation == "signed_hadamard" else partial,
+        partial if sinks is None else sinks.float(),
+        output,
+        log_sum_exp,
+        call.batch,
+        call.rows_m,
+        page_splits,
+        splits,
+        R=call.rank,
+        LOG_R=call.rank.bit_length() - 1,
+        GROUP=call.heads,
+        BLOCK_S=MERGED_AT_ONCE,
+        ROTATED=rotation != "none",
+        SIGNED=rotation == "signed_hadamard",
+        SINKS=sinks is not None,
+        num_warps=4,
+    )
+    return Attention(output, log_sum_exp)
+
+
+@lru_cache(maxsize=16)
+def _signs(dim: int, device: torch.device) -> torch.Tensor:
+    """The signs of the signed rotation, float32 ``[dim]``."""
+    # A cached tensor made under inference_mode could not be used outside it.
+    with torch.inference_mode(False):
+        return rotation_signs(dim, "signed_hadamard").to(device)
