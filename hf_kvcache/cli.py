@@ -64,7 +64,7 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--column", default="text", help="of the data set (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=100_000, metavar="N", help="tokens read (default: %(default)s)")
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens at a time (default: %(default)s)")
-    parser.add_argument("--method", default="kq_svd", help="kq_svd, oscar, palu or svd (default: %(default)s)")
+    parser.add_argument("--method", default="balanced", help="balanced, kq_svd, oscar, palu or svd (%(default)s)")
     # Only what is given reaches the method: which of these it takes, and their defaults, are its own.
     only_given = argparse.SUPPRESS
     parser.add_argument("--group", type=int, default=only_given, metavar="N", help="KV heads that share a latent")

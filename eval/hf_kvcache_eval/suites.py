@@ -92,18 +92,22 @@ TASKS = {
 #: Shares kept, and policies with others in front, in the suite *eviction*.
 SHARES = (0.5, 0.3, 0.2, 0.1)
 WRAPPED = ("ada-snapkv", "ada-expected", "critical-snapkv")
-#: Shares of the head dimension, projections by the names of their files (eval/README.md makes them), and what is set
-#: against calibrated rotations at 2 bits, in the suite *latent*.
+#: Shares of the head dimension, and projections by the names of their files (eval/README.md makes them), in the suite
+#: *latent*; ``svd`` and ``kq_svd`` do worse with ranks of each layer's own than with equal ones.
 RATIOS = (0.75, 0.5, 0.35)
-PROJECTIONS = ("svd", "kq_svd", "palu", "kq_svd_joint")
-#: Those whose layers do worse with ranks of their own than with equal ones.
-_UNIFORM = ("svd", "kq_svd")
-TWO_BITS = (
+PROJECTIONS = {"svd": ";spread=uniform", "kq_svd": ";spread=uniform", "palu": "", "balanced": ""}
+#: The same at few bits: calibration-free codecs, then calibrated rotations beneath them, and rank traded for bits.
+FEW_BITS = (
+    "unbiased4",
+    "unbiased3",
+    "unbiased2",
     "rotated2:key_axis=token",
     "clipped2",
-    "unbiased2",
     "latent+clipped2:projection=oscar",
-    "latent+unbiased2:projection=oscar",
+    "latent+clipped2:projection=oscar_centered",
+    "latent+rotated2:key_axis=token;projection=balanced_heads",
+    *(f"latent+unbiased{bits}:projection={name}" for bits in (2, 3, 4) for name in ("balanced", "balanced_after")),
+    "latent@0.7+unbiased3:projection=balanced",
 )
 _QUICK = ("full", "full:dtype=bfloat16", "rotated8", "unbiased4", "unbiased3", "unbiased2", "random@0.5")
 
@@ -117,10 +121,9 @@ def caches(name: str) -> list[str]:
         policies += WRAPPED
         return ["full", *(f"{policy}@{share}" for policy in policies for share in SHARES)]
     if name == "latent":
-        stored = [f"latent@{ratio}{codec}" for codec in ("", "+unbiased4") for ratio in RATIOS]
-        spread = dict.fromkeys(_UNIFORM, ";spread=uniform")
-        low_rank = [f"{spec}:projection={name}{spread.get(name, '')}" for name in PROJECTIONS for spec in stored]
-        return [*_QUICK[:2], "unbiased4", *low_rank, *TWO_BITS]
+        stored = [f"latent@{ratio}{codec}:projection=" for codec in ("", "+unbiased4") for ratio in RATIOS]
+        low_rank = [f"{spec}{name}{options}" for name, options in PROJECTIONS.items() for spec in stored]
+        return [*_QUICK[:2], *low_rank, *FEW_BITS]
     ours = sorted(codecs.specs(), key=lambda spec: (not spec.endswith("none"), _width(spec), spec))
     return [*_QUICK[:2], *ours, "random@0.5", "random@0.25", "window@8", "hf-fp8", "quanto4", "hqq4"]
 

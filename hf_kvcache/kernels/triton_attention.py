@@ -28,7 +28,7 @@ SMALLEST_SCALE = tl.constexpr(2.0**-24)
 
 
 @triton.jit
-def _locate(rows_m, heads, BLOCK_M: tl.constexpr):
+def locate(rows_m, heads, BLOCK_M: tl.constexpr):
     """Row, sequence, KV head and queries ``[BLOCK_M]`` of this program."""
     blocks = tl.cdiv(rows_m, BLOCK_M)
     row = tl.program_id(0) // blocks
@@ -37,7 +37,7 @@ def _locate(rows_m, heads, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _load_query(query, stride_b, stride_h, stride_q, batch, head, m, rows_m, channel, there, GROUP: tl.constexpr):
+def load_query(query, stride_b, stride_h, stride_q, batch, head, m, rows_m, channel, there, GROUP: tl.constexpr):
     """fp32 queries ``[BLOCK_M, D]``, 0 where there is no query or channel."""
     base = query + batch.to(tl.int64) * stride_b + (head * GROUP).to(tl.int64) * stride_h
     rows = (m % GROUP).to(tl.int64) * stride_h + (m // GROUP).to(tl.int64) * stride_q
@@ -46,7 +46,7 @@ def _load_query(query, stride_b, stride_h, stride_q, batch, head, m, rows_m, cha
 
 
 @triton.jit
-def _normalise(query, side: tl.constexpr):
+def normalise(query, side: tl.constexpr):
     """Queries in the type of computation, and what their dot products are to be multiplied by ``[BLOCK_M]``.
 
     With entries of at most 1, no scale per channel that half precision can hold takes them out of its range.
@@ -97,7 +97,7 @@ def _folded_scores(
 
 
 @triton.jit
-def _finish_scores(scores, peak, shift, inner, softcap, SOFTCAP: tl.constexpr):
+def finish_scores(scores, peak, shift, inner, softcap, SOFTCAP: tl.constexpr):
     """Scores in base 2 from dot products of normalised queries."""
     scores = (scores + shift[:, None]) * (peak * inner)[:, None]
     if SOFTCAP:
@@ -107,7 +107,7 @@ def _finish_scores(scores, peak, shift, inner, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _visible(at, m, window, keep, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def sees(at, m, window, keep, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """bool ``[BLOCK_M, BLOCK_N]``: what queries see of keys at ``at [BLOCK_N]``, relative to the first query."""
     query_at = (m // GROUP)[:, None]
     seen = keep[None, :]
@@ -119,7 +119,7 @@ def _visible(at, m, window, keep, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WIN
 
 
 @triton.jit
-def _weigh(scores, height, peak, total):
+def weigh(scores, height, peak, total):
     """Online softmax: weights, the decay of what came before, the new maximum, and the new sum.
 
     Args:
@@ -137,7 +137,7 @@ def _weigh(scores, height, peak, total):
 
 
 @triton.jit
-def _store_partial(
+def store_partial(
     partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, channel, there, DIM: tl.constexpr
 ):
     """Write the output ``[BLOCK_M, D]`` and log-sum-exp of this split."""
@@ -223,7 +223,7 @@ def pages_kernel(
     TILES: tl.constexpr = KEYS.page_pad // BLOCK_N
     MASKED: tl.constexpr = not FULL or KEYS.page != KEYS.page_pad
     TOKEN_SCALES: tl.constexpr = VALUES.folded and (not VALUES.channel or VALUES.other)
-    row, batch, head, m = _locate(rows_m, heads, BLOCK_M)
+    row, batch, head, m = locate(rows_m, heads, BLOCK_M)
     split = tl.program_id(1)
     key_channel, key_there = channels(KEYS)
     value_channel, value_there = channels(VALUES)
@@ -233,8 +233,8 @@ def pages_kernel(
     value_table = tl.zeros([16], VALUES.compute)
     if VALUES.level == "table":
         value_table = load_table(tables + 16, VALUES)
-    q = _load_query(query, stride_b, stride_h, stride_q, batch, head, m, rows_m, key_channel, key_there, GROUP)
-    q, q_peak = _normalise(q, KEYS)
+    q = load_query(query, stride_b, stride_h, stride_q, batch, head, m, rows_m, key_channel, key_there, GROUP)
+    q, q_peak = normalise(q, KEYS)
     shift = tl.zeros([BLOCK_M], tl.float32)
     if CENTERED:
         mean = tl.load(center + row * KEYS.dim + key_channel, mask=key_there, other=0.0)
@@ -255,13 +255,13 @@ def pages_kernel(
         keep = token < count
         record = tl.multiple_of(tl.load(pages + place).to(tl.pointer_type(tl.uint8)), 16)
         scores = _page_scores(record, q, first, held, key_table, key_channel, key_there, KEYS, BLOCK_N, MASKED)
-        scores = _finish_scores(scores, q_peak, shift, inner, softcap, SOFTCAP)
+        scores = finish_scores(scores, q_peak, shift, inner, softcap, SOFTCAP)
         if PLACED > 0:
             if PLACED == 2:
                 at = tl.load(positions + place * KEYS.page + token, mask=keep, other=0)
             else:
                 at = tl.load(pages + 2 * rows.to(tl.int64) * columns + place).to(tl.int32) + token
-            seen = _visible(at, m, window, keep, GROUP, CAUSAL, WINDOW)
+            seen = sees(at, m, window, keep, GROUP, CAUSAL, WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
         elif MASKED:
             scores = tl.where(keep[None, :], scores, float("-inf"))
@@ -279,7 +279,7 @@ def pages_kernel(
             else:
                 token_scale = load_per_token(record, VALUES.scale_at, first, held, BLOCK_N, MASKED)
             height = scores + tl.log2(tl.maximum(tl.abs(token_scale), SMALLEST_SCALE))[None, :]
-        weights, decay, peak, total = _weigh(scores, height, peak, total)
+        weights, decay, peak, total = weigh(scores, height, peak, total)
         if VALUES.folded:
             levels = levels_of(
                 load_codes(record, first, held, VALUES, BLOCK_N, MASKED), value_table, VALUES, VALUES.compute
@@ -318,7 +318,7 @@ def pages_kernel(
             shares = weights.to(VALUES.compute)
             acc = tl.dot(shares, values, acc * decay[:, None], input_precision=VALUES.precision)
     acc += offset[:, None]
-    _store_partial(
+    store_partial(
         partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, value_channel, value_there, VALUES.dim
     )
 
@@ -391,13 +391,13 @@ def dense_kernel(
         COMPUTE: type in which dot products take keys and values.
         OWN_LAST: whether the last slots are the queries' own, so that those behind a query's own need not be read.
     """
-    row, batch, head, m = _locate(rows_m, heads, BLOCK_M)
+    row, batch, head, m = locate(rows_m, heads, BLOCK_M)
     split = tl.program_id(1)
     key_channel = tl.arange(0, KEY_PAD)
     key_there = key_channel < KEY_DIM
     value_channel = tl.arange(0, VALUE_PAD)
     value_there = value_channel < VALUE_DIM
-    q = _load_query(query, stride_b, stride_h, stride_q, batch, head, m, rows_m, key_channel, key_there, GROUP)
+    q = load_query(query, stride_b, stride_h, stride_q, batch, head, m, rows_m, key_channel, key_there, GROUP)
     q = q.to(COMPUTE)
     ones = tl.full([BLOCK_M], 1.0, tl.float32)
     none = tl.zeros([BLOCK_M], tl.float32)
@@ -424,16 +424,16 @@ def dense_kernel(
             other=0.0,
         )
         scores = tl.dot(q, tl.trans(k.to(COMPUTE)), input_precision=PRECISION)
-        scores = _finish_scores(scores, ones, none, inner, softcap, SOFTCAP)
+        scores = finish_scores(scores, ones, none, inner, softcap, SOFTCAP)
         seen = keep[None, :]
         if PLACED:
             at = tl.load(positions + batch.to(tl.int64) * position_stride + slot, mask=keep, other=0) - start
-            seen = _visible(at, m, window, keep, GROUP, CAUSAL, WINDOW)
+            seen = sees(at, m, window, keep, GROUP, CAUSAL, WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
         if KEEP_SCORES:
             to = (row.to(tl.int64) * rows_m + m)[:, None] * slots + slot[None, :]
             tl.store(kept_scores + to, scores * LN_2, mask=(m < rows_m)[:, None] & (slot < slots)[None, :])
-        weights, decay, peak, total = _weigh(scores, scores, peak, total)
+        weights, decay, peak, total = weigh(scores, scores, peak, total)
         v = tl.load(
             value_base + slot64[:, None] * value_stride_n + value_channel[None, :],
             # What stands in an unused slot may be anything, and 0 times infinity is not 0.
@@ -442,7 +442,7 @@ def dense_kernel(
         )
         acc = tl.dot(weights.to(COMPUTE), v.to(COMPUTE), acc * decay[:, None], input_precision=PRECISION)
     split += first_split
-    _store_partial(
+    store_partial(
         partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, value_channel, value_there, VALUE_DIM
     )
 
@@ -487,7 +487,7 @@ def combine_kernel(
         DIM_PAD: ``DIM`` rounded up to a power of two.
         CHUNK: channels of the output that are made at a time; ``DIM_PAD`` unless ``ROTATED``.
     """
-    row, batch, head, m = _locate(rows_m, heads, BLOCK_M)
+    row, batch, head, m = locate(rows_m, heads, BLOCK_M)
     inside = m < rows_m
     channel = tl.arange(0, DIM_PAD)
     mask = inside[:, None] & (channel < DIM)[None, :]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from hf_kvcache.latent.projection import SideBasis
@@ -35,6 +37,23 @@ def cheapest_basis(
         values = values * scale[:, None]
         down, up = root @ axes.flip(-1), axes.flip(-1).mT @ inverse
     return SideBasis(down.float(), up.float(), shares(values.flip(-1)), None if mean is None else mean.float())
+
+
+def balanced(basis: SideBasis) -> SideBasis:
+    """The same directions with their latents scaled so that rounding them costs least.
+
+    A codec that rotates spreads its error evenly over the latents, in proportion to their mean square. With squares
+    ``v_i f_i^2`` and costs ``c_i / f_i^2`` of a squared error, that is ``(sum v_i f_i^2) (sum c_i / f_i^2)``, which is
+    least, ``(sum sqrt(v_i c_i))^2``, for ``f_i^4 = c_i / v_i`` (Cauchy-Schwarz).
+
+    Args:
+        basis: its latents' errors cost the same in each direction, as :func:`cheapest_basis` leaves them, so that a
+            direction's energy is its ``v_i c_i`` and in proportion to its ``v_i``.
+    """
+    energy = basis.energy.clamp_min(FLOOR * float(basis.energy.max().clamp_min(FLOOR)))
+    scale = energy**-0.25
+    scale = scale / scale.mean(-1, keepdim=True)
+    return replace(basis, down=basis.down * scale[:, None, :], up=basis.up / scale[:, :, None])
 
 
 def shares(errors: torch.Tensor) -> torch.Tensor:

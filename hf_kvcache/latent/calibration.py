@@ -15,7 +15,7 @@ def calibrate(
     model: Any,
     texts: Iterable[str],
     tokenizer: Any,
-    method: str | Method = "kq_svd",
+    method: str | Method = "balanced",
     tokens: int = 100_000,
     length: int = 2048,
     sinks: int = 4,
@@ -29,7 +29,7 @@ def calibrate(
         model: a causal language model that caches keys and values.
         texts: of the kind that the model will read, from the first one on until there are enough tokens.
         tokenizer: the model's.
-        method: a registered name (``"svd"``, ``"kq_svd"``, ``"palu"``, ``"oscar"``), or a ready method.
+        method: a registered name (``"balanced"``, ``"kq_svd"``, ``"oscar"``, ``"palu"``, ``"svd"``), or a ready method.
         tokens: how many are read.
         length: tokens that are read at a time.
         sinks: first tokens of each chunk that do not count; see :func:`~hf_kvcache.latent.moments.collect`.

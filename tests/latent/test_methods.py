@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hf_kvcache.kernels.hadamard import rotation_matrix
 from hf_kvcache.latent.bases import beside, cheapest_basis
 from hf_kvcache.latent.distances import over_distances
-from hf_kvcache.latent.methods import available, resolve
+from hf_kvcache.latent.methods import Method, available, resolve
 from hf_kvcache.latent.methods.oscar import bit_reversal
 from hf_kvcache.latent.projection import LayerBasis, SideBasis
 from tests.eviction.rope_contexts import rope
@@ -63,6 +64,53 @@ def test_kq_svd_is_the_truncated_svd_of_the_products(shape: dict[str, int]) -> N
             torch.testing.assert_close(found, best, **NEAR)
 
 
+def rounding_cost(layer: Layer, basis: SideBasis, side: str, metric: str) -> float:
+    """Squared error of what becomes of the states, if each latent is off by as much as all are on average."""
+    total = 0.0
+    for head, x in enumerate(getattr(layer, side)):
+        mean = 0 if basis.mean is None else basis.mean[head].double()
+        latents = (x - mean) @ basis.down[head].double()
+        total += float(latents.square().mean() * (basis.up[head].double() @ maps(layer, head, metric)).square().sum())
+    return total
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_balanced_latents_cost_least_to_round(shape: dict[str, int]) -> None:
+    """Less than any other scaling, KQ-SVD's own and plain axes among them: the square of the sum of singular values."""
+    layer = make(**shape)
+    moments, generator = moments_of(layer), torch.Generator().manual_seed(3)
+    basis = resolve("balanced", group=1, before_rope=False, center="none").solve(moments)
+    for side, metric in (("keys", "scores"), ("values", "outputs")):
+        own = getattr(basis, side)
+        least = rounding_cost(layer, own, side, metric)
+        products = [x @ maps(layer, head, metric) for head, x in enumerate(getattr(layer, side))]
+        states = getattr(layer, side)
+        bound = sum(float(torch.linalg.svdvals(p).sum()) ** 2 / p.numel() * p.shape[1] for p in products)
+        assert least == pytest.approx(bound / states.shape[2], rel=0.02)  # smallest directions are not scaled fully
+        for other in ("kq_svd", "svd"):
+            assert rounding_cost(layer, getattr(resolve(other).solve(moments), side), side, metric) > 1.05 * least
+        for _ in range(5):
+            scale = (0.5 * torch.randn(own.energy.shape, generator=generator)).exp()
+            scaled = replace(own, down=own.down * scale[:, None, :], up=own.up / scale[:, :, None])
+            assert rounding_cost(layer, scaled, side, metric) > least
+
+
+def test_balanced_keeps_the_directions() -> None:
+    """Cut to a rank, what is left out is what KQ-SVD leaves out, with the same energies."""
+    layer = make(heads=4)
+    moments = moments_of(layer)
+    for chosen in ({"group": 2, "center": "keys"}, {"group": 4, "center": "both"}):
+        chosen = {"before_rope": False, **chosen}
+        ours, theirs = (resolve(name, **chosen).solve(moments) for name in ("balanced", "kq_svd"))
+        for side in ("keys", "values"):
+            a, b = getattr(ours, side), getattr(theirs, side)
+            assert torch.equal(a.energy, b.energy)
+            for rank in RANKS:
+                torch.testing.assert_close(
+                    a.down[:, :, :rank] @ a.up[:, :rank], b.down[:, :, :rank] @ b.up[:, :rank], rtol=1e-3, atol=1e-4
+                )
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_svd_is_the_truncated_svd_of_the_states(shape: dict[str, int]) -> None:
     layer = make(**shape)
@@ -108,8 +156,14 @@ METRICS: dict[str, tuple[str, str]] = {
     "svd": ("keys", "values"),
     "palu": ("keys", "values"),
     "kq_svd": ("scores", "outputs"),
+    "balanced": ("scores", "outputs"),
     "oscar": ("scores", "weighted"),
 }
+
+
+def after_rope(name: str) -> Method:
+    """The method, for the moments here, of which none are from before the rotary embedding."""
+    return resolve(name, before_rope=False) if name in ("palu", "balanced") else resolve(name)
 
 
 def test_the_metrics_name_all_methods() -> None:
@@ -121,9 +175,9 @@ def test_the_metrics_name_all_methods() -> None:
 def test_energies_are_the_measured_errors(name: str, center: str) -> None:
     """What is left behind any rank is the sum of the energies behind it, as a share of what is left behind rank 0."""
     layer = make(heads=4, ratio=2)
-    options = {"svd": {}, "palu": {"group": 2, "before_rope": False}, "kq_svd": {"group": 2}, "oscar": {}}[name]
-    if name != "svd":
-        options = {**options, "center": center}
+    options: dict[str, Any] = {} if name == "svd" else {"center": center}
+    if name in ("palu", "kq_svd", "balanced"):
+        options |= {"group": 2, "before_rope": False}
     basis = resolve(name, **options).solve(moments_of(layer))
     for side, metric in zip(("keys", "values"), METRICS[name], strict=True):
         solved: SideBasis = getattr(basis, side)
@@ -173,7 +227,7 @@ def test_what_an_energy_means_for_the_scores(name: str, options: dict[str, Any],
 @pytest.mark.parametrize("name", available())
 def test_at_full_rank_nothing_is_lost(name: str) -> None:
     layer = make(heads=4, ratio=2)
-    method = resolve(name) if name != "palu" else resolve(name, before_rope=False)
+    method = after_rope(name)
     basis = method.solve(moments_of(layer))
     for side in ("keys", "values"):
         solved: SideBasis = getattr(basis, side)
@@ -208,7 +262,7 @@ def test_degenerate_states(dead: str) -> None:
         part[0] = 0
         part[1, :, 5:] = 0
     for name in available():
-        method = resolve(name) if name != "palu" else resolve(name, before_rope=False)
+        method = after_rope(name)
         basis = method.solve(moments_of(layer))
         for side in ("keys", "values"):
             solved: SideBasis = getattr(basis, side)

@@ -129,7 +129,7 @@ def test_files_that_lack_a_part(tmp_path: Path) -> None:
     metadata = {"format": "hf_kvcache projection 1"}
     layers = {"layers": {"0": [2, False, 1.0]}}
     save_file(tensors, tmp_path / "other", {**metadata, "about": json.dumps({**about, **layers})})
-    with pytest.raises(ValueError, match="method='gone' is not known; accepted: kq_svd"):
+    with pytest.raises(ValueError, match="method='gone' is not known; accepted: balanced, kq_svd"):
         Projection.load(tmp_path / "other").layers(rank=8)
     del tensors["0.keys.up"]
     save_file(tensors, tmp_path / "other", {**metadata, "about": json.dumps({**about, **layers})})

@@ -15,13 +15,13 @@ from hf_kvcache.kernels.triton_attention import (
     LN_2,
     LOG2_E,
     SMALLEST_SCALE,
-    _finish_scores,
-    _load_query,
-    _locate,
-    _normalise,
-    _store_partial,
-    _visible,
-    _weigh,
+    finish_scores,
+    load_query,
+    locate,
+    normalise,
+    sees,
+    store_partial,
+    weigh,
 )
 from hf_kvcache.kernels.triton_sides import (
     channels,
@@ -186,24 +186,24 @@ def pages_kernel(
     # Decoded latents go through shared memory. The fragments of 32 queries would be read before the barrier and wait in
     # registers, and those are not enough; as the second factor they are read behind it.
     SWAPPED: tl.constexpr = BLOCK_M == 32 and LATENTS.level != "dense"
-    row, batch, head, m = _locate(rows_m, 1, BLOCK_M)
+    row, batch, head, m = locate(rows_m, 1, BLOCK_M)
     split = tl.program_id(1)
     channel, there = channels(LATENTS)
     table = tl.zeros([16], LATENTS.compute)
     if LATENTS.level == "table":
         table = load_table(tables, LATENTS)
-    q = _load_query(query, query_b, query_h, query_q, batch, head, m, rows_m, channel, there, GROUP)
-    q, q_peak = _normalise(q, LATENTS)
+    q = load_query(query, query_b, query_h, query_q, batch, head, m, rows_m, channel, there, GROUP)
+    q, q_peak = normalise(q, LATENTS)
     q_sum = tl.sum(q.to(tl.float32), 1)
     if ROTARY is not None:
         turned_channel, turned_there = channels(ROTARY)
         turned_table = tl.zeros([16], ROTARY.compute)
         if ROTARY.level == "table":
             turned_table = load_table(tables + 16, ROTARY)
-        turned = _load_query(
+        turned = load_query(
             turned_query, turned_b, turned_h, turned_q, batch, head, m, rows_m, turned_channel, turned_there, GROUP
         )
-        turned, turned_peak = _normalise(turned, ROTARY)
+        turned, turned_peak = normalise(turned, ROTARY)
     ones = tl.full([BLOCK_M], 1.0, tl.float32)
     none = tl.zeros([BLOCK_M], tl.float32)
     mask += batch.to(tl.int64) * mask_b
@@ -241,13 +241,13 @@ def pages_kernel(
                 record, first, held, turned_table, turned_channel, turned_there, ROTARY, BLOCK_N, MASKED
             )
             scores += tl.dot(turned, tl.trans(keys), input_precision=ROTARY.precision) * turned_peak[:, None]
-        scores = _finish_scores(scores, ones, none, inner, softcap, SOFTCAP)
+        scores = finish_scores(scores, ones, none, inner, softcap, SOFTCAP)
         if PLACED > 0:
             if PLACED == 2:
                 at = tl.load(positions + place * LATENTS.page + token, mask=keep, other=0)
             else:
                 at = tl.load(pages + 2 * rows.to(tl.int64) * columns + place).to(tl.int32) + token
-            seen = _visible(at, m, window, keep, GROUP, CAUSAL, WINDOW)
+            seen = sees(at, m, window, keep, GROUP, CAUSAL, WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
             if MASK != "none":
                 scores = _obey(
@@ -259,14 +259,14 @@ def pages_kernel(
         if LATENTS.folded:
             # As in ``triton_attention``: it is the product of weight and scale that must not leave half precision.
             height = scores + tl.log2(tl.maximum(tl.abs(scale), SMALLEST_SCALE))[None, :]
-        weights, decay, peak, total = _weigh(scores, height, peak, total)
+        weights, decay, peak, total = weigh(scores, height, peak, total)
         if LATENTS.zero and LATENTS.folded:
             offset = offset * decay + tl.sum(weights * zero[None, :], 1)
         if LATENTS.folded:
             weights *= scale[None, :]
         acc = tl.dot(weights.to(LATENTS.compute), latents, acc * decay[:, None], input_precision=LATENTS.precision)
     acc += offset[:, None]
-    _store_partial(partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, channel, there, LATENTS.dim)
+    store_partial(partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, channel, there, LATENTS.dim)
 
 
 @triton.jit(
@@ -348,15 +348,15 @@ def dense_kernel(
         DR_PAD: ``DR`` rounded up to a power of two that dot products take.
         COMPUTE: type in which dot products take latents and rotary keys.
     """
-    row, batch, head, m = _locate(rows_m, 1, BLOCK_M)
+    row, batch, head, m = locate(rows_m, 1, BLOCK_M)
     split = tl.program_id(1)
     channel = tl.arange(0, R)
     turned_channel = tl.arange(0, DR_PAD)
     there = channel < R
     turned_there = turned_channel < DR
-    q = _load_query(query, query_b, query_h, query_q, batch, head, m, rows_m, channel, there, GROUP).to(COMPUTE)
+    q = load_query(query, query_b, query_h, query_q, batch, head, m, rows_m, channel, there, GROUP).to(COMPUTE)
     if DR > 0:
-        turned = _load_query(
+        turned = load_query(
             query + R, query_b, query_h, query_q, batch, head, m, rows_m, turned_channel, turned_there, GROUP
         ).to(COMPUTE)
     ones = tl.full([BLOCK_M], 1.0, tl.float32)
@@ -386,20 +386,20 @@ def dense_kernel(
                 other=0.0,
             )
             scores = tl.dot(turned, tl.trans(keys.to(COMPUTE)), scores, input_precision=PRECISION)
-        scores = _finish_scores(scores, ones, none, inner, softcap, SOFTCAP)
+        scores = finish_scores(scores, ones, none, inner, softcap, SOFTCAP)
         seen = keep[None, :]
         if PLACED:
             at = tl.load(positions + batch.to(tl.int64) * position_stride + slot, mask=keep, other=0) - start
-            seen = _visible(at, m, window, keep, GROUP, CAUSAL, WINDOW)
+            seen = sees(at, m, window, keep, GROUP, CAUSAL, WINDOW)
             if MASK != "none":
                 scores = _obey(
                     scores, mask, mask_h, mask_q, m, rows_m, at + mask_shift, mask_columns, keep, lowest, GROUP, MASK
                 )
         scores = tl.where(seen, scores, float("-inf"))
-        weights, decay, peak, total = _weigh(scores, scores, peak, total)
+        weights, decay, peak, total = weigh(scores, scores, peak, total)
         acc = tl.dot(weights.to(COMPUTE), tile, acc * decay[:, None], input_precision=PRECISION)
     split += first_split
-    _store_partial(partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, channel, there, R)
+    store_partial(partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, channel, there, R)
 
 
 @triton.jit

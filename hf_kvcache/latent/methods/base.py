@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 
 from hf_kvcache.latent.bases import beside
-from hf_kvcache.latent.moments import LayerMoments, States
+from hf_kvcache.latent.moments import LayerMoments, States, divisor
 from hf_kvcache.latent.projection import LayerBasis, SideBasis, SideProjection
 
+#: Heads of a group where none is given (Palu's, arXiv:2407.21118).
+GROUP = 4
 _CENTERS = ("none", "keys", "values", "both")
 
 
@@ -19,7 +21,7 @@ class Method(ABC):
     """Solves for the bases of a layer. Subclasses take those of the options below that they have.
 
     Args:
-        group: neighbouring KV heads that share a latent.
+        group: neighbouring KV heads that share a latent; None for the most up to 4 that divide them.
         before_rope: whether keys are stored as they are before their rotary embedding.
         center: whose mean is taken out first: ``"none"``, ``"keys"``, ``"values"`` or ``"both"``. It costs nothing:
             softmax does not see what all keys have in common, and probabilities add up to 1.
@@ -63,16 +65,16 @@ class Method(ABC):
             ValueError: if the group does not divide them.
         """
         if self.group is None:
-            return heads
+            return divisor(heads, GROUP)
         if heads % self.group:
             accepted = [g for g in range(1, heads + 1) if heads % g == 0]
             raise ValueError(f"group={self.group!r} does not divide {heads} KV heads; accepted: {accepted}")
         return self.group
 
     @property
-    def most(self) -> int | None:
-        """The most heads that share a latent in any layer; None: as many as there are."""
-        return self.group
+    def most(self) -> int:
+        """The most heads that share a latent in any layer."""
+        return self.group or GROUP
 
     def keys_of(self, moments: LayerMoments) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Second moments of the keys that are stored, and their mean if it is taken out."""

@@ -5,11 +5,8 @@ from __future__ import annotations
 from hf_kvcache.latent.bases import cheapest_basis
 from hf_kvcache.latent.methods.base import Method
 from hf_kvcache.latent.methods.registry import register
-from hf_kvcache.latent.moments import LayerMoments, divisor
+from hf_kvcache.latent.moments import LayerMoments
 from hf_kvcache.latent.projection import LayerBasis
-
-#: Heads of a group in the paper.
-_GROUP = 4
 
 
 @register("palu")
@@ -21,7 +18,7 @@ class Palu(Method):
     principal axes of the keys and values of a group, taken side by side.
 
     Args:
-        group: heads of a group; if None, the most up to 4 that divide the KV heads.
+        group: heads of a group; None for the most up to 4, the paper's, that divide the KV heads.
         before_rope: whether keys are stored before their rotary embedding, as in the paper.
         center: whose mean is taken out first; nobody's in the paper.
     """
@@ -32,10 +29,3 @@ class Palu(Method):
     def solve(self, moments: LayerMoments) -> LayerBasis:
         keys, values = cheapest_basis(*self.keys_of(moments)), cheapest_basis(*self.values_of(moments))
         return self.basis(moments, keys, values)
-
-    def beside(self, heads: int) -> int:
-        return divisor(heads, _GROUP) if self.group is None else super().beside(heads)
-
-    @property
-    def most(self) -> int:
-        return self.group or _GROUP
