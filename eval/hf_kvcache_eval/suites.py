@@ -92,8 +92,8 @@ TASKS = {
 #: Shares kept, and policies with others in front, in the suite *eviction*.
 SHARES = (0.5, 0.3, 0.2, 0.1)
 WRAPPED = ("ada-snapkv", "ada-expected", "critical-snapkv")
-#: Shares of the head dimension, and projections by the names of their files (eval/README.md makes them), in the suite
-#: *latent*; ``svd`` and ``kq_svd`` do worse with ranks of each layer's own than with equal ones.
+#: Shares of the head dimension, and projections by the names of their files (`eval/results/README.md` makes them), in
+#: the suite *latent*; ``svd`` and ``kq_svd`` do worse with ranks of each layer's own than with equal ones.
 RATIOS = (0.75, 0.5, 0.35)
 PROJECTIONS = {"svd": ";spread=uniform", "kq_svd": ";spread=uniform", "palu": "", "balanced": ""}
 #: The same at few bits: calibration-free codecs, then calibrated rotations beneath them, and rank traded for bits.
