@@ -132,8 +132,9 @@ def measure(dtype: str, tokens: int, bandwidth: float, args: argparse.Namespace,
     for name, arm in arms.items():
         error = exact.relative_error(arm.step(*token), truth)
         allowed = max(_TOLERANCES.get(name, 0.0), exact.TOLERANCES[dtype])
-        rows[name] = {"dtype": dtype, "tokens": tokens, "cache": name, "error": exact.check(name, error, allowed)}
-        rows[name]["bytes_held"] = arm.bytes_held()
+        shape = f"{_HEADS}/{weights.kv_lora_rank} + {weights.qk_rope_head_dim}, {dtype}"
+        rows[name] = {"shape": shape, "dtype": dtype, "tokens": tokens, "cache": name}
+        rows[name] |= {"error": exact.check(name, error, allowed), "bytes_held": arm.bytes_held()}
     rotate = DeepseekV2RotaryEmbedding(make_config())
     position = rotate(torch.empty(0), torch.tensor([[tokens + _OFFSET]]))
     hidden = torch.randn(1, 1, _HIDDEN).to(DTYPES[dtype])

@@ -24,11 +24,19 @@ def draw(path: Path) -> str:
 
 
 def _lines(
-    result: Row, path: Path, column: str, label: str, *, log: bool = True, scale: float = 1.0, best: float | None = None
+    result: Row,
+    path: Path,
+    column: str,
+    label: str,
+    *,
+    log: bool = True,
+    scale: float = 1.0,
+    best: float | None = None,
+    shapes: str = "query heads/KV heads/head_dim",
 ) -> Iterator[Path]:
     """One plot a shape of ``column`` against the tokens, a line for each cache."""
     for shape in dict.fromkeys(row["shape"] for row in result["rows"]):
-        figure, axes = _figure(f"{result['script']}, {shape} (query heads/KV heads/head_dim)", result)
+        figure, axes = _figure(f"{result['script']}, {shape} ({shapes})", result)
         own = (row for row in result["rows"] if row["shape"] == shape and column in row)
         for style, (cache, rows) in _styled(_by_cache(own)):
             axes.plot([r["tokens"] for r in rows], [r[column] * scale for r in rows], label=cache, **style)
@@ -83,6 +91,11 @@ def _model(result: Row, path: Path) -> Iterator[Path]:
         yield _save(figure, axes, path, "".join(c if c.isalnum() else "_" for c in model))
 
 
+def _latent(result: Row, path: Path) -> Iterator[Path]:
+    shapes = "heads/latent + rotary width, dtype"
+    yield from _lines(result, path, "step_us", "µs per decode step of latent attention", shapes=shapes)
+
+
 def _by_cache(rows: Iterator[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -128,6 +141,7 @@ DRAWERS: dict[str, tuple[Callable[[Row, Path], Iterator[Path]], ...]] = {
     "bench_append": (_append,),
     "bench_memory": (_memory,),
     "bench_model": (_model,),
+    "bench_latent": (_latent,),
 }
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def kernel_backends(device: str = "cpu") -> dict[str, str]:
     """Which twin of our attention kernels runs on the device: ``"reference"``, ``"native"`` or ``"triton"``."""
     from hf_kvcache.kernels.dispatch import twin
 
-    found = {op: twin(op, torch.device(device)) for op in ("decode", "extend")}
+    found = {op: twin(op, torch.device(device)) for op in ("decode", "extend", "latent_decode")}
     return {op: "reference" if module is None else module.__name__.rpartition(".")[2] for op, module in found.items()}
 
 

@@ -17,6 +17,7 @@ from benchmarks import (
     bench_append,
     bench_decode,
     bench_eviction,
+    bench_latent,
     bench_memory,
     bench_model,
     bench_prefill,
@@ -158,3 +159,10 @@ def test_eviction(tmp_path: Path) -> None:
     assert [row["part"] for row in rows] == ["prefill", "prefill", "decoding", "decoding", "peak", "endless"]
     peak = rows[-2]
     assert peak["held_bytes"] <= peak["peak_bytes"]
+
+
+def test_latent(tmp_path: Path) -> None:
+    rows = rows_of(bench_latent.main(["--quick", "--no-plots", "--out", str(tmp_path), "--tokens", "300"]))
+    assert [row["cache"] for row in rows] == [DYNAMIC, *bench_latent.CODECS]
+    held = [row["bytes_held"] for row in rows]
+    assert held[0] < held[1] and held[3] < held[2] < held[1]  # slack, and few bits in fewer bytes

@@ -183,7 +183,7 @@ class Projection:
                 for name in ("down", "up", "energy", "mean"):
                     part = getattr(getattr(basis, side), name)
                     if part is not None:
-                        tensors[f"{index}.{side}.{name}"] = part.contiguous()
+                        tensors[f"{index}.{side}.{name}"] = part.clone(memory_format=torch.contiguous_format)
         about = {name: getattr(self, name) for name in ("method", "options", "fingerprint", "weights", "tokens")}
         about["texts"] = list(self.texts)
         about["layers"] = {index: [basis.heads, basis.before_rope, basis.score] for index, basis in self.bases.items()}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_kvcache import HeavyHitterCache, KVCache, codecs
+from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, codecs
 from hf_kvcache.eviction import registry
+from hf_kvcache.latent.identity import identity
+from hf_kvcache.latent.projection import LayerBasis, Projection, SideBasis
 from hf_kvcache_eval.caches import Arm, kinds
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.specs import parse, split
@@ -89,6 +93,25 @@ def test_every_policy_is_an_arm_and_every_wrapper_goes_in_front() -> None:
             kind = Arm(f"{name}@0.3+int4").kind
             assert kind.rows and kind.budget and kind.after_prefill and kind.shares_prefill and kind.queries
     assert not Arm("int4").kind.queries
+
+
+def test_latents_are_found_by_name(model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of ``hf-kvcache calibrate`` by its name, cut to the share that stands where others have a budget."""
+    monkeypatch.setenv("HF_KVCACHE_PROJECTIONS", str(tmp_path))
+    arm = Arm("latent@0.5+unbiased4:projection=mine;spread=uniform")
+    with pytest.raises(ValueError, match=r"projection='mine' is not in .*found there: none.*hf-kvcache calibrate"):
+        arm.make(model.config, Protocol())
+    width, layers = model.config.head_dim, model.config.num_hidden_layers
+    eye = torch.eye(width).expand(model.config.num_key_value_heads, -1, -1)
+    side = SideBasis(eye, eye, torch.full(eye.shape[:2], 1 / width))
+    bases = {layer: LayerBasis(side, side, len(eye)) for layer in range(layers)}
+    Projection(bases, "svd", {}, identity(model.config)).save(tmp_path / "mine.safetensors")
+    cache = arm.make(model.config, Protocol())
+    assert isinstance(cache, LatentKVCache) and cache.codec.name == "unbiased"
+    latents = cache.options.latents
+    assert isinstance(latents, dict) and {layer.keys.rank for layer in latents.values()} == {width // 2}
+    whole = Arm("latent:projection=mine").make(model.config, Protocol()).options.latents
+    assert whole[0].keys.rank == width
 
 
 @pytest.mark.parametrize(

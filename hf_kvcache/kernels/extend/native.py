@@ -23,9 +23,7 @@ _flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
     """Whether every query sees every token in pages, and torch has the kernel."""
-    plain = visibility.mask is None and visibility.window is None
-    same_width = pages is None or pages.layout.sides["keys"].dim == pages.layout.sides["values"].dim
-    return _flash is not None and plain and same_width
+    return _flash is not None and visibility.mask is None and visibility.window is None
 
 
 def attend(
@@ -54,18 +52,19 @@ def _read_pages(
     assert _flash is not None
     layout = pages.layout
     rotated = rotate(rows, layout.sides["keys"])
+    # The kernel takes keys and values of one width: zeros add nothing to scores, and to outputs what is cut off again.
+    width = max(fmt.dim for fmt in layout.sides.values())
+    wide = _widened(rotated, width)[:, None]
     result = None
     step = max(1, _CHUNK_TOKENS // layout.page_size)
     for start in range(0, pages.columns, step):
         stop = min(start + step, pages.columns)
         records = pages.records(start, stop)
-        keys, values = (_dense(pages, side, records) for side in ("keys", "values"))
+        keys, values = (_widened(_dense(pages, side, records), width) for side in ("keys", "values"))
         unused = pages.unused(start, stop)
         hidden = None if unused is None else _hidden(unused.flatten(1))
-        output, log_sum_exp = _flash(
-            rotated[:, None], keys[:, None], values[:, None], 0.0, False, attn_mask=hidden, scale=1.0
-        )
-        part = output[:, 0], log_sum_exp.reshape(rows.shape[:2])
+        output, log_sum_exp = _flash(wide, keys[:, None], values[:, None], 0.0, False, attn_mask=hidden, scale=1.0)
+        part = output[:, 0, :, : layout.sides["values"].dim], log_sum_exp.reshape(rows.shape[:2])
         result = part if result is None else merge(result, part)
     assert result is not None
     output, log_sum_exp = result
@@ -79,6 +78,11 @@ def _read_pages(
         # The mean that was taken out of the packed keys shifts all their scores of a query alike.
         log_sum_exp = log_sum_exp + (rotated @ pages.center.unsqueeze(-1)).squeeze(-1)
     return rotate(output, layout.sides["values"], inverse=True), log_sum_exp
+
+
+def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
+    """``x [..., D]`` with zeros behind it up to ``width``."""
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 def _hidden(unused: torch.Tensor) -> torch.Tensor:

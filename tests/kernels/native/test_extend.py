@@ -20,9 +20,9 @@ def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def storage_of(codec: str, length: int) -> PagedStorage:
-    encoder = PageEncoder(resolve(codec), 32, 32, 16, torch.float32)
-    keys, values = random(1, 2, 2, length, 32), random(2, 2, 2, length, 32)
+def storage_of(codec: str, length: int, key_dim: int = 32, value_dim: int = 32) -> PagedStorage:
+    encoder = PageEncoder(resolve(codec), key_dim, value_dim, 16, torch.float32)
+    keys, values = random(1, 2, 2, length, key_dim), random(2, 2, 2, length, value_dim)
     storage = PagedStorage(encoder, keys, values, 2, 5)
     storage.append_block(keys, values, 0, None)
     return storage
@@ -30,22 +30,25 @@ def storage_of(codec: str, length: int) -> PagedStorage:
 
 @pytest.mark.parametrize("codec", ["none", "rotated4", "unbiased3", "fp8", "kvarn2"])
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("chunk", [32, 4096])
-def test_block_of_queries(codec: str, sinks: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("chunk", "widths"), [(32, (32, 32)), (4096, (32, 32)), (32, (24, 40)), (32, (64, 16))])
+def test_block_of_queries(
+    codec: str, sinks: bool, chunk: int, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several chunks of pages, the tail and the queries' own tokens, causal among themselves, merged."""
     monkeypatch.setattr(native, "_CHUNK_TOKENS", chunk)
-    storage = storage_of(codec, 150)
+    key_dim, value_dim = widths
+    storage = storage_of(codec, 150, *widths)
     dense, pages = storage.dense, storage.pages()
     assert pages is not None and pages.columns > 4
     at = torch.cat(
         [torch.from_numpy(dense.positions[:, : dense.longest].copy()), torch.arange(150, 170).expand(2, 20)], 1
     )
     tokens = DenseTokens(
-        torch.cat([dense.keys[:, :, : dense.longest], random(3, 2, 2, 20, 32)], 2),
-        torch.cat([dense.values[:, :, : dense.longest], random(4, 2, 2, 20, 32)], 2),
+        torch.cat([dense.keys[:, :, : dense.longest], random(3, 2, 2, 20, key_dim)], 2),
+        torch.cat([dense.values[:, :, : dense.longest], random(4, 2, 2, 20, value_dim)], 2),
         at,
     )
-    query, visibility = random(5, 2, 6, 20, 32), Visibility(150, 20, None, 0, True, None)
+    query, visibility = random(5, 2, 6, 20, key_dim), Visibility(150, 20, None, 0, True, None)
     scoring = Scoring(0.2, None, random(6, 6) if sinks else None)
     assert native.supports(query, pages, tokens, visibility)
     ours = native.attend(query, pages, tokens, visibility, scoring)
