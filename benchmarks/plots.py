@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,7 +50,8 @@ def _lines(
             axes.set_yscale("log")
         axes.set_xlabel("tokens held")
         axes.set_ylabel(label)
-        yield _save(figure, axes, path, f"{column}_{shape.replace('/', 'x')}")
+        name = re.sub(r"[^\w.]+", "_", shape.replace("/", "x"))
+        yield _save(figure, axes, path, f"{column}_{name}")
 
 
 def _decode(result: Row, path: Path) -> Iterator[Path]:

@@ -93,9 +93,11 @@ TASKS = {
 SHARES = (0.5, 0.3, 0.2, 0.1)
 WRAPPED = ("ada-snapkv", "ada-expected", "critical-snapkv")
 #: Shares of the head dimension, and projections by the names of their files (`eval/results/README.md` makes them), in
-#: the suite *latent*; ``svd`` and ``kq_svd`` do worse with ranks of each layer's own than with equal ones.
+#: the suite *latent*.
 RATIOS = (0.75, 0.5, 0.35)
-PROJECTIONS = {"svd": ";spread=uniform", "kq_svd": ";spread=uniform", "palu": "", "balanced": ""}
+PROJECTIONS = ("svd", "kq_svd", "palu", "balanced")
+#: These do worse with ranks of each layer's own than with equal ones, where those come to multiples of 8.
+_UNIFORM = {(name, ratio) for name in ("svd", "kq_svd") for ratio in (0.75, 0.5)}
 #: The same at few bits: calibration-free codecs, then calibrated rotations beneath them, and rank traded for bits.
 FEW_BITS = (
     "unbiased4",
@@ -121,8 +123,13 @@ def caches(name: str) -> list[str]:
         policies += WRAPPED
         return ["full", *(f"{policy}@{share}" for policy in policies for share in SHARES)]
     if name == "latent":
-        stored = [f"latent@{ratio}{codec}:projection=" for codec in ("", "+unbiased4") for ratio in RATIOS]
-        low_rank = [f"{spec}{name}{options}" for name, options in PROJECTIONS.items() for spec in stored]
+        low_rank = [
+            f"latent@{ratio}{codec}:projection={projection}"
+            + (";spread=uniform" if (projection, ratio) in _UNIFORM else "")
+            for projection in PROJECTIONS
+            for codec in ("", "+unbiased4")
+            for ratio in RATIOS
+        ]
         return [*_QUICK[:2], *low_rank, *FEW_BITS]
     ours = sorted(codecs.specs(), key=lambda spec: (not spec.endswith("none"), _width(spec), spec))
     return [*_QUICK[:2], *ours, "random@0.5", "random@0.25", "window@8", "hf-fp8", "quanto4", "hqq4"]
