@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.indexer_keys import IndexerKeys
-from hf_kvcache.kernels.attention import attend
+from hf_kvcache.kernels.attention import attend, without_gradient
 from hf_kvcache.kernels.decode.reference import side_buffer
 from hf_kvcache.kernels.decode.softmax import merge
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
@@ -68,11 +68,12 @@ class LatentLayer(KVCacheLayer):
                 "accepted: attention modules that call expand_kv"
             )
         up = expansion.up_projections()
-        if up is None or query.shape[2] > _most_absorbed(up):
+        # Masses are those of tokens, which latents have one by one.
+        if up is None or (query.shape[2] > _most_absorbed(up) and not mass):
             return self._read_expanded(expansion, query, pages, dense, visibility, scoring)
         self.absorbed += 1
-        result = latent_attend(in_latent_space(query, up), pages, dense, visibility, scoring, mass)
-        return result._replace(output=expand(result.output, up.values))
+        result = latent_attend(in_latent_space(query.detach(), up), pages, dense, visibility, scoring, mass)
+        return without_gradient(query, result._replace(output=expand(result.output, up.values)))
 
     def _read_expanded(
         self,

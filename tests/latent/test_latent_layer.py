@@ -139,6 +139,17 @@ def test_a_module_that_does_not_expand() -> None:
         attention_function(module, torch.randn(1, 4, 1, 32), keys, values, None)
 
 
+@pytest.mark.parametrize("length", [1, LONG])
+def test_no_gradient(length: int) -> None:
+    """Asking for a gradient through latents held is an error, whichever way they are read."""
+    model = mla_families.build("deepseek_v2")
+    cache = small(model.config)
+    forward(model, prompt(40), cache)
+    logits = model(prompt(length), past_key_values=cache).logits
+    with pytest.raises(RuntimeError, match="no gradient"):
+        logits.sum().backward()
+
+
 LLAMA = families.build("llama").config
 ERRORS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "bits": (lambda config: LatentKVCache(config, bits=5), r"bits=5.*accepted: \[4, 8\]"),
