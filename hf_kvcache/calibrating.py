@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 #: Called with an attention module and its queries ``[1, Hq, n, Dk]``, keys ``[1, Hkv, n, Dk]`` and values
 #: ``[1, Hkv, n, Dv]``, keys and queries after their rotary embedding at positions ``0 .. n - 1``.
@@ -24,6 +26,30 @@ def fingerprint(config: Any) -> dict[str, Any]:
         "hidden_size": text.hidden_size,
         "rope": json.dumps(getattr(text, "rope_parameters", None), sort_keys=True, default=str),
     }
+
+
+def check_model(made: str, known: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ValueError unless what ``made`` names was made with a model that is ``known`` to be as ``wanted``."""
+    for name, value in wanted.items():
+        if known.get(name) != value:
+            raise ValueError(f"the {made} was made with {name}={known.get(name)!r}, this model has {value!r}")
+
+
+def load_file(path: str | Path, argument: str, kind: str, what: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file whose metadata say that its format is ``kind``.
+
+    Raises:
+        ValueError: naming ``argument``, if the file is missing or no file of ``what``.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            known = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{argument}={str(path)!r} cannot be read: {error}") from error
+    if known.get("format") != kind:
+        raise ValueError(f"{argument}={str(path)!r} is no file of {what}")
+    return tensors, known
 
 
 @torch.no_grad()

@@ -79,7 +79,8 @@ def _digest(layers: dict[int, LayerProjection]) -> str:
     for index, layer in sorted(layers.items()):
         digest.update(f"{index} {layer.heads} {layer.before_rope}".encode())
         for side in (layer.keys, layer.values):
-            digest.update(side.down.contiguous().numpy().tobytes())
+            for part in (side.down, side.up, side.mean):
+                digest.update(b"" if part is None else part.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

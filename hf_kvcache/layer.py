@@ -87,7 +87,7 @@ class KVCacheLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         window = f", sliding_window={self.sliding_window}" if self.is_sliding else ""
-        return f"KVCacheLayer({self.index}, {self.options.codec!r}{window}, tokens={self._seen})"
+        return f"{type(self).__name__}({self.index}, {self.options.codec!r}{window}, tokens={self._seen})"
 
     # -- transformers' contract -----------------------------------------------------------------------------------
 

@@ -120,8 +120,8 @@ def _check_eviction(config: PreTrainedConfig, evicting: list[int], options: Laye
         check_policy(options.eviction.policy, options.eviction.compensate)
     elif latent_ranks(config) or options.latents is not None:
         raise ValueError(
-            f"config of {config.model_type!r}: latents={options.latents if options.latents is None else '...'!r}; "
-            "accepted with eviction: keys and values as they are, or a model's own latents ('native')"
+            f"config of {config.model_type!r}: {'a calibrated basis' if options.latents else 'latents as if keys'}; "
+            "accepted with eviction: keys and values as they are, or a model's own latents (HeavyHitterCache)"
         )
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_kvcache.calibrating import fingerprint, read
+from hf_kvcache.calibrating import check_model, fingerprint, load_file, read
 
 _FORMAT = "hf_kvcache query statistics 1"
 
@@ -64,14 +63,8 @@ class QueryStatistics:
         Raises:
             ValueError: if the file is missing, is none of these, or does not fit.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                known = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"calibration={str(path)!r} cannot be read: {error}") from error
-        if known.get("format") != _FORMAT:
-            raise ValueError(f"calibration={str(path)!r} is no file of query statistics; accepted: what save() writes")
+        accepted = "query statistics; accepted: what save() writes"
+        tensors, known = load_file(path, "calibration", _FORMAT, accepted)
         layers = {}
         for index in sorted({int(name.partition(".")[0]) for name in tensors}):
             mean = torch.complex(tensors[f"{index}.real"], tensors[f"{index}.imaginary"])
@@ -83,11 +76,7 @@ class QueryStatistics:
 
     def check(self, config: Any) -> None:
         """Raise a ValueError unless these are statistics of a model with this config."""
-        for name, value in fingerprint(config).items():
-            if self.fingerprint.get(name) != value:
-                raise ValueError(
-                    f"the calibration was made with {name}={self.fingerprint.get(name)!r}, this model has {value!r}"
-                )
+        check_model("calibration", self.fingerprint, fingerprint(config))
 
     def layer(self, index: int, layers: int, heads: int, frequencies: torch.Tensor) -> LayerStatistics:
         """Those of one layer, checked against what the layer is like.

@@ -75,6 +75,18 @@ def dense_compute(query: torch.dtype, stored: torch.dtype, arch: str) -> Any:
     return TRITON_TYPES[stored]
 
 
+def scoring_arguments(visibility: Visibility, scoring: Scoring) -> dict[str, Any]:
+    """What the kernels are told of how scores are made and which of them count."""
+    return {
+        "window": visibility.window or 0,
+        "inner": scoring.inner,
+        "softcap": scoring.softcap or 0.0,
+        "CAUSAL": visibility.causal,
+        "WINDOW": visibility.window is not None,
+        "SOFTCAP": scoring.softcap is not None,
+    }
+
+
 @dataclass
 class _Call:
     """One attention call: its shapes, where the parts go, and what they have in common."""
@@ -122,14 +134,9 @@ class _Call:
             "rows": self.rows,
             "rows_m": self.rows_m,
             "heads": self.heads,
-            "window": self.visibility.window or 0,
-            "inner": self.scoring.inner,
-            "softcap": self.scoring.softcap or 0.0,
             "GROUP": self.group,
-            "CAUSAL": self.visibility.causal,
-            "WINDOW": self.visibility.window is not None,
-            "SOFTCAP": self.scoring.softcap is not None,
             "KEEP_SCORES": self.mass,
+            **scoring_arguments(self.visibility, self.scoring),
         }
 
 

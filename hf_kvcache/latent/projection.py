@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hf_kvcache.calibrating import check_model, load_file
 from hf_kvcache.latent.identity import identity
 from hf_kvcache.latent.ranks import Spread, choose_ranks
 
@@ -169,11 +169,7 @@ class Projection:
 
     def check(self, config: Any) -> None:
         """Raise a ValueError unless a model with this config is of the kind that was calibrated."""
-        for name, value in identity(config).items():
-            if self.fingerprint.get(name) != value:
-                raise ValueError(
-                    f"the projection was made with {name}={self.fingerprint.get(name)!r}, this model has {value!r}"
-                )
+        check_model("projection", self.fingerprint, identity(config))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
@@ -196,17 +192,8 @@ class Projection:
         Raises:
             ValueError: if the file is missing, is none of these, or lacks a part.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                known = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"projection={str(path)!r} cannot be read: {error}") from error
-        if known.get("format") != _FORMAT:
-            raise ValueError(
-                f"projection={str(path)!r} is no file of bases; accepted: what Projection.save() and "
-                "`hf-kvcache calibrate` write"
-            )
+        accepted = "bases; accepted: what Projection.save() and `hf-kvcache calibrate` write"
+        tensors, known = load_file(path, "projection", _FORMAT, accepted)
         try:
             about = json.loads(known["about"])
             bases = {

@@ -20,7 +20,7 @@ from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages
 from hf_kvcache.kernels.latent_decode import reference
 from hf_kvcache.kernels.page import SideFormat
 from hf_kvcache.kernels.visibility import visible
-from tests.kernels.native import cases
+from tests.kernels.native import cases, grid
 from tests.kernels.native.brute_force import decode_record
 from tests.kernels.native.cases import Call, Case
 from tests.tolerances import TOLERANCES, Tolerance, assert_near, assert_within
@@ -62,31 +62,7 @@ CODECS: dict[str, Callable[[], SideCodec] | torch.dtype] = {
 }
 
 #: What a call may bring along, beside pages that are all full.
-FEATURES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "ragged": {"ragged": True, "columns": 4},
-    "window": {"window": 40, "ragged": True, "columns": 4},
-    "soft-capping": {"softcap": 2.0},
-    "sink logits": {"sinks": True},
-    "unused slots": {"unused": True, "slots": 40},
-    "no positions": {"positions": False, "unused": True},
-    "no causality": {"causal": False},
-    "scattered": {"scattered": True, "ragged": True, "window": 60},
-    "strides": {"strided": True, "columns": 2},
-    "everything": {
-        "ragged": True,
-        "window": 50,
-        "softcap": 3.0,
-        "sinks": True,
-        "unused": True,
-        "scattered": True,
-        "strided": True,
-        "slots": 150,
-        "query_dtype": torch.bfloat16,
-        "dense_dtype": torch.bfloat16,
-    },
-    "half precision": {"query_dtype": torch.float16, "dense_dtype": torch.float16, "strided": True},
-}
+FEATURES = {name: given for name, given in grid.FEATURES.items() if "dense token" not in name}
 
 #: One row; widths that fill no vector; several sequences and queries; a rotary part of nothing.
 SHAPES = (

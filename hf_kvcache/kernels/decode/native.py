@@ -5,11 +5,11 @@ from __future__ import annotations
 from ctypes import byref, pointer
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.native import library
+from hf_kvcache.kernels.native.calls import set_pages, set_places, set_scoring
 from hf_kvcache.kernels.native.layouts import DENSE, make_layout, native_layout
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
@@ -48,10 +48,7 @@ def attend(
     call.batch, call.query_heads, call.heads, call.length = batch, query_heads, keys.shape[1], length
     _set_dense(call, dense)
     call.start, call.window, call.causal = visibility.start, visibility.window or 0, visibility.causal
-    call.inner_scale, call.softcap = scoring.inner, scoring.softcap or 0.0
-    sinks = None if scoring.sink_logits is None else scoring.sink_logits.float().contiguous()
-    if sinks is not None:
-        call.sink_logits = sinks.data_ptr()
+    _kept = set_scoring(call, scoring)
     page_mass = dense_mass = None
     if mass:
         dense_mass = torch.empty(batch, query_heads, keys.shape[2])
@@ -70,27 +67,10 @@ def _with_pages(pages: Pages) -> library.Attend:
     prepared = pages.prepared.get("native")
     if prepared is None:
         call = library.Attend(layout=pointer(native_layout(pages.layout)))
-        addresses, counts, first = pages.addresses, pages.counts, pages.first
-        call.addresses, call.counts, call.first = (a.ctypes.data for a in (addresses, counts, first))
-        call.row_stride, call.columns = addresses.strides[0] // addresses.itemsize, addresses.shape[1]
         if pages.center is not None:
             call.center = pages.center.data_ptr()
-        stored = _scattered_positions(pages, call.row_stride)
-        if stored is not None:
-            call.positions = stored.ctypes.data
-        # The struct has addresses only: the array they point to is kept with it.
-        prepared = pages.prepared["native"] = (call, stored)
+        prepared = pages.prepared["native"] = (call, set_pages(call, pages))
     return prepared[0]
-
-
-def _scattered_positions(pages: Pages, row_stride: int) -> np.ndarray | None:
-    """Address of the positions of each page that stores them, 0 for the others; None if none does."""
-    if not pages.scattered:
-        return None
-    stored = np.zeros((pages.rows, row_stride), dtype=np.int64)
-    for at, positions in pages.scattered.items():
-        stored[at] = positions.ctypes.data
-    return stored
 
 
 @lru_cache(maxsize=16)
@@ -105,7 +85,4 @@ def _set_dense(call: library.Attend, dense: DenseTokens) -> None:
     call.dense_level, call.slots = DENSE[keys.dtype], keys.shape[2]
     call.keys_batch, call.keys_head, call.keys_token, _ = keys.stride()
     call.values_batch, call.values_head, call.values_token, _ = values.stride()
-    if dense.positions is not None:
-        call.dense_positions, call.positions_batch = dense.positions.data_ptr(), dense.positions.stride(0)
-    if dense.unused is not None:
-        call.dense_unused, call.unused_batch = dense.unused.data_ptr(), dense.unused.stride(0)
+    set_places(call, dense)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from ctypes import byref, pointer
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.native import library
+from hf_kvcache.kernels.native.calls import set_pages, set_places, set_scoring
 from hf_kvcache.kernels.native.layouts import DENSE, make_layout, native_layout
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
@@ -69,10 +69,7 @@ def latent_attend(
     call.batch, call.heads, call.length = batch, heads, length
     _set_dense(call, dense)
     _set_visibility(call, visibility)
-    call.inner_scale, call.softcap = scoring.inner, scoring.softcap or 0.0
-    sinks = None if scoring.sink_logits is None else scoring.sink_logits.float().contiguous()
-    if sinks is not None:
-        call.sink_logits = sinks.data_ptr()
+    _kept = set_scoring(call, scoring)
     call.threads = torch.get_num_threads()
     if library.load().hfkv_latent_attend(byref(call)):
         raise MemoryError("attention over a KVCache: no memory left for the partial results")
@@ -84,17 +81,7 @@ def _with_pages(pages: Pages) -> library.Latent:
     prepared = pages.prepared.get("native latents")
     if prepared is None:
         call = library.Latent(layout=pointer(native_layout(pages.layout)))
-        addresses, counts, first = pages.addresses, pages.counts, pages.first
-        call.addresses, call.counts, call.first = (a.ctypes.data for a in (addresses, counts, first))
-        call.row_stride, call.columns = addresses.strides[0] // addresses.itemsize, addresses.shape[1]
-        stored = None
-        if pages.scattered:
-            stored = np.zeros((pages.rows, call.row_stride), dtype=np.int64)
-            for at, positions in pages.scattered.items():
-                stored[at] = positions.ctypes.data
-            call.positions = stored.ctypes.data
-        # The struct has addresses only: the array they point to is kept with it.
-        prepared = pages.prepared["native latents"] = (call, stored)
+        prepared = pages.prepared["native latents"] = (call, set_pages(call, pages))
     return prepared[0]
 
 
@@ -110,10 +97,7 @@ def _set_dense(call: library.Latent, dense: DenseTokens) -> None:
     call.dense_level, call.slots = DENSE[latents.dtype], latents.shape[2]
     call.latents_batch, _, call.latents_token, _ = latents.stride()
     call.rotary_batch, _, call.rotary_token, _ = rotary.stride()
-    if dense.positions is not None:
-        call.dense_positions, call.positions_batch = dense.positions.data_ptr(), dense.positions.stride(0)
-    if dense.unused is not None:
-        call.dense_unused, call.unused_batch = dense.unused.data_ptr(), dense.unused.stride(0)
+    set_places(call, dense)
 
 
 def _set_visibility(call: library.Latent, visibility: Visibility) -> None:

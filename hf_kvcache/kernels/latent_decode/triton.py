@@ -20,7 +20,7 @@ from hf_kvcache.kernels.latent_decode.triton_configs import MERGED_AT_ONCE, PREC
 from hf_kvcache.kernels.latent_decode.triton_kernels import dense_kernel, merge_kernel, pages_kernel
 from hf_kvcache.kernels.page import SideFormat
 from hf_kvcache.kernels.triton_configs import Config, architecture, programs_wanted
-from hf_kvcache.kernels.triton_launch import dense_compute
+from hf_kvcache.kernels.triton_launch import dense_compute, scoring_arguments
 from hf_kvcache.kernels.triton_sides import TRITON_TYPES, level_tables
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
@@ -153,13 +153,8 @@ class _Call:
             "MASK": mask.kind,
             "rows": self.batch,
             "rows_m": self.rows_m,
-            "window": self.visibility.window or 0,
-            "inner": self.scoring.inner,
-            "softcap": self.scoring.softcap or 0.0,
             "GROUP": self.heads,
-            "CAUSAL": self.visibility.causal,
-            "WINDOW": self.visibility.window is not None,
-            "SOFTCAP": self.scoring.softcap is not None,
+            **scoring_arguments(self.visibility, self.scoring),
             "BLOCK_M": config.block_m,
             "STAGES": config.num_stages,
             "num_warps": config.num_warps,
