@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from transformers import PreTrainedConfig
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 #: The method that turns latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]`` into keys and values of every head.
 METHOD = "expand_kv"
-#: Configs of the models that are bound, by id.
-_bound: WeakValueDictionary[int, PreTrainedConfig] = WeakValueDictionary()
+#: By the ids of bound configs: the file of their models, and what releases it, at the latest when the config dies.
+_bound: dict[int, tuple[str, finalize[..., PreTrainedConfig]]] = {}
 
 Expand = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -37,12 +37,12 @@ def attention_classes(config: PreTrainedConfig) -> list[type]:
         importlib.import_module(_modeling_file(config))
     except ModuleNotFoundError:
         return []
-    return _loaded_classes(config)
+    return _loaded_classes(_modeling_file(config))
 
 
-def _loaded_classes(config: PreTrainedConfig) -> list[type]:
+def _loaded_classes(file: str) -> list[type]:
     """The same if that file was imported; none otherwise."""
-    names = vars(sys.modules.get(_modeling_file(config), object))
+    names = vars(sys.modules.get(file, object))
     return [cls for cls in names.values() if isinstance(cls, type) and METHOD in vars(cls)]
 
 
@@ -53,18 +53,28 @@ def _modeling_file(config: PreTrainedConfig) -> str:
 
 def bind(config: PreTrainedConfig) -> None:
     """Let models with this ``config`` attend to latents; for anything but handles of a latent cache nothing changes."""
-    for cls in _loaded_classes(config):
+    file, key = _modeling_file(config), id(config)
+    for cls in _loaded_classes(file):
         expand = vars(cls)[METHOD]
         if not hasattr(expand, "__wrapped__"):
             setattr(cls, METHOD, _wrapped(expand))
-    _bound[id(config)] = config
+    if key not in _bound:
+        release = finalize(config, _release, key)
+        release.atexit = False
+        _bound[key] = file, release
 
 
 def unbind(config: PreTrainedConfig) -> None:
     """Undo :func:`bind`; classes get their own method back once no model of theirs is bound."""
-    _bound.pop(id(config), None)
-    others = {cls for other in list(_bound.values()) for cls in _loaded_classes(other)}
-    for cls in set(_loaded_classes(config)) - others:
+    if id(config) in _bound:
+        _bound[id(config)][1]()
+
+
+def _release(key: int) -> None:
+    file, _ = _bound.pop(key)
+    if any(file == other for other, _ in list(_bound.values())):
+        return
+    for cls in _loaded_classes(file):
         expand = vars(cls)[METHOD]
         if hasattr(expand, "__wrapped__"):
             setattr(cls, METHOD, expand.__wrapped__)

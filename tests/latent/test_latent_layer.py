@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,18 @@ def test_two_caches_of_one_family() -> None:
     second(prompt(1), past_key_values=caches[1])
     assert caches[1].absorbed_steps == 2
     unbind(second.config)
+    assert attention.expand_kv is own
+
+
+def test_a_model_that_is_gone() -> None:
+    """A model that is thrown away without being unbound does not leave its class bound."""
+    model = mla_families.build("minicpm3")
+    attention = type(model.model.layers[0].self_attn)
+    own = attention.expand_kv
+    small(model.config)
+    assert attention.expand_kv is not own
+    del model
+    gc.collect()
     assert attention.expand_kv is own
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -44,11 +44,9 @@ def family() -> str:
 
 
 @pytest.fixture
-def model(family: str) -> Iterator[PreTrainedModel]:
-    """A tiny random model, shared between tests, whose config is unbound before and after each."""
-    shared = mla_families.shared(family)
-    yield shared
-    _unbind(shared)
+def model(family: str) -> PreTrainedModel:
+    """A tiny random model, shared between tests, whose config is not bound when each begins."""
+    return mla_families.shared(family)
 
 
 def _unbind(model: PreTrainedModel) -> None:
