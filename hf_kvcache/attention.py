@@ -49,9 +49,8 @@ def attention_function(
     Returns:
         Output ``[B, T, Hq, Dv]`` and, where the previous implementation gives them, attention weights.
     """
-    arguments: dict[str, Any] = {"scaling": scaling, "dropout": dropout, **kwargs}
     if not (isinstance(key, KVHandle) and isinstance(value, KVHandle)):
-        return _previous(module)(module, query, key, value, attention_mask, **arguments)
+        return _previous(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     layer = key.layer()
     scoring = Scoring(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -61,7 +60,9 @@ def attention_function(
     if not layer.has_history():
         # Nothing is compressed yet: the first tokens attend to each other exactly as without this package.
         new_keys, new_values = layer.new_tokens()
-        result = _previous(module)(module, query, new_keys, new_values, attention_mask, **arguments)
+        result = _previous(module)(
+            module, query, new_keys, new_values, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
         layer.note_attended(attention_mask, query, scoring, module)
         return result
     _check_supported(module, dropout, kwargs)

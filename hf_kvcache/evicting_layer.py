@@ -12,7 +12,7 @@ import torch
 from hf_kvcache.eviction_options import Attending, EvictionOptions
 from hf_kvcache.evictor import Evictor
 from hf_kvcache.incoming import NewTokens, dense_tokens
-from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.kernels.inputs import Attention, Scoring
 from hf_kvcache.layer import MAX_UNCONFIRMED, KVCacheLayer, LayerOptions
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.gathering import can_drop_tokens
@@ -290,20 +290,31 @@ class EvictingLayer(KVCacheLayer):
     def _attend_part(self, draft: Draft) -> torch.Tensor:
         new, storage, evictor = draft.new, self.storage, self.evictor
         assert storage is not None and evictor is not None
-        visibility = self._visibility(new, storage, draft.mask, draft.causal, 0)
-        drafted = self._undo is not None
+        drafted, mass = self._undo is not None, evictor.policy.needs_mass
         evictor.note(new.position, new.length, new.valid, drafted)
-        if new.length == 1:
-            self._store(new)
-        dense = dense_tokens(storage, new, visibility, 0, slice(0, new.length))
-        mass, module = evictor.policy.needs_mass, None if evictor.attending is None else evictor.attending.module
-        result = self.read(draft.query, storage.pages(), dense, visibility, draft.scoring, module, mass)
-        if self.watcher is not None:
-            self.watcher(draft, result.log_sum_exp)
+        output = None
+        if not mass and self.watcher is None:
+            output = self.attend_token(new, storage, draft.query, draft.mask, draft.scoring)
+        if output is None:
+            result = self._read_all(draft, mass)
+            output = result.output
+            if self.watcher is not None:
+                self.watcher(draft, result.log_sum_exp)
         evictor.observe_queries(self._as_attended(draft.query), new.position, new.valid, drafted)
         if mass:
             evictor.observe_mass(storage, result, 0 if new.stored else new.length, new.valid)
-        return result.output
+        return output
+
+    def _read_all(self, draft: Draft, mass: bool) -> Attention:
+        """Attention of an update over everything stored, after the update if it is one token."""
+        new, storage, evictor = draft.new, self.storage, self.evictor
+        assert storage is not None and evictor is not None
+        visibility = self._visibility(new, storage, draft.mask, draft.causal, 0)
+        if new.length == 1:
+            self._store(new)
+        dense = dense_tokens(storage, new, visibility, 0, slice(0, new.length))
+        module = None if evictor.attending is None else evictor.attending.module
+        return self.read(draft.query, storage.pages(), dense, visibility, draft.scoring, module, mass)
 
     def _observe_first(self, draft: Draft) -> None:
         new, storage, evictor = draft.new, self.storage, self.evictor

@@ -24,11 +24,9 @@ class KVHandle(torch.Tensor):
     _at_version: int
 
     @staticmethod
-    def __new__(cls, layer: KVCacheLayer, side: str, like: torch.Tensor, length: int) -> KVHandle:
-        """A handle on ``side`` of ``layer`` with the shape of ``like [B, Hkv, _, D]`` and ``length`` tokens."""
-        handle = torch.Tensor._make_wrapper_subclass(
-            cls, (*like.shape[:2], length, like.shape[3]), dtype=like.dtype, device=like.device
-        )
+    def __new__(cls, layer: KVCacheLayer, side: str, sizes: tuple[int, int, int, int], like: torch.Tensor) -> KVHandle:
+        """A handle on ``side`` of ``layer`` of ``sizes [B, Hkv, T, D]``, with the dtype and device of ``like``."""
+        handle = torch.Tensor._make_wrapper_subclass(cls, sizes, dtype=like.dtype, device=like.device)
         handle._layer, handle._side, handle._at_version = layer, side, layer.version
         return handle
 

@@ -12,7 +12,7 @@ from hf_kvcache.indexer_keys import IndexerKeys
 from hf_kvcache.kernels.attention import attend, without_gradient
 from hf_kvcache.kernels.decode.reference import side_buffer
 from hf_kvcache.kernels.decode.softmax import merge
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, UpProjections
 from hf_kvcache.kernels.latent_decode import absorb, expand, latent_attend
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.layer import KVCacheLayer
@@ -20,7 +20,8 @@ from hf_kvcache.masks import Padding, padding_of, rows_that_see
 
 if TYPE_CHECKING:
     from hf_kvcache.incoming import NewTokens
-    from hf_kvcache.mla import Expansion, UpProjections
+    from hf_kvcache.mla import Expansion
+    from hf_kvcache.storage import PagedStorage
 
 #: Tokens of each sequence that are expanded at a time.
 _TILE_TOKENS = 1024
@@ -50,6 +51,20 @@ class LatentLayer(KVCacheLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # Under autocast the norm behind latents leaves float32, and rotary keys have the narrower dtype.
         return super().update(key_states, value_states.to(key_states.dtype), *args, **kwargs)
+
+    def attend_token(
+        self,
+        new: NewTokens,
+        storage: PagedStorage,
+        query: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scoring: Scoring,
+        up: UpProjections | None = None,
+    ) -> torch.Tensor | None:
+        up = None if self.expansion is None else self.expansion.up_projections()
+        output = None if up is None else super().attend_token(new, storage, query, attention_mask, scoring, up)
+        self.absorbed += output is not None
+        return output
 
     def read(
         self,
@@ -175,7 +190,7 @@ class IndexedLatentLayer(LatentLayer):
             self.indexer.append(tensors["indexer"].to(self.device))
 
     def _note_padding(self, new: NewTokens, attention_mask: torch.Tensor | None) -> Padding | None:
-        known = padding_of(attention_mask, new.position, new.length) is not None
+        known = padding_of(attention_mask, new.position, new.length, self.sliding_window) is not None
         if known or attention_mask is None:
             return super()._note_padding(new, attention_mask)
         # The indexer's choice may leave out a token's own place, but never leaves a real token nothing to see.

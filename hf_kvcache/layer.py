@@ -17,11 +17,12 @@ from hf_kvcache.eviction_options import EvictionOptions
 from hf_kvcache.handle import KVHandle
 from hf_kvcache.incoming import NewTokens, check_update, dense_tokens
 from hf_kvcache.kernels.attention import attend
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, UpProjections
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.latent.projection import LayerProjection
 from hf_kvcache.masks import Padding, padding_of, valid_on_diagonal
 from hf_kvcache.reading import dense_side
+from hf_kvcache.stepping import Steps
 from hf_kvcache.storage import PagedStorage
 
 logger = logging.get_logger(__name__)
@@ -84,6 +85,7 @@ class KVCacheLayer(CacheLayerMixin):
         self._kept_from = 0  # tokens before this position may be gone (sliding windows)
         self._new: NewTokens | None = None
         self._checked: tuple[Any, ...] | None = None  # shapes, dtypes and device of the latest update
+        self.steps = self.make_steps()
 
     def __repr__(self) -> str:
         window = f", sliding_window={self.sliding_window}" if self.is_sliding else ""
@@ -110,17 +112,24 @@ class KVCacheLayer(CacheLayerMixin):
         kind = (key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if kind != self._checked or self.options.validate or value_states.device != key_states.device:
             check_update(self.index, self.storage, key_states, value_states, self.options.validate)
-        self.settle()
+        if self._new is not None:
+            self.settle()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._checked = kind
         # Stored tensors never carry gradients: the cache is for inference.
-        self._new = NewTokens(key_states.detach(), value_states.detach(), self._seen)
+        if key_states.requires_grad or value_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
+        self._new = NewTokens(key_states, value_states, self._seen)
         self._seen += key_states.shape[2]
         self._unconfirmed += key_states.shape[2] if self.record_past else 0
         self.version += 1
         length = self._visible_length(key_states.shape[2])
-        return KVHandle(self, "keys", key_states, length), KVHandle(self, "values", value_states, length)
+        batch, heads, _, key_dim = key_states.shape
+        return (
+            KVHandle(self, "keys", (batch, heads, length, key_dim), key_states),
+            KVHandle(self, "values", (batch, heads, length, value_states.shape[3]), value_states),
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask for ``query_length`` new tokens covers, in tokens seen."""
@@ -143,6 +152,7 @@ class KVCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything; the layer may then hold another batch."""
         self.storage = self._new = self._checked = None
+        self.steps = self.make_steps()
         self.is_initialized = self.record_past = False
         self._seen = self._unconfirmed = self._kept_from = 0
         self.version += 1
@@ -209,6 +219,10 @@ class KVCacheLayer(CacheLayerMixin):
         )
         return PagedStorage(encoder, key_states, value_states, sink_length, options.tail_length, spare)
 
+    def make_steps(self) -> Steps | None:
+        """What does plain decoding; None where attention is more than reading pages."""
+        return Steps(self.sliding_window)
+
     # -- what the package adds ------------------------------------------------------------------------------------
 
     def check_rows(self, argument: str, rows: torch.Tensor) -> np.ndarray:
@@ -241,6 +255,7 @@ class KVCacheLayer(CacheLayerMixin):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.storage = None if self.storage is None else self.storage.fork()
+        other.steps = self.make_steps()
         return other
 
     def attend(
@@ -268,6 +283,11 @@ class KVCacheLayer(CacheLayerMixin):
         """
         new, storage = self._latest()
         skip = self.check_query(query)
+        output = self.attend_token(new, storage, query, attention_mask, scoring)
+        if output is not None:
+            if not self.options.deferred:
+                self.settle()
+            return output
         visibility = self._visibility(new, storage, attention_mask, causal, skip)
         segments = [
             (slice(max(at.start, skip), at.stop), n) for at, n in self._segments(new, storage) if at.stop > skip
@@ -290,6 +310,34 @@ class KVCacheLayer(CacheLayerMixin):
         if not self.options.deferred:
             self.settle()
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def attend_token(
+        self,
+        new: NewTokens,
+        storage: PagedStorage,
+        query: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scoring: Scoring,
+        up: UpProjections | None = None,
+    ) -> torch.Tensor | None:
+        """Store the one new token and attend to it and to all held; None, and nothing stored, if it is more than that.
+
+        More are several tokens, a padded or ragged batch, a mask that says more than causality, tokens that may be
+        rolled back, a gradient asked for. Where latents are stored, ``up`` turns them into keys and values.
+        """
+        if (
+            self.steps is None
+            or new.length != 1
+            or new.stored
+            or self.record_past
+            or storage.dense.uniform_length is None
+            or (query.requires_grad and torch.is_grad_enabled())
+        ):
+            return None
+        padding = padding_of(attention_mask, new.position, 1, self.sliding_window)
+        if padding is None or not padding.none:
+            return None
+        return self.steps.attend(storage, new, query, scoring, up)
 
     def read(
         self,
@@ -416,7 +464,7 @@ class KVCacheLayer(CacheLayerMixin):
         return self._new, self.storage
 
     def _note_padding(self, new: NewTokens, attention_mask: torch.Tensor | None) -> Padding | None:
-        padding = padding_of(attention_mask, new.position, new.length)
+        padding = padding_of(attention_mask, new.position, new.length, self.sliding_window)
         if padding is not None:
             new.valid = padding.valid
         elif attention_mask is not None:
@@ -428,8 +476,8 @@ class KVCacheLayer(CacheLayerMixin):
     ) -> Visibility:
         padding = None if skip else self._note_padding(new, attention_mask)
         mask = attention_mask
-        if padding is not None and (padding.held is None or np.array_equal(padding.held, self._held(new, storage))):
-            mask = None  # it hides padding, of which nothing is stored, and what causality hides
+        if padding is not None and (padding.none or self._holds_real_only(padding, new, storage)):
+            mask = None  # it hides padding, of which nothing is stored, and what causality and the window hide
         if mask is not None and mask.dim() == 2:
             mask = mask[:, None, None, :].bool()
         return Visibility(
@@ -440,6 +488,11 @@ class KVCacheLayer(CacheLayerMixin):
             causal=causal if mask is None or mask.shape[2] != new.length - skip or mask.shape[2] == 1 else False,
             window=self.sliding_window,
         )
+
+    def _holds_real_only(self, padding: Padding, new: NewTokens, storage: PagedStorage) -> bool:
+        """Whether what each sequence holds are the tokens that the mask calls real, as far back as it holds any."""
+        real = padding.held_from(storage.first_positions()) if self.is_sliding else padding.held
+        return np.array_equal(real, self._held(new, storage))
 
     def _held(self, new: NewTokens, storage: PagedStorage) -> np.ndarray:
         """Real tokens that each sequence held before the latest update."""

@@ -37,6 +37,9 @@ class LowRankLayer(KVCacheLayer):
         self.projection = projection
         self._maps: HeadMaps | None = None  # on the device of the storage
 
+    def make_steps(self) -> None:
+        """None: attention is more than reading pages."""
+
     def make_storage(
         self, key_states: torch.Tensor, value_states: torch.Tensor, sink_length: int, spare: int | None = None
     ) -> PagedStorage:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from hf_kvcache.binding import previous_implementation
@@ -19,22 +20,41 @@ _DIAGONAL = "_hf_kvcache_diagonal"
 
 @dataclass
 class Padding:
-    """What a mask says of padding when it says nothing else than that and causality.
+    """What a mask says of padding when it says nothing else than that, causality and a sliding window.
 
     Attributes:
         attention_mask: the 2D mask ``[B, tokens seen]``, True or nonzero for real tokens; None if all are real.
         start: index of the first new token in it.
         length: number of new tokens.
+        window: tokens a query sees, itself included; None for all.
     """
 
     attention_mask: torch.Tensor | None
     start: int
     length: int
+    window: int | None = None
 
     @cached_property
-    def held(self) -> np.ndarray | None:
-        """How many earlier tokens of each sequence the mask calls real, ``[B]`` on the host; None if all."""
-        return None if self.attention_mask is None else self.attention_mask[:, : self.start].sum(1).cpu().numpy()
+    def none(self) -> bool:
+        """Whether the mask calls every token real."""
+        return self.attention_mask is None or bool(self.attention_mask.all())
+
+    @cached_property
+    def held(self) -> np.ndarray:
+        """How many earlier tokens of each sequence the mask calls real, ``[B]`` on the host."""
+        return self._earlier().sum(1).cpu().numpy()
+
+    def held_from(self, first: np.ndarray) -> np.ndarray:
+        """The same, counted from position ``first [B]`` on."""
+        return (self._earlier_on_host & (np.arange(self.start) >= first[:, None])).sum(1)
+
+    @cached_property
+    def _earlier_on_host(self) -> np.ndarray:
+        return self._earlier().cpu().numpy()
+
+    def _earlier(self) -> torch.Tensor:
+        assert self.attention_mask is not None
+        return self.attention_mask[:, : self.start].bool()
 
     @cached_property
     def valid(self) -> np.ndarray | None:
@@ -55,27 +75,54 @@ def mask_function(**kwargs: Any) -> torch.Tensor | None:
     if previous not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
         return None  # as transformers does for an implementation without a mask function
     mask = ALL_MASK_ATTENTION_FUNCTIONS[previous](**kwargs)
-    if isinstance(mask, torch.Tensor) and kwargs.get("mask_function") is causal_mask_function:
-        padding = Padding(kwargs.get("attention_mask"), int(kwargs["q_offset"]), kwargs["q_length"])
-        setattr(mask, _TAG, padding)
+    if isinstance(mask, torch.Tensor):
+        known, window = _causal_window(kwargs.get("mask_function"))
+        if known:
+            padding = Padding(kwargs.get("attention_mask"), int(kwargs["q_offset"]), kwargs["q_length"], window)
+            setattr(mask, _TAG, padding)
     return mask
 
 
-def padding_of(mask: torch.Tensor | None, seen: int, length: int) -> Padding | None:
-    """The padding, if ``mask`` is known to say nothing but that and causality; None if it may say more.
+def _causal_window(function: Any) -> tuple[bool, int | None]:
+    """Whether a mask function is known to be plainly causal, and the sliding window that it has.
+
+    transformers puts causality and a window together in a closure, which is looked into: one that looks otherwise is
+    not known, and its mask is read as it is.
+    """
+    if function is causal_mask_function:
+        return True, None
+    parts = _enclosed(function, "and_masks.<locals>.and_mask", "mask_functions")
+    if isinstance(parts, tuple) and len(parts) == 2 and parts[1] is causal_mask_function:
+        window = _enclosed(parts[0], "sliding_window_overlay.<locals>.inner_mask", "sliding_window")
+        return isinstance(window, int), window
+    return False, None
+
+
+def _enclosed(function: Any, qualified_name: str, variable: str) -> Any:
+    """What a closure of that name in transformers' file of masks has kept under ``variable``; None if it is another."""
+    if getattr(function, "__qualname__", None) != qualified_name or function.__module__ != masking_utils.__name__:
+        return None
+    kept = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    return kept[variable].cell_contents if variable in kept else None
+
+
+def padding_of(mask: torch.Tensor | None, seen: int, length: int, window: int | None) -> Padding | None:
+    """The padding, if ``mask`` is known to say nothing but that, causality and the window; None if it may say more.
 
     Args:
         mask: what the attention function was given.
         seen: tokens seen before the new ones.
         length: number of new tokens.
+        window: tokens a query sees in the layer, itself included; None for all.
     """
     if mask is None:
-        return Padding(None, seen, length)
+        return Padding(None, seen, length, window)
     padding = getattr(mask, _TAG, None)
     if padding is None and mask.dim() == 2:  # flash attention's masks
-        padding = Padding(mask, seen, length)
+        padding = Padding(mask, seen, length, window)
         setattr(mask, _TAG, padding)
-    return padding if padding is not None and (padding.start, padding.length) == (seen, length) else None
+    fits = padding is not None and (padding.start, padding.length, padding.window) == (seen, length, window)
+    return padding if fits else None
 
 
 def valid_on_diagonal(mask: torch.Tensor, length: int) -> np.ndarray | None:

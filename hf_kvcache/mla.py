@@ -11,14 +11,14 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from transformers import PreTrainedConfig
 
 from hf_kvcache.handle import KVHandle
+from hf_kvcache.kernels.inputs import UpProjections
 
 if TYPE_CHECKING:
     from hf_kvcache.latent_layer import LatentLayer
@@ -90,19 +90,6 @@ def _wrapped(expand: Expand) -> Expand:
     return expand_or_not
 
 
-@dataclass(frozen=True)
-class UpProjections:
-    """What turns latents into the keys and values of each head, as views of the module's own weight.
-
-    Attributes:
-        keys: ``[H, dn, r]``.
-        values: ``[H, dv, r]``.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
 class Expansion:
     """Stands for all keys and values that one module would expand the latents of a layer to.
 
@@ -128,8 +115,9 @@ class Expansion:
 
     def handles(self, length: int) -> tuple[KVHandle, KVHandle]:
         """Handles on the keys and values of ``length`` tokens."""
-        keys, values = _shapes(self)
-        return KVHandle(self, "keys", keys, length), KVHandle(self, "values", values, length)  # type: ignore[arg-type]
+        batch, sides = self.latents.batch_size, zip(("keys", "values"), _expanded(self), strict=True)
+        keys, values = (KVHandle(self, side, (batch, x.shape[1], length, x.shape[3]), x) for side, x in sides)  # type: ignore[arg-type]
+        return keys, values
 
     def expand(self, latents: torch.Tensor, rotary_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[B, H, T, D]`` of latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]``."""
@@ -168,12 +156,36 @@ class Expansion:
         projection = getattr(self.module, "kv_b_proj", None)
         if type(projection) is not torch.nn.Linear or projection.bias is not None:
             return None
-        weight = projection.weight
-        plain = type(weight) is torch.nn.Parameter and weight.device.type != "meta" and weight.is_floating_point()
-        hooked = projection._forward_hooks or projection._forward_pre_hooks or hasattr(projection, "_hf_hook")
-        if not plain or hooked or weight.device != self.latents.device or weight.dtype != self.latents.dtype:
+        if projection._forward_hooks or projection._forward_pre_hooks or "_hf_hook" in projection.__dict__:
             return None
-        return _split(self, weight) if _is_plain_expansion(self, weight) else None
+        weight = projection.weight
+        if weight.device != self.latents.device or weight.dtype != self.latents.dtype:
+            return None
+        known = _known_weights.get(self.module)
+        if known is None or not known.is_of(weight):
+            known = _known_weights[self.module] = _Weight(weight, _split_if_plain(self, weight))
+        return known.up
+
+
+class _Weight:
+    """A weight's halves, as long as the weight lies where it lay; what it holds may change.
+
+    Args:
+        weight: of the projection.
+        up: views of it; None if it is no plain matrix.
+    """
+
+    def __init__(self, weight: torch.Tensor, up: UpProjections | None) -> None:
+        self._weight, self._place, self.up = ref(weight), (weight.data_ptr(), weight.dtype), up
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        """Whether this is still the weight."""
+        return self._weight() is weight and self._place == (weight.data_ptr(), weight.dtype)
+
+
+def _split_if_plain(expansion: Expansion, weight: torch.Tensor) -> UpProjections | None:
+    plain = type(weight) is torch.nn.Parameter and weight.is_floating_point()
+    return _split(expansion, weight) if plain and _is_plain_expansion(expansion, weight) else None
 
 
 def _split(expansion: Expansion, weight: torch.Tensor) -> UpProjections:
@@ -183,22 +195,20 @@ def _split(expansion: Expansion, weight: torch.Tensor) -> UpProjections:
     return UpProjections(by_head[:, :keys], by_head[:, keys:])
 
 
+_known_weights: WeakKeyDictionary[torch.nn.Module, _Weight] = WeakKeyDictionary()
 _known_shapes: WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
 _known_plain: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
-@torch.no_grad()
-def _shapes(expansion: Expansion) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the module without a token, on no device but their own: the handles' like."""
+def _expanded(expansion: Expansion) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``[1, H, 0, D]`` as the module makes them: for heads, widths and dtype."""
     latents, rotary = expansion.latents.new_tokens()
     known = _known_shapes.get(expansion.module)
     if known is None or known[0].dtype != latents.dtype or known[0].device != latents.device:
-        keys, values = expansion.expand(latents[:1, :, :1], rotary[:1, :, :1])
-        known = keys[:, :, :0].clone(), values[:, :, :0].clone()
-        _known_shapes[expansion.module] = known
-    keys, values = known
-    batch = latents.shape[0]
-    return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+        with torch.no_grad():
+            keys, values = expansion.expand(latents[:1, :, :1], rotary[:1, :, :1])
+        known = _known_shapes[expansion.module] = keys[:, :, :0].clone(), values[:, :, :0].clone()
+    return known
 
 
 @torch.no_grad()

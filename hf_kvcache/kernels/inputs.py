@@ -159,6 +159,36 @@ class Scoring:
         return self.scaling if self.softcap is None else self.scaling / self.softcap
 
 
+@dataclass(frozen=True)
+class UpProjections:
+    """What turns latents into the keys and values of each head, as views of the model's own weight.
+
+    Attributes:
+        keys: ``[H, dn, r]``.
+        values: ``[H, dv, r]``.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass
+class Slots:
+    """The buffer of full-precision tokens that a step puts one more token into: the next slot of every sequence.
+
+    Attributes:
+        keys: ``[B, Hkv, slots, Dk]``, the slots that are not in use yet too.
+        values: ``[B, Hkv, slots, Dv]``.
+        positions: int64 ``[B, slots]`` on the host.
+        lengths: int64 ``[B]`` on the host, slots in use.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: np.ndarray
+    lengths: np.ndarray
+
+
 class Attention(NamedTuple):
     """What attention gives.
 

@@ -55,7 +55,7 @@ class DenseBuffer:
             self.values.narrow(2, slot, 1).copy_(values)
             self.positions[:, slot] = position
             self.lengths += 1
-            self._uniform = self._longest = slot + 1
+            self.note_one_stored()
             return
         rows = np.arange(len(self.lengths)) if valid is None else np.flatnonzero(valid)
         slots = self.lengths[rows]
@@ -65,6 +65,11 @@ class DenseBuffer:
         self.positions[rows, slots] = position
         self.lengths[rows] += 1
         self._note_lengths()
+
+    def note_one_stored(self) -> None:
+        """Take note that the next slot of every sequence, of which all use equally many, was filled and counted."""
+        assert self._uniform is not None
+        self._uniform = self._longest = self._uniform + 1
 
     def store(self, row: int | slice, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
         """Make ``keys [b, Hkv, n, Dk]`` and ``values`` all that the sequences ``row`` hold."""

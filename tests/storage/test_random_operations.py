@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from hf_kvcache.incoming import NewTokens
 from hf_kvcache.kernels.decode import reference
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.stepping import Steps
 from hf_kvcache.storage import PagedStorage
 from tests.storage.list_model import (
     HEADS,
@@ -33,6 +35,8 @@ class Sequences:
 
     def __init__(self, storage: PagedStorage, model: ListModel, seen: int = 0) -> None:
         self.storage, self.model, self.seen = storage, model, seen
+        #: What does plain decoding, by window: kept, so that it meets every change of the storage.
+        self.steps = {window: Steps(window) for window in (None, 9)}
 
 
 class StorageMachine(RuleBasedStateMachine):
@@ -65,6 +69,26 @@ class StorageMachine(RuleBasedStateMachine):
         now.storage.append_one(keys, values, now.seen, None if valid is None else valid[:, 0])
         now.model.append(keys, values, now.seen, valid)
         now.seen += 1
+
+    @precondition(lambda self: self.current.storage.ahead == 0)
+    @precondition(lambda self: self.current.storage.dense.uniform_length is not None)
+    @rule(count=st.integers(1, 6), window=st.sampled_from([None, 9]), capped=st.booleans())
+    def decode(self, count: int, window: int | None, capped: bool) -> None:
+        now, softcap = self.current, 2.0 if capped else None
+        for _ in range(count):
+            keys, values = self.tokens(1)
+            query = random_tokens(self.seed + 5000, now.storage.batch, 1, (KEY_DIM, 1), 3 * HEADS)[0]
+            new = NewTokens(keys, values, now.seen)
+            output = now.steps[window].attend(now.storage, new, query, Scoring(0.25, softcap))
+            assert new.stored == (output is not None)
+            if output is None:  # no kernel does both at once here
+                now.storage.append_one(keys, values, now.seen, None)
+            now.model.append(keys, values, now.seen, None)
+            if output is not None:
+                assert_near(output, attention_by_lists(now.model, query, now.seen, 0.25, True, window, softcap))
+            now.seen += 1
+            now.storage.pack_due()
+            now.model.pack_due()
 
     @rule(
         length=st.integers(1, 19),

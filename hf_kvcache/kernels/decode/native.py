@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import byref, pointer
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, Slots, UpProjections
 from hf_kvcache.kernels.native import library
 from hf_kvcache.kernels.native.calls import set_pages, set_places, set_scoring
 from hf_kvcache.kernels.native.layouts import DENSE, make_layout, native_layout
+from hf_kvcache.kernels.native.step import NativeStep, can_keep, dense_tokens, set_token
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -37,12 +40,11 @@ def attend(
 ) -> Attention:
     """The twin of :func:`hf_kvcache.kernels.decode.reference.attend`, for a query on the CPU."""
     batch, query_heads, length, _ = query.shape
-    floats = query if query.dtype == torch.float32 and query.stride(-1) == 1 else query.float().contiguous()
+    floats = _floats(query)
     keys, values = dense.keys, dense.values
     output = torch.empty(batch, length, query_heads, values.shape[3])
     log_sum_exp = torch.empty(batch, query_heads, length)
-    template = _without_pages(keys.shape[3], values.shape[3]) if pages is None else _with_pages(pages)
-    call = library.Attend.from_buffer_copy(template)
+    call = library.Attend.from_buffer_copy(_template(pages, keys.shape[3], values.shape[3]))
     call.query, call.output, call.log_sum_exp = floats.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr()
     call.query_batch, call.query_head, call.query_token, _ = floats.stride()
     call.batch, call.query_heads, call.heads, call.length = batch, query_heads, keys.shape[1], length
@@ -57,9 +59,78 @@ def attend(
             page_mass = torch.empty(batch, query_heads, pages.columns * pages.layout.page_size)
             call.page_mass = page_mass.data_ptr()
     call.threads = torch.get_num_threads()
-    if library.load().hfkv_attend(byref(call)):
-        raise MemoryError("attention over a KVCache: no memory left for the partial results")
+    _run(library.load().hfkv_attend, byref(call))
     return Attention(output.to(query.dtype), log_sum_exp, page_mass, dense_mass)
+
+
+class Step(NativeStep):
+    """Attention over keys and values of one new token a sequence, again and again."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        pages: Pages | None,
+        slots: Slots,
+        scoring: Scoring,
+        window: int | None,
+        up: UpProjections | None,
+    ) -> None:
+        super().__init__(query, keys, values, pages, slots, scoring, window, up)
+        batch, query_heads, _, _ = query.shape
+        key_dim, value_dim = slots.keys.shape[3], slots.values.shape[3]
+        self._sizes = batch, 1, query_heads, value_dim
+        self._log_sum_exp = torch.empty(batch, query_heads, 1)
+        call = self._call = library.Attend.from_buffer_copy(_template(pages, key_dim, value_dim))
+        call.log_sum_exp = self._log_sum_exp.data_ptr()
+        call.batch, call.query_heads, call.heads, call.length = batch, query_heads, slots.keys.shape[1], 1
+        call.query_batch, call.query_head, call.query_token, _ = _floats(query).stride()
+        _set_dense(call, dense_tokens(slots, window))
+        call.window = window or 0
+        set_scoring(call, scoring)
+        self._token = call.token
+        set_token(self._token, keys, values, slots)
+        self._run, self._reference = library.load().hfkv_attend, byref(call)
+
+    @staticmethod
+    def supports(
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        pages: Pages | None,
+        slots: Slots,
+        scoring: Scoring,
+        window: int | None,
+        up: UpProjections | None,
+    ) -> bool:
+        """Whether there can be a step for such tokens."""
+        visibility = Visibility(0, 1, None, 0, True, window)
+        return can_keep(keys, values, scoring) and supports(query, pages, dense_tokens(slots, window), visibility)
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
+    ) -> torch.Tensor:
+        call, token, floats = self._call, self._token, _floats(query)
+        output = torch.empty(self._sizes)
+        call.query, call.output = floats.data_ptr(), output.data_ptr()
+        token.first, token.second = keys.data_ptr(), values.data_ptr()
+        call.slots, call.start, call.threads = slot + 1, position, torch.get_num_threads()
+        _run(self._run, self._reference)
+        return output if query.dtype == torch.float32 else output.to(query.dtype)
+
+
+def _floats(query: torch.Tensor) -> torch.Tensor:
+    return query if query.dtype == torch.float32 and query.stride(-1) == 1 else query.float().contiguous()
+
+
+def _run(attend: Callable[[Any], int], call: Any) -> None:
+    if attend(call):
+        raise MemoryError("attention over a KVCache: no memory left for the partial results")
+
+
+def _template(pages: Pages | None, key_dim: int, value_dim: int) -> library.Attend:
+    return _without_pages(key_dim, value_dim) if pages is None else _with_pages(pages)
 
 
 def _with_pages(pages: Pages) -> library.Attend:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from ctypes import byref, pointer
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, Slots, UpProjections
 from hf_kvcache.kernels.native import library
 from hf_kvcache.kernels.native.calls import set_pages, set_places, set_scoring
 from hf_kvcache.kernels.native.layouts import DENSE, make_layout, native_layout
+from hf_kvcache.kernels.native.step import NativeStep, can_keep, dense_tokens, set_token
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -61,12 +63,8 @@ def latent_attend(
     rank = latents.shape[3]
     output = torch.empty(batch, length, heads, rank, dtype=query.dtype)
     log_sum_exp = torch.empty(batch, heads, length)
-    template = _without_pages(rank, rotary.shape[3]) if pages is None else _with_pages(pages)
-    call = library.Latent.from_buffer_copy(template)
-    call.query, call.output, call.log_sum_exp = query.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr()
-    call.query_level = DENSE[query.dtype]
-    call.query_batch, call.query_head, call.query_token, _ = query.stride()
-    call.batch, call.heads, call.length = batch, heads, length
+    call = library.Latent.from_buffer_copy(_template(pages, rank, rotary.shape[3]))
+    _set_query(call, query, output, log_sum_exp)
     _set_dense(call, dense)
     _set_visibility(call, visibility)
     _kept = set_scoring(call, scoring)
@@ -74,6 +72,100 @@ def latent_attend(
     if library.load().hfkv_latent_attend(byref(call)):
         raise MemoryError("attention over a KVCache: no memory left for the partial results")
     return Attention(output, log_sum_exp)
+
+
+class Step(NativeStep):
+    """Absorbed attention over latents of one new token a sequence, again and again, projections included."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        pages: Pages | None,
+        slots: Slots,
+        scoring: Scoring,
+        window: int | None,
+        up: UpProjections | None,
+    ) -> None:
+        super().__init__(query, keys, values, pages, slots, scoring, window, up)
+        assert up is not None
+        batch, heads, _, _ = query.shape
+        rank, rotary, dtype = slots.keys.shape[3], slots.values.shape[3], query.dtype
+        self._sizes = batch, 1, heads, up.values.shape[1]
+        self._query = torch.empty(batch, heads, 1, rank + rotary, dtype=dtype)
+        self._latents = torch.empty(batch, 1, heads, rank, dtype=dtype)
+        self._log_sum_exp = torch.empty(batch, heads, 1)
+        attend = library.Latent.from_buffer_copy(_template(pages, rank, rotary))
+        _set_query(attend, self._query, self._latents, self._log_sum_exp)
+        _set_dense(attend, dense_tokens(slots, window))
+        _set_visibility(attend, Visibility(0, 1, None, 0, True, window))
+        set_scoring(attend, scoring)
+        set_token(attend.token, keys, values, slots)
+        sizes = batch, heads, 1
+        inner, outer = self._latents, torch.empty(self._sizes, dtype=dtype)  # of the first token
+        self._call = library.LatentStep(
+            _projection(False, query, query.stride()[:3], up.keys, self._query, self._query.stride()[:3], sizes),
+            attend,
+            _projection(True, inner, _by_head(inner), up.values, outer, _by_head(outer), sizes),
+        )
+        # Parts of the call, not copies.
+        self._absorb, self._attend, self._expand = self._call.absorb, self._call.attend, self._call.expand
+        self._token = self._attend.token
+        self._run, self._reference = library.load().hfkv_latent_step, byref(self._call)
+
+    @staticmethod
+    def supports(
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        pages: Pages | None,
+        slots: Slots,
+        scoring: Scoring,
+        window: int | None,
+        up: UpProjections | None,
+    ) -> bool:
+        """Whether there can be a step for such tokens."""
+        assert up is not None
+        visibility = Visibility(0, 1, None, 0, True, window)
+        outer = query[..., : up.keys.shape[1]]
+        return (
+            can_keep(keys, values, scoring)
+            and supports(query, pages, dense_tokens(slots, window), visibility, scoring)
+            and query.numel() > 0
+            and supports_projection(outer, up.keys)
+            and supports_projection(query.new_empty(1, 1, query.shape[1], slots.keys.shape[3]), up.values)
+        )
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
+    ) -> torch.Tensor:
+        attend, token, threads = self._attend, self._token, torch.get_num_threads()
+        output = torch.empty(self._sizes, dtype=query.dtype)
+        self._absorb.x, self._expand.out = query.data_ptr(), output.data_ptr()
+        token.first, token.second = keys.data_ptr(), values.data_ptr()
+        attend.slots, attend.start = slot + 1, position
+        self._absorb.threads = attend.threads = self._expand.threads = threads
+        if self._run(self._reference):
+            raise MemoryError("attention over a KVCache: no memory left for the partial results")
+        return output
+
+
+def _by_head(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of sequences, heads and queries of ``[B, q, H, D]``."""
+    batch, length, heads, _ = x.stride()
+    return batch, heads, length
+
+
+def _set_query(call: library.Latent, query: torch.Tensor, output: torch.Tensor, log_sum_exp: torch.Tensor) -> None:
+    call.query, call.output, call.log_sum_exp = query.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr()
+    call.query_level = DENSE[query.dtype]
+    call.query_batch, call.query_head, call.query_token, _ = query.stride()
+    call.batch, call.heads, call.length, _ = query.shape
+
+
+def _template(pages: Pages | None, rank: int, rotary: int) -> library.Latent:
+    return _without_pages(rank, rotary) if pages is None else _with_pages(pages)
 
 
 def _with_pages(pages: Pages) -> library.Latent:
@@ -137,13 +229,18 @@ def expand(latents: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The twin of :func:`hf_kvcache.kernels.latent_decode.reference.expand`, for what is supported."""
     batch, length, heads, _ = latents.shape
     out = torch.empty(batch, length, heads, weight.shape[1], dtype=latents.dtype)
-    (x_batch, x_token, x_head, _), (out_batch, out_token, out_head, _) = latents.stride(), out.stride()
-    strides = (x_batch, x_head, x_token), (out_batch, out_head, out_token)
-    _project(True, latents, strides[0], weight, out, strides[1], (batch, heads, length))
+    _project(True, latents, _by_head(latents), weight, out, _by_head(out), (batch, heads, length))
     return out
 
 
-def _project(
+def _project(*arguments: Any) -> None:
+    call = _projection(*arguments)
+    call.threads = torch.get_num_threads()
+    if library.load().hfkv_project(byref(call)):
+        raise MemoryError("attention over a KVCache: no memory left to project its queries")
+
+
+def _projection(
     transposed: bool,
     x: torch.Tensor,
     x_strides: tuple[int, ...],
@@ -151,12 +248,13 @@ def _project(
     out: torch.Tensor,
     out_strides: tuple[int, ...],
     sizes: tuple[int, int, int],
-) -> None:
-    """Strides and sizes are those of sequences, heads and queries."""
-    pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+) -> library.Project:
+    """The call but for its threads; strides and sizes are those of sequences, heads and queries."""
     # By position: a struct is filled at once, which by name takes as long as all the rest of the call.
-    call = library.Project(
-        *pointers,
+    return library.Project(
+        x.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
         DENSE[x.dtype],
         transposed,
         *sizes,
@@ -164,7 +262,4 @@ def _project(
         *x_strides,
         *out_strides,
         *weight.stride()[:2],
-        torch.get_num_threads(),
     )
-    if library.load().hfkv_project(byref(call)):
-        raise MemoryError("attention over a KVCache: no memory left to project its queries")

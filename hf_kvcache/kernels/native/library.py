@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.native.build import LIBRARY
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 
@@ -35,6 +35,18 @@ class Layout(Structure):
     _fields_ = (("keys", Side), ("values", Side), ("page_size", c_int32), ("record_bytes", c_int64))
 
 
+class Token(Structure):
+    """``HfkvToken``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("first", "second")),
+        *((name, c_int64) for name in ("first_batch", "first_head", "second_batch", "second_head")),
+        ("positions", c_void_p),
+        ("positions_batch", c_int64),
+        ("lengths", c_void_p),
+    )
+
+
 class Attend(Structure):
     """``HfkvAttend``."""
 
@@ -53,7 +65,9 @@ class Attend(Structure):
         *((name, c_int64) for name in ("keys_batch", "keys_head", "keys_token")),
         *((name, c_int64) for name in ("values_batch", "values_head", "values_token")),
         *((name, c_void_p) for name in ("dense_positions", "dense_unused")),
-        *((name, c_int64) for name in ("positions_batch", "unused_batch", "start", "window")),
+        *((name, c_int64) for name in ("positions_batch", "unused_batch")),
+        ("token", Token),
+        *((name, c_int64) for name in ("start", "window")),
         ("causal", c_int32),
         *((name, c_float) for name in ("inner_scale", "softcap")),
         *((name, c_void_p) for name in ("sink_logits", "page_mass", "dense_mass")),
@@ -78,7 +92,9 @@ class Latent(Structure):
         *((name, c_int32) for name in ("dense_level", "slots")),
         *((name, c_int64) for name in ("latents_batch", "latents_token", "rotary_batch", "rotary_token")),
         *((name, c_void_p) for name in ("dense_positions", "dense_unused")),
-        *((name, c_int64) for name in ("positions_batch", "unused_batch", "start", "window")),
+        *((name, c_int64) for name in ("positions_batch", "unused_batch")),
+        ("token", Token),
+        *((name, c_int64) for name in ("start", "window")),
         ("causal", c_int32),
         ("mask", c_void_p),
         *((name, c_int64) for name in ("mask_batch", "mask_head", "mask_query", "mask_start", "mask_width")),
@@ -98,6 +114,12 @@ class Project(Structure):
         *((name, c_int64) for name in ("weight_head", "weight_row")),
         ("threads", c_int32),
     )
+
+
+class LatentStep(Structure):
+    """``HfkvLatentStep``."""
+
+    _fields_ = (("absorb", Project), ("attend", Latent), ("expand", Project))
 
 
 class Grid(Structure):
@@ -186,6 +208,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.hfkv_latent_attend.restype = c_int32
     library.hfkv_project.argtypes = [POINTER(Project)]
     library.hfkv_project.restype = c_int32
+    library.hfkv_latent_step.argtypes = [POINTER(LatentStep)]
+    library.hfkv_latent_step.restype = c_int32
     library.hfkv_decode_side.argtypes = [POINTER(Layout), c_int32, c_void_p, c_int64, c_void_p, c_int32]
     library.hfkv_decode_side.restype = None
     library.hfkv_encode.argtypes = [POINTER(Encode)]

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 3
+#define HFKV_ABI_VERSION 4
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -36,6 +36,17 @@ struct HfkvLayout {
     int64_t record_bytes;
 };
 
+// One new token of each sequence, at the position of the query, which is first put into the last of the full-precision
+// slots that the call attends to. Its sides [B, H, D] are of the slots' level, by strides in elements; first null: no token.
+struct HfkvToken {
+    const void* first;
+    const void* second;
+    int64_t first_batch, first_head, second_batch, second_head;
+    int64_t* positions;  // [B, slots] of the slots, rows apart by positions_batch
+    int64_t positions_batch;
+    int64_t* lengths;    // [B], slots in use; set once nothing can fail any more
+};
+
 struct HfkvAttend {
     const HfkvLayout* layout;
     // float32 query [B, Hq, q, Dk] by strides in elements; output [B, q, Hq, Dv]; log_sum_exp [B, Hq, q].
@@ -60,6 +71,7 @@ struct HfkvAttend {
     const int64_t* dense_positions;
     const uint8_t* dense_unused;
     int64_t positions_batch, unused_batch;
+    HfkvToken token;  // its sides are keys and values
     // What the queries may see, and how scores are made.
     int64_t start, window;  // window 0: none
     int32_t causal;
@@ -96,6 +108,7 @@ struct HfkvLatent {
     const int64_t* dense_positions;
     const uint8_t* dense_unused;
     int64_t positions_batch, unused_batch;
+    HfkvToken token;  // its sides are latents and rotary keys, of one head
     // What the queries may see: mask [B, H, q, mask_width] by strides, 0 where all have the same; null: none.
     int64_t start, window;  // window 0: none
     int32_t causal;
@@ -116,6 +129,14 @@ struct HfkvProject {
     int32_t batch, heads, length, n, width;
     int64_t x_batch, x_head, x_token, out_batch, out_head, out_token, weight_head, weight_row;
     int32_t threads;
+};
+
+// A decode step of latent attention: queries [B, H, dn + dr] at absorb.x become attend.query (their first dn elements
+// projected, the others as they are), attend.output becomes expand.out. Length 1; all of one level.
+struct HfkvLatentStep {
+    HfkvProject absorb;
+    HfkvLatent attend;
+    HfkvProject expand;
 };
 
 // How a side is encoded: hf_kvcache/codecs.
@@ -153,6 +174,8 @@ int32_t hfkv_attend(const HfkvAttend* call);
 int32_t hfkv_latent_attend(const HfkvLatent* call);
 // Project a few vectors; returns 0, or 1 if memory ran out.
 int32_t hfkv_project(const HfkvProject* call);
+// A decode step; returns 0, or 1 if memory ran out (the token is not counted then).
+int32_t hfkv_latent_step(const HfkvLatentStep* call);
 // Decode one side of n records (their addresses) into float32 [n, P, D], in the rotated basis, without the mean.
 void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out,
                       int32_t threads);

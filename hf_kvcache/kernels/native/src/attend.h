@@ -5,6 +5,7 @@
 
 #include "rotate.h"
 #include "side.h"
+#include "workspace.h"
 
 namespace {
 
@@ -104,12 +105,6 @@ inline void prepare_row(const Run& run, int row) {
     }
 }
 
-// Where the scores of n keys from `key` on go if the probabilities are wanted: [queries, keys] of this row.
-struct Kept {
-    float* scores;
-    int64_t pitch;
-};
-
 inline void begin(const Run& run, Partial& p) {
     for (int m = 0; m < run.queries; m++) p.top[m] = kMinusInfinity, p.total[m] = 0;
     std::memset(p.output, 0, sizeof(float) * run.queries * run.value_pitch);
@@ -199,10 +194,38 @@ inline void attend_page(const Run& run, int row, int column, bool last, float* k
     page_output(run.values, run.page_size, record, n, s.scores, run.queries, run.page_pitch, s, p.output, run.value_pitch);
 }
 
+// Puts one side of a new token into the last slot of every row.
+inline void store_side(const void* from, int64_t from_batch, int64_t from_head, void* slots, int64_t batch, int64_t head, int batches,
+                       int heads, int64_t bytes, int64_t width) {
+    for (int b = 0; b < batches; b++)
+        for (int h = 0; h < heads; h++)
+            std::memcpy((uint8_t*)slots + width * (b * batch + h * head), (const uint8_t*)from + width * (b * from_batch + h * from_head), bytes);
+}
+
+// The token's position and, once it counts, the number of slots in use.
+inline void note_position(const HfkvToken& token, int batches, int slots, int64_t position) {
+    for (int b = 0; b < batches; b++) token.positions[b * token.positions_batch + slots - 1] = position;
+}
+
+inline void count_token(const HfkvToken& token, int batches, int slots) {
+    if (!token.first) return;
+    for (int b = 0; b < batches; b++) token.lengths[b] = slots;
+}
+
+inline void take_in(const HfkvAttend& c) {
+    if (!c.token.first) return;
+    const int64_t width = width_of(c.dense_level), slot = c.slots - 1;
+    store_side(c.token.first, c.token.first_batch, c.token.first_head, (uint8_t*)c.dense_keys + width * slot * c.keys_token,
+               c.keys_batch, c.keys_head, c.batch, c.heads, width * c.layout->keys.dim, width);
+    store_side(c.token.second, c.token.second_batch, c.token.second_head, (uint8_t*)c.dense_values + width * slot * c.values_token,
+               c.values_batch, c.values_head, c.batch, c.heads, width * c.layout->values.dim, width);
+    note_position(c.token, c.batch, c.slots, c.start);
+}
+
 inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Partial& p) {
     const HfkvAttend& c = run.call;
     const int b = row / c.heads, head = row % c.heads;
-    const int width = c.dense_level == HFKV_FLOAT32 ? 4 : 2;
+    const int64_t width = width_of(c.dense_level);
     for (int start = 0; start < c.slots; start += kDenseTile) {
         const int n = c.slots - start < kDenseTile ? c.slots - start : kDenseTile;
         const uint8_t* keys = (const uint8_t*)c.dense_keys + width * (b * c.keys_batch + head * c.keys_head + start * c.keys_token);
@@ -305,10 +328,11 @@ inline int attend(const HfkvAttend& given) {
     const int64_t page_keys = (int64_t)call.columns * run.page_size;
     float* page_scores = room_for_scores(run, page_keys, call.page_mass);
     float* dense_scores = room_for_scores(run, call.slots, call.dense_mass);
-    char* allocated = (char*)std::malloc(run.bytes());
-    const bool failed = !allocated || (call.page_mass && !page_scores) || (call.dense_mass && !dense_scores);
+    const Workspace workspace(run.bytes());
+    const bool failed = !workspace.at() || (call.page_mass && !page_scores) || (call.dense_mass && !dense_scores);
     if (!failed) {
-        run.memory = (char*)(((uintptr_t)allocated + 63) & ~(uintptr_t)63);
+        run.memory = workspace.at();
+        take_in(call);
 #pragma omp parallel num_threads(call.threads)
         {
 #if defined(_OPENMP)
@@ -345,8 +369,8 @@ inline int attend(const HfkvAttend& given) {
             release_tiles();
 #endif
         }
+        count_token(call.token, call.batch, call.slots);
     }
-    std::free(allocated);
     std::free(page_scores);
     std::free(dense_scores);
     return failed;

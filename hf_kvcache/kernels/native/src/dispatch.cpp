@@ -15,11 +15,13 @@
     int hfkv_attend_##isa(const HfkvAttend*);                                                                      \
     int hfkv_latent_attend_##isa(const HfkvLatent*);                                                               \
     int hfkv_project_##isa(const HfkvProject*);                                                                    \
+    int hfkv_latent_step_##isa(const HfkvLatentStep*);                                                             \
     void hfkv_decode_side_##isa(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);                     \
     int hfkv_encode_##isa(const HfkvEncode*);
 
-#define HFKV_KERNELS(isa) \
-    hfkv_attend_##isa, hfkv_latent_attend_##isa, hfkv_project_##isa, hfkv_decode_side_##isa, hfkv_encode_##isa
+#define HFKV_KERNELS(isa)                                                                             \
+    hfkv_attend_##isa, hfkv_latent_attend_##isa, hfkv_project_##isa, hfkv_latent_step_##isa, hfkv_decode_side_##isa, \
+        hfkv_encode_##isa
 
 HFKV_DECLARE(portable)
 #if defined(HFKV_X86)
@@ -37,6 +39,7 @@ struct Isa {
     int (*attend)(const HfkvAttend*);
     int (*latent_attend)(const HfkvLatent*);
     int (*project)(const HfkvProject*);
+    int (*latent_step)(const HfkvLatentStep*);
     void (*decode_side)(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);
     int (*encode)(const HfkvEncode*);
 };
@@ -104,6 +107,8 @@ int32_t hfkv_attend(const HfkvAttend* call) { return current->attend(call); }
 int32_t hfkv_latent_attend(const HfkvLatent* call) { return current->latent_attend(call); }
 
 int32_t hfkv_project(const HfkvProject* call) { return current->project(call); }
+
+int32_t hfkv_latent_step(const HfkvLatentStep* call) { return current->latent_step(call); }
 
 void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out, int32_t threads) {
     current->decode_side(layout, values, addresses, n, out, threads);

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "rotate.h"
+#include "workspace.h"
 
 namespace {
 
@@ -311,7 +312,8 @@ inline int encode_pages(const HfkvEncode& call) {
     const int tokens = call.layout->page_size, dim = side.dim;
     const size_t elements = (size_t)tokens * dim, floats = 2 * elements + tokens + 7 * (size_t)dim;
     const size_t bytes = (floats * sizeof(float) + elements + 63) & ~(size_t)63;
-    char* memory = (char*)std::malloc(bytes * call.threads);
+    const Workspace workspace(bytes * call.threads);
+    char* memory = workspace.at();
     if (!memory) return 1;
 #pragma omp parallel num_threads(call.threads)
     {
@@ -328,7 +330,6 @@ inline int encode_pages(const HfkvEncode& call) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < call.pages; i++) encode_page(call, side, i, p, raw);
     }
-    std::free(memory);
     return 0;
 }
 

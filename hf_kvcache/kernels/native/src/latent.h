@@ -593,13 +593,25 @@ inline int64_t bytes_read(const HfkvLatent& c) {
     return c.batch * (c.columns * c.layout->record_bytes + dense);
 }
 
+inline void take_in(const HfkvLatent& c) {
+    if (!c.token.first) return;
+    const int64_t width = width_of(c.dense_level), slot = c.slots - 1;
+    store_side(c.token.first, c.token.first_batch, 0, (uint8_t*)c.dense_latents + width * slot * c.latents_token, c.latents_batch, 0,
+               c.batch, 1, width * c.layout->keys.dim, width);
+    store_side(c.token.second, c.token.second_batch, 0, (uint8_t*)c.dense_rotary + width * slot * c.rotary_token, c.rotary_batch, 0,
+               c.batch, 1, width * c.layout->values.dim, width);
+    note_position(c.token, c.batch, c.slots, c.start);
+}
+
+// The token is taken in, but not counted yet.
 inline int attend_latents(const HfkvLatent& given) {
     HfkvLatent call = given;
     if (bytes_read(call) < kOneThreadBytes) call.threads = 1;
     LatentRun run(call);
-    char* allocated = (char*)std::malloc(run.bytes());
-    if (!allocated) return 1;
-    run.memory = (char*)(((uintptr_t)allocated + 63) & ~(uintptr_t)63);
+    const Workspace workspace(run.bytes());
+    if (!workspace.at()) return 1;
+    run.memory = workspace.at();
+    take_in(call);
     const int prepared = call.batch * run.blocks, first = run.page_splits ? 0 : 1, bases = (run.page_splits > 0) + (run.dense_splits > 0);
 #pragma omp parallel num_threads(call.threads)
     {
@@ -623,7 +635,6 @@ inline int attend_latents(const HfkvLatent& given) {
         for (int i = 0; i < call.batch * run.queries; i++)
             finish_latent_query(run, i / run.queries, i % run.queries, s.latents.floats);
     }
-    std::free(allocated);
     return 0;
 }
 

@@ -105,8 +105,6 @@ inline void widen(const uint8_t* data, int64_t stride, int n, int dim, float* ou
     }
 }
 
-inline int width_of(int level) { return level == HFKV_FLOAT32 ? 4 : level >= HFKV_BFLOAT16 ? 2 : 1; }
-
 // Rows of a dense dtype in float32: where they lie, or widened in `out` [n, dim].
 inline FloatRows dense_floats(int level, const uint8_t* data, int64_t stride, int n, int dim, float* out) {
     if (level == HFKV_FLOAT32) return {data, stride};

@@ -92,7 +92,8 @@ inline int project(const HfkvProject& call) {
     const int64_t floats = (int64_t)call.batch * call.length * (call.n + call.width) + 16;
     const int64_t bytes = (int64_t)call.heads * call.n * call.width * width_of(call.level);
     const int threads = bytes < kOneThreadBytes ? 1 : call.threads;
-    float* buffers = (float*)std::malloc(sizeof(float) * floats * threads);
+    const Workspace workspace(sizeof(float) * floats * threads);
+    float* buffers = (float*)workspace.at();
     if (!buffers) return 1;
     // Heads are split where there are few of them; a part is a multiple of 16 of what is computed.
     const int outer = call.transposed ? call.n : call.width, sixteens = (outer + 15) / 16;
@@ -108,7 +109,20 @@ inline int project(const HfkvProject& call) {
 #endif
         project_part(call, head, first, last < outer ? last : outer, buffer);
     }
-    std::free(buffers);
+    return 0;
+}
+
+inline int latent_step(const HfkvLatentStep& call) {
+    const HfkvProject &absorb = call.absorb, &expand = call.expand;
+    const HfkvLatent& attend = call.attend;
+    if (project(absorb)) return 1;
+    const int64_t width = width_of(absorb.level), rank = attend.layout->keys.dim, rotary = attend.layout->values.dim;
+    for (int b = 0; b < attend.batch; b++)
+        for (int h = 0; h < attend.heads; h++)
+            std::memcpy((uint8_t*)attend.query + width * (b * attend.query_batch + h * attend.query_head + rank),
+                        (const uint8_t*)absorb.x + width * (b * absorb.x_batch + h * absorb.x_head + absorb.n), width * rotary);
+    if (attend_latents(attend) || project(expand)) return 1;
+    count_token(attend.token, attend.batch, attend.slots);
     return 0;
 }
 

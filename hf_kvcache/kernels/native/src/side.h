@@ -51,6 +51,9 @@ void by_fours(int count, const Op& op) {
     }
 }
 
+// Bytes of an element that is not looked up.
+inline int width_of(int level) { return level == HFKV_FLOAT32 ? 4 : level >= HFKV_BFLOAT16 ? 2 : 1; }
+
 // The elements of tokens before scaling, `stride` bytes apart.
 struct Rows {
     int level, offset, dim;
@@ -116,8 +119,7 @@ inline Rows page_rows(const HfkvSide& side, const uint8_t* record, int n, Scratc
         expand(codes, side.bits, n, side.dim, side.levels, s.bytes, s.next);
         codes = s.bytes;
     }
-    const int width = side.level == HFKV_FLOAT32 ? 4 : side.level == HFKV_BFLOAT16 || side.level == HFKV_FLOAT16 ? 2 : 1;
-    return {side.level, side.offset, side.dim, codes, (int64_t)width * side.dim};
+    return {side.level, side.offset, side.dim, codes, (int64_t)width_of(side.level) * side.dim};
 }
 
 inline float element(const Rows& rows, int t, int c) {

@@ -1,0 +1,63 @@
+"""What steps of the C++ kernels have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring, Slots, UpProjections
+from hf_kvcache.kernels.native import library
+
+
+class NativeStep:
+    """A call that stays filled in; what changes from token to token is set (:class:`hf_kvcache.kernels.step.Step`)."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        pages: Pages | None,
+        slots: Slots,
+        scoring: Scoring,
+        window: int | None,
+        up: UpProjections | None,
+    ) -> None:
+        self.pages, self.slots, self.up = pages, slots, up
+        self._scoring, self._kind = scoring, _kind(query, keys, values)
+
+    def fits(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> bool:
+        """Whether a token lies in memory, and is to be scored, like the one it was made for."""
+        own = self._scoring
+        return (
+            own.sink_logits is scoring.sink_logits
+            and own.scaling == scoring.scaling
+            and own.softcap == scoring.softcap
+            and self._kind == _kind(query, keys, values)
+        )
+
+
+def can_keep(keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> bool:
+    """Whether a call for such tokens can be kept."""
+    sinks = scoring.sink_logits
+    # Other sink logits are converted, and what was converted would not follow when they change.
+    plain = sinks is None or (sinks.dtype == torch.float32 and sinks.is_contiguous())
+    return plain and keys.stride(-1) == 1 and (values.stride(-1) == 1 or values.shape[-1] == 0)
+
+
+def dense_tokens(slots: Slots, window: int | None) -> DenseTokens:
+    """All slots, with their positions where a window asks for them."""
+    return DenseTokens(slots.keys, slots.values, None if window is None else torch.from_numpy(slots.positions))
+
+
+def set_token(token: library.Token, keys: torch.Tensor, values: torch.Tensor, slots: Slots) -> None:
+    """Fill in how a new token lies in memory, and what is noted of it."""
+    token.first_batch, token.first_head, _, _ = keys.stride()
+    token.second_batch, token.second_head, _, _ = values.stride()
+    token.positions, token.lengths = slots.positions.ctypes.data, slots.lengths.ctypes.data
+    token.positions_batch = slots.positions.strides[0] // slots.positions.itemsize
+
+
+def _kind(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
+    return query.shape, query.stride(), query.dtype, keys.stride(), values.stride()

@@ -1,0 +1,69 @@
+"""Steps of plain decoding: attention of one new token a sequence, in calls that are kept from token to token."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from hf_kvcache.kernels.dispatch import twin
+from hf_kvcache.kernels.inputs import Pages, Scoring, Slots, UpProjections
+
+
+class Step(Protocol):
+    """Attention of one new token a sequence, made once and called for one token after the other.
+
+    What it is called for has to be what it was made for: the same pages, slots and up-projections, and what
+    :meth:`fits`.
+
+    Attributes:
+        pages: the pages it reads; None if there are none.
+        slots: where full-precision tokens lie, and the new one goes.
+        up: the up-projections, if what is stored are latents.
+    """
+
+    pages: Pages | None
+    slots: Slots
+    up: UpProjections | None
+
+    def fits(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> bool:
+        """Whether a token lies in memory, and is to be scored, like the one it was made for."""
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
+    ) -> torch.Tensor:
+        """Put the token into ``slot``, note its position and count it, and attend to it and to all before it.
+
+        Returns:
+            ``[B, 1, Hq, Dv]``.
+
+        Raises:
+            MemoryError: if there is no memory for partial results; the token is not counted then.
+        """
+
+
+def prepare_step(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pages: Pages | None,
+    slots: Slots,
+    scoring: Scoring,
+    window: int | None,
+    up: UpProjections | None = None,
+) -> Step | None:
+    """A step for tokens like this one, by the twin for their device; None if it has none that can do it.
+
+    Args:
+        query: ``[B, Hq, 1, Dk]``.
+        keys: of the new token, ``[B, Hkv, 1, Dk]``, none of them padding; or its latents.
+        values: of the new token, ``[B, Hkv, 1, Dv]``; or its rotary keys.
+        pages: the pages; None if there are none.
+        slots: where full-precision tokens lie, equally many in every sequence.
+        scoring: how scores are made.
+        window: tokens a query sees (sliding windows); None for all.
+        up: what turns latents into keys and values; None if keys and values are stored.
+    """
+    make = getattr(twin("decode" if up is None else "latent_decode", query.device), "Step", None)
+    arguments = query, keys, values, pages, slots, scoring, window, up
+    return make(*arguments) if make is not None and make.supports(*arguments) else None
