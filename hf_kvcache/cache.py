@@ -98,9 +98,11 @@ class KVCache(Cache):
                 f"layer_idx={layer_idx!r}: this cache was built for a {self.config.model_type!r} model of "
                 f"{len(self.layers)} layers; build one from the config of the model that runs"
             )
-        if not getattr(self.layers[layer_idx], "is_initialized", True):
+        layer = self.layers[layer_idx]
+        if not getattr(layer, "is_initialized", True):
             check_states(self.config, key_states)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        # What the base class does beside this is for caches that offload, or make their layers as they go.
+        return layer.update(key_states, value_states, *args, **kwargs)
 
     @property
     def batch_size(self) -> int:
