@@ -102,7 +102,7 @@ class KVCache(Cache):
         if not getattr(layer, "is_initialized", True):
             check_states(self.config, key_states)
         # What the base class does beside this is for caches that offload, or make their layers as they go.
-        return layer.update(key_states, value_states, *args, **kwargs)
+        return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
 
     @property
     def batch_size(self) -> int:

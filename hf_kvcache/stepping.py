@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.incoming import NewTokens
-from hf_kvcache.kernels.inputs import Scoring, Slots, UpProjections
+from hf_kvcache.kernels.inputs import Scoring, Slots, StepInputs, UpProjections
 from hf_kvcache.kernels.step import Step, prepare_step
 from hf_kvcache.storage import PagedStorage
 
@@ -68,4 +68,4 @@ class Steps:
     ) -> Step | None:
         dense = storage.dense
         slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths)
-        return prepare_step(query, new.keys, new.values, storage.pages(), slots, scoring, self.window, up)
+        return prepare_step(StepInputs(query, new.keys, new.values, storage.pages(), slots, scoring, self.window, up))

@@ -189,6 +189,31 @@ class Slots:
     lengths: np.ndarray
 
 
+@dataclass
+class StepInputs:
+    """What a step of plain decoding is made for: a token, and what stays as it is for the tokens behind it.
+
+    Attributes:
+        query: ``[B, Hq, 1, Dk]``.
+        keys: of the new token, ``[B, Hkv, 1, Dk]``, none of them padding; or its latents.
+        values: of the new token, ``[B, Hkv, 1, Dv]``; or its rotary keys.
+        pages: the pages; None if there are none.
+        slots: where full-precision tokens lie, equally many in every sequence.
+        scoring: how scores are made.
+        window: tokens a query sees (sliding windows); None for all.
+        up: what turns latents into keys and values; None if keys and values are stored.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    pages: Pages | None
+    slots: Slots
+    scoring: Scoring
+    window: int | None
+    up: UpProjections | None = None
+
+
 class Attention(NamedTuple):
     """What attention gives.
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from hf_kvcache.kernels.dispatch import twin
-from hf_kvcache.kernels.inputs import Pages, Scoring, Slots, UpProjections
+from hf_kvcache.kernels.inputs import Pages, Scoring, Slots, StepInputs, UpProjections
 
 
 class Step(Protocol):
@@ -42,28 +42,8 @@ class Step(Protocol):
         """
 
 
-def prepare_step(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    pages: Pages | None,
-    slots: Slots,
-    scoring: Scoring,
-    window: int | None,
-    up: UpProjections | None = None,
-) -> Step | None:
-    """A step for tokens like this one, by the twin for their device; None if it has none that can do it.
-
-    Args:
-        query: ``[B, Hq, 1, Dk]``.
-        keys: of the new token, ``[B, Hkv, 1, Dk]``, none of them padding; or its latents.
-        values: of the new token, ``[B, Hkv, 1, Dv]``; or its rotary keys.
-        pages: the pages; None if there are none.
-        slots: where full-precision tokens lie, equally many in every sequence.
-        scoring: how scores are made.
-        window: tokens a query sees (sliding windows); None for all.
-        up: what turns latents into keys and values; None if keys and values are stored.
-    """
-    make = getattr(twin("decode" if up is None else "latent_decode", query.device), "Step", None)
-    arguments = query, keys, values, pages, slots, scoring, window, up
-    return make(*arguments) if make is not None and make.supports(*arguments) else None
+def prepare_step(inputs: StepInputs) -> Step | None:
+    """A step for tokens like this one, by the twin for their device; None if it has none that can do it."""
+    op = "decode" if inputs.up is None else "latent_decode"
+    make = getattr(twin(op, inputs.query.device), "Step", None)
+    return make(inputs) if make is not None and make.supports(inputs) else None

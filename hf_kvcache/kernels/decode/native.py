@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, Slots, UpProjections
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, StepInputs
 from hf_kvcache.kernels.native import library
 from hf_kvcache.kernels.native.calls import set_pages, set_places, set_scoring
 from hf_kvcache.kernels.native.layouts import DENSE, make_layout, native_layout
-from hf_kvcache.kernels.native.step import NativeStep, can_keep, dense_tokens, set_token
+from hf_kvcache.kernels.native.step import NativeStep, all_slots, can_keep, set_token
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -66,47 +66,28 @@ def attend(
 class Step(NativeStep):
     """Attention over keys and values of one new token a sequence, again and again."""
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        pages: Pages | None,
-        slots: Slots,
-        scoring: Scoring,
-        window: int | None,
-        up: UpProjections | None,
-    ) -> None:
-        super().__init__(query, keys, values, pages, slots, scoring, window, up)
-        batch, query_heads, _, _ = query.shape
+    def __init__(self, inputs: StepInputs) -> None:
+        super().__init__(inputs)
+        slots, batch, query_heads = inputs.slots, *inputs.query.shape[:2]
         key_dim, value_dim = slots.keys.shape[3], slots.values.shape[3]
         self._sizes = batch, 1, query_heads, value_dim
         self._log_sum_exp = torch.empty(batch, query_heads, 1)
-        call = self._call = library.Attend.from_buffer_copy(_template(pages, key_dim, value_dim))
+        call = self._call = library.Attend.from_buffer_copy(_template(inputs.pages, key_dim, value_dim))
         call.log_sum_exp = self._log_sum_exp.data_ptr()
         call.batch, call.query_heads, call.heads, call.length = batch, query_heads, slots.keys.shape[1], 1
-        call.query_batch, call.query_head, call.query_token, _ = _floats(query).stride()
-        _set_dense(call, dense_tokens(slots, window))
-        call.window = window or 0
-        set_scoring(call, scoring)
+        call.query_batch, call.query_head, call.query_token, _ = _floats(inputs.query).stride()
+        _set_dense(call, all_slots(inputs))
+        call.window = inputs.window or 0
+        set_scoring(call, inputs.scoring)
         self._token = call.token
-        set_token(self._token, keys, values, slots)
+        set_token(self._token, inputs.keys, inputs.values, slots)
         self._run, self._reference = library.load().hfkv_attend, byref(call)
 
     @staticmethod
-    def supports(
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        pages: Pages | None,
-        slots: Slots,
-        scoring: Scoring,
-        window: int | None,
-        up: UpProjections | None,
-    ) -> bool:
+    def supports(inputs: StepInputs) -> bool:
         """Whether there can be a step for such tokens."""
-        visibility = Visibility(0, 1, None, 0, True, window)
-        return can_keep(keys, values, scoring) and supports(query, pages, dense_tokens(slots, window), visibility)
+        visibility = Visibility(0, 1, None, 0, True, inputs.window)
+        return can_keep(inputs) and supports(inputs.query, inputs.pages, all_slots(inputs), visibility)
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int

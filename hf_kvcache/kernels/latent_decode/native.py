@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, Slots, UpProjections
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, StepInputs
 from hf_kvcache.kernels.native import library
 from hf_kvcache.kernels.native.calls import set_pages, set_places, set_scoring
 from hf_kvcache.kernels.native.layouts import DENSE, make_layout, native_layout
-from hf_kvcache.kernels.native.step import NativeStep, can_keep, dense_tokens, set_token
+from hf_kvcache.kernels.native.step import NativeStep, all_slots, can_keep, set_token
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -77,18 +77,9 @@ def latent_attend(
 class Step(NativeStep):
     """Absorbed attention over latents of one new token a sequence, again and again, projections included."""
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        pages: Pages | None,
-        slots: Slots,
-        scoring: Scoring,
-        window: int | None,
-        up: UpProjections | None,
-    ) -> None:
-        super().__init__(query, keys, values, pages, slots, scoring, window, up)
+    def __init__(self, inputs: StepInputs) -> None:
+        super().__init__(inputs)
+        query, slots, up = inputs.query, inputs.slots, inputs.up
         assert up is not None
         batch, heads, _, _ = query.shape
         rank, rotary, dtype = slots.keys.shape[3], slots.values.shape[3], query.dtype
@@ -96,12 +87,12 @@ class Step(NativeStep):
         self._query = torch.empty(batch, heads, 1, rank + rotary, dtype=dtype)
         self._latents = torch.empty(batch, 1, heads, rank, dtype=dtype)
         self._log_sum_exp = torch.empty(batch, heads, 1)
-        attend = library.Latent.from_buffer_copy(_template(pages, rank, rotary))
+        attend = library.Latent.from_buffer_copy(_template(inputs.pages, rank, rotary))
         _set_query(attend, self._query, self._latents, self._log_sum_exp)
-        _set_dense(attend, dense_tokens(slots, window))
-        _set_visibility(attend, Visibility(0, 1, None, 0, True, window))
-        set_scoring(attend, scoring)
-        set_token(attend.token, keys, values, slots)
+        _set_dense(attend, all_slots(inputs))
+        _set_visibility(attend, Visibility(0, 1, None, 0, True, inputs.window))
+        set_scoring(attend, inputs.scoring)
+        set_token(attend.token, inputs.keys, inputs.values, slots)
         sizes = batch, heads, 1
         inner, outer = self._latents, torch.empty(self._sizes, dtype=dtype)  # of the first token
         self._call = library.LatentStep(
@@ -115,26 +106,17 @@ class Step(NativeStep):
         self._run, self._reference = library.load().hfkv_latent_step, byref(self._call)
 
     @staticmethod
-    def supports(
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        pages: Pages | None,
-        slots: Slots,
-        scoring: Scoring,
-        window: int | None,
-        up: UpProjections | None,
-    ) -> bool:
+    def supports(inputs: StepInputs) -> bool:
         """Whether there can be a step for such tokens."""
+        query, up = inputs.query, inputs.up
         assert up is not None
-        visibility = Visibility(0, 1, None, 0, True, window)
-        outer = query[..., : up.keys.shape[1]]
+        visibility = Visibility(0, 1, None, 0, True, inputs.window)
+        latents = query.new_empty(1, 1, query.shape[1], inputs.slots.keys.shape[3])  # as attention will give them
         return (
-            can_keep(keys, values, scoring)
-            and supports(query, pages, dense_tokens(slots, window), visibility, scoring)
-            and query.numel() > 0
-            and supports_projection(outer, up.keys)
-            and supports_projection(query.new_empty(1, 1, query.shape[1], slots.keys.shape[3]), up.values)
+            can_keep(inputs)
+            and supports(query, inputs.pages, all_slots(inputs), visibility, inputs.scoring)
+            and supports_projection(query[..., : up.keys.shape[1]], up.keys)
+            and supports_projection(latents, up.values)
         )
 
     def __call__(

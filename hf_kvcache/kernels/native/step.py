@@ -6,26 +6,16 @@ from typing import Any
 
 import torch
 
-from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring, Slots, UpProjections
+from hf_kvcache.kernels.inputs import DenseTokens, Scoring, Slots, StepInputs
 from hf_kvcache.kernels.native import library
 
 
 class NativeStep:
     """A call that stays filled in; what changes from token to token is set (:class:`hf_kvcache.kernels.step.Step`)."""
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        pages: Pages | None,
-        slots: Slots,
-        scoring: Scoring,
-        window: int | None,
-        up: UpProjections | None,
-    ) -> None:
-        self.pages, self.slots, self.up = pages, slots, up
-        self._scoring, self._kind = scoring, _kind(query, keys, values)
+    def __init__(self, inputs: StepInputs) -> None:
+        self.pages, self.slots, self.up = inputs.pages, inputs.slots, inputs.up
+        self._scoring, self._kind = inputs.scoring, _kind(inputs.query, inputs.keys, inputs.values)
 
     def fits(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> bool:
         """Whether a token lies in memory, and is to be scored, like the one it was made for."""
@@ -38,21 +28,23 @@ class NativeStep:
         )
 
 
-def can_keep(keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> bool:
+def can_keep(inputs: StepInputs) -> bool:
     """Whether a call for such tokens can be kept."""
-    sinks = scoring.sink_logits
+    keys, values, sinks = inputs.keys, inputs.values, inputs.scoring.sink_logits
     # Other sink logits are converted, and what was converted would not follow when they change.
     plain = sinks is None or (sinks.dtype == torch.float32 and sinks.is_contiguous())
     return plain and keys.stride(-1) == 1 and (values.stride(-1) == 1 or values.shape[-1] == 0)
 
 
-def dense_tokens(slots: Slots, window: int | None) -> DenseTokens:
+def all_slots(inputs: StepInputs) -> DenseTokens:
     """All slots, with their positions where a window asks for them."""
-    return DenseTokens(slots.keys, slots.values, None if window is None else torch.from_numpy(slots.positions))
+    slots = inputs.slots
+    positions = None if inputs.window is None else torch.from_numpy(slots.positions)
+    return DenseTokens(slots.keys, slots.values, positions)
 
 
 def set_token(token: library.Token, keys: torch.Tensor, values: torch.Tensor, slots: Slots) -> None:
-    """Fill in how a new token lies in memory, and what is noted of it."""
+    """Fill in how a new token lies in memory, and where it is noted."""
     token.first_batch, token.first_head, _, _ = keys.stride()
     token.second_batch, token.second_head, _, _ = values.stride()
     token.positions, token.lengths = slots.positions.ctypes.data, slots.lengths.ctypes.data

@@ -194,15 +194,20 @@ inline void attend_page(const Run& run, int row, int column, bool last, float* k
     page_output(run.values, run.page_size, record, n, s.scores, run.queries, run.page_pitch, s, p.output, run.value_pitch);
 }
 
-// Puts one side of a new token into the last slot of every row.
-inline void store_side(const void* from, int64_t from_batch, int64_t from_head, void* slots, int64_t batch, int64_t head, int batches,
-                       int heads, int64_t bytes, int64_t width) {
+// A vector for each row, some bytes apart.
+struct Vectors {
+    const void* at;
+    int64_t batch, head;
+};
+
+// Puts one side of a new token, `bytes` long, where `to` says.
+inline void store_side(const Vectors& from, const Vectors& to, int batches, int heads, int64_t bytes) {
+    if (bytes == 0) return;
     for (int b = 0; b < batches; b++)
         for (int h = 0; h < heads; h++)
-            std::memcpy((uint8_t*)slots + width * (b * batch + h * head), (const uint8_t*)from + width * (b * from_batch + h * from_head), bytes);
+            std::memcpy((uint8_t*)to.at + b * to.batch + h * to.head, (const uint8_t*)from.at + b * from.batch + h * from.head, bytes);
 }
 
-// The token's position and, once it counts, the number of slots in use.
 inline void note_position(const HfkvToken& token, int batches, int slots, int64_t position) {
     for (int b = 0; b < batches; b++) token.positions[b * token.positions_batch + slots - 1] = position;
 }
@@ -213,13 +218,16 @@ inline void count_token(const HfkvToken& token, int batches, int slots) {
 }
 
 inline void take_in(const HfkvAttend& c) {
-    if (!c.token.first) return;
-    const int64_t width = width_of(c.dense_level), slot = c.slots - 1;
-    store_side(c.token.first, c.token.first_batch, c.token.first_head, (uint8_t*)c.dense_keys + width * slot * c.keys_token,
-               c.keys_batch, c.keys_head, c.batch, c.heads, width * c.layout->keys.dim, width);
-    store_side(c.token.second, c.token.second_batch, c.token.second_head, (uint8_t*)c.dense_values + width * slot * c.values_token,
-               c.values_batch, c.values_head, c.batch, c.heads, width * c.layout->values.dim, width);
-    note_position(c.token, c.batch, c.slots, c.start);
+    const HfkvToken& t = c.token;
+    if (!t.first) return;
+    const int64_t width = width_of(c.dense_level), slot = width * (c.slots - 1);
+    store_side({t.first, width * t.first_batch, width * t.first_head},
+               {(uint8_t*)c.dense_keys + slot * c.keys_token, width * c.keys_batch, width * c.keys_head}, c.batch, c.heads,
+               width * c.layout->keys.dim);
+    store_side({t.second, width * t.second_batch, width * t.second_head},
+               {(uint8_t*)c.dense_values + slot * c.values_token, width * c.values_batch, width * c.values_head}, c.batch, c.heads,
+               width * c.layout->values.dim);
+    note_position(t, c.batch, c.slots, c.start);
 }
 
 inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Partial& p) {

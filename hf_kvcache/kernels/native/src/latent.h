@@ -594,13 +594,14 @@ inline int64_t bytes_read(const HfkvLatent& c) {
 }
 
 inline void take_in(const HfkvLatent& c) {
-    if (!c.token.first) return;
-    const int64_t width = width_of(c.dense_level), slot = c.slots - 1;
-    store_side(c.token.first, c.token.first_batch, 0, (uint8_t*)c.dense_latents + width * slot * c.latents_token, c.latents_batch, 0,
-               c.batch, 1, width * c.layout->keys.dim, width);
-    store_side(c.token.second, c.token.second_batch, 0, (uint8_t*)c.dense_rotary + width * slot * c.rotary_token, c.rotary_batch, 0,
-               c.batch, 1, width * c.layout->values.dim, width);
-    note_position(c.token, c.batch, c.slots, c.start);
+    const HfkvToken& t = c.token;
+    if (!t.first) return;
+    const int64_t width = width_of(c.dense_level), slot = width * (c.slots - 1);
+    store_side({t.first, width * t.first_batch, 0}, {(uint8_t*)c.dense_latents + slot * c.latents_token, width * c.latents_batch, 0},
+               c.batch, 1, width * c.layout->keys.dim);
+    store_side({t.second, width * t.second_batch, 0}, {(uint8_t*)c.dense_rotary + slot * c.rotary_token, width * c.rotary_batch, 0},
+               c.batch, 1, width * c.layout->values.dim);
+    note_position(t, c.batch, c.slots, c.start);
 }
 
 // The token is taken in, but not counted yet.
