@@ -334,9 +334,10 @@ class KVCacheLayer(CacheLayerMixin):
             or (query.requires_grad and torch.is_grad_enabled())
         ):
             return None
-        padding = padding_of(attention_mask, new.position, 1, self.sliding_window)
-        if padding is None or not padding.none:
-            return None
+        if attention_mask is not None:
+            padding = padding_of(attention_mask, new.position, 1, self.sliding_window)
+            if padding is None or not padding.none:
+                return None
         return self.steps.attend(storage, new, query, scoring, up)
 
     def read(
