@@ -52,17 +52,11 @@ class LatentLayer(KVCacheLayer):
         # Under autocast the norm behind latents leaves float32, and rotary keys have the narrower dtype.
         return super().update(key_states, value_states.to(key_states.dtype), *args, **kwargs)
 
-    def attend_token(
-        self,
-        new: NewTokens,
-        storage: PagedStorage,
-        query: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scoring: Scoring,
-        up: UpProjections | None = None,
-    ) -> torch.Tensor | None:
+    def step(self, new: NewTokens, storage: PagedStorage, query: torch.Tensor, scoring: Scoring) -> torch.Tensor | None:
         up = None if self.expansion is None else self.expansion.up_projections()
-        output = None if up is None else super().attend_token(new, storage, query, attention_mask, scoring, up)
+        if up is None or self.steps is None:
+            return None
+        output = self.steps.attend(storage, new, query, scoring, up)
         self.absorbed += output is not None
         return output
 

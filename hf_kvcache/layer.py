@@ -17,7 +17,7 @@ from hf_kvcache.eviction_options import EvictionOptions
 from hf_kvcache.handle import KVHandle
 from hf_kvcache.incoming import NewTokens, check_update, dense_tokens
 from hf_kvcache.kernels.attention import attend
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, UpProjections
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.latent.projection import LayerProjection
 from hf_kvcache.masks import Padding, padding_of, valid_on_diagonal
@@ -318,16 +318,15 @@ class KVCacheLayer(CacheLayerMixin):
         query: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scoring: Scoring,
-        up: UpProjections | None = None,
     ) -> torch.Tensor | None:
         """Store the one new token and attend to it and to all held; None, and nothing stored, if it is more than that.
 
         More are several tokens, a padded or ragged batch, a mask that says more than causality, tokens that may be
-        rolled back, a gradient asked for. Where latents are stored, ``up`` turns them into keys and values.
+        rolled back, a gradient asked for.
         """
         if (
-            self.steps is None
-            or new.length != 1
+            new.length != 1
+            or query.shape[2] != 1
             or new.stored
             or self.record_past
             or storage.dense.uniform_length is None
@@ -338,7 +337,11 @@ class KVCacheLayer(CacheLayerMixin):
             padding = padding_of(attention_mask, new.position, 1, self.sliding_window)
             if padding is None or not padding.none:
                 return None
-        return self.steps.attend(storage, new, query, scoring, up)
+        return self.step(new, storage, query, scoring)
+
+    def step(self, new: NewTokens, storage: PagedStorage, query: torch.Tensor, scoring: Scoring) -> torch.Tensor | None:
+        """:meth:`attend_token` once it is known to be no more; None where no kernel does it at once."""
+        return None if self.steps is None else self.steps.attend(storage, new, query, scoring)
 
     def read(
         self,

@@ -118,11 +118,13 @@ def padding_of(mask: torch.Tensor | None, seen: int, length: int, window: int | 
     if mask is None:
         return Padding(None, seen, length, window)
     padding = getattr(mask, _TAG, None)
-    if padding is None and mask.dim() == 2:  # flash attention's masks
+    only_padding = mask.dim() == 2  # flash attention's masks: layers with a window and without may share one
+    if padding is None and only_padding:
         padding = Padding(mask, seen, length, window)
         setattr(mask, _TAG, padding)
-    fits = padding is not None and (padding.start, padding.length, padding.window) == (seen, length, window)
-    return padding if fits else None
+    if padding is None or (padding.start, padding.length) != (seen, length):
+        return None
+    return padding if only_padding or padding.window == window else None
 
 
 def valid_on_diagonal(mask: torch.Tensor, length: int) -> np.ndarray | None:

@@ -83,7 +83,7 @@ class DenseBuffer:
 
     def set_lengths(self, lengths: np.ndarray) -> None:
         """Say how many slots each sequence uses."""
-        self.lengths = lengths.copy()
+        self.lengths = lengths.astype(np.int64)  # kernels count in it
         self._note_lengths()
 
     def drop_oldest(self, rows: np.ndarray, count: int) -> None:
@@ -103,7 +103,7 @@ class DenseBuffer:
     def truncate_from(self, position: int) -> None:
         """Forget the tokens at ``position`` and after."""
         used = np.arange(self.capacity)[None] < self.lengths[:, None]
-        self.lengths = (used & (self.positions < position)).sum(1)
+        self.lengths = (used & (self.positions < position)).sum(1, dtype=np.int64)
         self._note_lengths()
 
     @torch.inference_mode(False)

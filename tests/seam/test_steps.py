@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCach
 from hf_kvcache.incoming import NewTokens
 from hf_kvcache.kernels.dispatch import reason_missing
 from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.masks import padding_of
 from hf_kvcache.stepping import Steps
 from tests import families, mla_families
 from tests.running import ROUNDING, forward, full_cache, left_padded, prompt
@@ -163,6 +165,15 @@ def test_windows_of_padded_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         real = mask[:, at : at + length].bool()
         torch.testing.assert_close(got[real], expected[real], rtol=0, atol=ROUNDING)
         at += length
+
+
+def test_a_mask_of_padding_shared_by_layers() -> None:
+    """A 2D mask, as flash attention has it, is padding alone: layers of different windows know it for that."""
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    for window in (None, 2, 24, None):
+        padding = padding_of(mask, 3, 1, window)
+        assert padding is not None and not padding.none
+        assert padding.held.tolist() == [2, 3] and padding.held_from(np.array([1, 2])).tolist() == [2, 1]
 
 
 def _never(*args: Any) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from ctypes import byref, pointer
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, StepInputs
 from hf_kvcache.kernels.native import library
-from hf_kvcache.kernels.native.calls import set_pages, set_places, set_scoring
+from hf_kvcache.kernels.native.calls import run, set_pages, set_places, set_scoring
 from hf_kvcache.kernels.native.layouts import DENSE, make_layout, native_layout
-from hf_kvcache.kernels.native.step import NativeStep, all_slots, can_keep, set_token
+from hf_kvcache.kernels.native.step import NativeStep, all_slots, can_keep, set_token, sight
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -59,7 +57,7 @@ def attend(
             page_mass = torch.empty(batch, query_heads, pages.columns * pages.layout.page_size)
             call.page_mass = page_mass.data_ptr()
     call.threads = torch.get_num_threads()
-    _run(library.load().hfkv_attend, byref(call))
+    run(library.load().hfkv_attend, byref(call))
     return Attention(output.to(query.dtype), log_sum_exp, page_mass, dense_mass)
 
 
@@ -86,8 +84,7 @@ class Step(NativeStep):
     @staticmethod
     def supports(inputs: StepInputs) -> bool:
         """Whether there can be a step for such tokens."""
-        visibility = Visibility(0, 1, None, 0, True, inputs.window)
-        return can_keep(inputs) and supports(inputs.query, inputs.pages, all_slots(inputs), visibility)
+        return can_keep(inputs) and supports(inputs.query, inputs.pages, all_slots(inputs), sight(inputs))
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
@@ -97,17 +94,12 @@ class Step(NativeStep):
         call.query, call.output = floats.data_ptr(), output.data_ptr()
         token.first, token.second = keys.data_ptr(), values.data_ptr()
         call.slots, call.start, call.threads = slot + 1, position, torch.get_num_threads()
-        _run(self._run, self._reference)
+        run(self._run, self._reference)
         return output if query.dtype == torch.float32 else output.to(query.dtype)
 
 
 def _floats(query: torch.Tensor) -> torch.Tensor:
     return query if query.dtype == torch.float32 and query.stride(-1) == 1 else query.float().contiguous()
-
-
-def _run(attend: Callable[[Any], int], call: Any) -> None:
-    if attend(call):
-        raise MemoryError("attention over a KVCache: no memory left for the partial results")
 
 
 def _template(pages: Pages | None, key_dim: int, value_dim: int) -> library.Attend:

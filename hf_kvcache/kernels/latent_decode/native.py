@@ -10,9 +10,9 @@ import torch
 
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, StepInputs
 from hf_kvcache.kernels.native import library
-from hf_kvcache.kernels.native.calls import set_pages, set_places, set_scoring
+from hf_kvcache.kernels.native.calls import run, set_pages, set_places, set_scoring
 from hf_kvcache.kernels.native.layouts import DENSE, make_layout, native_layout
-from hf_kvcache.kernels.native.step import NativeStep, all_slots, can_keep, set_token
+from hf_kvcache.kernels.native.step import NativeStep, all_slots, can_keep, set_token, sight
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -69,8 +69,7 @@ def latent_attend(
     _set_visibility(call, visibility)
     _kept = set_scoring(call, scoring)
     call.threads = torch.get_num_threads()
-    if library.load().hfkv_latent_attend(byref(call)):
-        raise MemoryError("attention over a KVCache: no memory left for the partial results")
+    run(library.load().hfkv_latent_attend, byref(call))
     return Attention(output, log_sum_exp)
 
 
@@ -90,7 +89,7 @@ class Step(NativeStep):
         attend = library.Latent.from_buffer_copy(_template(inputs.pages, rank, rotary))
         _set_query(attend, self._query, self._latents, self._log_sum_exp)
         _set_dense(attend, all_slots(inputs))
-        _set_visibility(attend, Visibility(0, 1, None, 0, True, inputs.window))
+        _set_visibility(attend, sight(inputs))
         set_scoring(attend, inputs.scoring)
         set_token(attend.token, inputs.keys, inputs.values, slots)
         sizes = batch, heads, 1
@@ -110,11 +109,10 @@ class Step(NativeStep):
         """Whether there can be a step for such tokens."""
         query, up = inputs.query, inputs.up
         assert up is not None
-        visibility = Visibility(0, 1, None, 0, True, inputs.window)
         latents = query.new_empty(1, 1, query.shape[1], inputs.slots.keys.shape[3])  # as attention will give them
         return (
             can_keep(inputs)
-            and supports(query, inputs.pages, all_slots(inputs), visibility, inputs.scoring)
+            and supports(query, inputs.pages, all_slots(inputs), sight(inputs), inputs.scoring)
             and supports_projection(query[..., : up.keys.shape[1]], up.keys)
             and supports_projection(latents, up.values)
         )
@@ -128,8 +126,7 @@ class Step(NativeStep):
         token.first, token.second = keys.data_ptr(), values.data_ptr()
         attend.slots, attend.start = slot + 1, position
         self._absorb.threads = attend.threads = self._expand.threads = threads
-        if self._run(self._reference):
-            raise MemoryError("attention over a KVCache: no memory left for the partial results")
+        run(self._run, self._reference)
         return output
 
 
@@ -218,8 +215,7 @@ def expand(latents: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _project(*arguments: Any) -> None:
     call = _projection(*arguments)
     call.threads = torch.get_num_threads()
-    if library.load().hfkv_project(byref(call)):
-        raise MemoryError("attention over a KVCache: no memory left to project its queries")
+    run(library.load().hfkv_project, byref(call), "to project its queries")
 
 
 def _projection(

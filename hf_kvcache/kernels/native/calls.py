@@ -1,6 +1,9 @@
-"""What calls of the attention kernels have in common: pages, places of full-precision tokens, scoring."""
+"""What calls of the attention kernels have in common: pages, places of full-precision tokens, scoring, being made."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +12,12 @@ from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.native import library
 
 Call = library.Attend | library.Latent
+
+
+def run(function: Callable[[Any], int], call: Any, purpose: str = "for the partial results") -> None:
+    """Make a call, given by reference; raises MemoryError if it found no memory for its ``purpose``."""
+    if function(call):
+        raise MemoryError(f"attention over a KVCache: no memory left {purpose}")
 
 
 def set_pages(call: Call, pages: Pages) -> np.ndarray | None:

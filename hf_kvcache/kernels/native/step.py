@@ -8,6 +8,7 @@ import torch
 
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring, Slots, StepInputs
 from hf_kvcache.kernels.native import library
+from hf_kvcache.kernels.visibility import Visibility
 
 
 class NativeStep:
@@ -41,6 +42,11 @@ def all_slots(inputs: StepInputs) -> DenseTokens:
     slots = inputs.slots
     positions = None if inputs.window is None else torch.from_numpy(slots.positions)
     return DenseTokens(slots.keys, slots.values, positions)
+
+
+def sight(inputs: StepInputs) -> Visibility:
+    """What the query sees; its position is set from token to token."""
+    return Visibility(0, 1, None, 0, True, inputs.window)
 
 
 def set_token(token: library.Token, keys: torch.Tensor, values: torch.Tensor, slots: Slots) -> None:
