@@ -85,13 +85,18 @@ def _folded_scores(
     if side.channel:
         if side.zero:
             zero = load_per_channel(record, side.zero_at, channel, there, held, side, masked)
+            if side.middle:
+                zero += scale * side.middle
             scores += tl.sum(query.to(tl.float32) * zero[None, :], 1)[:, None]
         if side.other:
             scores *= load_per_token(record, side.other_at, first, held, n, masked)[None, :]
     else:
-        scores *= load_per_token(record, side.scale_at, first, held, n, masked)[None, :]
+        token_scale = load_per_token(record, side.scale_at, first, held, n, masked)
+        scores *= token_scale[None, :]
         if side.zero:
             zero = load_per_token(record, side.zero_at, first, held, n, masked)
+            if side.middle:
+                zero += token_scale * side.middle
             scores += tl.sum(scaled.to(tl.float32), 1)[:, None] * zero[None, :]
     return scores
 
@@ -289,18 +294,20 @@ def pages_kernel(
                 scaled = weights * token_scale[None, :]
             shares = scaled.to(VALUES.compute)
             if VALUES.channel:
-                part = tl.dot(shares, levels, input_precision=VALUES.precision)
-                part *= load_per_channel(record, VALUES.scale_at, value_channel, value_there, held, VALUES, MASKED)[
-                    None, :
-                ]
+                scale = load_per_channel(record, VALUES.scale_at, value_channel, value_there, held, VALUES, MASKED)
+                part = tl.dot(shares, levels, input_precision=VALUES.precision) * scale[None, :]
                 if VALUES.zero:
                     zero = load_per_channel(record, VALUES.zero_at, value_channel, value_there, held, VALUES, MASKED)
+                    if VALUES.middle:
+                        zero += scale * VALUES.middle
                     part += tl.sum(scaled, 1)[:, None] * zero[None, :]
                 acc = acc * decay[:, None] + part
             elif VALUES.other:
                 part = tl.dot(shares, levels, input_precision=VALUES.precision)
                 if VALUES.zero:
                     zero = load_per_token(record, VALUES.zero_at, first, held, BLOCK_N, MASKED)
+                    if VALUES.middle:
+                        zero += token_scale * VALUES.middle
                     part += tl.sum(weights * zero[None, :], 1)[:, None]
                 part *= load_per_channel(record, VALUES.other_at, value_channel, value_there, held, VALUES, MASKED)[
                     None, :
@@ -310,6 +317,8 @@ def pages_kernel(
                 acc = tl.dot(shares, levels, acc * decay[:, None], input_precision=VALUES.precision)
                 if VALUES.zero:
                     zero = load_per_token(record, VALUES.zero_at, first, held, BLOCK_N, MASKED)
+                    if VALUES.middle:
+                        zero += token_scale * VALUES.middle
                     offset = offset * decay + tl.sum(weights * zero[None, :], 1)
         else:
             values = load_elements(

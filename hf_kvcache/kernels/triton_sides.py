@@ -51,6 +51,10 @@ class Side:
         element: element type of ``level="dense"``.
         compute: type in which dot products take this side.
         precision: how dot products of fp32 are to be done.
+
+    Half precision rounds a factor by so much of itself, and a mean that all codes share would make one error of those of
+    all channels, which the rotation back then gathers in its first. So there, ``middle`` is taken off codes that have a
+    zero point, which makes up for it.
     """
 
     dim: int
@@ -78,6 +82,11 @@ class Side:
     @property
     def dim_pad(self) -> int:
         return self.segments * self.segment_pad
+
+    @property
+    def middle(self) -> int:
+        centered = self.folded and self.zero and self.level == "integer" and self.compute == tl.float16
+        return 1 << (self.bits - 1) if centered else 0
 
 
 def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool, precision: str = "ieee") -> Side:
@@ -229,7 +238,7 @@ def load_table(tables, side: tl.constexpr):
 
 @triton.jit
 def levels_of(code, table, side: tl.constexpr, compute: tl.constexpr):
-    """The numbers in type ``compute`` that codes uint8 ``[N, dim_pad]`` stand for, before scaling."""
+    """The numbers in type ``compute`` that codes uint8 ``[N, dim_pad]`` stand for, less the middle, before scaling."""
     if side.level == "table":
         # Flat, since the compiler then looks up in shared memory: in two dimensions it shuffles registers, three times
         # as many instructions.
@@ -242,7 +251,7 @@ def levels_of(code, table, side: tl.constexpr, compute: tl.constexpr):
         return bits.to(tl.float16, bitcast=True).to(compute) * 256.0
     elif compute == tl.float16:
         # 1024 + code has the code in its lowest bits: cheaper than a conversion.
-        return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+        return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + side.middle)
     else:
         return code.to(compute)
 

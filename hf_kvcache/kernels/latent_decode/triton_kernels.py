@@ -234,6 +234,8 @@ def pages_kernel(
             scores *= scale[None, :]
             if LATENTS.zero:
                 zero = load_per_token(record, LATENTS.zero_at, first, held, BLOCK_N, MASKED)
+                if LATENTS.middle:
+                    zero += scale * LATENTS.middle
                 scores += q_sum[:, None] * zero[None, :]
         scores *= q_peak[:, None]
         if ROTARY is not None:

@@ -37,15 +37,6 @@ inline bool tiles_fit(const HfkvSide& side, int page_size) {
         && page_size <= kLargestExactTokens;
 }
 
-// Sums of each of four vectors.
-inline __m128i four_sums(const __m512i v[4]) {
-    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
-    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
-    const __m512i c = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-    const __m256i d = _mm256_add_epi32(_mm512_castsi512_si256(c), _mm512_extracti64x4_epi64(c, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1));
-}
-
 // The high and the low bytes of 64 numbers, four to a lane of 16 bytes in turn: byte 16 r + 4 j + i is of v[j][4 r + i].
 inline void split_bytes(const __m512i v[4], __m512i& high, __m512i& low) {
     const __m512i a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]);

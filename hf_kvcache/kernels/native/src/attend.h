@@ -238,7 +238,7 @@ inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Parti
         const int n = c.slots - start < kDenseTile ? c.slots - start : kDenseTile;
         const uint8_t* keys = (const uint8_t*)c.dense_keys + width * (b * c.keys_batch + head * c.keys_head + start * c.keys_token);
         const Rows key_rows{c.dense_level, 0, run.keys.dim, keys, width * c.keys_token};
-        by_fours(run.queries, DotOp{key_rows, n, run.row_queries(row), run.key_pitch, s.scores, run.page_pitch, s.split, s.next});
+        by_fours(run.queries, DotOp{key_rows, n, run.row_queries(row), run.key_pitch, s.scores, run.page_pitch, s.next});
         if (c.softcap > 0) cap_scores(run, s.scores, n);
         if (c.dense_positions) {
             const int64_t* positions = c.dense_positions + b * c.positions_batch + start;
@@ -255,7 +255,7 @@ inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Parti
         const uint8_t* values =
             (const uint8_t*)c.dense_values + width * (b * c.values_batch + head * c.values_head + start * c.values_token);
         const Rows value_rows{c.dense_level, 0, run.values.dim, values, width * c.values_token};
-        by_fours(run.queries, WeighOp{value_rows, n, s.scores, run.page_pitch, p.output, run.value_pitch, s.split, s.next});
+        by_fours(run.queries, WeighOp{value_rows, n, s.scores, run.page_pitch, p.output, run.value_pitch, s.next});
     }
 }
 

@@ -12,6 +12,36 @@
 
 namespace {
 
+// Transposes 16 rows of 16 groups of four bytes: afterwards lane i of v[g] is group g of row i.
+inline void transpose(__m512i v[16]) {
+    __m512i w[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        w[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        w[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        v[4 * i] = _mm512_unpacklo_epi64(w[4 * i], w[4 * i + 2]);
+        v[4 * i + 1] = _mm512_unpackhi_epi64(w[4 * i], w[4 * i + 2]);
+        v[4 * i + 2] = _mm512_unpacklo_epi64(w[4 * i + 1], w[4 * i + 3]);
+        v[4 * i + 3] = _mm512_unpackhi_epi64(w[4 * i + 1], w[4 * i + 3]);
+    }
+    // Quarter q of v[4 r + c] is group 4 q + c of rows 4 r to 4 r + 3; what is left is to transpose the quarters.
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        const __m512i even_low = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), odd_low = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xdd);
+        const __m512i even_high = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88);
+        const __m512i odd_high = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xdd);
+        w[c] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        w[4 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        w[8 + c] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+        w[12 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = w[i];
+}
+
 constexpr int kTileChannels = 32;  // of a tile of 16 rows
 constexpr int kMostParts = 3;
 

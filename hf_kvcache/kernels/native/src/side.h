@@ -8,6 +8,7 @@
 #include "amx.h"
 #include "api.h"
 #include "expand.h"
+#include "few.h"
 
 namespace {
 
@@ -68,7 +69,6 @@ struct DotOp {
     int query_pitch;
     float* scores;
     int pitch;
-    int8_t* split;
     Stream& next;
 
     template <int M>
@@ -76,9 +76,7 @@ struct DotOp {
         const float* q = query + (int64_t)m * query_pitch;
         float* s = scores + (int64_t)m * pitch;
         switch (rows.level) {
-            case HFKV_CODES:
-                dot_bytes<M>(rows.data, n, rows.dim, q, query_pitch, s, pitch, split, next);
-                break;
+            case HFKV_CODES: dot_elements<Byte, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, next); break;
             case HFKV_FLOAT8: dot_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, next); break;
             case HFKV_FLOAT32: dot_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, next); break;
             case HFKV_BFLOAT16: dot_elements<BFloat16, M>(rows.data, rows.stride, n, rows.dim, q, query_pitch, s, pitch, next); break;
@@ -94,7 +92,6 @@ struct WeighOp {
     int pitch;
     float* output;
     int output_pitch;
-    int8_t* split;
     Stream& next;
 
     template <int M>
@@ -102,9 +99,7 @@ struct WeighOp {
         const float* w = weights + (int64_t)m * pitch;
         float* o = output + (int64_t)m * output_pitch;
         switch (rows.level) {
-            case HFKV_CODES:
-                weigh_bytes<M>(rows.data, n, rows.dim, w, pitch, o, output_pitch, split, next);
-                break;
+            case HFKV_CODES: weigh_elements<Byte, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, next); break;
             case HFKV_FLOAT8: weigh_elements<Float8, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, next); break;
             case HFKV_FLOAT32: weigh_elements<Float32, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, next); break;
             case HFKV_BFLOAT16: weigh_elements<BFloat16, M>(rows.data, rows.stride, n, rows.dim, w, pitch, o, output_pitch, next); break;
@@ -185,6 +180,103 @@ inline float total(const float* x, int n) {
     return sum(sums) + rest;
 }
 
+#if defined(__AVX512VNNI__)
+
+// Wider rows and longer pages are for floats; more queries for tiles, where there are any.
+inline bool few_fit(const HfkvSide& side, int page_size, int count) {
+#if defined(__AMX_INT8__)
+    if (count > kFew && tiles_fit(side, page_size)) return false;
+#endif
+    (void)count;
+    return side.level == HFKV_CODES && side.dim <= kLargestExactDim && page_size <= kLargestExactTokens;
+}
+
+// Calls op with the first n rows of a side: packed if their length in bytes is a multiple of `least`, else as levels.
+template <class Op>
+void with_codes(const HfkvSide& side, const uint8_t* record, int n, int least, Scratch& s, const Op& op) {
+    const uint8_t* codes = record + side.codes;
+    const int length = side.dim * side.bits / 8;
+    if (side.bits == 8) return op(CodeRows<8>(side, codes, length, n));
+    if (side.bits == 4 && length % least == 0) return op(CodeRows<4>(side, codes, length, n));
+    if (side.bits == 2 && length % least == 0) return op(CodeRows<2>(side, codes, length, n));
+    expand(codes, side.bits, n, side.dim, side.levels, s.bytes, s.next);
+    op(CodeRows<8>(side, s.bytes, side.dim, n));
+}
+
+struct FewScores {
+    const HfkvSide& side;
+    const uint8_t* record;
+    int n;
+    const float* query;
+    int query_pitch;
+    const float* shifts;
+    Scratch& s;
+    int pitch;
+
+    const uint8_t* field(bool there, int64_t at) const { return there ? record + at : nullptr; }
+
+    template <int M>
+    void run(int m) const {
+        const bool by_channel = side.axis == HFKV_CHANNEL;
+        const uint8_t* channel = by_channel ? record + side.scale : field(side.has_other, side.other);
+        const uint8_t* token = by_channel ? field(side.has_other, side.other) : record + side.scale;
+        const uint8_t* token_zero = field(!by_channel && side.has_zero, side.zero);
+        const Scaled sums = scale_rows<M>(query + (int64_t)m * query_pitch, query_pitch, side.dim, channel,
+                                          field(by_channel && side.has_zero, side.zero), side.step, s.queries, query_pitch);
+        const Split split = split_rows<M>(s.queries, query_pitch, side.dim, sums.tops, s.split);
+        __m512 before[M], lifts[M];  // what the centring of the bytes left out, and what zero points per token multiply
+        for (int i = 0; i < M; i++) {
+            before[i] = _mm512_set1_ps((float)side.offset * sums.totals[i] + sums.zeros[i]);
+            lifts[i] = _mm512_set1_ps(sums.totals[i] / side.step);
+        }
+        const auto put = [&](int t, const __m512* totals) {
+            const __mmask16 in = first_lanes(n - t);
+            const __m512 scale = factors(token ? token + 2 * t : nullptr, in);
+            const __m512 zero = token_zero ? factors(token_zero + 2 * t, in) : _mm512_setzero_ps();
+#pragma GCC unroll 4
+            for (int i = 0; i < M; i++) {
+                const __m512 x = _mm512_fmadd_ps(totals[i], _mm512_set1_ps(split.units[i]), before[i]);
+                const __m512 y = _mm512_fmadd_ps(x, scale, _mm512_fmadd_ps(lifts[i], zero, _mm512_set1_ps(shifts[m + i])));
+                _mm512_storeu_ps(s.scores + (int64_t)(m + i) * pitch + t, y);
+            }
+        };
+        with_codes(side, record, n, 16, s, [&](const auto& rows) { dot_codes<M>(rows, split, s.next, put); });
+    }
+};
+
+struct FewOutput {
+    const HfkvSide& side;
+    const uint8_t* record;
+    int n;
+    const float* weights;
+    int pitch;
+    Scratch& s;
+    float* output;
+    int output_pitch;
+
+    template <int M>
+    void run(int m) const {
+        const uint8_t* zero = side.has_zero ? record + side.zero : nullptr;
+        const Scaled sums = scale_rows<M>(weights + (int64_t)m * pitch, pitch, n, record + side.scale, zero, side.step, s.weights, pitch);
+        const Split split = split_rows<M>(s.weights, pitch, n, sums.tops, s.split);
+        if (side.has_other && m == 0) halves(record + side.other, side.dim, s.third);
+        float shifts[M];
+        for (int i = 0; i < M; i++) shifts[i] = (float)side.offset * sums.totals[i] + sums.zeros[i];
+        const auto put = [&](int block, int part, const __m512* totals) {
+            add_part<M>(split, shifts, side.has_other ? s.third : nullptr, block, part, totals, side.dim,
+                        output + (int64_t)m * output_pitch, output_pitch);
+        };
+        const int least = side.dim * side.bits / 8 <= 32 ? 16 : 64;
+        with_codes(side, record, n, least, s, [&](const auto& rows) {
+            if (rows.length == 16) weigh_codes<M, 16>(rows, split, s.next, put);
+            else if (rows.length == 32) weigh_codes<M, 32>(rows, split, s.next, put);
+            else weigh_codes<M, 64>(rows, split, s.next, put);
+        });
+    }
+};
+
+#endif  // __AVX512VNNI__
+
 // scores[m, t] of the first n rows of codes, before scaling.
 inline void code_scores(const HfkvSide& side, int page_size, const uint8_t* record, int n, int count, int query_pitch, Scratch& s,
                         int pitch) {
@@ -201,7 +293,7 @@ inline void code_scores(const HfkvSide& side, int page_size, const uint8_t* reco
 #endif
     (void)page_size;
     const Rows rows = page_rows(side, record, n, s);
-    by_fours(count, DotOp{rows, n, s.queries, query_pitch, s.scores, pitch, s.split, s.next});
+    by_fours(count, DotOp{rows, n, s.queries, query_pitch, s.scores, pitch, s.next});
 }
 
 // output[m, c] += the sum of the first n rows of codes by s.weights, before scaling.
@@ -219,7 +311,7 @@ inline void code_output(const HfkvSide& side, int page_size, const uint8_t* reco
 #endif
     (void)page_size;
     const Rows rows = page_rows(side, record, n, s);
-    by_fours(count, WeighOp{rows, n, s.weights, pitch, output, output_pitch, s.split, s.next});
+    by_fours(count, WeighOp{rows, n, s.weights, pitch, output, output_pitch, s.next});
 }
 
 // x = (x + before) * scale + after, n numbers and what is left of the last vector; scale may be null.
@@ -236,10 +328,16 @@ inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* reco
     const int dim = side.dim;
     if (side.level >= HFKV_FLOAT32 || !whole(side, page_size)) {
         const Rows rows = plain_rows(side, page_size, record, n, s);
-        by_fours(count, DotOp{rows, n, query, query_pitch, s.scores, pitch, s.split, s.next});
+        by_fours(count, DotOp{rows, n, query, query_pitch, s.scores, pitch, s.next});
         for (int m = 0; m < count; m++) adjust(s.scores + (int64_t)m * pitch, n, 0, nullptr, shifts[m]);
         return;
     }
+#if defined(__AVX512VNNI__)
+    if (few_fit(side, page_size, count)) {
+        by_fours(count, FewScores{side, record, n, query, query_pitch, shifts, s, pitch});
+        return;
+    }
+#endif
     const bool by_channel = side.axis == HFKV_CHANNEL;
     const float step = side.level == HFKV_CODES ? side.step : 1.0f;
     // `first` per channel (null: none), `token` per token (null: none).
@@ -280,9 +378,15 @@ inline void page_output(const HfkvSide& side, int page_size, const uint8_t* reco
     const int dim = side.dim;
     if (side.level >= HFKV_FLOAT32 || side.axis == HFKV_CHANNEL || !whole(side, page_size)) {
         const Rows rows = plain_rows(side, page_size, record, n, s);
-        by_fours(count, WeighOp{rows, n, weights, pitch, output, output_pitch, s.split, s.next});
+        by_fours(count, WeighOp{rows, n, weights, pitch, output, output_pitch, s.next});
         return;
     }
+#if defined(__AVX512VNNI__)
+    if (few_fit(side, page_size, count)) {
+        by_fours(count, FewOutput{side, record, n, weights, pitch, s, output, output_pitch});
+        return;
+    }
+#endif
     halves(record + side.scale, page_size, s.first);
     if (side.has_zero) halves(record + side.zero, page_size, s.second);
     if (side.has_other) halves(record + side.other, dim, s.third);

@@ -61,18 +61,21 @@ inline float sum(Vec v) {
 // second-level cache: the first has no room for two pages and what is made of one.
 struct Stream {
     const uint8_t* at = nullptr;
+    const uint8_t* goal = nullptr;  // what is behind it is left for later work
     const uint8_t* end = nullptr;
-    int lines = 0;  // of a unit of work; a page is some 128 units, which take about as long as each other
+    int64_t share = 0;  // bytes for a unit of work
+
+    // Scores and weighted values of a page are 48 units each; softmax, which is left, is four for each query.
+    static constexpr int kUnits = 108;
 
     void begin(const uint8_t* record, int64_t bytes) {
-        at = record, end = record ? record + bytes : nullptr;
-        lines = (int)(bytes / (128 * 64)) + 1;
+        at = goal = record, end = record ? record + bytes : nullptr;
+        share = bytes / kUnits + 1;
     }
     void work(int units) {
         if (at >= end) return;
-        // A few lines behind the record may be asked for too; that is harmless, wherever they lie.
-        for (int i = 0; i < units * lines; i++) __builtin_prefetch(at + 64 * i, 0, 2);
-        at += 64 * units * lines;
+        // A line behind the record may be asked for too; that is harmless, wherever it lies.
+        for (goal += units * share; at < goal; at += 64) __builtin_prefetch(at, 0, 2);
     }
 };
 

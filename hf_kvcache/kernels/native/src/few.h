@@ -1,0 +1,409 @@
+// Up to four queries against the codes of a page, by AVX512-VNNI and in registers: codes become levels on their way from
+// memory to the products. More queries are for the tile unit (amx.h), which takes eight in the time of one.
+#pragma once
+
+#include "bytes.h"
+
+#if defined(__AVX512VNNI__)
+
+namespace {
+
+constexpr int kFew = 4;
+
+typedef int32_t __attribute__((may_alias)) FourBytes;
+
+// sums += four products each: of the bytes of x with the four signed ones that `four` points to.
+inline void multiply(__m512i& sums, __m512i x, const int8_t* four) {
+    // As an intrinsic, GCC 12 loads what it multiplies by with an instruction of its own.
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(x), "m"(*(const FourBytes*)four));
+}
+
+inline __m128 four_totals(const __m512 v[4]) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
+}
+
+inline __m128 four_tops(const __m512 v[4]) {
+    const __m512 a = _mm512_max_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 b = _mm512_max_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512 c = _mm512_max_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    const __m256 d = _mm256_max_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    return _mm_max_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
+}
+
+inline __mmask16 first_lanes(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1 << n) - 1); }
+inline __mmask64 first_bytes(int n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
+
+// Half precision at p to float, 16 lanes; 0 where not `in`, and 1 everywhere without p.
+inline __m512 factors(const uint8_t* p, __mmask16 in) {
+    return p ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(in, p)) : _mm512_set1_ps(1.0f);
+}
+
+// Rows of floats as multiples of a unit each, in two signed bytes: unit * (256 * high + low). `start` is what takes the bias
+// out of a row's sums with levels.
+struct Split {
+    // Groups of four columns; of each the high bytes and the low bytes of one row after the other, so that all that a vector
+    // of levels is multiplied by lies side by side.
+    const int8_t* bytes;
+    float units[kFew];
+    int32_t start[kFew];
+
+    static constexpr int kGroupBytes = 4 * 2 * kFew;
+    const int8_t* group(int column) const { return bytes + kGroupBytes / 4 * column; }
+};
+
+// What page_scores and page_output make of their rows: the rows times a factor for each column, and sums over the columns.
+struct Scaled {
+    float tops[kFew], totals[kFew], zeros[kFew];  // of the magnitudes, of the products, and of the rows times `zero`
+};
+
+// out[m, c] = x[m, c] * factor[c] * step for c < n. factor and zero are in half precision, or null.
+template <int M>
+inline Scaled scale_rows(const float* x, int pitch, int n, const uint8_t* factor, const uint8_t* zero, float step, float* out,
+                         int out_pitch) {
+    __m512 tops[kFew], totals[kFew], zeros[kFew];
+    for (int m = 0; m < kFew; m++) tops[m] = totals[m] = zeros[m] = _mm512_setzero_ps();
+    for (int c = 0; c < n; c += 16) {
+        const __mmask16 in = first_lanes(n - c);
+        const __m512 scale = _mm512_mul_ps(factors(factor ? factor + 2 * c : nullptr, in), _mm512_set1_ps(step));
+        const __m512 offset = zero ? factors(zero + 2 * c, in) : _mm512_setzero_ps();
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+            const __m512 v = _mm512_maskz_loadu_ps(in, x + (int64_t)m * pitch + c), scaled = _mm512_mul_ps(v, scale);
+            _mm512_mask_storeu_ps(out + (int64_t)m * out_pitch + c, in, scaled);
+            tops[m] = _mm512_max_ps(tops[m], _mm512_abs_ps(scaled));
+            totals[m] = _mm512_add_ps(totals[m], scaled);
+            zeros[m] = _mm512_fmadd_ps(v, offset, zeros[m]);
+        }
+    }
+    Scaled s;
+    _mm_storeu_ps(s.tops, four_tops(tops));
+    _mm_storeu_ps(s.totals, four_totals(totals));
+    _mm_storeu_ps(s.zeros, four_totals(zeros));
+    return s;
+}
+
+// Puts the bytes of 64 columns, a vector for each of eight rows of bytes, one group of four columns after the other. Group g is
+// element g / 4 of lane g % 4, as packing leaves them.
+inline void store_groups(const __m512i rows[8], int8_t* to) {
+    __m512i pairs[8], quads[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        quads[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]), quads[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+        quads[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+        quads[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+    }
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+        _mm512_storeu_si512(to + 128 * k, _mm512_permutex2var_epi64(quads[k], first, quads[4 + k]));
+        _mm512_storeu_si512(to + 128 * k + 64, _mm512_permutex2var_epi64(quads[k], second, quads[4 + k]));
+    }
+}
+
+// n: columns; as many as make a multiple of 64 are written, the rest of them as 0. tops: the largest magnitudes.
+template <int M>
+inline Split split_rows(const float* x, int pitch, int n, const float* tops, int8_t* bytes) {
+    const __m512i half = _mm512_set1_epi16(128), mask = _mm512_set1_epi16(255);
+    Split s{bytes, {}, {}};
+    __m512i sums[kFew];
+    float inverses[M];
+    for (int m = 0; m < kFew; m++) sums[m] = _mm512_setzero_si512();
+    for (int m = 0; m < M; m++) {
+        // A subnormal peak would have an infinite inverse.
+        s.units[m] = tops[m] > 1e-30f ? tops[m] / kLargestUnits : 1.0f;
+        inverses[m] = 1.0f / s.units[m];
+    }
+    for (int c = 0; c < n; c += 64) {
+        __m512i rows[8];
+        for (int m = M; m < kFew; m++) rows[2 * m] = rows[2 * m + 1] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+            __m512i v[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                const int at = c + 16 * j;
+                const __m512 row = _mm512_maskz_loadu_ps(first_lanes(n - at), x + (int64_t)m * pitch + at);
+                v[j] = _mm512_cvtps_epi32(_mm512_mul_ps(row, _mm512_set1_ps(inverses[m])));
+                sums[m] = _mm512_add_epi32(sums[m], v[j]);
+            }
+            const __m512i a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]);
+            rows[2 * m] = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
+                                             _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+            rows[2 * m + 1] = _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
+        }
+        store_groups(rows, bytes + Split::kGroupBytes / 4 * c);
+    }
+    _mm_storeu_si128((__m128i*)s.start, _mm_mullo_epi32(four_sums(sums), _mm_set1_epi32(-kBias)));
+    return s;
+}
+
+// The levels of codes of kBits: a vector of bytes has one code of every segment of a row.
+template <int kBits>
+struct Lookup {
+    static constexpr int kSegments = 8 / kBits;
+    __m512i table;
+
+    explicit Lookup(const HfkvSide& side) : table(_mm512_loadu_si512(side.levels)) {
+#if defined(__AVX512VBMI__)
+        // It heeds six bits of a byte: those above the code find the same level.
+        alignas(64) uint8_t place[64];
+        for (int i = 0; i < 64; i++) place[i] = (uint8_t)(i & ((1 << kBits) - 1));
+        table = _mm512_permutexvar_epi8(_mm512_load_si512(place), table);
+#endif
+    }
+    __m512i find(__m512i codes) const {
+        if (kBits == 8) return codes;
+#if defined(__AVX512VBMI__)
+        return _mm512_permutexvar_epi8(codes, table);
+#else
+        return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8((char)((1 << kBits) - 1))));
+#endif
+    }
+    __m512i segment(__m512i bytes, int s) const { return find(s ? _mm512_srli_epi16(bytes, s * kBits) : bytes); }
+};
+
+// Packed rows, or rows of levels.
+template <int kBits>
+struct CodeRows {
+    const uint8_t* data;
+    int length, n;  // bytes of a row, rows
+    Lookup<kBits> levels;
+
+    CodeRows(const HfkvSide& side, const uint8_t* bytes, int row_bytes, int rows)
+        : data(bytes), length(row_bytes), n(rows), levels(side) {}
+    // Rows from t on, `count` of them: those behind the last are 0, in `room`.
+    const uint8_t* from(int t, int count, uint8_t* room) const {
+        const uint8_t* rows = data + (int64_t)t * length;
+        if (t + count <= n) return rows;
+        std::memset(room, 0, (size_t)count * length);
+        std::memcpy(room, rows, (size_t)(n - t) * length);
+        return room;
+    }
+};
+
+// Transposes 16 rows of 32 bytes: lane i of v[g] becomes group g, of four bytes, of row i. v[j] and v[4 + j] hold rows j and
+// 4 + j, 8 + j and 12 + j.
+inline void transpose_halves(__m512i v[8]) {
+    __m512i w[8];
+#pragma GCC unroll 2
+    for (int r = 0; r < 8; r += 4) {
+        const __m512i a = _mm512_unpacklo_epi32(v[r], v[r + 1]), b = _mm512_unpackhi_epi32(v[r], v[r + 1]);
+        const __m512i c = _mm512_unpacklo_epi32(v[r + 2], v[r + 3]), d = _mm512_unpackhi_epi32(v[r + 2], v[r + 3]);
+        w[r] = _mm512_unpacklo_epi64(a, c), w[r + 1] = _mm512_unpackhi_epi64(a, c);
+        w[r + 2] = _mm512_unpacklo_epi64(b, d), w[r + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; g++) {
+        v[g] = _mm512_shuffle_i32x4(w[g], w[4 + g], 0x88);
+        v[4 + g] = _mm512_shuffle_i32x4(w[g], w[4 + g], 0xdd);
+    }
+}
+
+// The same of 16 bytes: v[j] holds rows j, 4 + j, 8 + j and 12 + j.
+inline void transpose_quarters(__m512i v[4]) {
+    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+    v[0] = _mm512_unpacklo_epi64(a, c), v[1] = _mm512_unpackhi_epi64(a, c);
+    v[2] = _mm512_unpacklo_epi64(b, d), v[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+inline __m512i two_halves(const uint8_t* a, const uint8_t* b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a)), _mm256_loadu_si256((const __m256i*)b), 1);
+}
+
+// Sums of 16 tokens with M queries. Two of each: a sum waits for the one before, and there are two units to keep busy.
+template <int M>
+struct TokenSums {
+    __m512i high[2][M], low[2][M];
+
+    explicit TokenSums(const int32_t* start) {
+        for (int m = 0; m < M; m++) {
+            high[0][m] = high[1][m] = low[1][m] = _mm512_setzero_si512();
+            low[0][m] = _mm512_set1_epi32(start[m]);
+        }
+    }
+    // Adds the products of groups of four channels, `groups` of them from channel c of every segment on.
+    template <int kGroups, int kBits>
+    void add(const __m512i* groups, const CodeRows<kBits>& rows, const Split& queries, int c) {
+        constexpr int kSegments = Lookup<kBits>::kSegments;
+#pragma GCC unroll 8
+        for (int g = 0; g < kGroups; g++)
+#pragma GCC unroll 8
+            for (int s = 0; s < kSegments; s++) {
+                const __m512i x = rows.levels.segment(groups[g], s);
+                const int set = (g * kSegments + s) % 2;
+                const int8_t* by = queries.group(s * rows.length + c) + Split::kGroupBytes * g;
+#pragma GCC unroll 4
+                for (int m = 0; m < M; m++) {
+                    multiply(high[set][m], x, by + 8 * m);
+                    multiply(low[set][m], x, by + 8 * m + 4);
+                }
+            }
+    }
+    __m512 total(int m) const {
+        const __m512i high_bytes = _mm512_slli_epi32(_mm512_add_epi32(high[0][m], high[1][m]), 8);
+        return _mm512_cvtepi32_ps(_mm512_add_epi32(high_bytes, _mm512_add_epi32(low[0][m], low[1][m])));
+    }
+};
+
+// Sums of rows with queries, handed to put(t, totals) for the 16 tokens from t on.
+template <int M, int kBits, class Put>
+inline void dot_codes(const CodeRows<kBits>& rows, const Split& queries, Stream& next, const Put& put) {
+    uint8_t room[16 * kLargestExactDim];
+    for (int t = 0; t < rows.n; t += 16) {
+        TokenSums<M> sums(queries.start);
+        const uint8_t* from = rows.from(t, 16, room);
+        next.work(6);
+        int c = 0;
+        for (; c + 32 <= rows.length; c += 32) {
+            __m512i v[8];
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                const uint8_t* row = from + (int64_t)(j % 4 + 8 * (j / 4)) * rows.length + c;
+                v[j] = two_halves(row, row + 4 * (int64_t)rows.length);
+            }
+            transpose_halves(v);
+            sums.template add<8>(v, rows, queries, c);
+        }
+        for (; c < rows.length; c += 16) {
+            const __mmask16 in = first_lanes(rows.length - c);
+            __m512i v[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                const auto part = [&](int i) { return _mm_maskz_loadu_epi8(in, from + (int64_t)i * rows.length + c); };
+                const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(part(j)), part(4 + j), 1);
+                const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(part(8 + j)), part(12 + j), 1);
+                v[j] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+            }
+            transpose_quarters(v);
+            sums.template add<4>(v, rows, queries, c);
+        }
+        // A copy, for what others know the address of is kept in memory.
+        __m512 totals[M];
+        for (int m = 0; m < M; m++) totals[m] = sums.total(m);
+        put(t, totals);
+    }
+}
+
+// How rows are read for sums over tokens: 64 bytes of one, or a shorter one repeated to fill a vector, every lane of which is
+// shifted to the segment that its channels belong to.
+template <int kBits_, int kLength>
+struct Wide {
+    static constexpr int kBits = kBits_;
+    static constexpr int kOutputs = 8 / kBits * kLength / 64;  // vectors of 64 levels from one of bytes
+    const CodeRows<kBits>& rows;
+    __m512i shifts[kOutputs];
+
+    explicit Wide(const CodeRows<kBits>& given) : rows(given) {
+        const __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (int k = 0; k < kOutputs; k++)  // lane i holds bytes 4 i to 4 i + 3 of a vector
+            shifts[k] = _mm512_mullo_epi32(_mm512_set1_epi32(kBits * 0x10001),
+                                           _mm512_srli_epi32(_mm512_add_epi32(place, _mm512_set1_epi32(16 * k)), kShift));
+    }
+    __m512i row(const uint8_t* from, __mmask64 in) const {
+        if (kLength == 64) return _mm512_maskz_loadu_epi8(in, from);
+        if (kLength == 32) return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)from));
+        return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from));
+    }
+    __m512i level(__m512i bytes, int k) const {
+        if (kBits == 8) return bytes;
+        const bool first = kLength == 64 && k == 0;  // nothing to shift
+        return rows.levels.find(first ? bytes : _mm512_srlv_epi16(bytes, shifts[k]));
+    }
+    // Which 64 channels of a row are output k of the vector at byte c.
+    int block(int k, int c) const { return k * (kLength == 64 ? (rows.length + 63) / 64 : 1) + c / 64; }
+
+private:
+    static constexpr int kShift = kLength == 64 ? 4 : kLength == 32 ? 3 : 2;
+};
+
+// Part p of four rows side by side, token by token: lane i has channel 16 (i / 4) + 4 p + i % 4.
+inline __m512i weave_part(const __m512i row[4], int p) {
+    const __m512i ab = p / 2 ? _mm512_unpackhi_epi8(row[0], row[1]) : _mm512_unpacklo_epi8(row[0], row[1]);
+    const __m512i cd = p / 2 ? _mm512_unpackhi_epi8(row[2], row[3]) : _mm512_unpacklo_epi8(row[2], row[3]);
+    return p % 2 ? _mm512_unpackhi_epi16(ab, cd) : _mm512_unpacklo_epi16(ab, cd);
+}
+
+// Sums of all rows, for each of M rows of weights, in two vectors of 16 channels: of parts p and p + 1 of output k, or, where a
+// vector of bytes has several outputs, of part p of outputs k and k + 1. They are handed to put(block, part, totals).
+template <int M, int kPart, class Rows, class Put>
+inline void weigh_part(const Rows& wide, int c, int k, const Split& weights, Stream& next, const Put& put) {
+    constexpr bool kParts = Rows::kOutputs == 1;
+    const __mmask64 in = first_bytes(wide.rows.length - c);
+    __m512i high[2][M], low[2][M];
+    for (int i = 0; i < 2; i++)
+        for (int m = 0; m < M; m++) high[i][m] = _mm512_setzero_si512(), low[i][m] = _mm512_set1_epi32(weights.start[m]);
+    const int units = 6 * 64 / (wide.rows.length * Lookup<Rows::kBits>::kSegments);
+    uint8_t room[4 * kLargestExactDim];
+    for (int t = 0; t < wide.rows.n; t += 4) {
+        if (t % 32 == 0) next.work(units);
+        const uint8_t* from = wide.rows.from(t, 4, room) + c;
+        const int8_t* by = weights.group(t);
+        __m512i row[4], x[2];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) row[i] = wide.row(from + (int64_t)i * wide.rows.length, in);
+        const __m512i part = weave_part(row, kPart);
+        x[0] = wide.level(part, k);
+        x[1] = kParts ? wide.level(weave_part(row, kPart + 1), k) : wide.level(part, k + 1);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                multiply(high[i][m], x[i], by + 8 * m);
+                multiply(low[i][m], x[i], by + 8 * m + 4);
+            }
+    }
+    __m512 totals[2][M];
+    for (int i = 0; i < 2; i++)
+        for (int m = 0; m < M; m++)
+            totals[i][m] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[i][m], 8), low[i][m]));
+    put(wide.block(k, c), kPart, totals[0]);
+    put(wide.block(kParts ? k : k + 1, c), kParts ? kPart + 1 : kPart, totals[1]);
+}
+
+template <int M, int kLength, int kBits, class Put>
+inline void weigh_codes(const CodeRows<kBits>& rows, const Split& weights, Stream& next, const Put& put) {
+    const Wide<kBits, kLength> wide(rows);
+    for (int c = 0; c < rows.length; c += 64)
+        for (int k = 0; k < wide.kOutputs; k += 2) {
+            weigh_part<M, 0>(wide, c, k, weights, next, put);
+            weigh_part<M, 2>(wide, c, k, weights, next, put);
+            if (wide.kOutputs == 1) continue;
+            weigh_part<M, 1>(wide, c, k, weights, next, put);
+            weigh_part<M, 3>(wide, c, k, weights, next, put);
+        }
+}
+
+// output[m, c] += (unit * total + shift) * other for the 16 channels of a part of a block; `other` null: 1. dim: all channels.
+template <int M>
+inline void add_part(const Split& weights, const float* shifts, const float* other, int block, int part, const __m512* totals,
+                     int dim, float* output, int pitch) {
+    const int c = 64 * block + 4 * part;
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+        const __m512 x = _mm512_fmadd_ps(totals[m], _mm512_set1_ps(weights.units[m]), _mm512_set1_ps(shifts[m]));
+        const __m128 quarters[4] = {_mm512_castps512_ps128(x), _mm512_extractf32x4_ps(x, 1), _mm512_extractf32x4_ps(x, 2),
+                                    _mm512_extractf32x4_ps(x, 3)};
+        float* to = output + (int64_t)m * pitch;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const int at = c + 16 * i;
+            if (at >= dim) break;  // widths are multiples of 4
+            const __m128 y = other ? _mm_mul_ps(quarters[i], _mm_loadu_ps(other + at)) : quarters[i];
+            _mm_storeu_ps(to + at, _mm_add_ps(_mm_loadu_ps(to + at), y));
+        }
+    }
+}
+
+}  // namespace
+
+#endif  // __AVX512VNNI__
