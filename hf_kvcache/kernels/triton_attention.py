@@ -85,18 +85,13 @@ def _folded_scores(
     if side.channel:
         if side.zero:
             zero = load_per_channel(record, side.zero_at, channel, there, held, side, masked)
-            if side.middle:
-                zero += scale * side.middle
             scores += tl.sum(query.to(tl.float32) * zero[None, :], 1)[:, None]
         if side.other:
             scores *= load_per_token(record, side.other_at, first, held, n, masked)[None, :]
     else:
-        token_scale = load_per_token(record, side.scale_at, first, held, n, masked)
-        scores *= token_scale[None, :]
+        scores *= load_per_token(record, side.scale_at, first, held, n, masked)[None, :]
         if side.zero:
             zero = load_per_token(record, side.zero_at, first, held, n, masked)
-            if side.middle:
-                zero += token_scale * side.middle
             scores += tl.sum(scaled.to(tl.float32), 1)[:, None] * zero[None, :]
     return scores
 
@@ -285,6 +280,12 @@ def pages_kernel(
                 token_scale = load_per_token(record, VALUES.scale_at, first, held, BLOCK_N, MASKED)
             height = scores + tl.log2(tl.maximum(tl.abs(token_scale), SMALLEST_SCALE))[None, :]
         weights, decay, peak, total = weigh(scores, height, peak, total)
+        if VALUES.folded and VALUES.zero and not VALUES.channel and not VALUES.other:
+            # Not beside the product, where registers are fewest.
+            zero = load_per_token(record, VALUES.zero_at, first, held, BLOCK_N, MASKED)
+            if VALUES.middle:
+                zero += token_scale * VALUES.middle
+            offset = offset * decay + tl.sum(weights * zero[None, :], 1)
         if VALUES.folded:
             levels = levels_of(
                 load_codes(record, first, held, VALUES, BLOCK_N, MASKED), value_table, VALUES, VALUES.compute
@@ -315,11 +316,6 @@ def pages_kernel(
                 acc = acc * decay[:, None] + part
             else:
                 acc = tl.dot(shares, levels, acc * decay[:, None], input_precision=VALUES.precision)
-                if VALUES.zero:
-                    zero = load_per_token(record, VALUES.zero_at, first, held, BLOCK_N, MASKED)
-                    if VALUES.middle:
-                        zero += token_scale * VALUES.middle
-                    offset = offset * decay + tl.sum(weights * zero[None, :], 1)
         else:
             values = load_elements(
                 record, first, held, value_table, value_channel, value_there, VALUES, BLOCK_N, MASKED

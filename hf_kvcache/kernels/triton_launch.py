@@ -58,7 +58,7 @@ def page_sides(layout: PageLayout, dtype: torch.dtype, block_m: int, arch: str) 
         if fmt.dense_dtype is not None:
             compute = dense_compute(dtype, fmt.dense_dtype, arch)
         fold = name == "values" or fmt.axis == "token" or block_m * fmt.dim <= _MOST_FOLDED_ELEMENTS
-        sides.append(describe_side(layout, name, compute, fold, dot_precision(arch)))
+        sides.append(describe_side(layout, name, compute, fold, dot_precision(arch), weighed=name == "values"))
     return sides[0], sides[1]
 
 

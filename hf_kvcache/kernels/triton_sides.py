@@ -51,10 +51,9 @@ class Side:
         element: element type of ``level="dense"``.
         compute: type in which dot products take this side.
         precision: how dot products of fp32 are to be done.
-
-    Half precision rounds a factor by so much of itself, and a mean that all codes share would make one error of those of
-    all channels, which the rotation back then gathers in its first. So there, ``middle`` is taken off codes that have a
-    zero point, which makes up for it.
+        middle: what is taken off codes that are summed over tokens in half precision, and zero points make up for.
+            Weights are rounded there by so much of themselves, and a mean that all codes share would make one error of
+            those of all channels, which the rotation back then gathers in its first.
     """
 
     dim: int
@@ -78,18 +77,16 @@ class Side:
     element: Any
     compute: Any
     precision: str
+    middle: int
 
     @property
     def dim_pad(self) -> int:
         return self.segments * self.segment_pad
 
-    @property
-    def middle(self) -> int:
-        centered = self.folded and self.zero and self.level == "integer" and self.compute == tl.float16
-        return 1 << (self.bits - 1) if centered else 0
 
-
-def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool, precision: str = "ieee") -> Side:
+def describe_side(
+    layout: PageLayout, name: str, compute: Any, fold: bool, precision: str = "ieee", weighed: bool = False
+) -> Side:
     """The compile-time description of side ``name`` of a layout.
 
     Args:
@@ -98,6 +95,7 @@ def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool, preci
         compute: Triton type in which dot products take this side.
         fold: whether scales shall be folded where a whole page or row shares them.
         precision: how dot products of fp32 are to be done, as in ``tl.dot``.
+        weighed: whether the side is summed over tokens, as values are.
     """
     fmt = layout.sides[name]
     offsets = [
@@ -106,6 +104,8 @@ def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool, preci
     ]
     segments = 1 if fmt.level == "dense" else 8 // bit_planes(fmt.bits)[0]
     whole = fmt.group == (layout.page_size if fmt.axis == "channel" else fmt.dim)
+    folded = fmt.level != "dense" and whole and fold
+    centered = weighed and folded and fmt.zero and fmt.level == "integer" and compute == tl.float16
     return Side(
         dim=fmt.dim,
         segments=segments,
@@ -117,7 +117,7 @@ def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool, preci
         level=fmt.level,
         channel=fmt.axis == "channel",
         group=fmt.group,
-        folded=fmt.level != "dense" and whole and fold,
+        folded=folded,
         zero=fmt.level != "dense" and fmt.zero,
         other=fmt.level != "dense" and fmt.other,
         codes_at=offsets[0],
@@ -128,6 +128,7 @@ def describe_side(layout: PageLayout, name: str, compute: Any, fold: bool, preci
         element=None if fmt.dense_dtype is None else TRITON_TYPES[fmt.dense_dtype],
         compute=compute,
         precision=precision,
+        middle=1 << (fmt.bits - 1) if centered else 0,
     )
 
 

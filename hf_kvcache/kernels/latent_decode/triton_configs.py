@@ -57,7 +57,7 @@ def page_sides(layout: PageLayout, dtype: torch.dtype, arch: str) -> tuple[Side,
             compute = dense_compute(dtype, fmt.dense_dtype, arch)
         # A scale per channel would have to go into a copy of the queries, for which there are no registers.
         fold = name == "keys" and fmt.axis == "token" and not fmt.other
-        side = describe_side(layout, name, compute, fold, PRECISION)
+        side = describe_side(layout, name, compute, fold, PRECISION, weighed=True)  # latents are values too
         # A dot product takes 16 channels at least.
         sides.append(replace(side, segment_pad=max(side.segment_pad, LEAST_DIM // side.segments)))
     return sides[0], sides[1] if sides[1].dim else None

@@ -110,35 +110,48 @@ inline void begin(const Run& run, Partial& p) {
     std::memset(p.output, 0, sizeof(float) * run.queries * run.value_pitch);
 }
 
-// Scores to weights, in place, and the partial result scaled down to the new maximum. Hidden scores are -inf.
+// Scales what has been summed up for a query down to a new maximum.
+inline void lower_sums(const Run& run, int m, float top, Partial& p) {
+    const float decay = exponential(splat(p.top[m] - top))[0];
+    p.total[m] *= decay;
+    float* output = p.output + (size_t)m * run.value_pitch;
+    for (int i = 0; i < run.values.dim; i++) output[i] *= decay;
+    p.top[m] = top;
+}
+
+// Scores to weights, in place, and the partial result scaled down to the new maximum. Hidden scores are -inf. Queries take
+// turns: to bring a vector together takes long, but waits for nothing of another query.
 inline void weigh_scores(const Run& run, float* scores, int n, Partial& p, Stream& next) {
     const int stop = (n + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);  // within the pitch, which has a vector to spare
-    const int pitch = run.page_pitch, dim = run.values.dim, value_pitch = run.value_pitch;
-    for (int m = 0; m < run.queries; m++) {
-        float* s = scores + (size_t)m * pitch;
-        for (int t = n; t < stop; t++) s[t] = kMinusInfinity;
-        Vec tops = max(load(s), load(s + kLanes));
-        for (int t = 2 * kLanes; t < stop; t += 2 * kLanes) tops = max(tops, max(load(s + t), load(s + t + kLanes)));
-        const float before = p.top[m], top = larger(before, largest(tops));
-        // While nothing is visible the maximum is -inf, and -inf - -inf is not a number.
-        const Vec shift = splat(top == kMinusInfinity ? 0.0f : top);
-        Vec even = splat(0.0f), odd = splat(0.0f);
-        for (int t = 0; t < stop; t += 2 * kLanes) {
-            next.work(1);
-            const Vec a = exponential(load(s + t) - shift), b = exponential(load(s + t + kLanes) - shift);
-            store(s + t, a);
-            store(s + t + kLanes, b);
-            even += a;
-            odd += b;
+    const int pitch = run.page_pitch;
+    for (int first = 0; first < run.queries; first += 4) {
+        const int count = run.queries - first < 4 ? run.queries - first : 4;
+        float tops[4];
+        for (int m = 0; m < count; m++) {
+            float* s = scores + (size_t)(first + m) * pitch;
+            for (int t = n; t < stop; t++) s[t] = kMinusInfinity;
+            Vec even = load(s), odd = load(s + kLanes);
+            for (int t = 2 * kLanes; t < stop; t += 2 * kLanes) even = max(even, load(s + t)), odd = max(odd, load(s + t + kLanes));
+            tops[m] = largest(max(even, odd));
         }
-        if (top != before) {
-            const float decay = exponential(splat(before - top))[0];
-            p.total[m] *= decay;
-            float* o = p.output + (size_t)m * value_pitch;
-            for (int i = 0; i < dim; i++) o[i] *= decay;
-            p.top[m] = top;
+        for (int m = 0; m < count; m++)
+            if (tops[m] > p.top[first + m]) lower_sums(run, first + m, tops[m], p);
+        for (int m = 0; m < count; m++) {
+            float* s = scores + (size_t)(first + m) * pitch;
+            // While nothing is visible the maximum is -inf, and -inf - -inf is not a number.
+            const float top = p.top[first + m];
+            const Vec shift = splat(top == kMinusInfinity ? 0.0f : top);
+            Vec even = splat(0.0f), odd = splat(0.0f);
+            next.work(4);
+            for (int t = 0; t < stop; t += 2 * kLanes) {
+                const Vec a = exponential(load(s + t) - shift), b = exponential(load(s + t + kLanes) - shift);
+                store(s + t, a);
+                store(s + t + kLanes, b);
+                even += a;
+                odd += b;
+            }
+            p.total[first + m] += sum(even + odd);
         }
-        p.total[m] += sum(even + odd);
     }
 }
 
