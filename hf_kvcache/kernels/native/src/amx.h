@@ -49,17 +49,21 @@ inline void split_bytes(const __m512i v[4], __m512i& high, __m512i& low) {
 struct Quad {
     const float* rows[kQuad];
     int n;
-    float units[kQuad], inverses[kQuad];
+    float units[kQuad], inverses[kQuad], totals[kQuad];
     __m512i sums[kQuad];
 
     Quad(const float* x, int pitch, int count, int length) : n(length) {
         for (int m = 0; m < kQuad; m++) {
             // A row that is not there is the first one times zero.
             rows[m] = x + (m < count ? (int64_t)m * pitch : 0);
-            units[m] = 0, inverses[m] = 0, sums[m] = _mm512_setzero_si512();
+            units[m] = 0, inverses[m] = 0, totals[m] = 0, sums[m] = _mm512_setzero_si512();
             if (m >= count) continue;
-            __m512 top = _mm512_setzero_ps();
-            for (int c = 0; c < n; c += 16) top = _mm512_max_ps(top, _mm512_abs_ps(load(m, c)));
+            __m512 top = _mm512_setzero_ps(), total = _mm512_setzero_ps();
+            for (int c = 0; c < n; c += 16) {
+                top = _mm512_max_ps(top, _mm512_abs_ps(load(m, c)));
+                total = _mm512_add_ps(total, load(m, c));
+            }
+            totals[m] = _mm512_reduce_add_ps(total);
             const float peak = _mm512_reduce_max_ps(top);
             // A subnormal peak would have an infinite inverse.
             units[m] = peak > 1e-30f ? peak / kLargestUnits : 1.0f;
@@ -277,8 +281,8 @@ inline void multiply_values(const uint8_t* woven, const int8_t* weights, int ste
     store_sums(sums);
 }
 
-// output [64] += unit * totals of one query, whose high bytes' sums are given, out of the order of weave.
-inline void add_channels(const int32_t* sums, int32_t start, float unit, float* output) {
+// output [64] += unit * totals + lift of one query, whose high bytes' sums are given, out of the order of weave.
+inline void add_channels(const int32_t* sums, int32_t start, float unit, float lift, float* output) {
     __m512i total[4];
 #pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
@@ -293,28 +297,30 @@ inline void add_channels(const int32_t* sums, int32_t start, float unit, float* 
 #pragma GCC unroll 4
     for (int q = 0; q < 4; q++)
         _mm512_storeu_ps(output + 16 * q, _mm512_fmadd_ps(_mm512_cvtepi32_ps(quarters[q]), _mm512_set1_ps(unit),
-                                                          _mm512_loadu_ps(output + 16 * q)));
+                                                          _mm512_add_ps(_mm512_loadu_ps(output + 16 * q), _mm512_set1_ps(lift))));
 }
 
 // output[m, c] += the sums of n rows of levels, woven, by up to two quads of weights. These go on as zeros up to a multiple
-// of 64.
-inline void weigh_tiles(const uint8_t* woven, int n, int dim, const float* weights, int pitch, int count, float* output,
-                        int output_pitch, int8_t* tiles, Stream& next) {
+// of 64. mean: as mean_level gives it.
+inline void weigh_tiles(const uint8_t* woven, int n, int dim, float mean, const float* weights, int pitch, int count,
+                        float* output, int output_pitch, int8_t* tiles, Stream& next) {
     alignas(64) int32_t sums[4 * 16 * 16];
-    float units[2 * kQuad];
+    float units[2 * kQuad], lifts[2 * kQuad];
     int32_t start[2 * kQuad];
     const int steps = padded(n) / kBlock;
     for (int m = 0; m < count; m += kQuad) {
         Quad quad(weights + (int64_t)m * pitch, pitch, count - m, padded(n));
         split_weights(quad, tiles + 2 * m * 64, next);
         quad.copy(units + m, start + m);
+        for (int i = 0; i < kQuad; i++)
+            lifts[m + i] = mean * (quad.totals[i] - quad.units[i] * (float)(start[m + i] / -kBias));
     }
     for (int c = 0; c < dim; c += 64, woven += steps * 4 * kTileBytes) {
         multiply_values(woven, tiles, steps, sums, next);
         for (int m = 0; m < count; m++) {
             next.work(1);
             const int row = m / kQuad * 2 * kQuad + m % kQuad;
-            add_channels(sums + 16 * row, start[m], units[m], output + (int64_t)m * output_pitch + c);
+            add_channels(sums + 16 * row, start[m], units[m], lifts[m], output + (int64_t)m * output_pitch + c);
         }
     }
 }

@@ -36,6 +36,10 @@ constexpr int kLargestExactDim = 256, kLargestExactTokens = 256;
 
 #if defined(__AVX512VNNI__)
 
+// The mean of the bytes of all codes less the bias. What rounding leaves of a factor multiplies it in all channels alike, and a
+// rotation back would gather that in one: so the mean is multiplied by the factors as they are.
+inline float mean_level(int offset) { return offset ? -0.5f : 0.0f; }
+
 constexpr int kLargestUnits = 32512;  // 127 * 256: the high byte stays within 127
 
 inline int padded(int n) { return (n + 63) & ~63; }

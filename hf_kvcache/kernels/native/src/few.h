@@ -51,6 +51,12 @@ struct Split {
     float units[kFew];
     int32_t start[kFew];
 
+    // What the products with levels have to be raised by, for rows that add up to `total`; levels as HfkvSide.offset says.
+    float lift(int m, int offset, float total) const {
+        const float rounded = units[m] * (float)(start[m] / -kBias);
+        return (float)offset * total + mean_level(offset) * (total - rounded);
+    }
+
     static constexpr int kGroupBytes = 4 * 2 * kFew;
     const int8_t* group(int column) const { return bytes + kGroupBytes / 4 * column; }
 };

@@ -226,7 +226,7 @@ struct FewScores {
         const Split split = split_rows<M>(s.queries, query_pitch, side.dim, sums.tops, s.split);
         __m512 before[M], lifts[M];  // what the centring of the bytes left out, and what zero points per token multiply
         for (int i = 0; i < M; i++) {
-            before[i] = _mm512_set1_ps((float)side.offset * sums.totals[i] + sums.zeros[i]);
+            before[i] = _mm512_set1_ps(split.lift(i, side.offset, sums.totals[i]) + sums.zeros[i]);
             lifts[i] = _mm512_set1_ps(sums.totals[i] / side.step);
         }
         const auto put = [&](int t, const __m512* totals) {
@@ -261,7 +261,7 @@ struct FewOutput {
         const Split split = split_rows<M>(s.weights, pitch, n, sums.tops, s.split);
         if (side.has_other && m == 0) halves(record + side.other, side.dim, s.third);
         float shifts[M];
-        for (int i = 0; i < M; i++) shifts[i] = (float)side.offset * sums.totals[i] + sums.zeros[i];
+        for (int i = 0; i < M; i++) shifts[i] = split.lift(i, side.offset, sums.totals[i]) + sums.zeros[i];
         const auto put = [&](int block, int part, const __m512* totals) {
             add_part<M>(split, shifts, side.has_other ? s.third : nullptr, block, part, totals, side.dim,
                         output + (int64_t)m * output_pitch, output_pitch);
@@ -304,8 +304,8 @@ inline void code_output(const HfkvSide& side, int page_size, const uint8_t* reco
         with_rows(side, record + side.codes, n, s.bytes, s.next,
                   [&](const auto& rows) { weave(rows, n, s.woven, s.next); });
         for (int m = 0; m < count; m += 2 * kQuad)
-            weigh_tiles(s.woven, n, side.dim, s.weights + (int64_t)m * pitch, pitch, count - m < 2 * kQuad ? count - m : 2 * kQuad,
-                        output + (int64_t)m * output_pitch, output_pitch, s.split, s.next);
+            weigh_tiles(s.woven, n, side.dim, mean_level(side.offset), s.weights + (int64_t)m * pitch, pitch,
+                        count - m < 2 * kQuad ? count - m : 2 * kQuad, output + (int64_t)m * output_pitch, output_pitch, s.split, s.next);
         return;
     }
 #endif
