@@ -40,6 +40,16 @@ def test_features(codec: str, feature: str, loaded: None) -> None:
         check_everywhere(make_case(codec, shape, seed=1, **FEATURES[feature]))
 
 
+@pytest.mark.parametrize("dims", [(16, 32), (32, 16), (24, 48), (192, 192)])
+@pytest.mark.parametrize("codec", CODECS)
+def test_other_widths(codec: str, dims: tuple[int, int], loaded: None) -> None:
+    """Heads narrower than a register, and wide ones that are no power of two; few queries and many; pages of 24 tokens."""
+    for group, queries in ((3, 1), (2, 3)):
+        shape = Shape(*dims, 24, group, queries, 1, 2)
+        if fits(codec, shape):
+            check_everywhere(make_case(codec, shape, seed=3, ragged=True, columns=3))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("codec", CODECS)

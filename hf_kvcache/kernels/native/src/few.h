@@ -178,8 +178,9 @@ struct Lookup {
 };
 
 // Packed rows, or rows of levels.
-template <int kBits>
+template <int kBits_>
 struct CodeRows {
+    static constexpr int kBits = kBits_;
     const uint8_t* data;
     int length, n;  // bytes of a row, rows
     Lookup<kBits> levels;
@@ -306,6 +307,7 @@ template <int kBits_, int kLength>
 struct Wide {
     static constexpr int kBits = kBits_;
     static constexpr int kOutputs = 8 / kBits * kLength / 64;  // vectors of 64 levels from one of bytes
+    static_assert(kOutputs > 0, "a vector of bytes must hold the codes of 64 channels");
     const CodeRows<kBits>& rows;
     __m512i shifts[kOutputs];
 

@@ -5,6 +5,8 @@
 // a scale is shared by less than the page or the row.
 #pragma once
 
+#include <type_traits>
+
 #include "amx.h"
 #include "api.h"
 #include "expand.h"
@@ -191,14 +193,14 @@ inline bool few_fit(const HfkvSide& side, int page_size, int count) {
     return side.level == HFKV_CODES && side.dim <= kLargestExactDim && page_size <= kLargestExactTokens;
 }
 
-// Calls op with the first n rows of a side: packed if their length in bytes is a multiple of `least`, else as levels.
+// Calls op with the first n rows of a side, as they are packed if that is wanted and there is a way, else as levels.
 template <class Op>
-void with_codes(const HfkvSide& side, const uint8_t* record, int n, int least, Scratch& s, const Op& op) {
+void with_codes(const HfkvSide& side, const uint8_t* record, int n, bool packed, Scratch& s, const Op& op) {
     const uint8_t* codes = record + side.codes;
     const int length = side.dim * side.bits / 8;
     if (side.bits == 8) return op(CodeRows<8>(side, codes, length, n));
-    if (side.bits == 4 && length % least == 0) return op(CodeRows<4>(side, codes, length, n));
-    if (side.bits == 2 && length % least == 0) return op(CodeRows<2>(side, codes, length, n));
+    if (side.bits == 4 && packed) return op(CodeRows<4>(side, codes, length, n));
+    if (side.bits == 2 && packed) return op(CodeRows<2>(side, codes, length, n));
     expand(codes, side.bits, n, side.dim, side.levels, s.bytes, s.next);
     op(CodeRows<8>(side, s.bytes, side.dim, n));
 }
@@ -240,7 +242,8 @@ struct FewScores {
                 _mm512_storeu_ps(s.scores + (int64_t)(m + i) * pitch + t, y);
             }
         };
-        with_codes(side, record, n, 16, s, [&](const auto& rows) { dot_codes<M>(rows, split, s.next, put); });
+        const bool whole_quarters = side.dim * side.bits % 128 == 0;
+        with_codes(side, record, n, whole_quarters, s, [&](const auto& rows) { dot_codes<M>(rows, split, s.next, put); });
     }
 };
 
@@ -266,11 +269,15 @@ struct FewOutput {
             add_part<M>(split, shifts, side.has_other ? s.third : nullptr, block, part, totals, side.dim,
                         output + (int64_t)m * output_pitch, output_pitch);
         };
-        const int least = side.dim * side.bits / 8 <= 32 ? 16 : 64;
-        with_codes(side, record, n, least, s, [&](const auto& rows) {
-            if (rows.length == 16) weigh_codes<M, 16>(rows, split, s.next, put);
-            else if (rows.length == 32) weigh_codes<M, 32>(rows, split, s.next, put);
-            else weigh_codes<M, 64>(rows, split, s.next, put);
+        // Packed rows are read where they make whole vectors of levels; levels go by 64 channels, the last of them fewer.
+        const bool whole_vectors = side.dim % 64 == 0 && (side.dim * side.bits % 512 == 0 || side.dim * side.bits <= 256);
+        with_codes(side, record, n, whole_vectors, s, [&](const auto& rows) {
+            constexpr int kBits = std::decay_t<decltype(rows)>::kBits;
+            if constexpr (kBits == 2)
+                if (rows.length == 16) return weigh_codes<M, 16>(rows, split, s.next, put);
+            if constexpr (kBits < 8)
+                if (rows.length == 32) return weigh_codes<M, 32>(rows, split, s.next, put);
+            weigh_codes<M, 64>(rows, split, s.next, put);
         });
     }
 };
