@@ -43,7 +43,7 @@ def test_features(codec: str, feature: str, loaded: None) -> None:
 @pytest.mark.parametrize("dims", [(16, 32), (32, 16), (24, 48), (192, 192)])
 @pytest.mark.parametrize("codec", CODECS)
 def test_other_widths(codec: str, dims: tuple[int, int], loaded: None) -> None:
-    """Heads narrower than a register, and wide ones that are no power of two; few queries and many; pages of 24 tokens."""
+    """Heads narrower than a register, and wide ones that are no power of two, for few queries and more."""
     for group, queries in ((3, 1), (2, 3)):
         shape = Shape(*dims, 24, group, queries, 1, 2)
         if fits(codec, shape):
