@@ -6,7 +6,7 @@
 #pragma once
 
 #include "bytes.h"
-#include "packed.h"
+#include "wide.h"
 
 #if defined(__AMX_INT8__)
 
@@ -35,14 +35,6 @@ inline void release_tiles() { _tile_release(); }
 inline bool tiles_fit(const HfkvSide& side, int page_size) {
     return side.level == HFKV_CODES && side.dim % 64 == 0 && side.dim <= kLargestExactDim && page_size % kBlock == 0
         && page_size <= kLargestExactTokens;
-}
-
-// The high and the low bytes of 64 numbers, four to a lane of 16 bytes in turn: byte 16 r + 4 j + i is of v[j][4 r + i].
-inline void split_bytes(const __m512i v[4], __m512i& high, __m512i& low) {
-    const __m512i a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]);
-    const __m512i half = _mm512_set1_epi16(128), mask = _mm512_set1_epi16(255);
-    high = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8), _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
-    low = _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
 }
 
 // Up to four rows of a multiple of 16 floats as multiples of a unit each.
@@ -178,26 +170,26 @@ inline void multiply_keys(const uint8_t* rows, int dim, const int8_t* columns, i
     store_sums(sums);
 }
 
-template <class Packing>
-void look_up(const Rows64<Packing>& rows, int start, int dim, uint8_t* levels, Stream& next) {
-    for (int source = 0; source < rows.sources; source++)
+template <class Wide>
+void look_up(const Wide& wide, int start, int dim, uint8_t* levels, Stream& next) {
+    for (int c = 0; c < wide.rows.length; c += 64)
         for (int t = 0; t < kStep; t += 4) {
-            if (t % 8 == 0 && source == 0) next.work(1);
+            if (t % 8 == 0 && c == 0) next.work(1);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
-                const __m512i bytes = rows.load(start + t + i, source);
+                const __m512i bytes = wide.load(start + t + i, c);
 #pragma GCC unroll 4
-                for (int k = 0; k < Packing::kOutputs; k++)
-                    _mm512_store_si512(levels + (t + i) * dim + 64 * rows.block(source, k), rows.levels(bytes, k));
+                for (int k = 0; k < Wide::kOutputs; k++)
+                    _mm512_store_si512(levels + (t + i) * dim + 64 * wide.block(k, c), wide.level(bytes, k));
             }
         }
 }
 
 // scores[m, t] of up to two quads of queries and n rows of codes. levels: room for kStep rows of them.
-template <class Packing>
-void dot_tiles(const Rows64<Packing>& given, int n, int dim, const float* query, int query_pitch, int count, float* scores, int pitch,
+template <class Wide>
+void dot_tiles(const Wide& given, int n, int dim, const float* query, int query_pitch, int count, float* scores, int pitch,
                uint8_t* levels, int8_t* tiles, Stream& next) {
-    const Rows64<Packing> rows = given;  // bytes are written below, which could be any object's but a local one's
+    const Wide wide = given;  // bytes are written below, which could be any object's but a local one's
     alignas(64) int32_t sums[kStep * 16];
     float units[2 * kQuad];
     int32_t start[2 * kQuad];
@@ -207,10 +199,10 @@ void dot_tiles(const Rows64<Packing>& given, int n, int dim, const float* query,
         quad.copy(units + m, start + m);
     }
     for (int t = 0; t < n; t += kStep) {
-        if (Packing::kPlain) {
-            multiply_keys(rows.data + (int64_t)t * dim, dim, tiles, sums, next);
+        if (Wide::kBits == 8) {
+            multiply_keys(wide.rows.data + (int64_t)t * dim, dim, tiles, sums, next);
         } else {
-            look_up(rows, t, dim, levels, next);
+            look_up(wide, t, dim, levels, next);
             multiply_keys(levels, dim, tiles, sums, next);
         }
         for (int half = 0; half < kStep && t + half < n; half += 16) {
@@ -234,27 +226,27 @@ void dot_tiles(const Rows64<Packing>& given, int n, int dim, const float* query,
 
 // Levels of n tokens, four tokens side by side, as tiles [64 channels, 64 tokens, part]: lane i of part p is channel
 // 16 (i / 4) + 4 p + i % 4. The groups of four tokens stand in the order of split_bytes.
-template <class Packing>
-void weave(const Rows64<Packing>& given, int n, uint8_t* tiles, Stream& next) {
-    const Rows64<Packing> rows = given;  // as above
+template <class Wide>
+void weave(const Wide& given, int n, uint8_t* tiles, Stream& next) {
+    const Wide wide = given;  // as above
     const int steps = padded(n) / kBlock;
     for (int step = 0; step < steps; step++)
         for (int group = 0; group < 16; group++) {
             const int64_t t = kBlock * step + 4 * (group / 4 + group % 4 * 4);
             if (group % 2 == 0) next.work(1);
-            for (int source = 0; source < rows.sources; source++) {
-                const __m512i row0 = rows.load(t, source), row1 = rows.load(t + 1, source);
-                const __m512i row2 = rows.load(t + 2, source), row3 = rows.load(t + 3, source);
+            for (int c = 0; c < wide.rows.length; c += 64) {
+                const __m512i row0 = wide.load(t, c), row1 = wide.load(t + 1, c);
+                const __m512i row2 = wide.load(t + 2, c), row3 = wide.load(t + 3, c);
                 const __m512i ab_low = _mm512_unpacklo_epi8(row0, row1), ab_high = _mm512_unpackhi_epi8(row0, row1);
                 const __m512i cd_low = _mm512_unpacklo_epi8(row2, row3), cd_high = _mm512_unpackhi_epi8(row2, row3);
                 const __m512i parts[4] = {_mm512_unpacklo_epi16(ab_low, cd_low), _mm512_unpackhi_epi16(ab_low, cd_low),
                                           _mm512_unpacklo_epi16(ab_high, cd_high), _mm512_unpackhi_epi16(ab_high, cd_high)};
 #pragma GCC unroll 4
-                for (int k = 0; k < Packing::kOutputs; k++) {
-                    uint8_t* to = tiles + (rows.block(source, k) * steps + step) * 4 * kTileBytes + 64 * group;
+                for (int k = 0; k < Wide::kOutputs; k++) {
+                    uint8_t* to = tiles + (wide.block(k, c) * steps + step) * 4 * kTileBytes + 64 * group;
 #pragma GCC unroll 4
                     for (int p = 0; p < 4; p++)
-                        _mm512_store_si512(to + p * kTileBytes, rows.levels(parts[p], k));
+                        _mm512_store_si512(to + p * kTileBytes, wide.level(parts[p], k));
                 }
             }
         }
@@ -301,8 +293,8 @@ inline void add_channels(const int32_t* sums, int32_t start, float unit, float l
 }
 
 // output[m, c] += the sums of n rows of levels, woven, by up to two quads of weights. These go on as zeros up to a multiple
-// of 64. mean: as mean_level gives it.
-inline void weigh_tiles(const uint8_t* woven, int n, int dim, float mean, const float* weights, int pitch, int count,
+// of 64. offset: as in HfkvSide.
+inline void weigh_tiles(const uint8_t* woven, int n, int dim, int offset, const float* weights, int pitch, int count,
                         float* output, int output_pitch, int8_t* tiles, Stream& next) {
     alignas(64) int32_t sums[4 * 16 * 16];
     float units[2 * kQuad], lifts[2 * kQuad];
@@ -313,7 +305,7 @@ inline void weigh_tiles(const uint8_t* woven, int n, int dim, float mean, const 
         split_weights(quad, tiles + 2 * m * 64, next);
         quad.copy(units + m, start + m);
         for (int i = 0; i < kQuad; i++)
-            lifts[m + i] = mean * (quad.totals[i] - quad.units[i] * (float)(start[m + i] / -kBias));
+            lifts[m + i] = rest_of_mean(offset, quad.totals[i], quad.units[i], start[m + i]);
     }
     for (int c = 0; c < dim; c += 64, woven += steps * 4 * kTileBytes) {
         multiply_values(woven, tiles, steps, sums, next);

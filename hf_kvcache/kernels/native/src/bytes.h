@@ -36,10 +36,6 @@ constexpr int kLargestExactDim = 256, kLargestExactTokens = 256;
 
 #if defined(__AVX512VNNI__)
 
-// The mean of the bytes of all codes less the bias. What rounding leaves of a factor multiplies it in all channels alike, and a
-// rotation back would gather that in one: so the mean is multiplied by the factors as they are.
-inline float mean_level(int offset) { return offset ? -0.5f : 0.0f; }
-
 constexpr int kLargestUnits = 32512;  // 127 * 256: the high byte stays within 127
 
 inline int padded(int n) { return (n + 63) & ~63; }
@@ -51,6 +47,21 @@ inline __m128i four_sums(const __m512i v[4]) {
     const __m512i c = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
     const __m256i d = _mm256_add_epi32(_mm512_castsi512_si256(c), _mm512_extracti64x4_epi64(c, 1));
     return _mm_add_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1));
+}
+
+// The high and the low bytes of 64 numbers, four to a lane of 16 bytes in turn: byte 16 r + 4 j + i is of v[j][4 r + i].
+inline void split_bytes(const __m512i v[4], __m512i& high, __m512i& low) {
+    const __m512i a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]);
+    const __m512i half = _mm512_set1_epi16(128), mask = _mm512_set1_epi16(255);
+    high = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8), _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+    low = _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
+}
+
+// What rounding leaves of a row of factors, total - unit * sum, multiplies the mean of all codes in all channels alike, and a
+// rotation back would gather that in one: so it is added again. offset: as in HfkvSide; start: -kBias times the sum.
+inline float rest_of_mean(int offset, float total, float unit, int32_t start) {
+    const float mean = offset ? -0.5f : 0.0f;  // of the bytes less the bias; tables are symmetric
+    return mean * (total - unit * (float)(start / -kBias));
 }
 
 #endif  // __AVX512VNNI__

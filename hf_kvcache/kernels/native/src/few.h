@@ -3,6 +3,7 @@
 #pragma once
 
 #include "bytes.h"
+#include "wide.h"
 
 #if defined(__AVX512VNNI__)
 
@@ -18,21 +19,18 @@ inline void multiply(__m512i& sums, __m512i x, const int8_t* four) {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(x), "m"(*(const FourBytes*)four));
 }
 
-inline __m128 four_totals(const __m512 v[4]) {
-    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-    const __m512 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-    const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
+// What op makes of the lanes of each of four vectors.
+template <class Op>
+inline __m128 fold_four(const __m512 v[4], const Op& op) {
+    const __m512 a = op(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 b = op(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512 c = op(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    const __m512 d = op(c, _mm512_shuffle_f32x4(c, c, 0x4e));  // the other half
+    return _mm512_castps512_ps128(op(d, _mm512_shuffle_f32x4(d, d, 0xb1)));
 }
 
-inline __m128 four_tops(const __m512 v[4]) {
-    const __m512 a = _mm512_max_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-    const __m512 b = _mm512_max_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-    const __m512 c = _mm512_max_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-    const __m256 d = _mm256_max_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
-    return _mm_max_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
-}
+inline __m512 larger_lanes(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+inline __m512 sum_of_lanes(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 
 inline __mmask16 first_lanes(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1 << n) - 1); }
 inline __mmask64 first_bytes(int n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
@@ -53,8 +51,7 @@ struct Split {
 
     // What the products with levels have to be raised by, for rows that add up to `total`; levels as HfkvSide.offset says.
     float lift(int m, int offset, float total) const {
-        const float rounded = units[m] * (float)(start[m] / -kBias);
-        return (float)offset * total + mean_level(offset) * (total - rounded);
+        return (float)offset * total + rest_of_mean(offset, total, units[m], start[m]);
     }
 
     static constexpr int kGroupBytes = 4 * 2 * kFew;
@@ -86,9 +83,9 @@ inline Scaled scale_rows(const float* x, int pitch, int n, const uint8_t* factor
         }
     }
     Scaled s;
-    _mm_storeu_ps(s.tops, four_tops(tops));
-    _mm_storeu_ps(s.totals, four_totals(totals));
-    _mm_storeu_ps(s.zeros, four_totals(zeros));
+    _mm_storeu_ps(s.tops, fold_four(tops, larger_lanes));
+    _mm_storeu_ps(s.totals, fold_four(totals, sum_of_lanes));
+    _mm_storeu_ps(s.zeros, fold_four(zeros, sum_of_lanes));
     return s;
 }
 
@@ -118,7 +115,6 @@ inline void store_groups(const __m512i rows[8], int8_t* to) {
 // n: columns; as many as make a multiple of 64 are written, the rest of them as 0. tops: the largest magnitudes.
 template <int M>
 inline Split split_rows(const float* x, int pitch, int n, const float* tops, int8_t* bytes) {
-    const __m512i half = _mm512_set1_epi16(128), mask = _mm512_set1_epi16(255);
     Split s{bytes, {}, {}};
     __m512i sums[kFew];
     float inverses[M];
@@ -141,61 +137,13 @@ inline Split split_rows(const float* x, int pitch, int n, const float* tops, int
                 v[j] = _mm512_cvtps_epi32(_mm512_mul_ps(row, _mm512_set1_ps(inverses[m])));
                 sums[m] = _mm512_add_epi32(sums[m], v[j]);
             }
-            const __m512i a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]);
-            rows[2 * m] = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
-                                             _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
-            rows[2 * m + 1] = _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
+            split_bytes(v, rows[2 * m], rows[2 * m + 1]);
         }
         store_groups(rows, bytes + Split::kGroupBytes / 4 * c);
     }
     _mm_storeu_si128((__m128i*)s.start, _mm_mullo_epi32(four_sums(sums), _mm_set1_epi32(-kBias)));
     return s;
 }
-
-// The levels of codes of kBits: a vector of bytes has one code of every segment of a row.
-template <int kBits>
-struct Lookup {
-    static constexpr int kSegments = 8 / kBits;
-    __m512i table;
-
-    explicit Lookup(const HfkvSide& side) : table(_mm512_loadu_si512(side.levels)) {
-#if defined(__AVX512VBMI__)
-        // It heeds six bits of a byte: those above the code find the same level.
-        alignas(64) uint8_t place[64];
-        for (int i = 0; i < 64; i++) place[i] = (uint8_t)(i & ((1 << kBits) - 1));
-        table = _mm512_permutexvar_epi8(_mm512_load_si512(place), table);
-#endif
-    }
-    __m512i find(__m512i codes) const {
-        if (kBits == 8) return codes;
-#if defined(__AVX512VBMI__)
-        return _mm512_permutexvar_epi8(codes, table);
-#else
-        return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8((char)((1 << kBits) - 1))));
-#endif
-    }
-    __m512i segment(__m512i bytes, int s) const { return find(s ? _mm512_srli_epi16(bytes, s * kBits) : bytes); }
-};
-
-// Packed rows, or rows of levels.
-template <int kBits_>
-struct CodeRows {
-    static constexpr int kBits = kBits_;
-    const uint8_t* data;
-    int length, n;  // bytes of a row, rows
-    Lookup<kBits> levels;
-
-    CodeRows(const HfkvSide& side, const uint8_t* bytes, int row_bytes, int rows)
-        : data(bytes), length(row_bytes), n(rows), levels(side) {}
-    // Rows from t on, `count` of them: those behind the last are 0, in `room`.
-    const uint8_t* from(int t, int count, uint8_t* room) const {
-        const uint8_t* rows = data + (int64_t)t * length;
-        if (t + count <= n) return rows;
-        std::memset(room, 0, (size_t)count * length);
-        std::memcpy(room, rows, (size_t)(n - t) * length);
-        return room;
-    }
-};
 
 // Transposes 16 rows of 32 bytes: lane i of v[g] becomes group g, of four bytes, of row i. v[j] and v[4 + j] hold rows j and
 // 4 + j, 8 + j and 12 + j.
@@ -301,39 +249,6 @@ inline void dot_codes(const CodeRows<kBits>& rows, const Split& queries, Stream&
     }
 }
 
-// How rows are read for sums over tokens: 64 bytes of one, or a shorter one repeated to fill a vector, every lane of which is
-// shifted to the segment that its channels belong to.
-template <int kBits_, int kLength>
-struct Wide {
-    static constexpr int kBits = kBits_;
-    static constexpr int kOutputs = 8 / kBits * kLength / 64;  // vectors of 64 levels from one of bytes
-    static_assert(kOutputs > 0, "a vector of bytes must hold the codes of 64 channels");
-    const CodeRows<kBits>& rows;
-    __m512i shifts[kOutputs];
-
-    explicit Wide(const CodeRows<kBits>& given) : rows(given) {
-        const __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (int k = 0; k < kOutputs; k++)  // lane i holds bytes 4 i to 4 i + 3 of a vector
-            shifts[k] = _mm512_mullo_epi32(_mm512_set1_epi32(kBits * 0x10001),
-                                           _mm512_srli_epi32(_mm512_add_epi32(place, _mm512_set1_epi32(16 * k)), kShift));
-    }
-    __m512i row(const uint8_t* from, __mmask64 in) const {
-        if (kLength == 64) return _mm512_maskz_loadu_epi8(in, from);
-        if (kLength == 32) return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)from));
-        return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from));
-    }
-    __m512i level(__m512i bytes, int k) const {
-        if (kBits == 8) return bytes;
-        const bool first = kLength == 64 && k == 0;  // nothing to shift
-        return rows.levels.find(first ? bytes : _mm512_srlv_epi16(bytes, shifts[k]));
-    }
-    // Which 64 channels of a row are output k of the vector at byte c.
-    int block(int k, int c) const { return k * (kLength == 64 ? (rows.length + 63) / 64 : 1) + c / 64; }
-
-private:
-    static constexpr int kShift = kLength == 64 ? 4 : kLength == 32 ? 3 : 2;
-};
-
 // Part p of four rows side by side, token by token: lane i has channel 16 (i / 4) + 4 p + i % 4.
 inline __m512i weave_part(const __m512i row[4], int p) {
     const __m512i ab = p / 2 ? _mm512_unpackhi_epi8(row[0], row[1]) : _mm512_unpacklo_epi8(row[0], row[1]);
@@ -378,16 +293,17 @@ inline void weigh_part(const Rows& wide, int c, int k, const Split& weights, Str
     put(wide.block(kParts ? k : k + 1, c), kParts ? kPart + 1 : kPart, totals[1]);
 }
 
-template <int M, int kLength, int kBits, class Put>
-inline void weigh_codes(const CodeRows<kBits>& rows, const Split& weights, Stream& next, const Put& put) {
-    const Wide<kBits, kLength> wide(rows);
-    for (int c = 0; c < rows.length; c += 64)
-        for (int k = 0; k < wide.kOutputs; k += 2) {
+template <int M, class Rows, class Put>
+inline void weigh_codes(const Rows& given, const Split& weights, Stream& next, const Put& put) {
+    const Rows wide = given;  // bytes are written below, which could be any object's but a local one's
+    for (int c = 0; c < wide.rows.length; c += 64)
+        for (int k = 0; k < Rows::kOutputs; k += 2) {
             weigh_part<M, 0>(wide, c, k, weights, next, put);
             weigh_part<M, 2>(wide, c, k, weights, next, put);
-            if (wide.kOutputs == 1) continue;
-            weigh_part<M, 1>(wide, c, k, weights, next, put);
-            weigh_part<M, 3>(wide, c, k, weights, next, put);
+            if constexpr (Rows::kOutputs > 1) {
+                weigh_part<M, 1>(wide, c, k, weights, next, put);
+                weigh_part<M, 3>(wide, c, k, weights, next, put);
+            }
         }
 }
 

@@ -5,8 +5,6 @@
 // a scale is shared by less than the page or the row.
 #pragma once
 
-#include <type_traits>
-
 #include "amx.h"
 #include "api.h"
 #include "expand.h"
@@ -193,18 +191,6 @@ inline bool few_fit(const HfkvSide& side, int page_size, int count) {
     return side.level == HFKV_CODES && side.dim <= kLargestExactDim && page_size <= kLargestExactTokens;
 }
 
-// Calls op with the first n rows of a side, as they are packed if that is wanted and there is a way, else as levels.
-template <class Op>
-void with_codes(const HfkvSide& side, const uint8_t* record, int n, bool packed, Scratch& s, const Op& op) {
-    const uint8_t* codes = record + side.codes;
-    const int length = side.dim * side.bits / 8;
-    if (side.bits == 8) return op(CodeRows<8>(side, codes, length, n));
-    if (side.bits == 4 && packed) return op(CodeRows<4>(side, codes, length, n));
-    if (side.bits == 2 && packed) return op(CodeRows<2>(side, codes, length, n));
-    expand(codes, side.bits, n, side.dim, side.levels, s.bytes, s.next);
-    op(CodeRows<8>(side, s.bytes, side.dim, n));
-}
-
 struct FewScores {
     const HfkvSide& side;
     const uint8_t* record;
@@ -242,8 +228,13 @@ struct FewScores {
                 _mm512_storeu_ps(s.scores + (int64_t)(m + i) * pitch + t, y);
             }
         };
-        const bool whole_quarters = side.dim * side.bits % 128 == 0;
-        with_codes(side, record, n, whole_quarters, s, [&](const auto& rows) { dot_codes<M>(rows, split, s.next, put); });
+        const uint8_t* codes = record + side.codes;
+        const int length = side.dim * side.bits / 8;
+        if (side.bits == 8) return dot_codes<M>(CodeRows<8>(side, codes, length, n), split, s.next, put);
+        if (side.bits == 4 && length % 16 == 0) return dot_codes<M>(CodeRows<4>(side, codes, length, n), split, s.next, put);
+        if (side.bits == 2 && length % 16 == 0) return dot_codes<M>(CodeRows<2>(side, codes, length, n), split, s.next, put);
+        expand(codes, side.bits, n, side.dim, side.levels, s.bytes, s.next);
+        dot_codes<M>(CodeRows<8>(side, s.bytes, side.dim, n), split, s.next, put);
     }
 };
 
@@ -269,16 +260,8 @@ struct FewOutput {
             add_part<M>(split, shifts, side.has_other ? s.third : nullptr, block, part, totals, side.dim,
                         output + (int64_t)m * output_pitch, output_pitch);
         };
-        // Packed rows are read where they make whole vectors of levels; levels go by 64 channels, the last of them fewer.
-        const bool whole_vectors = side.dim % 64 == 0 && (side.dim * side.bits % 512 == 0 || side.dim * side.bits <= 256);
-        with_codes(side, record, n, whole_vectors, s, [&](const auto& rows) {
-            constexpr int kBits = std::decay_t<decltype(rows)>::kBits;
-            if constexpr (kBits == 2)
-                if (rows.length == 16) return weigh_codes<M, 16>(rows, split, s.next, put);
-            if constexpr (kBits < 8)
-                if (rows.length == 32) return weigh_codes<M, 32>(rows, split, s.next, put);
-            weigh_codes<M, 64>(rows, split, s.next, put);
-        });
+        with_wide(side, record + side.codes, n, s.bytes, s.next,
+                  [&](const auto& wide) { weigh_codes<M>(wide, split, s.next, put); });
     }
 };
 
@@ -289,9 +272,9 @@ inline void code_scores(const HfkvSide& side, int page_size, const uint8_t* reco
                         int pitch) {
 #if defined(__AMX_INT8__)
     if (tiles_fit(side, page_size)) {
-        with_rows(side, record + side.codes, n, s.bytes, s.next, [&](const auto& rows) {
+        with_wide(side, record + side.codes, n, s.bytes, s.next, [&](const auto& wide) {
             for (int m = 0; m < count; m += 2 * kQuad)
-                dot_tiles(rows, n, side.dim, s.queries + (int64_t)m * query_pitch, query_pitch,
+                dot_tiles(wide, n, side.dim, s.queries + (int64_t)m * query_pitch, query_pitch,
                           count - m < 2 * kQuad ? count - m : 2 * kQuad, s.scores + (int64_t)m * pitch, pitch, s.woven, s.split,
                           s.next);
         });
@@ -308,10 +291,10 @@ inline void code_output(const HfkvSide& side, int page_size, const uint8_t* reco
                         float* output, int output_pitch) {
 #if defined(__AMX_INT8__)
     if (tiles_fit(side, page_size)) {
-        with_rows(side, record + side.codes, n, s.bytes, s.next,
-                  [&](const auto& rows) { weave(rows, n, s.woven, s.next); });
+        with_wide(side, record + side.codes, n, s.bytes, s.next,
+                  [&](const auto& wide) { weave(wide, n, s.woven, s.next); });
         for (int m = 0; m < count; m += 2 * kQuad)
-            weigh_tiles(s.woven, n, side.dim, mean_level(side.offset), s.weights + (int64_t)m * pitch, pitch,
+            weigh_tiles(s.woven, n, side.dim, side.offset, s.weights + (int64_t)m * pitch, pitch,
                         count - m < 2 * kQuad ? count - m : 2 * kQuad, output + (int64_t)m * output_pitch, output_pitch, s.split, s.next);
         return;
     }
