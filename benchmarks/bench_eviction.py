@@ -28,6 +28,7 @@ from benchmarks.timing import cpu_clock
 from hf_kvcache import HeavyHitterCache, KVCache, SlidingWindowCache
 from hf_kvcache.accounting import tensor_bytes
 from hf_kvcache.evictor import Evictor
+from hf_kvcache.integration.versions import with_cache
 
 _POLICIES = ("snapkv", "streaming", "keydiff", "leverage", "expected", "h2o")
 _BUDGET, _CHUNK = 512, 512
@@ -70,7 +71,7 @@ def tiny_model() -> Any:
 
 def forward(model: Any, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
     """The last logits ``[vocabulary]`` after ``tokens [1, T]``."""
-    return model(tokens, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    return model(tokens, **with_cache(model, cache), logits_to_keep=1).logits[0, -1]
 
 
 def measure_prefill(model: Any, tokens: torch.Tensor, policies: Sequence[str], rounds: int) -> list[Row]:

@@ -31,6 +31,7 @@ from benchmarks.arms import DTYPES, DYNAMIC
 from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
 from benchmarks.timing import Clock, cpu_clock, read_bandwidth, take_turns
 from hf_kvcache import LatentKVCache
+from hf_kvcache.integration.versions import with_cache
 from hf_kvcache_eval.caches import held_bytes
 
 #: Our arms: how latents are stored.
@@ -73,7 +74,9 @@ class LayerArm:
 
     def layer(self, hidden: torch.Tensor, position_embeddings: torch.Tensor) -> torch.Tensor:
         """The whole module on a token's state ``[1, 1, hidden]``."""
-        return self.module(hidden, None, past_key_values=self.cache, position_embeddings=position_embeddings)[0]
+        return self.module(
+            hidden, None, **with_cache(self.module, self.cache), position_embeddings=position_embeddings
+        )[0]
 
     def bytes_held(self) -> int:
         """Bytes of the cache."""

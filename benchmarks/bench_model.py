@@ -36,6 +36,7 @@ from benchmarks.arms import CODECS, DYNAMIC, PEERS, STATIC, held_bytes, peer_cac
 from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
 from benchmarks.timing import cpu_clock
 from hf_kvcache import KVCache, bind, unbind
+from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.models import load_default_model
 from hf_kvcache.text import packaged_text
 
@@ -68,7 +69,7 @@ def set_attention(config: Any, cache: Any) -> None:
 
 def forward(model: Any, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
     """Logits ``[vocabulary]`` behind the last of ``tokens [1, n]``."""
-    return model(tokens, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    return model(tokens, **with_cache(model, cache), logits_to_keep=1).logits[0, -1]
 
 
 def fill(model: Any, cache: Any, states: Sequence[tuple[torch.Tensor, torch.Tensor]], tokens: int) -> None:

@@ -24,6 +24,6 @@ inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
 cache = LatentKVCache(model.config, projection="smollm2-latent.safetensors", ratio=0.5)
-output = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
+output = model.generate(**inputs, cache=cache, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 print(cache.memory())

@@ -17,7 +17,7 @@ torch.manual_seed(0)
 started = time.perf_counter()
 for number in range(int(sys.argv[1]) if len(sys.argv) > 1 else 1000):
     with torch.inference_mode():
-        logits = model(ids, past_key_values=cache).logits[:, -1]
+        logits = model(ids, cache=cache).logits[:, -1]
     ids = torch.multinomial((logits / 0.8).softmax(-1), 1)
     print(tokenizer.decode(ids[0]), end="", flush=True)
     if number % 250 == 249:

@@ -14,7 +14,7 @@ inputs = tokenizer.apply_chat_template(
 
 # SnapKV: what the last 64 tokens of the prompt attend to. Every 128 generated tokens it evicts again.
 cache = HeavyHitterCache(model.config, budget=0.25, policy="snapkv", bits=4)
-output = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
+output = model.generate(**inputs, cache=cache, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 kept = (cache.layers[0].kept_positions()[0, 0] >= 0).sum()
 print(f"{cache.get_seq_length()} tokens seen, {kept} kept in the first head")

@@ -41,11 +41,11 @@ caches = {
 }
 for name, cache in caches.items():
     with torch.inference_mode():
-        token = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        token = model(prompt, cache=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
         start, tokens = time.perf_counter(), []
         for _ in range(16):
             tokens.append(token.item())
-            token = model(token, past_key_values=cache).logits.argmax(-1)
+            token = model(token, cache=cache).logits.argmax(-1)
     milliseconds = (time.perf_counter() - start) / len(tokens) * 1e3
     if isinstance(cache, LatentKVCache):
         size = cache.memory().total

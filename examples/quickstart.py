@@ -8,7 +8,7 @@ messages = [{"role": "user", "content": "Explain in three sentences why the sky 
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 cache = QuantizedKVCache(model.config, bits=4)
-output = model.generate(**inputs, past_key_values=cache, max_new_tokens=200, do_sample=False)
+output = model.generate(**inputs, cache=cache, max_new_tokens=200, do_sample=False)
 
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 print(cache.memory())  # bytes held, bytes a bf16 DynamicCache would hold, ratio, by part

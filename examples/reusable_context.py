@@ -18,12 +18,12 @@ repeat = tokenizer("\n\nRepeat the previous context exactly.\n", return_tensors=
 # KVzip: the model reads the context a second time, and what it needs to repeat it is kept, whatever is asked later.
 kept = HeavyHitterCache(model.config, budget=0.2, policy="kvzip", tail_length=4)
 with torch.inference_mode():
-    model(context, past_key_values=kept, logits_to_keep=1)
+    model(context, cache=kept, logits_to_keep=1)
     kept.compress(model, context, prompt_ids=repeat)
 print(kept.memory())
 
 for question in QUESTIONS:
     turn = tokenizer(f"{question}<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt").input_ids
     ids = torch.cat([context, turn], 1)
-    output = model.generate(ids, past_key_values=kept.fork(), max_new_tokens=30, do_sample=False)
+    output = model.generate(ids, cache=kept.fork(), max_new_tokens=30, do_sample=False)
     print(f"{question}\n  {tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)}")

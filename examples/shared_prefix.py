@@ -17,11 +17,11 @@ opening = tokenizer.apply_chat_template(
 
 prefix = QuantizedKVCache(model.config, bits=4)
 with torch.inference_mode():
-    model(opening, past_key_values=prefix, logits_to_keep=1)
+    model(opening, cache=prefix, logits_to_keep=1)
 
 for question in QUESTIONS:
     turn = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     ids = torch.cat([opening, tokenizer(turn, add_special_tokens=False, return_tensors="pt").input_ids], 1)
     cache = prefix.fork()  # shares the packed pages of the story
-    output = model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    output = model.generate(ids, cache=cache, max_new_tokens=40, do_sample=False)
     print(f"{question}\n  {tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)}")

@@ -2,7 +2,7 @@
 
 from hf_kvcache import QuantizedKVCache
 cache = QuantizedKVCache(model.config, bits=4)
-model.generate(**inputs, past_key_values=cache, max_new_tokens=200)
+model.generate(**inputs, cache=cache, max_new_tokens=200)
 print(cache.memory())
 """
 

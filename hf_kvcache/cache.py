@@ -20,7 +20,7 @@ from hf_kvcache.model_config import check_formats, check_states, decoder_config,
 
 
 class KVCache(Cache):
-    """A paged KV cache for ``model.generate(past_key_values=cache)``.
+    """A paged KV cache for ``model.generate(cache=cache)`` (``past_key_values=cache`` before transformers 5.24).
 
     Args:
         config: the model's config (``model.config``); of a vision-language model the text part is taken.

@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from hf_kvcache import HeavyHitterCache, KVCache, QuantizedKVCache, SlidingWindowCache
+from hf_kvcache.integration.versions import CACHE_ARGUMENT, with_cache
 from hf_kvcache.models import load_default_model, quiet_transformers
 from hf_kvcache.text import packaged_text
 
@@ -218,7 +219,7 @@ def mean_kl(full_logits: torch.Tensor, logits: torch.Tensor) -> float:
 
 def _prefill(model: Any, input_ids: torch.Tensor, cache: Cache) -> None:
     """Put all of the prompt but its last token into ``cache``; decoding starts from that one."""
-    model(input_ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids[:, :-1], **with_cache(model, cache), use_cache=True, logits_to_keep=1)
 
 
 def _teacher_forced(
@@ -233,7 +234,7 @@ def _teacher_forced(
     inputs = torch.cat([input_ids[0, -1:], tokens[:-1]])
     steps = []
     for token in inputs:
-        steps.append(model(token.view(1, 1), past_key_values=cache, use_cache=True).logits[0, -1].float())
+        steps.append(model(token.view(1, 1), **with_cache(model, cache), use_cache=True).logits[0, -1].float())
         bar.advance()
     return torch.stack(steps)
 
@@ -251,7 +252,7 @@ def _generate(
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         max_new_tokens=max_new_tokens,
         do_sample=False,
         return_dict_in_generate=True,

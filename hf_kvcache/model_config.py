@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from hf_kvcache.codecs.base import side_format
 from hf_kvcache.evicting_latent_layer import EvictingLatentLayer, check_policy
 from hf_kvcache.evicting_layer import EvictingLayer
+from hf_kvcache.integration.versions import layer_types
 from hf_kvcache.latent_layer import IndexedLatentLayer, LatentLayer
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
 
@@ -44,7 +45,7 @@ def check_states(config: PreTrainedConfig, key_states: torch.Tensor) -> None:
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the decoder; raises for anything that cannot have a KV cache of ours."""
     if not isinstance(config, PreTrainedConfig):
-        hint = ". Legacy tuples of past_key_values cannot be converted" if isinstance(config, tuple) else ""
+        hint = ". Legacy tuples of keys and values cannot be converted" if isinstance(config, tuple) else ""
         raise TypeError(f"config is a {type(config).__name__}; accepted: a model's config (model.config){hint}")
     if config.is_encoder_decoder:
         raise ValueError(f"config of {config.model_type!r}: accepted: decoder-only models, this one has an encoder")
@@ -68,20 +69,20 @@ def _is_decoder(config: PreTrainedConfig) -> bool:
 
 
 def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
-    layer_types, layer_arguments = _layer_types(config)
+    types, layer_arguments = layer_types(config)
     own = (*OWN_LAYER_TYPES, INDEXED) if options.latents == "native" else OWN_LAYER_TYPES
-    if not set(layer_types) & set(own):
+    if not set(types) & set(own):
         raise ValueError(
-            f"config of {config.model_type!r} has layers of type {sorted(set(layer_types))}; accepted: at least one of "
+            f"config of {config.model_type!r} has layers of type {sorted(set(types))}; accepted: at least one of "
             f"{list(own)}, there is nothing to cache otherwise"
         )
-    evicting = [index for index, layer_type in enumerate(layer_types) if layer_type == "full_attention"]
+    evicting = [index for index, layer_type in enumerate(types) if layer_type == "full_attention"]
     if options.eviction is None:
         evicting = []
     else:
         _check_eviction(config, evicting, options)
     layers: list[Any] = []
-    for index, (layer_type, arguments) in enumerate(zip(layer_types, layer_arguments, strict=True)):
+    for index, (layer_type, arguments) in enumerate(zip(types, layer_arguments, strict=True)):
         if options.eviction is not None and index in evicting:
             place = evicting.index(index), len(evicting)
             kind = EvictingLatentLayer if options.latents == "native" else EvictingLayer
@@ -161,15 +162,3 @@ def _layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 def shares_keys(config: PreTrainedConfig) -> bool:
     """Whether some layers read the keys and values of others."""
     return getattr(config, "kv_sharing_modes", None) is not None or bool(getattr(config, "num_kv_shared_layers", 0))
-
-
-def _layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
-    """Type and constructor arguments of each layer, as transformers' own caches would have them."""
-    layer_types, arguments = get_layer_types_and_kwargs(config)
-    if isinstance(arguments, dict):  # transformers before 5.19: one set of arguments for all layers
-        common = arguments
-        arguments = [
-            {name: value for name, value in common.items() if name != "sliding_window" or "sliding" in layer_type}
-            for layer_type in layer_types
-        ]
-    return layer_types, arguments

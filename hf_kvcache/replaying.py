@@ -10,6 +10,7 @@ import torch
 from hf_kvcache.evicting_layer import Draft, EvictingLayer
 from hf_kvcache.eviction import Context, Policy
 from hf_kvcache.eviction.selection import choose
+from hf_kvcache.integration.versions import with_cache
 
 if TYPE_CHECKING:
     from hf_kvcache.cache import KVCache
@@ -129,7 +130,7 @@ def _watch(
         if not bool(whole.all()):
             positions = (whole.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
             inputs = {"attention_mask": whole, "position_ids": positions}
-        model(input_ids=ids, past_key_values=copy, use_cache=True, logits_to_keep=1, **inputs)
+        model(input_ids=ids, **with_cache(model, copy), use_cache=True, logits_to_keep=1, **inputs)
     return watches
 
 

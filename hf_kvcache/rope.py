@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from hf_kvcache.integration.versions import ask_with_cache
+
 #: Rope types whose frequencies depend on how long the sequence is: a key does not say by which it was rotated.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 #: Random states shown to a layer: the more there are, the less can two dimensions be mistaken for each other.
@@ -251,15 +253,13 @@ def _answers(module: torch.nn.Module, config: Any, width: int) -> tuple[torch.Te
         "attention_mask": None,
         "alibi": None,
         "shared_kv_states": {},
-        **dict.fromkeys(("past_key_values", "past_key_value", "layer_past"), _Listener()),
     }
     try:
-        # Not by calling the module: hooks that watch it would see states that nobody sent.
-        module.forward(**{name: argument for name, argument in given.items() if name in takes})
+        ask_with_cache(module, given, _Listener(), _Answered)
     except _Answered as answer:
         keys, values = (states.flatten(0, 1).float().cpu() for states in answer.args)
         return keys, values
-    raise RuntimeError("it writes nothing to a cache")
+    raise AssertionError("unreachable: without an answer there is an error")
 
 
 class _Move(NamedTuple):

@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from hf_kvcache import KVCache, QuantizedKVCache, bind, unbind
 from hf_kvcache.codecs import specs
 from hf_kvcache.codecs.registry import available
+from hf_kvcache.integration.versions import CACHE_ARGUMENT, cache_of
 from tests.families import VOCABULARY
 
 PAGE, TAIL, SINKS = 16, 8, 4
@@ -44,6 +45,11 @@ def all_codecs() -> list[Any]:
 
 def _order(spec: str) -> bool:
     return not spec.endswith("3")  # three bits straddle bytes: the width that is easiest to get wrong
+
+
+def as_cache(cache: Any) -> dict[str, Any]:
+    """``cache`` as the keyword argument that this release of transformers names it by."""
+    return {CACHE_ARGUMENT: cache}
 
 
 def full_cache(model: PreTrainedModel) -> DynamicCache:
@@ -84,8 +90,8 @@ def generate(model: PreTrainedModel, inputs: Any, cache: Cache | None, new: int 
     arguments: dict[str, Any] = {"do_sample": False, "max_new_tokens": new, **options}
     set_binding(model, cache)
     torch.manual_seed(7)
-    out = model.generate(**inputs, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **arguments)
-    assert out.past_key_values is cache
+    out = model.generate(**inputs, **as_cache(cache), return_dict_in_generate=True, output_logits=True, **arguments)
+    assert cache_of(out) is cache
     length = inputs["input_ids"].shape[1]
     return Generated(out.sequences[:, length:], torch.stack(out.logits, 1), cache)
 
@@ -94,7 +100,7 @@ def generate(model: PreTrainedModel, inputs: Any, cache: Cache | None, new: int 
 def forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
     """Logits ``[B, T, V]`` of new tokens on top of what the cache holds."""
     set_binding(model, cache)
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs).logits
+    return model(input_ids=ids, **as_cache(cache), use_cache=True, **inputs).logits
 
 
 def teacher_forced(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, prefill: int) -> torch.Tensor:

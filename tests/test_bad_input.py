@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_kvcache import KVCache, QuantizedKVCache
 from hf_kvcache.codecs import resolve
 from tests import families
-from tests.running import assert_packed, forward, prompt, small_cache
+from tests.running import as_cache, assert_packed, forward, prompt, small_cache
 
 CONFIG = transformers.LlamaConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=4)
 
@@ -213,8 +213,8 @@ def test_nan_is_not_looked_for_by_default(model: PreTrainedModel) -> None:
 def test_legacy_tuple_is_refused_by_generate(model: PreTrainedModel) -> None:
     """transformers says so itself; a bound model still does."""
     small_cache(model)
-    with pytest.raises(ValueError, match="tuple of `past_key_values`"):
-        model.generate(prompt(5), past_key_values=((torch.zeros(1), torch.zeros(1)),), max_new_tokens=2)
+    with pytest.raises(ValueError, match="tuple of"):
+        model.generate(prompt(5), **as_cache(((torch.zeros(1), torch.zeros(1)),)), max_new_tokens=2)
 
 
 def test_dropout_is_refused(model: PreTrainedModel) -> None:

@@ -50,4 +50,4 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise RuntimeError("attention over a KVCache has no gradient: train without past_key_values")
+        raise RuntimeError("attention over a KVCache has no gradient: train without a cache")

@@ -14,6 +14,7 @@ from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.task import Bench
 from tests.eval.tiny import LetterTokenizer
+from tests.running import as_cache
 
 TASK = Fidelity(prefix=64, suffix=20, windows=3, batch=2)
 
@@ -59,8 +60,8 @@ def _int2(model: PreTrainedModel) -> Any:
 def _plain(model: PreTrainedModel, window: torch.Tensor, cache: Any) -> torch.Tensor:
     """Log-probabilities ``[20, vocabulary]`` in float64, one token at a time."""
     with torch.inference_mode():
-        model(window[None, :64], past_key_values=cache)
-        steps = [model(window[None, at : at + 1], past_key_values=cache).logits[0, -1] for at in range(64, 84)]
+        model(window[None, :64], **as_cache(cache))
+        steps = [model(window[None, at : at + 1], **as_cache(cache)).logits[0, -1] for at in range(64, 84)]
     return torch.stack(steps).double().log_softmax(-1)
 
 

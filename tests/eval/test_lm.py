@@ -13,6 +13,7 @@ from hf_kvcache_eval.caches import Arm
 from hf_kvcache_eval.lm import KVCacheLM
 from hf_kvcache_eval.protocol import Protocol
 from tests.eval.lm_toys import LETTERS, SMALL, close, instance, lm, questions, text, tokenizer
+from tests.running import as_cache
 
 #: Of a sum of up to eight log-probabilities, between two orders of summation in float32.
 ROUNDING = 2e-4
@@ -45,11 +46,11 @@ def test_it_is_the_protocol_written_as_a_plain_loop(model: PreTrainedModel, spec
         total, greedy = 0.0, True
         with torch.inference_mode():
             if context[:-1]:
-                model(torch.tensor([context[:-1]]), past_key_values=cache)
+                model(torch.tensor([context[:-1]]), **as_cache(cache))
                 if arm.kind.after_prefill:
                     cache.compress()
             for token, target in zip([context[-1], *continuation], continuation, strict=False):
-                logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+                logits = model(torch.tensor([[token]]), **as_cache(cache)).logits[0, -1]
                 total += logits.log_softmax(-1)[target].item()
                 greedy = greedy and logits.argmax().item() == target
         expected.append((total, greedy))

@@ -16,6 +16,7 @@ from hf_kvcache_eval.retrieval.prompts import Prompt, batches, tokenized
 from hf_kvcache_eval.retrieval.task import recall_of, scores_of
 from hf_kvcache_eval.task import Bench
 from tests.eval.retrieval_toys import bench, tokenizer
+from tests.running import as_cache
 
 LENGTH = 300
 ROUNDING = 1e-4
@@ -112,7 +113,7 @@ def test_nll_is_that_of_one_forward_pass(shared: Bench) -> None:
         prompt = tokenized(sample, tokenizer(), literal=True, query_aware=False)
         ids, answer = prompt.prefilled + prompt.asked + prompt.answer, torch.tensor(prompt.answer)
         with torch.inference_mode():
-            logits = model(torch.tensor([ids]), past_key_values=DynamicCache(config=model.config)).logits[0]
+            logits = model(torch.tensor([ids]), **as_cache(DynamicCache(config=model.config))).logits[0]
         log_probs = logits[-len(answer) - 1 : -1].log_softmax(-1)
         wanted.append(-log_probs.gather(1, answer[:, None]).mean().item())
     assert nll(shared, "full") == pytest.approx(wanted, abs=ROUNDING)
@@ -136,7 +137,7 @@ def test_a_given_answer_is_exact_where_every_token_would_have_been_chosen(shared
         prompt = tokenized(sample, tokenizer(), literal=False, query_aware=False)
         ids, answer = prompt.prefilled + prompt.asked + prompt.answer, torch.tensor(prompt.answer)
         with torch.inference_mode():
-            logits = model(torch.tensor([ids]), past_key_values=DynamicCache(config=model.config)).logits[0]
+            logits = model(torch.tensor([ids]), **as_cache(DynamicCache(config=model.config))).logits[0]
         said = logits[-len(answer) - 1 : -1]
         exact.append(float((said.argmax(-1) == answer).all()))
         log_probs.append(-said.log_softmax(-1).gather(1, answer[:, None]).mean().item())

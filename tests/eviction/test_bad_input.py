@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_kvcache import HeavyHitterCache, KVCache, SlidingWindowCache, unbind
 from hf_kvcache.eviction import resolve
 from tests.eviction.test_generation import evicting
-from tests.running import forward, prompt
+from tests.running import as_cache, forward, prompt
 
 CONFIG = transformers.LlamaConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=4)
 
@@ -119,7 +119,7 @@ def test_an_attention_that_gives_no_queries(model: PreTrainedModel, policy: str)
     untouched = cache.fork()
     unbind(model.config)
     with pytest.raises(RuntimeError, match=r"set_attn_implementation\('hf_kvcache'\)"), torch.no_grad():
-        model(prompt(3), past_key_values=cache, use_cache=True)
+        model(prompt(3), **as_cache(cache), use_cache=True)
     assert untouched.layers[1].kept_positions().shape == cache.layers[1].kept_positions().shape
     untouched.integrity()
     assert forward(model, prompt(3), untouched).isfinite().all()
@@ -129,5 +129,5 @@ def test_unbound(model: PreTrainedModel) -> None:
     """``bind=False`` leaves another attention in place: the error comes with the second update at the latest."""
     cache = evicting(model, bind=False)
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"leave bind=True"):
-        model(prompt(60), past_key_values=cache, use_cache=True)
-        model(prompt(1), past_key_values=cache, use_cache=True)
+        model(prompt(60), **as_cache(cache), use_cache=True)
+        model(prompt(1), **as_cache(cache), use_cache=True)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 
 from hf_kvcache.rope import LayerRope, rope_of
 from tests import families
+from tests.running import as_cache
 from tests.tolerances import assert_near
 
 #: Shorter than the sliding windows, so that a DynamicCache still holds every key.
@@ -189,7 +190,7 @@ def cached_layers(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.nn.M
     hooks = [source(m).register_forward_hook(keep(seen, m)) for m in modules]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.randint(3, 100, (2, TOKENS), generator=torch.Generator().manual_seed(0)), past_key_values=cache)
+        model(torch.randint(3, 100, (2, TOKENS), generator=torch.Generator().manual_seed(0)), **as_cache(cache))
     for hook in hooks:
         hook.remove()
     layers: list[Any] = cache.layers

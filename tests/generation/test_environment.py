@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from tests import families
 from tests.running import (
     ROUNDING,
+    as_cache,
     assert_packed,
     assert_same,
     full_cache,
@@ -38,7 +39,7 @@ class _Recorder(BaseStreamer):
 def test_plain_output(model: PreTrainedModel) -> None:
     """Without ``return_dict_in_generate`` the same sequences come back as a tensor."""
     expected = generate(model, prompt(50), full_cache(model)).tokens
-    out = model.generate(prompt(50), past_key_values=small_cache(model), max_new_tokens=20, do_sample=False)
+    out = model.generate(prompt(50), **as_cache(small_cache(model)), max_new_tokens=20, do_sample=False)
     assert isinstance(out, torch.Tensor) and torch.equal(out[:, 50:], expected)
 
 
@@ -57,7 +58,7 @@ def test_hidden_states(model: PreTrainedModel) -> None:
         outputs.append(
             model.generate(
                 prompt(50),
-                past_key_values=cache,
+                **as_cache(cache),
                 max_new_tokens=8,
                 do_sample=False,
                 return_dict_in_generate=True,
@@ -79,7 +80,7 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
         set_binding(model, cache)
         with torch.no_grad():
             parts = [ids[:, :60], *ids[:, 60:].split(1, 1)]
-            steps = [model(part, past_key_values=cache, use_cache=True).logits for part in parts]
+            steps = [model(part, **as_cache(cache), use_cache=True).logits for part in parts]
         logits[type(cache)] = torch.cat(steps, 1).float()
     assert_packed(cache)
     assert {layer.dtype for layer in cache.own_layers} == {dtype}
@@ -114,7 +115,7 @@ def test_gradient_modes(model: PreTrainedModel, mode: Any) -> None:
     steps = []
     for part, context in zip(ids.split([60, 1, 9], 1), contexts, strict=True):
         with context:
-            steps.append(model(part, past_key_values=cache, use_cache=True).logits.detach().clone())
+            steps.append(model(part, **as_cache(cache), use_cache=True).logits.detach().clone())
     assert_packed(cache)
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=ROUNDING)
 
@@ -125,10 +126,10 @@ def test_inference_mode_then_no_grad(model: PreTrainedModel) -> None:
     expected = model(ids).logits.detach()
     cache = small_cache(model)
     with torch.inference_mode():
-        model(ids[:, :60], past_key_values=cache, use_cache=True)
+        model(ids[:, :60], **as_cache(cache), use_cache=True)
     fork = cache.fork()
     for each in (cache, fork):
         with torch.no_grad():
-            steps = [model(part, past_key_values=each, use_cache=True).logits for part in ids[:, 60:].split(1, 1)]
+            steps = [model(part, **as_cache(each), use_cache=True).logits for part in ids[:, 60:].split(1, 1)]
         torch.testing.assert_close(torch.cat(steps, 1), expected[:, 60:], rtol=0, atol=ROUNDING)
     assert_packed(cache)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_kvcache import KVCache
 from tests import families
 from tests.running import (
+    as_cache,
     assert_packed,
     assert_same,
     full_cache,
@@ -79,7 +80,7 @@ def _family_of(model: PreTrainedModel) -> str:
 def test_prefix_reuse(model: PreTrainedModel, copied: Any) -> None:
     """A prompt's prefix is computed once and continued in several ways, none of which disturbs another."""
     prefix = prompt(58)
-    model(prefix, past_key_values=(shared := small_cache(model)), use_cache=True)
+    model(prefix, **as_cache(shared := small_cache(model)), use_cache=True)
     for seed in range(3):
         inputs = torch.cat([prefix, prompt(5 + 9 * seed, seed=seed)], 1)
         ours = generate(model, inputs, copied(shared), 12)

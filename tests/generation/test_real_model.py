@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from hf_kvcache import KVCache, QuantizedKVCache
 from hf_kvcache.models import load_default_model
-from tests.running import assert_packed
+from tests.running import as_cache, assert_packed
 
 pytestmark = pytest.mark.slow
 SERIES = ["A sequence: 1, 2, 3, 4, 5", "A sequence: A, B, C"]
@@ -39,11 +39,9 @@ def test_full_equality(smollm2: Any) -> None:
     model, tokenizer = smollm2
     ids = tokenizer(_text()[5000:8000], return_tensors="pt").input_ids[:, :400]
     assert ids.shape[1] == 400
-    expected = model.generate(
-        ids, past_key_values=DynamicCache(config=model.config), max_new_tokens=40, do_sample=False
-    )
+    expected = model.generate(ids, **as_cache(DynamicCache(config=model.config)), max_new_tokens=40, do_sample=False)
     cache = KVCache(model.config, "none")
-    ours = model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    ours = model.generate(ids, **as_cache(cache), max_new_tokens=40, do_sample=False)
     assert_packed(cache)
     assert torch.equal(ours, expected)
 
@@ -56,7 +54,7 @@ def test_series_go_on(smollm2: Any, spec: str) -> None:
     for padding in ({"padding": True}, {"padding": "max_length", "max_length": 40}):
         inputs = tokenizer(SERIES, return_tensors="pt", **padding)
         cache = QuantizedKVCache(model.config, codec=spec, page_size=8, tail_length=0, sink_length=1)
-        out = model.generate(**inputs, past_key_values=cache, max_new_tokens=10, do_sample=False)
+        out = model.generate(**inputs, **as_cache(cache), max_new_tokens=10, do_sample=False)
         assert_packed(cache)
         texts.append(tokenizer.batch_decode(out, skip_special_tokens=True))
     assert texts[0] == texts[1]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_kvcache import KVCache
 from tests import families
-from tests.running import assert_packed
+from tests.running import as_cache, assert_packed
 
 PAGES = {"page_size": 16, "tail_length": 8}
 
@@ -23,7 +23,7 @@ def _filled(model: PreTrainedModel, codec: str, padded: bool = False) -> tuple[K
     mask[1, : 33 if padded else 0] = 0
     cache = KVCache(model.config, codec, **PAGES)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **as_cache(cache))
     return cache, mask
 
 
@@ -33,7 +33,7 @@ def _next_logits(model: PreTrainedModel, cache: KVCache, mask: torch.Tensor) -> 
     for step in range(20):
         mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
         with torch.no_grad():
-            out.append(model(torch.full((2, 1), 5 + step), attention_mask=mask, past_key_values=cache).logits)
+            out.append(model(torch.full((2, 1), 5 + step), attention_mask=mask, **as_cache(cache)).logits)
     return torch.cat(out, 1)
 
 

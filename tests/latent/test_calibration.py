@@ -21,6 +21,7 @@ from hf_kvcache.latent.identity import weights_digest
 from hf_kvcache.latent.methods import available
 from hf_kvcache.latent.moments import LayerMoments, States, collect
 from tests import families
+from tests.running import as_cache
 
 TEXTS = ["a first text to read.", "and another one, which is longer than the first"]
 SINKS, LENGTH = 2, 15
@@ -69,7 +70,7 @@ def test_keys_and_values_are_those_of_a_dynamic_cache(model: PreTrainedModel) ->
     caches = []
     for chunk in chunks():
         caches.append(DynamicCache(config=model.config.get_text_config(decoder=True)))
-        model(input_ids=chunk, past_key_values=caches[-1])
+        model(input_ids=chunk, **as_cache(caches[-1]))
     assert sorted(found) == list(range(len(caches[0].layers)))
     for index, layer in found.items():
         for states, name in ((layer.keys, "keys"), (layer.values, "values")):

@@ -17,7 +17,7 @@ from hf_kvcache import KVCache, LatentKVCache, unbind
 from hf_kvcache.indexer_keys import IndexerKeys
 from hf_kvcache.latent_layer import IndexedLatentLayer
 from tests import families, mla_families
-from tests.running import assert_same, forward, full_cache, generate, prompt
+from tests.running import as_cache, assert_same, forward, full_cache, generate, prompt
 
 SIZES: dict[str, Any] = {"page_size": 16, "tail_length": 16, "sink_length": 4}
 #: More than attention takes into latent space in these models, whose latents are 32 wide.
@@ -70,8 +70,8 @@ def test_other_attention_reads_what_it_expands(attention: str, bind: bool) -> No
     if bind:
         unbind(model.config)
     ids = prompt(70)
-    outputs = [model(part, past_key_values=cache).logits for part in ids.split([50, 12, 1, 1, 6], 1)]
-    wanted = model(ids, past_key_values=full_cache(model)).logits
+    outputs = [model(part, **as_cache(cache)).logits for part in ids.split([50, 12, 1, 1, 6], 1)]
+    wanted = model(ids, **as_cache(full_cache(model))).logits
     torch.testing.assert_close(torch.cat(outputs, 1), wanted, rtol=0, atol=1e-4)
     assert cache.absorbed_steps == 0
     unbind(model.config)
@@ -111,8 +111,8 @@ def test_two_caches_of_one_family() -> None:
     assert attention.expand_kv is not own
     unbind(first.config)
     assert attention.expand_kv is not own
-    second(prompt(30), past_key_values=caches[1])
-    second(prompt(1), past_key_values=caches[1])
+    second(prompt(30), **as_cache(caches[1]))
+    second(prompt(1), **as_cache(caches[1]))
     assert caches[1].absorbed_steps == 2
     unbind(second.config)
     assert attention.expand_kv is own
@@ -158,7 +158,7 @@ def test_no_gradient(length: int) -> None:
     model = mla_families.build("deepseek_v2")
     cache = small(model.config)
     forward(model, prompt(40), cache)
-    logits = model(prompt(length), past_key_values=cache).logits
+    logits = model(prompt(length), **as_cache(cache)).logits
     with pytest.raises(RuntimeError, match="no gradient"):
         logits.sum().backward()
 

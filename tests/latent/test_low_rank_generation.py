@@ -13,6 +13,7 @@ from tests.latent.low_rank import rotated_cache, rotation, with_projections
 from tests.running import (
     ROUNDING,
     Generated,
+    as_cache,
     assert_packed,
     assert_same,
     forward,
@@ -154,7 +155,7 @@ def test_dense_fallback(model: PreTrainedModel, form: str) -> None:
     first = forward(model, ids[:, :60], cache)
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
-        rest = [model(input_ids=step, past_key_values=cache, use_cache=True).logits for step in ids[:, 60:].split(1, 1)]
+        rest = [model(input_ids=step, **as_cache(cache), use_cache=True).logits for step in ids[:, 60:].split(1, 1)]
     assert_packed(cache)
     torch.testing.assert_close(torch.cat([first, *rest], 1), expected, rtol=0, atol=ROUNDING)
 

@@ -18,6 +18,7 @@ from tests.mla_families import BROKEN, names
 from tests.running import (
     ROUNDING,
     Generated,
+    as_cache,
     assert_packed,
     assert_same,
     forward,
@@ -324,7 +325,7 @@ def test_unbind(model: PreTrainedModel) -> None:
     with torch.no_grad():
         steps = [prompt(40), *before.tokens[:, :-1].split(1, 1)]
         bound_full = full_cache(model)  # with `forward` of the helpers the model would be unbound
-        logits = [model(input_ids=x, past_key_values=bound_full, use_cache=True).logits[:, -1] for x in steps]
+        logits = [model(input_ids=x, **as_cache(bound_full), use_cache=True).logits[:, -1] for x in steps]
     torch.testing.assert_close(torch.stack(logits, 1), before.logits, rtol=0, atol=ROUNDING)
     _unbind(model)
     assert cls.expand_kv is own
@@ -343,7 +344,7 @@ def test_unbound_in_use(model: PreTrainedModel) -> None:
     _unbind(model)
     absorbed = cache.absorbed_steps
     for token in ids[:, 51:55].split(1, 1):
-        logits.append(model(input_ids=token, past_key_values=cache, use_cache=True).logits)
+        logits.append(model(input_ids=token, **as_cache(cache), use_cache=True).logits)
     assert cache.absorbed_steps == absorbed
     logits.extend(forward(model, token, cache) for token in ids[:, 55:].split(1, 1))
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=ROUNDING)
@@ -374,7 +375,7 @@ def test_two_models() -> None:
         forward(model, prompt(60)[:, :50], cache)
     _unbind(one)
     with torch.no_grad():  # not by the helper, which would bind it again
-        steps = [other(x, past_key_values=caches[1], use_cache=True).logits for x in prompt(60)[:, 50:].split(1, 1)]
+        steps = [other(x, **as_cache(caches[1]), use_cache=True).logits for x in prompt(60)[:, 50:].split(1, 1)]
     logits = torch.cat(steps, 1)
     torch.testing.assert_close(logits, expected[:, 50:], rtol=0, atol=ROUNDING)
     assert_absorbed(caches[1], other, 10)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_kvcache import KVCache, QuantizedKVCache, bind, unbind
 from tests import families
-from tests.running import ROUNDING, assert_packed, full_cache, generate, prompt, small_cache
+from tests.running import ROUNDING, as_cache, assert_packed, full_cache, generate, prompt, small_cache
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_vlm", "gemma2"])
@@ -40,7 +40,7 @@ def test_implementation_by_name(model: PreTrainedModel, tmp_path: Path) -> None:
     loaded.generation_config = model.generation_config
     assert str(loaded.config._attn_implementation) == "hf_kvcache"
     for cache in (None, KVCache(loaded.config, page_size=16, tail_length=8)):
-        out = loaded.generate(prompt(60), past_key_values=cache, max_new_tokens=20, do_sample=False)
+        out = loaded.generate(prompt(60), **as_cache(cache), max_new_tokens=20, do_sample=False)
         assert torch.equal(out[:, 60:], expected.tokens)
     assert_packed(cache)
 
@@ -89,7 +89,7 @@ def test_without_binding(model: PreTrainedModel) -> None:
     cache = QuantizedKVCache(model.config, codec="none", page_size=16, tail_length=8, bind=False)
     assert str(model.config._attn_implementation) == "sdpa"
     with torch.no_grad():
-        parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([50, *[1] * 10], 1)]
+        parts = [model(part, **as_cache(cache), use_cache=True).logits for part in ids.split([50, *[1] * 10], 1)]
         expected = model(ids).logits
     assert_packed(cache)
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=ROUNDING)

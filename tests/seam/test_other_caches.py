@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from hf_kvcache import KVCache, bind, unbind
 from tests import families
-from tests.running import left_padded, prompt
+from tests.running import as_cache, left_padded, prompt
 
 CASES = [
     (family, attention)
@@ -38,7 +38,7 @@ def _logits(model: PreTrainedModel, kind: str, padded: bool, **options: Any) -> 
     for part in parts:
         seen += part.shape[1]
         mask = {"attention_mask": inputs["attention_mask"][:, :seen]} if padded else {}
-        logits.append(model(part, past_key_values=cache, use_cache=cache is not None, **mask, **options).logits)
+        logits.append(model(part, **as_cache(cache), use_cache=cache is not None, **mask, **options).logits)
     return logits
 
 
@@ -77,15 +77,15 @@ def test_both_caches_in_turn(model: PreTrainedModel) -> None:
     ours, theirs = KVCache(model.config, page_size=16, tail_length=8), DynamicCache(config=model.config)
     for cut in (slice(0, 50), slice(50, 51), slice(51, 60)):
         with torch.no_grad():
-            one = model(ids[:, cut], past_key_values=ours, use_cache=True).logits
-            two = model(ids[:, cut], past_key_values=theirs, use_cache=True).logits
+            one = model(ids[:, cut], **as_cache(ours), use_cache=True).logits
+            two = model(ids[:, cut], **as_cache(theirs), use_cache=True).logits
         assert torch.equal(two, expected[:, cut])
         torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
 def _stepwise(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-    steps = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([50, 1, 9], 1)]
+    steps = [model(part, **as_cache(cache), use_cache=True).logits for part in ids.split([50, 1, 9], 1)]
     return torch.cat(steps, 1)
 
 

@@ -1,0 +1,107 @@
+"""What differs between the releases of transformers that this package supports; no other module lists such names.
+
+Everything is found by asking transformers (a signature, an attribute), never by comparing version numbers, so that a
+release that nobody has tried yet is treated by what it does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import transformers
+from transformers import PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.masking_utils import create_causal_mask
+
+#: The release that is installed.
+RELEASE: str = transformers.__version__
+
+#: What `generate` and the models have called the argument that takes a cache, the newest name first.
+_CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+#: What this release calls it: ``"cache"`` from 5.24 on, ``"past_key_values"`` before.
+CACHE_ARGUMENT: str = next(name for name in _CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which a model's ``forward`` takes its cache.
+
+    A model from outside of transformers may still have an older name than the release's own models.
+    """
+    return _cache_argument(type(model))
+
+
+@cache
+def _cache_argument(model_class: type) -> str:
+    takes = inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
+    return next((name for name in (CACHE_ARGUMENT, *_CACHE_NAMES) if name in takes), CACHE_ARGUMENT)
+
+
+def with_cache(model: Any, held: Any) -> dict[str, Any]:
+    """The keyword argument that hands the cache ``held`` to a model: ``model(ids, **with_cache(model, held))``."""
+    return {cache_argument(model): held}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model's or ``generate``'s output carries; None if it carries none."""
+    return getattr(output, CACHE_ARGUMENT, None)
+
+
+def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    """Type and constructor arguments of each layer, as transformers' own caches would have them."""
+    types, arguments = get_layer_types_and_kwargs(config)
+    if isinstance(arguments, dict):  # before 5.19: one set of arguments for all layers
+        arguments = [
+            {name: value for name, value in arguments.items() if name != "sliding_window" or "sliding" in layer_type}
+            for layer_type in types
+        ]
+    return types, arguments
+
+
+_asked: WeakKeyDictionary[type, str] = WeakKeyDictionary()
+
+
+def ask_with_cache(module: Any, given: dict[str, Any], stand_in: Any, answer: type[BaseException]) -> None:
+    """Call ``module.forward`` with ``stand_in`` for its cache, by whatever name it takes one.
+
+    The parameter is found by trying: it is the one whose object's ``update`` is called.
+
+    Args:
+        module: an attention module.
+        given: the other arguments, those that the module does not take included.
+        stand_in: an object whose ``update`` raises ``answer``.
+        answer: which this function raises, as soon as a parameter is found.
+
+    Raises:
+        RuntimeError: if the module calls ``update`` on none of its arguments.
+    """
+    # Not by calling the module: hooks that watch it would see states that nobody sent.
+    forward: Callable[..., Any] = module.forward
+    takes = inspect.signature(forward).parameters
+    arguments = {name: value for name, value in given.items() if name in takes}
+    failed: Exception | None = None
+    for name in _candidates(type(module), takes, arguments):
+        try:
+            forward(**arguments, **{name: stand_in})
+        except answer:
+            _asked[type(module)] = name
+            raise
+        except Exception as error:  # a parameter that takes something else, or what else ails the module
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    raise RuntimeError("it writes nothing to a cache")
+
+
+def _candidates(cls: type, takes: Any, arguments: dict[str, Any]) -> Iterator[str]:
+    """Parameters that may take the cache: the one found before, those with a name that one has had, all others."""
+    if cls in _asked:
+        yield _asked[cls]
+        return
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    free = [name for name, parameter in takes.items() if parameter.kind in named and name not in arguments]
+    yield from sorted(free, key=lambda name: _CACHE_NAMES.index(name) if name in _CACHE_NAMES else len(_CACHE_NAMES))
