@@ -111,6 +111,7 @@ class EvictingLayer(KVCacheLayer):
             self._redo(undo, max(keep - undo.seen, 0))
         if keep < self._seen:
             self._truncate(keep)
+        self.padding = self.padding.before(keep)
         self._confirm()
         self.version += 1
 
@@ -364,11 +365,6 @@ class EvictingLayer(KVCacheLayer):
         self.settle()
         self._undo, self._unconfirmed = None, 0
         self._settle_block()
-
-    def _held(self, new: NewTokens, storage: PagedStorage) -> np.ndarray:
-        """Real tokens that each sequence had seen before the latest update, whether they are still held or not."""
-        assert self.evictor is not None
-        return self.evictor.pinned.real
 
     def _snapshot(self) -> Undo:
         self.settle()

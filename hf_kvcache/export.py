@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hf_kvcache.cache import KVCache
 
 #: Raised when the meaning of the tensors changes.
-_FORMAT = 3
+_FORMAT = 4
 _META = "meta"
 
 

@@ -8,19 +8,30 @@ import numpy as np
 import torch
 
 from hf_kvcache.kernels.inputs import DenseTokens
+from hf_kvcache.kernels.padding import PaddingPlaces
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.storage import PagedStorage
 
 
 @dataclass
 class NewTokens:
-    """The tokens of the latest update, ``[B, Hkv, T, D]``, until attention has seen them."""
+    """The tokens of the latest update, until attention has seen them.
+
+    Attributes:
+        keys: ``[B, Hkv, T, Dk]``.
+        values: ``[B, Hkv, T, Dv]``.
+        position: of the first of them.
+        valid: bool ``[B, T]``, False for padding; None if none of them is.
+        stored: whether they are in the storage already.
+        earlier_padding: the padding of earlier updates; None until a mask was looked at.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
     position: int
-    valid: np.ndarray | None = None  # bool [B, T], False for padding; None if all are real
+    valid: np.ndarray | None = None
     stored: bool = False
+    earlier_padding: PaddingPlaces | None = None
 
     @property
     def length(self) -> int:
@@ -28,11 +39,15 @@ class NewTokens:
 
     def part(self, tokens: slice) -> NewTokens:
         """Some of the tokens, not stored yet."""
+        valid, earlier = self.valid, self.earlier_padding
+        if valid is not None and earlier is not None:
+            earlier = earlier.extend(self.position, valid[:, : tokens.start])
         return NewTokens(
             self.keys[:, :, tokens],
             self.values[:, :, tokens],
             self.position + tokens.start,
-            None if self.valid is None else self.valid[:, tokens],
+            None if valid is None else valid[:, tokens],
+            earlier_padding=earlier,
         )
 
 

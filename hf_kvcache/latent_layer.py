@@ -16,7 +16,6 @@ from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, Up
 from hf_kvcache.kernels.latent_decode import absorb, expand, latent_attend
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.layer import KVCacheLayer
-from hf_kvcache.masks import Padding, padding_of, rows_that_see
 
 if TYPE_CHECKING:
     from hf_kvcache.incoming import NewTokens
@@ -182,14 +181,6 @@ class IndexedLatentLayer(LatentLayer):
         super().restore({name: x for name, x in tensors.items() if name != "indexer"}, progress)
         if "indexer" in tensors:
             self.indexer.append(tensors["indexer"].to(self.device))
-
-    def _note_padding(self, new: NewTokens, attention_mask: torch.Tensor | None) -> Padding | None:
-        known = padding_of(attention_mask, new.position, new.length, self.sliding_window) is not None
-        if known or attention_mask is None:
-            return super()._note_padding(new, attention_mask)
-        # The indexer's choice may leave out a token's own place, but never leaves a real token nothing to see.
-        new.valid = rows_that_see(attention_mask)
-        return None
 
 
 def in_latent_space(query: torch.Tensor, up: UpProjections) -> torch.Tensor:

@@ -18,9 +18,10 @@ from hf_kvcache.handle import KVHandle
 from hf_kvcache.incoming import NewTokens, check_update, dense_tokens
 from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.latent.projection import LayerProjection
-from hf_kvcache.masks import Padding, padding_of, valid_on_diagonal
+from hf_kvcache.masks import Padding, check_hidden, padding_of, valid_in
 from hf_kvcache.reading import dense_side
 from hf_kvcache.stepping import Steps
 from hf_kvcache.storage import PagedStorage
@@ -84,6 +85,8 @@ class KVCacheLayer(CacheLayerMixin):
         self._unconfirmed = 0
         self._kept_from = 0  # tokens before this position may be gone (sliding windows)
         self._new: NewTokens | None = None
+        #: Where padding stood among the tokens seen.
+        self.padding: PaddingPlaces = NO_PADDING
         self._checked: tuple[Any, ...] | None = None  # shapes, dtypes and device of the latest update
         self.steps = self.make_steps()
 
@@ -155,6 +158,7 @@ class KVCacheLayer(CacheLayerMixin):
         self.steps = self.make_steps()
         self.is_initialized = self.record_past = False
         self._seen = self._unconfirmed = self._kept_from = 0
+        self.padding = NO_PADDING
         self.version += 1
 
     def activate_past_recording(self) -> None:
@@ -175,6 +179,7 @@ class KVCacheLayer(CacheLayerMixin):
         self._seen += tokens_to_remove
         if tokens_to_remove:
             self.storage.truncate_from(self._seen)
+            self.padding = self.padding.before(self._seen)
         self._confirm()
         self.version += 1
 
@@ -246,6 +251,7 @@ class KVCacheLayer(CacheLayerMixin):
             return
         self.settle()
         self.storage.select(rows)
+        self.padding = self.padding.select(rows)
         self._checked = None
         self.version += 1
 
@@ -330,6 +336,7 @@ class KVCacheLayer(CacheLayerMixin):
             or new.stored
             or self.record_past
             or storage.dense.uniform_length is None
+            or self.padding is not NO_PADDING
             or (query.requires_grad and torch.is_grad_enabled())
         ):
             return None
@@ -440,7 +447,10 @@ class KVCacheLayer(CacheLayerMixin):
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the layer holds, as tensors by name."""
         self.settle()
-        return {} if self.storage is None else self.storage.state()
+        if self.storage is None:
+            return {}
+        places = np.stack([self.padding.rows, self.padding.positions])
+        return self.storage.state() | {"padding": torch.from_numpy(places)}
 
     def restore(self, tensors: dict[str, torch.Tensor], progress: dict[str, int]) -> None:
         """Hold what :meth:`tensors` and :meth:`progress` returned, in place of what is held."""
@@ -449,6 +459,7 @@ class KVCacheLayer(CacheLayerMixin):
             self.lazy_initialization(tensors["dense.keys"], tensors["dense.values"])
             assert self.storage is not None
             self.storage.restore(tensors)
+            self.padding = PaddingPlaces(*tensors["padding"].cpu().numpy()).before(progress["seen"])
         self._seen, self._unconfirmed, self._kept_from = (progress[k] for k in ("seen", "unconfirmed", "kept_from"))
 
     def check(self) -> None:
@@ -468,42 +479,41 @@ class KVCacheLayer(CacheLayerMixin):
         return self._new, self.storage
 
     def _note_padding(self, new: NewTokens, attention_mask: torch.Tensor | None) -> Padding | None:
+        """Take from the mask which new tokens are padding; returns the mask's own view if it says no more than that."""
         padding = padding_of(attention_mask, new.position, new.length, self.sliding_window)
-        if padding is not None:
-            new.valid = padding.valid
-        elif attention_mask is not None:
-            new.valid = valid_on_diagonal(attention_mask, new.length)
+        if new.earlier_padding is None:
+            if padding is not None:
+                new.valid = padding.valid
+            elif attention_mask is not None:
+                new.valid = valid_in(attention_mask, new.length)
+            new.earlier_padding = self.padding
+            self.padding = self.padding.extend(new.position, new.valid)
         return padding
 
     def _visibility(
         self, new: NewTokens, storage: PagedStorage, attention_mask: torch.Tensor | None, causal: bool, skip: int
     ) -> Visibility:
-        padding = None if skip else self._note_padding(new, attention_mask)
-        mask = attention_mask
-        if padding is not None and (padding.none or self._holds_real_only(padding, new, storage)):
-            mask = None  # it hides padding, of which nothing is stored, and what causality and the window hide
+        mask, mask_start = attention_mask, self._window_start(new.position)
+        if not skip:
+            padding = self._note_padding(new, mask)
+            assert new.earlier_padding is not None
+            if padding is None and mask is not None:
+                check_hidden(mask, mask_start, new.earlier_padding, new.valid)
+            elif padding is not None:
+                # A mask that was made causal is so whatever the module says of its attention in general.
+                causal = causal or (mask is not None and mask.dim() == 4)
+                if padding.hides_only(new.earlier_padding):
+                    mask = None  # it hides padding, of which nothing is stored, and what causality and the window hide
         if mask is not None and mask.dim() == 2:
-            mask = mask[:, None, None, :].bool()
+            mask, mask_start = mask[:, None, None, :].bool(), 0
         return Visibility(
             start=new.position + skip,
             length=new.length - skip,
             mask=mask,
-            mask_start=self._window_start(new.position) if mask is attention_mask else 0,
+            mask_start=mask_start,
             causal=causal if mask is None or mask.shape[2] != new.length - skip or mask.shape[2] == 1 else False,
             window=self.sliding_window,
         )
-
-    def _holds_real_only(self, padding: Padding, new: NewTokens, storage: PagedStorage) -> bool:
-        """Whether what each sequence holds are the tokens that the mask calls real, as far back as it holds any."""
-        real = padding.held_from(storage.first_positions()) if self.is_sliding else padding.held
-        return np.array_equal(real, self._held(new, storage))
-
-    def _held(self, new: NewTokens, storage: PagedStorage) -> np.ndarray:
-        """Real tokens that each sequence held before the latest update."""
-        held = storage.tokens()
-        if new.stored:
-            held = held - (1 if new.valid is None else new.valid[:, 0])
-        return held
 
     def _segments(self, new: NewTokens, storage: PagedStorage) -> list[tuple[slice, int]]:
         """The queries in runs that see the same pages, each with the number of pages packed ahead that it sees.

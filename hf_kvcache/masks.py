@@ -1,8 +1,8 @@
-"""Attention masks as the cache sees them: which new tokens are real, and which held tokens a query may see."""
+"""Attention masks as the cache sees them: which new tokens are padding, and which held tokens a query may see."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,18 +12,23 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from hf_kvcache.binding import previous_implementation
+from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
 from hf_kvcache.kernels.visibility import visible
 
 _TAG = "_hf_kvcache_padding"
-_DIAGONAL = "_hf_kvcache_diagonal"
+_VALID = "_hf_kvcache_valid"
+_CHECKED = "_hf_kvcache_checked"
 
 
 @dataclass
 class Padding:
     """What a mask says of padding when it says nothing else than that, causality and a sliding window.
 
+    Padding is what a mask hides at either end of an update, in the order of its tokens. A token that it hides between
+    others is a token like them: it is stored, and whether it is seen is for each later mask to say.
+
     Attributes:
-        attention_mask: the 2D mask ``[B, tokens seen]``, True or nonzero for real tokens; None if all are real.
+        attention_mask: the 2D mask ``[B, tokens seen]``, True or nonzero for tokens to be seen; None if all are.
         start: index of the first new token in it.
         length: number of new tokens.
         window: tokens a query sees, itself included; None for all.
@@ -33,36 +38,80 @@ class Padding:
     start: int
     length: int
     window: int | None = None
+    _compared: tuple[PaddingPlaces, bool] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def none(self) -> bool:
-        """Whether the mask calls every token real."""
-        return self.attention_mask is None or bool(self.attention_mask.all())
-
-    @cached_property
-    def held(self) -> np.ndarray:
-        """How many earlier tokens of each sequence the mask calls real, ``[B]`` on the host."""
-        return self._earlier().sum(1).cpu().numpy()
-
-    def held_from(self, first: np.ndarray) -> np.ndarray:
-        """The same, counted from position ``first [B]`` on."""
-        return (self._earlier_on_host & (np.arange(self.start) >= first[:, None])).sum(1)
-
-    @cached_property
-    def _earlier_on_host(self) -> np.ndarray:
-        return self._earlier().cpu().numpy()
-
-    def _earlier(self) -> torch.Tensor:
-        assert self.attention_mask is not None
-        return self.attention_mask[:, : self.start].bool()
-
-    @cached_property
-    def valid(self) -> np.ndarray | None:
-        """bool ``[B, length]`` on the host, False for padding; None if there is none. One transfer per mask."""
+        """Whether the mask hides nothing; raises ValueError if it has no place for some of the tokens."""
         if self.attention_mask is None:
-            return None
-        new = self.attention_mask[:, self.start : self.start + self.length].bool()
-        return _none_if_all(new)
+            return True
+        self._check_length(self.attention_mask)
+        return bool(self.attention_mask.all())
+
+    @cached_property
+    def _new(self) -> tuple[np.ndarray | None, bool]:
+        """Which new tokens are no padding, and whether the mask hides others than padding among them."""
+        mask, stop = self.attention_mask, self.start + self.length
+        if mask is None:
+            return None, False
+        self._check_length(mask)
+        shown = mask[:, self.start : stop].bool().cpu().numpy()
+        if shown.all():
+            return None, False
+        after_first = np.logical_or.accumulate(shown, 1)
+        before_last = np.logical_or.accumulate(shown[:, ::-1], 1)[:, ::-1]
+        valid = after_first & before_last
+        return None if valid.all() else valid, bool((valid & ~shown).any())
+
+    @property
+    def valid(self) -> np.ndarray | None:
+        """bool ``[B, length]`` on the host, False for padding; None if there is none. One transfer per mask.
+
+        Raises:
+            ValueError: if the mask has no place for some of the tokens.
+        """
+        return self._new[0]
+
+    def hides_only(self, places: PaddingPlaces) -> bool:
+        """Whether the mask hides the padding, which earlier updates had at ``places``, and nothing else.
+
+        Raises:
+            ValueError: if it shows some of the padding, of which nothing is stored.
+        """
+        if self._compared is None or self._compared[0] is not places:
+            self._compared = places, self._compare(places)
+        return self._compared[1]
+
+    def _check_length(self, mask: torch.Tensor) -> None:
+        if mask.shape[1] < self.start + self.length:
+            raise ValueError(
+                f"attention_mask of {mask.shape[1]} tokens with a cache that has seen {self.start}, and {self.length} "
+                f"new ones; accepted: a place for each of them, {self.start + self.length} in all"
+            )
+
+    def _compare(self, places: PaddingPlaces) -> bool:
+        mask = self.attention_mask
+        if self.none or mask is None:
+            if places is not NO_PADDING:
+                raise _shows(int(places.rows[0]), int(places.positions[0]))
+            return True
+        earlier = mask[:, : self.start].bool()
+        rows, positions = (torch.from_numpy(x).to(mask.device) for x in (places.rows, places.positions))
+        shown = earlier[rows, positions]
+        # One transfer: what each sequence is shown, then what is shown of the padding.
+        counts = torch.cat([earlier.sum(1), shown.long()]).cpu().numpy()
+        if wrong := np.flatnonzero(counts[len(mask) :]).tolist():
+            raise _shows(int(places.rows[wrong[0]]), int(places.positions[wrong[0]]))
+        as_many = np.array_equal(counts[: len(mask)], self.start - places.counts(len(mask)))
+        return as_many and not self._new[1]
+
+
+def _shows(row: int, position: int) -> ValueError:
+    return ValueError(
+        f"the attention mask shows token {position} of sequence {row}, which was padding when it came (hidden at "
+        "an end of its update) and is not held; accepted: masks that go on hiding padding. To use one that shows it, "
+        "fill the cache under a mask that does"
+    )
 
 
 def mask_function(**kwargs: Any) -> torch.Tensor | None:
@@ -127,21 +176,50 @@ def padding_of(mask: torch.Tensor | None, seen: int, length: int, window: int | 
     return padding if only_padding or padding.window == window else None
 
 
-def valid_on_diagonal(mask: torch.Tensor, length: int) -> np.ndarray | None:
-    """Which new tokens are real according to a 4D mask ``[B, H, length, T]``: those that may see themselves."""
-    known = getattr(mask, _DIAGONAL, None)
+def valid_in(mask: torch.Tensor, length: int) -> np.ndarray | None:
+    """Which new tokens are no padding by a 4D mask ``[B, H, 1 or length, T]``; None if all are tokens.
+
+    Padding sees nothing and is seen by none of the new tokens. Whatever else a mask says, a token is kept: to see
+    oneself is not asked for.
+    """
+    known = getattr(mask, _VALID, None)
     if known is None:
-        diagonal = mask[:, 0, :, -length:].diagonal(dim1=1, dim2=2)
-        known = (_none_if_all(visible(diagonal)),)
-        setattr(mask, _DIAGONAL, known)  # the layers of a model share their mask: one transfer serves them all
+        known = (_valid_in(mask, length),)
+        setattr(mask, _VALID, known)  # the layers of a model share their mask: one transfer serves them all
     return known[0]
 
 
-def rows_that_see(mask: torch.Tensor) -> np.ndarray | None:
-    """Which new tokens are real by a mask ``[B, H, q, T]`` that hides everything from padding: those that see any."""
-    return _none_if_all(visible(mask[:, 0]).any(-1))
-
-
-def _none_if_all(valid: torch.Tensor) -> np.ndarray | None:
+def _valid_in(mask: torch.Tensor, length: int) -> np.ndarray | None:
+    new = visible(mask[..., -length:]).any(1)
+    if mask.shape[2] == length:
+        if bool(new.diagonal(dim1=1, dim2=2).all()):
+            return None  # the usual case, without a look at the whole mask
+        valid = new.any(1) | visible(mask).any(3).any(1)
+    else:
+        valid = new.any(1)  # all queries see the same
     on_host = valid.cpu().numpy()
     return None if on_host.all() else on_host
+
+
+def check_hidden(mask: torch.Tensor, mask_start: int, places: PaddingPlaces, valid: np.ndarray | None) -> None:
+    """Raise ValueError if a 4D mask shows one of the new tokens some of the padding, of which nothing is stored.
+
+    Args:
+        mask: ``[B, H, q, T]``.
+        mask_start: position of its first column.
+        places: the padding of earlier updates.
+        valid: which new tokens ``[B, q]`` are no padding; what others are shown does not matter.
+    """
+    if places is NO_PADDING or getattr(mask, _CHECKED, None) is places:
+        return
+    columns = places.positions - mask_start
+    inside = (columns >= 0) & (columns < mask.shape[-1])
+    rows, columns = places.rows[inside], columns[inside]
+    at_row = rows if mask.shape[0] > 1 else np.zeros_like(rows)
+    shown = visible(mask[torch.from_numpy(at_row).to(mask.device), :, :, torch.from_numpy(columns).to(mask.device)])
+    shown = shown.any(1)  # [n, q]
+    if valid is not None and shown.shape[1] == valid.shape[1]:
+        shown = shown & torch.from_numpy(valid[rows]).to(shown.device)
+    if wrong := torch.nonzero(shown.any(1)).flatten().tolist():
+        raise _shows(int(rows[wrong[0]]), int(places.positions[inside][wrong[0]]))
+    setattr(mask, _CHECKED, places)

@@ -213,7 +213,7 @@ def test_nan_is_not_looked_for_by_default(model: PreTrainedModel) -> None:
 def test_legacy_tuple_is_refused_by_generate(model: PreTrainedModel) -> None:
     """transformers says so itself; a bound model still does."""
     small_cache(model)
-    with pytest.raises(ValueError, match="tuple of"):
+    with pytest.raises(ValueError, match="Passing a tuple"):
         model.generate(prompt(5), **as_cache(((torch.zeros(1), torch.zeros(1)),)), max_new_tokens=2)
 
 

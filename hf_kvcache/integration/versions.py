@@ -32,12 +32,12 @@ def cache_argument(model: Any) -> str:
 
     A model from outside of transformers may still have an older name than the release's own models.
     """
-    return _cache_argument(type(model))
+    return _cache_argument(type(model).forward)
 
 
 @cache
-def _cache_argument(model_class: type) -> str:
-    takes = inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    takes = inspect.signature(forward).parameters
     return next((name for name in (CACHE_ARGUMENT, *_CACHE_NAMES) if name in takes), CACHE_ARGUMENT)
 
 

@@ -1,0 +1,55 @@
+"""Where the padding of a batch stands: tokens that were seen and of which nothing is stored."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class PaddingPlaces:
+    """Positions of padding by sequence; never changes, so that the layers of a model can share one.
+
+    Args:
+        rows: int64 ``[n]``, the sequence of each place.
+        positions: int64 ``[n]``, its position among the tokens seen.
+    """
+
+    def __init__(self, rows: np.ndarray, positions: np.ndarray) -> None:
+        self.rows, self.positions = rows, positions
+        self._next: tuple[np.ndarray, int, PaddingPlaces] | None = None
+
+    def extend(self, position: int, valid: np.ndarray | None) -> PaddingPlaces:
+        """The places once tokens from ``position`` on were seen, of which ``valid [B, T]`` are no padding."""
+        if valid is None:
+            return self
+        known = self._next
+        if known is None or known[0] is not valid or known[1] != position:
+            # Layers that read one mask ask for the same: they get the same, and compare it with a mask once.
+            rows, columns = np.nonzero(~valid)
+            both = np.concatenate([self.rows, rows]), np.concatenate([self.positions, position + columns])
+            known = self._next = valid, position, _places(*both)
+        return known[2]
+
+    def before(self, length: int) -> PaddingPlaces:
+        """Those among the first ``length`` tokens."""
+        keep = self.positions < length
+        return self if keep.all() else _places(self.rows[keep], self.positions[keep])
+
+    def select(self, rows: np.ndarray) -> PaddingPlaces:
+        """The same for the sequences ``rows`` of these."""
+        if self is NO_PADDING:
+            return self
+        where = [np.flatnonzero(self.rows == row) for row in rows]
+        new = np.repeat(np.arange(len(rows)), [len(at) for at in where])
+        return _places(new, self.positions[np.concatenate(where)] if where else np.zeros(0, np.int64))
+
+    def counts(self, batch: int) -> np.ndarray:
+        """How many places each of ``batch`` sequences has, int64 ``[B]``."""
+        return np.bincount(self.rows, minlength=batch)
+
+
+def _places(rows: np.ndarray, positions: np.ndarray) -> PaddingPlaces:
+    return PaddingPlaces(rows, positions) if len(rows) else NO_PADDING
+
+
+#: The places of a batch without padding.
+NO_PADDING = PaddingPlaces(np.zeros(0, np.int64), np.zeros(0, np.int64))
