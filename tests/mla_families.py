@@ -29,6 +29,8 @@ _BUILDERS: dict[str, Callable[[], PreTrainedConfig]] = {}
 
 #: Families with layers of linear attention, whose recurrent states know no tokens.
 RECURRENT = ("kimi_linear", "glm5_next", "bailing_hybrid")
+#: Families whose models remember positions from one call to the next: only ``generate`` can be called, as it comes.
+STATEFUL = ("hy_v4_vl",)
 #: What transformers cannot do itself with a ``DynamicCache`` of a family: by operation and name, a part of its message.
 BROKEN: dict[str, dict[str, str]] = {
     "draft": dict.fromkeys(RECURRENT, "assisted generation is not supported with stateful models"),
@@ -40,8 +42,9 @@ BROKEN: dict[str, dict[str, str]] = {
 
 
 def names(*, without: Iterable[str] = ()) -> list[str]:
-    """All families and their variants (``family-variant``) but those ``without``."""
-    return [name for name in _BUILDERS if name not in without]
+    """All families that are installed and their variants (``family-variant``), but those ``without``."""
+    skipped = (*without, *STATEFUL)
+    return [name for name in _BUILDERS if name not in skipped and family(name) in installed()]
 
 
 def family(name: str) -> str:
@@ -54,6 +57,7 @@ def layer_types(name: str) -> list[str] | None:
     return getattr(_BUILDERS[name]().get_text_config(decoder=True), "layer_types", None)
 
 
+@cache
 def installed() -> set[str]:
     """The families with latent attention in the installed transformers: those with a class that has ``expand_kv``."""
     sources = Path(transformers.models.__path__[0]).glob("*/modeling_*.py")
@@ -360,6 +364,27 @@ def _dots3_note__full() -> PreTrainedConfig:
 @_family
 def _hy_v4() -> PreTrainedConfig:
     return transformers.HYV4Config(**_indexed(num_hidden_layers=3), indexer_types=["full", "shared", "full"], hc_mult=2)
+
+
+@_family
+def _hy_v4_vl() -> PreTrainedConfig:
+    text = _indexed(
+        num_hidden_layers=3,
+        indexer_types=["full", "shared", "full"],
+        hc_mult=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    )
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "out_hidden_size": 64,
+        "patch_size": 4,
+        "max_image_size": 8,
+    }
+    images = {"image_token_id": VOCABULARY, "video_token_id": VOCABULARY + 1}
+    return transformers.HYV4VLConfig(text_config=text, vision_config=vision, **images)
 
 
 def _no_images() -> dict[str, Any]:
