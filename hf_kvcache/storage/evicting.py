@@ -174,7 +174,7 @@ def _note_positions(storage: PagedStorage, ids: np.ndarray, counts: np.ndarray, 
         stored = positions[i].copy()
         # What is behind the last token is looked at by nobody, but searches want it to ascend.
         stored[counts[i] :] = stored[counts[i] - 1] + 1
-        storage.pool.positions[int(ids[i])] = stored
+        storage.pool.note_positions(int(ids[i]), stored)
 
 
 def _existing(storage: PagedStorage, rows: np.ndarray, columns: int) -> PageRun:

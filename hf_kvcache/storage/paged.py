@@ -409,7 +409,7 @@ class PagedStorage:
         scattered = positions[:, :, -1] - positions[:, :, 0] != self.page_size - 1
         for row, column in np.argwhere(scattered).tolist():
             for page in ids[column, row * self.page_heads : (row + 1) * self.page_heads].tolist():
-                self.pool.positions[page] = positions[row, column].copy()
+                self.pool.note_positions(page, positions[row, column].copy())
 
     def table_rows(self, rows: np.ndarray) -> np.ndarray:
         """The rows of the table, and of ``Pages``, of the sequences ``rows``, side by side."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +30,9 @@ class PagePool:
     The pool grows by adding slabs, so growth copies nothing and addresses stay valid. Pages are immutable once
     written; sequences share them by counting references. A slab without a used page is given back to the allocator.
 
+    Forks share a pool and may decode in threads of their own: whatever changes the bookkeeping holds a lock, which is
+    once a page and not once a token. Reading and writing the contents of pages that one holds needs none.
+
     Args:
         record_bytes: bytes of a page.
         device: where pages live.
@@ -43,39 +49,70 @@ class PagePool:
         self._free = np.zeros(0, dtype=np.int64)
         #: Original positions of pages whose tokens do not stand side by side; the others store only their first.
         self.positions: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+        #: Ids that tables held which are gone, until someone holds the lock.
+        self._abandoned: deque[np.ndarray] = deque()
         self._holders: weakref.WeakSet[PageHolder] = weakref.WeakSet()
 
     @property
     def held_pages(self) -> int:
         """Pages that are allocated, used or free."""
-        return sum(slab.shape[0] for slab in self._slabs if slab is not None)
+        with self._locked():
+            return self._held()
 
     @property
     def free_pages(self) -> int:
-        return len(self._free)
+        with self._locked():
+            return len(self._free)
 
     def references(self, ids: np.ndarray) -> np.ndarray:
         """How many table entries refer to each of ``ids``."""
-        return self._references[ids]
+        with self._locked():
+            return self._references[ids]
 
     def add_holder(self, holder: PageHolder) -> None:
         """Make a table known to :meth:`check`; held weakly."""
-        self._holders.add(holder)
+        with self._locked():
+            self._holders.add(holder)
 
     def allocate(self, count: int) -> np.ndarray:
         """``count`` ascending page ids with one reference each, whose contents are not yet written."""
-        if len(self._free) < count:
-            self._add_slab(count - len(self._free))
-        ids, self._free = self._free[:count], self._free[count:]
-        self._references[ids] = 1
+        with self._locked():
+            if len(self._free) < count:
+                self._add_slab(count - len(self._free))
+            ids, self._free = self._free[:count], self._free[count:]
+            self._references[ids] = 1
         return ids
 
     def retain(self, ids: np.ndarray) -> None:
         """Add a reference to each of ``ids``, which may repeat."""
-        np.add.at(self._references, ids, 1)
+        with self._locked():
+            np.add.at(self._references, ids, 1)
 
     def release(self, ids: np.ndarray) -> None:
         """Drop a reference to each of ``ids``, which may repeat; pages without any become free."""
+        with self._locked():
+            self._release(ids)
+
+    def abandon(self, ids: np.ndarray) -> None:
+        """:meth:`release` for finalizers, which may run at any moment, in a thread that holds the lock already."""
+        self._abandoned.append(ids)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._release_abandoned()
+            finally:
+                self._lock.release()
+
+    def note_positions(self, page: int, positions: np.ndarray) -> None:
+        """Remember the original position ``[P]`` of each token of a page whose tokens do not stand side by side."""
+        with self._locked():
+            self.positions[page] = positions
+
+    def scattered_pages(self) -> np.ndarray:
+        """The pages for which positions are stored."""
+        return np.array(list(self.positions), dtype=np.int64)  # list() is one step, whatever other threads do
+
+    def _release(self, ids: np.ndarray) -> None:
         np.subtract.at(self._references, ids, 1)
         unique = np.unique(ids)
         freed = unique[self._references[unique] == 0]
@@ -113,6 +150,10 @@ class PagePool:
 
     def check(self) -> None:
         """Raise IntegrityError unless free and used pages add up and the references are those of the tables."""
+        with self._locked():
+            self._check()
+
+    def _check(self) -> None:
         held = np.concatenate([np.zeros(0, np.int64), *(i for i in self._live_ids())])
         used = held[self._references[held] > 0]
         if len(used) + len(self._free) != len(held):
@@ -129,7 +170,7 @@ class PagePool:
 
     @torch.inference_mode(False)
     def _add_slab(self, count: int) -> None:
-        count = max(count, int(self.held_pages * _GROWTH))
+        count = max(count, int(self._held() * _GROWTH))
         index = self._vacant_slab(count)
         start = int(self._starts[index])
         slab = torch.empty(count, self.record_bytes, dtype=torch.uint8, device=self.device)
@@ -156,6 +197,19 @@ class PagePool:
             if not self._references[start:stop].any():
                 self._slabs[index] = None
                 self._free = self._free[(self._free < start) | (self._free >= stop)]
+
+    def _held(self) -> int:
+        return sum(slab.shape[0] for slab in self._slabs if slab is not None)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._lock:
+            self._release_abandoned()
+            yield
+
+    def _release_abandoned(self) -> None:
+        while self._abandoned:
+            self._release(self._abandoned.popleft())
 
     def _live_ids(self) -> Iterator[np.ndarray]:
         for slab, start in zip(self._slabs, self._starts.tolist(), strict=True):

@@ -42,4 +42,4 @@ def import_pages(table: PageTable, state: dict[str, torch.Tensor]) -> None:
         cells = np.where(cells >= 0, ids[cells], -1)
     table.restore(cells, state["counts"].numpy(), state["first"].numpy())
     for index, positions in zip(state["scattered"].tolist(), state["positions"].numpy(), strict=True):
-        pool.positions[int(ids[index])] = positions.copy()
+        pool.note_positions(int(ids[index]), positions.copy())

@@ -36,7 +36,7 @@ class PageTable:
 
     @property
     def nbytes(self) -> int:
-        positions = sum(self.pool.positions[p].nbytes for p in self.pool.positions)
+        positions = sum(stored.nbytes for stored in list(self.pool.positions.values()))
         addresses = 0 if self._addresses is None else self._addresses.nbytes
         return self._ids.nbytes + self._counts.nbytes + self._first.nbytes + self.lengths.nbytes + positions + addresses
 
@@ -215,14 +215,14 @@ class PageTable:
     def __del__(self) -> None:
         # A fork that goes away gives its references back; at interpreter exit there is nothing left to give them to.
         if not sys.is_finalizing() and hasattr(self, "_ids"):
-            self.pool.release(self.page_ids())
+            self.pool.abandon(self.page_ids())
 
     def _explicit_cells(self, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
         """The cells in columns ``[start, stop)`` whose page stores a position per token."""
         if not self.pool.positions:
             return []
         ids = self._ids[:, start:stop]
-        cells = np.argwhere(np.isin(ids, np.fromiter(self.pool.positions, dtype=np.int64)))
+        cells = np.argwhere(np.isin(ids, self.pool.scattered_pages()))
         return [(int(row), int(column) + start) for row, column in cells]
 
     def _reserve(self, columns: int) -> None:
