@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_kvcache.binding import IMPLEMENTATION, previous_implementation
 from hf_kvcache.handle import KVHandle
+from hf_kvcache.kernels.attention import refuse_gradient
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.masks import mask_function
 
@@ -63,12 +64,18 @@ def attention_function(
         result = _previous(module)(
             module, query, new_keys, new_values, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-        layer.note_attended(attention_mask, query, scoring, module)
+        with torch.no_grad():
+            layer.note_attended(attention_mask, query, scoring, module)
         return result
     _check_supported(module, dropout, kwargs)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    return layer.attend(query, attention_mask, scoring, causal, module), None
+    if not torch.is_grad_enabled():
+        return layer.attend(query, attention_mask, scoring, causal, module), None
+    sources = [x for x in (query, *layer.differentiable()) if x.requires_grad]
+    with torch.no_grad():
+        output = layer.attend(query, attention_mask, scoring, causal, module)
+    return refuse_gradient(output, *sources), None
 
 
 def _previous(module: torch.nn.Module) -> AttentionFunction:

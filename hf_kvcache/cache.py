@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from hf_kvcache.binding import IMPLEMENTATION
 from hf_kvcache.binding import bind as bind_config
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.eviction_options import EvictionOptions
@@ -173,6 +174,11 @@ class KVCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         # Pages are immutable, so a fork is as independent as a copy of every byte.
         return self.fork()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.config._attn_implementation == IMPLEMENTATION:
+            bind_config(self.config)  # in this process, too
 
     def memory(self) -> MemoryReport:
         """Bytes held, by part, in all and per layer."""

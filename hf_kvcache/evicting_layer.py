@@ -151,6 +151,9 @@ class EvictingLayer(KVCacheLayer):
             other.evictor = self.evictor.select(np.arange(self.batch_size))
         return other
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"watcher": None}
+
     def attend(
         self,
         query: torch.Tensor,

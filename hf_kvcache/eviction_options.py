@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+from weakref import ref
 
 import torch
 
@@ -42,14 +43,22 @@ class EvictionOptions:
         return f"{self.policy!r}, budget={self.budget.amount!r}, {when}"
 
 
-@dataclass(frozen=True)
 class Attending:
     """What attention showed of the model, at the latest update.
 
-    Attributes:
+    Args:
         scoring: how queries are scored against keys.
-        module: the attention module; None if it is not known.
+        module: the attention module; None if it is not known. A cache must not keep a model alive: it is held weakly.
     """
 
-    scoring: Scoring
-    module: torch.nn.Module | None
+    def __init__(self, scoring: Scoring, module: torch.nn.Module | None) -> None:
+        self.scoring = scoring
+        self._module = None if module is None else ref(module)
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The attention module; None if it is not known, or gone."""
+        return None if self._module is None else self._module()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Attending, (self.scoring, None)

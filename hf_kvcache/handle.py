@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from hf_kvcache.kernels.attention import NO_GRADIENT
+
 if TYPE_CHECKING:
     from hf_kvcache.layer import KVCacheLayer
 
@@ -22,12 +24,13 @@ class KVHandle(torch.Tensor):
     _layer: KVCacheLayer
     _side: str
     _at_version: int
+    _shown: torch.Tensor | None
 
     @staticmethod
     def __new__(cls, layer: KVCacheLayer, side: str, sizes: tuple[int, int, int, int], like: torch.Tensor) -> KVHandle:
         """A handle on ``side`` of ``layer`` of ``sizes [B, Hkv, T, D]``, with the dtype and device of ``like``."""
         handle = torch.Tensor._make_wrapper_subclass(cls, sizes, dtype=like.dtype, device=like.device)
-        handle._layer, handle._side, handle._at_version = layer, side, layer.version
+        handle._layer, handle._side, handle._at_version, handle._shown = layer, side, layer.version, None
         return handle
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -54,6 +57,8 @@ class KVHandle(torch.Tensor):
 
     def dense(self) -> torch.Tensor:
         """The keys or values as a dense tensor, zeros where a token is not held (padding)."""
+        if self._shown is not None:
+            return self._shown
         # Contiguous, as the handle says it is: composite operations view it by the handle's strides.
         return self.layer().dense_side(self._side).contiguous()
 
@@ -62,3 +67,33 @@ class KVHandle(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return self.dense().clone()
+
+
+def carrying_gradient(handle: KVHandle, source: torch.Tensor, exact: bool) -> KVHandle:
+    """``handle``, such that what is computed from it has a gradient with respect to ``source``.
+
+    Args:
+        handle: fresh from its constructor.
+        source: the tensor that it shows, if ``exact``; else any that has a part in it.
+        exact: whether the gradient is known; if not, going backwards raises RuntimeError.
+    """
+    return _Carrying.apply(source, handle, exact)
+
+
+class _Carrying(torch.autograd.Function):
+    """Makes a handle that takes part in autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, source: torch.Tensor, handle: KVHandle, exact: bool) -> KVHandle:
+        ctx.exact = exact
+        batch, heads, length, dim = handle.shape
+        carrying = KVHandle(handle._layer, handle._side, (batch, heads, length, dim), handle)
+        if exact:  # autograd keeps handles, and looks into them when the layer has gone on
+            carrying._shown = source.detach().contiguous()
+        return carrying
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        if not ctx.exact:
+            raise RuntimeError(NO_GRADIENT)
+        return (*gradients, None, None)

@@ -32,6 +32,7 @@ class NewTokens:
     valid: np.ndarray | None = None
     stored: bool = False
     earlier_padding: PaddingPlaces | None = None
+    given: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def length(self) -> int:

@@ -51,6 +51,15 @@ class LatentLayer(KVCacheLayer):
         # Under autocast the norm behind latents leaves float32, and rotary keys have the narrower dtype.
         return super().update(key_states, value_states.to(key_states.dtype), *args, **kwargs)
 
+    def fork(self) -> KVCacheLayer:
+        other = super().fork()
+        assert isinstance(other, LatentLayer)
+        other.expansion = None  # which is of this layer
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"expansion": None}
+
     def step(self, new: NewTokens, storage: PagedStorage, query: torch.Tensor, scoring: Scoring) -> torch.Tensor | None:
         up = None if self.expansion is None else self.expansion.up_projections()
         if up is None or self.steps is None:
@@ -169,6 +178,9 @@ class IndexedLatentLayer(LatentLayer):
         other.indexer = self.indexer.fork()
         other.keys = other.values = None
         return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"keys": None, "values": None}
 
     def own_tensors(self) -> list[torch.Tensor]:
         return [*super().own_tensors(), *self.indexer.tensors()]

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.eviction_options import EvictionOptions
-from hf_kvcache.handle import KVHandle
+from hf_kvcache.handle import KVHandle, carrying_gradient
 from hf_kvcache.incoming import NewTokens, check_update, dense_tokens
 from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
@@ -120,19 +120,23 @@ class KVCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._checked = kind
-        # Stored tensors never carry gradients: the cache is for inference.
+        given = None
         if key_states.requires_grad or value_states.requires_grad:
+            # What is stored carries no gradient; attention of a first forward pass gets it all the same.
+            given = key_states, value_states
             key_states, value_states = key_states.detach(), value_states.detach()
-        self._new = NewTokens(key_states, value_states, self._seen)
+        self._new = NewTokens(key_states, value_states, self._seen, given=given)
         self._seen += key_states.shape[2]
         self._unconfirmed += key_states.shape[2] if self.record_past else 0
         self.version += 1
         length = self._visible_length(key_states.shape[2])
         batch, heads, _, key_dim = key_states.shape
-        return (
-            KVHandle(self, "keys", (batch, heads, length, key_dim), key_states),
-            KVHandle(self, "values", (batch, heads, length, value_states.shape[3]), value_states),
-        )
+        keys = KVHandle(self, "keys", (batch, heads, length, key_dim), key_states)
+        values = KVHandle(self, "values", (batch, heads, length, value_states.shape[3]), value_states)
+        if given is not None and torch.is_grad_enabled():
+            exact = self._new.position == 0
+            return carrying_gradient(keys, given[0], exact), carrying_gradient(values, given[1], exact)
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask for ``query_length`` new tokens covers, in tokens seen."""
@@ -264,6 +268,14 @@ class KVCacheLayer(CacheLayerMixin):
         other.steps = self.make_steps()
         return other
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return self.__dict__ | {"steps": None}  # which hold addresses
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.steps = self.make_steps()
+
     def attend(
         self,
         query: torch.Tensor,
@@ -378,9 +390,14 @@ class KVCacheLayer(CacheLayerMixin):
         return self._latest()[0].position > 0
 
     def new_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the latest update, dense ``[B, Hkv, T, D]``."""
+        """Keys and values of the latest update, dense ``[B, Hkv, T, D]``, with their gradient if they have one."""
         new, _ = self._latest()
-        return new.keys, new.values
+        return (new.keys, new.values) if new.given is None else new.given
+
+    def differentiable(self) -> tuple[torch.Tensor, ...]:
+        """What attention over the latest update may be asked for a gradient of, beside its queries."""
+        given = self._latest()[0].given
+        return () if given is None else given
 
     def note_attended(
         self,

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, finalize, ref
 import torch
 from transformers import PreTrainedConfig
 
-from hf_kvcache.handle import KVHandle
+from hf_kvcache.handle import KVHandle, carrying_gradient
 from hf_kvcache.kernels.inputs import UpProjections
 
 if TYPE_CHECKING:
@@ -105,8 +105,16 @@ class Expansion:
     takes_expansion = False
 
     def __init__(self, layer: LatentLayer, module: torch.nn.Module, expand: Expand) -> None:
-        self.latents, self.module, self._expand = layer, module, expand
+        self.latents, self._module, self._expand = layer, ref(module), expand
         self._dense: tuple[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The module that expands; held weakly, since the layer remembers who attended last."""
+        module = self._module()
+        if module is None:
+            raise RuntimeError("the attention module that would expand these latents is gone, with its model")
+        return module
 
     @property
     def version(self) -> int:
@@ -117,7 +125,12 @@ class Expansion:
         """Handles on the keys and values of ``length`` tokens."""
         batch, sides = self.latents.batch_size, zip(("keys", "values"), _expanded(self), strict=True)
         keys, values = (KVHandle(self, side, (batch, x.shape[1], length, x.shape[3]), x) for side, x in sides)  # type: ignore[arg-type]
-        return keys, values
+        sources = [x for x in self.differentiable() if x.requires_grad] if torch.is_grad_enabled() else []
+        if not sources:
+            return keys, values
+        exact = not self.has_history()
+        shown = self.new_tokens() if exact else (sources[0], sources[0])
+        return carrying_gradient(keys, shown[0], exact), carrying_gradient(values, shown[1], exact)
 
     def expand(self, latents: torch.Tensor, rotary_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[B, H, T, D]`` of latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]``."""
@@ -128,8 +141,12 @@ class Expansion:
         return self.latents.has_history()
 
     def new_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the latest update, dense ``[B, H, T, D]``."""
+        """Keys and values of the latest update, dense ``[B, H, T, D]``, with their gradient if they have one."""
         return self.expand(*self.latents.new_tokens())
+
+    def differentiable(self) -> tuple[torch.Tensor, ...]:
+        """What attention over the latest update may be asked for a gradient of, beside its queries."""
+        return (*self.latents.differentiable(), *self.module.parameters())
 
     def note_attended(self, attention_mask: torch.Tensor | None, query: Any, *args: Any) -> None:
         """As :meth:`hf_kvcache.layer.KVCacheLayer.note_attended`."""

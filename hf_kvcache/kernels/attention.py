@@ -37,17 +37,29 @@ def attend(
 def without_gradient(query: torch.Tensor, result: Attention) -> Attention:
     """``result``, such that going backwards through it to ``query`` raises RuntimeError."""
     if query.requires_grad and torch.is_grad_enabled():
-        return result._replace(output=_NoGradient.apply(query, result.output))
+        return result._replace(output=refuse_gradient(result.output, query))
     return result
+
+
+def refuse_gradient(output: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+    """``output``, such that going backwards through it to any of its ``sources`` raises RuntimeError."""
+    return _NoGradient.apply(output, *sources) if sources else output
+
+
+#: Why there is no gradient, and what to do.
+NO_GRADIENT = (
+    "attention over tokens that a KVCache held before has no gradient; only the first forward pass with an empty cache "
+    "has one. Train without a cache, or pass the whole sequence at once with an empty one."
+)
 
 
 class _NoGradient(torch.autograd.Function):
     """Hands an output on; going backwards through it is an error, not a gradient of zero."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        return output
+    def forward(ctx: Any, output: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise RuntimeError("attention over a KVCache has no gradient: train without a cache")
+        raise RuntimeError(NO_GRADIENT)

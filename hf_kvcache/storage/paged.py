@@ -202,6 +202,21 @@ class PagedStorage:
         other._pages = None
         return other
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The pool may hold pages of forks, at addresses of this process: only one's own pages go along.
+        left_out = ("pool", "table", "_pages")
+        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+        return state | {"saved_pages": export_pages(self.table)}
+
+    @torch.inference_mode(False)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved = state.pop("saved_pages")
+        self.__dict__.update(state)
+        self.pool = PagePool(self.layout.record_bytes, self.device)
+        self.table = PageTable(self.pool, self.batch * self.page_heads)
+        import_pages(self.table, saved)
+        self._pages = None
+
     # -- reading --------------------------------------------------------------------------------------------------
 
     def pages(self, ahead: int = 0) -> Pages | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 import torch
 
-from hf_kvcache.kernels.inputs import DenseTokens, Scoring, Slots, StepInputs
+from hf_kvcache.kernels.inputs import DenseTokens, Scoring, Slots, StepInputs, UpProjections
 from hf_kvcache.kernels.native import library
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -15,8 +16,15 @@ class NativeStep:
     """A call that stays filled in; what changes from token to token is set (:class:`hf_kvcache.kernels.step.Step`)."""
 
     def __init__(self, inputs: StepInputs) -> None:
-        self.pages, self.slots, self.up = inputs.pages, inputs.slots, inputs.up
+        self.pages, self.slots = inputs.pages, inputs.slots
+        # Views of the model's weight, which whoever makes the call holds: a step is kept longer than that.
+        self._up = None if inputs.up is None else ref(inputs.up)
         self._scoring, self._kind = inputs.scoring, _kind(inputs.query, inputs.keys, inputs.values)
+
+    @property
+    def up(self) -> UpProjections | None:
+        """The up-projections; None without any, or if they are gone."""
+        return None if self._up is None else self._up()
 
     def fits(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> bool:
         """Whether a token lies in memory, and is to be scored, like the one it was made for."""

@@ -1,0 +1,74 @@
+"""One cache of every kind, with the model that it is for: what holds for a cache has to hold for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, SlidingWindowCache
+from tests import families, mla_families
+from tests.latent.low_rank import rotated_cache
+from tests.running import forward, prompt, small_cache
+
+_EVICTING: dict[str, Any] = {"tail_length": 4, "page_size": 8, "interval": 8}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to build a model that nobody else holds, and an empty cache for it."""
+
+    build: Callable[[], PreTrainedModel]
+    cache: Callable[[PreTrainedModel], KVCache]
+
+
+def _hitters(policy: str, model: PreTrainedModel) -> KVCache:
+    return HeavyHitterCache(model.config, 28, policy, sink_length=2, **_EVICTING)
+
+
+def _window(model: PreTrainedModel) -> KVCache:
+    return SlidingWindowCache(model.config, 24, 2, reindex=True, **_EVICTING)
+
+
+def _latent(model: PreTrainedModel) -> KVCache:
+    return LatentKVCache(model.config, page_size=16, tail_length=8)
+
+
+def _kind(family: str, cache: Callable[[PreTrainedModel], KVCache]) -> Kind:
+    module = families if family in families.every_name() else mla_families
+    return Kind(partial(module.build, family), cache)
+
+
+KINDS = {
+    "none": _kind("llama", small_cache),
+    "rotated4": _kind("llama", partial(small_cache, codec="rotated4")),
+    "sliding": _kind("gemma3", small_cache),
+    "shared keys": _kind("gemma3n", small_cache),
+    "recurrent": _kind("qwen3_next", small_cache),
+    "convolutions": _kind("lfm2", small_cache),
+    "snapkv": _kind("llama", partial(_hitters, "snapkv")),
+    "h2o": _kind("llama", partial(_hitters, "h2o")),
+    "reindexed": _kind("llama", _window),
+    "latents": _kind("deepseek_v3", _latent),
+    "evicted latents": _kind("deepseek_v3", partial(_hitters, "snapkv")),
+    "indexed latents": _kind("deepseek_v32", _latent),
+    "low rank": _kind("llama", partial(rotated_cache, before_rope=True)),
+}
+
+
+def filled(kind: str, tokens: int = 60, steps: int = 3) -> tuple[PreTrainedModel, KVCache]:
+    """A model and its cache after a prompt and some steps."""
+    model = KINDS[kind].build()
+    cache = KINDS[kind].cache(model)
+    forward(model, prompt(tokens), cache)
+    decode(model, cache, steps)
+    return model, cache
+
+
+def decode(model: PreTrainedModel, cache: KVCache, steps: int = 20, seed: int = 0) -> torch.Tensor:
+    """Logits of ``steps`` further tokens, one at a time."""
+    return torch.cat([forward(model, token, cache) for token in prompt(steps, seed=seed).split(1, 1)], 1)
