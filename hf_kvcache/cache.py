@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hf_kvcache.binding import IMPLEMENTATION
 from hf_kvcache.binding import bind as bind_config
@@ -77,6 +77,11 @@ class KVCache(Cache):
         )
         check_formats(self.config, self.options)
         super().__init__(layers=make_layers(self.config, self.options))
+        # A forward pass touches layer after layer: where it is, and where it ends.
+        cross = getattr(self.config, "cross_attention_layers", None) or ()
+        self._cross = frozenset(cross)  # Mllama's, which only a pass with an image touches
+        self._final = max(layer.index for layer in self.own_layers if layer.index not in self._cross)
+        self._reached = self._final
         if bind:
             bind_config(self.config)
 
@@ -102,8 +107,56 @@ class KVCache(Cache):
         layer = self.layers[layer_idx]
         if not getattr(layer, "is_initialized", True):
             check_states(self.config, key_states)
+        if layer_idx <= self._reached and self._reached != self._final and getattr(layer, "_new", None) is None:
+            self.check_complete()
         # What the base class does beside this is for caches that offload, or make their layers as they go.
-        return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
+        states = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
+        if layer_idx not in self._cross:
+            self._reached = layer_idx
+        return states
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Take in the states of a convolution of a layer that is transformers' own."""
+        self._reach(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """The states of a convolution of a layer that is transformers' own; whoever asks writes into them."""
+        self._reach(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """The state of a recurrence of a layer that is transformers' own; whoever asks writes into it."""
+        self._reach(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Take in the state of a recurrence of a layer that is transformers' own."""
+        self._reach(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask of a layer covers; models ask before a forward pass begins."""
+        if self._reached != self._final:
+            self.check_complete()
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def check_complete(self) -> None:
+        """Raise RuntimeError if the latest forward pass ended in the middle, so that layers hold different tokens."""
+        if not self._cut_off:
+            return
+        for layer in self.own_layers:
+            layer.check_whole()
+        held = sorted({layer.get_seq_length() for layer in self._passed}, reverse=True)
+        raise RuntimeError(
+            f"a forward pass with this cache ended in the middle, by an exception or Ctrl-C: its layers have seen "
+            f"{' and '.join(map(str, held))} tokens. Call crop(0) to return to the {self._complete_length} tokens of the "
+            "last complete pass, or reset() to forget all."
+        )
 
     @property
     def batch_size(self) -> int:
@@ -112,8 +165,15 @@ class KVCache(Cache):
         return sizes.pop() if len(sizes) == 1 else -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens of every sequence; each layer is asked before one is changed."""
+        """Remove the last ``-tokens_to_remove`` tokens of every sequence; each layer is asked before one is changed.
+
+        After a forward pass that ended in the middle, what it has added is removed first.
+        """
         tokens_to_remove = int(tokens_to_remove)  # older versions of transformers pass a tensor
+        if self._cut_off:
+            self._take_back()
+            if not tokens_to_remove:
+                return
         for layer in self.own_layers:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
@@ -125,6 +185,7 @@ class KVCache(Cache):
         # transformers' own layers would keep states of the old batch size, only zeroed: start with new ones.
         fresh = make_layers(self.config, self.options)
         self.layers = [a if isinstance(a, KVCacheLayer) else b for a, b in zip(self.layers, fresh, strict=True)]
+        self._reached = self._final
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace sequence ``i`` by sequence ``beam_idx[i]`` (beam search)."""
@@ -162,6 +223,7 @@ class KVCache(Cache):
         """
         from hf_kvcache.compressing import compress
 
+        self.check_complete()
         compress(self, model, input_ids, attention_mask, prompt_ids, replayed)
 
     def fork(self) -> KVCache:
@@ -190,6 +252,7 @@ class KVCache(Cache):
         """What the cache holds as a flat dictionary of tensors, ready for safetensors; pages stay packed."""
         from hf_kvcache.export import export_state
 
+        self.check_complete()
         return export_state(self)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -207,9 +270,58 @@ class KVCache(Cache):
 
         Raises:
             IntegrityError: if one is broken, which is a bug of this package.
+            RuntimeError: if a forward pass ended in the middle.
         """
+        self.check_complete()
         for layer in self.own_layers:
             layer.check()
+
+    def _reach(self, layer_idx: int) -> None:
+        """Take note that a forward pass comes to a layer that is transformers' own."""
+        if layer_idx < self._reached and self._reached != self._final:
+            self.check_complete()
+        self._reached = layer_idx
+        self._final = max(self._final, layer_idx)
+
+    @property
+    def _passed(self) -> list[KVCacheLayer]:
+        """The layers that every forward pass adds tokens to."""
+        return [layer for layer in self.own_layers if layer.index not in self._cross]
+
+    @property
+    def _complete_length(self) -> int:
+        return min(layer.complete_length for layer in self._passed)
+
+    @property
+    def _cut_off(self) -> bool:
+        """Whether the latest forward pass ended in the middle."""
+        return self._reached != self._final or self._complete_length < self.get_seq_length()
+
+    def _take_back(self) -> None:
+        """Return to what was held before a forward pass that ended in the middle."""
+        length, added = self._complete_length, {}
+        for index, layer in enumerate(self.layers):
+            if index in self._cross:
+                continue
+            if isinstance(layer, KVCacheLayer):
+                layer.check_whole()
+                if length:
+                    layer.check_take_back(length)
+            elif length and hasattr(layer, "conv_states") and index <= self._reached:
+                raise RuntimeError(
+                    f"crop(): a forward pass ended in the middle, and the states of layer {index} "
+                    f"({type(layer).__name__}) cannot be taken back; call reset()"
+                )
+            elif isinstance(layer, CacheLayerMixin):
+                added[index] = layer.get_seq_length() - length
+        if not length:
+            self.reset()
+            return
+        for layer in self._passed:
+            layer.take_back(length)
+        for index, tokens in added.items():
+            self.layers[index].crop(-tokens)
+        self._reached = self._final
 
     def _select(self, argument: str, rows: torch.Tensor, apply: Callable[[Any], None]) -> None:
         for own in self.own_layers:

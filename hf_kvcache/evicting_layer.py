@@ -13,7 +13,7 @@ from hf_kvcache.eviction_options import Attending, EvictionOptions
 from hf_kvcache.evictor import Evictor
 from hf_kvcache.incoming import NewTokens, dense_tokens
 from hf_kvcache.kernels.inputs import Attention, Scoring
-from hf_kvcache.layer import MAX_UNCONFIRMED, KVCacheLayer, LayerOptions
+from hf_kvcache.layer import CANNOT_TAKE_BACK, MAX_UNCONFIRMED, KVCacheLayer, LayerOptions
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.gathering import can_drop_tokens
 
@@ -210,10 +210,39 @@ class EvictingLayer(KVCacheLayer):
         if not self._attended:
             raise RuntimeError(_NOT_ATTENDED.format(self.index))
         self._new = None
-        if not new.stored:
-            self._store(new)
-        if self._undo is None:
-            self._settle_block()
+        try:
+            if not new.stored:
+                self._store(new)
+            if self._undo is None:
+                self._settle_block()
+        except BaseException:
+            self.note_broken()
+            raise
+
+    @property
+    def complete_length(self) -> int:
+        return self._seen if self._attended or self._new is None else self._new.position
+
+    def check_take_back(self, length: int) -> None:
+        undone = self._undo is not None and length >= self._undo.seen
+        if self.evictor is not None and not undone and length < self.evictor.evicted_at:
+            raise RuntimeError(CANNOT_TAKE_BACK.format(self.index, "the tokens that were evicted meanwhile"))
+
+    def take_back(self, length: int) -> None:
+        new, self._new = self._new, None
+        attended, self._attended = self._attended, True
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            self._redo(undo, max(length - undo.seen, 0))
+        storage, evictor = self.storage, self.evictor
+        if storage is not None and evictor is not None and (undo is None or length < undo.seen):
+            storage.truncate_from(length)
+            if not attended and new is not None:
+                evictor.seen.block = None  # what else there is of queries, they were to be added to
+            evictor.return_to(length, storage, observed=attended)
+        self._seen = length
+        self._confirm()
+        self.version += 1
 
     def dense_side(self, side: str) -> torch.Tensor:
         new, evictor = self._new, self.evictor
@@ -412,7 +441,7 @@ class EvictingLayer(KVCacheLayer):
 _NOT_ATTENDED = (
     "layer {}: an evicting cache needs the queries of every update, and the attention implementation that ran gives "
     "none. Build the cache from the config of the model that runs and leave bind=True, or call "
-    "model.set_attn_implementation('hf_kvcache')."
+    "model.set_attn_implementation('hf_kvcache'). If a forward pass was cut off here, call crop(0) to take it back."
 )
 
 

@@ -230,6 +230,14 @@ class Evictor:
         self.seen.forget(removed, slots)
         self.evicted_at = min(self.evicted_at, seen)
 
+    def return_to(self, seen: int, storage: PagedStorage, observed: bool) -> None:
+        """:meth:`forget` all behind the first ``seen`` tokens; were the queries of the others ``observed``?"""
+        real = seen - np.array([np.searchsorted(row, seen) for row in self.pinned.padding])
+        removed = np.maximum(self.pinned.real - real, 0)
+        self.pinned.forget(removed, seen)
+        self.seen.forget(removed if observed else np.zeros_like(removed), storage.dense.lengths)
+        self.evicted_at = min(self.evicted_at, seen)
+
     def select(self, rows: np.ndarray) -> Evictor:
         """The same for the sequences ``rows`` of these; also a copy."""
         other = object.__new__(type(self))

@@ -158,6 +158,10 @@ class IndexedLatentLayer(LatentLayer):
         super().crop(tokens_to_remove)
         self.indexer.drop_last(-tokens_to_remove)
 
+    def take_back(self, length: int) -> None:
+        super().take_back(length)
+        self.indexer.drop_last(self.indexer.length - length)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.storage is None:

@@ -30,6 +30,11 @@ logger = logging.get_logger(__name__)
 
 #: Past this many tokens without a confirming `crop`, the oldest are taken as confirmed: nobody drafts that far ahead.
 MAX_UNCONFIRMED = 512
+#: Of which layer, and what it lost.
+CANNOT_TAKE_BACK = (
+    "crop(): a forward pass ended in the middle, and layer {} cannot go back to what it held before: it no longer has {}. "
+    "Call reset()."
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ class KVCacheLayer(CacheLayerMixin):
         #: Where padding stood among the tokens seen.
         self.padding: PaddingPlaces = NO_PADDING
         self._checked: tuple[Any, ...] | None = None  # shapes, dtypes and device of the latest update
+        #: Whether storing tokens was cut off in the middle, by Ctrl-C or for want of memory: only reset() helps then.
+        self.broken = False
         self.steps = self.make_steps()
 
     def __repr__(self) -> str:
@@ -114,6 +121,7 @@ class KVCacheLayer(CacheLayerMixin):
         """
         kind = (key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if kind != self._checked or self.options.validate or value_states.device != key_states.device:
+            self.check_whole()
             check_update(self.index, self.storage, key_states, value_states, self.options.validate)
         if self._new is not None:
             self.settle()
@@ -160,7 +168,7 @@ class KVCacheLayer(CacheLayerMixin):
         """Forget everything; the layer may then hold another batch."""
         self.storage = self._new = self._checked = None
         self.steps = self.make_steps()
-        self.is_initialized = self.record_past = False
+        self.is_initialized = self.record_past = self.broken = False
         self._seen = self._unconfirmed = self._kept_from = 0
         self.padding = NO_PADDING
         self.version += 1
@@ -427,6 +435,13 @@ class KVCacheLayer(CacheLayerMixin):
         if new is None or storage is None:
             return
         self._new = None
+        try:
+            self._settle(new, storage)
+        except BaseException:
+            self.note_broken()
+            raise
+
+    def _settle(self, new: NewTokens, storage: PagedStorage) -> None:
         keep_from = 0 if self.record_past else self._window_start(self._seen)
         if new.length == 1 and not new.stored:
             storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
@@ -478,9 +493,43 @@ class KVCacheLayer(CacheLayerMixin):
             self.storage.restore(tensors)
             self.padding = PaddingPlaces(*tensors["padding"].cpu().numpy()).before(progress["seen"])
         self._seen, self._unconfirmed, self._kept_from = (progress[k] for k in ("seen", "unconfirmed", "kept_from"))
+        if self.storage is not None:
+            self.storage.lost_before = self._kept_from
+
+    @property
+    def complete_length(self) -> int:
+        """Tokens seen but for those of an update that attention is known not to have come to the end of."""
+        return self._seen
+
+    def check_take_back(self, length: int) -> None:
+        """Raise RuntimeError if tokens that a pass was to add have driven out some of the first ``length``."""
+        if self.storage is not None and self._window_start(length) < self.storage.lost_before:
+            raise RuntimeError(CANNOT_TAKE_BACK.format(self.index, "what has left its sliding window meanwhile"))
+
+    def take_back(self, length: int) -> None:
+        """Return to the first ``length`` tokens; the update behind them may have been cut off anywhere."""
+        self._new = None
+        self._seen = length
+        if self.storage is not None:
+            self.storage.truncate_from(length)
+            self._confirm()
+        self.version += 1
+
+    def note_broken(self) -> None:
+        """Take note that storing tokens was cut off in the middle."""
+        self.broken, self._checked = True, None  # so that the next update looks
+
+    def check_whole(self) -> None:
+        """Raise RuntimeError if storing tokens was cut off in the middle."""
+        if self.broken:
+            raise RuntimeError(
+                f"layer {self.index}: an exception or Ctrl-C came while tokens were stored, some of which are lost or "
+                "there twice; call reset() and begin again"
+            )
 
     def check(self) -> None:
         """Raise IntegrityError if an invariant of the storage is broken."""
+        self.check_whole()
         self.settle()
         if self.storage is not None:
             self.storage.check()

@@ -63,6 +63,8 @@ class PagedStorage:
         self.dense = DenseBuffer(keys, values, sink_length, self._capacity)
         #: Pages at the end of the table whose tokens are still in the dense buffer too, until they are confirmed.
         self.ahead = 0
+        #: No token before this position need be held any more (sliding windows).
+        self.lost_before = 0
         self.center: torch.Tensor | None = None  # [B, page heads, dim] float32, in the rotated basis
         self._center_known = np.zeros(self.batch, dtype=bool)
         if encoder.centered:
@@ -177,7 +179,9 @@ class PagedStorage:
 
     def drop_before(self, position: int) -> None:
         """Forget leading pages whose tokens all stand before ``position`` (sliding windows)."""
-        if self.table.drop_before(position):
+        lost = self.table.drop_before(position)
+        if lost is not None:
+            self.lost_before = max(self.lost_before, lost + 1)
             self._pages = None
 
     @torch.inference_mode(False)
@@ -370,6 +374,8 @@ class PagedStorage:
                 self._pack(rows[one], keys[one], values[one], positions[one], keep_from)
             return
         skip = int(stale[0]) * self.page_size
+        if skip:
+            self.lost_before = max(self.lost_before, int(positions[:, skip - 1].max()) + 1)
         keys, values, positions = keys[:, :, skip:], values[:, :, skip:], positions[:, skip:]
         pages = keys.shape[2] // self.page_size
         if pages == 0:

@@ -125,14 +125,19 @@ class PageTable:
         self.lengths[rows] -= pages
         self.pool.release(released)
 
-    def drop_before(self, position: int) -> int:
-        """Forget leading pages all of whose tokens stand before ``position``; returns how many were dropped."""
+    def drop_before(self, position: int) -> int | None:
+        """Forget leading pages all of whose tokens stand before ``position``.
+
+        Returns:
+            The position of the last token that was dropped; None if none was.
+        """
         last = self._first + self._counts - 1
         for row, column in self._explicit_cells():
             last[row, column] = self.pool.positions[int(self._ids[row, column])][self._counts[row, column] - 1]
         stale = (self._ids != _NO_PAGE) & (last < position)
         if not stale.any():
-            return 0
+            return None
+        lost = int(last[stale].max())
         released = self._ids[stale]
         # Positions ascend along a row, so the stale pages are a prefix of it: move the rest to the front.
         shift = stale.sum(1)
@@ -145,7 +150,7 @@ class PageTable:
         self._addresses = None
         self.lengths = self.lengths - shift
         self.pool.release(released)
-        return len(released)
+        return lost
 
     def select(self, rows: np.ndarray) -> None:
         """Replace the table's rows by ``rows`` of it, which may repeat."""
