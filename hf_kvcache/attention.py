@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -50,6 +51,8 @@ def attention_function(
     Returns:
         Output ``[B, T, Hq, Dv]`` and, where the previous implementation gives them, attention weights.
     """
+    if is_dynamo_compiling():
+        return _attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if not (isinstance(key, KVHandle) and isinstance(value, KVHandle)):
         return _previous(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     layer = key.layer()
@@ -76,6 +79,9 @@ def attention_function(
     with torch.no_grad():
         output = layer.attend(query, attention_mask, scoring, causal, module)
     return refuse_gradient(output, *sources), None
+
+
+_attention = torch.compiler.disable(attention_function)
 
 
 def _previous(module: torch.nn.Module) -> AttentionFunction:

@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any, Literal
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -15,6 +16,7 @@ from hf_kvcache.binding import bind as bind_config
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.eviction_options import EvictionOptions
 from hf_kvcache.latent.projection import LayerProjection
+from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
 from hf_kvcache.memory import MemoryReport
 from hf_kvcache.model_config import check_formats, check_states, decoder_config, make_layers, shares_keys
@@ -99,6 +101,8 @@ class KVCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take in the new tokens ``[B, Hkv, T, D]`` of a layer; returns handles on all of its keys and values."""
+        if is_dynamo_compiling():
+            return _update(self, key_states, value_states, layer_idx, *args, **kwargs)
         if not 0 <= layer_idx < len(self.layers):
             raise ValueError(
                 f"layer_idx={layer_idx!r}: this cache was built for a {self.config.model_type!r} model of "
@@ -115,6 +119,7 @@ class KVCache(Cache):
             self._reached = layer_idx
         return states
 
+    @outside_graphs
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
@@ -122,16 +127,19 @@ class KVCache(Cache):
         self._reach(layer_idx)
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
+    @outside_graphs
     def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """The states of a convolution of a layer that is transformers' own; whoever asks writes into them."""
         self._reach(layer_idx)
         return super().get_conv_state(layer_idx, *args, **kwargs)
 
+    @outside_graphs
     def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """The state of a recurrence of a layer that is transformers' own; whoever asks writes into it."""
         self._reach(layer_idx)
         return super().get_recurrent_state(layer_idx, *args, **kwargs)
 
+    @outside_graphs
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
@@ -139,11 +147,17 @@ class KVCache(Cache):
         self._reach(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
+    @outside_graphs
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask of a layer covers; models ask before a forward pass begins."""
         if self._reached != self._final:
             self.check_complete()
         return super().get_mask_sizes(query_length, layer_idx)
+
+    @outside_graphs
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that a layer has seen, padding included."""
+        return super().get_seq_length(layer_idx)
 
     def check_complete(self) -> None:
         """Raise RuntimeError if the latest forward pass ended in the middle, so that layers hold different tokens."""
@@ -328,6 +342,9 @@ class KVCache(Cache):
             own.check_rows(argument, rows)
         for layer in self.layers:
             apply(layer)
+
+
+_update = torch.compiler.disable(KVCache.update)
 
 
 class QuantizedKVCache(KVCache):

@@ -24,6 +24,7 @@ class NewTokens:
         valid: bool ``[B, T]``, False for padding; None if none of them is.
         stored: whether they are in the storage already.
         earlier_padding: the padding of earlier updates; None until a mask was looked at.
+        given: keys and values as they came, if they carry a gradient.
     """
 
     keys: torch.Tensor

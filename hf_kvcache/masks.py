@@ -12,6 +12,7 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from hf_kvcache.binding import previous_implementation
+from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
 from hf_kvcache.kernels.visibility import visible
 
@@ -114,6 +115,7 @@ def _shows(row: int, position: int) -> ValueError:
     )
 
 
+@outside_graphs
 def mask_function(**kwargs: Any) -> torch.Tensor | None:
     """The mask of the implementation that was set before the binding, tagged if it is plainly causal.
 

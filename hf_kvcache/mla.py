@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_kvcache.handle import KVHandle, carrying_gradient
+from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.kernels.inputs import UpProjections
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def _release(key: int) -> None:
 
 def _wrapped(expand: Expand) -> Expand:
     @functools.wraps(expand)
+    @outside_graphs
     def expand_or_not(module: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(kv_nope, KVHandle) and isinstance(k_rot, KVHandle) and kv_nope.layer().takes_expansion:
             return Expansion(kv_nope.layer(), module, expand).handles(kv_nope.shape[2])  # type: ignore[arg-type]

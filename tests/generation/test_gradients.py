@@ -7,6 +7,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from hf_kvcache import unbind
+from hf_kvcache.integration.versions import with_cache
 from tests.generation.kinds import KINDS
 from tests.running import full_cache, prompt, set_binding
 
@@ -21,7 +22,7 @@ def gradients(model: PreTrainedModel, cache: Cache | None, bound: bool = True) -
         unbind(model.config.get_text_config(decoder=True))
     model.zero_grad()
     ids = prompt(50, batch=2)
-    model(input_ids=ids, labels=ids, past_key_values=cache, use_cache=cache is not None).loss.backward()
+    model(input_ids=ids, labels=ids, **with_cache(model, cache), use_cache=cache is not None).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -66,9 +67,9 @@ def test_over_earlier_tokens_it_is_an_error(trained: str, bound: bool) -> None:
         unbind(model.config)
     ids = prompt(40)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **with_cache(model, cache))
     for block in (ids[:, :5], ids[:, :1]):
-        loss = model(input_ids=block, labels=block, past_key_values=cache).logits.sum()
+        loss = model(input_ids=block, labels=block, **with_cache(model, cache)).logits.sum()
         with pytest.raises(RuntimeError, match="only the first forward pass"):
             loss.backward()
 
@@ -81,8 +82,8 @@ def test_over_earlier_latents_it_is_an_error(weight: str) -> None:
         parameter.requires_grad_("layers.0." in name and weight in name)
     cache = KINDS["latents"].cache(model)
     with torch.no_grad():
-        model(input_ids=prompt(40), past_key_values=cache)
-    loss = model(input_ids=prompt(1), past_key_values=cache).logits.sum()
+        model(input_ids=prompt(40), **with_cache(model, cache))
+    loss = model(input_ids=prompt(1), **with_cache(model, cache)).logits.sum()
     with pytest.raises(RuntimeError, match="only the first forward pass"):
         loss.backward()
 
@@ -91,10 +92,10 @@ def test_nothing_of_the_graph_is_kept() -> None:
     """What a cache stores of a forward pass with gradients has none, and decodes on as ever."""
     model = KINDS["h2o"].build()
     cache, other = KINDS["h2o"].cache(model), KINDS["h2o"].cache(model)
-    model(input_ids=prompt(40), past_key_values=cache)
+    model(input_ids=prompt(40), **with_cache(model, cache))
     with torch.no_grad():
-        model(input_ids=prompt(40), past_key_values=other)
+        model(input_ids=prompt(40), **with_cache(model, other))
     assert not any(tensor.requires_grad for tensor in cache.state_dict().values())
     with torch.no_grad():
-        ours, theirs = (model(input_ids=prompt(1), past_key_values=c).logits for c in (cache, other))
+        ours, theirs = (model(input_ids=prompt(1), **with_cache(model, c)).logits for c in (cache, other))
     assert torch.equal(ours, theirs)

@@ -1,0 +1,38 @@
+"""Compiled models with a cache: its own code is left out of their graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.generation.kinds import KINDS
+from tests.running import assert_same, generate, prompt
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "kind", ["rotated4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("snapkv", "latents", "convolutions"))]
+)
+def test_a_compiled_model_generates_the_same(kind: str) -> None:
+    """The logits of the model that is not compiled, and nothing of the codec in a graph."""
+    model = KINDS[kind].build()
+    expected = generate(model, prompt(40), KINDS[kind].cache(model), 3)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    model.forward = torch.compile(model.forward, backend=backend)
+    found = generate(model, prompt(40), KINDS[kind].cache(model), 3)
+    assert_same(found, expected)
+    assert graphs
+    assert not any("uint8" in code or "hf_kvcache" in code for code in graphs)
