@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from hf_kvcache.binding import bind as bind_config
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.eviction_options import EvictionOptions
 from hf_kvcache.latent.projection import LayerProjection
+from hf_kvcache.cross_layer import cross_attention_layers
 from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
 from hf_kvcache.memory import MemoryReport
@@ -80,8 +81,7 @@ class KVCache(Cache):
         check_formats(self.config, self.options)
         super().__init__(layers=make_layers(self.config, self.options))
         # A forward pass touches layer after layer: where it is, and where it ends.
-        cross = getattr(self.config, "cross_attention_layers", None) or ()
-        self._cross = frozenset(cross)  # Mllama's, which only a pass with an image touches
+        self._cross = cross_attention_layers(self.config)  # which only a pass with an image touches
         self._final = max(layer.index for layer in self.own_layers if layer.index not in self._cross)
         self._reached = self._final
         if bind:
@@ -172,6 +172,16 @@ class KVCache(Cache):
             "last complete pass, or reset() to forget all."
         )
 
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """Keys, values and sliding window of each layer, as a DynamicCache gives them: all decompressed."""
+        for layer in self.layers:
+            window = getattr(layer, "sliding_window", None)
+            yield (
+                getattr(layer, "keys", None),
+                getattr(layer, "values", None),
+                None if window is None else torch.tensor(window),
+            )
+
     @property
     def batch_size(self) -> int:
         """Sequences held, or -1 before the first update."""
@@ -188,9 +198,11 @@ class KVCache(Cache):
             self._take_back()
             if not tokens_to_remove:
                 return
-        for layer in self.own_layers:
+        for layer in self._passed:
             layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        for index, layer in enumerate(self.layers):
+            if index not in self._cross:
+                layer.crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything; the cache may then hold another batch."""

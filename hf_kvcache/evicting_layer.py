@@ -250,10 +250,12 @@ class EvictingLayer(KVCacheLayer):
             return getattr(new, side)
         if evictor is None or evictor.evictions == 0:
             return super().dense_side(side)
-        raise RuntimeError(
-            f"layer {self.index} has evicted tokens, other ones in each head: its keys and values are no dense tensor. "
-            "Call model.set_attn_implementation('hf_kvcache'), or build the cache after another one was set."
-        )
+        raise RuntimeError(_NOT_DENSE.format(self.index))
+
+    def _decompressed(self, side: str) -> torch.Tensor | None:
+        if self.evictor is not None and self.evictor.evictions:
+            raise RuntimeError(_NOT_DENSE.format(self.index))
+        return super()._decompressed(side)
 
     def own_tensors(self) -> list[torch.Tensor]:
         return [] if self.evictor is None else self.evictor.tensors()
@@ -438,6 +440,10 @@ class EvictingLayer(KVCacheLayer):
         self._seen = length
 
 
+_NOT_DENSE = (
+    "layer {} has evicted tokens, other ones in each head: its keys and values are no dense tensor. "
+    "Call model.set_attn_implementation('hf_kvcache'), or build the cache after another one was set."
+)
 _NOT_ATTENDED = (
     "layer {}: an evicting cache needs the queries of every update, and the attention implementation that ran gives "
     "none. Build the cache from the config of the model that runs and leave bind=True, or call "

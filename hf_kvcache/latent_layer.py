@@ -136,14 +136,25 @@ class IndexedLatentLayer(LatentLayer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._handles: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         super().__init__(*args, **kwargs)
         self.indexer = IndexerKeys()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys, self.values = super().update(key_states, value_states, *args, **kwargs)  # an indexer asks for shapes
-        return self.keys, self.values
+        self._handles = super().update(key_states, value_states, *args, **kwargs)
+        return self._handles
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """A handle on all latents: an indexer asks for their shape at every step."""
+        return self._handles[0]
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """A handle on all rotary keys."""
+        return self._handles[1]
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Take in the indexer's new keys ``[B, T, d]``; returns all of them."""
@@ -174,17 +185,17 @@ class IndexedLatentLayer(LatentLayer):
     def reset(self) -> None:
         super().reset()
         self.indexer = IndexerKeys()
-        self.keys = self.values = None
+        self._handles = (None, None)
 
     def fork(self) -> KVCacheLayer:
         other = super().fork()
         assert isinstance(other, IndexedLatentLayer)
         other.indexer = self.indexer.fork()
-        other.keys = other.values = None
+        other._handles = (None, None)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"keys": None, "values": None}
+        return super().__getstate__() | {"_handles": (None, None)}
 
     def own_tensors(self) -> list[torch.Tensor]:
         return [*super().own_tensors(), *self.indexer.tensors()]

@@ -97,6 +97,27 @@ class KVCacheLayer(CacheLayerMixin):
         self.broken = False
         self.steps = self.make_steps()
 
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All keys that are held, decompressed, ``[B, Hkv, T, Dk]`` with zeros for padding; None before the first.
+
+        For code that looks into the layers of any cache; attention reads pages.
+        """
+        return self._decompressed("keys")
+
+    @keys.setter
+    def keys(self, none: None) -> None:
+        pass  # the base class declares it so
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All values that are held, decompressed, ``[B, Hkv, T, Dv]`` with zeros for padding; None before the first."""
+        return self._decompressed("values")
+
+    @values.setter
+    def values(self, none: None) -> None:
+        pass
+
     def __repr__(self) -> str:
         window = f", sliding_window={self.sliding_window}" if self.is_sliding else ""
         return f"{type(self).__name__}({self.index}, {self.options.codec!r}{window}, tokens={self._seen})"
@@ -119,6 +140,10 @@ class KVCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: if the tensors do not go with each other or with what the layer holds.
         """
+        if key_states.dtype != value_states.dtype and key_states.is_floating_point():
+            # Under autocast a rotary embedding leaves keys in float32, and values come in the narrower dtype.
+            both = torch.promote_types(key_states.dtype, value_states.dtype)
+            key_states, value_states = key_states.to(both), value_states.to(both)
         kind = (key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if kind != self._checked or self.options.validate or value_states.device != key_states.device:
             self.check_whole()
@@ -465,6 +490,16 @@ class KVCacheLayer(CacheLayerMixin):
         dense = dense_side(storage, side, self._seen - length, length)
         if new is not None and fresh:
             dense[:, :, length - fresh :] = getattr(new, side)
+        return dense
+
+    def _decompressed(self, side: str) -> torch.Tensor | None:
+        new, storage, start = self._new, self.storage, self._window_start(self._seen)
+        if storage is None:
+            return None
+        dense = dense_side(storage, side, start, self._seen - start)
+        if new is not None and not new.stored:
+            fresh = getattr(new, side)[:, :, -dense.shape[2] :]
+            dense[:, :, dense.shape[2] - fresh.shape[2] :] = fresh
         return dense
 
     def progress(self) -> dict[str, int]:

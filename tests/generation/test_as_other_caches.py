@@ -1,0 +1,70 @@
+"""What other code does with any cache of transformers: look at its layers, go through it, hand it mixed dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from transformers import DynamicCache
+
+from hf_kvcache.integration.versions import with_cache
+from tests import families
+from tests.generation.kinds import KINDS, filled
+from tests.running import forward, full_cache, generate, prompt, small_cache
+
+
+@pytest.mark.parametrize("kind", ["none", "sliding", "low rank", "latents"])
+def test_keys_and_values_of_layers(kind: str) -> None:
+    """`cache.layers[i].keys` is what a DynamicCache has there, so far as it is held exactly."""
+    model, cache = filled(kind)
+    theirs = full_cache(model)
+    for ids in (prompt(60), *prompt(3).split(1, 1)):
+        forward(model, ids, theirs)
+    for ours, expected in zip(cache.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(ours.keys, expected.keys, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.values, expected.values, rtol=0, atol=1e-4)
+
+
+def test_an_empty_layer_has_none() -> None:
+    """As in any cache."""
+    model = families.build("llama")
+    assert small_cache(model).layers[0].keys is None
+
+
+def test_evicted_tokens_are_no_tensor() -> None:
+    """Where each head holds other tokens, an error says so."""
+    _, cache = filled("snapkv")
+    with pytest.raises(RuntimeError, match="layer 0 has evicted tokens"):
+        _ = cache.layers[0].keys
+
+
+def test_iterating() -> None:
+    """A DynamicCache can be made of what a cache of ours gives when gone through."""
+    model, cache = filled("none")
+    copy = DynamicCache(cache)
+    expected = forward(model, prompt(1), cache)
+    torch.testing.assert_close(forward(model, prompt(1), copy), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "deepseek_v3"])
+@pytest.mark.parametrize("bound", [True, False])
+def test_autocast(family: str, bound: bool) -> None:
+    """Keys and values in two dtypes are taken; the result is DynamicCache's, to the rounding of bfloat16."""
+    model = families.build(family)
+    ids = prompt(60)
+    logits = []
+    for cache in (small_cache(model, bind=bound), full_cache(model)):
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            parts = [model(block, **with_cache(model, cache)).logits for block in (ids[:, :50], *ids[:, 50:].split(1, 1))]
+        logits.append(torch.cat(parts, 1).float())
+    assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["rotated4", "snapkv", "latents"])
+def test_generating_under_autocast(kind: str) -> None:
+    """Packed, evicting and latent layers take it too."""
+    model = KINDS[kind].build()
+    cache = KINDS[kind].cache(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert generate(model, prompt(60), cache, 20).logits.isfinite().all()
+    cache.integrity()
