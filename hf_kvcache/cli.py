@@ -82,7 +82,11 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from hf_kvcache.demo import run_demo
+    try:
+        from hf_kvcache.demo import run_demo
+    except ModuleNotFoundError as error:
+        needs = 'pip install accelerate gguf rich  (or "make install" in a clone)'
+        raise RuntimeError(f"the demo needs the package {error.name}; install it with: {needs}") from error
 
     run_demo(
         args.model,

