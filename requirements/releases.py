@@ -89,7 +89,9 @@ def newer(check: bool) -> int:
         print(f"transformers {last}, the newest tested release, is the newest that there is")
         return 0
     print(f"transformers {', '.join(untested)}: not tested yet (the newest tested release is {last}). Now:")
-    print(f"  make test TRANSFORMERS={untested[-1]}, and if it passes add it to `tested` in pyproject.toml and make lock")
+    print(
+        f"  make test TRANSFORMERS={untested[-1]}, and if it passes add it to `tested` in pyproject.toml and make lock"
+    )
     return int(check)
 
 
@@ -147,7 +149,9 @@ def lock() -> None:
             if f"transformers=={release}" not in pins:
                 lines = _resolved(uv, f"transformers=={release}", "\n".join(locked))
                 own = [line for line in lines if line.split(" ")[0] not in pins]
-                _write(HERE / f"transformers-{release}.txt", own, f"What transformers {release} needs in other versions")
+                _write(
+                    HERE / f"transformers-{release}.txt", own, f"What transformers {release} needs in other versions"
+                )
 
 
 def _resolved(uv: Path, transformers: str, preferred: str) -> list[str]:

@@ -9,6 +9,7 @@ token is predicted by a decoding step through the cache.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,12 +22,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from hf_kvcache.integration.versions import CACHE_ARGUMENT
 from hf_kvcache_eval.caches import Arm
 from hf_kvcache_eval.lm_arguments import cache_spec, sort_out
 from hf_kvcache_eval.lm_groups import Group, Request, batches, make_groups, right_padded
 from hf_kvcache_eval.lm_share import Prefilled
 from hf_kvcache_eval.prefills import Prefills
 from hf_kvcache_eval.protocol import Protocol, Reader
+
+logger = logging.getLogger(__name__)
 
 #: Log-likelihood, and whether greedy decoding would have said the same.
 Answer = tuple[float, bool]
@@ -155,6 +159,8 @@ class KVCacheLM(HFLM):
             log_probs, greedy = reader.score(tokens, targets)
         members = [member for group in batch for member in group.members]
         if not prefixes[0]:
+            if self.arm.kind.after_prefill:
+                self._note_empty(len(members))
             for cache in reader.caches:
                 rows = [len(tokens[0])] * (len(members) // len(reader.caches))
                 self.prefilled.note(cache, rows, len(tokens[0]))
@@ -168,21 +174,49 @@ class KVCacheLM(HFLM):
             return super()._model_generate(context, max_length, stop, **kwargs)
         if kwargs.get("num_beams", 1) != 1:
             raise ValueError(f"num_beams={kwargs['num_beams']!r} with cache={str(self.arm)!r}; accepted: 1")
-        cache = self._prefilled_cache(context, kwargs["attention_mask"])
-        return super()._model_generate(context, max_length, stop, past_key_values=cache, **kwargs)
+        mask = kwargs.pop("attention_mask").bool()
+        lengths = mask.sum(1)
+        if not bool((lengths > 0).all()):
+            raise ValueError("a prompt has no token; accepted: at least one")
+        # A prompt of one token has nothing that could be prefilled, and must not keep others from being compressed.
+        single = lengths == 1
+        width = context.shape[1]
+        out = context.new_full((len(context), max_length), self.tokenizer.pad_token_id)
+        for rows in (single.logical_not().nonzero()[:, 0], single.nonzero()[:, 0]):
+            if not len(rows):
+                continue
+            padding = width - int(lengths[rows].max())
+            some, seen = context[rows, padding:], mask[rows, padding:].long()
+            cache = self._prefilled_cache(some, seen)
+            options = {**kwargs, "attention_mask": seen, CACHE_ARGUMENT: cache}
+            new = super()._model_generate(some, max_length - padding, stop, **options)[:, some.shape[1] :]
+            out[rows, width : width + new.shape[1]] = new
+        return out
 
     def _prefilled_cache(self, context: torch.Tensor, mask: torch.Tensor) -> Any:
         """A fresh cache that holds each row of ``context [B, T]`` but for its last token.
 
-        So the first generated token reads the compressed cache, as all others do.
+        So the first generated token reads the compressed cache, as all others do. Rows of one token leave it empty.
         """
         reader = self._reader()
         prefixes = [row[seen.bool()][:-1].tolist() for row, seen in zip(context, mask, strict=True)]
-        if all(prefixes):  # else a prompt of one token: there is nothing to compress, generate() prefills
-            with self._autocast():
-                reader.prefill(prefixes)
-            self.prefilled.note(reader.caches[0], [len(prefix) for prefix in prefixes], context.shape[1] - 1)
+        if not any(prefixes):
+            self._note_empty(len(prefixes))
+            return reader.caches[0]
+        with self._autocast():
+            reader.prefill(prefixes)
+        self.prefilled.note(reader.caches[0], [len(prefix) for prefix in prefixes], context.shape[1] - 1)
         return reader.caches[0]
+
+    def _note_empty(self, count: int) -> None:
+        """Say that there was nothing to compress when ``count`` sequences began."""
+        self.prefilled.empty += count
+        logger.warning(
+            "cache=%r compressed nothing before the first scored or generated token of %d sequences, which begin with "
+            "one token only",
+            str(self.arm),
+            count,
+        )
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         self._check_options(self.config)

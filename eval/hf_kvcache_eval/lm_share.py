@@ -18,10 +18,12 @@ class Prefilled:
     Attributes:
         tokens: all of them.
         compressed: those that were packed or evicted, averaged over layers.
+        empty: sequences of which nothing was compressed, since they begin with one token and it is not prefilled.
     """
 
     tokens: int = 0
     compressed: float = 0.0
+    empty: int = 0
 
     def note(self, cache: Any, lengths: list[int], width: int) -> None:
         """Count a cache that holds sequences of ``lengths`` tokens, padded to ``width``."""

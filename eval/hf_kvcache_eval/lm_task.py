@@ -79,8 +79,10 @@ class LmTask(Task):
                 "block": bench.protocol.block,
                 "single_pass": lm.single_pass,
                 "compressed_share": round(lm.prefilled.share, 6),
+                "nothing_compressed": lm.prefilled.empty,
                 "what": "the context but for its last token is prefilled; all scored tokens are decoded through the "
-                "cache; compressed_share: of the prefilled tokens, those that were packed or evicted when read",
+                "cache; compressed_share: of the prefilled tokens, those that were packed or evicted when read; "
+                "nothing_compressed: sequences that begin with one token, which is not prefilled",
             },
             timing={"seconds": time.perf_counter() - started},
         )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from hf_kvcache import HeavyHitterCache
+from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.replaying import replay
 from hf_kvcache_eval.prefills import Prefill, Prefills, can_share
 
@@ -218,7 +219,7 @@ class Reader:
             # forward() counts positions from the cache's length alone; only generate() looks at padding.
             positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
             inputs = {"attention_mask": mask, "position_ids": positions}
-        return self.model(tokens, past_key_values=cache, use_cache=True, **inputs, **options).logits
+        return self.model(tokens, use_cache=True, **with_cache(self.model, cache), **inputs, **options).logits
 
 
 def _copy(cache: Any) -> Any:
