@@ -12,6 +12,11 @@ from hf_kvcache.kernels.hadamard import rotation_matrix
 SIDES = ("keys", "values")
 
 
+def name_of(spec: str) -> str:
+    """The codec's name without its width: what most ways of failing depend on."""
+    return resolve(spec).name
+
+
 def gaussian(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hf_kvcache.codecs import specs
-from tests.codecs.pages_of import gaussian, make_encoder, relative_error, rotated, round_trip
+from tests.choosing import pairwise
+from tests.codecs.pages_of import gaussian, make_encoder, name_of, relative_error, rotated, round_trip
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -35,9 +36,7 @@ UNUSUAL: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", UNUSUAL)
-@pytest.mark.parametrize("spec", specs())
+@pairwise("spec, kind, dtype", specs(), UNUSUAL, DTYPES, of=lambda spec, kind, dtype: (name_of(spec), kind, dtype))
 def test_unusual_pages(spec: str, kind: str, dtype: torch.dtype) -> None:
     """No page decodes to NaN or infinity, or is further off than its number of levels allows."""
     dims = {"keys": 96, "values": 64}
@@ -56,8 +55,7 @@ def test_unusual_pages(spec: str, kind: str, dtype: torch.dtype) -> None:
             assert relative_error(result, exact) < 0.04
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", specs())
+@pairwise("spec, dtype", specs(), DTYPES, of=lambda spec, dtype: (name_of(spec), dtype))
 def test_zero_pages(spec: str, dtype: torch.dtype) -> None:
     """Zeros decode to exactly zero."""
     encoder = make_encoder(spec, 80, page_size=16, dtype=dtype)
@@ -75,8 +73,12 @@ def test_tiny_values(spec: str) -> None:
         assert float((result - rotated(encoder, side, x)).abs().max()) <= 2.0**-15
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("spec", [spec for spec in specs() if spec != "none"])
+@pairwise(
+    "spec, dtype",
+    [spec for spec in specs() if spec != "none"],
+    [torch.float16, torch.bfloat16],
+    of=lambda spec, dtype: (name_of(spec), dtype),
+)
 def test_narrow_dtypes_are_encoded_in_float32(spec: str, dtype: torch.dtype) -> None:
     """A page in half precision gives the record of the same numbers in float32."""
     x, y = gaussian(0, 2, 16, 64).to(dtype), gaussian(1, 2, 16, 64).to(dtype)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_kvcache.codecs import resolve, specs
-from tests.codecs.pages_of import SIDES, decoded, gaussian, make_encoder, relative_error, rotated, round_trip
+from tests.choosing import pairwise
+from tests.codecs.pages_of import SIDES, decoded, gaussian, make_encoder, name_of, relative_error, rotated, round_trip
 
 WIDTHS = [(64, 64), (80, 80), (96, 64), (128, 128), (256, 256)]
 #: Mean squared errors of the Lloyd-Max quantizer of N(0, 1) (Max, 1960).
@@ -29,11 +30,7 @@ def uniform_bound(x: torch.Tensor, bits: int, axis: int, group: int) -> torch.Te
     return (half_step + rounding).expand(grouped.shape).flatten(axis, axis + 1)
 
 
-@pytest.mark.parametrize("group_size", [None, 16])
-@pytest.mark.parametrize("page_size", [16, 128])
-@pytest.mark.parametrize("dims", WIDTHS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("name", ["int", "rotated"])
+@pairwise("name, bits, dims, page_size, group_size", ["int", "rotated"], [2, 3, 4, 8], WIDTHS, [16, 128], [None, 16])
 def test_uniform(name: str, bits: int, dims: tuple[int, int], page_size: int, group_size: int | None) -> None:
     """No element is off by more than half the step of its group: keys along tokens, values along channels."""
     encoder = make_encoder(resolve(name, bits, group_size=group_size), *dims, page_size)
@@ -112,8 +109,7 @@ def test_bf16_rounds_once() -> None:
         assert torch.equal(result, given[side].bfloat16().double())
 
 
-@pytest.mark.parametrize("dims", WIDTHS)
-@pytest.mark.parametrize("spec", specs())
+@pairwise("spec, dims", specs(), WIDTHS, of=lambda spec, dims: (name_of(spec), dims))
 def test_gaussian_pages(spec: str, dims: tuple[int, int]) -> None:
     """On Gaussian data no codec is worse than a uniform quantizer over six standard deviations."""
     encoder = make_encoder(spec, *dims, page_size=128)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from hf_kvcache.codecs import specs
-from tests.codecs.pages_of import gaussian, make_encoder
+from tests.choosing import pairwise
+from tests.codecs.pages_of import gaussian, make_encoder, name_of
 
 #: Widths of keys and values, and the page size.
 SIZES = [(64, 64, 16), (80, 80, 64), (96, 64, 128), (128, 128, 16), (256, 256, 64)]
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("spec", specs())
+@pairwise("spec, sizes", specs(), SIZES, of=lambda spec, sizes: (name_of(spec), sizes))
 def test_alone_or_among_others(spec: str, sizes: tuple[int, int, int]) -> None:
     """A page encoded alone, among others or once more gives the same bytes."""
     key_dim, value_dim, page_size = sizes

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hf_kvcache.codecs import available, resolve, specs
-from tests.codecs.pages_of import gaussian, make_encoder
+from tests.choosing import pairwise
+from tests.codecs.pages_of import gaussian, make_encoder, name_of
 
 WIDTHS = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (96, 64), (192, 128)]
 
@@ -43,12 +44,16 @@ FIELDS: dict[str, Callable[[int, int, int, int], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("page_size", [16, 64, 128])
-@pytest.mark.parametrize(("key_dim", "value_dim"), WIDTHS)
-@pytest.mark.parametrize("spec", [spec for spec in specs() if spec.rstrip("12348") in FIELDS or spec in FIELDS])
-def test_bytes(spec: str, key_dim: int, value_dim: int, page_size: int) -> None:
+@pairwise(
+    "spec, widths, page_size",
+    [spec for spec in specs() if name_of(spec) in FIELDS],
+    WIDTHS,
+    [16, 64, 128],
+    of=lambda spec, widths, page_size: (name_of(spec), widths, page_size),
+)
+def test_bytes(spec: str, widths: tuple[int, int], page_size: int) -> None:
     """A record has the bytes of its fields, each rounded up to 16, and the encoder makes such records."""
-    name = spec if spec in FIELDS else spec.rstrip("12348")
+    name, (key_dim, value_dim) = name_of(spec), widths
     expected = FIELDS[name](page_size, key_dim, value_dim, int(spec[len(name) :] or 0))
     encoder = make_encoder(spec, key_dim, value_dim, page_size)
     layout = encoder.layout
@@ -84,8 +89,12 @@ def test_groups_cost_their_scales(spec: str) -> None:
     assert encoder.layout.bits_per_element == int(spec[-1]) + 1
 
 
-@pytest.mark.parametrize("spec", [spec for spec in specs() if spec != "none"])
-@pytest.mark.parametrize("widths", [(64, 64), (96, 64), (80, 80)])
+@pairwise(
+    "spec, widths",
+    [spec for spec in specs() if spec != "none"],
+    [(64, 64), (96, 64), (80, 80)],
+    of=lambda spec, widths: (name_of(spec), widths),
+)
 def test_every_byte_is_written(spec: str, widths: tuple[int, int]) -> None:
     """Nothing of what lay in a page before remains in its fields, and nothing outside them is touched."""
     encoder = make_encoder(spec, *widths, page_size=16)
