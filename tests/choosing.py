@@ -1,4 +1,4 @@
-"""Which cases of a large product are fast tests: few in which every pair of values occurs; the others are ``slow``."""
+"""Which cases of a large product are fast tests; the others are ``slow``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,19 @@ import pytest
 Features = Callable[..., tuple[Hashable, ...]]
 
 
-def pairwise(
-    names: str, *axes: Iterable[Any], of: Features | None = None, also: Sequence[tuple[Any, ...]] = ()
-) -> pytest.MarkDecorator:
+def chosen(names: str, *axes: Iterable[Any], fast: Sequence[tuple[Any, ...]]) -> pytest.MarkDecorator:
+    """Parametrize over the product of ``axes``, of which the cases ``fast`` are fast and all others ``slow``.
+
+    Args:
+        names: of the parameters, as in ``pytest.mark.parametrize``.
+        *axes: their values.
+        fast: cases that can each fail for a reason of their own.
+    """
+    cases = list(itertools.product(*axes))
+    return _marked(names, cases, {cases.index(case) for case in fast})
+
+
+def pairwise(names: str, *axes: Iterable[Any], of: Features | None = None) -> pytest.MarkDecorator:
     """Parametrize over the product of ``axes``, of which few cases are fast and all others ``slow``.
 
     Most faults show with one value, or with two that meet; all pairs meet in a small part of the product. The choice
@@ -26,10 +36,12 @@ def pairwise(
         *axes: their values.
         of: the features of a case, whose pairs are to occur, where those are coarser than its values: a codec's name
             for each of its widths, say. Single values occur in any case.
-        also: cases that are fast for a reason of their own.
     """
     cases = list(itertools.product(*axes))
-    fast = {*covering(cases, of), *(cases.index(case) for case in also)}
+    return _marked(names, cases, covering(cases, of))
+
+
+def _marked(names: str, cases: list[tuple[Any, ...]], fast: set[int]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         names, [pytest.param(*case, marks=() if i in fast else pytest.mark.slow) for i, case in enumerate(cases)]
     )
