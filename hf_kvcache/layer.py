@@ -594,7 +594,7 @@ class KVCacheLayer(CacheLayerMixin):
     def _visibility(
         self, new: NewTokens, storage: PagedStorage, attention_mask: torch.Tensor | None, causal: bool, skip: int
     ) -> Visibility:
-        mask, mask_start = attention_mask, self._window_start(new.position)
+        mask, mask_start, window = attention_mask, self._window_start(new.position), self.sliding_window
         if not skip:
             padding = self._note_padding(new, mask)
             assert new.earlier_padding is not None
@@ -607,13 +607,15 @@ class KVCacheLayer(CacheLayerMixin):
                     mask = None  # it hides padding, of which nothing is stored, and what causality and the window hide
         if mask is not None and mask.dim() == 2:
             mask, mask_start = mask[:, None, None, :].bool(), 0
+        elif mask is not None:
+            window = None  # it says itself what is seen; that of Moshi has no window, though its cache has one
         return Visibility(
             start=new.position + skip,
             length=new.length - skip,
             mask=mask,
             mask_start=mask_start,
             causal=causal if mask is None or mask.shape[2] != new.length - skip or mask.shape[2] == 1 else False,
-            window=self.sliding_window,
+            window=window,
         )
 
     def _segments(self, new: NewTokens, storage: PagedStorage) -> list[tuple[slice, int]]:

@@ -230,3 +230,16 @@ def test_families_with_masks_of_their_own(build: Callable[[], Any], kind: str) -
     for part in prompt(80).split([40, 20, *[1] * 20], 1):
         reference = forward(model, part, expected)
         torch.testing.assert_close(forward(model, part, got), reference, rtol=0, atol=ROUNDING)
+
+
+@torch.no_grad()
+def test_a_mask_without_the_window_that_the_cache_has() -> None:
+    """Each query of a block sees all that ``DynamicCache`` shows, where the mask does not say window (Moshi's)."""
+    model = families.build("mistral")
+    expected, got = full_cache(model), small_cache(model)
+    ids, offset = prompt(LENGTH), families.WINDOW - 1
+    mask = causal(10, offset + 10)
+    for cache in (expected, got):
+        forward(model, ids[:, :50], cache)
+    wanted = forward(model, ids[:, 50:], expected, attention_mask=mask)
+    torch.testing.assert_close(forward(model, ids[:, 50:], got, attention_mask=mask), wanted, rtol=0, atol=ROUNDING)
