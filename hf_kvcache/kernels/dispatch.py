@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 #: Environment variable that forces a backend.
 VARIABLE = "HF_KVCACHE_BACKEND"
 BACKENDS = ("reference", "triton", "native")
+#: What torch 2.11 brings. pyproject.toml states the same for the extra `gpu`.
+OLDEST_TRITON = (3, 6)
 #: The folders of this package that have a twin of their own for a backend.
 TWINS = {
     "triton": ("decode", "extend", "column_mass", "latent_decode", "hadamard", "pack"),
@@ -47,8 +50,18 @@ def reason_missing(backend: str, device_type: str) -> str | None:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if device_type == "cpu" and not interpreted:
             return "triton runs on a CPU only with TRITON_INTERPRET=1"
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
+        return _reason_against_triton()
+    return None
+
+
+@lru_cache(maxsize=1)
+def _reason_against_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    # Not by importing it: that costs a second, and whoever only asks may not need it.
+    installed = importlib.metadata.version("triton")
+    if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {installed} is installed, {'.'.join(map(str, OLDEST_TRITON))} is the oldest that compiles them"
     return None
 
 

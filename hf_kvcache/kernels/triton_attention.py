@@ -242,7 +242,7 @@ def pages_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     offset = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, VALUES.segments * VALUES.segment_pad], tl.float32)
+    acc = tl.full([BLOCK_M, VALUES.segments * VALUES.segment_pad], 0.0, tl.float32)
     last = tl.minimum((split + 1) * per_split, columns)
     for tile in tl.range(split * per_split * TILES, last * TILES, num_stages=STAGES):
         place = row.to(tl.int64) * columns + tile // TILES

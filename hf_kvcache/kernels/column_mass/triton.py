@@ -17,6 +17,7 @@ from hf_kvcache.kernels.compile_case import CompileCase
 from hf_kvcache.kernels.decode.levels import decode_side
 from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.triton_device import on_their_device
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
@@ -140,6 +141,7 @@ def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visib
     )
 
 
+@on_their_device
 def column_mass(
     query: torch.Tensor,
     log_sum_exp: torch.Tensor,

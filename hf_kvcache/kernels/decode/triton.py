@@ -8,6 +8,7 @@ from hf_kvcache.kernels import triton_cases, triton_launch
 from hf_kvcache.kernels.attention import MOST_DECODED_QUERIES
 from hf_kvcache.kernels.compile_case import CompileCase
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.triton_device import on_their_device
 from hf_kvcache.kernels.visibility import Visibility
 
 
@@ -16,6 +17,7 @@ def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visib
     return query.shape[2] <= MOST_DECODED_QUERIES and triton_launch.can_attend(query, pages, dense, visibility)
 
 
+@on_their_device
 def attend(
     query: torch.Tensor,
     pages: Pages | None,

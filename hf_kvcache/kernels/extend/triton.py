@@ -7,6 +7,7 @@ import torch
 from hf_kvcache.kernels import triton_cases, triton_launch
 from hf_kvcache.kernels.compile_case import CompileCase
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.triton_device import on_their_device
 from hf_kvcache.kernels.visibility import Visibility
 
 #: Elements of partial outputs, and of scores that are kept, at a time; a longer block of queries is cut.
@@ -18,6 +19,7 @@ def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visib
     return triton_launch.can_attend(query, pages, dense, visibility)
 
 
+@on_their_device
 def attend(
     query: torch.Tensor,
     pages: Pages | None,

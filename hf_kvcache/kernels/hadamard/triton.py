@@ -11,6 +11,7 @@ import triton.language as tl
 from hf_kvcache.kernels.compile_case import CompileCase
 from hf_kvcache.kernels.hadamard.reference import rotation_matrix
 from hf_kvcache.kernels.page import SideFormat
+from hf_kvcache.kernels.triton_device import on_their_device
 
 #: Elements that a program transforms.
 _ELEMENTS = 4096
@@ -60,6 +61,7 @@ def supports(x: torch.Tensor, fmt: SideFormat) -> bool:
     )
 
 
+@on_their_device
 def rotate(x: torch.Tensor, fmt: SideFormat, inverse: bool = False) -> torch.Tensor:
     """As :func:`hf_kvcache.kernels.hadamard.reference.rotate`, summed in float32."""
     dim = fmt.dim

@@ -20,6 +20,7 @@ from hf_kvcache.kernels.latent_decode.triton_configs import MERGED_AT_ONCE, PREC
 from hf_kvcache.kernels.latent_decode.triton_kernels import dense_kernel, merge_kernel, pages_kernel
 from hf_kvcache.kernels.page import SideFormat
 from hf_kvcache.kernels.triton_configs import Config, architecture, programs_wanted
+from hf_kvcache.kernels.triton_device import on_their_device
 from hf_kvcache.kernels.triton_launch import dense_compute, scoring_arguments
 from hf_kvcache.kernels.triton_sides import TRITON_TYPES, level_tables
 from hf_kvcache.kernels.visibility import Visibility
@@ -68,6 +69,7 @@ def supports_projection(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return False
 
 
+@on_their_device
 def latent_attend(
     query: torch.Tensor,
     pages: Pages | None,

@@ -19,6 +19,7 @@ from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton_configs import architecture as architecture_of
 from hf_kvcache.kernels.triton_configs import lanes
+from hf_kvcache.kernels.triton_device import on_their_device
 from hf_kvcache.kernels.triton_sides import (
     Side,
     channels,
@@ -49,6 +50,7 @@ def _packed_rows(arch: str) -> int:
     return lanes(arch)
 
 
+@on_their_device
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack uint8 ``codes [..., D]`` (each below ``2**bits``) into ``[..., D * bits / 8]``; D is a multiple of 8."""
     if bits == 8:
@@ -64,6 +66,7 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
+@on_their_device
 def unpack_bits(packed: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Tensor:
     """Unpack uint8 ``packed [..., D * bits / 8]`` into ``out [..., D]`` of any numeric dtype, which is returned."""
     if bits == 8:
@@ -78,6 +81,7 @@ def unpack_bits(packed: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Ten
     return out if target is out else out.copy_(target)
 
 
+@on_their_device
 def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Decode one side of page records into ``out``, in the rotated basis and without the mean.
 
@@ -122,6 +126,7 @@ def supports_encoding(layout: PageLayout, side: str, method: str | None, x: torc
     return method == "integer" and can_encode(layout.sides[side])
 
 
+@on_their_device
 def encode_side(
     layout: PageLayout,
     side: str,

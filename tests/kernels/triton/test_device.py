@@ -1,0 +1,71 @@
+"""Launches happen on the device of the tensors, and with a Triton that compiles the kernels."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from hf_kvcache.kernels import dispatch
+from hf_kvcache.kernels.triton_device import on_their_device
+
+#: What the operations call of their Triton backends.
+CALLED = {
+    "decode": ("attend",),
+    "extend": ("attend",),
+    "column_mass": ("column_mass",),
+    "latent_decode": ("latent_attend",),
+    "hadamard": ("rotate",),
+    "pack": ("pack_bits", "unpack_bits", "decode_side", "encode_side"),
+}
+
+
+class _OnSecondGPU(torch.Tensor):
+    device = torch.device("cuda", 1)  # type: ignore[assignment]
+
+
+def test_the_tensors_device_is_current_while_a_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that lies on several GPUs, each layer launches on its own; on the current one nothing is switched."""
+    current = [0]
+    switched: list[int] = []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], wanted.index
+        switched.append(wanted.index)
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    launched = on_their_device(lambda name, x: current[0])
+    tensor = torch.zeros(1).as_subclass(_OnSecondGPU)
+    assert launched("a layout", tensor) == 1 and current == [0]
+    current[0] = 1
+    assert launched("a layout", tensor) == 1 and switched == [1]
+    assert launched("a layout", torch.zeros(1)) == 1 and switched == [1]
+
+
+@pytest.mark.parametrize("operation", dispatch.TWINS["triton"])
+def test_every_operation_switches(operation: str) -> None:
+    """None of the functions that launch kernels is called without it."""
+    module = importlib.import_module(f"hf_kvcache.kernels.{operation}.triton")
+    code = on_their_device(lambda x: x).__code__
+    assert all(getattr(module, name).__code__ is code for name in CALLED[operation])
+
+
+@pytest.mark.parametrize(("installed", "runs"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True)])
+def test_the_oldest_triton(installed: str, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older Triton is a reason for the reference, with what is installed and what is needed."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
+    dispatch._reason_against_triton.cache_clear()
+    try:
+        reason = dispatch.reason_missing("triton", "cuda")
+    finally:
+        dispatch._reason_against_triton.cache_clear()
+    assert (reason is None) == runs
+    assert runs or (reason is not None and "3.5.1" in reason and "3.6" in reason)
