@@ -30,9 +30,10 @@ class CrossAttentionLayer(KVCacheLayer):
         new, _ = self._latest()
         if new.position == 0:
             return super().new_tokens()
-        keys, values = self.keys, self.values
-        assert keys is not None and values is not None
-        return keys, values
+        return self.decompressed("keys"), self.decompressed("values")
+
+    def held_states(self, side: str) -> torch.Tensor | None:
+        return None if self.storage is None else self.decompressed(side)
 
     def _note_padding(self, new: Any, attention_mask: torch.Tensor | None) -> Padding | None:
         return None

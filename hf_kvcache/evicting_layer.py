@@ -241,6 +241,7 @@ class EvictingLayer(KVCacheLayer):
                 evictor.seen.block = None  # what else there is of queries, they were to be added to
             evictor.return_to(length, storage, observed=attended)
         self._seen = length
+        self.padding = self.padding.before(length)
         self._confirm()
         self.version += 1
 
@@ -252,10 +253,10 @@ class EvictingLayer(KVCacheLayer):
             return super().dense_side(side)
         raise RuntimeError(_NOT_DENSE.format(self.index))
 
-    def _decompressed(self, side: str) -> torch.Tensor | None:
+    def decompressed(self, side: str) -> torch.Tensor:
         if self.evictor is not None and self.evictor.evictions:
             raise RuntimeError(_NOT_DENSE.format(self.index))
-        return super()._decompressed(side)
+        return super().decompressed(side)
 
     def own_tensors(self) -> list[torch.Tensor]:
         return [] if self.evictor is None else self.evictor.tensors()

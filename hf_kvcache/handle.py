@@ -39,7 +39,7 @@ class KVHandle(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = tree_map_only(KVHandle, KVHandle.dense, (args, kwargs or {}))
+        args, kwargs = tree_map_only((KVHandle, HeldStates), _dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def layer(self) -> KVCacheLayer:
@@ -67,6 +67,51 @@ class KVHandle(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return self.dense().clone()
+
+
+class HeldStates(torch.Tensor):
+    """Stands for all keys or all values that a layer holds, for whoever looks into it between two updates.
+
+    Its shape is known at once; computing with it decompresses them. Attention takes it for any tensor.
+    """
+
+    _layer: KVCacheLayer
+    _side: str
+    _at_version: int
+
+    @staticmethod
+    def __new__(
+        cls, layer: KVCacheLayer, side: str, sizes: tuple[int, int, int, int], like: torch.Tensor
+    ) -> HeldStates:
+        """What ``layer`` holds now of ``side``, ``[B, Hkv, T, D]``, with the dtype and device of ``like``."""
+        states = torch.Tensor._make_wrapper_subclass(cls, sizes, dtype=like.dtype, device=like.device)
+        states._layer, states._side, states._at_version = layer, side, layer.version
+        return states
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_dispatch__ = KVHandle.__torch_dispatch__
+
+    def dense(self) -> torch.Tensor:
+        """The states as a dense tensor; raises RuntimeError if the layer was updated or changed since."""
+        if self._at_version != self._layer.version:
+            raise RuntimeError(
+                f"{self._side} of layer {self._layer.index} were looked up before the cache was updated, cropped or "
+                "reordered; look them up again, or clone() them in time"
+            )
+        return self._layer.decompressed(self._side).contiguous()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"HeldStates({self._side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.dense().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
+
+def _dense(states: KVHandle | HeldStates) -> torch.Tensor:
+    return states.dense()
 
 
 def carrying_gradient(handle: KVHandle, source: torch.Tensor, exact: bool) -> KVHandle:

@@ -146,15 +146,8 @@ class IndexedLatentLayer(LatentLayer):
         self._handles = super().update(key_states, value_states, *args, **kwargs)
         return self._handles
 
-    @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """A handle on all latents: an indexer asks for their shape at every step."""
-        return self._handles[0]
-
-    @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """A handle on all rotary keys."""
-        return self._handles[1]
+    def held_states(self, side: str) -> torch.Tensor | None:
+        return self._handles[0 if side == "keys" else 1]  # an indexer asks for their shapes at every step
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Take in the indexer's new keys ``[B, T, d]``; returns all of them."""

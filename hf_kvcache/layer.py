@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.eviction_options import EvictionOptions
-from hf_kvcache.handle import KVHandle, carrying_gradient
+from hf_kvcache.handle import HeldStates, KVHandle, carrying_gradient
 from hf_kvcache.incoming import NewTokens, check_update, dense_tokens
 from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
@@ -99,11 +99,11 @@ class KVCacheLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """All keys that are held, decompressed, ``[B, Hkv, T, Dk]`` with zeros for padding; None before the first.
+        """All keys that are held, ``[B, Hkv, T, Dk]`` with zeros for padding; None before the first.
 
-        For code that looks into the layers of any cache; attention reads pages.
+        For code that looks into the layers of any cache. They are decompressed by whoever computes with them.
         """
-        return self._decompressed("keys")
+        return self.held_states("keys")
 
     @keys.setter
     def keys(self, none: None) -> None:
@@ -111,8 +111,8 @@ class KVCacheLayer(CacheLayerMixin):
 
     @property
     def values(self) -> torch.Tensor | None:
-        """All values that are held, decompressed, ``[B, Hkv, T, Dv]`` with zeros for padding; None before the first."""
-        return self._decompressed("values")
+        """All values that are held, ``[B, Hkv, T, Dv]`` with zeros for padding; None before the first."""
+        return self.held_states("values")
 
     @values.setter
     def values(self, none: None) -> None:
@@ -492,10 +492,18 @@ class KVCacheLayer(CacheLayerMixin):
             dense[:, :, length - fresh :] = getattr(new, side)
         return dense
 
-    def _decompressed(self, side: str) -> torch.Tensor | None:
-        new, storage, start = self._new, self.storage, self._window_start(self._seen)
-        if storage is None:
+    def held_states(self, side: str) -> torch.Tensor | None:
+        """All keys or all values that are held, as a tensor that knows its shape; None before the first."""
+        if self.storage is None:
             return None
+        length = self._seen - self._window_start(self._seen)
+        sizes = (self.storage.batch, self.storage.heads, length, self.storage.encoder.widths[side])
+        return HeldStates(self, side, sizes, getattr(self.storage.dense, side))
+
+    def decompressed(self, side: str) -> torch.Tensor:
+        """All keys or all values that are held, ``[B, Hkv, T, D]``, zeros where a token is not held."""
+        new, storage, start = self._new, self.storage, self._window_start(self._seen)
+        assert storage is not None
         dense = dense_side(storage, side, start, self._seen - start)
         if new is not None and not new.stored:
             fresh = getattr(new, side)[:, :, -dense.shape[2] :]
@@ -547,6 +555,7 @@ class KVCacheLayer(CacheLayerMixin):
         self._seen = length
         if self.storage is not None:
             self.storage.truncate_from(length)
+            self.padding = self.padding.before(length)
             self._confirm()
         self.version += 1
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from hf_kvcache.codecs.base import side_format
+from hf_kvcache.cross_layer import CrossAttentionLayer, cross_attention_layers
 from hf_kvcache.evicting_latent_layer import EvictingLatentLayer, check_policy
 from hf_kvcache.evicting_layer import EvictingLayer
 from hf_kvcache.integration.versions import layer_types
@@ -76,7 +77,8 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
             f"config of {config.model_type!r} has layers of type {sorted(set(types))}; accepted: at least one of "
             f"{list(own)}, there is nothing to cache otherwise"
         )
-    evicting = [index for index, layer_type in enumerate(types) if layer_type == "full_attention"]
+    cross = cross_attention_layers(config)
+    evicting = [i for i, layer_type in enumerate(types) if layer_type == "full_attention" and i not in cross]
     if options.eviction is None:
         evicting = []
     else:
@@ -87,6 +89,8 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
             place = evicting.index(index), len(evicting)
             kind = EvictingLatentLayer if options.latents == "native" else EvictingLayer
             layers.append(kind(index, options, options.eviction, place))
+        elif index in cross:
+            layers.append(CrossAttentionLayer(index, options))
         elif layer_type in own:
             layers.append(_own_layer(index, layer_type, options, arguments.get("sliding_window")))
         else:

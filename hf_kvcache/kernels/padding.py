@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 
@@ -16,6 +18,9 @@ class PaddingPlaces:
     def __init__(self, rows: np.ndarray, positions: np.ndarray) -> None:
         self.rows, self.positions = rows, positions
         self._next: tuple[np.ndarray, int, PaddingPlaces] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _places, (self.rows, self.positions)  # none at all are always the same object
 
     def extend(self, position: int, valid: np.ndarray | None) -> PaddingPlaces:
         """The places once tokens from ``position`` on were seen, of which ``valid [B, T]`` are no padding."""
