@@ -281,15 +281,31 @@ class KVCache(Cache):
         self.check_complete()
         return export_state(self)
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device | str | None = None) -> None:
         """Hold what :meth:`state_dict` of a cache with the same settings returned, in place of what is held.
 
+        Args:
+            state: the tensors; all of them are looked at before anything is changed.
+            device: where the cache is to lie. Without it each layer of this package stays where its tensors are, and
+                moves with the first update to where the model's layer is; states of layers that are transformers' own
+                (hybrids) stay.
+
         Raises:
-            ValueError: if the state does not go with this cache; nothing is changed then.
+            ValueError: naming what differs, if the state does not go with this cache, or is damaged; nothing is changed
+                then.
         """
         from hf_kvcache.export import import_state
 
-        import_state(self, state)
+        import_state(self, state, device)
+
+    def is_passed(self, index: int) -> bool:
+        """Whether every forward pass adds tokens to the layer of that number."""
+        return index not in self._cross
+
+    def replace_layers(self, layers: list[Any]) -> None:
+        """Hold what these layers do, after a whole forward pass."""
+        self.layers = layers
+        self._reached = self._final
 
     def integrity(self) -> None:
         """Check the invariants of the storage: references, free pages, ascending positions.

@@ -67,6 +67,8 @@ class EvictingLayer(KVCacheLayer):
         self._undo: Undo | None = None
         self._attended = True
 
+    optional_tensors = ("evictor.seen.", "evictor.sinks.")
+
     # -- transformers' contract -----------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -267,8 +269,10 @@ class EvictingLayer(KVCacheLayer):
             state |= {f"evictor.{name}": tensor for name, tensor in self.evictor.state().items()}
         return state
 
-    def restore(self, tensors: dict[str, torch.Tensor], progress: dict[str, int]) -> None:
-        super().restore(tensors, progress)
+    def restore(
+        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: torch.device | str | None = None
+    ) -> None:
+        super().restore(tensors, progress, device)
         if self.evictor is not None:
             prefix = "evictor."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

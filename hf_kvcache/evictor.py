@@ -268,7 +268,18 @@ class Evictor:
         return state | {f"sinks.{name}": tensor.clone() for name, tensor in self._sinks.state().items()}
 
     def restore(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
-        """Take over what :meth:`state` returned."""
+        """Take over what :meth:`state` returned.
+
+        Raises:
+            ValueError: if something in it is of other sequences or tokens than the rest.
+        """
+        batch = len(self.pinned.real)
+        state = {name: x if x.is_floating_point() else x.cpu() for name, x in state.items()}
+        for name, tensor in state.items():
+            if name.startswith("seen.") and tensor.shape[0] != batch:
+                raise ValueError(f"'evictor.{name}' is of {tensor.shape[0]} sequences; accepted: {batch}")
+        if int(state["padding_lengths"].sum()) != len(state["padding"]):
+            raise ValueError("'evictor.padding' does not go with 'evictor.padding_lengths'")
         self.seen = Observations.of_state(_part(state, "seen."), device)
         self._sinks.restore(_part(state, "sinks."), device)
         self.pinned.mask, self.pinned.real = state["pinned"].numpy().copy(), state["real"].numpy().copy()

@@ -54,7 +54,7 @@ class NewTokens:
 
 
 def check_update(
-    index: int, storage: PagedStorage | None, keys: torch.Tensor, values: torch.Tensor, finite: bool
+    index: int, storage: PagedStorage | None, keys: torch.Tensor, values: torch.Tensor, finite: bool, least: int = 1
 ) -> None:
     """Raise ValueError unless new keys and values go with each other and with what layer ``index`` holds.
 
@@ -64,9 +64,10 @@ def check_update(
         keys: ``[B, Hkv, T, Dk]``.
         values: ``[B, Hkv, T, Dv]``.
         finite: whether to look for NaN and infinity too.
+        least: tokens that there must be.
     """
     shapes = f"key_states {tuple(keys.shape)}, value_states {tuple(values.shape)}"
-    if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] == 0:
+    if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] < least:
         raise ValueError(f"{shapes}: accepted: [batch, heads, tokens, dim], alike but for dim, at least one token")
     if keys.dtype != values.dtype or not keys.is_floating_point():
         raise ValueError(f"key_states {keys.dtype}, value_states {values.dtype}: accepted: one floating dtype")

@@ -135,6 +135,8 @@ class IndexedLatentLayer(LatentLayer):
     Beside the latents it holds the indexer's keys, dense, as the model's indexer reads them at every step.
     """
 
+    optional_tensors = ("indexer",)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._handles: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         super().__init__(*args, **kwargs)
@@ -197,8 +199,10 @@ class IndexedLatentLayer(LatentLayer):
         state, keys = super().tensors(), self.indexer.keys()
         return state if keys is None else state | {"indexer": keys.clone()}
 
-    def restore(self, tensors: dict[str, torch.Tensor], progress: dict[str, int]) -> None:
-        super().restore({name: x for name, x in tensors.items() if name != "indexer"}, progress)
+    def restore(
+        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: torch.device | str | None = None
+    ) -> None:
+        super().restore({name: x for name, x in tensors.items() if name != "indexer"}, progress, device)
         if "indexer" in tensors:
             self.indexer.append(tensors["indexer"].to(self.device))
 

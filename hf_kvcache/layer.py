@@ -18,13 +18,14 @@ from hf_kvcache.handle import HeldStates, KVHandle, carrying_gradient
 from hf_kvcache.incoming import NewTokens, check_update, dense_tokens
 from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
+from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces, padding_places
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.latent.projection import LayerProjection
 from hf_kvcache.masks import Padding, check_hidden, padding_of, valid_in
 from hf_kvcache.reading import dense_side
 from hf_kvcache.stepping import Steps
 from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.checking import check_like, check_storage
 
 logger = logging.get_logger(__name__)
 
@@ -74,6 +75,8 @@ class KVCacheLayer(CacheLayerMixin):
 
     #: Whether what is held are latents that the model expands.
     takes_expansion = False
+    #: Beginnings of the names of tensors that a layer may have saved or not.
+    optional_tensors: tuple[str, ...] = ()
     is_compileable = False
     is_croppable = True
     supports_early_init = False
@@ -92,6 +95,7 @@ class KVCacheLayer(CacheLayerMixin):
         self._new: NewTokens | None = None
         #: Where padding stood among the tokens seen.
         self.padding: PaddingPlaces = NO_PADDING
+        self._movable = False  # was restored on a device that nobody has named
         self._checked: tuple[Any, ...] | None = None  # shapes, dtypes and device of the latest update
         #: Whether storing tokens was cut off in the middle, by Ctrl-C or for want of memory: only reset() helps then.
         self.broken = False
@@ -140,13 +144,16 @@ class KVCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: if the tensors do not go with each other or with what the layer holds.
         """
-        if key_states.dtype != value_states.dtype and key_states.is_floating_point():
+        two = key_states.dtype != value_states.dtype
+        if two and key_states.is_floating_point() and value_states.is_floating_point():
             # Under autocast a rotary embedding leaves keys in float32, and values come in the narrower dtype.
             both = torch.promote_types(key_states.dtype, value_states.dtype)
             key_states, value_states = key_states.to(both), value_states.to(both)
         kind = (key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if kind != self._checked or self.options.validate or value_states.device != key_states.device:
             self.check_whole()
+            if self._movable:
+                self._move(key_states.device)
             check_update(self.index, self.storage, key_states, value_states, self.options.validate)
         if self._new is not None:
             self.settle()
@@ -193,7 +200,7 @@ class KVCacheLayer(CacheLayerMixin):
         """Forget everything; the layer may then hold another batch."""
         self.storage = self._new = self._checked = None
         self.steps = self.make_steps()
-        self.is_initialized = self.record_past = self.broken = False
+        self.is_initialized = self.record_past = self.broken = self._movable = False
         self._seen = self._unconfirmed = self._kept_from = 0
         self.padding = NO_PADDING
         self.version += 1
@@ -525,19 +532,57 @@ class KVCacheLayer(CacheLayerMixin):
         if self.storage is None:
             return {}
         places = np.stack([self.padding.rows, self.padding.positions])
-        return self.storage.state() | {"padding": torch.from_numpy(places)}
+        return self.storage.state() | {"padding_places": torch.from_numpy(places)}
 
-    def restore(self, tensors: dict[str, torch.Tensor], progress: dict[str, int]) -> None:
-        """Hold what :meth:`tensors` and :meth:`progress` returned, in place of what is held."""
+    def blank(self) -> KVCacheLayer:
+        """An empty layer like this one."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.reset()
+        return other
+
+    def check_tensors(self, tensors: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
+        """Raise ValueError unless this empty layer could have saved them, with these counters."""
+        keys, values = tensors["dense.keys"], tensors["dense.values"]
+        check_update(self.index, None, keys[:, :, :1], values[:, :, :1], False, least=0)
+        empty = self.blank()
+        empty.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+        check_like(tensors, empty.tensors(), self.optional_tensors)
+        counters = {name: progress.get(name) for name in empty.progress()}
+        for name, count in counters.items():
+            if type(count) is not int or not 0 <= count <= progress["seen"]:
+                raise ValueError(f"{name}={count!r} of {progress['seen']!r} tokens")
+        assert empty.storage is not None
+        check_storage(empty.storage, tensors, progress["seen"])
+
+    def restore(
+        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: torch.device | str | None = None
+    ) -> None:
+        """Hold what :meth:`tensors` and :meth:`progress` returned, in place of what is held.
+
+        Without a ``device`` tensors stay where they are until the first update, and then move to where that comes from.
+        """
         self.reset()
         if tensors:
+            to = tensors["dense.keys"].device if device is None else device
+            # Bookkeeping lies on the host.
+            tensors = {n: x.to(to if x.is_floating_point() or n == "records" else "cpu") for n, x in tensors.items()}
             self.lazy_initialization(tensors["dense.keys"], tensors["dense.values"])
             assert self.storage is not None
             self.storage.restore(tensors)
-            self.padding = PaddingPlaces(*tensors["padding"].cpu().numpy()).before(progress["seen"])
+            self.padding = padding_places(*tensors["padding_places"].numpy())
+            self._movable = device is None
         self._seen, self._unconfirmed, self._kept_from = (progress[k] for k in ("seen", "unconfirmed", "kept_from"))
         if self.storage is not None:
             self.storage.lost_before = self._kept_from
+
+    def _move(self, device: torch.device) -> None:
+        """Let what was restored lie where the first update comes from."""
+        self._movable = False
+        if self.device != device:
+            recording = self.record_past
+            self.restore(self.tensors(), self.progress(), device)
+            self.record_past = recording
 
     @property
     def complete_length(self) -> int:

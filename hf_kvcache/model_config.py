@@ -143,7 +143,7 @@ def _widths(config: PreTrainedConfig, options: LayerOptions) -> set[tuple[int | 
     if isinstance(options.latents, dict):
         return {(layer.keys.rank, layer.values.rank) for layer in options.latents.values()}
     widths: set[tuple[int | None, int | None]] = set()
-    for layer in _layer_configs(config):
+    for layer in layer_configs(config):
         rank = getattr(layer, "kv_lora_rank", None)
         if rank is None:
             widths.add((getattr(layer, "head_dim", None),) * 2)
@@ -154,11 +154,11 @@ def _widths(config: PreTrainedConfig, options: LayerOptions) -> set[tuple[int | 
 
 def latent_ranks(config: PreTrainedConfig) -> set[int]:
     """Widths of the latents that the model's layers cache themselves."""
-    ranks = {getattr(layer, "kv_lora_rank", None) for layer in _layer_configs(config)}
+    ranks = {getattr(layer, "kv_lora_rank", None) for layer in layer_configs(config)}
     return {rank for rank in ranks if rank is not None}
 
 
-def _layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """The config of each layer where they differ, else that of all."""
     return getattr(config, "per_layer_config", None) or [config]
 

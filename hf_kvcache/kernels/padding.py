@@ -20,7 +20,7 @@ class PaddingPlaces:
         self._next: tuple[np.ndarray, int, PaddingPlaces] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _places, (self.rows, self.positions)  # none at all are always the same object
+        return padding_places, (self.rows, self.positions)  # none at all are always the same object
 
     def extend(self, position: int, valid: np.ndarray | None) -> PaddingPlaces:
         """The places once tokens from ``position`` on were seen, of which ``valid [B, T]`` are no padding."""
@@ -31,13 +31,13 @@ class PaddingPlaces:
             # Layers that read one mask ask for the same: they get the same, and compare it with a mask once.
             rows, columns = np.nonzero(~valid)
             both = np.concatenate([self.rows, rows]), np.concatenate([self.positions, position + columns])
-            known = self._next = valid, position, _places(*both)
+            known = self._next = valid, position, padding_places(*both)
         return known[2]
 
     def before(self, length: int) -> PaddingPlaces:
         """Those among the first ``length`` tokens."""
         keep = self.positions < length
-        return self if keep.all() else _places(self.rows[keep], self.positions[keep])
+        return self if keep.all() else padding_places(self.rows[keep], self.positions[keep])
 
     def select(self, rows: np.ndarray) -> PaddingPlaces:
         """The same for the sequences ``rows`` of these."""
@@ -45,14 +45,15 @@ class PaddingPlaces:
             return self
         where = [np.flatnonzero(self.rows == row) for row in rows]
         new = np.repeat(np.arange(len(rows)), [len(at) for at in where])
-        return _places(new, self.positions[np.concatenate(where)] if where else np.zeros(0, np.int64))
+        return padding_places(new, self.positions[np.concatenate(where)] if where else np.zeros(0, np.int64))
 
     def counts(self, batch: int) -> np.ndarray:
         """How many places each of ``batch`` sequences has, int64 ``[B]``."""
         return np.bincount(self.rows, minlength=batch)
 
 
-def _places(rows: np.ndarray, positions: np.ndarray) -> PaddingPlaces:
+def padding_places(rows: np.ndarray, positions: np.ndarray) -> PaddingPlaces:
+    """The places; :data:`NO_PADDING` itself if there are none."""
     return PaddingPlaces(rows, positions) if len(rows) else NO_PADDING
 
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from hf_kvcache import KVCache
-from tests import families
 from tests.running import as_cache, assert_packed
 
 PAGES = {"page_size": 16, "tail_length": 8}
@@ -89,10 +88,3 @@ def test_foreign_state_is_refused(model: PreTrainedModel) -> None:
     """A dictionary that no cache made names what is missing."""
     with pytest.raises(ValueError, match="meta"):
         KVCache(model.config).load_state_dict({"weight": torch.zeros(2)})
-
-
-def test_hybrid_models_are_refused() -> None:
-    """Layers of transformers' own cannot be exported yet, and the error says which."""
-    hybrid = families.build("qwen3_next")
-    with pytest.raises(ValueError, match="LinearAttentionLayer"):
-        KVCache(hybrid.config).state_dict()
