@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -13,9 +13,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_kvcache.binding import IMPLEMENTATION, previous_implementation
 from hf_kvcache.handle import KVHandle
+from hf_kvcache.integration.versions import collects_attentions
 from hf_kvcache.kernels.attention import refuse_gradient
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.masks import mask_function
+
+if TYPE_CHECKING:
+    from hf_kvcache.layer import KVCacheLayer
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -49,7 +53,8 @@ def attention_function(
         **kwargs: whatever else the model passes.
 
     Returns:
-        Output ``[B, T, Hq, Dv]`` and, where the previous implementation gives them, attention weights.
+        Output ``[B, T, Hq, Dv]`` and, where the previous implementation gives them and the model asks for them,
+        attention weights over all tokens seen: then the cache is read as dense tensors.
     """
     if is_dynamo_compiling():
         return _attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -61,6 +66,7 @@ def attention_function(
         softcap=kwargs.get("softcap"),
         sink_logits=_sink_logits(module, kwargs),
     )
+    weights = bool(kwargs.get("output_attentions") or collects_attentions()) and _gives_weights(module, layer)
     if not layer.has_history():
         # Nothing is compressed yet: the first tokens attend to each other exactly as without this package.
         new_keys, new_values = layer.new_tokens()
@@ -73,15 +79,37 @@ def attention_function(
     _check_supported(module, dropout, kwargs)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not weights:
         return layer.attend(query, attention_mask, scoring, causal, module), None
     sources = [x for x in (query, *layer.differentiable()) if x.requires_grad]
     with torch.no_grad():
-        output = layer.attend(query, attention_mask, scoring, causal, module)
-    return refuse_gradient(output, *sources), None
+        if weights:
+            # By the function that gives them without a cache of this package, over dense tensors.
+            output, given = _previous(module)(
+                module, query, key.dense(), value.dense(), attention_mask, scaling=scaling, dropout=dropout, **kwargs
+            )
+            layer.note_attended(attention_mask, query, scoring, module)
+        else:
+            output, given = layer.attend(query, attention_mask, scoring, causal, module), None
+    if not torch.is_grad_enabled():
+        return output, given
+    return refuse_gradient(output, *sources), given
 
 
 _attention = torch.compiler.disable(attention_function)
+
+
+def _gives_weights(module: torch.nn.Module, layer: KVCacheLayer) -> bool:
+    """Whether the implementation that was set before gives attention weights; raises if the cache cannot give them."""
+    config: Any = getattr(module, "config", None)
+    if config is None or previous_implementation(config) != "eager":
+        return False  # no other one does, whatever the cache
+    if layer.evicts:
+        raise ValueError(
+            "output_attentions=True with a cache that evicts: tokens that are gone have no weight; accepted: caches "
+            "that keep every token, such as KVCache(config)"
+        )
+    return True
 
 
 def _previous(module: torch.nn.Module) -> AttentionFunction:

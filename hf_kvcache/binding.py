@@ -76,6 +76,11 @@ def unbind(config: PreTrainedConfig) -> None:
         _set_implementation(config, previous_implementation(config))
 
 
+def is_bound(config: PreTrainedConfig) -> bool:
+    """Whether models with this ``config`` use the attention of this package."""
+    return isinstance(config._attn_implementation, _Bound) or config._attn_implementation == IMPLEMENTATION
+
+
 def previous_implementation(config: PreTrainedConfig) -> str:
     """The attention implementation that was set before ``config`` was bound."""
     current = config._attn_implementation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any, Literal
@@ -10,17 +11,32 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.utils import logging
 
+from hf_kvcache import mla
+from hf_kvcache.architecture import architecture, recomputing
 from hf_kvcache.binding import IMPLEMENTATION
 from hf_kvcache.binding import bind as bind_config
 from hf_kvcache.codecs import Codec, resolve
-from hf_kvcache.eviction_options import EvictionOptions
-from hf_kvcache.latent.projection import LayerProjection
+from hf_kvcache.codecs.latent import native_codec
 from hf_kvcache.cross_layer import cross_attention_layers
+from hf_kvcache.eviction_options import EvictionOptions
 from hf_kvcache.integration.compiling import outside_graphs
+from hf_kvcache.integration.versions import RELEASE
+from hf_kvcache.latent.projection import LayerProjection
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
+from hf_kvcache.masks import mask_is_expected
 from hf_kvcache.memory import MemoryReport
-from hf_kvcache.model_config import check_formats, check_states, decoder_config, make_layers, shares_keys
+from hf_kvcache.model_config import (
+    check_formats,
+    check_states,
+    decoder_config,
+    make_layers,
+    places_in_pass,
+    shares_keys,
+)
+
+logger = logging.get_logger(__name__)
 
 
 class KVCache(Cache):
@@ -37,7 +53,7 @@ class KVCache(Cache):
         bind: make the model use the fused attention; without it the cache is read through dense tensors.
         eviction: how full-attention layers keep within a budget; None: they keep every token.
         latents: ``"native"`` where layers cache latents of the model's own, or the basis of each layer by its number;
-            None: layers store keys and values as they are. :class:`~hf_kvcache.LatentKVCache` sets it.
+            None: latents for a model with multi-head latent attention, for others keys and values as they are.
         **codec_options: ``bits``, ``key_bits``, ``value_bits`` and options of the codec such as ``group_size``.
 
     Raises:
@@ -68,8 +84,13 @@ class KVCache(Cache):
             check_count(name, value, least)
         if page_size % 8:
             raise ValueError(f"page_size={page_size!r}; accepted: multiples of 8")
+        ranks = mla.own_ranks(self.config) if latents is None else set()
+        if ranks:
+            latents, chosen = "native", native_codec(codec, codec_options, ranks)
+        else:
+            chosen = resolve(codec, **codec_options)
         self.options = LayerOptions(
-            codec=resolve(codec, **codec_options),
+            codec=chosen,
             sink_length=sink_length,
             tail_length=tail_length,
             page_size=page_size,
@@ -77,13 +98,19 @@ class KVCache(Cache):
             deferred=shares_keys(self.config),
             eviction=eviction,
             latents=latents,
+            config=self.config,
         )
         check_formats(self.config, self.options)
         super().__init__(layers=make_layers(self.config, self.options))
         # A forward pass touches layer after layer: where it is, and where it ends.
         self._cross = cross_attention_layers(self.config)  # which only a pass with an image touches
-        self._final = max(layer.index for layer in self.own_layers if layer.index not in self._cross)
+        self._places = places_in_pass(self.config, len(self.layers))
+        self._final = max(self._places[layer.index] for layer in self.own_layers if layer.index not in self._cross)
         self._reached = self._final
+        # Tokens up to which transformers drops this cache on the way to more; None: at no length.
+        self._dropped_until = None if (drops := recomputing(self.config)) is None else drops[0]
+        # Until it is known that the model reads what update returns: the layer updated last, and if it held any before.
+        self._updated, self._is_read = (0, False), False
         if bind:
             bind_config(self.config)
 
@@ -111,18 +138,19 @@ class KVCache(Cache):
         layer = self.layers[layer_idx]
         if not getattr(layer, "is_initialized", True):
             check_states(self.config, key_states)
-        if layer_idx <= self._reached and self._reached != self._final and getattr(layer, "_new", None) is None:
+        if not self._is_read:
+            self._check_read(layer_idx)
+        place = self._places[layer_idx]
+        if place <= self._reached and self._reached != self._final and getattr(layer, "_new", None) is None:
             self.check_complete()
         # What the base class does beside this is for caches that offload, or make their layers as they go.
         states = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
         if layer_idx not in self._cross:
-            self._reached = layer_idx
+            self._reached = place
         return states
 
     @outside_graphs
-    def update_conv_state(
-        self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take in the states of a convolution of a layer that is transformers' own."""
         self._reach(layer_idx)
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
@@ -154,11 +182,6 @@ class KVCache(Cache):
             self.check_complete()
         return super().get_mask_sizes(query_length, layer_idx)
 
-    @outside_graphs
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that a layer has seen, padding included."""
-        return super().get_seq_length(layer_idx)
-
     def check_complete(self) -> None:
         """Raise RuntimeError if the latest forward pass ended in the middle, so that layers hold different tokens."""
         if not self._cut_off:
@@ -181,6 +204,18 @@ class KVCache(Cache):
                 getattr(layer, "values", None),
                 None if window is None else torch.tensor(window),
             )
+
+    def __bool__(self) -> bool:
+        # Phi-3 drops a cache that is true: an empty one is not, so that a prompt behind its limit is kept here.
+        return self._dropped_until is None or super().get_seq_length() > 0
+
+    @outside_graphs
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that a layer has seen, padding included."""
+        length = int(super().get_seq_length(layer_idx))
+        if self._dropped_until is not None and 0 < length <= self._dropped_until:
+            self._warn_if_dropped(length)
+        return length
 
     @property
     def batch_size(self) -> int:
@@ -320,10 +355,11 @@ class KVCache(Cache):
 
     def _reach(self, layer_idx: int) -> None:
         """Take note that a forward pass comes to a layer that is transformers' own."""
-        if layer_idx < self._reached and self._reached != self._final:
+        place = self._places[layer_idx]
+        if place < self._reached and self._reached != self._final:
             self.check_complete()
-        self._reached = layer_idx
-        self._final = max(self._final, layer_idx)
+        self._reached = place
+        self._final = max(self._final, place)
 
     @property
     def _passed(self) -> list[KVCacheLayer]:
@@ -349,7 +385,7 @@ class KVCache(Cache):
                 layer.check_whole()
                 if length:
                     layer.check_take_back(length)
-            elif length and hasattr(layer, "conv_states") and index <= self._reached:
+            elif length and hasattr(layer, "conv_states") and self._places[index] <= self._reached:
                 raise RuntimeError(
                     f"crop(): a forward pass ended in the middle, and the states of layer {index} "
                     f"({type(layer).__name__}) cannot be taken back; call reset()"
@@ -365,6 +401,35 @@ class KVCache(Cache):
             self.layers[index].crop(-tokens)
         self._reached = self._final
 
+    def _warn_if_dropped(self, length: int) -> None:
+        """Say so if the length is asked for by the code that drops the cache next."""
+        known = recomputing(self.config)
+        if known is not None and sys._getframe(2).f_code is known[1]:
+            logger.warning(
+                f"{self.config.model_type!r} changes its rotary embedding behind {known[0]} tokens: transformers "
+                f"{RELEASE} drops the cache that generate() was given, reads all tokens again, and goes on with a "
+                f"DynamicCache of its own. This cache ends with {length} tokens. To go on with one, build a new cache "
+                f"and call generate() with all tokens: a prompt of more than {known[0]} is kept"
+            )
+
+    def _check_read(self, layer_idx: int) -> None:
+        """Raise RuntimeError if the model has not read what ``update`` returned last; looked at until it once has."""
+        latest, had = self._updated
+        layer = self.layers[layer_idx]
+        self._updated = layer_idx, isinstance(layer, KVCacheLayer) and layer.get_seq_length() > 0
+        if not had or not mask_is_expected(self.options):
+            return  # nothing was held, or update() is called by hand and nobody has to read
+        if not self.layers[latest].is_unread():  # type: ignore[union-attr]
+            self._is_read = True
+            return
+        known = architecture(self.config)
+        raise RuntimeError(
+            f"layer {latest}: attention did not read the handles on all keys and values that update() returned: "
+            f"{'the model' if known is None else known.model.__name__} of transformers {RELEASE} uses "
+            "a cache in another way than this package takes it to, and the result would be wrong. Use a DynamicCache, "
+            "and please report it"
+        )
+
     def _select(self, argument: str, rows: torch.Tensor, apply: Callable[[Any], None]) -> None:
         for own in self.own_layers:
             own.check_rows(argument, rows)
@@ -376,7 +441,7 @@ _update = torch.compiler.disable(KVCache.update)
 
 
 class QuantizedKVCache(KVCache):
-    """A KV cache in few bits.
+    """A KV cache in few bits: of keys and values, or of the latents that a model caches in their place.
 
     Args:
         config: the model's config.

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_kvcache.architecture import architecture
+from hf_kvcache.binding import is_bound
 from hf_kvcache.eviction_options import Attending, EvictionOptions
 from hf_kvcache.evictor import Evictor
 from hf_kvcache.incoming import NewTokens, dense_tokens
+from hf_kvcache.integration.versions import RELEASE
 from hf_kvcache.kernels.inputs import Attention, Scoring
 from hf_kvcache.layer import CANNOT_TAKE_BACK, MAX_UNCONFIRMED, KVCacheLayer, LayerOptions
 from hf_kvcache.storage import PagedStorage
@@ -58,6 +61,8 @@ class EvictingLayer(KVCacheLayer):
         place: number of the layer among those that evict, and how many of these there are.
     """
 
+    evicts = True
+
     def __init__(self, index: int, options: LayerOptions, eviction: EvictionOptions, place: tuple[int, int]) -> None:
         super().__init__(index, options)
         self.eviction, self.place = eviction, place
@@ -92,7 +97,7 @@ class EvictingLayer(KVCacheLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._attended:
-            raise RuntimeError(_NOT_ATTENDED.format(self.index))
+            raise self._not_attended()
         self._settle_prefill(key_states.shape[2])
         if self.record_past and self._unconfirmed > MAX_UNCONFIRMED:
             self._confirm()
@@ -199,7 +204,7 @@ class EvictingLayer(KVCacheLayer):
                 self._undo.drafts.append(draft)
             self._observe_first(draft)
         elif self.evictor.stateful or self._undo is not None:
-            raise RuntimeError(_NOT_ATTENDED.format(self.index))
+            raise self._not_attended()
         else:
             self.evictor.note(new.position, new.length, new.valid)
         self._attended = True
@@ -210,7 +215,7 @@ class EvictingLayer(KVCacheLayer):
         if new is None or storage is None or evictor is None:
             return
         if not self._attended:
-            raise RuntimeError(_NOT_ATTENDED.format(self.index))
+            raise self._not_attended()
         self._new = None
         try:
             if not new.stored:
@@ -246,6 +251,10 @@ class EvictingLayer(KVCacheLayer):
         self.padding = self.padding.before(length)
         self._confirm()
         self.version += 1
+
+    def note_dense_read(self) -> None:
+        if not self._attended:
+            raise self._not_attended()
 
     def dense_side(self, side: str) -> torch.Tensor:
         new, evictor = self._new, self.evictor
@@ -435,6 +444,24 @@ class EvictingLayer(KVCacheLayer):
             tokens -= again.new.length
         self._undo = None
 
+    def _not_attended(self) -> RuntimeError:
+        """What to raise where keys and values are used by anything but the attention function of this package."""
+        config = self.options.config
+        before = f"layer {self.index}: an evicting cache needs the queries of every update, "
+        if config is not None and not is_bound(config):
+            return RuntimeError(
+                f"{before}which the attention implementation {config._attn_implementation!r} does not give. Call "
+                "hf_kvcache.bind(model.config), or model.set_attn_implementation('hf_kvcache')"
+            )
+        known = None if config is None else architecture(config)
+        name = "the model" if known is None else f"{known.model.__name__} of transformers {RELEASE}"
+        return RuntimeError(
+            f"{before}and {name} does not pass its keys and values on to attention as it got them (or update() was "
+            "called without a model); accepted for such models: caches that keep every token, such as "
+            "QuantizedKVCache(config, bits=4) or KVCache(config). If a forward pass was cut off here, call crop(0) to "
+            "take it back"
+        )
+
     def _truncate(self, length: int) -> None:
         storage, evictor = self.storage, self.evictor
         assert storage is not None and evictor is not None
@@ -449,10 +476,10 @@ _NOT_DENSE = (
     "layer {} has evicted tokens, other ones in each head: its keys and values are no dense tensor. "
     "Call model.set_attn_implementation('hf_kvcache'), or build the cache after another one was set."
 )
-_NOT_ATTENDED = (
-    "layer {}: an evicting cache needs the queries of every update, and the attention implementation that ran gives "
-    "none. Build the cache from the config of the model that runs and leave bind=True, or call "
-    "model.set_attn_implementation('hf_kvcache'). If a forward pass was cut off here, call crop(0) to take it back."
+#: Why an evicting cache is refused for some models, behind the name of the class that attends.
+ATTENDS_OUTSIDE = (
+    "attends by itself, not by the attention function that is set, and an evicting cache needs the queries; accepted: "
+    "caches that keep every token, such as QuantizedKVCache(config, bits=4) or KVCache(config)"
 )
 
 

@@ -60,7 +60,9 @@ class KVHandle(torch.Tensor):
         if self._shown is not None:
             return self._shown
         # Contiguous, as the handle says it is: composite operations view it by the handle's strides.
-        return self.layer().dense_side(self._side).contiguous()
+        layer = self.layer()
+        layer.note_dense_read()
+        return layer.dense_side(self._side).contiguous()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"KVHandle({self._side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

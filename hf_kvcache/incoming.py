@@ -25,6 +25,7 @@ class NewTokens:
         stored: whether they are in the storage already.
         earlier_padding: the padding of earlier updates; None until a mask was looked at.
         given: keys and values as they came, if they carry a gradient.
+        read: whether someone who needs dense keys and values has read them.
     """
 
     keys: torch.Tensor
@@ -34,6 +35,7 @@ class NewTokens:
     stored: bool = False
     earlier_padding: PaddingPlaces | None = None
     given: tuple[torch.Tensor, torch.Tensor] | None = None
+    read: bool = False
 
     @property
     def length(self) -> int:

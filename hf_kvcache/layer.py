@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
@@ -21,7 +22,7 @@ from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces, padding_places
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.latent.projection import LayerProjection
-from hf_kvcache.masks import Padding, check_hidden, padding_of, valid_in
+from hf_kvcache.masks import Padding, check_hidden, expect_mask, latest_padding, padding_of, valid_in
 from hf_kvcache.reading import dense_side
 from hf_kvcache.stepping import Steps
 from hf_kvcache.storage import PagedStorage
@@ -52,6 +53,7 @@ class LayerOptions:
         eviction: how full-attention layers keep within a budget; None: they keep every token.
         latents: ``"native"`` where the model caches latents itself, or the basis of each layer by its number; None:
             keys and values are stored as they are.
+        config: of the model, for errors that say what would work with it.
     """
 
     codec: Codec
@@ -62,6 +64,7 @@ class LayerOptions:
     deferred: bool
     eviction: EvictionOptions | None = None
     latents: Literal["native"] | dict[int, LayerProjection] | None = None
+    config: PreTrainedConfig | None = field(default=None, repr=False, compare=False)
 
 
 class KVCacheLayer(CacheLayerMixin):
@@ -77,6 +80,8 @@ class KVCacheLayer(CacheLayerMixin):
     takes_expansion = False
     #: Beginnings of the names of tensors that a layer may have saved or not.
     optional_tensors: tuple[str, ...] = ()
+    #: Whether tokens that a query may see can be gone.
+    evicts = False
     is_compileable = False
     is_croppable = True
     supports_early_init = False
@@ -180,6 +185,7 @@ class KVCacheLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask for ``query_length`` new tokens covers, in tokens seen."""
+        expect_mask(self.options)
         offset = self._window_start(self._seen)
         return self._seen + query_length - offset, offset
 
@@ -315,6 +321,10 @@ class KVCacheLayer(CacheLayerMixin):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.steps = self.make_steps()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCacheLayer:
+        # Pages are immutable, so a fork is as independent as a copy of every byte.
+        return self.fork()
 
     def attend(
         self,
@@ -481,6 +491,27 @@ class KVCacheLayer(CacheLayerMixin):
             storage.append_block(new.keys, new.values, new.position, new.valid, not self.record_past, keep_from)
         if not self.record_past or self._unconfirmed > MAX_UNCONFIRMED:
             self._confirm()
+
+    def note_dense_read(self) -> None:
+        """Take note that someone reads dense keys and values, under the mask that was made last for this cache."""
+        new = self._new
+        if new is not None and not new.read:
+            new.read = True
+            padding = latest_padding(self.options, new.position, new.length, new.keys.shape[0])
+            if padding is not None and new.earlier_padding is None and not new.stored:
+                padding.hides_only(self.padding)  # raises if it shows padding
+                new.valid, new.earlier_padding = padding.valid, self.padding
+                self.padding = self.padding.extend(new.position, new.valid)
+            elif padding is None and len(new.keys) > 1 and self.options.codec.name != "none":
+                logger.warning_once(
+                    "A KVCache is read by a model that makes its attention masks by itself: padding is stored like "
+                    "tokens, and with a codec that rounds a padded sequence may differ from the same sequence alone."
+                )
+
+    def is_unread(self) -> bool:
+        """Whether nobody has read what the latest update returned, though tokens were held before it."""
+        new = self._new
+        return new is not None and new.position > 0 and not (new.read or new.stored or self.options.deferred)
 
     def dense_side(self, side: str) -> torch.Tensor:
         """All keys or all values that attention may see, ``[B, Hkv, T, D]``, zeros where a token is not held."""

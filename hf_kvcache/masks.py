@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -115,6 +117,43 @@ def _shows(row: int, position: int) -> ValueError:
     )
 
 
+class _Latest(threading.local):
+    """The mask that this thread made last: for which cache, and what it says of padding.
+
+    Attributes:
+        owner: the options of the cache that was asked for the mask's sizes.
+        padding: None if the mask says more than padding, causality and a window, or was not made yet.
+    """
+
+    owner: ref[Any] | None = None
+    padding: Padding | None = None
+
+
+_latest = _Latest()
+
+
+def expect_mask(owner: Any) -> None:
+    """Take note that a mask is about to be made for the cache with the options ``owner``."""
+    _latest.owner, _latest.padding = ref(owner), None
+
+
+def mask_is_expected(owner: Any) -> bool:
+    """Whether the latest mask of this thread is for the cache with the options ``owner``: a model runs with it."""
+    return _latest.owner is not None and _latest.owner() is owner
+
+
+def latest_padding(owner: Any, start: int, length: int, batch: int) -> Padding | None:
+    """What the mask made last says of ``length`` new tokens from ``start`` on; None if it was not made for them.
+
+    For keys and values that are read as dense tensors: by someone who does not say under which mask.
+    """
+    padding = _latest.padding
+    if padding is None or not mask_is_expected(owner) or (padding.start, padding.length) != (start, length):
+        return None
+    mask = padding.attention_mask
+    return padding if mask is None or (mask.dim() == 2 and mask.shape[0] == batch) else None
+
+
 @outside_graphs
 def mask_function(**kwargs: Any) -> torch.Tensor | None:
     """The mask of the implementation that was set before the binding, tagged if it is plainly causal.
@@ -126,10 +165,11 @@ def mask_function(**kwargs: Any) -> torch.Tensor | None:
     if previous not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
         return None  # as transformers does for an implementation without a mask function
     mask = ALL_MASK_ATTENTION_FUNCTIONS[previous](**kwargs)
-    if isinstance(mask, torch.Tensor):
-        known, window = _causal_window(kwargs.get("mask_function"))
-        if known:
-            padding = Padding(kwargs.get("attention_mask"), int(kwargs["q_offset"]), kwargs["q_length"], window)
+    known, window = _causal_window(kwargs.get("mask_function"))
+    if known:
+        padding = Padding(kwargs.get("attention_mask"), int(kwargs["q_offset"]), kwargs["q_length"], window)
+        _latest.padding = padding
+        if isinstance(mask, torch.Tensor):
             setattr(mask, _TAG, padding)
     return mask
 

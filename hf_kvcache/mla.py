@@ -8,7 +8,6 @@ the layer behind them, and the layer decides whether anything is expanded at all
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from weakref import WeakKeyDictionary, finalize, ref
 import torch
 from transformers import PreTrainedConfig
 
+from hf_kvcache.architecture import modeling_file
 from hf_kvcache.handle import KVHandle, carrying_gradient
 from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.kernels.inputs import UpProjections
@@ -34,11 +34,14 @@ Expand = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.T
 
 def attention_classes(config: PreTrainedConfig) -> list[type]:
     """The classes that expand latents, in the file that models of this config are written in; found by inspection."""
-    try:
-        importlib.import_module(_modeling_file(config))
-    except ModuleNotFoundError:
-        return []
-    return _loaded_classes(_modeling_file(config))
+    return _loaded_classes(modeling_file(config))
+
+
+def own_ranks(config: PreTrainedConfig) -> set[int]:
+    """Widths of the latents that layers of models with this config cache themselves; none if they do not."""
+    layers = getattr(config, "per_layer_config", None) or [config]
+    ranks = {getattr(layer, "kv_lora_rank", None) for layer in layers} - {None}
+    return ranks if ranks and attention_classes(config) else set()
 
 
 def _loaded_classes(file: str) -> list[type]:
@@ -47,14 +50,9 @@ def _loaded_classes(file: str) -> list[type]:
     return [cls for cls in names.values() if isinstance(cls, type) and METHOD in vars(cls)]
 
 
-def _modeling_file(config: PreTrainedConfig) -> str:
-    package, _, name = type(config).__module__.rpartition(".")
-    return f"{package}.{name.replace('configuration_', 'modeling_', 1)}"
-
-
 def bind(config: PreTrainedConfig) -> None:
     """Let models with this ``config`` attend to latents; for anything but handles of a latent cache nothing changes."""
-    file, key = _modeling_file(config), id(config)
+    file, key = modeling_file(config), id(config)
     for cls in _loaded_classes(file):
         expand = vars(cls)[METHOD]
         if not hasattr(expand, "__wrapped__"):
@@ -123,6 +121,11 @@ class Expansion:
         """Changes whenever handles given out earlier become wrong."""
         return self.latents.version
 
+    @property
+    def evicts(self) -> bool:
+        """As :attr:`hf_kvcache.layer.KVCacheLayer.evicts`."""
+        return self.latents.evicts
+
     def handles(self, length: int) -> tuple[KVHandle, KVHandle]:
         """Handles on the keys and values of ``length`` tokens."""
         batch, sides = self.latents.batch_size, zip(("keys", "values"), _expanded(self), strict=True)
@@ -159,6 +162,10 @@ class Expansion:
         """As :meth:`hf_kvcache.layer.KVCacheLayer.attend`, for queries in the space of the expanded keys."""
         self.latents.expansion = self
         return self.latents.attend(query, *args)
+
+    def note_dense_read(self) -> None:
+        """As :meth:`hf_kvcache.layer.KVCacheLayer.note_dense_read`."""
+        self.latents.note_dense_read()
 
     def dense_side(self, side: str) -> torch.Tensor:
         """All keys or all values, expanded."""

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
+from hf_kvcache.architecture import architecture
 from hf_kvcache.codecs.base import side_format
 from hf_kvcache.cross_layer import CrossAttentionLayer, cross_attention_layers
 from hf_kvcache.evicting_latent_layer import EvictingLatentLayer, check_policy
-from hf_kvcache.evicting_layer import EvictingLayer
-from hf_kvcache.integration.versions import layer_types
+from hf_kvcache.evicting_layer import ATTENDS_OUTSIDE, EvictingLayer
+from hf_kvcache.integration.versions import RELEASE, layer_types
 from hf_kvcache.latent_layer import IndexedLatentLayer, LatentLayer
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
 
 #: Layer types whose keys and values are ours; the others keep transformers' own layers.
 OWN_LAYER_TYPES = ("full_attention", "sliding_attention")
+#: Parts of the names that configs give to the width of a head, and to that of all heads together.
+_WIDTHS, _WHOLE = ("dim", "rank", "channels"), ("hidden_size", "d_model", "n_embd", "embed_dim", "attn_dim")
 #: Layers that attend to what an indexer chooses; ours where they cache latents.
 INDEXED = "indexed_attention"
 
@@ -25,22 +29,34 @@ INDEXED = "indexed_attention"
 def check_states(config: PreTrainedConfig, key_states: torch.Tensor) -> None:
     """Raise ValueError where keys ``[B, Hkv, T, Dk]`` cannot come from a model with this config.
 
-    What a model caches is not always its ``num_key_value_heads`` by its ``head_dim``: shared heads, latents and rotary
-    parts have names of their own. So any number that the config calls heads, or a width, is taken as possible.
+    What a model caches is not always its ``num_key_value_heads`` by its ``head_dim``, and families have names of their
+    own for both. So any number that the config, or a part of it, calls heads or a width is taken as possible, and so is
+    any size of a whole layer divided by a number of heads.
     """
-    numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
-    named = list(numbers.items())
-    for own in (config.to_dict().get("per_layer_config") or {}).values():  # layers that differ (Gemma 4)
-        named += [(name, value) for name, value in own.items() if isinstance(value, int)]
+    if key_states.dim() != 4:
+        return
+    named = list(_numbers(config))
     heads = {value for name, value in named if "head" in name and "dim" not in name} | {1}
-    widths = {value for name, value in named if "dim" in name or "rank" in name}
-    if "hidden_size" in numbers and numbers.get("num_attention_heads"):
-        widths.add(numbers["hidden_size"] // numbers["num_attention_heads"])
-    if key_states.dim() == 4 and (key_states.shape[1] not in heads or key_states.shape[3] not in widths):
+    widths = {value for name, value in named if any(part in name for part in _WIDTHS)}
+    widths |= {whole // part for name, whole in named if any(n in name for n in _WHOLE) for part in heads if part > 0}
+    if key_states.shape[1] not in heads or key_states.shape[3] not in widths:
         raise ValueError(
             f"key_states of shape {list(key_states.shape)} do not come from the {config.model_type!r} model whose "
             f"config this cache was built for; accepted: heads {sorted(heads)}, dim {sorted(widths)}"
         )
+
+
+def _numbers(config: Any) -> Iterator[tuple[str, int]]:
+    """The whole numbers in a config and its parts, by every name that they go by."""
+    if isinstance(config, PreTrainedConfig):
+        for common in config.attribute_map:
+            yield from _numbers({common: getattr(config, common, None)})
+        config = config.to_dict()
+    for name, value in config.items():
+        if isinstance(value, dict):  # layers that differ (Gemma 4), a part for attention alone (DBRX)
+            yield from _numbers({str(key): inner for key, inner in value.items()})
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield name, value
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -53,6 +69,12 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     decoder = config.get_text_config(decoder=True)
     if not _is_decoder(decoder):
         raise ValueError(f"config of {config.model_type!r}: accepted: models that generate, this one only encodes")
+    known = architecture(decoder)
+    if known is not None and not (known.storing and known.takes_cache):
+        raise ValueError(
+            f"config of {config.model_type!r}: {known.model.__name__} of transformers {RELEASE} keeps no "
+            f"keys and values in a cache; accepted: models with layers of {' or '.join(OWN_LAYER_TYPES)} that do"
+        )
     return decoder
 
 
@@ -70,7 +92,7 @@ def _is_decoder(config: PreTrainedConfig) -> bool:
 
 
 def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
-    types, layer_arguments = layer_types(config)
+    types, layer_arguments = _with_repeated(config, *layer_types(config))
     own = (*OWN_LAYER_TYPES, INDEXED) if options.latents == "native" else OWN_LAYER_TYPES
     if not set(types) & set(own):
         raise ValueError(
@@ -82,7 +104,7 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
     if options.eviction is None:
         evicting = []
     else:
-        _check_eviction(config, evicting, options)
+        _check_eviction(config, types, evicting, options)
     layers: list[Any] = []
     for index, (layer_type, arguments) in enumerate(zip(types, layer_arguments, strict=True)):
         if options.eviction is not None and index in evicting:
@@ -98,6 +120,34 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
     return layers
 
 
+def _with_repeated(
+    config: PreTrainedConfig, types: list[str], arguments: list[dict[str, Any]]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The layers of a model, and behind them once more those that it goes through several times."""
+    again = _repeated(config)
+    if again is None:
+        return types, arguments
+    turns = config.n_recurrent_loops - 1
+    return [*types, *types[again] * turns], [*arguments, *arguments[again] * turns]
+
+
+def _repeated(config: PreTrainedConfig) -> slice | None:
+    """The layers of which each turn has keys and values of its own, which the model looks for behind all (Dory)."""
+    if getattr(config, "recurrent_kv_cache_mode", None) != "per_loop":
+        return None
+    return slice(config.n_input_layers, config.n_input_layers + config.n_recurrent_layers)
+
+
+def places_in_pass(config: PreTrainedConfig, layers: int) -> list[int]:
+    """When a forward pass comes to each of a cache's ``layers``: in their order, but for those of later turns."""
+    again, held = _repeated(config), list(range(layers))
+    if again is None:
+        return held
+    own = config.num_hidden_layers
+    order = [*held[: again.stop], *held[own:], *held[again.stop : own]]
+    return [order.index(layer) for layer in held]
+
+
 def _own_layer(index: int, layer_type: str, options: LayerOptions, sliding_window: int | None) -> KVCacheLayer:
     if options.latents == "native":
         kind = IndexedLatentLayer if layer_type == INDEXED else LatentLayer
@@ -109,8 +159,18 @@ def _own_layer(index: int, layer_type: str, options: LayerOptions, sliding_windo
     return KVCacheLayer(index, options, sliding_window)
 
 
-def _check_eviction(config: PreTrainedConfig, evicting: list[int], options: LayerOptions) -> None:
+def _check_eviction(config: PreTrainedConfig, types: list[str], evicting: list[int], options: LayerOptions) -> None:
     """Raise ValueError where a model has no layer that can evict."""
+    known = architecture(config)
+    if known is not None and set(known.outside) == set(known.storing):
+        raise ValueError(
+            f"config of {config.model_type!r}: {known.storing[0].__name__} of transformers {RELEASE} {ATTENDS_OUTSIDE}"
+        )
+    if INDEXED in types and not evicting:
+        raise ValueError(
+            f"config of {config.model_type!r}: an indexer chooses which tokens its layers attend to, and needs all of "
+            "them; accepted: caches that do not evict, LatentKVCache(config) or QuantizedKVCache(config, bits=4)"
+        )
     if not evicting:
         raise ValueError(
             f"config of {config.model_type!r}: all of its layers see a sliding window and hold no more than that; "

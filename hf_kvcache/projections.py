@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 #: What models call it.
-_NAMES = ("o_proj", "dense", "out_proj", "wo", "c_proj")
+_NAMES = ("o_proj", "dense", "out_proj", "wo", "Wo", "c_proj")
 
 
 def output_weight(module: torch.nn.Module | None, value_dim: int) -> torch.Tensor:

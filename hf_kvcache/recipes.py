@@ -16,7 +16,7 @@ from hf_kvcache.eviction import resolve as resolve_policy
 from hf_kvcache.eviction.budget import Budget, Pin, Pins
 from hf_kvcache.eviction.registry import option_names
 from hf_kvcache.eviction_options import EvictionOptions
-from hf_kvcache.model_config import decoder_config, latent_ranks
+from hf_kvcache.model_config import decoder_config
 
 #: Codecs whose tokens can move between pages, by bits: those of equal bits with scales per page would leave holes.
 TOKENWISE: dict[int, tuple[str, dict[str, Any]]] = {
@@ -105,8 +105,7 @@ class HeavyHitterCache(KVCache):
         )
         self.policy, self.budget = chosen, budget
         base = {name: options.pop(name) for name in _BASE & set(options)}
-        decoder = decoder_config(config)
-        ranks = latent_ranks(decoder) if mla.attention_classes(decoder) else set()
+        ranks = mla.own_ranks(decoder_config(config))
         super().__init__(
             config,
             latent_codec(codec, bits, None, ranks, options) if ranks else _codec(codec, bits, options),

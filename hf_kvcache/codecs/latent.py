@@ -68,3 +68,29 @@ def latent_codec(
     if bits < 8:
         options = {"group_size": gcd(_GROUP, *ranks)} | options
     return LatentCodec(resolve(name, **options), rotary or resolve(beside))
+
+
+def native_codec(codec: str | Codec, options: dict[str, Any], ranks: Collection[int]) -> Codec:
+    """The codec of latent pages from the arguments of a cache that is not asked for latents by name.
+
+    Args:
+        codec: as a cache of keys and values takes it.
+        options: of the codec, ``bits`` or equal ``key_bits`` and ``value_bits`` among them.
+        ranks: widths of latents that it has to store.
+
+    Raises:
+        ValueError: naming the argument, its value and the accepted ones.
+    """
+    if isinstance(codec, LatentCodec):
+        return codec
+    options = dict(options)
+    widths = {options.pop(name, None) for name in ("bits", "key_bits", "value_bits")} - {None}
+    if len(widths) > 1:
+        raise ValueError(
+            f"bits={sorted(widths)}: latents are keys and values in one; accepted: one width for both, or "
+            "LatentKVCache(config, bits=..., rotary_codec=...)"
+        )
+    bits = widths.pop() if widths else None
+    if codec == "auto":
+        return latent_codec(None, 4 if bits is None else bits, None, ranks, options)
+    return latent_codec(codec, bits, None, ranks, options)

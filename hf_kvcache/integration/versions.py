@@ -16,6 +16,7 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.masking_utils import create_causal_mask
+from transformers.utils.output_capturing import _active_collector as _collector
 
 #: The release that is installed.
 RELEASE: str = transformers.__version__
@@ -60,6 +61,12 @@ def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any
             for layer_type in types
         ]
     return types, arguments
+
+
+def collects_attentions() -> bool:
+    """Whether the model that runs collects the attention weights that its modules return."""
+    collected = _collector.get()
+    return bool(collected) and any("attentions" in name for name in collected)
 
 
 _asked: WeakKeyDictionary[type, str] = WeakKeyDictionary()

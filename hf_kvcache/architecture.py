@@ -1,0 +1,164 @@
+"""What the classes of a model do with a cache, read from their code: only the config is there when a cache is built.
+
+A model's modules are followed from the ``__init__`` of its class, by the names of the classes that it makes. Of a model
+that transformers does not know (code of its own beside its weights) nothing is found out, and nothing is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+#: The method of a cache that takes in keys and values.
+_STORES = "update"
+#: What a module asks for the attention function that is set.
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_CACHE_ANNOTATION = re.compile(r"\bCache\b")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The classes of a model.
+
+    Attributes:
+        model: the model's own class.
+        storing: classes of its modules that hand keys and values to a cache.
+        outside: those of them that attend by themselves, not by the attention function that is set.
+        takes_cache: whether any of its classes takes a cache of transformers.
+    """
+
+    model: type
+    storing: tuple[type, ...]
+    outside: tuple[type, ...]
+    takes_cache: bool
+
+
+def architecture(config: PreTrainedConfig) -> Architecture | None:
+    """The architecture of models with this ``config``; None if transformers does not know their class."""
+    model = model_class(config)
+    return None if model is None else _read(model)
+
+
+def model_class(config: PreTrainedConfig) -> type | None:
+    """The class of models with this ``config``: with a language head where transformers says which one that is."""
+    from transformers.models.auto import modeling_auto
+
+    for mapping in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_MAPPING):
+        found = mapping.get(type(config), None)
+        if found is not None:
+            return found[0] if isinstance(found, (tuple, list)) else found
+    # Part of another model (the text part of many vision-language models): the largest class in the file beside it.
+    names = vars(sys.modules.get(_file_beside(type(config)), object))
+    own = [
+        cls for cls in names.values() if isinstance(cls, type) and getattr(cls, "config_class", None) is type(config)
+    ]
+    return max(own, key=lambda cls: len(_made_by(cls)), default=None)
+
+
+def modeling_file(config: PreTrainedConfig) -> str:
+    """The module that models with this ``config`` are written in, which can be that of another family."""
+    model = model_class(config)
+    return _file_beside(type(config)) if model is None else model.__module__
+
+
+@cache
+def _file_beside(config: type) -> str:
+    """The modeling file that belongs to a config's file by its name."""
+    package, _, name = config.__module__.rpartition(".")
+    file = f"{package}.{name.replace('configuration_', 'modeling_', 1)}"
+    with suppress(ImportError):
+        importlib.import_module(file)
+    return file
+
+
+def recomputing(config: PreTrainedConfig) -> tuple[int, CodeType] | None:
+    """Where ``generate`` drops the cache of models with this ``config`` and reads everything again; None: nowhere.
+
+    Phi-3 and its kin do it once the frequencies of their rotary embedding change with the length.
+
+    Returns:
+        The length behind which it happens, and the code that asks the cache for its length and then drops it.
+    """
+    name = "original_max_position_embeddings"
+    limit, model = getattr(config, name, None), model_class(config)
+    prepare = inspect.unwrap(getattr(model, "prepare_inputs_for_generation", None) or recomputing)
+    drops = name in prepare.__code__.co_names or name in prepare.__code__.co_consts
+    return (limit, prepare.__code__) if model is not None and drops and isinstance(limit, int) else None
+
+
+@cache
+def _read(model: type) -> Architecture:
+    modules = [cls for cls in _made_by(model) if not issubclass(cls, PreTrainedModel)]
+    storing = tuple(cls for cls in modules if _STORES in _names_used(cls))
+    return Architecture(
+        model=model,
+        storing=storing,
+        outside=tuple(cls for cls in storing if _INTERFACE not in _names_used(cls)),
+        takes_cache=any(_takes_cache(cls) for cls in _made_by(model)),
+    )
+
+
+@cache
+def _made_by(root: type) -> tuple[type, ...]:
+    """``root`` and every class of modules that it, or one of these, makes in its ``__init__``."""
+    found, waiting = {root: None}, [root]
+    while waiting:
+        for function in _making(waiting.pop()):
+            for name in _names_in(function.__code__):
+                for cls in _classes(function.__globals__.get(name)):
+                    if cls not in found:
+                        found[cls] = None
+                        waiting.append(cls)
+    return tuple(found)
+
+
+def _classes(named: Any) -> list[type]:
+    """The class of modules that a global name stands for, or all of a table of them."""
+    several = named.values() if isinstance(named, dict) else [named]
+    return [cls for cls in several if isinstance(cls, type) and issubclass(cls, torch.nn.Module)]
+
+
+def _making(cls: type) -> Iterator[FunctionType]:
+    """The functions that make the modules of a ``cls``: its ``__init__`` and methods that this calls."""
+    called = {name for function in _functions(cls, "__init__") for name in _names_in(function.__code__)}
+    for name in ("__init__", *called):
+        yield from _functions(cls, name)
+
+
+def _functions(cls: type, name: str | None = None) -> Iterator[FunctionType]:
+    """The methods of ``cls`` and its bases, or those of that ``name``; without torch's and PreTrainedModel's."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch.") or base in PreTrainedModel.__mro__:
+            continue
+        for key, member in vars(base).items():
+            function = inspect.unwrap(member) if callable(member) else None
+            if isinstance(function, FunctionType) and name in (None, key):
+                yield function
+
+
+@cache
+def _names_used(cls: type) -> frozenset[str]:
+    return frozenset(name for function in _functions(cls) for name in _names_in(function.__code__))
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names_in(inner)
+
+
+def _takes_cache(cls: type) -> bool:
+    annotations = (a for f in _functions(cls, "forward") for a in f.__annotations__.values())
+    return any(_CACHE_ANNOTATION.search(str(annotation)) for annotation in annotations)
