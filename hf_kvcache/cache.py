@@ -403,8 +403,9 @@ class KVCache(Cache):
 
     def _warn_if_dropped(self, length: int) -> None:
         """Say so if the length is asked for by the code that drops the cache next."""
-        known = recomputing(self.config)
-        if known is not None and sys._getframe(2).f_code is known[1]:
+        known, asking = recomputing(self.config), sys._getframe(2)  # or a wrapper of get_seq_length, and then who asks
+        before = asking if asking.f_back is None else asking.f_back
+        if known is not None and known[1] in (asking.f_code, before.f_code):
             logger.warning(
                 f"{self.config.model_type!r} changes its rotary embedding behind {known[0]} tokens: transformers "
                 f"{RELEASE} drops the cache that generate() was given, reads all tokens again, and goes on with a "
