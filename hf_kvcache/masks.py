@@ -89,7 +89,8 @@ class Padding:
         if mask.shape[1] < self.start + self.length:
             raise ValueError(
                 f"attention_mask of {mask.shape[1]} tokens with a cache that has seen {self.start}, and {self.length} "
-                f"new ones; accepted: a place for each of them, {self.start + self.length} in all"
+                f"new ones; accepted: a place for each of them, {self.start + self.length} in all. If the cache holds "
+                "another prompt than this one, call reset() first"
             )
 
     def _compare(self, places: PaddingPlaces) -> bool:
