@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hf_kvcache import HeavyHitterCache, SlidingWindowCache
 from hf_kvcache.evicting_layer import EvictingLayer
 from tests import families
+from tests.choosing import chosen
 from tests.eviction.toys import INTERVAL, SINKS, TAIL, policies, reading_once, small_options
 from tests.running import assert_same, forward, full_cache, generate, left_padded, prompt
 
@@ -33,11 +34,19 @@ def evicted(cache: HeavyHitterCache) -> list[EvictingLayer]:
     return layers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=["greedy", "sampling", "beams"])
-def test_ways_of_generating(model: PreTrainedModel, options: dict[str, Any]) -> None:
+WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "sampling": {"do_sample": True}, "beams": {"num_beams": 3}}
+
+
+@chosen(
+    "family, way",
+    FAMILIES,
+    WAYS,
+    # Families differ in one step; what beams and samples add to it are moved rows, full and sliding.
+    fast=[*((family, "greedy") for family in FAMILIES), ("llama", "sampling"), ("llama", "beams"), ("gemma3", "beams")],
+)
+def test_ways_of_generating(model: PreTrainedModel, way: str) -> None:
     """Twice the same; with room for all, what a DynamicCache gives."""
-    inputs = prompt(50, 2)
+    inputs, options = prompt(50, 2), WAYS[way]
     runs = [generate(model, inputs, evicting(model), 20, **options) for _ in range(2)]
     assert_same(*runs, tolerance=0)
     evicted(runs[0].cache)
@@ -125,9 +134,14 @@ def test_models_without_full_attention() -> None:
         SlidingWindowCache(families.build("mistral").config, 64)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "policy", [name for name in reading_once() if name not in ("keepall", "pyramidkv") and "ada-" not in name]
+IN_16_BITS = [name for name in reading_once() if name not in ("keepall", "pyramidkv") and "ada-" not in name]
+
+
+@chosen(
+    "policy, dtype",
+    IN_16_BITS,
+    [torch.bfloat16, torch.float16],
+    fast=[(policy, (torch.bfloat16, torch.float16)[place % 2]) for place, policy in enumerate(IN_16_BITS)],
 )
 def test_half_precision(policy: str, dtype: torch.dtype) -> None:
     """Twice the same, within bounds, from what is held in half precision."""

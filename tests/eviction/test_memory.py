@@ -114,7 +114,7 @@ def test_peak_of_a_model(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("codec", ["none", "turboquant4"])
 def test_settled_bytes_do_not_grow(codec: str) -> None:
     """A window's bytes after every interval stay within what they were when it was first full."""
-    _window(1200, codec)
+    _window(850, codec)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hf_kvcache.eviction import Policy, available, resolve
+from tests.choosing import pairwise
 
 BAD = [
     ("snapkv", "window", 0, "whole numbers from 1"),
@@ -100,10 +101,8 @@ def test_recent_tokens_never_exceed_the_quota(policy: str, kept: int) -> None:
     assert all(0 <= resolve(policy).recent(quota) <= quota for quota in range(100))
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3, 30, 31])
-@pytest.mark.parametrize("quota", [1, 64, 65, 100, 1024])
-@pytest.mark.parametrize("beta", [1, 2.5, 20])
-def test_a_pyramid_keeps_the_budget_falls_and_spares_the_window(layers: int, quota: int, beta: float) -> None:
+@pairwise("quota, layers, beta", [1, 64, 65, 100, 1024], [1, 2, 3, 30, 31], [1, 2.5, 20])
+def test_a_pyramid_keeps_the_budget_falls_and_spares_the_window(quota: int, layers: int, beta: float) -> None:
     policy = resolve("pyramidkv", beta=beta)
     quotas = [policy.layer_quota(quota, layer, layers) for layer in range(layers)]
     assert sum(quotas) == layers * quota

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from hf_kvcache import SlidingWindowCache
 from tests.running import forward, prompt, set_binding
 
-SINKS, WINDOW, TAIL, INTERVAL, LENGTH = 3, 24, 8, 4, 200
+SINKS, WINDOW, TAIL, INTERVAL, LENGTH = 3, 24, 8, 4, 120
 
 
 def windowed(model: PreTrainedModel, reindex: bool) -> SlidingWindowCache:

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache
 from tests import families
+from tests.choosing import chosen
 from tests.eviction.test_contract import PROMPT, draft_and_take_back
 from tests.eviction.toys import BUDGET, INTERVAL, SINKS, TAIL, Toy, assert_same_kept, small_options, states
 from tests.running import forward, generate, prompt
 
 #: One that looks at nothing, at the latest queries, at all queries so far, at all of an update, across heads.
 KINDS = ["knorm", "streaming", "snapkv", "tova", "h2o", "expected", "ada-snapkv"]
-SLOW_KINDS = [pytest.param(name, marks=pytest.mark.slow) for name in ("scissorhands", "morphkv", "rkv", "pyramidkv")]
+SLOW_KINDS = ["scissorhands", "morphkv", "rkv", "pyramidkv"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +37,16 @@ def evicting(model: PreTrainedModel, policy: str, **options: object) -> HeavyHit
     return HeavyHitterCache(model.config, policy=policy, **{**sizes, **small_options(policy), **options})
 
 
-@pytest.mark.parametrize("policy", [*KINDS, *SLOW_KINDS])
-@pytest.mark.parametrize("evict_prefill", ["chunk", "end"])
+ALL_KINDS = [*KINDS, *SLOW_KINDS]
+
+
+@chosen(
+    "policy, evict_prefill",
+    ALL_KINDS,
+    ["chunk", "end"],
+    # What an eviction at the end sees of the prompt differs where queries are remembered.
+    fast=[*((policy, "chunk") for policy in KINDS), ("snapkv", "end"), ("h2o", "end"), ("expected", "end")],
+)
 def test_speculation_after_a_prefilled_prompt(model: PreTrainedModel, policy: str, evict_prefill: str) -> None:
     """The prompt is evicted before the first draft; evictions then fall due in the middle of drafts.
 
@@ -62,16 +71,21 @@ def test_speculation_after_a_prefilled_prompt(model: PreTrainedModel, policy: st
     assert all(layer.evictor.evictions > 2 for layer in cache.own_layers)
 
 
-@pytest.mark.parametrize("policy", [*KINDS, *SLOW_KINDS])
-def test_speculation_from_a_short_prompt(model: PreTrainedModel, policy: str) -> None:
+@chosen(
+    "policy, drafter",
+    ALL_KINDS,
+    ["prompt lookup", "assistant"],
+    fast=[*((policy, "prompt lookup") for policy in KINDS), ("snapkv", "assistant"), ("ada-snapkv", "assistant")],
+)
+def test_speculation_from_a_short_prompt(model: PreTrainedModel, policy: str, drafter: str) -> None:
     """A prompt within the budget may come together with the first draft."""
     inputs = prompt(8).repeat(1, 2)
     expected = generate(model, inputs, evicting(model, policy), 60)
-    for options in ({"prompt_lookup_num_tokens": 5}, {"assistant_model": _assistant()}):
-        ours = generate(model, inputs, evicting(model, policy), 60, **options)
-        assert torch.equal(ours.tokens, expected.tokens), options
-        for mine, theirs in zip(ours.cache.own_layers, expected.cache.own_layers, strict=True):
-            assert torch.equal(mine.kept_positions(), theirs.kept_positions())
+    options = {"prompt_lookup_num_tokens": 5} if drafter == "prompt lookup" else {"assistant_model": _assistant()}
+    ours = generate(model, inputs, evicting(model, policy), 60, **options)
+    assert torch.equal(ours.tokens, expected.tokens)
+    for mine, theirs in zip(ours.cache.own_layers, expected.cache.own_layers, strict=True):
+        assert torch.equal(mine.kept_positions(), theirs.kept_positions())
 
 
 def _assistant() -> PreTrainedModel:

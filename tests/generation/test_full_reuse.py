@@ -44,9 +44,28 @@ def test_padding_in_the_middle(model: PreTrainedModel) -> None:
     assert_same(ours, theirs)
 
 
+#: Of those that keep different things: full layers, sliding ones, both, keys that layers share, latents.
+DRAFTED = ["llama", "mistral", "gemma3", "gemma4", "deepseek_v3"]
+
+
+def _mostly_slow(fast: list[str]) -> list[Any]:
+    """The families that can draft; all but ``fast`` are slow."""
+    slow = [pytest.param(name, marks=pytest.mark.slow) for name in families.every_name() if name not in fast]
+    return [*fast, *(param for param in slow if param.values[0] not in families.RECURRENT)]
+
+
 @pytest.mark.parametrize("family", families.names(without=families.RECURRENT))
-@pytest.mark.parametrize("length", [20, 60])
-def test_prompt_lookup(model: PreTrainedModel, length: int) -> None:
+def test_prompt_lookup_of_a_packed_prompt(model: PreTrainedModel) -> None:
+    _prompt_lookup(model, 60)
+
+
+@pytest.mark.parametrize("family", _mostly_slow(DRAFTED))
+def test_prompt_lookup(model: PreTrainedModel) -> None:
+    """Nothing is packed before the first draft."""
+    _prompt_lookup(model, 20)
+
+
+def _prompt_lookup(model: PreTrainedModel, length: int) -> None:
     """Drafts out of the prompt, most of them rolled back."""
     inputs = prompt(length).repeat(1, 2)
     theirs = generate(model, inputs, full_cache(model), 30)
@@ -55,7 +74,7 @@ def test_prompt_lookup(model: PreTrainedModel, length: int) -> None:
     assert torch.equal(ours.tokens, theirs.tokens)
 
 
-@pytest.mark.parametrize("family", families.names(without=families.RECURRENT))
+@pytest.mark.parametrize("family", _mostly_slow(DRAFTED))
 def test_assisted(model: PreTrainedModel) -> None:
     """An assistant drafts; it agrees often, because it is the model itself with a little noise."""
     assistant = families.build(_family_of(model))

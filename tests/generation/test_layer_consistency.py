@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,31 @@ import torch
 from tests.generation.layers import EXACT, KINDS, Layer, States, states
 from tests.running import UNPACKED, all_codecs, assert_packed
 
-pytestmark = [pytest.mark.parametrize("kind", KINDS), pytest.mark.parametrize("spec", all_codecs())]
+
+def _codecs_and_kinds(test: int) -> pytest.MarkDecorator:
+    """Every codec, with full attention and with a window in turn: another one of the two in every second test."""
+    cases = [
+        pytest.param(spec, kind, id=f"{spec}-{kind}", marks=[*marks, *([] if (place + at + test) % 2 else [SLOW])])
+        for place, (spec, marks) in enumerate(_specs())
+        for at, kind in enumerate(KINDS)
+    ]
+    return pytest.mark.parametrize(("spec", "kind"), cases)
+
+
+SLOW = pytest.mark.slow
+
+
+def _specs() -> list[tuple[str, Any]]:
+    """The codecs of :func:`all_codecs` and their marks, those without one first."""
+    found = [(codec, ()) if isinstance(codec, str) else (codec.values[0], codec.marks) for codec in all_codecs()]
+    return sorted(found, key=lambda codec: bool(codec[1]))
 
 
 def _assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=EXACT)
 
 
+@_codecs_and_kinds(0)
 def test_drafts_equal_plain_decoding(kind: str, spec: str) -> None:
     """Right tokens followed by wrong ones, which are cropped, over several pages: no trace is left of these."""
     start = UNPACKED - 9
@@ -44,6 +63,7 @@ def test_drafts_equal_plain_decoding(kind: str, spec: str) -> None:
     _assert_close(torch.cat(outputs, 1), expected)
 
 
+@_codecs_and_kinds(1)
 def test_padded_rows_equal_solo_runs(kind: str, spec: str) -> None:
     """Rows of different lengths pack at their own steps; what stands in the padding does not matter."""
     lengths, new = [21, 60, 90], 30
@@ -61,6 +81,7 @@ def test_padded_rows_equal_solo_runs(kind: str, spec: str) -> None:
         _assert_close(torch.cat(outputs, 1)[row, width - length :], expected[0])
 
 
+@_codecs_and_kinds(2)
 def test_moved_rows(kind: str, spec: str) -> None:
     """Repeated, selected and reordered sequences take everything with them that they hold."""
     tokens, new = states(62, 3), states(30, 3, seed=5)
@@ -81,6 +102,7 @@ def test_moved_rows(kind: str, spec: str) -> None:
         _assert_close(solo.steps(new.rows([row])), expected[[row]])
 
 
+@_codecs_and_kinds(3)
 def test_forks_are_independent(kind: str, spec: str) -> None:
     """Continuations interleaved step by step equal those made one after the other."""
     prefix, ways = states(62), [states(30, seed=seed) for seed in (1, 2)]
@@ -94,6 +116,7 @@ def test_forks_are_independent(kind: str, spec: str) -> None:
         assert torch.equal(torch.cat(ours, 1), theirs)
 
 
+@_codecs_and_kinds(4)
 def test_dense_tensors_hold_what_attention_reads(kind: str, spec: str) -> None:
     """Attention computed from the dense form of the handles is that of the fused path."""
     tokens = states(100)
@@ -115,6 +138,7 @@ def test_dense_tensors_hold_what_attention_reads(kind: str, spec: str) -> None:
     assert dense.cache.memory().packed_elements == fused.cache.memory().packed_elements
 
 
+@_codecs_and_kinds(5)
 def test_crop_within_the_tail(kind: str, spec: str) -> None:
     """Tokens removed from the tail can be fed again, with the same result."""
     tokens = states(71)
@@ -130,6 +154,7 @@ def test_crop_within_the_tail(kind: str, spec: str) -> None:
     _assert_close(after, before)
 
 
+@_codecs_and_kinds(6)
 def test_reset_forgets(kind: str, spec: str) -> None:
     """After a reset nothing of the earlier content shows, not even the mean of its keys."""
     layer, tokens = Layer(kind, spec), states(90)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -100,10 +101,24 @@ class _Pair:
 _MODEL = families.build("llama")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SETTINGS: dict[str, Any] = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=20, **SETTINGS)
 @given(st.lists(OPERATIONS, min_size=3, max_size=12))
 def test_random_operations(operations: list[tuple[str, Any]]) -> None:
     """Whatever is done to a cache, it goes on like a DynamicCache to which the same was done."""
+    _run(operations)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, **SETTINGS)
+@given(st.lists(OPERATIONS, min_size=3, max_size=12))
+def test_more_random_operations(operations: list[tuple[str, Any]]) -> None:
+    _run(operations)
+
+
+def _run(operations: list[tuple[str, Any]]) -> None:
     pair = _Pair(_MODEL)
     pair.forward(30)
     for name, argument in operations:

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_kvcache import KVCache, QuantizedKVCache
 from hf_kvcache.codecs import specs
+from tests.choosing import chosen
 from tests.running import (
     all_codecs,
     assert_packed,
@@ -39,11 +40,17 @@ FLIPS = 0.02
 NEAR = 0.05
 
 
+def _kinds_and_families(first: int) -> pytest.MarkDecorator:
+    """Every kind of page, on one of the families in turn, ``first`` the one of that number; the rest is slow."""
+    fast = [(kind, FAMILIES[(place + first) % 2]) for place, kind in enumerate(KINDS)]
+    return chosen("kind, family", KINDS, FAMILIES, fast=fast)
+
+
 def _cache(model: PreTrainedModel, kind: str, **options: Any) -> KVCache:
     return quantized(model, **{**KINDS[kind], **options})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [FAMILIES[0], pytest.param(FAMILIES[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("spec", all_codecs())
 def test_every_codec_runs(model: PreTrainedModel, spec: str) -> None:
     """Greedy decoding over several page boundaries gives finite logits."""
@@ -52,8 +59,15 @@ def test_every_codec_runs(model: PreTrainedModel, spec: str) -> None:
     assert ours.tokens.shape == (1, 30) and bool(ours.logits.isfinite().all())
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen2", "gpt_neox"])
-@pytest.mark.parametrize("spec", [spec for spec in specs() if spec == "fp8" or spec.endswith("8")])
+EIGHT_BITS = [spec for spec in specs() if spec.endswith("8")]
+
+
+@chosen(
+    "spec, family",
+    EIGHT_BITS,
+    [*FAMILIES, "qwen2", "gpt_neox"],
+    fast=[*((spec, "gemma3") for spec in EIGHT_BITS), *(("rotated8", name) for name in ("llama", "qwen2", "gpt_neox"))],
+)
 def test_eight_bits_are_near(model: PreTrainedModel, spec: str) -> None:
     """With 8 bits the logits of teacher-forced tokens stay near those of the full cache."""
     ids = prompt(90)
@@ -63,8 +77,12 @@ def test_eight_bits_are_near(model: PreTrainedModel, spec: str) -> None:
     assert (ours - theirs)[:, 60:].square().mean().sqrt() < (3 if spec == "fp8" else 1) * NEAR * theirs.std()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("bits", ["int", "rotated", "kvarn"])
+@chosen(
+    "bits, family",
+    ["int", "rotated", "kvarn"],
+    FAMILIES,
+    fast=[("int", "llama"), ("rotated", "gemma3"), ("kvarn", "llama")],
+)
 def test_more_bits_are_nearer(model: PreTrainedModel, bits: str) -> None:
     """The error shrinks from 2 to 4 to 8 bits, each time to less than half."""
     ids = prompt(90)
@@ -76,8 +94,7 @@ def test_more_bits_are_nearer(model: PreTrainedModel, bits: str) -> None:
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
+@_kinds_and_families(0)
 def test_padded_row_equals_its_solo_run(model: PreTrainedModel, kind: str) -> None:
     """A row packs at its own lengths: in a batch it gives what it gives alone."""
     rows = [prompt(21), prompt(60), prompt(90)]
@@ -90,8 +107,7 @@ def test_padded_row_equals_its_solo_run(model: PreTrainedModel, kind: str) -> No
         torch.testing.assert_close(together.logits[index], alone.logits[0], rtol=0, atol=FLIPS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
+@_kinds_and_families(1)
 def test_extra_padding_changes_nothing(model: PreTrainedModel, kind: str) -> None:
     """Columns of padding that no row needs leave tokens and logits as they are."""
     rows = [prompt(33), prompt(60)]
@@ -101,8 +117,7 @@ def test_extra_padding_changes_nothing(model: PreTrainedModel, kind: str) -> Non
     assert_same(wide, tight, FLIPS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
+@_kinds_and_families(0)
 def test_beam_search(model: PreTrainedModel, kind: str) -> None:
     """Beam search works on compressed beams; with one beam it is greedy decoding."""
     beams = generate(model, prompt(40, 2), _cache(model, kind), 20, num_beams=3, num_return_sequences=2)

@@ -14,6 +14,7 @@ from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.reading import dense_side
 from hf_kvcache.storage import PagedStorage
+from tests.choosing import pairwise
 from tests.storage.list_model import HEADS, KEY_DIM, loose_tokens, make_storage, random_tokens
 from tests.tolerances import assert_near
 
@@ -146,19 +147,22 @@ def check(given: Problem, op=reference.column_mass, dtype: torch.dtype = torch.f
         assert_near(actual_pages, page_mass, dtype)
 
 
-@pytest.fixture(params=[(1024, 1, 1 << 20), (8, 1, 300)], ids=["whole", "tiles"])
+#: All at once, and in tiles of 8 keys and a few queries.
+TILES = {"whole": (1024, 1, 1 << 20), "tiles": (8, 1, 300)}
+
+
+@pytest.fixture(params=TILES)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All at once, and in tiles of 8 keys and a few queries."""
-    monkeypatch.setitem(reference.TILES, "cpu", reference.Tile(*request.param))
+    monkeypatch.setitem(reference.TILES, "cpu", reference.Tile(*TILES[request.param]))
 
 
-@pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("length", "ratio"), [(1, 1), (2, 3), (9, 4), (3, 8)])
-@pytest.mark.parametrize("codec", CODECS)
-def test_pages_and_tail(codec: str, length: int, ratio: int, padded: bool) -> None:
-    """Pages of several formats (rotated, centred) and a tail, for any number of query heads."""
-    check(packed_problem(codec, padded, length, ratio))
+@pairwise("codec, sizes, padded, tiles", CODECS, [(1, 1), (2, 3), (9, 4), (3, 8)], [False, True], TILES)
+def test_pages_and_tail(
+    codec: str, sizes: tuple[int, int], padded: bool, tiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of several formats (rotated, centred) and a tail, for any number of queries and of query heads."""
+    monkeypatch.setitem(reference.TILES, "cpu", reference.Tile(*TILES[tiles]))
+    check(packed_problem(codec, padded, *sizes))
 
 
 @pytest.mark.usefixtures("tiles")

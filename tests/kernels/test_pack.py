@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_kvcache.kernels.pack import pack_bits, unpack_bits
+from tests.choosing import pairwise
 from tests.kernels.bytes_by_hand import bytes_by_hand
 
 BITS = [1, 2, 3, 4, 8]
@@ -40,9 +41,7 @@ def test_layout_of_rows_written_down() -> None:
     assert pack_bits(row + 4 * (row & 1), 3).tolist() == [0b00_10_11_01, 0b11_01_00_10, 0b10100101]
 
 
-@pytest.mark.parametrize("out_dtype", [torch.uint8, torch.int32, torch.float32])
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("bits", BITS)
+@pairwise("bits, dim, out_dtype", BITS, DIMS, [torch.uint8, torch.int32, torch.float32])
 def test_round_trip(bits: int, dim: int, out_dtype: torch.dtype) -> None:
     """Unpacking gives the codes back, whatever was in the output before."""
     codes = random_codes(bits, 2, 5, dim)

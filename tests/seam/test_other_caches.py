@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from hf_kvcache import KVCache, bind, unbind
 from tests import families
+from tests.choosing import pairwise
 from tests.running import as_cache, left_padded, prompt
 
 CASES = [
@@ -42,11 +43,10 @@ def _logits(model: PreTrainedModel, kind: str, padded: bool, **options: Any) -> 
     return logits
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["even", "left-padded"])
-@pytest.mark.parametrize("kind", ["none", "dynamic", "static"])
-@pytest.mark.parametrize(("family", "attention"), CASES)
-def test_bit_for_bit(family: str, attention: str, kind: str, padded: bool) -> None:
+@pairwise("case, kind, padded", CASES, ["none", "dynamic", "static"], [False, True])
+def test_bit_for_bit(case: tuple[str, str], kind: str, padded: bool) -> None:
     """Logits with the config bound are those of the unbound model, and again after unbinding."""
+    family, attention = case
     model = families.build(family, attention)
     config = model.config.get_text_config(decoder=True)
     before = _logits(model, kind, padded)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -218,10 +220,17 @@ class StorageMachine(RuleBasedStateMachine):
                 assert pool.held_pages == 0 and pool.free_pages == 0 and not pool.positions
 
 
-TestStorage = StorageMachine.TestCase
-TestStorage.settings = settings(
-    max_examples=int(os.environ.get("HF_KVCACHE_EXAMPLES", "25")),
-    stateful_step_count=25,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+def _tested(examples: int) -> Any:
+    """The machine as a test case, with so many runs, or as many as ``HF_KVCACHE_EXAMPLES`` says."""
+    case = type(StorageMachine.TestCase)("TestCase", (StorageMachine.TestCase,), {})
+    case.settings = settings(
+        max_examples=int(os.environ.get("HF_KVCACHE_EXAMPLES", examples)),
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    return case
+
+
+TestStorage = _tested(12)
+TestStorageLonger = pytest.mark.slow(_tested(100))

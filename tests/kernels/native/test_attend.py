@@ -9,6 +9,7 @@ import torch
 
 from hf_kvcache.kernels.inputs import DenseTokens
 from hf_kvcache.kernels.native import library
+from tests.choosing import chosen, pairwise
 from tests.kernels.native.cases import Case, Shape, formats_of
 from tests.kernels.native.comparing import attend, check, check_call, worked_out
 from tests.kernels.native.grid import CODECS, FEATURES, SHAPES, fits, make_case
@@ -40,8 +41,12 @@ def test_features(codec: str, feature: str, loaded: None) -> None:
         check_everywhere(make_case(codec, shape, seed=1, **FEATURES[feature]))
 
 
-@pytest.mark.parametrize("dims", [(16, 32), (32, 16), (24, 48), (192, 192)])
-@pytest.mark.parametrize("codec", CODECS)
+@pairwise(
+    "codec, dims",
+    CODECS,
+    [(16, 32), (32, 16), (24, 48), (192, 192)],
+    of=lambda codec, dims: (CODECS[codec][0].rstrip("0123456789"), dims),
+)
 def test_other_widths(codec: str, dims: tuple[int, int], loaded: None) -> None:
     """Heads narrower than a register, and wide ones that are no power of two, for few queries and more."""
     for group, queries in ((3, 1), (2, 3)):
@@ -74,17 +79,31 @@ def check_everywhere(case: Case) -> None:
         library.set_isa(before)
 
 
-@pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 100, 104, 105, 106, 10_000])
-@pytest.mark.parametrize("queries", [1, 6])
-def test_windows(isa: str, window: int, queries: int) -> None:
+@chosen(
+    "queries, window",
+    [1, 6],
+    [1, 2, 31, 32, 33, 100, 104, 105, 106, 10_000],
+    fast=[
+        *((1, window) for window in (1, 31, 32, 33, 104, 105, 10_000)),
+        *((6, window) for window in (1, 2, 100, 106)),
+    ],
+)
+def test_windows(isa: str, queries: int, window: int) -> None:
     """Windows from the query alone to more than there is; pages hold 96 tokens before nine others."""
     shape = Shape(queries=queries)
     check(Case(formats_of("int4", shape), shape, window=window, ragged=True, seed=3))
     check(Case(formats_of("int4", shape), shape, window=window, scattered=True, seed=3))
 
 
-@pytest.mark.parametrize("queries", range(1, 17))
-@pytest.mark.parametrize("codec", ["unbiased3", "int8"])
+@chosen(
+    "codec, queries",
+    ["unbiased3", "int8"],
+    range(1, 17),
+    fast=[
+        *(("unbiased3", queries) for queries in (1, 2, 4, 5, 7, 16)),
+        *(("int8", queries) for queries in (1, 3, 4, 6, 9)),
+    ],
+)
 def test_any_number_of_queries(isa: str, codec: str, queries: int) -> None:
     """Queries are taken four at a time, and what is left."""
     check(make_case(codec, Shape(64, 64, 32, 1, queries, 1, 1), slots=17))
@@ -100,8 +119,12 @@ def test_dtypes(isa: str, query_dtype: torch.dtype, dense_dtype: torch.dtype) ->
         check(Case(formats, shape, query_dtype=query_dtype, dense_dtype=dense_dtype))
 
 
-@pytest.mark.parametrize("dim", [1, 12, 20, 36, 100])
-@pytest.mark.parametrize("codec", ["none", "int8", "fp8"])
+@chosen(
+    "codec, dim",
+    ["none", "int8", "fp8"],
+    [1, 12, 20, 36, 100],
+    fast=[("none", 1), ("none", 36), ("int8", 1), ("int8", 12), ("int8", 100), ("fp8", 20), ("fp8", 36)],
+)
 def test_widths_that_fill_no_vector(isa: str, codec: str, dim: int) -> None:
     """Codecs that pack no bits take any width."""
     check(make_case(codec, Shape(dim, dim + 3, page_size=7, group=2, queries=2), ragged=True))

@@ -16,6 +16,7 @@ from hf_kvcache.kernels.dispatch import VARIABLE
 from hf_kvcache.kernels.inputs import Attention, DenseTokens
 from hf_kvcache.kernels.latent_decode import native
 from hf_kvcache.kernels.native import library
+from tests.choosing import chosen
 from tests.kernels.native.cases import Call, Case
 from tests.kernels.test_latent_decode import (
     CODECS,
@@ -95,8 +96,14 @@ def test_codecs(codec: str, loaded: None) -> None:
         check_everywhere(make_call(case))
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("codec", ["int4 rotated", "bfloat16", "float32", None])
+@chosen(
+    "codec, feature",
+    ["int4 rotated", "bfloat16", "float32", None],
+    FEATURES,
+    # Pages that are coded and pages that are dense; a tile unit takes the latter in 16 bits.
+    fast=[(codec, feature) for codec in ("int4 rotated", "bfloat16") for feature in FEATURES]
+    + [("float32", "everything"), ("float32", "ragged"), (None, "everything"), (None, "unused slots")],
+)
 def test_features(codec: str | None, feature: str, loaded: None) -> None:
     """Every feature, for one query and for several, with pages and with full-precision tokens alone."""
     for shape in (Shape(64, 32, 64, 16, 1, 2), Shape(48, 24, 24, 3, 5)):
@@ -123,8 +130,12 @@ def test_dtypes(isa: str, query_dtype: torch.dtype, dense_dtype: torch.dtype) ->
         check_call(call, expected(call))
 
 
-@pytest.mark.parametrize("heads", [1, 3, 16, 17, 40, 70])
-@pytest.mark.parametrize("queries", [1, 2, 16])
+@chosen(
+    "heads, queries",
+    [1, 3, 16, 17, 40, 70],
+    [1, 2, 16],
+    fast=[(1, 1), (1, 2), (3, 1), (3, 16), (16, 1), (17, 1), (17, 2), (40, 1), (70, 2)],
+)
 def test_any_number_of_rows(isa: str, heads: int, queries: int) -> None:
     """Rows are taken 16 at a time, and 64 of them for a chunk of tokens."""
     for codec in ("bfloat16", "float32"):
