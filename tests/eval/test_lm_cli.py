@@ -64,6 +64,7 @@ def test_two_processes_give_the_scores_of_one(saved: Path) -> None:
                 assert two["results"][task][name] == pytest.approx(value, rel=1e-4), (task, name)
 
 
+@pytest.mark.usefixtures("task_index")
 def test_what_it_refuses(saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_KVCACHE_EVAL_DATA", str(saved / "data"))
     words = _words(saved, "out")

@@ -76,6 +76,7 @@ def test_the_standard_error_of_a_mean_and_of_a_perplexity() -> None:
     assert sum(found.samples) / 400 == pytest.approx(found.value, rel=1e-3)
 
 
+@pytest.mark.usefixtures("task_index")
 def test_what_cannot_be_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_KVCACHE_EVAL_DATA", raising=False)
     with pytest.raises(ValueError, match="task='arc_esay' is no task"):

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 
+from hf_kvcache.codecs import specs
+from tests.choosing import chosen
 from tests.generation.layers import EXACT, KINDS, Layer, States, states
-from tests.running import UNPACKED, all_codecs, assert_packed
+from tests.running import UNPACKED, assert_packed, one_of_each_codec
 
 
 def _codecs_and_kinds(test: int) -> pytest.MarkDecorator:
-    """Every codec, with full attention and with a window in turn: another one of the two in every second test."""
-    cases = [
-        pytest.param(spec, kind, id=f"{spec}-{kind}", marks=[*marks, *([] if (place + at + test) % 2 else [SLOW])])
-        for place, (spec, marks) in enumerate(_specs())
-        for at, kind in enumerate(KINDS)
-    ]
-    return pytest.mark.parametrize(("spec", "kind"), cases)
-
-
-SLOW = pytest.mark.slow
-
-
-def _specs() -> list[tuple[str, Any]]:
-    """The codecs of :func:`all_codecs` and their marks, those without one first."""
-    found = [(codec, ()) if isinstance(codec, str) else (codec.values[0], codec.marks) for codec in all_codecs()]
-    return sorted(found, key=lambda codec: bool(codec[1]))
+    """One width of every codec, with full attention and with a window in turn; the next test takes the other one."""
+    fast = [(spec, KINDS[(place + test) % 2]) for place, spec in enumerate(one_of_each_codec())]
+    return chosen("spec, kind", specs(), KINDS, fast=fast)
 
 
 def _assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_kvcache.codecs import resolve
+from hf_kvcache.codecs import resolve, specs
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.codecs.projecting import ProjectingEncoder
 from hf_kvcache.kernels.decode import native, reference
@@ -22,9 +22,10 @@ from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.latent.projection import LayerProjection, SideProjection
 from hf_kvcache.reading import dense_side
 from hf_kvcache.storage import PagedStorage
+from tests.choosing import chosen
 from tests.generation.layers import KINDS, States, states
 from tests.latent.low_rank import DIM, HEADS, ByHand, OneLayer, oblique, rotation, seen_by, turn
-from tests.running import PAGE, SINKS, TAIL, all_codecs
+from tests.running import PAGE, SINKS, TAIL, one_of_each_codec
 from tests.tolerances import SPLIT_IN_16_BITS, TOLERANCES, assert_near, assert_within
 
 #: Of outputs of order 1 after a rotary embedding in float32, whose angles are of order 100.
@@ -209,8 +210,16 @@ def test_drafts_equal_plain_decoding(kind: str, form: str) -> None:
     assert by_hand.packed > 0
 
 
-@pytest.mark.parametrize("spec", all_codecs())
-@pytest.mark.parametrize("form", ["each head", "both heads before rope"])
+#: Latents of each head as they are, and of both heads before their rotary embedding.
+TWO_FORMS = ["each head", "both heads before rope"]
+
+
+@chosen(
+    "form, spec",
+    TWO_FORMS,
+    specs(),
+    fast=[(TWO_FORMS[place % 2], spec) for place, spec in enumerate(one_of_each_codec())],
+)
 def test_codecs_store_latents(form: str, spec: str) -> None:
     """Pages hold what a plain storage of the same latents would hold, whatever rounds them, and are read as decoded."""
     given_form = oblique(HEADS, (8, 16)) if form == "each head" else oblique(1, (24, 8), before_rope=True)
