@@ -80,9 +80,9 @@ def test_speculation_after_a_prefilled_prompt(model: PreTrainedModel, policy: st
 def test_speculation_from_a_short_prompt(model: PreTrainedModel, policy: str, drafter: str) -> None:
     """A prompt within the budget may come together with the first draft."""
     inputs = prompt(8).repeat(1, 2)
-    expected = generate(model, inputs, evicting(model, policy), 60)
+    expected = generate(model, inputs, evicting(model, policy), 44)
     options = {"prompt_lookup_num_tokens": 5} if drafter == "prompt lookup" else {"assistant_model": _assistant()}
-    ours = generate(model, inputs, evicting(model, policy), 60, **options)
+    ours = generate(model, inputs, evicting(model, policy), 44, **options)
     assert torch.equal(ours.tokens, expected.tokens)
     for mine, theirs in zip(ours.cache.own_layers, expected.cache.own_layers, strict=True):
         assert torch.equal(mine.kept_positions(), theirs.kept_positions())

@@ -57,14 +57,14 @@ def test_speculation_equals_greedy(model: PreTrainedModel, spec: str, token_by_t
     """Assisted and prompt-lookup decoding give the cache's own greedy result, far past the first pages."""
     inputs = prompt(11).repeat(1, 2)
     assert inputs.shape[1] <= UNPACKED - SINKS  # nothing is packed at the prefill, in sliding layers neither
-    expected = generate(model, inputs, quantized(model, spec), 70)
+    expected = generate(model, inputs, quantized(model, spec), 54)
     assistant = families.build("llama" if model.config.model_type == "llama" else "gemma3")
     with torch.no_grad():
         noise = torch.Generator().manual_seed(3)
         for weight in assistant.parameters():
             weight.add_(torch.randn(weight.shape, generator=noise) * 0.02)
     for options in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": assistant}):
-        ours = generate(model, inputs, quantized(model, spec), 70, **options)
+        ours = generate(model, inputs, quantized(model, spec), 54, **options)
         assert_packed(ours.cache)
         assert torch.equal(ours.tokens, expected.tokens), options
 
