@@ -1,8 +1,8 @@
 """The versions that this project is locked to, and the other releases of transformers that it is run with.
 
-    python requirements/releases.py lock                   write the locks: lock.txt and transformers-*.txt beside this file
+    python requirements/releases.py lock                   write lock.txt and transformers-*.txt beside this file
     python requirements/releases.py newer [--check]        say which releases of transformers are not tested yet
-    python requirements/releases.py others                 the oldest and the newest tested release but the installed one
+    python requirements/releases.py others                 the oldest and the newest tested one, not the installed one
     python requirements/releases.py run 5.17.0 -m pytest   python with another release; `newest`: of all that there are
 
 Run it with the python that `make install` made. Which versions were tested is said by `pyproject.toml` alone.
@@ -135,7 +135,7 @@ def environment(release: str) -> Path:
 
 
 def lock() -> None:
-    """Resolve everything again, to the newest of all packages but torch and transformers: there, to the newest tested."""
+    """Resolve all again, to the newest of every package but torch and transformers: there, to the newest tested."""
     releases = tested("transformers")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, "uv"], check=True)
