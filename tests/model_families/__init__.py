@@ -1,0 +1,1 @@
+"""Every model family of transformers, tiny, tried in every mode with every cache: `make families`."""

@@ -1,0 +1,68 @@
+"""Running a model with a cache: whole generations, and forward passes step by step."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from hf_kvcache import KVCache, bind, unbind
+from tests.model_families.sizes import ORDINARY
+
+#: What ``generate`` and the forward methods of this release of transformers call a cache.
+ARGUMENT = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+PROMPT = 60
+
+
+class Outcome(NamedTuple):
+    """Tokens that were chosen ``[B, n]`` and the logits ``[B, n, V]``; without choices, ``tokens`` is None."""
+
+    tokens: torch.Tensor | None
+    logits: torch.Tensor
+
+
+def prompt(length: int = PROMPT, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Random ids ``[batch, length]`` without special tokens."""
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(3, ORDINARY, (batch, length), generator=generator)
+
+
+def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One batch of prompts ``[1, n]`` of different lengths."""
+    length = max(row.shape[1] for row in rows)
+    ids = torch.cat([torch.nn.functional.pad(row, (length - row.shape[1], 0)) for row in rows])
+    mask = torch.cat([(torch.arange(length) >= length - row.shape[1]).long()[None] for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def prepare(model: PreTrainedModel, cache: Cache) -> None:
+    """Bind the model for a cache of ours and unbind it for others: the reference owes us nothing."""
+    (bind if isinstance(cache, KVCache) else unbind)(model.config.get_text_config(decoder=True))
+
+
+def generate(model: PreTrainedModel, inputs: Any, cache: Cache, new: int, **options: Any) -> Outcome:
+    """``new`` tokens, greedily by default."""
+    inputs = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else inputs
+    prepare(model, cache)
+    torch.manual_seed(7)
+    arguments = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, **options}
+    out = model.generate(
+        **inputs, **{ARGUMENT: cache}, return_dict_in_generate=True, output_logits=True, **arguments
+    )
+    logits = torch.stack(out.logits, 1).float()
+    return Outcome(out.sequences[:, -logits.shape[1] :], logits)
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
+    """Logits ``[B, T, V]`` of new tokens on top of what the cache holds."""
+    prepare(model, cache)
+    return model(input_ids=ids, use_cache=True, **{ARGUMENT: cache}, **inputs).logits.float()
+
+
+def steps(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Logits of the tokens given one after the other."""
+    return torch.cat([forward(model, token, cache) for token in ids.split(1, 1)], 1)

@@ -1,0 +1,115 @@
+"""Tries families in processes of their own, a few at a time, and keeps what came of each in a file of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from tests.model_families.caches import KINDS, Kind
+from tests.model_families.catalogue import Family
+from tests.model_families.trial import Results, try_family
+from tests.model_families.verdicts import CRASHED, Verdict
+
+#: What is kept of a family: verdicts, or why there is no model to try.
+BUILDING = "building"
+
+
+class Plan(NamedTuple):
+    """How a run goes: where results lie, how many processes at once, and seconds that a family may take."""
+
+    folder: Path
+    jobs: int = 2
+    timeout: float = 240.0
+    kinds: tuple[Kind, ...] = KINDS
+
+
+def run(families: list[Family], plan: Plan) -> None:
+    """Try all families that have no result yet; one that hangs or dies gets a verdict and stops nothing."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    waiting = [family for family in families if _missing(family, plan)]
+    running: dict[int, tuple[Family, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < plan.jobs:
+            family = waiting.pop(0)
+            running[_start(family, plan)] = family, time.monotonic()
+        _reap(running, plan, len(waiting))
+        time.sleep(0.05)
+
+
+def _missing(family: Family, plan: Plan) -> tuple[Kind, ...]:
+    """The caches that a family has not been tried with."""
+    known = read(family, plan.folder) or {}
+    return () if BUILDING in known else tuple(kind for kind in plan.kinds if kind.name not in known)
+
+
+def result_file(family: Family, folder: Path) -> Path:
+    """Where the result of a family lies."""
+    return folder / f"{family.task}-{family.model_type}.json"
+
+
+def read(family: Family, folder: Path) -> Results | None:
+    """The result of a family, if there is one."""
+    file = result_file(family, folder)
+    if not file.exists():
+        return None
+    kept: dict[str, dict[str, Any]] = json.loads(file.read_text())
+    return {kind: {mode: Verdict(*verdict) for mode, verdict in modes.items()} for kind, modes in kept.items()}
+
+
+def _start(family: Family, plan: Plan) -> int:
+    """A process that tries a family. It is forked, since importing takes longer than most families do."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.setsid()
+        os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+        transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+        warnings.filterwarnings("ignore")
+        torch.set_num_threads(1)
+        _save(family, plan.folder, _results(family, _missing(family, plan)))
+    finally:
+        os._exit(0)
+
+
+def _results(family: Family, kinds: tuple[Kind, ...]) -> Results:
+    from tests.model_families.building import NotBuilt
+
+    try:
+        return try_family(family, kinds)
+    except NotBuilt as error:
+        return {BUILDING: {"": Verdict("not tried", f"{error}")}}
+    except Exception as error:
+        return {BUILDING: {"": Verdict(CRASHED, f"{type(error).__name__}: {error}")}}
+
+
+def _save(family: Family, folder: Path, results: Results) -> None:
+    file, known = result_file(family, folder), read(family, folder) or {}
+    results = {**known, **results}
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1))
+    partial.replace(file)
+
+
+def _reap(running: dict[int, tuple[Family, float]], plan: Plan, left: int) -> None:
+    for child, (family, began) in list(running.items()):
+        ended, _ = os.waitpid(child, os.WNOHANG)
+        seconds = time.monotonic() - began
+        if not ended and seconds < plan.timeout:
+            continue
+        if not ended:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        if _missing(family, plan):
+            reason = "died" if ended else f"took more than {plan.timeout:.0f} s"
+            _save(family, plan.folder, {BUILDING: {"": Verdict(CRASHED, reason)}})
+        del running[child]
+        print(f"{family.task:>6} {family.model_type:28} {seconds:5.1f} s   {left} to go", flush=True)

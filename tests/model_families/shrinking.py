@@ -1,0 +1,124 @@
+"""Tiny configs of any model family: every size that is known gets a small value, at every depth."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from tests.model_families.overrides import OVERRIDES
+from tests.model_families.sizes import HEAD_DIM, LAYERS, SIZES, VOCABULARY
+
+_ORDINARY_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """A config of family ``model_type`` with two layers, or as many as show each kind of layer."""
+    return shrunk(CONFIG_MAPPING[model_type])
+
+
+def shrunk(cls: type[PreTrainedConfig], start: PreTrainedConfig | None = None) -> PreTrainedConfig:
+    """A config of ``cls`` whose known sizes are small; what is not known keeps the value of ``start``."""
+    default = cls() if start is None else start
+    values = {**_sizes(default), **_layers(default), **_parts(default), **_tokens(default)}
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {name: value for name, value in values.items() if name in known}
+    if values.get("kv_lora_rank"):
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    if "tie_word_embeddings" in known:
+        values["tie_word_embeddings"] = False  # tied random embeddings repeat one token for ever
+    return cls(**{**values, **OVERRIDES.get(cls.__name__, {})})
+
+
+def _sizes(default: PreTrainedConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    width = SIZES["qk_rope_head_dim"] if hasattr(default, "qk_rope_head_dim") else HEAD_DIM
+    for field in dataclasses.fields(default):  # type: ignore[arg-type]
+        name, value = field.name, _value(default, field.name)
+        if isinstance(value, int) and not isinstance(value, bool) and name in SIZES:
+            values[name] = SIZES[name]
+        elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
+            values[name] = _rope(value, width if _sections(type(default)) else None)
+    return values
+
+
+def _sections(cls: type[PreTrainedConfig]) -> bool:
+    """Whether the model of this config splits rotary channels by time, height and width."""
+    file = Path(inspect.getfile(cls).replace("configuration_", "modeling_"))
+    return hasattr(cls, "vocab_size") and file.exists() and "mrope_section" in file.read_text()
+
+
+def _rope(parameters: dict[str, Any], width: int | None) -> dict[str, Any]:
+    """Rotary parameters that fit heads of ``width`` channels, of which ``width`` is None if they have no sections."""
+    small = {name: _rope(value, width) if isinstance(value, dict) else value for name, value in parameters.items()}
+    if width is not None and "rope_type" in parameters:
+        half = int(width * (parameters.get("partial_rotary_factor") or 1.0)) // 2
+        small["mrope_section"] = [half - half // 4 * 2, half // 4, half // 4]
+    if "original_max_position_embeddings" in parameters:
+        small["original_max_position_embeddings"] = SIZES["original_max_position_embeddings"]
+    return small
+
+
+def _layers(default: PreTrainedConfig) -> dict[str, Any]:
+    """How many layers, and for each list with an item a layer those of the layers that stay."""
+    name = next((name for name in LAYERS if isinstance(_own(default, name), int)), None)
+    if name is None:
+        return {}
+    count = getattr(default, name)
+    fields = [field.name for field in dataclasses.fields(default)]  # type: ignore[arg-type]
+    lists = {field: value for field in fields if _is_per_layer(value := _value(default, field), count)}
+    if not lists:
+        return {}
+    kept = _kinds_shown(list(zip(*lists.values(), strict=True)))
+    return {name: len(kept), **{field: [value[index] for index in kept] for field, value in lists.items()}}
+
+
+def _value(default: PreTrainedConfig, name: str) -> Any:
+    try:
+        return getattr(default, name, None)
+    except Exception:  # attributes that differ from layer to layer have no value
+        return getattr(type(default), name, None)
+
+
+def _own(default: PreTrainedConfig, name: str) -> Any:
+    return getattr(default, name, None) if name in {f.name for f in dataclasses.fields(default)} else None  # type: ignore[arg-type]
+
+
+def _is_per_layer(value: Any, count: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count and all(isinstance(v, (str, int)) for v in value)
+
+
+def _kinds_shown(items: list[tuple[Any, ...]]) -> list[int]:
+    """Places of the first layer of each kind, in order; at least two, the second of the commonest kind."""
+    first: dict[tuple[Any, ...], int] = {}
+    for index, item in enumerate(items):
+        first.setdefault(item, index)
+    kept = list(first.values())[:4]
+    if len(kept) < 2:
+        kept.append(len(items) - 1)
+    return sorted(set(kept))
+
+
+def _parts(default: PreTrainedConfig) -> dict[str, Any]:
+    """The configs within the config, shrunk."""
+    parts: dict[str, Any] = {}
+    for name in getattr(default, "sub_configs", {}):
+        part = _value(default, name)
+        if isinstance(part, PreTrainedConfig):
+            parts[name] = shrunk(type(part), part)
+    return parts
+
+
+def _tokens(default: PreTrainedConfig) -> dict[str, Any]:
+    """Ids of special tokens: within the vocabulary, and beyond what prompts consist of."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(default):  # type: ignore[arg-type]
+        value = _value(default, field.name)
+        if field.name in _ORDINARY_TOKENS:
+            values[field.name] = _ORDINARY_TOKENS[field.name]
+        elif field.name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= 0:
+            values[field.name] = VOCABULARY - 1 - len(values)
+    return values

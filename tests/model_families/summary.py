@@ -1,0 +1,57 @@
+"""From verdicts of modes to one cell of the table."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from tests.model_families.runner import BUILDING
+from tests.model_families.trial import CONSTRUCTION, Results
+from tests.model_families.verdicts import CRASHED, DENSE, NOT_TRIED, REFUSED, WORKS, WRONG, Verdict
+
+
+class Cell(NamedTuple):
+    """What a cache does for a family: a status, the modes that it refuses although it works, and the reason."""
+
+    status: str
+    refused: tuple[str, ...] = ()
+    note: str = ""
+
+
+def cell(modes: dict[str, Verdict]) -> Cell:
+    """The worst verdict that matters, over all modes."""
+    for status in (CRASHED, WRONG):
+        bad = {name: verdict for name, verdict in modes.items() if verdict.status == status}
+        if bad:
+            return Cell(status, tuple(bad), next(iter(bad.values())).note)
+    tried = {name: verdict for name, verdict in modes.items() if name != "afterwards" and verdict.status != NOT_TRIED}
+    refused = {name: verdict for name, verdict in tried.items() if verdict.status == REFUSED}
+    note = next((verdict.note for verdict in refused.values()), "")
+    if not tried:
+        return Cell(NOT_TRIED, note=next((v.note for v in modes.values() if v.note), ""))
+    if len(refused) == len(tried):
+        return Cell(REFUSED, note=note)
+    dense = any(verdict.status == DENSE for verdict in tried.values())
+    return Cell(DENSE if dense else WORKS, tuple(refused), note)
+
+
+def cells(results: Results) -> dict[str, Cell]:
+    """A cell for each cache; one for all where the model could not be built."""
+    return {kind: cell(modes) for kind, modes in results.items()}
+
+
+def is_built(results: Results) -> bool:
+    """Whether there was a model to try."""
+    return BUILDING not in results
+
+
+def short(note: str) -> str:
+    """A reason without what is particular to a family, so that the same one is counted once."""
+    note = re.sub(r"config of '[^']*'", "config", note)
+    note = re.sub(r"the '[^']*' model whose", "the model whose", note)
+    note = re.sub(r"shape \[[^\]]*\]|heads \[[^\]]*\]|dim \[[^\]]*\]", lambda match: match[0].split(" ")[0] + " […]", note)
+    note = re.sub(r"\b[A-Z]\w*(Attention|Attn)\w*", "the attention module", note)
+    return note if len(note) < 240 else note[:237] + "…"
+
+
+__all__ = ["CONSTRUCTION", "Cell", "cell", "cells", "is_built", "short"]

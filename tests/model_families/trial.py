@@ -1,0 +1,178 @@
+"""One family, tried: a verdict for each cache and mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_kvcache import KVCache, unbind
+from tests.model_families.building import build
+from tests.model_families.caches import BUDGET, INTERVAL, KINDS, Kind, dynamic
+from tests.model_families.catalogue import Family
+from tests.model_families.generating import Outcome, forward, prompt, steps
+from tests.model_families.modes import MODES, Mode
+from tests.model_families.verdicts import (
+    CRASHED,
+    DENSE,
+    EDGE,
+    NOT_TRIED,
+    WORKS,
+    WRONG,
+    Verdict,
+    compare,
+    of_error,
+)
+
+#: Verdicts by cache and mode; ``construction`` stands for all modes where the cache cannot be built.
+Results = dict[str, dict[str, Verdict]]
+CONSTRUCTION, SMALL_BUDGET, AFTERWARDS = "construction", "small budget", "afterwards"
+_IMPLEMENTATION = "hf_kvcache"
+
+
+def try_family(family: Family, kinds: tuple[Kind, ...] = KINDS, modes: tuple[Mode, ...] = MODES) -> Results:
+    """All verdicts of a family."""
+    model = build(family)
+    rights = Rights(model)
+    return {kind.name: _try_kind(model, kind, modes, rights) for kind in kinds}
+
+
+class Rights:
+    """The right values of each mode, computed once, by transformers' own cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._known: dict[str, list[Outcome] | Exception] = {}
+        #: Modes that transformers' own cache cannot do, although their plain form may give a right value.
+        self.impossible: set[str] = set()
+
+    def of(self, mode: Mode) -> list[Outcome]:
+        """What the mode gives with ``DynamicCache`` and what its plain form does; raises if neither runs."""
+        if mode.name not in self._known:
+            self._known[mode.name] = self._find(mode)
+        known = self._known[mode.name]
+        if isinstance(known, Exception):
+            raise known
+        return known
+
+    def _find(self, mode: Mode) -> list[Outcome] | Exception:
+        found: list[Outcome] = []
+        error: Exception = ValueError(mode.name)
+        for run in (mode.run, mode.plain):
+            if run is None:
+                continue
+            try:
+                found.append(run(self.model, lambda: dynamic(self.model)))
+            except Exception as failure:
+                error = failure
+                self.impossible |= {mode.name} if run is mode.run else set()
+        return found or error
+
+
+def _try_kind(model: PreTrainedModel, kind: Kind, modes: tuple[Mode, ...], rights: Rights) -> dict[str, Verdict]:
+    try:
+        kind.make(model.config)
+    except Exception as error:
+        return {CONSTRUCTION: of_error(error)}
+    finally:
+        unbind(model.config.get_text_config(decoder=True))
+    chosen = [mode for mode in modes if not kind.modes or mode.name in kind.modes]
+    verdicts = {mode.name: _try_mode(model, kind, mode, rights) for mode in chosen}
+    if kind.small is not None:
+        verdicts[SMALL_BUDGET] = _guarded(lambda: _try_budget(model, kind, kind.small))
+    verdicts[AFTERWARDS] = _guarded(lambda: _afterwards(model, rights))
+    return verdicts
+
+
+def _try_mode(model: PreTrainedModel, kind: Kind, mode: Mode, rights: Rights) -> Verdict:
+    try:
+        right = rights.of(mode)
+    except Exception as error:
+        return Verdict(NOT_TRIED, f"transformers' own cache: {of_error(error).note}"[:200])
+
+    def run() -> Verdict:
+        with _attention_calls() as calls:
+            ours = mode.run(model, lambda: kind.make(model.config))
+        verdict = compare(ours, right, kind.bound, mode.loose)
+        if verdict.status == WORKS and mode.name == "padded batch" and kind.bound:
+            verdict = _as_alone(model, kind, mode, ours, right)
+        return Verdict(DENSE) if verdict.status == WORKS and not calls else verdict
+
+    verdict = _guarded(run)
+    theirs = verdict.status == CRASHED and mode.name in rights.impossible
+    return Verdict(NOT_TRIED, verdict.note) if theirs else verdict
+
+
+def _as_alone(model: PreTrainedModel, kind: Kind, mode: Mode, ours: Outcome, right: list[Outcome]) -> Verdict:
+    """A row of a batch is packed as it would be alone, so it says the same, however many bits there are."""
+    if len(right) == 2 and compare(right[0], right[1:]).status != WORKS:
+        return Verdict(WORKS)  # the family's rows depend on each other with transformers' own cache too
+    assert mode.plain is not None
+    alone = mode.plain(model, lambda: kind.make(model.config))
+    verdict = compare(ours, [alone], rounding=EDGE)
+    return verdict if verdict.status == WORKS else Verdict(WRONG, f"{verdict.note} from the row alone")
+
+
+def _try_budget(model: PreTrainedModel, kind: Kind, small: Callable[[Any], KVCache]) -> Verdict:
+    """It runs twice alike, and holds no more than its budget and what comes between two evictions."""
+    runs = []
+    for _ in range(2):
+        cache = small(model.config)
+        forward(model, prompt(), cache)
+        if kind.waits:
+            cache.compress(model, prompt())
+        runs.append(steps(model, prompt(20, seed=9), cache))
+        held = [_held(layer) for layer in cache.layers if getattr(layer, "evictor", None) is not None]
+        heads = sum(h * n for h, n in held) / max(1, sum(h for h, _ in held))
+        most = BUDGET + (20 if kind.waits else INTERVAL)
+        if held and heads > most:
+            return Verdict(WRONG, f"holds {heads:.0f} tokens a head, of a budget of {BUDGET}")
+        cache.integrity()
+    return compare(Outcome(None, runs[0]), [Outcome(None, runs[1])])
+
+
+def _held(layer: Any) -> tuple[int, float]:
+    """Heads of a layer, and tokens that they hold on average."""
+    held = (layer.kept_positions() >= 0).sum(-1).float()
+    return held.numel(), float(held.mean())
+
+
+def _afterwards(model: PreTrainedModel, rights: Rights) -> Verdict:
+    """Unbound again, the model does with transformers' own cache exactly what it did."""
+    mode = MODES[0]
+    try:
+        right = rights.of(mode)
+    except Exception:
+        return Verdict(NOT_TRIED)
+    unbind(model.config.get_text_config(decoder=True))
+    again = mode.run(model, lambda: dynamic(model))
+    return Verdict(WORKS) if torch.equal(again.logits, right[0].logits) else Verdict(WRONG, "the model has changed")
+
+
+def _guarded(run: Callable[[], Verdict]) -> Verdict:
+    try:
+        return run()
+    except Exception as error:
+        return of_error(error)
+
+
+@contextmanager
+def _attention_calls() -> Iterator[list[None]]:
+    """Collects an item for each call of this package's attention with keys that come from a cache of ours."""
+    function = ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION]
+    calls: list[None] = []
+
+    def counting(module: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(key) is not torch.Tensor:
+            calls.append(None)
+        return function(module, query, key, *args, **kwargs)
+
+    AttentionInterface.register(_IMPLEMENTATION, counting)
+    try:
+        yield calls
+    finally:
+        AttentionInterface.register(_IMPLEMENTATION, function)

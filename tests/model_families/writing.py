@@ -1,0 +1,122 @@
+"""docs/models.md and docs/models.csv: which cache works with which family."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from pathlib import Path
+
+import transformers
+
+from tests.model_families.caches import BUDGET, KINDS
+from tests.model_families.catalogue import IMAGES, TEXT, Family, families
+from tests.model_families.runner import BUILDING, read
+from tests.model_families.summary import Cell, cells, short
+from tests.model_families.trial import Results
+from tests.model_families.verdicts import CRASHED, DENSE, NOT_TRIED, REFUSED, ROUNDING, WORKS, WRONG
+
+_SIGNS = {WORKS: "✓", DENSE: "slow", REFUSED: "no", WRONG: "**wrong**", CRASHED: "**crashed**", NOT_TRIED: "–"}
+_NAMES = [kind.name for kind in KINDS]
+
+Row = tuple[Family, dict[str, Cell]]
+
+
+def write(folder: Path, out: Path) -> None:
+    """Write the table of all results in ``folder`` to ``out``, and the same as CSV beside it."""
+    found = [(family, results) for family in families() if (results := read(family, folder)) is not None]
+    rows: list[Row] = [(family, cells(results)) for family, results in found if BUILDING not in results]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(_page(rows, [(family, results) for family, results in found if BUILDING in results]))
+    out.with_suffix(".csv").write_text(_csv(rows))
+
+
+def _page(rows: list[Row], missing: list[tuple[Family, Results]]) -> str:
+    notes = _Notes()
+    text = [row for row in rows if row[0].task == TEXT]
+    images = [row for row in rows if row[0].task == IMAGES]
+    parts = [_INTRODUCTION.format(version=transformers.__version__, rounding=ROUNDING, budget=BUDGET), _counts(rows)]
+    parts += ["## Causal language models\n", _table(text, notes)]
+    parts += ["## Models of images and text\n", "Tried with prompts of text.\n", _table(images, notes)]
+    parts += ["## Why not\n", notes.listed(), "## Not tried\n", _missing(missing)]
+    return "\n".join(parts)
+
+
+_INTRODUCTION = """# Which cache works with which model
+
+Written by `make families`; transformers {version}. For every class in transformers' mappings of causal language models and of image-text
+models, a tiny random model is made from its config and tried with every cache in every mode: greedy, a left-padded batch, beams, sampling,
+prompt lookup, assisted, prefill in chunks, a conversation that goes on, `inputs_embeds`, `crop`, reordering, repeating and selecting of
+sequences, copies and forks, `state_dict`, and unbinding. The right value is what `DynamicCache` gives in the same process: within {rounding:g}
+where nothing is lost (also of evicting caches whose budget holds everything), within a tenth of the logits' spread with 8 bits, and within
+eight tenths with 4 bits, which random models with few and narrow heads need. With a budget of {budget} tokens, evicting caches must run and
+hold no more.
+
+| | |
+|---|---|
+| ✓ | works, read from the packed pages |
+| slow | works; the model attends outside transformers' attention interface, so that the cache is read through dense tensors |
+| no | refused by a clear error, by the number given under *Why not*; with ✓ and a number, some modes are |
+| – | does not apply: transformers' own cache cannot do it either, or the model caches no latents |
+
+Columns: `none` is `KVCache` without compression; 8 and 4 bits `QuantizedKVCache`; *attention* (`snapkv`), *accumulated* (`h2o`), *keys*
+(`keydiff`), *rotary* (`expected`) and *replay* (`kvzip`) are `HeavyHitterCache` with a policy of that kind; *window* and *re-indexed* are
+`SlidingWindowCache`; *latents* is `LatentKVCache`.
+"""
+
+
+def _counts(rows: list[Row]) -> str:
+    lines = ["| | " + " | ".join(_NAMES) + " |", "|---|" + "---:|" * len(_NAMES)]
+    for status in (WORKS, DENSE, REFUSED, NOT_TRIED, WRONG, CRASHED):
+        count = Counter(name for _, row in rows for name, cell in row.items() if cell.status == status)
+        lines.append(f"| {status.replace(NOT_TRIED, 'does not apply')} | " + " | ".join(str(count[name]) for name in _NAMES) + " |")
+    return f"{len(rows)} families:\n\n" + "\n".join(lines) + "\n"
+
+
+def _table(rows: list[Row], notes: _Notes) -> str:
+    lines = ["| model type | class | " + " | ".join(_NAMES) + " |", "|---|---|" + "---|" * len(_NAMES)]
+    for family, row in rows:
+        shown = [notes.sign(row[name]) if name in row else "" for name in _NAMES]
+        lines.append(f"| `{family.model_type}` | {family.class_name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+class _Notes:
+    """The reasons of refusals, numbered in the order in which they come."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def sign(self, cell: Cell) -> str:
+        """What stands in the table for a cell."""
+        if cell.status == REFUSED:
+            return f"no {self._number(short(cell.note))}"
+        if cell.status in (WRONG, CRASHED):
+            return f"{_SIGNS[cell.status]} {self._number(', '.join(cell.refused) + ': ' + short(cell.note))}"
+        if cell.refused:
+            return f"{_SIGNS[cell.status]} {self._number(', '.join(cell.refused) + ': ' + short(cell.note))}"
+        return _SIGNS[cell.status]
+
+    def listed(self) -> str:
+        """All of them."""
+        lines = [f"{number}. {note.replace('|', '/')}" for note, number in self.numbers.items()]
+        return "\n".join(lines or ["Nothing is refused."]) + "\n"
+
+    def _number(self, note: str) -> str:
+        return f"({self.numbers.setdefault(note, len(self.numbers) + 1)})"
+
+
+def _missing(found: list[tuple[Family, Results]]) -> str:
+    if not found:
+        return "Every family was tried.\n"
+    lines = [f"- `{family.model_type}` ({family.class_name}): {next(iter(results[BUILDING].values())).note}" for family, results in found]
+    return "\n".join(lines) + "\n"
+
+
+def _csv(rows: list[Row]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["model_type", "class", "task", *_NAMES])
+    for family, row in rows:
+        writer.writerow([*family[:2], family.task, *(row[name].status if name in row else "" for name in _NAMES)])
+    return file.getvalue()
