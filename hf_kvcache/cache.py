@@ -191,8 +191,8 @@ class KVCache(Cache):
         held = sorted({layer.get_seq_length() for layer in self._passed}, reverse=True)
         raise RuntimeError(
             f"a forward pass with this cache ended in the middle, by an exception or Ctrl-C: its layers have seen "
-            f"{' and '.join(map(str, held))} tokens. Call crop(0) to return to the {self._complete_length} tokens of the "
-            "last complete pass, or reset() to forget all."
+            f"{' and '.join(map(str, held))} tokens. Call crop(0) to return to the {self._complete_length} tokens of "
+            "the last complete pass, or reset() to forget all."
         )
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
@@ -235,9 +235,9 @@ class KVCache(Cache):
                 return
         for layer in self._passed:
             layer.check_crop(tokens_to_remove)
-        for index, layer in enumerate(self.layers):
+        for index, any_layer in enumerate(self.layers):
             if index not in self._cross:
-                layer.crop(tokens_to_remove)
+                any_layer.crop(tokens_to_remove)  # type: ignore[union-attr]
 
     def reset(self) -> None:
         """Forget everything; the cache may then hold another batch."""
@@ -398,7 +398,7 @@ class KVCache(Cache):
         for layer in self._passed:
             layer.take_back(length)
         for index, tokens in added.items():
-            self.layers[index].crop(-tokens)
+            self.layers[index].crop(-tokens)  # type: ignore[union-attr]
         self._reached = self._final
 
     def _warn_if_dropped(self, length: int) -> None:

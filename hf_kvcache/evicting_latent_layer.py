@@ -31,6 +31,11 @@ class LatentEvictor(Evictor):
 class EvictingLatentLayer(LatentLayer, EvictingLayer):
     """One latent-attention layer's cache within a budget."""
 
+    def fork(self) -> EvictingLatentLayer:
+        other = super().fork()
+        assert isinstance(other, EvictingLatentLayer)
+        return other
+
     def make_evictor(self, storage: PagedStorage) -> Evictor:
         return LatentEvictor(self.eviction, *self.place, storage)
 

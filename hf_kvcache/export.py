@@ -118,7 +118,9 @@ def _check_listed(meta: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
     listed: dict[str, Any] = meta["tensors"]
     given = set(state) - {_META}
     if missing := sorted(set(listed) - given):
-        raise ValueError(f"state is damaged: it has no {missing[0]!r} ({len(missing)} of {len(listed)} tensors missing)")
+        raise ValueError(
+            f"state is damaged: it has no {missing[0]!r} ({len(missing)} of {len(listed)} tensors missing)"
+        )
     if extra := sorted(given - set(listed)):
         raise ValueError(f"state has {extra[0]!r}, which was not saved with it ({len(extra)} such names)")
     for name, (dtype, shape) in listed.items():

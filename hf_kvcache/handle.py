@@ -91,7 +91,7 @@ class HeldStates(torch.Tensor):
         return states
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    __torch_dispatch__ = KVHandle.__torch_dispatch__
+    __torch_dispatch__ = KVHandle.__torch_dispatch__  # type: ignore[assignment]
 
     def dense(self) -> torch.Tensor:
         """The states as a dense tensor; raises RuntimeError if the layer was updated or changed since."""

@@ -51,7 +51,7 @@ class LatentLayer(KVCacheLayer):
         # Under autocast the norm behind latents leaves float32, and rotary keys have the narrower dtype.
         return super().update(key_states, value_states.to(key_states.dtype), *args, **kwargs)
 
-    def fork(self) -> KVCacheLayer:
+    def fork(self) -> LatentLayer:
         other = super().fork()
         assert isinstance(other, LatentLayer)
         other.expansion = None  # which is of this layer
@@ -182,7 +182,7 @@ class IndexedLatentLayer(LatentLayer):
         self.indexer = IndexerKeys()
         self._handles = (None, None)
 
-    def fork(self) -> KVCacheLayer:
+    def fork(self) -> IndexedLatentLayer:
         other = super().fork()
         assert isinstance(other, IndexedLatentLayer)
         other.indexer = self.indexer.fork()

@@ -34,8 +34,8 @@ logger = logging.get_logger(__name__)
 MAX_UNCONFIRMED = 512
 #: Of which layer, and what it lost.
 CANNOT_TAKE_BACK = (
-    "crop(): a forward pass ended in the middle, and layer {} cannot go back to what it held before: it no longer has {}. "
-    "Call reset()."
+    "crop(): a forward pass ended in the middle, and layer {} cannot go back to what it held before: it no longer has "
+    "{}. Call reset()."
 )
 
 
@@ -115,7 +115,7 @@ class KVCacheLayer(CacheLayerMixin):
         return self.held_states("keys")
 
     @keys.setter
-    def keys(self, none: None) -> None:
+    def keys(self, none: torch.Tensor | None) -> None:
         pass  # the base class declares it so
 
     @property
@@ -124,7 +124,7 @@ class KVCacheLayer(CacheLayerMixin):
         return self.held_states("values")
 
     @values.setter
-    def values(self, none: None) -> None:
+    def values(self, none: torch.Tensor | None) -> None:
         pass
 
     def __repr__(self) -> str:

@@ -136,7 +136,11 @@ CALLS: dict[str, tuple[Callable[[KVCache], Any], type[Exception], str]] = {
     "another head dim": (lambda c: c.update(_keys(dim=8), _keys(dim=8), 0), ValueError, r"key_states.*dim 16"),
     "another value dim": (lambda c: c.update(_keys(), _keys(dim=8), 0), ValueError, r"value_states.*dim 16"),
     "another dtype": (lambda c: c.update(_keys().half(), _keys().half(), 0), ValueError, r"float16.*float32"),
-    "a dtype that is none": (lambda c: c.update(_keys(), _keys().int(), 0), ValueError, r"float32.*int32.*accepted: one"),
+    "a dtype that is none": (
+        lambda c: c.update(_keys(), _keys().int(), 0),
+        ValueError,
+        r"float32.*int32.*accepted: one",
+    ),
     "integers": (lambda c: c.update(_keys().int(), _keys().int(), 0), ValueError, r"int32.*accepted.*floating"),
     "two lengths": (lambda c: c.update(_keys(tokens=2), _keys(), 0), ValueError, r"key_states.*accepted: \[batch"),
     "no tokens": (

@@ -28,7 +28,8 @@ def check_like(state: dict[str, torch.Tensor], empty: dict[str, torch.Tensor], o
         if not fits or found.dtype != like.dtype:
             accepted = ["any" if size == 0 else size for size in like.shape]
             raise ValueError(
-                f"{name!r} is {found.dtype} {list(found.shape)}; accepted: {like.dtype} [{', '.join(map(str, accepted))}]"
+                f"{name!r} is {found.dtype} {list(found.shape)}; accepted: {like.dtype} "
+                f"[{', '.join(map(str, accepted))}]"
             )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from transformers import DynamicCache
 
 from hf_kvcache.integration.versions import with_cache
@@ -55,7 +54,9 @@ def test_autocast(family: str, bound: bool) -> None:
     logits = []
     for cache in (small_cache(model, bind=bound), full_cache(model)):
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-            parts = [model(block, **with_cache(model, cache)).logits for block in (ids[:, :50], *ids[:, 50:].split(1, 1))]
+            parts = [
+                model(block, **with_cache(model, cache)).logits for block in (ids[:, :50], *ids[:, 50:].split(1, 1))
+            ]
         logits.append(torch.cat(parts, 1).float())
     assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < 0.03
 

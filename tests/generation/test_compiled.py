@@ -18,9 +18,10 @@ def nothing_stays_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    "kind", ["rotated4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("snapkv", "latents", "convolutions"))]
-)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("snapkv", "latents", "convolutions")]
+
+
+@pytest.mark.parametrize("kind", ["rotated4", *SLOW])
 def test_a_compiled_model_generates_the_same(kind: str) -> None:
     """The logits of the model that is not compiled, and nothing of the codec in a graph."""
     model = KINDS[kind].build()

@@ -147,5 +147,3 @@ def test_layers_may_be_filled_one_after_the_other() -> None:
             cache.update(states, states, layer)
     cache.integrity()
     assert cache.get_seq_length() == 30
-
-

@@ -48,7 +48,9 @@ def mllama() -> PreTrainedModel:
         supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
     )
     torch.manual_seed(0)
-    model = MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE))
+    model = MllamaForConditionalGeneration(
+        MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
+    )
     for name, weight in model.named_parameters():
         if "gate" in name:
             torch.nn.init.constant_(weight, 0.8)
