@@ -1,4 +1,4 @@
-"""Tiny random models that do with a cache what few others do: attend by themselves, go through layers twice, drop it."""
+"""Tiny random models that do with a cache what few do: attend by themselves, go through layers twice, drop it."""
 
 from __future__ import annotations
 
@@ -125,4 +125,4 @@ def build(name: str, attention: str | None = None, **changes: Any) -> PreTrained
 
 def known(name: str) -> bool:
     """Whether the installed transformers has the family at all."""
-    return name != "dory" or hasattr(transformers, "DoryConfig")
+    return name not in ("dory", "sarvam_mla") or name in transformers.CONFIG_MAPPING

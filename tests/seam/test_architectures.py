@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from transformers.masking_utils import sdpa_mask
 
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, SlidingWindowCache
@@ -75,12 +76,16 @@ def test_eviction_is_refused_at_the_first_forward(name: str) -> None:
         forward(model, prompt(20), HeavyHitterCache(model.config, 64))
 
 
+@pytest.mark.skipif(
+    "indexed_attention" not in DYNAMIC_LAYER_TYPE_MAPPING, reason="this transformers has other layers there"
+)
 def test_eviction_with_an_indexer_is_refused() -> None:
     """The reason is the indexer, not a sliding window, and a cache that works is named."""
     config = mla_families.build("glm_moe_dsa").config
     with pytest.raises(ValueError, match=r"indexer chooses.*LatentKVCache\(config\)"):
         HeavyHitterCache(config, 64)
-    generate(mla_families.build("glm_moe_dsa"), prompt(20), KVCache(config), 2)
+    model = mla_families.build("glm_moe_dsa")
+    generate(model, prompt(20), KVCache(model.config), 2)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +118,7 @@ def test_latents_by_themselves() -> None:
         QuantizedKVCache(model.config, key_bits=4, value_bits=2)
 
 
+@pytest.mark.skipif(not known("sarvam_mla"), reason="this transformers has no Sarvam")
 def test_class_of_another_family() -> None:
     """The file of a model is that of its class, not one named after its config: Sarvam runs DeepSeek V3's."""
     model = build("sarvam_mla")
