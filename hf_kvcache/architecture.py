@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -68,12 +68,12 @@ def model_class(config: PreTrainedConfig) -> type | None:
 
 def modeling_file(config: PreTrainedConfig) -> str:
     """The module that models with this ``config`` are written in, which can be that of another family."""
-    model = model_class(config)
-    return _file_beside(type(config)) if model is None else model.__module__
+    model, config_class = model_class(config), cast(Any, type(config))
+    return _file_beside(config_class) if model is None else model.__module__
 
 
 @cache
-def _file_beside(config: type) -> str:
+def _file_beside(config: Any) -> str:
     """The modeling file that belongs to a config's file by its name."""
     package, _, name = config.__module__.rpartition(".")
     file = f"{package}.{name.replace('configuration_', 'modeling_', 1)}"
@@ -98,8 +98,8 @@ def recomputing(config: PreTrainedConfig) -> tuple[int, CodeType] | None:
 
 
 @cache
-def _read(model: type) -> Architecture:
-    modules = [cls for cls in _made_by(model) if not issubclass(cls, PreTrainedModel)]
+def _read(model: Any) -> Architecture:
+    modules: list[Any] = [cls for cls in _made_by(model) if not issubclass(cls, PreTrainedModel)]
     storing = tuple(cls for cls in modules if _STORES in _names_used(cls))
     return Architecture(
         model=model,
@@ -110,9 +110,10 @@ def _read(model: type) -> Architecture:
 
 
 @cache
-def _made_by(root: type) -> tuple[type, ...]:
+def _made_by(root: Any) -> tuple[type, ...]:
     """``root`` and every class of modules that it, or one of these, makes in its ``__init__``."""
-    found, waiting = {root: None}, [root]
+    found: dict[Any, None] = {root: None}
+    waiting = [root]
     while waiting:
         for function in _making(waiting.pop()):
             for name in _names_in(function.__code__):
@@ -148,7 +149,7 @@ def _functions(cls: type, name: str | None = None) -> Iterator[FunctionType]:
 
 
 @cache
-def _names_used(cls: type) -> frozenset[str]:
+def _names_used(cls: Any) -> frozenset[str]:
     return frozenset(name for function in _functions(cls) for name in _names_in(function.__code__))
 
 

@@ -40,7 +40,7 @@ def attention_classes(config: PreTrainedConfig) -> list[type]:
 def own_ranks(config: PreTrainedConfig) -> set[int]:
     """Widths of the latents that layers of models with this config cache themselves; none if they do not."""
     layers = getattr(config, "per_layer_config", None) or [config]
-    ranks = {getattr(layer, "kv_lora_rank", None) for layer in layers} - {None}
+    ranks = {rank for layer in layers if (rank := getattr(layer, "kv_lora_rank", None)) is not None}
     return ranks if ranks and attention_classes(config) else set()
 
 

@@ -225,6 +225,8 @@ def _random(model: Any) -> Any:
 @pytest.mark.parametrize("build", [_gemma, _doge], ids=["attention not causal by itself", "mask made of values"])
 def test_families_with_masks_of_their_own(build: Callable[[], Any], kind: str) -> None:
     """Blocks behind a prompt do not see their own future; a mask of the model's own hides no token for good."""
+    if build is _doge and kind == "evicting":
+        pytest.skip("refused: it reads values before attention does (tests/seam/test_architectures.py)")
     model = build()
     expected, got = full_cache(model), CACHES[kind](model)
     for part in prompt(80).split([40, 20, *[1] * 20], 1):
