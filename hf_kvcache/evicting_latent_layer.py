@@ -37,7 +37,7 @@ class EvictingLatentLayer(LatentLayer, EvictingLayer):
         return other
 
     def make_evictor(self, storage: PagedStorage) -> Evictor:
-        return LatentEvictor(self.eviction, *self.place, storage)
+        return LatentEvictor(self.eviction, self.place, storage)
 
     def _as_attended(self, query: torch.Tensor) -> torch.Tensor:
         assert self.evictor is not None

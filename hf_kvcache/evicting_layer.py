@@ -11,7 +11,7 @@ import torch
 
 from hf_kvcache.architecture import architecture
 from hf_kvcache.binding import is_bound
-from hf_kvcache.eviction_options import Attending, EvictionOptions
+from hf_kvcache.eviction_options import Attending, EvictionOptions, LayerPlace
 from hf_kvcache.evictor import Evictor
 from hf_kvcache.incoming import NewTokens, dense_tokens
 from hf_kvcache.integration.versions import RELEASE
@@ -58,12 +58,12 @@ class EvictingLayer(KVCacheLayer):
         index: number of the layer in the model.
         options: what the layers of the cache share.
         eviction: how they evict.
-        place: number of the layer among those that evict, and how many of these there are.
+        place: which layer it is, in the model and among those that evict.
     """
 
     evicts = True
 
-    def __init__(self, index: int, options: LayerOptions, eviction: EvictionOptions, place: tuple[int, int]) -> None:
+    def __init__(self, index: int, options: LayerOptions, eviction: EvictionOptions, place: LayerPlace) -> None:
         super().__init__(index, options)
         self.eviction, self.place = eviction, place
         self.evictor: Evictor | None = None
@@ -91,7 +91,7 @@ class EvictingLayer(KVCacheLayer):
 
     def make_evictor(self, storage: PagedStorage) -> Evictor:
         """What chooses the tokens of ``storage`` that stay."""
-        return Evictor(self.eviction, *self.place, storage)
+        return Evictor(self.eviction, self.place, storage)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -43,6 +43,23 @@ class EvictionOptions:
         return f"{self.policy!r}, budget={self.budget.amount!r}, {when}"
 
 
+@dataclass(frozen=True)
+class LayerPlace:
+    """Which layer one is.
+
+    Attributes:
+        layer: its index in the model.
+        layers: how many layers the model has.
+        place: its number among the layers that evict.
+        places: how many of these there are.
+    """
+
+    layer: int
+    layers: int
+    place: int
+    places: int
+
+
 class Attending:
     """What attention showed of the model, at the latest update.
 

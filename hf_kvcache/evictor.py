@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-
+from dataclasses import replace
 import numpy as np
 import torch
 
@@ -13,7 +12,7 @@ from hf_kvcache.eviction import Context, Policy
 from hf_kvcache.eviction.base import ALL_QUERIES
 from hf_kvcache.eviction.budget import PinnedPositions
 from hf_kvcache.eviction.selection import choose
-from hf_kvcache.eviction_options import Attending, EvictionOptions
+from hf_kvcache.eviction_options import Attending, EvictionOptions, LayerPlace
 from hf_kvcache.kernels.inputs import Attention, Scoring
 from hf_kvcache.observing import AttentionMass, LatestQueries, Observations
 from hf_kvcache.projections import output_weight
@@ -32,13 +31,12 @@ class Evictor:
 
     Args:
         options: what the layers share.
-        layer: number of the layer among those that evict.
-        layers: how many of them there are.
+        place: which layer it is.
         storage: the layer's tokens.
     """
 
-    def __init__(self, options: EvictionOptions, layer: int, layers: int, storage: PagedStorage) -> None:
-        self.options, self.layer, self.layers = options, layer, layers
+    def __init__(self, options: EvictionOptions, place: LayerPlace, storage: PagedStorage) -> None:
+        self.options, self.place = options, place
         self.pinned: PinnedPositions = options.pins.by_row(storage.batch)
         self.seen = Observations()
         self.attending: Attending | None = None
@@ -114,6 +112,8 @@ class Evictor:
         assert self.attending is not None
         for row in range(storage.batch):
             real = torch.arange(keys.shape[2]) if valid is None else torch.from_numpy(np.flatnonzero(valid[row]))
+            if len(real) == 0:
+                continue  # all of it is padding
             index, row_keys = real.to(keys.device), keys[row : row + 1][:, :, real.to(keys.device)].float()
             context = self._context(
                 row_keys, row_keys, index.expand(1, storage.heads, -1), None, keys.shape[2], quota=0
@@ -185,8 +185,10 @@ class Evictor:
 
     def quota(self, row: int) -> int:
         """Tokens that a head of sequence ``row`` keeps on average."""
-        wanted = self.options.budget.tokens(int(self.pinned.real[row]))
-        return self.policy.layer_quota(wanted, self.layer, self.layers)
+        budget, seen = self.options.budget, int(self.pinned.real[row])
+        return self.policy.layer_quota(
+            budget.tokens(seen), self.place.place, self.place.places, budget.least, seen
+        )
 
     def protected(self, held: Held, recent: int) -> np.ndarray:
         """bool ``[b, Hkv, T]``: sinks, tail, pins, and the newest ``recent`` tokens."""
@@ -200,19 +202,38 @@ class Evictor:
     def context(self, held: Held, quota: int, protected: np.ndarray) -> Context:
         """What the policy sees of the tokens ``held``; padding takes up no positions."""
         policy, device = self.policy, held.storage.device
-        keys, values = self.states(held)
-        exists = None if held.exists.all() else torch.from_numpy(held.exists).to(device)
-        positions = torch.from_numpy(self._numbers(held.rows, held.positions)).to(device)
+        # All of it copies: a policy may write where it likes without changing the cache, or what is chosen of it.
+        keys, values = (_apart(held.storage, states) for states in self.states(held))
+        exists = None if held.exists.all() else torch.tensor(held.exists, device=device)
+        positions = torch.tensor(self._numbers(held.rows, held.positions), device=device)
         seen = int(self.pinned.real[held.rows[0]])
         context = self._context(keys, values, positions, exists, seen, quota)
-        context.protected = torch.from_numpy(protected).to(device)
+        context.protected = torch.tensor(protected, device=device)
+        if context.scoring.sink_logits is not None:
+            context.scoring = replace(context.scoring, sink_logits=context.scoring.sink_logits.clone())
+        module = None if self.attending is None else self.attending.module
+        if policy.needs_rope:
+            context.rope = self.rope()
+        if policy.needs_output:
+            context.output_weight = output_weight(module, values.shape[-1]).clone()
         queries = self._queries(held.rows)
         if queries is not None and policy.observed:
             context.queries, at = self._latest(queries, policy.observed)
-            context.query_positions = torch.from_numpy(self._numbers(held.rows, at)).to(device)
+            context.query_positions = torch.tensor(self._numbers(held.rows, at), device=device)
         if self.seen.mass is not None:
             context.mass = self.seen.mass.by_token(held)
         return context
+
+    def scores(self, context: Context) -> torch.Tensor:
+        """What the policy gives the tokens; it is shown copies of what the choice is then made by."""
+        absent = None if context.held is None else context.held.clone()
+        scores = self.policy.score(replace(context, protected=context.protected.clone(), held=absent))
+        if scores.shape != context.positions.shape:
+            raise ValueError(
+                f"policy {self.policy.name!r} gave scores of shape {tuple(scores.shape)} for tokens of shape "
+                f"{tuple(context.positions.shape)}"
+            )
+        return scores
 
     def states(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[b, Hkv, T, D]`` of what is held, as far as the policy looks at them."""
@@ -300,12 +321,7 @@ class Evictor:
         recent = min(policy.recent(quota), quota - int(hard.sum(-1).max(initial=0)) + held.storage.tail_length)
         protected = self.protected(held, max(recent, 0))
         context = self.context(held, quota, protected)
-        scores = policy.score(context)
-        if scores.shape != context.positions.shape:
-            raise ValueError(
-                f"policy {policy.name!r} gave scores of shape {tuple(scores.shape)} for tokens of shape "
-                f"{tuple(context.positions.shape)}"
-            )
+        scores = self.scores(context)
         keep = choose(scores, context.protected, context.held, quota, policy.head_floor).cpu().numpy()
         return keep if is_tokenwise(held.storage.layout) else keep & ~held.in_sparse_pages(keep, hard)
 
@@ -389,21 +405,10 @@ class Evictor:
             seen=seen,
             quota=quota,
             scoring=self._scoring(keys.shape[-1]),
-            layer=self.layer,
-            layers=self.layers,
+            layer=self.place.layer,
+            layers=self.place.layers,
             seed=self.options.seed,
-            **self._of_model(values.shape[-1]),
         )
-
-    def _of_model(self, value_dim: int) -> dict[str, Any]:
-        """What the policy wants to know of the model."""
-        module, policy = None if self.attending is None else self.attending.module, self.policy
-        found: dict[str, Any] = {}
-        if policy.needs_rope:
-            found["rope"] = self.rope()
-        if policy.needs_output:
-            found["output_weight"] = output_weight(module, value_dim)
-        return found
 
     def rope(self) -> LayerRope:
         """The layer's rotary embedding; raises ValueError where there is none that is known."""
@@ -417,6 +422,13 @@ def _no_states(held: Held, side: str) -> torch.Tensor:
     """Zeros ``[b, Hkv, T, D]`` that take no memory, for a policy that does not look at them."""
     dim = held.storage.layout.sides[side].dim
     return torch.zeros(1, device=held.storage.device).expand(*held.exists.shape, dim)
+
+
+def _apart(storage: PagedStorage, states: torch.Tensor) -> torch.Tensor:
+    """``states``, copied if they are the dense buffer itself: float32 of which nothing is packed."""
+    buffers = (storage.dense.keys, storage.dense.values)
+    shared = any(states.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() for buffer in buffers)
+    return states.clone() if shared else states
 
 
 def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

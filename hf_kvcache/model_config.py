@@ -14,6 +14,7 @@ from hf_kvcache.codecs.base import side_format
 from hf_kvcache.cross_layer import CrossAttentionLayer, cross_attention_layers
 from hf_kvcache.evicting_latent_layer import EvictingLatentLayer, check_policy
 from hf_kvcache.evicting_layer import ATTENDS_OUTSIDE, EvictingLayer
+from hf_kvcache.eviction_options import LayerPlace
 from hf_kvcache.integration.versions import RELEASE, layer_types
 from hf_kvcache.latent_layer import IndexedLatentLayer, LatentLayer
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
@@ -108,7 +109,7 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
     layers: list[Any] = []
     for index, (layer_type, arguments) in enumerate(zip(types, layer_arguments, strict=True)):
         if options.eviction is not None and index in evicting:
-            place = evicting.index(index), len(evicting)
+            place = LayerPlace(index, config.num_hidden_layers, evicting.index(index), len(evicting))
             kind = EvictingLatentLayer if options.latents == "native" else EvictingLayer
             layers.append(kind(index, options, options.eviction, place))
         elif index in cross:

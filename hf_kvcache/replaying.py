@@ -142,7 +142,7 @@ def _scored(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tuple[Cont
     quota = max(evictor.quota(row), int(protected.sum(-1).max(initial=0)))
     context = evictor.context(held, quota, protected)
     context.replayed = largest[row : row + 1, :, : held.tokens]
-    return context, evictor.policy.score(context)
+    return context, evictor.scores(context)
 
 
 def _chosen(policy: Policy, found: list[tuple[Context, torch.Tensor]]) -> list[torch.Tensor]:

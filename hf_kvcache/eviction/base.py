@@ -61,6 +61,14 @@ class Policy(ABC):
         """Newest tokens that stay whatever their scores, when a head keeps ``quota`` tokens."""
         return 0
 
-    def layer_quota(self, quota: int, layer: int, layers: int) -> int:
-        """Tokens that a head of layer ``layer`` keeps, when heads keep ``quota`` on average over all layers."""
+    def layer_quota(self, quota: int, place: int, places: int, least: int, most: int) -> int:
+        """Tokens that a head of one layer keeps, when heads keep ``quota`` on average over the layers that evict.
+
+        Args:
+            quota: the mean.
+            place: of the layer among those that evict, from 0.
+            places: how many of these there are.
+            least: tokens that every layer keeps in any case.
+            most: tokens that a layer can hold at all.
+        """
         return quota

@@ -53,8 +53,8 @@ class Context:
         seen: position of the next token.
         quota: tokens that a head keeps on average, protected ones included.
         scoring: how the model scores queries against keys.
-        layer: index of the layer.
-        layers: number of layers.
+        layer: index of the layer in the model.
+        layers: number of layers of the model, of whatever type.
         queries: ``[B, Hq, n, Dk]``, the latest queries that the policy asked for, oldest first, after rotary positions,
             not scaled; None if it asked for none.
         query_positions: int64 ``[n]`` or ``[B, n]``, their positions.
@@ -118,6 +118,8 @@ class Context:
         """:meth:`probabilities`, without the keys behind the last query of each strip."""
         assert self.queries is not None and self.query_positions is not None
         batch, heads, tokens, _ = self.keys.shape
+        if tokens == 0 or self.queries.shape[2] == 0:
+            return  # a sequence of which all is padding so far
         queries = self.queries.float().unflatten(1, (heads, -1)) * self.scoring.inner
         at = self.query_positions.expand(batch, -1)
         step = max(_FEWEST_QUERIES, _STRIP_ELEMENTS // (batch * self.queries.shape[1] * tokens))

@@ -90,7 +90,8 @@ def scissorhands(policy: Any, head: Head) -> list[float]:
             visible = sum(other <= at for other in head.positions)
             for q in range(head.group):
                 unimportant += position <= at and matrix[q, query, token] < 1 / visible
-        scores.append(-unimportant / head.group)
+        judges = sum(position <= at for at in head.at) or 1
+        scores.append(-unimportant / head.group / judges)
     return scores
 
 
@@ -141,13 +142,13 @@ def knorm(policy: Any, head: Head) -> list[float]:
 
 def lagkv(policy: Any, head: Head) -> list[float]:
     scores = [1e6] * head.count
-    start = policy.sinks
-    while start + 2 * policy.lag <= head.count:
-        block = range(start, start + policy.lag)
+    start, lag = policy.sinks, min(policy.lag, max(8, math.floor((head.ctx.quota - policy.sinks) / 4)))
+    while start + 2 * lag <= head.count:
+        block = range(start, start + lag)
         total = (_against_next(head.keys, block) + _against_next(head.values, block)) / 2
         for token, own in zip(block, total, strict=True):
-            scores[token] = own if policy.across else sum(own >= other for other in total) / policy.lag
-        start += policy.lag
+            scores[token] = own if policy.across else sum(own >= other for other in total) / lag
+        start += lag
     return scores
 
 

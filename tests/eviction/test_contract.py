@@ -31,7 +31,7 @@ PIN = (20, 25)
 def limits(policy: str, seen: int, budget: int = BUDGET) -> tuple[int, int]:
     """Tokens that a head may hold, and that all of them may, right after an eviction."""
     made = resolve(policy, **small_options(policy))
-    quota = min(seen, made.layer_quota(budget, 0, 1))
+    quota = min(seen, made.layer_quota(budget, 0, 1, 0, seen))
     return (seen if made.head_floor is not None else quota), HEADS * quota
 
 

@@ -87,7 +87,8 @@ def test_wrappers_want_what_the_policy_inside_wants() -> None:
         for policy in inside(name)[1:]:
             for wish in ("observed", "needs_mass", "needs_replay", "needs_rope"):
                 assert getattr(policy, wish) == getattr(plain, wish)
-            assert policy.recent(50) == plain.recent(50) and policy.layer_quota(50, 1, 4) == plain.layer_quota(50, 1, 4)
+            assert policy.recent(50) == plain.recent(50)
+            assert policy.layer_quota(50, 1, 4, 8, 90) == plain.layer_quota(50, 1, 4, 8, 90)
     assert [policy.needs_output for policy in inside("knorm")] == [False, False, True, True]
     assert [policy.head_floor for policy in inside("knorm")] == [None, 0.2, None, 0.2]
 
@@ -104,7 +105,7 @@ def test_recent_tokens_never_exceed_the_quota(policy: str, kept: int) -> None:
 @pairwise("quota, layers, beta", [1, 64, 65, 100, 1024], [1, 2, 3, 30, 31], [1, 2.5, 20])
 def test_a_pyramid_keeps_the_budget_falls_and_spares_the_window(quota: int, layers: int, beta: float) -> None:
     policy = resolve("pyramidkv", beta=beta)
-    quotas = [policy.layer_quota(quota, layer, layers) for layer in range(layers)]
+    quotas = [policy.layer_quota(quota, place, layers, 0, 10**6) for place in range(layers)]
     assert sum(quotas) == layers * quota
     assert quotas == sorted(quotas, reverse=True) and quotas[-1] >= min(64, quota)
     if layers > 1:
@@ -115,4 +116,4 @@ def test_a_pyramid_keeps_the_budget_falls_and_spares_the_window(quota: int, laye
 
 
 def test_keepall_keeps_more_than_there_can_be() -> None:
-    assert resolve("keepall").layer_quota(1, 0, 4) > 10**12
+    assert resolve("keepall").layer_quota(1, 0, 4, 0, 9) > 10**12

@@ -11,6 +11,8 @@ from hf_kvcache.eviction.registry import register
 
 #: Of tokens that are not judged: far above any judged one, yet finite, since others may multiply scores.
 _NOT_JUDGED = 1e6
+#: The range of fewer tokens says little.
+_SHORTEST = 8
 
 
 @register("lagkv")
@@ -18,10 +20,12 @@ class LagKV(Policy):
     """Keys and values of a block, normalised by the minimum and maximum of each channel in the next block.
 
     A token's score is the standard deviation over channels, softmax within the block, averaged over keys and values.
-    Sinks and the newest tokens, whose block has no full one after it, are not judged and come first.
+    Sinks and the newest tokens, whose block has no full one after it, are not judged and come first. They are fewer
+    than two blocks; where that would be more than half of what a head keeps, blocks are shorter, so that not all of the
+    budget goes to the newest.
 
     Args:
-        lag: tokens of a block.
+        lag: tokens of a block, though no more than a quarter of what a head keeps beside the sinks, nor made shorter than 8.
         sinks: oldest tokens, before the first block.
         across: let blocks compete by these scores; otherwise tokens are ranked within their block, so that every block
             loses the same share, as in the paper.
@@ -37,22 +41,23 @@ class LagKV(Policy):
     def score(self, ctx: Context) -> torch.Tensor:
         batch, heads, tokens, _ = ctx.keys.shape
         scores = torch.full((batch, heads, tokens), _NOT_JUDGED, device=ctx.keys.device)
-        judged = max(0, (tokens - self.sinks) // self.lag - 1)
+        lag = min(self.lag, max((ctx.quota - self.sinks) // 4, _SHORTEST))
+        judged = max(0, (tokens - self.sinks) // lag - 1)
         if judged == 0:
             return scores
-        blocks = (self._stand_out(ctx.keys, judged) + self._stand_out(ctx.values, judged)) / 2
+        blocks = (self._stand_out(ctx.keys, lag, judged) + self._stand_out(ctx.values, lag, judged)) / 2
         if not self.across:
-            blocks = (blocks.argsort(dim=-1, stable=True).argsort(-1) + 1) / self.lag
+            blocks = (blocks.argsort(dim=-1, stable=True).argsort(-1) + 1) / lag
         if ctx.held is not None:
             # The places ascend and those without a token come last, so the last place of the next block tells.
-            follows = ctx.held[:, :, self.sinks + 2 * self.lag - 1 :: self.lag][:, :, :judged]
+            follows = ctx.held[:, :, self.sinks + 2 * lag - 1 :: lag][:, :, :judged]
             blocks = blocks.masked_fill(~follows[..., None], _NOT_JUDGED)
-        scores[:, :, self.sinks : self.sinks + judged * self.lag] = blocks.flatten(2)
+        scores[:, :, self.sinks : self.sinks + judged * lag] = blocks.flatten(2)
         return scores
 
-    def _stand_out(self, x: torch.Tensor, judged: int) -> torch.Tensor:
+    def _stand_out(self, x: torch.Tensor, lag: int, judged: int) -> torch.Tensor:
         """``[B, Hkv, judged, lag]`` of ``x [B, Hkv, T, D]``, the first ``judged`` blocks after the sinks."""
-        blocks = x[:, :, self.sinks : self.sinks + (judged + 1) * self.lag].unflatten(2, (judged + 1, self.lag))
+        blocks = x[:, :, self.sinks : self.sinks + (judged + 1) * lag].unflatten(2, (judged + 1, lag))
         low, high = blocks[:, :, 1:].amin(3, keepdim=True), blocks[:, :, 1:].amax(3, keepdim=True)
         # A channel that is constant in the next block (few bits can make it so) says nothing about its scale.
         constant = high == low

@@ -11,6 +11,9 @@ from hf_kvcache.eviction.registry import register
 class PyramidKV(SnapKV):
     """What a layer keeps beside its window falls linearly with its depth, to ``1 / beta`` of the mean in the last.
 
+    No layer is given more than all tokens: what the lower ones could not hold goes to the upper, whose share then falls
+    less. So all layers together keep the whole budget.
+
     Args:
         window: as of :class:`SnapKV`; every layer keeps it.
         kernel: as of :class:`SnapKV`.
@@ -24,14 +27,14 @@ class PyramidKV(SnapKV):
         super().__init__(window, kernel)
         self.beta = between("beta", beta, 1, float("inf"))
 
-    def layer_quota(self, quota: int, layer: int, layers: int) -> int:
-        mirrored = layers - 1 - layer
-        if layer == mirrored:
+    def layer_quota(self, quota: int, place: int, places: int, least: int, most: int) -> int:
+        mirrored = places - 1 - place
+        if place == mirrored:
             return quota
-        if layer > mirrored:
+        if place > mirrored:
             # What one layer has beyond the mean its counterpart lacks: the sum is exact in spite of rounding.
-            return 2 * quota - self.layer_quota(quota, mirrored, layers)
-        spare = quota - self.recent(quota)
-        extra = spare * (1 - 1 / self.beta) * (1 - 2 * layer / (layers - 1))
+            return 2 * quota - self.layer_quota(quota, mirrored, places, least, most)
+        spare = max(quota - max(self.recent(quota), least), 0)
+        steepest = min(spare * (1 - 1 / self.beta), max(most - quota, 0))
         # Rounded down, so that the counterpart loses at most what it has.
-        return quota + int(extra)
+        return quota + int(steepest * (1 - 2 * place / (places - 1)))

@@ -14,8 +14,10 @@ from hf_kvcache.eviction.registry import register
 class Scissorhands(Policy):
     """How often, over a window of queries, a token got less attention than an equal share; the most often go first.
 
-    An equal share is one over the tokens that the query could see of those held. A token is judged only by queries that
-    could see it; the heads of a group are averaged.
+    An equal share is one over the tokens that the query could see of those held. A token is judged by the queries that
+    could see it, and newer tokens by fewer of them. The paper counts how often a token was unimportant, and so prefers
+    a new token to any old one that was once overlooked; here it is the share of the judges that counts, which can be
+    compared. The heads of a group are averaged.
 
     Args:
         window: latest queries that judge.
@@ -49,5 +51,5 @@ class Scissorhands(Policy):
             stop = start + part.shape[3]
             important += (part >= share[:, :, :, start:stop]).sum((2, 3))
             start = stop
-        judges = at.shape[-1] - torch.searchsorted(at, positions)
-        return important / ctx.groups - judges
+        judges = (at.shape[-1] - torch.searchsorted(at, positions)).clamp_min(1)
+        return important / ctx.groups / judges - 1
