@@ -25,6 +25,9 @@ from hf_kvcache.storage.held import Held
 #: Latest queries that are remembered while decoding for a policy that wants all of an update's.
 _DECODED_QUERIES = 64
 
+#: Scores are told apart to one in so many.
+_SCORE_STEPS = 1 << 14
+
 
 class Evictor:
     """Keeps one layer within its budget.
@@ -225,7 +228,7 @@ class Evictor:
         return context
 
     def scores(self, context: Context) -> torch.Tensor:
-        """What the policy gives the tokens; it is shown copies of what the choice is then made by."""
+        """What the policy gives the tokens, rounded; it is shown copies of what the choice is then made by."""
         absent = None if context.held is None else context.held.clone()
         scores = self.policy.score(replace(context, protected=context.protected.clone(), held=absent))
         if scores.shape != context.positions.shape:
@@ -233,7 +236,7 @@ class Evictor:
                 f"policy {self.policy.name!r} gave scores of shape {tuple(scores.shape)} for tokens of shape "
                 f"{tuple(context.positions.shape)}"
             )
-        return scores
+        return _rounded(scores)
 
     def states(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[b, Hkv, T, D]`` of what is held, as far as the policy looks at them."""
@@ -422,6 +425,16 @@ def _no_states(held: Held, side: str) -> torch.Tensor:
     """Zeros ``[b, Hkv, T, D]`` that take no memory, for a policy that does not look at them."""
     dim = held.storage.layout.sides[side].dim
     return torch.zeros(1, device=held.storage.device).expand(*held.exists.shape, dim)
+
+
+def _rounded(scores: torch.Tensor) -> torch.Tensor:
+    """``scores`` to some digits, so that tokens that are equal but for rounding are equal, and the newer one stays.
+
+    In the first layer all occurrences of a token have one key but for its rotation. Which of them stays must not depend
+    on the last bit, which a matrix product of several tokens (a draft) computes otherwise than one of a single token.
+    """
+    mantissa, exponent = torch.frexp(scores.float())
+    return torch.ldexp((mantissa * _SCORE_STEPS).round() / _SCORE_STEPS, exponent)
 
 
 def _apart(storage: PagedStorage, states: torch.Tensor) -> torch.Tensor:
