@@ -15,10 +15,12 @@ from transformers.utils import logging
 
 from hf_kvcache import mla
 from hf_kvcache.architecture import architecture, recomputing
+from hf_kvcache.arguments import given_only, refuse_unknown
 from hf_kvcache.binding import IMPLEMENTATION
 from hf_kvcache.binding import bind as bind_config
 from hf_kvcache.codecs import Codec, resolve
-from hf_kvcache.codecs.latent import native_codec
+from hf_kvcache.codecs.latent import native_codec, native_option_names
+from hf_kvcache.codecs.registry import option_names as codec_option_names
 from hf_kvcache.cross_layer import cross_attention_layers
 from hf_kvcache.eviction_options import EvictionOptions
 from hf_kvcache.integration.compiling import outside_graphs
@@ -54,11 +56,14 @@ class KVCache(Cache):
         eviction: how full-attention layers keep within a budget; None: they keep every token.
         latents: ``"native"`` where layers cache latents of the model's own, or the basis of each layer by its number;
             None: latents for a model with multi-head latent attention, for others keys and values as they are.
-        **codec_options: ``bits``, ``key_bits``, ``value_bits`` and options of the codec such as ``group_size``.
+        bits: bits of a code, unless the codec's name says them.
+        key_bits: bits of the keys in place of ``bits``.
+        value_bits: bits of the values in place of ``bits``.
+        **codec_options: options of the codec such as ``group_size``.
 
     Raises:
         ValueError: for a config that cannot have such a cache, or an argument out of range.
-        TypeError: for a config that is none.
+        TypeError: for a config that is none, or an argument that neither the cache nor the codec has.
     """
 
     def __init__(
@@ -73,9 +78,17 @@ class KVCache(Cache):
         bind: bool = True,
         eviction: EvictionOptions | None = None,
         latents: Literal["native"] | dict[int, LayerProjection] | None = None,
+        bits: int | None = None,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
         **codec_options: Any,
     ) -> None:
         self.config = decoder_config(config)
+        ranks = mla.own_ranks(self.config) if latents is None else set()
+        widths = given_only(bits=bits, key_bits=key_bits, value_bits=value_bits)
+        if codec_options:
+            names = native_option_names(codec, widths) if ranks else codec_option_names(codec, **widths)
+            refuse_unknown(type(self), codec_options, {f"codec {codec!r}": names})
         for name, value, least in (
             ("sink_length", sink_length, 0),
             ("tail_length", tail_length, 0),
@@ -84,11 +97,10 @@ class KVCache(Cache):
             check_count(name, value, least)
         if page_size % 8:
             raise ValueError(f"page_size={page_size!r}; accepted: multiples of 8")
-        ranks = mla.own_ranks(self.config) if latents is None else set()
         if ranks:
-            latents, chosen = "native", native_codec(codec, codec_options, ranks)
+            latents, chosen = "native", native_codec(codec, widths | codec_options, ranks)
         else:
-            chosen = resolve(codec, **codec_options)
+            chosen = resolve(codec, **widths, **codec_options)
         self.options = LayerOptions(
             codec=chosen,
             sink_length=sink_length,
@@ -450,7 +462,8 @@ class QuantizedKVCache(KVCache):
         key_bits: bits of the keys in place of ``bits``.
         value_bits: bits of the values in place of ``bits``.
         codec: how pages are stored; ``"auto"`` takes the best measured one for the bits asked.
-        **options: further arguments of :class:`KVCache` and of the codec.
+        sink_length: as of :class:`KVCache`, as are ``tail_length``, ``page_size``, ``validate`` and ``bind``.
+        **codec_options: options of the codec such as ``group_size``.
     """
 
     def __init__(
@@ -460,11 +473,27 @@ class QuantizedKVCache(KVCache):
         key_bits: int | None = None,
         value_bits: int | None = None,
         codec: str | Codec = "auto",
-        **options: Any,
+        *,
+        sink_length: int = 4,
+        tail_length: int = 128,
+        page_size: int = 128,
+        validate: bool = False,
+        bind: bool = True,
+        **codec_options: Any,
     ) -> None:
-        widths = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
-        options |= {name: value for name, value in widths.items() if value is not None}
-        super().__init__(config, codec, **options)
+        super().__init__(
+            config,
+            codec,
+            sink_length=sink_length,
+            tail_length=tail_length,
+            page_size=page_size,
+            validate=validate,
+            bind=bind,
+            bits=bits,
+            key_bits=key_bits,
+            value_bits=value_bits,
+            **codec_options,
+        )
 
 
 def check_count(name: str, value: Any, least: int) -> int:

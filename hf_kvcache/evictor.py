@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -189,9 +190,7 @@ class Evictor:
     def quota(self, row: int) -> int:
         """Tokens that a head of sequence ``row`` keeps on average."""
         budget, seen = self.options.budget, int(self.pinned.real[row])
-        return self.policy.layer_quota(
-            budget.tokens(seen), self.place.place, self.place.places, budget.least, seen
-        )
+        return self.policy.layer_quota(budget.tokens(seen), self.place.place, self.place.places, budget.least, seen)
 
     def protected(self, held: Held, recent: int) -> np.ndarray:
         """bool ``[b, Hkv, T]``: sinks, tail, pins, and the newest ``recent`` tokens."""

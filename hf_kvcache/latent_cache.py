@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import PreTrainedConfig
 
 from hf_kvcache import mla
+from hf_kvcache.arguments import refuse_unknown
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs import Codec, resolve
-from hf_kvcache.codecs.latent import latent_codec
+from hf_kvcache.codecs.latent import latent_codec, latent_option_names
+from hf_kvcache.codecs.registry import option_names
 from hf_kvcache.latent_layer import LatentLayer
 from hf_kvcache.model_config import decoder_config, latent_ranks
 
 if TYPE_CHECKING:
     from hf_kvcache.latent.projection import Projection
-
-_BASE = set(inspect.signature(KVCache).parameters) - {"config", "codec", "latents", "codec_options"}
 
 
 class LatentKVCache(KVCache):
@@ -40,11 +39,12 @@ class LatentKVCache(KVCache):
         rank: width of a calibrated latent, on average over layers, keys and values, per KV head.
         ratio: the same as a share of the head dimension, above 0 and up to 1.
         spread: ``"energy"`` gives layers and sides the ranks that lose least, ``"uniform"`` all the same.
-        **options: further arguments of :class:`KVCache` and of the codec.
+        sink_length: as of :class:`KVCache`, as are ``tail_length``, ``page_size``, ``validate`` and ``bind``.
+        **codec_options: of the codec.
 
     Raises:
         ValueError: naming the argument, its value and the accepted ones.
-        TypeError: for an option that nobody takes.
+        TypeError: for an argument that neither the cache nor the codec has.
     """
 
     def __init__(
@@ -58,15 +58,30 @@ class LatentKVCache(KVCache):
         rank: int | None = None,
         ratio: float | None = None,
         spread: Literal["energy", "uniform"] = "energy",
-        **options: Any,
+        sink_length: int = 4,
+        tail_length: int = 128,
+        page_size: int = 128,
+        validate: bool = False,
+        bind: bool = True,
+        **codec_options: Any,
     ) -> None:
         decoder = decoder_config(config)
-        base = {name: options.pop(name) for name in _BASE & set(options)}
-        chosen: Codec
-        if mla.attention_classes(decoder):
+        native = bool(mla.attention_classes(decoder))
+        stored = "none" if codec is None and bits is None else codec or "auto"
+        if codec_options:
+            names = latent_option_names(codec, bits) if native else option_names(stored, bits)
+            refuse_unknown(type(self), codec_options, {"the codec": names})
+        base: dict[str, Any] = {
+            "sink_length": sink_length,
+            "tail_length": tail_length,
+            "page_size": page_size,
+            "validate": validate,
+            "bind": bind,
+        }
+        if native:
             _refuse(decoder, "which caches latents of its own", projection=projection, rank=rank, ratio=ratio)
-            chosen = latent_codec(codec, bits, rotary_codec, latent_ranks(decoder), options)
-            super().__init__(config, chosen, latents="native", **base)
+            latents = latent_codec(codec, bits, rotary_codec, latent_ranks(decoder), codec_options)
+            super().__init__(config, latents, latents="native", **base)
             return
         _refuse(decoder, "which caches no rotary keys beside latents", rotary_codec=rotary_codec)
         if projection is None:
@@ -75,8 +90,7 @@ class LatentKVCache(KVCache):
                 "multi-head latent attention, or projection=<file of hf-kvcache calibrate>"
             )
         layers = _projection(projection).for_config(decoder, rank, ratio, spread)
-        chosen = resolve("none" if codec is None and bits is None else codec or "auto", bits=bits, **options)
-        super().__init__(config, chosen, latents=layers, **base)
+        super().__init__(config, resolve(stored, bits=bits, **codec_options), latents=layers, **base)
 
     @property
     def absorbed_steps(self) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
 from hf_kvcache import mla
+from hf_kvcache.arguments import given_only, refuse_unknown
 from hf_kvcache.cache import KVCache, check_count
 from hf_kvcache.codecs import Codec, resolve
-from hf_kvcache.codecs.latent import latent_codec
+from hf_kvcache.codecs.latent import latent_codec, latent_option_names
+from hf_kvcache.codecs.registry import option_names as codec_option_names
 from hf_kvcache.eviction import Policy
 from hf_kvcache.eviction import resolve as resolve_policy
 from hf_kvcache.eviction.budget import Budget, Pin, Pins
@@ -23,7 +24,6 @@ TOKENWISE: dict[int, tuple[str, dict[str, Any]]] = {
     8: ("rotated", {"key_axis": "token"}),
     **{bits: ("turboquant", {}) for bits in (1, 2, 3, 4)},
 }
-_BASE = set(inspect.signature(KVCache).parameters) - {"config", "codec", "eviction", "latents", "codec_options"}
 _AUTO: Literal["auto"] = "auto"
 
 
@@ -56,7 +56,11 @@ class HeavyHitterCache(KVCache):
         compensate: give kept tokens new values, by least squares, so that attention over them reproduces what attention
             over all tokens gave the latest queries (attention matching, arXiv:2602.16284): how many queries, 0 for off.
             Tokens that were packed at an earlier eviction keep theirs.
-        **options: further arguments of :class:`KVCache`, of the policy and of the codec.
+        key_bits: bits of the keys in place of ``bits``.
+        value_bits: bits of the values in place of ``bits``.
+        validate: as of :class:`KVCache`.
+        bind: as of :class:`KVCache`.
+        **options: of the policy, and of the codec.
 
     Attributes:
         policy: which tokens matter.
@@ -64,7 +68,7 @@ class HeavyHitterCache(KVCache):
 
     Raises:
         ValueError: naming the argument, its value and the accepted ones.
-        TypeError: for an option that nobody takes.
+        TypeError: for an argument that neither the cache nor policy or codec have.
     """
 
     def __init__(
@@ -83,9 +87,19 @@ class HeavyHitterCache(KVCache):
         interval: int | Literal["auto"] | None = _AUTO,
         seed: int = 0,
         compensate: int = 0,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        validate: bool = False,
+        bind: bool = True,
         **options: Any,
     ) -> None:
+        ranks = mla.own_ranks(decoder_config(config))
+        widths = given_only(key_bits=key_bits, value_bits=value_bits)
         names = option_names(policy)
+        if options:
+            of_codec = latent_option_names(codec, bits) if ranks else _codec_option_names(codec, bits, widths)
+            stored = "the default codec" if codec is None else f"codec {codec!r}"
+            refuse_unknown(type(self), options, {f"policy {policy!r}": sorted(names), stored: of_codec})
         chosen = resolve_policy(policy, **{name: options.pop(name) for name in names & set(options)})
         for name, count in (("sink_length", sink_length), ("tail_length", tail_length)):
             check_count(name, count, 0)
@@ -104,8 +118,7 @@ class HeavyHitterCache(KVCache):
             compensate=check_count("compensate", compensate, 0),
         )
         self.policy, self.budget = chosen, budget
-        base = {name: options.pop(name) for name in _BASE & set(options)}
-        ranks = mla.own_ranks(decoder_config(config))
+        options |= widths
         super().__init__(
             config,
             latent_codec(codec, bits, None, ranks, options) if ranks else _codec(codec, bits, options),
@@ -114,7 +127,8 @@ class HeavyHitterCache(KVCache):
             page_size=page_size,
             eviction=eviction,
             latents="native" if ranks else None,
-            **base,
+            validate=validate,
+            bind=bind,
         )
 
 
@@ -133,8 +147,13 @@ class SlidingWindowCache(HeavyHitterCache):
         codec: how what is kept is stored; ``"none"`` unless ``bits`` are given.
         bits: bits of a code.
         tail_length: newest tokens in full precision.
+        page_size: tokens a page holds.
+        pin: as of :class:`HeavyHitterCache`, as are ``evict_prefill``, ``compensate``, ``key_bits`` and ``value_bits``.
         interval: tokens decoded between two evictions.
-        **options: further arguments of :class:`HeavyHitterCache`.
+        seed: nothing is drawn; for a call that is made of several caches.
+        validate: as of :class:`KVCache`.
+        bind: as of :class:`KVCache`.
+        **codec_options: of the codec.
     """
 
     def __init__(
@@ -147,14 +166,25 @@ class SlidingWindowCache(HeavyHitterCache):
         bits: int | None = None,
         *,
         tail_length: int = 32,
-        interval: int = 64,
-        **options: Any,
+        page_size: int = 64,
+        pin: Pin = None,
+        evict_prefill: Literal["chunk", "end", "auto"] | None = _AUTO,
+        interval: int | Literal["auto"] | None = 64,
+        seed: int = 0,
+        compensate: int = 0,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        validate: bool = False,
+        bind: bool = True,
+        **codec_options: Any,
     ) -> None:
-        check_count("sinks", sinks, 0)
-        check_count("window", window, max(1, tail_length))
         for name in ("policy", "budget", "sink_length"):
-            if name in options:
-                raise TypeError(f"{name}={options[name]!r}; a SlidingWindowCache takes window and sinks in its place")
+            if name in codec_options:
+                raise TypeError(
+                    f"{name}={codec_options[name]!r}; a SlidingWindowCache takes window and sinks in its place"
+                )
+        check_count("sinks", sinks, 0)
+        check_count("window", window, max(1, check_count("tail_length", tail_length, 0)))
         super().__init__(
             config,
             window + sinks,
@@ -163,21 +193,50 @@ class SlidingWindowCache(HeavyHitterCache):
             bits,
             sink_length=sinks,
             tail_length=tail_length,
+            page_size=page_size,
+            pin=pin,
+            evict_prefill=evict_prefill,
             interval=interval,
+            seed=seed,
+            compensate=compensate,
+            key_bits=key_bits,
+            value_bits=value_bits,
+            validate=validate,
+            bind=bind,
             reindex=reindex,
-            **options,
+            **codec_options,
         )
 
 
 def _codec(codec: str | Codec | None, bits: int | None, options: dict[str, Any]) -> Codec:
-    if codec is None and bits is None:
-        return resolve("none", **options)
-    if codec is not None:
-        return resolve(codec, **({} if bits is None else {"bits": bits}), **options)
-    if bits not in TOKENWISE:
-        raise ValueError(f"bits={bits!r}; accepted: {sorted(TOKENWISE)}")
-    name, own = TOKENWISE[bits]
-    return resolve(name, bits=bits, **(own | options))
+    """The codec of tokens that can move between pages.
+
+    Args:
+        codec: its name, or a ready one; None for the best of the width, or for none.
+        bits: of both sides.
+        options: of the codec, and widths of one side.
+    """
+    own: dict[str, Any] = {}
+    if codec is None:
+        codec, own = _tokenwise(bits, options)
+    return resolve(codec, bits=bits, **(own | options))
+
+
+def _codec_option_names(codec: str | Codec | None, bits: int | None, widths: dict[str, int]) -> list[str]:
+    if codec is None:
+        codec = _tokenwise(bits, widths)[0]
+    return codec_option_names(codec, bits, **widths)
+
+
+def _tokenwise(bits: int | None, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The best codec for these widths, and its options; one that stores no codes where none is given."""
+    widths = [options.get(name, bits) for name in ("key_bits", "value_bits")]
+    if widths == [None, None]:
+        return "none", {}
+    for name, width in zip(("key_bits", "value_bits"), widths, strict=True):
+        if width not in TOKENWISE or isinstance(width, bool):
+            raise ValueError(f"{name if name in options else 'bits'}={width!r}; accepted: {sorted(TOKENWISE)}")
+    return TOKENWISE[min(width for width in widths if width is not None)]
 
 
 def _evict_prefill(value: str | None, policy: Policy) -> Literal["chunk", "end"] | None:

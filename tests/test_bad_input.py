@@ -41,7 +41,11 @@ ARGUMENTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bits of fp8": (lambda: QuantizedKVCache(CONFIG, bits=8, codec="fp8"), ValueError, r"bits=8.*'fp8'.*fixed"),
     "unknown codec": (lambda: KVCache(CONFIG, "zip4"), ValueError, r"codec='zip4'.*accepted.*int"),
     "codec of a wrong type": (lambda: KVCache(CONFIG, 4), TypeError, r"codec.*int.*accepted"),
-    "unknown option": (lambda: KVCache(CONFIG, "int4", groups=8), TypeError, r"'int'.*'groups'.*accepted: group_size"),
+    "unknown option": (
+        lambda: KVCache(CONFIG, "int4", groups=8),
+        TypeError,
+        r"'groups'; did you mean 'group_size'.*'int4': group_size",
+    ),
     "options of a ready codec": (lambda: KVCache(CONFIG, resolve("int4"), bits=4), ValueError, r"ready-made"),
     "page size": (lambda: KVCache(CONFIG, page_size=0), ValueError, r"page_size=0.*accepted.*8"),
     "odd page size": (lambda: KVCache(CONFIG, page_size=20), ValueError, r"page_size=20.*accepted: multiples of 8"),

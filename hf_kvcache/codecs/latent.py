@@ -9,7 +9,7 @@ from typing import Any
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.bf16 import BFloat16Side
 from hf_kvcache.codecs.none import DenseSide
-from hf_kvcache.codecs.registry import resolve
+from hf_kvcache.codecs.registry import option_names, resolve
 
 #: Codecs of latents, and of the rotary keys beside them, by bits of the latents. Rotary keys are one in nine of the
 #: numbers and decide scores alone, so they get more bits.
@@ -40,6 +40,13 @@ class LatentCodec(Codec):
         return f"latent({self.latents!r}, rotary={self.rotary!r})"
 
 
+def latent_option_names(codec: str | Codec | None, bits: int | None) -> list[str]:
+    """The ``options`` that :func:`latent_codec` takes."""
+    if codec is None:
+        codec = BY_BITS[bits][0] if bits in BY_BITS else "none"
+    return option_names(codec)
+
+
 def latent_codec(
     codec: str | Codec | None,
     bits: int | None,
@@ -68,6 +75,11 @@ def latent_codec(
     if bits < 8:
         options = {"group_size": gcd(_GROUP, *ranks)} | options
     return LatentCodec(resolve(name, **options), rotary or resolve(beside))
+
+
+def native_option_names(codec: str | Codec, widths: dict[str, int]) -> list[str]:
+    """The ``options`` that :func:`native_codec` takes beside the widths."""
+    return latent_option_names(None, next(iter(widths.values()), 4)) if codec == "auto" else latent_option_names(codec, None)
 
 
 def native_codec(codec: str | Codec, options: dict[str, Any], ranks: Collection[int]) -> Codec:

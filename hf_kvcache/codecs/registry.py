@@ -63,6 +63,30 @@ def resolve(
         if (bits, key_bits, value_bits) != (None, None, None) or options:
             raise ValueError(f"codec={codec!r} is ready-made: bits and codec options cannot be given beside it")
         return codec
+    codec_class, key_bits, value_bits = _chosen(codec, bits, key_bits, value_bits)
+    known = _options(codec_class)
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(
+            f"codec {codec_class.name!r} has no option {unknown[0]!r}; accepted: {', '.join(known) or 'none'}"
+        )
+    return codec_class(key_bits, value_bits, **options)
+
+
+def option_names(
+    codec: str | Codec, bits: int | None = None, key_bits: int | None = None, value_bits: int | None = None
+) -> list[str]:
+    """The options that :func:`resolve` takes beside the widths; raises as it does. Of a ready codec, those it has."""
+    return _options(type(codec) if isinstance(codec, Codec) else _chosen(codec, bits, key_bits, value_bits)[0])
+
+
+def _options(codec_class: type[Codec]) -> list[str]:
+    return [name for name in inspect.signature(codec_class).parameters if name not in ("key_bits", "value_bits")]
+
+
+def _chosen(
+    codec: str, bits: int | None, key_bits: int | None, value_bits: int | None
+) -> tuple[type[Codec], int | None, int | None]:
+    """The class that a name and widths stand for, and the width of each side."""
     if not isinstance(codec, str):
         raise TypeError(f"codec must be a name or a Codec, got {type(codec).__name__}; accepted: {_accepted()}")
     name, named_bits = _split(codec)
@@ -79,11 +103,7 @@ def resolve(
         # A width that is not given is 4 here, whatever the default of the codec that the other one leads to.
         key_bits, value_bits = (4 if width is None else width for width in (key_bits, value_bits))
         name = _best(key_bits, value_bits)
-    codec_class = _discover()[name]
-    known = [p for p in inspect.signature(codec_class).parameters if p not in ("key_bits", "value_bits")]
-    if unknown := sorted(set(options) - set(known)):
-        raise TypeError(f"codec {name!r} has no option {unknown[0]!r}; accepted: {', '.join(known) or 'none'}")
-    return codec_class(key_bits, value_bits, **options)
+    return _discover()[name], key_bits, value_bits
 
 
 def _best(key_bits: int, value_bits: int) -> str:

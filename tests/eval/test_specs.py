@@ -79,7 +79,7 @@ def test_an_arm_says_what_is_wrong_with_its_spec(text: str, complaint: str) -> N
 
 @pytest.mark.parametrize("text", ["full:bits=4", "window@8:x=1", "ada-snapkv@0.3:x=1", "hf-fp8:x=1"])
 def test_options_that_a_cache_does_not_have_are_refused(text: str, model: PreTrainedModel) -> None:
-    with pytest.raises((ValueError, TypeError), match="no option"):
+    with pytest.raises((ValueError, TypeError), match=r"no option|unexpected argument"):
         Arm(text).make(model.config, Protocol())
 
 

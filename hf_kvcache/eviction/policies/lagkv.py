@@ -25,7 +25,7 @@ class LagKV(Policy):
     budget goes to the newest.
 
     Args:
-        lag: tokens of a block, though no more than a quarter of what a head keeps beside the sinks, nor made shorter than 8.
+        lag: tokens of a block; more than 8 of them are cut to a quarter of what a head keeps beside the sinks.
         sinks: oldest tokens, before the first block.
         across: let blocks compete by these scores; otherwise tokens are ranked within their block, so that every block
             loses the same share, as in the paper.
