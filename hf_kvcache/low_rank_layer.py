@@ -11,6 +11,7 @@ from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.latent.attention import HeadMaps, attend_latents, attend_tiles
+from hf_kvcache.latent.identity import check_weights
 from hf_kvcache.latent.projection import LayerProjection
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
 from hf_kvcache.rope import rope_of
@@ -36,6 +37,7 @@ class LowRankLayer(KVCacheLayer):
         super().__init__(index, options, sliding_window)
         self.projection = projection
         self._maps: HeadMaps | None = None  # on the device of the storage
+        self._recognised = projection.weights is None
 
     def make_steps(self) -> None:
         """None: attention is more than reading pages."""
@@ -65,7 +67,7 @@ class LowRankLayer(KVCacheLayer):
         causal: bool = True,
         module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
-        self._learn_rope(module)
+        self._know_module(module)
         return super().attend(query, attention_mask, scoring, causal, module)
 
     def note_attended(
@@ -75,7 +77,7 @@ class LowRankLayer(KVCacheLayer):
         scoring: Scoring | None = None,
         module: torch.nn.Module | None = None,
     ) -> None:
-        self._learn_rope(module)
+        self._know_module(module)
         super().note_attended(attention_mask, query, scoring, module)
 
     def read(
@@ -106,8 +108,11 @@ class LowRankLayer(KVCacheLayer):
             storage.note(new.position, new.valid)
         super().settle()
 
-    def _learn_rope(self, module: torch.nn.Module | None) -> None:
+    def _know_module(self, module: torch.nn.Module | None) -> None:
         storage = self.storage
+        if not self._recognised and module is not None and self.projection.weights is not None:
+            check_weights(module, self.index, self.projection.weights)
+            self._recognised = True
         if module is None or not isinstance(storage, UnrotatedStorage) or storage.rope is not None:
             return
         try:

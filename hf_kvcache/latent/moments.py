@@ -11,7 +11,7 @@ import torch
 
 from hf_kvcache.calibrating import read
 from hf_kvcache.latent.distances import over_distances
-from hf_kvcache.latent.identity import identity, weights_digest
+from hf_kvcache.latent.identity import identity, weights_sketch
 from hf_kvcache.projections import output_weight
 from hf_kvcache.rope import LayerRope, rope_of
 
@@ -93,13 +93,13 @@ class Moments:
         layers: by index of the layer.
         tokens: how many were counted.
         fingerprint: of the model.
-        weights: a digest of some of its weights.
+        weights: some numbers of its weights, by layer.
     """
 
     layers: dict[int, LayerMoments] = field(repr=False)
     tokens: int
     fingerprint: dict[str, Any]
-    weights: str
+    weights: dict[int, list[float]]
 
 
 def collect(
@@ -154,7 +154,7 @@ def collect(
         )
     layers = {index: sums[index].moments() for index in sorted(sums)}
     counted = next(iter(sums.values())).count
-    return Moments(layers, counted, identity(model.config), weights_digest(model))
+    return Moments(layers, counted, identity(model.config), weights_sketch(model))
 
 
 def divisor(heads: int, most: int | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,14 @@ class LayerProjection:
         values: of the values.
         heads: number of KV heads, ``Hkv``; the same number of them share a latent on both sides.
         before_rope: whether the basis is one of keys before their rotary embedding.
+        weights: some numbers of the layer's weights, to know the model by; None where there are none.
     """
 
     keys: SideProjection
     values: SideProjection
     heads: int
     before_rope: bool = False
+    weights: Sequence[float] | None = field(default=None, repr=False)
 
     @property
     def groups(self) -> int:
@@ -120,7 +122,8 @@ class Projection:
         method: by which they were solved for.
         options: of the method.
         fingerprint: of the model's config.
-        weights: digest of some weights of the model; empty where they were not at hand.
+        weights: some numbers of the model's weights by layer, which are compared when the cache is first used; without
+            the layers where they were not at hand.
         texts: names of what the model read.
         tokens: how many counted.
     """
@@ -129,7 +132,7 @@ class Projection:
     method: str
     options: dict[str, Any]
     fingerprint: dict[str, Any] = field(repr=False)
-    weights: str = field(default="", repr=False)
+    weights: Mapping[int, Sequence[float]] = field(default_factory=dict, repr=False)
     texts: Sequence[str] = ()
     tokens: int = 0
 
@@ -156,6 +159,7 @@ class Projection:
                 method.finish(basis.values.cut(ranks[index].values)),
                 basis.heads,
                 basis.before_rope,
+                self.weights.get(index),
             )
             for index, basis in self.bases.items()
         }
@@ -200,8 +204,11 @@ class Projection:
                 int(index): LayerBasis(_side(tensors, f"{index}.keys"), _side(tensors, f"{index}.values"), *others)
                 for index, others in about.pop("layers").items()
             }
-            return cls(bases, **about)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            # Files of before have a hash here, which other dtypes of the same weights do not have.
+            weights = about.pop("weights") or {}
+            sketch = {} if isinstance(weights, str) else {int(index): part for index, part in weights.items()}
+            return cls(bases, weights=sketch, **about)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"projection={str(path)!r} is damaged: {error}") from error
 
 

@@ -13,15 +13,15 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from hf_kvcache import cli
+from hf_kvcache import LatentKVCache, cli
 from hf_kvcache.binding import IMPLEMENTATION
 from hf_kvcache.latent import Projection, calibrate
 from hf_kvcache.latent.calibration import solve
-from hf_kvcache.latent.identity import weights_digest
+from hf_kvcache.latent.identity import check_weights, weights_sketch
 from hf_kvcache.latent.methods import available
 from hf_kvcache.latent.moments import LayerMoments, States, collect
 from tests import families
-from tests.running import as_cache
+from tests.running import as_cache, forward
 
 TEXTS = ["a first text to read.", "and another one, which is longer than the first"]
 SINKS, LENGTH = 2, 15
@@ -212,7 +212,7 @@ def test_one_call(model: PreTrainedModel, method: str, tmp_path: Path) -> None:
     made.save(tmp_path / "file")
     read = Projection.load(tmp_path / "file")
     assert (read.method, list(read.texts), read.tokens) == (method, ["a", "b"], 60 - 4)
-    assert read.weights == weights_digest(model)
+    assert read.weights == weights_sketch(model) and list(read.weights) == [0, 1]
     for layer in read.for_config(model.config, ratio=1.0).values():
         for side in (layer.keys, layer.values):
             eye = torch.eye(side.rank).expand(layer.groups, -1, -1)
@@ -235,18 +235,38 @@ def test_wrong_options_are_found_before_the_model_runs(model: PreTrainedModel) -
             calibrate(model, never(), Letters(), method, **options)
 
 
-def test_the_digest_tells_models_apart() -> None:
+def test_weights_tell_models_apart() -> None:
     """Of other weights, but not of another dtype."""
     model = families.build("llama")
-    digest = weights_digest(model)
-    assert digest == weights_digest(families.build("llama")) and digest != weights_digest(families.build("qwen2"))
+    sketch, attention = weights_sketch(model), [layer.self_attn for layer in model.model.layers]
+    assert sketch == weights_sketch(families.build("llama")) and list(sketch) == [0, 1]
+    for dtype in (torch.bfloat16, torch.float16):
+        for index, layer in enumerate(families.build("llama", dtype=dtype).model.layers):
+            check_weights(layer.self_attn, index, sketch[index])
+    with pytest.raises(ValueError, match=r"other weights: those of the keys in layer 1 differ by \d+%; accepted"):
+        check_weights(attention[0], 1, sketch[1])
     with torch.no_grad():
-        model.model.layers[-1].self_attn.k_proj.weight[3, 5] += 1
-    assert digest != weights_digest(model)
-    rounded = families.build("llama", dtype=torch.bfloat16)
-    assert weights_digest(rounded) == digest
-    assert weights_digest(torch.nn.Linear(2, 2)) == ""
-    assert weights_digest(families.build("llama").to("meta")) == ""
+        attention[1].k_proj.weight *= 1.01
+        check_weights(attention[1], 1, sketch[1])
+        attention[1].k_proj.weight *= 1.5
+    with pytest.raises(ValueError, match=r"layer 1 differ by 5[12]%"):
+        check_weights(attention[1], 1, sketch[1])
+    assert weights_sketch(torch.nn.Linear(2, 2)) == weights_sketch(families.build("llama").to("meta")) == {}
+    check_weights(torch.nn.Linear(2, 2), 0, sketch[0])
+
+
+def test_a_cache_knows_the_model_by_its_weights(model: PreTrainedModel, tmp_path: Path) -> None:
+    """A file of other weights is refused at the first forward pass; one of the same weights in any dtype is not."""
+    calibrate(model, TEXTS, Letters(), "svd", tokens=60, sinks=2, progress=False).save(tmp_path / "file")
+    other = families.build("llama")
+    with torch.no_grad():
+        for layer in other.model.layers:
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.k_proj.weight.flip(0))
+    ids = torch.arange(3, 40)[None]
+    for running in (families.build("llama"), families.build("llama", dtype=torch.bfloat16)):
+        forward(running, ids, LatentKVCache(running.config, projection=tmp_path / "file", rank=8))
+    with pytest.raises(ValueError, match="the projection was made with other weights"):
+        forward(other, ids, LatentKVCache(other.config, projection=tmp_path / "file", rank=8))
 
 
 def test_several_methods_from_one_reading(model: PreTrainedModel) -> None:

@@ -22,7 +22,9 @@ def projection(method: str = "kq_svd", family: str = "llama", **options: Any) ->
     solver = resolve(method, **options)
     bases = {index: solver.solve(moments_of(make(seed=index))) for index in (0, 1)}
     about = identity(families.build(family).config)
-    return Projection(bases, method, solver.options(), about, "a digest", ("walden.txt", "other.txt"), 200)
+    return Projection(
+        bases, method, solver.options(), about, {0: [0.5, -1.25], 1: [3.0, 0.0]}, ("walden.txt", "other.txt"), 200
+    )
 
 
 @pytest.mark.parametrize(
