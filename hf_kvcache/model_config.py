@@ -14,10 +14,12 @@ from hf_kvcache.codecs.base import side_format
 from hf_kvcache.cross_layer import CrossAttentionLayer, cross_attention_layers
 from hf_kvcache.evicting_latent_layer import EvictingLatentLayer, check_policy
 from hf_kvcache.evicting_layer import ATTENDS_OUTSIDE, EvictingLayer
+from hf_kvcache.eviction import Policy, available, resolve
 from hf_kvcache.eviction_options import LayerPlace
 from hf_kvcache.integration.versions import RELEASE, layer_types
 from hf_kvcache.latent_layer import IndexedLatentLayer, LatentLayer
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
+from hf_kvcache.rope import reason_against
 
 #: Layer types whose keys and values are ours; the others keep transformers' own layers.
 OWN_LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -182,12 +184,25 @@ def _check_eviction(config: PreTrainedConfig, types: list[str], evicting: list[i
             f"config of {config.model_type!r}: some layers read the keys of others, which would not see their queries; "
             "accepted with eviction: models whose layers have keys of their own"
         )
+    if options.eviction is not None:
+        _check_positions(config, options.eviction.policy)
     if options.latents == "native" and options.eviction is not None:
         check_policy(options.eviction.policy, options.eviction.compensate)
     elif latent_ranks(config) or options.latents is not None:
         raise ValueError(
             f"config of {config.model_type!r}: {'a calibrated basis' if options.latents else 'latents as if keys'}; "
             "accepted with eviction: keys and values as they are, or a model's own latents (HeavyHitterCache)"
+        )
+
+
+def _check_positions(config: PreTrainedConfig, policy: Policy) -> None:
+    """Raise ValueError now where a policy would find at its first choice that it cannot undo rotary positions."""
+    why = reason_against(config) if policy.needs_rope or policy.moves_sinks else None
+    if why is not None:
+        others = ", ".join(repr(name) for name in available() if not resolve(name).needs_rope)
+        raise ValueError(
+            f"policy={policy!r} undoes rotary positions, which cannot be done for a {config.model_type!r} model: {why}"
+            f"; accepted here: {others}, without reindex=True"
         )
 
 

@@ -19,10 +19,11 @@ from hf_kvcache.eviction.registry import option_names
 from hf_kvcache.eviction_options import EvictionOptions
 from hf_kvcache.model_config import decoder_config
 
-#: Codecs whose tokens can move between pages, by bits: those of equal bits with scales per page would leave holes.
+#: Codecs whose tokens can move between pages, by bits: those of equal bits with scales per page would leave holes. All
+#: of them take a mean out of the keys, whose biases would else take up the few levels that there are.
 TOKENWISE: dict[int, tuple[str, dict[str, Any]]] = {
-    8: ("rotated", {"key_axis": "token"}),
-    **{bits: ("turboquant", {}) for bits in (1, 2, 3, 4)},
+    **{bits: ("rotated", {"key_axis": "token"}) for bits in (3, 4, 8)},
+    **{bits: ("turboquant", {"center": True}) for bits in (1, 2)},
 }
 _AUTO: Literal["auto"] = "auto"
 

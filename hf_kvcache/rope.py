@@ -200,6 +200,23 @@ def _layer_type(module: torch.nn.Module, config: Any) -> str:
     return str(config.layer_types[module.layer_idx])
 
 
+def reason_against(config: Any) -> str | None:
+    """Why rotary positions cannot be undone in any layer of a model with this config; None if the config has no reason."""
+    parameters = getattr(config, "rope_parameters", None)
+    if "mrope_section" in str(parameters):
+        return "it gives a token several positions (mrope_section)"
+    kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
+    if kind in _LENGTH_DEPENDENT:
+        return f"rope_type={kind!r} changes its frequencies with the length"
+    if getattr(config, "layer_rope_theta", None) is not None:
+        return "each layer has frequencies of its own (layer_rope_theta)"
+    if getattr(config, "alibi", False):
+        return "its positions are biases of the scores (alibi)"
+    if getattr(config, "position_embedding_type", None) not in (None, "rope", "rotary"):
+        return f"position_embedding_type={config.position_embedding_type!r}"
+    return None
+
+
 def _check_kind(module: torch.nn.Module, config: Any, embedding: _Embedding) -> None:
     """Refuse what a layer's own answers would not show: what the model around it does with positions."""
     kind = getattr(embedding.rotary, "rope_type", None)
@@ -208,14 +225,8 @@ def _check_kind(module: torch.nn.Module, config: Any, embedding: _Embedding) -> 
         raise _refuse(module, f"rope_type={kind!r} changes its frequencies with the length")
     if embedding.layer_type is not None and kind is None:
         raise _refuse(module, f"its config has none for layers of type {embedding.layer_type!r}")
-    if "mrope_section" in str(getattr(config, "rope_parameters", None)):
-        raise _refuse(module, "it gives a token several positions (mrope_section)")
-    if getattr(config, "layer_rope_theta", None) is not None:
-        raise _refuse(module, "each layer has frequencies of its own (layer_rope_theta)")
-    if getattr(config, "alibi", False):
-        raise _refuse(module, "its positions are biases of the scores (alibi)")
-    if getattr(config, "position_embedding_type", None) not in (None, "rope", "rotary"):
-        raise _refuse(module, f"position_embedding_type={config.position_embedding_type!r}")
+    if (why := reason_against(config)) is not None:
+        raise _refuse(module, why)
 
 
 class _Answered(Exception):
