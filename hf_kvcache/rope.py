@@ -201,7 +201,7 @@ def _layer_type(module: torch.nn.Module, config: Any) -> str:
 
 
 def reason_against(config: Any) -> str | None:
-    """Why rotary positions cannot be undone in any layer of a model with this config; None if the config has no reason."""
+    """Why rotary positions cannot be undone in any layer of a model with this config, as far as the config says."""
     parameters = getattr(config, "rope_parameters", None)
     if "mrope_section" in str(parameters):
         return "it gives a token several positions (mrope_section)"
