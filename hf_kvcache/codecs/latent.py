@@ -79,7 +79,9 @@ def latent_codec(
 
 def native_option_names(codec: str | Codec, widths: dict[str, int]) -> list[str]:
     """The ``options`` that :func:`native_codec` takes beside the widths."""
-    return latent_option_names(None, next(iter(widths.values()), 4)) if codec == "auto" else latent_option_names(codec, None)
+    if codec == "auto":
+        return latent_option_names(None, next(iter(widths.values()), 4))
+    return latent_option_names(codec, None)
 
 
 def native_codec(codec: str | Codec, options: dict[str, Any], ranks: Collection[int]) -> Codec:
