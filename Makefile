@@ -17,6 +17,7 @@ SLOW   ?= tests
 EVAL   ?=
 # Seconds after which no further test begins; those that did not run are named at the end.
 DEADLINE ?=
+FAMILIES ?=
 
 BIN := $(VENV)/bin
 RELEASES := $(BIN)/python requirements/releases.py
@@ -38,7 +39,7 @@ RELEASE_TESTS := tests/seam tests/generation --ignore=tests/generation/test_laye
 	--ignore=tests/generation/test_quantized.py $(addprefix tests/eviction/test_,generation.py reindex.py replay.py) \
 	$(addprefix tests/latent/test_,calibration.py low_rank_generation.py mla_generation.py)
 
-.PHONY: help install demo test test-slow test-releases lock newer sanitize lint format bench eval kernels clean
+.PHONY: help install demo test test-slow test-releases lock newer sanitize lint format bench eval families kernels clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -111,6 +112,9 @@ bench: $(BENCH_STAMP) ## speed and memory against other caches, with plots (BENC
 
 eval: $(STAMP) ## what each cache costs in accuracy, with a report (EVAL="--suite standard" for all of them; it goes on where it stopped)
 	$(BIN)/hf-kvcache-eval run $(EVAL) $(if $(MODEL),--model "$(MODEL)")
+
+families: $(STAMP) ## try every model family of transformers with every cache and write docs/models.md (FAMILIES="--only gpt2,llama")
+	$(RUN) -m tests.model_families $(FAMILIES)
 
 kernels: $(STAMP) ## compile every Triton kernel for every target without a GPU and check the code (KERNELS="--quick")
 	$(BIN)/python -m benchmarks.compile_report $(KERNELS)

@@ -73,7 +73,9 @@ def _bad(chosen: list[Family], folder: Path) -> list[str]:
             continue
         for kind, found in cells(results).items():
             if found.status in (WRONG, CRASHED):
-                lines.append(f"{found.status}: {family.task} {family.model_type}, {kind}, {found.refused}: {found.note}")
+                lines.append(
+                    f"{found.status}: {family.task} {family.model_type}, {kind}, {found.refused}: {found.note}"
+                )
     return lines
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -35,7 +37,7 @@ def build(family: Family, seed: int = 1) -> PreTrainedModel:
 def _config_for(family: Family) -> PreTrainedConfig:
     """The config that the family's class takes: the text part of a composed one, if the class is a text model."""
     config = tiny_config(family.model_type)
-    wanted = family.model_class().config_class
+    wanted: Any = family.model_class().config_class
     if not isinstance(config, wanted):
         parts = [getattr(config, name, None) for name in config.sub_configs]
         config = next((part for part in parts if isinstance(part, wanted)), config)
@@ -50,11 +52,11 @@ def _sharpen(model: PreTrainedModel) -> None:
     for path, module in model.named_modules():
         if "vision" in path or "audio" in path:
             continue
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if isinstance(module, torch.nn.Embedding):
             torch.nn.init.normal_(weight, std=1.0)
         elif isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
             fan_in = weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1]
             torch.nn.init.normal_(weight, std=1.5 * fan_in**-0.5)
-            if getattr(module, "bias", None) is not None and path.endswith(("q_proj", "k_proj", "v_proj")):
+            if path.endswith(("q_proj", "k_proj", "v_proj")) and isinstance(module.bias, torch.Tensor):
                 torch.nn.init.normal_(module.bias, std=0.5)

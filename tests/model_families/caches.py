@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, SlidingWindowCache
 
 #: Pages so small that short prompts fill some.
-_PAGES = {"page_size": 16, "tail_length": 8}
-_SIZES = {**_PAGES, "sink_length": 4}
+_PAGES: dict[str, Any] = {"page_size": 16, "tail_length": 8}
+_SIZES: dict[str, Any] = {**_PAGES, "sink_length": 4}
 INTERVAL = 16
 #: More than any sequence has: nothing is dropped, and an evicting cache gives what one does that keeps everything.
 ROOMY = 1000
@@ -45,8 +45,27 @@ class Kind:
 
 
 #: What tells caches of one mechanism apart; the whole list is tried with ``none``.
-_EVICTING_MODES = ("greedy", "padded batch", "prompt lookup", "chunked prefill", "crop", "batch operations", "copies", "state dict")
-_LOSSY_MODES = ("greedy", "padded batch", "prompt lookup", "chunked prefill", "continued", "crop", "batch operations", "copies", "state dict")
+_EVICTING_MODES = (
+    "greedy",
+    "padded batch",
+    "prompt lookup",
+    "chunked prefill",
+    "crop",
+    "batch operations",
+    "copies",
+    "state dict",
+)
+_LOSSY_MODES = (
+    "greedy",
+    "padded batch",
+    "prompt lookup",
+    "chunked prefill",
+    "continued",
+    "crop",
+    "batch operations",
+    "copies",
+    "state dict",
+)
 
 
 def _evicting(policy: str, name: str, waits: bool = False) -> Kind:

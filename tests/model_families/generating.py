@@ -49,18 +49,22 @@ def generate(model: PreTrainedModel, inputs: Any, cache: Cache, new: int, **opti
     prepare(model, cache)
     torch.manual_seed(7)
     arguments = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, **options}
-    out = model.generate(
-        **inputs, **{ARGUMENT: cache}, return_dict_in_generate=True, output_logits=True, **arguments
-    )
+    run: Any = model.generate
+    out = run(**inputs, **{ARGUMENT: cache}, return_dict_in_generate=True, output_logits=True, **arguments)
     logits = torch.stack(out.logits, 1).float()
     return Outcome(out.sequences[:, -logits.shape[1] :], logits)
 
 
-@torch.no_grad()
-def forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
+def forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
     """Logits ``[B, T, V]`` of new tokens on top of what the cache holds."""
     prepare(model, cache)
-    return model(input_ids=ids, use_cache=True, **{ARGUMENT: cache}, **inputs).logits.float()
+    return read(model, ids, cache)
+
+
+@torch.no_grad()
+def read(model: Any, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """The same with the model bound or not, as it is."""
+    return model(input_ids=ids, use_cache=True, **{ARGUMENT: cache}).logits.float()
 
 
 def steps(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The ways of using a cache that every family is tried in.
 
-A mode runs a model with the caches that it gets from ``new`` and returns logits. The right value is what the same mode gives
-with ``DynamicCache``, or what its ``plain`` form gives: the same tokens fed to a fresh cache without the operation.
+A mode runs a model with the caches that it gets from ``new`` and returns logits. The right value is what the same mode
+gives with ``DynamicCache``, or what its ``plain`` form does: the same tokens fed to a fresh cache, and nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hf_kvcache import KVCache, unbind
-from tests.model_families.generating import Outcome, forward, generate, left_padded, prompt, steps
+from tests.model_families.generating import Outcome, forward, generate, left_padded, prompt, read, steps
 
 New = Callable[[], Cache]
 Run = Callable[[PreTrainedModel, New], Outcome]
@@ -40,7 +40,7 @@ def _greedy(model: PreTrainedModel, new: New) -> Outcome:
 
 def _check_length(cache: Cache, expected: int) -> None:
     seen = int(cache.get_seq_length())
-    if isinstance(cache, KVCache) and seen != expected:
+    if isinstance(cache, KVCache) and seen < expected:  # some families put tokens of their own in front
         raise CacheNotUsed(f"the cache saw {seen} tokens of {expected}")
 
 
@@ -133,7 +133,7 @@ def _crop_plain(model: PreTrainedModel, new: New) -> Outcome:
 def _batch(model: PreTrainedModel, new: New) -> Outcome:
     cache, ids = new(), prompt(40, 3)
     forward(model, ids, cache)
-    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    cache.reorder_cache(torch.tensor([2, 0, 1]))  # type: ignore[arg-type]
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 3, 5]))
     return Outcome(None, steps(model, prompt(12, 3, seed=4), cache))
@@ -176,13 +176,7 @@ def _unbound(model: PreTrainedModel, new: New) -> Outcome:
     cache = new()
     forward(model, prompt(50), cache)
     unbind(model.config.get_text_config(decoder=True))
-    with torch.no_grad():
-        from tests.model_families.generating import ARGUMENT
-
-        logits = [
-            model(input_ids=token, use_cache=True, **{ARGUMENT: cache}).logits.float()
-            for token in prompt(8, seed=8).split(1, 1)
-        ]
+    logits = [read(model, token, cache) for token in prompt(8, seed=8).split(1, 1)]
     return Outcome(None, torch.cat(logits, 1))
 
 

@@ -27,6 +27,19 @@ _SWA = {
 _DENSE_THEN_SPARSE = ["dense", "sparse", "dense", "sparse"]
 _LINEAR_THEN_FULL = ["linear_attention", "full_attention"] * 2
 
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "max_position_embeddings": 1024,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.3,
+    "llama_4_scaling_beta": 0.3,
+}
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     # where the default of a size is None, and the model cannot do with that
     "HunYuanDenseV1Config": {"head_dim": HEAD_DIM},
@@ -59,8 +72,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": HEADS,
     },
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
-    "DoryConfig": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1,
-                   "layer_types": _SLIDING_AND_FULL},
+    "DoryConfig": {
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "layer_types": _SLIDING_AND_FULL,
+    },
     "Gemma3nTextConfig": {**_SHARING, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": 96},
     "Gemma4TextConfig": {**_SHARING, "global_head_dim": 32},
     "Gemma4UnifiedTextConfig": {**_SHARING, "global_head_dim": 32},
@@ -70,11 +88,28 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "head_dim": 24,
         **_SWA,
     },
-    "BailingHybridConfig": {"num_hidden_layers": 4, "layer_types": _LINEAR_THEN_FULL, "mlp_layer_types": _DENSE_THEN_SPARSE, "head_dim": 16, "q_lora_rank": None},
-    "KimiLinearConfig": {"num_hidden_layers": 4, "layer_types": _LINEAR_THEN_FULL, "mlp_layer_types": _DENSE_THEN_SPARSE, "q_lora_rank": None},
+    "BailingHybridConfig": {
+        "num_hidden_layers": 4,
+        "layer_types": _LINEAR_THEN_FULL,
+        "mlp_layer_types": _DENSE_THEN_SPARSE,
+        "head_dim": 16,
+        "q_lora_rank": None,
+    },
+    "KimiLinearConfig": {
+        "num_hidden_layers": 4,
+        "layer_types": _LINEAR_THEN_FULL,
+        "mlp_layer_types": _DENSE_THEN_SPARSE,
+        "q_lora_rank": None,
+    },
     # sizes that hang together
     "DbrxAttentionConfig": {"rope_theta": 10000.0},
+    "DbrxConfig": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 10000.0}},
     "Dots3NoteVisionConfig": {"adapter_in_dim": HIDDEN},
+    "Dots3NoteAudioConfig": {"adapter_input_size": HIDDEN},
+    "Mistral4Config": {"rope_parameters": _YARN},
+    "MuseSparkAudioConfig": {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "num_hidden_layers": 4},
+    "Granite4VisionConfig": {"deepstack_layer_map": [[1, 0]], "downsample_rate": "1/2"},
+    "JanusVQVAEConfig": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "num_embeddings": 64},
     "MusicgenDecoderConfig": {"num_codebooks": 1},
     "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
     "Ernie4_5_VLMoeTextConfig": {
@@ -94,8 +129,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xLSTMConfig": {"qk_dim_factor": 1.0},
     "ReformerConfig": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32], "max_position_embeddings": 512},
     "ZayaConfig": {"num_experts_per_tok": 1, "router_hidden_size": 32},
-    "RoCBertConfig": {"pronunciation_vocab_size": 8, "shape_vocab_size": 8, "enable_pronunciation": False,
-                      "enable_shape": False},
+    "RoCBertConfig": {
+        "pronunciation_vocab_size": 8,
+        "shape_vocab_size": 8,
+        "enable_pronunciation": False,
+        "enable_shape": False,
+    },
     "XmodConfig": {"default_language": "en_XX"},
     "MllamaVisionConfig": {"max_num_tiles": 4},
     "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,6 +19,13 @@ from tests.model_families.catalogue import Family
 from tests.model_families.trial import Results, try_family
 from tests.model_families.verdicts import CRASHED, Verdict
 
+#: What families would else import each for itself, which takes longer than trying most of them.
+_IMPORTED_LATE = (
+    "transformers.generation.candidate_generator",
+    "transformers.masking_utils",
+    "sklearn.metrics",
+    "torch._dynamo",
+)
 #: What is kept of a family: verdicts, or why there is no model to try.
 BUILDING = "building"
 
@@ -34,6 +42,8 @@ class Plan(NamedTuple):
 def run(families: list[Family], plan: Plan) -> None:
     """Try all families that have no result yet; one that hangs or dies gets a verdict and stops nothing."""
     plan.folder.mkdir(parents=True, exist_ok=True)
+    for module in _IMPORTED_LATE:
+        importlib.import_module(module)
     waiting = [family for family in families if _missing(family, plan)]
     running: dict[int, tuple[Family, float]] = {}
     while waiting or running:

@@ -24,7 +24,7 @@ def shrunk(cls: type[PreTrainedConfig], start: PreTrainedConfig | None = None) -
     """A config of ``cls`` whose known sizes are small; what is not known keeps the value of ``start``."""
     default = cls() if start is None else start
     values = {**_sizes(default), **_layers(default), **_parts(default), **_tokens(default)}
-    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = {field.name for field in dataclasses.fields(cls)}
     values = {name: value for name, value in values.items() if name in known}
     if values.get("kv_lora_rank"):
         values["num_key_value_heads"] = values["num_attention_heads"]
@@ -36,7 +36,7 @@ def shrunk(cls: type[PreTrainedConfig], start: PreTrainedConfig | None = None) -
 def _sizes(default: PreTrainedConfig) -> dict[str, Any]:
     values: dict[str, Any] = {}
     width = SIZES["qk_rope_head_dim"] if hasattr(default, "qk_rope_head_dim") else HEAD_DIM
-    for field in dataclasses.fields(default):  # type: ignore[arg-type]
+    for field in dataclasses.fields(default):
         name, value = field.name, _value(default, field.name)
         if isinstance(value, int) and not isinstance(value, bool) and name in SIZES:
             values[name] = SIZES[name]
@@ -68,7 +68,7 @@ def _layers(default: PreTrainedConfig) -> dict[str, Any]:
     if name is None:
         return {}
     count = getattr(default, name)
-    fields = [field.name for field in dataclasses.fields(default)]  # type: ignore[arg-type]
+    fields = [field.name for field in dataclasses.fields(default)]
     lists = {field: value for field in fields if _is_per_layer(value := _value(default, field), count)}
     if not lists:
         return {}
@@ -84,7 +84,7 @@ def _value(default: PreTrainedConfig, name: str) -> Any:
 
 
 def _own(default: PreTrainedConfig, name: str) -> Any:
-    return getattr(default, name, None) if name in {f.name for f in dataclasses.fields(default)} else None  # type: ignore[arg-type]
+    return getattr(default, name, None) if name in {f.name for f in dataclasses.fields(default)} else None
 
 
 def _is_per_layer(value: Any, count: int) -> bool:
@@ -115,7 +115,7 @@ def _parts(default: PreTrainedConfig) -> dict[str, Any]:
 def _tokens(default: PreTrainedConfig) -> dict[str, Any]:
     """Ids of special tokens: within the vocabulary, and beyond what prompts consist of."""
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(default):  # type: ignore[arg-type]
+    for field in dataclasses.fields(default):
         value = _value(default, field.name)
         if field.name in _ORDINARY_TOKENS:
             values[field.name] = _ORDINARY_TOKENS[field.name]

@@ -150,6 +150,7 @@ SIZES: dict[str, int] = {
     "sliding_window_size": WINDOW,
     "attention_window_size": WINDOW,
     "window_size": WINDOW,
+    "keep_window_size": WINDOW,
     "local_attention": WINDOW,
     "attention_chunk_size": WINDOW,
     "max_position_embeddings": POSITIONS,

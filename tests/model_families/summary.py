@@ -49,7 +49,9 @@ def short(note: str) -> str:
     """A reason without what is particular to a family, so that the same one is counted once."""
     note = re.sub(r"config of '[^']*'", "config", note)
     note = re.sub(r"the '[^']*' model whose", "the model whose", note)
-    note = re.sub(r"shape \[[^\]]*\]|heads \[[^\]]*\]|dim \[[^\]]*\]", lambda match: match[0].split(" ")[0] + " […]", note)
+    note = re.sub(
+        r"shape \[[^\]]*\]|heads \[[^\]]*\]|dim \[[^\]]*\]", lambda match: match[0].split(" ")[0] + " […]", note
+    )
     note = re.sub(r"\b[A-Z]\w*(Attention|Attn)\w*", "the attention module", note)
     return note if len(note) < 240 else note[:237] + "…"
 

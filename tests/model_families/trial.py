@@ -82,8 +82,8 @@ def _try_kind(model: PreTrainedModel, kind: Kind, modes: tuple[Mode, ...], right
         unbind(model.config.get_text_config(decoder=True))
     chosen = [mode for mode in modes if not kind.modes or mode.name in kind.modes]
     verdicts = {mode.name: _try_mode(model, kind, mode, rights) for mode in chosen}
-    if kind.small is not None:
-        verdicts[SMALL_BUDGET] = _guarded(lambda: _try_budget(model, kind, kind.small))
+    if (small := kind.small) is not None:
+        verdicts[SMALL_BUDGET] = _guarded(lambda: _try_budget(model, kind, small))
     verdicts[AFTERWARDS] = _guarded(lambda: _afterwards(model, rights))
     return verdicts
 

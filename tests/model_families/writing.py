@@ -44,24 +44,27 @@ def _page(rows: list[Row], missing: list[tuple[Family, Results]]) -> str:
 
 _INTRODUCTION = """# Which cache works with which model
 
-Written by `make families`; transformers {version}. For every class in transformers' mappings of causal language models and of image-text
-models, a tiny random model is made from its config and tried with every cache in every mode: greedy, a left-padded batch, beams, sampling,
-prompt lookup, assisted, prefill in chunks, a conversation that goes on, `inputs_embeds`, `crop`, reordering, repeating and selecting of
-sequences, copies and forks, `state_dict`, and unbinding. The right value is what `DynamicCache` gives in the same process: within {rounding:g}
-where nothing is lost (also of evicting caches whose budget holds everything), within a tenth of the logits' spread with 8 bits, and within
-eight tenths with 4 bits, which random models with few and narrow heads need. With a budget of {budget} tokens, evicting caches must run and
-hold no more.
+Written by `make families`; transformers {version}. For every class in transformers' mappings of causal language models
+and of image-text models, a tiny random model is made from its config and tried with every cache in every mode: greedy,
+a left-padded batch, beams, sampling, prompt lookup, assisted, prefill in chunks, a conversation that goes on,
+`inputs_embeds`, `crop`, reordering, repeating and selecting of sequences, copies and forks, `state_dict`, unbinding.
 
-| | |
+The right value is what `DynamicCache` gives in the same process. Caches that lose nothing (`none`, latents, and those
+that evict as long as their budget holds everything) give it within {rounding:g}; with 8 bits, logits are within a tenth
+of their spread, and with 4 bits within eight tenths, for these models are small and have few, narrow heads. Evicting
+caches are also tried with a budget of {budget} tokens: they must run, twice alike, and hold no more. Afterwards the
+unbound model must do with `DynamicCache` exactly what it did before.
+
+| sign | meaning |
 |---|---|
-| ✓ | works, read from the packed pages |
-| slow | works; the model attends outside transformers' attention interface, so that the cache is read through dense tensors |
-| no | refused by a clear error, by the number given under *Why not*; with ✓ and a number, some modes are |
-| – | does not apply: transformers' own cache cannot do it either, or the model caches no latents |
+| ✓ | works, and attention reads the packed pages |
+| slow | works, but the model attends outside transformers' attention interface: the cache is read as dense tensors |
+| no | refused by an error, listed by its number under *Why not*; beside another sign, modes that are refused |
+| – | does not apply: transformers' own cache cannot do it either |
 
-Columns: `none` is `KVCache` without compression; 8 and 4 bits `QuantizedKVCache`; *attention* (`snapkv`), *accumulated* (`h2o`), *keys*
-(`keydiff`), *rotary* (`expected`) and *replay* (`kvzip`) are `HeavyHitterCache` with a policy of that kind; *window* and *re-indexed* are
-`SlidingWindowCache`; *latents* is `LatentKVCache`.
+Columns: `none` is `KVCache` without compression; *8 bits* and *4 bits* are `QuantizedKVCache`; *attention* (`snapkv`),
+*accumulated* (`h2o`), *keys* (`keydiff`), *rotary* (`expected`) and *replay* (`kvzip`) are `HeavyHitterCache` with a
+policy of that kind; *window* and *re-indexed* are `SlidingWindowCache`; *latents* is `LatentKVCache`.
 """
 
 
@@ -69,7 +72,11 @@ def _counts(rows: list[Row]) -> str:
     lines = ["| | " + " | ".join(_NAMES) + " |", "|---|" + "---:|" * len(_NAMES)]
     for status in (WORKS, DENSE, REFUSED, NOT_TRIED, WRONG, CRASHED):
         count = Counter(name for _, row in rows for name, cell in row.items() if cell.status == status)
-        lines.append(f"| {status.replace(NOT_TRIED, 'does not apply')} | " + " | ".join(str(count[name]) for name in _NAMES) + " |")
+        lines.append(
+            f"| {status.replace(NOT_TRIED, 'does not apply')} | "
+            + " | ".join(str(count[name]) for name in _NAMES)
+            + " |"
+        )
     return f"{len(rows)} families:\n\n" + "\n".join(lines) + "\n"
 
 
@@ -109,12 +116,16 @@ class _Notes:
 def _missing(found: list[tuple[Family, Results]]) -> str:
     if not found:
         return "Every family was tried.\n"
-    lines = [f"- `{family.model_type}` ({family.class_name}): {next(iter(results[BUILDING].values())).note}" for family, results in found]
+    lines = [
+        f"- `{family.model_type}` ({family.class_name}): {next(iter(results[BUILDING].values())).note}"
+        for family, results in found
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _csv(rows: list[Row]) -> str:
     file = io.StringIO()
+    file.write(f"# transformers {transformers.__version__}\n")
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["model_type", "class", "task", *_NAMES])
     for family, row in rows:
