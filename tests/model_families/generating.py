@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hf_kvcache import KVCache, bind, unbind
+from hf_kvcache.integration.versions import CACHE_ARGUMENT, with_cache
 from tests.model_families.sizes import ORDINARY
 
-#: What ``generate`` and the forward methods of this release of transformers call a cache.
-ARGUMENT = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 PROMPT = 60
 
 
@@ -50,7 +48,7 @@ def generate(model: PreTrainedModel, inputs: Any, cache: Cache, new: int, **opti
     torch.manual_seed(7)
     arguments = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, **options}
     run: Any = model.generate
-    out = run(**inputs, **{ARGUMENT: cache}, return_dict_in_generate=True, output_logits=True, **arguments)
+    out = run(**inputs, **{CACHE_ARGUMENT: cache}, return_dict_in_generate=True, output_logits=True, **arguments)
     logits = torch.stack(out.logits, 1).float()
     return Outcome(out.sequences[:, -logits.shape[1] :], logits)
 
@@ -64,7 +62,7 @@ def forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Te
 @torch.no_grad()
 def read(model: Any, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
     """The same with the model bound or not, as it is."""
-    return model(input_ids=ids, use_cache=True, **{ARGUMENT: cache}).logits.float()
+    return model(input_ids=ids, use_cache=True, **with_cache(model, cache)).logits.float()
 
 
 def steps(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Tensor:

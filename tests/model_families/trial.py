@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -80,10 +80,12 @@ def _try_kind(model: PreTrainedModel, kind: Kind, modes: tuple[Mode, ...], right
         return {CONSTRUCTION: of_error(error)}
     finally:
         unbind(model.config.get_text_config(decoder=True))
+    with suppress(Exception):
+        rights.of(MODES[0])
     chosen = [mode for mode in modes if not kind.modes or mode.name in kind.modes]
     verdicts = {mode.name: _try_mode(model, kind, mode, rights) for mode in chosen}
     if (small := kind.small) is not None:
-        verdicts[SMALL_BUDGET] = _guarded(lambda: _try_budget(model, kind, small))
+        verdicts[SMALL_BUDGET] = _no_better_than(rights, MODES[0], _guarded(lambda: _try_budget(model, kind, small)))
     verdicts[AFTERWARDS] = _guarded(lambda: _afterwards(model, rights))
     return verdicts
 
@@ -102,7 +104,11 @@ def _try_mode(model: PreTrainedModel, kind: Kind, mode: Mode, rights: Rights) ->
             verdict = _as_alone(model, kind, mode, ours, right)
         return Verdict(DENSE) if verdict.status == WORKS and not calls else verdict
 
-    verdict = _guarded(run)
+    return _no_better_than(rights, mode, _guarded(run))
+
+
+def _no_better_than(rights: Rights, mode: Mode, verdict: Verdict) -> Verdict:
+    """A crash is none of ours where transformers' own cache cannot do it either."""
     theirs = verdict.status == CRASHED and mode.name in rights.impossible
     return Verdict(NOT_TRIED, verdict.note) if theirs else verdict
 
