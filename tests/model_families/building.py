@@ -17,6 +17,8 @@ class NotBuilt(Exception):
 
 def build(family: Family, seed: int = 1) -> PreTrainedModel:
     """The model of a family, in float32 and evaluation mode, always with the same weights."""
+    if not family.model_class().can_generate():
+        raise NotBuilt("it does not generate text")
     try:
         config = _config_for(family)
         with torch.random.fork_rng(devices=[]):

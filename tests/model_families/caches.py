@@ -47,6 +47,7 @@ class Kind:
 #: What tells caches of one mechanism apart; the whole list is tried with ``none``.
 _EVICTING_MODES = (
     "greedy",
+    "image",
     "padded batch",
     "prompt lookup",
     "chunked prefill",
@@ -57,6 +58,7 @@ _EVICTING_MODES = (
 )
 _LOSSY_MODES = (
     "greedy",
+    "image",
     "padded batch",
     "prompt lookup",
     "chunked prefill",

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from hf_kvcache import KVCache, unbind
 from tests.model_families.generating import Outcome, forward, generate, left_padded, prompt, read, steps
+from tests.model_families.images import image_inputs, image_token, token_types
 
 New = Callable[[], Cache]
 Run = Callable[[PreTrainedModel, New], Outcome]
@@ -23,12 +24,21 @@ Run = Callable[[PreTrainedModel, New], Outcome]
 
 @dataclass(frozen=True)
 class Mode:
-    """A way of using a cache; ``loose`` where few changes of logits lead to other tokens at once (beams, draws)."""
+    """A way of using a cache.
+
+    Attributes:
+        name: row of the results.
+        run: the mode itself.
+        plain: another way to the right value.
+        loose: whether small changes of logits lead to other tokens at once (beams, draws).
+        images: whether it needs a model that takes images.
+    """
 
     name: str
     run: Run
     plain: Run | None = None
     loose: bool = False
+    images: bool = False
 
 
 def _greedy(model: PreTrainedModel, new: New) -> Outcome:
@@ -180,6 +190,16 @@ def _unbound(model: PreTrainedModel, new: New) -> Outcome:
     return Outcome(None, torch.cat(logits, 1))
 
 
+def _image(model: PreTrainedModel, new: New) -> Outcome:
+    """A prompt with an image, and a second turn."""
+    inputs, cache = image_inputs(model), new()
+    first = generate(model, inputs, cache, 8)
+    assert first.tokens is not None
+    ids = torch.cat([inputs["input_ids"], first.tokens, prompt(9, seed=3)], 1)
+    types = token_types(model, ids == image_token(model))
+    return _joined([first, generate(model, {"input_ids": ids, **types}, cache, 8)])
+
+
 def _joined(parts: list[Outcome]) -> Outcome:
     return Outcome(torch.cat([part.tokens for part in parts], 1), torch.cat([part.logits for part in parts], 1))  # type: ignore[misc]
 
@@ -194,6 +214,7 @@ MODES: tuple[Mode, ...] = (
     Mode("chunked prefill", _chunked, _whole),
     Mode("continued", _continued),
     Mode("embeddings", _embeddings),
+    Mode("image", _image, images=True),
     Mode("crop", _crop, _crop_plain),
     Mode("batch operations", _batch, _batch_plain),
     Mode("copies", _copies, _copies_plain),

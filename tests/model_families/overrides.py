@@ -136,6 +136,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "enable_shape": False,
     },
     "XmodConfig": {"default_language": "en_XX"},
+    "Gemma3Config": {"mm_tokens_per_image": 4},
     "MllamaVisionConfig": {"max_num_tiles": 4},
     "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
 }

@@ -38,6 +38,7 @@ def try_family(family: Family, kinds: tuple[Kind, ...] = KINDS, modes: tuple[Mod
     """All verdicts of a family."""
     model = build(family)
     rights = Rights(model)
+    modes = tuple(mode for mode in modes if not mode.images or hasattr(model, "get_image_features"))
     return {kind.name: _try_kind(model, kind, modes, rights) for kind in kinds}
 
 
