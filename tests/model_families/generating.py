@@ -46,7 +46,7 @@ def generate(model: PreTrainedModel, inputs: Any, cache: Cache, new: int, **opti
     inputs = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else inputs
     prepare(model, cache)
     torch.manual_seed(7)
-    arguments = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, **options}
+    arguments = {"use_cache": True, "do_sample": False, "max_new_tokens": new, "min_new_tokens": new, **options}
     run: Any = model.generate
     out = run(**inputs, **{CACHE_ARGUMENT: cache}, return_dict_in_generate=True, output_logits=True, **arguments)
     logits = torch.stack(out.logits, 1).float()

@@ -34,6 +34,17 @@ CONSTRUCTION, SMALL_BUDGET, AFTERWARDS = "construction", "small budget", "afterw
 _IMPLEMENTATION = "hf_kvcache"
 
 
+def _forward_passes(model: PreTrainedModel, new: Callable[[], Any]) -> Outcome:
+    cache = new()
+    return Outcome(
+        None, torch.cat([forward(model, prompt(), cache)[:, -1:], steps(model, prompt(3, seed=9), cache)], 1)
+    )
+
+
+#: What a trial with a small budget needs of a family.
+_STEPS = Mode("steps", _forward_passes)
+
+
 def try_family(family: Family, kinds: tuple[Kind, ...] = KINDS, modes: tuple[Mode, ...] = MODES) -> Results:
     """All verdicts of a family."""
     model = build(family)
@@ -82,11 +93,11 @@ def _try_kind(model: PreTrainedModel, kind: Kind, modes: tuple[Mode, ...], right
     finally:
         unbind(model.config.get_text_config(decoder=True))
     with suppress(Exception):
-        rights.of(MODES[0])
+        rights.of(_STEPS)
     chosen = [mode for mode in modes if not kind.modes or mode.name in kind.modes]
     verdicts = {mode.name: _try_mode(model, kind, mode, rights) for mode in chosen}
     if (small := kind.small) is not None:
-        verdicts[SMALL_BUDGET] = _no_better_than(rights, MODES[0], _guarded(lambda: _try_budget(model, kind, small)))
+        verdicts[SMALL_BUDGET] = _no_better_than(rights, _STEPS, _guarded(lambda: _try_budget(model, kind, small)))
     verdicts[AFTERWARDS] = _guarded(lambda: _afterwards(model, rights))
     return verdicts
 
