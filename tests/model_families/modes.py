@@ -43,8 +43,8 @@ class Mode:
 
 def _greedy(model: PreTrainedModel, new: New) -> Outcome:
     cache = new()
-    outcome = generate(model, prompt(), cache, 24)
-    _check_length(cache, 60 + 24 - 1)
+    outcome = generate(model, prompt(), cache, 20)
+    _check_length(cache, 60 + 20 - 1)
     return outcome
 
 
@@ -62,36 +62,36 @@ _ROWS = (prompt(60), prompt(37, seed=1))
 
 
 def _padded(model: PreTrainedModel, new: New) -> Outcome:
-    return generate(model, left_padded(list(_ROWS)), new(), 16)
+    return generate(model, left_padded(list(_ROWS)), new(), 12)
 
 
 def _padded_plain(model: PreTrainedModel, new: New) -> Outcome:
-    alone = [generate(model, row, new(), 16) for row in _ROWS]
+    alone = [generate(model, row, new(), 12) for row in _ROWS]
     return Outcome(torch.cat([one.tokens for one in alone]), torch.cat([one.logits for one in alone]))  # type: ignore[misc]
 
 
 def _beams(model: PreTrainedModel, new: New) -> Outcome:
-    return generate(model, prompt(40), new(), 10, num_beams=3)
+    return generate(model, prompt(40), new(), 8, num_beams=3)
 
 
 def _sampling(model: PreTrainedModel, new: New) -> Outcome:
-    return generate(model, prompt(40, 2), new(), 12, do_sample=True, temperature=0.7)
+    return generate(model, prompt(40, 2), new(), 8, do_sample=True, temperature=0.7)
 
 
 def _lookup(model: PreTrainedModel, new: New) -> Outcome:
-    return generate(model, prompt(20).repeat(1, 3), new(), 20, prompt_lookup_num_tokens=4)
+    return generate(model, prompt(20).repeat(1, 3), new(), 16, prompt_lookup_num_tokens=4)
 
 
 def _lookup_plain(model: PreTrainedModel, new: New) -> Outcome:
-    return generate(model, prompt(20).repeat(1, 3), new(), 20)
+    return generate(model, prompt(20).repeat(1, 3), new(), 16)
 
 
 def _assisted(model: PreTrainedModel, new: New) -> Outcome:
-    return generate(model, prompt(50), new(), 14, assistant_model=_assistant(model))
+    return generate(model, prompt(50), new(), 10, assistant_model=_assistant(model))
 
 
 def _assisted_plain(model: PreTrainedModel, new: New) -> Outcome:
-    return generate(model, prompt(50), new(), 14)
+    return generate(model, prompt(50), new(), 10)
 
 
 def _assistant(model: PreTrainedModel) -> PreTrainedModel:
@@ -105,23 +105,23 @@ def _assistant(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _chunked(model: PreTrainedModel, new: New) -> Outcome:
-    return generate(model, prompt(), new(), 12, prefill_chunk_size=16)
+    return generate(model, prompt(), new(), 8, prefill_chunk_size=16)
 
 
 def _whole(model: PreTrainedModel, new: New) -> Outcome:
-    return generate(model, prompt(), new(), 12)
+    return generate(model, prompt(), new(), 8)
 
 
 def _continued(model: PreTrainedModel, new: New) -> Outcome:
     cache = new()
-    first = generate(model, prompt(40), cache, 12)
+    first = generate(model, prompt(40), cache, 8)
     assert first.tokens is not None
-    second = generate(model, torch.cat([prompt(40), first.tokens, prompt(9, seed=2)], 1), cache, 12)
+    second = generate(model, torch.cat([prompt(40), first.tokens, prompt(9, seed=2)], 1), cache, 8)
     return _joined([first, second])
 
 
 def _embeddings(model: PreTrainedModel, new: New) -> Outcome:
-    return generate(model, {"inputs_embeds": model.get_input_embeddings()(prompt(50)).detach()}, new(), 12)
+    return generate(model, {"inputs_embeds": model.get_input_embeddings()(prompt(50)).detach()}, new(), 8)
 
 
 def _crop(model: PreTrainedModel, new: New) -> Outcome:
@@ -130,14 +130,14 @@ def _crop(model: PreTrainedModel, new: New) -> Outcome:
     cache.activate_past_recording()
     forward(model, ids[:, 48:56], cache)
     cache.crop(-6)
-    return Outcome(None, steps(model, prompt(10, seed=3), cache))
+    return Outcome(None, steps(model, prompt(8, seed=3), cache))
 
 
 def _crop_plain(model: PreTrainedModel, new: New) -> Outcome:
     cache, ids = new(), prompt()
     forward(model, ids[:, :48], cache)
     forward(model, ids[:, 48:50], cache)
-    return Outcome(None, steps(model, prompt(10, seed=3), cache))
+    return Outcome(None, steps(model, prompt(8, seed=3), cache))
 
 
 def _batch(model: PreTrainedModel, new: New) -> Outcome:
@@ -146,20 +146,20 @@ def _batch(model: PreTrainedModel, new: New) -> Outcome:
     cache.reorder_cache(torch.tensor([2, 0, 1]))  # type: ignore[arg-type]
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 3, 5]))
-    return Outcome(None, steps(model, prompt(12, 3, seed=4), cache))
+    return Outcome(None, steps(model, prompt(8, 3, seed=4), cache))
 
 
 def _batch_plain(model: PreTrainedModel, new: New) -> Outcome:
     cache = new()
     forward(model, prompt(40, 3)[[2, 0, 1]], cache)
-    return Outcome(None, steps(model, prompt(12, 3, seed=4), cache))
+    return Outcome(None, steps(model, prompt(8, 3, seed=4), cache))
 
 
 def _copies(model: PreTrainedModel, new: New) -> Outcome:
     cache = new()
     forward(model, prompt(50), cache)
     copies = [cache, deepcopy(cache), cache.fork() if isinstance(cache, KVCache) else deepcopy(cache)]
-    return Outcome(None, torch.cat([steps(model, prompt(8, seed=5 + i), copy) for i, copy in enumerate(copies)], 1))
+    return Outcome(None, torch.cat([steps(model, prompt(6, seed=5 + i), copy) for i, copy in enumerate(copies)], 1))
 
 
 def _copies_plain(model: PreTrainedModel, new: New) -> Outcome:
@@ -167,7 +167,7 @@ def _copies_plain(model: PreTrainedModel, new: New) -> Outcome:
     for index in range(3):
         cache = new()
         forward(model, prompt(50), cache)
-        logits.append(steps(model, prompt(8, seed=5 + index), cache))
+        logits.append(steps(model, prompt(6, seed=5 + index), cache))
     return Outcome(None, torch.cat(logits, 1))
 
 
@@ -178,7 +178,7 @@ def _state(model: PreTrainedModel, new: New) -> Outcome:
         other = new()
         other.load_state_dict(cache.state_dict())  # type: ignore[attr-defined]
         cache = other
-    return Outcome(None, steps(model, prompt(12, seed=6), cache))
+    return Outcome(None, steps(model, prompt(8, seed=6), cache))
 
 
 def _unbound(model: PreTrainedModel, new: New) -> Outcome:
@@ -186,7 +186,7 @@ def _unbound(model: PreTrainedModel, new: New) -> Outcome:
     cache = new()
     forward(model, prompt(50), cache)
     unbind(model.config.get_text_config(decoder=True))
-    logits = [read(model, token, cache) for token in prompt(8, seed=8).split(1, 1)]
+    logits = [read(model, token, cache) for token in prompt(6, seed=8).split(1, 1)]
     return Outcome(None, torch.cat(logits, 1))
 
 

@@ -143,7 +143,7 @@ def _try_budget(model: PreTrainedModel, kind: Kind, small: Callable[[Any], KVCac
         forward(model, prompt(), cache)
         if kind.waits:
             cache.compress(model, prompt())
-        runs.append(steps(model, prompt(20, seed=9), cache))
+        runs.append(steps(model, prompt(17, seed=9), cache))
         held = [_held(layer) for layer in cache.layers if getattr(layer, "evictor", None) is not None]
         heads = sum(h * n for h, n in held) / max(1, sum(h for h, _ in held))
         most = BUDGET + (20 if kind.waits else INTERVAL)
@@ -161,13 +161,12 @@ def _held(layer: Any) -> tuple[int, float]:
 
 def _afterwards(model: PreTrainedModel, rights: Rights) -> Verdict:
     """Unbound again, the model does with transformers' own cache exactly what it did."""
-    mode = MODES[0]
     try:
-        right = rights.of(mode)
+        right = rights.of(_STEPS)
     except Exception:
         return Verdict(NOT_TRIED)
     unbind(model.config.get_text_config(decoder=True))
-    again = mode.run(model, lambda: dynamic(model))
+    again = _STEPS.run(model, lambda: dynamic(model))
     return Verdict(WORKS) if torch.equal(again.logits, right[0].logits) else Verdict(WRONG, "the model has changed")
 
 
