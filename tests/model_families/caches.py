@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -34,6 +34,7 @@ class Kind:
         small: the same with a budget that a prompt exceeds; None for caches that keep everything.
         waits: whether it evicts only when ``compress(model, input_ids)`` is called.
         modes: the modes it is tried in; all if empty.
+        pointless: what the refusal says for a model that has no use for it.
     """
 
     name: str
@@ -41,7 +42,8 @@ class Kind:
     bound: float = 0.0
     small: Make | None = None
     waits: bool = False
-    modes: tuple[str, ...] = field(default=())
+    modes: tuple[str, ...] = ()
+    pointless: str | None = None
 
 
 #: What tells caches of one mechanism apart; the whole list is tried with ``none``.
@@ -98,7 +100,7 @@ KINDS: tuple[Kind, ...] = (
     _evicting("kvzip", "replay", waits=True),
     _window("window", reindex=False),
     _window("re-indexed", reindex=True),
-    Kind("latents", lambda config: LatentKVCache(config, **_SIZES)),
+    Kind("latents", lambda config: LatentKVCache(config, **_SIZES), pointless="caches keys and values, not latents"),
 )
 
 

@@ -89,7 +89,8 @@ def _try_kind(model: PreTrainedModel, kind: Kind, modes: tuple[Mode, ...], right
     try:
         kind.make(model.config)
     except Exception as error:
-        return {CONSTRUCTION: of_error(error)}
+        pointless = kind.pointless is not None and kind.pointless in f"{error}"
+        return {CONSTRUCTION: Verdict(NOT_TRIED, f"{error}") if pointless else of_error(error)}
     finally:
         unbind(model.config.get_text_config(decoder=True))
     with suppress(Exception):

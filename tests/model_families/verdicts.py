@@ -18,6 +18,7 @@ WORKS, DENSE, REFUSED, WRONG, CRASHED, NOT_TRIED = "works", "dense", "refused", 
 ROUNDING = 1e-4
 #: The same where codes are rounded once more: an element on the edge between two codes may get the other one.
 EDGE = 1e-2
+_REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 _PACKAGE = str(Path(hf_kvcache.__file__).parent)
 
 
@@ -35,7 +36,7 @@ def of_error(error: BaseException) -> Verdict:
         return Verdict(WRONG, message)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     raised = linecache.getline(frame.filename, frame.lineno or 0).strip().startswith("raise ")
-    if frame.filename.startswith(_PACKAGE) and raised and message:
+    if isinstance(error, _REFUSALS) and frame.filename.startswith(_PACKAGE) and raised and message:
         return Verdict(REFUSED, message)
     return Verdict(CRASHED, f"{type(error).__name__}: {message} ({Path(frame.filename).name}:{frame.lineno})")
 

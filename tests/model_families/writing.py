@@ -37,7 +37,11 @@ def _page(rows: list[Row], missing: list[tuple[Family, Results]]) -> str:
     images = [row for row in rows if row[0].task == IMAGES]
     parts = [_INTRODUCTION.format(version=transformers.__version__, rounding=ROUNDING, budget=BUDGET), _counts(rows)]
     parts += ["## Causal language models\n", _table(text, notes)]
-    parts += ["## Models of images and text\n", "Tried with prompts of text.\n", _table(images, notes)]
+    parts += [
+        "## Models of images and text\n",
+        "Tried with prompts of text, and with an image and a second turn where a family takes images in a usual form.\n",
+        _table(images, notes),
+    ]
     parts += ["## Why not\n", notes.listed(), "## Not tried\n", _missing(missing)]
     return "\n".join(parts)
 
@@ -60,7 +64,7 @@ unbound model must do with `DynamicCache` exactly what it did before.
 | ✓ | works, and attention reads the packed pages |
 | slow | works, but the model attends outside transformers' attention interface: the cache is read as dense tensors |
 | no | refused by an error, listed by its number under *Why not*; beside another sign, modes that are refused |
-| – | does not apply: transformers' own cache cannot do it either |
+| – | does not apply: transformers' own cache cannot do it either, or the model caches no latents |
 
 Columns: `none` is `KVCache` without compression; *8 bits* and *4 bits* are `QuantizedKVCache`; *attention* (`snapkv`),
 *accumulated* (`h2o`), *keys* (`keydiff`), *rotary* (`expected`) and *replay* (`kvzip`) are `HeavyHitterCache` with a
