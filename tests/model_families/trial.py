@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_kvcache import KVCache, unbind
 from tests.model_families.building import build
-from tests.model_families.caches import BUDGET, INTERVAL, KINDS, Kind, dynamic
+from tests.model_families.caches import BUDGET, INTERVAL, KINDS, Kind, Make, dynamic
 from tests.model_families.catalogue import Family
 from tests.model_families.generating import Outcome, forward, prompt, steps
 from tests.model_families.modes import MODES, Mode
@@ -78,7 +79,7 @@ class Rights:
             if run is None:
                 continue
             try:
-                found.append(run(self.model, lambda: dynamic(self.model)))
+                found.append(run(self.model, lambda: _theirs(self.model)))
             except Exception as failure:
                 error = failure
                 self.impossible |= {mode.name} if run is mode.run else set()
@@ -111,13 +112,32 @@ def _try_mode(model: PreTrainedModel, kind: Kind, mode: Mode, rights: Rights) ->
 
     def run() -> Verdict:
         with _attention_calls() as calls:
-            ours = mode.run(model, lambda: kind.make(model.config))
+            ours = mode.run(model, lambda: _ours(model, kind.make))
         verdict = compare(ours, right, kind.bound, mode.loose)
         if verdict.status == WORKS and mode.name == "padded batch" and kind.bound:
             verdict = _as_alone(model, kind, mode, ours, right)
         return Verdict(DENSE) if verdict.status == WORKS and not calls else verdict
 
     return _no_better_than(rights, mode, _guarded(run))
+
+
+def _ours(model: PreTrainedModel, make: Make) -> KVCache:
+    """A new cache, for a model that remembers nothing of the sequence before."""
+    _forget(model)
+    return make(model.config)
+
+
+def _theirs(model: PreTrainedModel) -> Cache:
+    """The same with transformers' own cache."""
+    _forget(model)
+    return dynamic(model)
+
+
+def _forget(model: Any) -> None:
+    """Models with positions in several dimensions keep how far those of the last prompt differ from its length."""
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
 
 
 def _no_better_than(rights: Rights, mode: Mode, verdict: Verdict) -> Verdict:
@@ -131,16 +151,16 @@ def _as_alone(model: PreTrainedModel, kind: Kind, mode: Mode, ours: Outcome, rig
     if len(right) == 2 and compare(right[0], right[1:]).status != WORKS:
         return Verdict(WORKS)  # the family's rows depend on each other with transformers' own cache too
     assert mode.plain is not None
-    alone = mode.plain(model, lambda: kind.make(model.config))
+    alone = mode.plain(model, lambda: _ours(model, kind.make))
     verdict = compare(ours, [alone], rounding=EDGE)
     return verdict if verdict.status == WORKS else Verdict(WRONG, f"{verdict.note} from the row alone")
 
 
-def _try_budget(model: PreTrainedModel, kind: Kind, small: Callable[[Any], KVCache]) -> Verdict:
+def _try_budget(model: PreTrainedModel, kind: Kind, small: Make) -> Verdict:
     """It runs twice alike, and holds no more than its budget and what comes between two evictions."""
     runs = []
     for _ in range(2):
-        cache = small(model.config)
+        cache = _ours(model, small)
         forward(model, prompt(), cache)
         if kind.waits:
             cache.compress(model, prompt())
@@ -167,7 +187,7 @@ def _afterwards(model: PreTrainedModel, rights: Rights) -> Verdict:
     except Exception:
         return Verdict(NOT_TRIED)
     unbind(model.config.get_text_config(decoder=True))
-    again = _STEPS.run(model, lambda: dynamic(model))
+    again = _STEPS.run(model, lambda: _theirs(model))
     return Verdict(WORKS) if torch.equal(again.logits, right[0].logits) else Verdict(WRONG, "the model has changed")
 
 

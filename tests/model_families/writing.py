@@ -39,7 +39,7 @@ def _page(rows: list[Row], missing: list[tuple[Family, Results]]) -> str:
     parts += ["## Causal language models\n", _table(text, notes)]
     parts += [
         "## Models of images and text\n",
-        "Tried with prompts of text, and with an image and a second turn where a family takes images in a usual form.\n",
+        "Tried with prompts of text, and where pixels are taken in a usual form, with an image and a second turn.\n",
         _table(images, notes),
     ]
     parts += ["## Why not\n", notes.listed(), "## Not tried\n", _missing(missing)]
