@@ -59,7 +59,7 @@ def model_class(config: PreTrainedConfig) -> type | None:
         if found is not None:
             return found[0] if isinstance(found, (tuple, list)) else found
     # Part of another model (the text part of many vision-language models): the largest class in the file beside it.
-    names = vars(sys.modules.get(_file_beside(type(config)), object))
+    names = vars(sys.modules.get(_file_beside(type(config).__module__), object))
     own = [
         cls for cls in names.values() if isinstance(cls, type) and getattr(cls, "config_class", None) is type(config)
     ]
@@ -75,7 +75,7 @@ def modeling_file(config: PreTrainedConfig) -> str:
 @cache
 def _file_beside(config: Any) -> str:
     """The modeling file that belongs to a config's file by its name."""
-    package, _, name = config.__module__.rpartition(".")
+    package, _, name = config_file.rpartition(".")
     file = f"{package}.{name.replace('configuration_', 'modeling_', 1)}"
     with suppress(ImportError):
         importlib.import_module(file)
