@@ -73,7 +73,7 @@ def modeling_file(config: PreTrainedConfig) -> str:
 
 
 @cache
-def _file_beside(config: Any) -> str:
+def _file_beside(config_file: str) -> str:
     """The modeling file that belongs to a config's file by its name."""
     package, _, name = config_file.rpartition(".")
     file = f"{package}.{name.replace('configuration_', 'modeling_', 1)}"
