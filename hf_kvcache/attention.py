@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_kvcache.binding import IMPLEMENTATION, previous_implementation
 from hf_kvcache.handle import KVHandle
-from hf_kvcache.integration.versions import collects_attentions
+from hf_kvcache.integration.versions import RELEASE, collects_attentions
 from hf_kvcache.kernels.attention import refuse_gradient
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.masks import mask_function
@@ -28,6 +30,32 @@ def register() -> None:
     """Make the attention and the mask function known to transformers."""
     AttentionInterface.register(IMPLEMENTATION, attention_function)
     AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
+
+
+@cache
+def check_reached(file: str) -> None:
+    """Raise RuntimeError unless models written in the module ``file`` find the attention and the mask function.
+
+    Asked once a file, when a cache is bound: a release of transformers that looks for them elsewhere would leave the
+    cache without its attention, or batches without their padding.
+    """
+    names = vars(sys.modules.get(file, object))
+    attention = names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    masks = names.get("ALL_MASK_ATTENTION_FUNCTIONS", ALL_MASK_ATTENTION_FUNCTIONS)
+    for what, found, ours in (
+        (
+            "attention",
+            attention.get_interface(IMPLEMENTATION, None) if IMPLEMENTATION in attention else None,
+            attention_function,
+        ),
+        ("mask", masks.get(IMPLEMENTATION), mask_function),
+    ):
+        if found is not ours:
+            raise RuntimeError(
+                f"models of {file} of transformers {RELEASE} do not find the {what} function of this package under "
+                f"{IMPLEMENTATION!r} (they find {found!r}); accepted: bind=False, where the cache is read through "
+                "dense tensors, or another release of transformers"
+            )
 
 
 def attention_function(

@@ -14,8 +14,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils import logging
 
 from hf_kvcache import mla
-from hf_kvcache.architecture import architecture, recomputing
+from hf_kvcache.architecture import architecture, modeling_file, recomputing
 from hf_kvcache.arguments import given_only, refuse_unknown
+from hf_kvcache.attention import check_reached
 from hf_kvcache.binding import IMPLEMENTATION
 from hf_kvcache.binding import bind as bind_config
 from hf_kvcache.codecs import Codec, resolve
@@ -124,6 +125,7 @@ class KVCache(Cache):
         # Until it is known that the model reads what update returns: the layer updated last, and if it held any before.
         self._updated, self._is_read = (0, False), False
         if bind:
+            check_reached(modeling_file(self.config))
             bind_config(self.config)
 
     @property

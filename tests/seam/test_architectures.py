@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, SlidingWindowCache
 from hf_kvcache.architecture import architecture, modeling_file
+from hf_kvcache.attention import check_reached
 from hf_kvcache.latent_layer import LatentLayer
 from hf_kvcache.projections import output_weight
 from tests import families, mla_families
@@ -227,3 +229,17 @@ def test_every_architecture_is_found() -> None:
         assert found is not None and found.storing and found.takes_cache and not found.outside, name
         attending = {type(module) for module in model.modules()} & set(found.storing)
         assert attending, name
+
+
+def test_functions_that_are_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release whose models look for the functions elsewhere is told when the cache is built, by its number."""
+    config, modeling = families.build("qwen2").config, sys.modules["transformers.models.qwen2.modeling_qwen2"]
+    check_reached.cache_clear()
+    monkeypatch.setattr(AttentionInterface, "get_interface", lambda self, name, default: default)
+    with pytest.raises(
+        RuntimeError, match=rf"{modeling.__name__} of transformers {transformers.__version__}.*attention"
+    ):
+        KVCache(config)
+    assert str(config._attn_implementation) == "sdpa"
+    monkeypatch.undo()
+    KVCache(config)
