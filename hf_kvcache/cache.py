@@ -190,6 +190,14 @@ class KVCache(Cache):
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     @outside_graphs
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Whether a layer that is transformers' own has a state; with a number it is the layer itself that asks."""
+        found = super().has_previous_state(layer_idx, *args, **kwargs)
+        if found and layer_idx is not None:
+            self._reach(layer_idx)
+        return found
+
+    @outside_graphs
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask of a layer covers; models ask before a forward pass begins."""
         if self._reached != self._final:
