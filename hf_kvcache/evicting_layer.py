@@ -107,6 +107,15 @@ class EvictingLayer(KVCacheLayer):
         self._attended = False
         return handles
 
+    def activate_past_recording(self) -> None:
+        if self.options.deferred:
+            raise ValueError(
+                f"layer {self.index} evicts and other layers read its keys: tokens that may be rolled back (assisted and "
+                "prompt-lookup decoding) would be evicted before these have read them; accepted here: decoding without "
+                "drafts, or a cache that does not evict"
+            )
+        super().activate_past_recording()
+
     def crop(self, tokens_to_remove: int) -> None:
         self.check_crop(tokens_to_remove)
         if self.storage is None:
@@ -170,7 +179,9 @@ class EvictingLayer(KVCacheLayer):
         module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         new, _ = self._latest()
-        self.check_query(query)
+        skip = self.check_query(query)
+        if self.options.deferred and self._attended:
+            return self._attend_shared(new, skip, query, attention_mask, scoring, causal, module)
         if query.shape[2] != new.length:
             raise ValueError(
                 f"{query.shape[2]} queries for {new.length} new tokens; accepted with eviction: one a token"
@@ -183,7 +194,8 @@ class EvictingLayer(KVCacheLayer):
             self._undo.drafts.append(draft)
         output = self._attend(draft)
         self._attended = True
-        self.settle()
+        if not self.options.deferred:
+            self.settle()
         return output
 
     def note_attended(
@@ -195,6 +207,8 @@ class EvictingLayer(KVCacheLayer):
     ) -> None:
         new, _ = self._latest()
         assert self.evictor is not None
+        if self.options.deferred and self._attended:
+            return  # a layer that shares these keys, whose queries do not count
         self._note_padding(new, attention_mask)
         if isinstance(query, torch.Tensor):
             scoring = Scoring(query.shape[-1] ** -0.5) if scoring is None else scoring
@@ -208,7 +222,8 @@ class EvictingLayer(KVCacheLayer):
         else:
             self.evictor.note(new.position, new.length, new.valid)
         self._attended = True
-        self.settle()
+        if not self.options.deferred:
+            self.settle()
 
     def settle(self) -> None:
         new, storage, evictor = self._new, self.storage, self.evictor
@@ -335,6 +350,23 @@ class EvictingLayer(KVCacheLayer):
             start = stop
         new.stored = True
         return torch.cat(outputs, 1)
+
+    def _attend_shared(
+        self,
+        new: NewTokens,
+        skip: int,
+        query: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scoring: Scoring,
+        causal: bool,
+        module: torch.nn.Module | None,
+    ) -> torch.Tensor:
+        """Attention of a layer that reads these keys too: over the same tokens, which are evicted once all have read."""
+        storage = self.storage
+        assert storage is not None
+        visibility = self._visibility(new, storage, attention_mask, causal, skip)
+        dense = dense_tokens(storage, new, visibility, 0, slice(skip, new.length))
+        return self.read(query, storage.pages(), dense, visibility, scoring, module).output
 
     def _attend_part(self, draft: Draft) -> torch.Tensor:
         new, storage, evictor = draft.new, self.storage, self.evictor

@@ -109,8 +109,8 @@ def dense_tokens(
         # A row's places lie side by side, as kernels read them: numpy may join a view and a broadcast by columns.
         positions = np.ascontiguousarray(np.concatenate([positions, at], 1))
     ragged = buffer.uniform_length is None or (fresh and new.valid is not None)
-    first = int(positions[:, 0].min()) if positions.shape[1] else 0  # nothing is held if all of it is padding
-    if not ragged and not ahead and not fresh and visibility.sees_all(first):
+    oldest = int(positions[:, 0].min()) if positions.shape[1] else 0  # nothing is held if all of it is padding
+    if not ragged and not ahead and not fresh and visibility.sees_all(oldest):
         return DenseTokens(keys, values, None, None)
     unused = None
     if ragged or ahead:

@@ -15,7 +15,7 @@ from hf_kvcache.cross_layer import CrossAttentionLayer, cross_attention_layers
 from hf_kvcache.evicting_latent_layer import EvictingLatentLayer, check_policy
 from hf_kvcache.evicting_layer import ATTENDS_OUTSIDE, EvictingLayer
 from hf_kvcache.eviction import Policy, available, resolve
-from hf_kvcache.eviction_options import LayerPlace
+from hf_kvcache.eviction_options import EvictionOptions, LayerPlace
 from hf_kvcache.integration.versions import RELEASE, layer_types
 from hf_kvcache.latent_layer import IndexedLatentLayer, LatentLayer
 from hf_kvcache.layer import KVCacheLayer, LayerOptions
@@ -179,11 +179,8 @@ def _check_eviction(config: PreTrainedConfig, types: list[str], evicting: list[i
             f"config of {config.model_type!r}: all of its layers see a sliding window and hold no more than that; "
             "accepted with eviction: at least one layer of full attention"
         )
-    if options.deferred:
-        raise ValueError(
-            f"config of {config.model_type!r}: some layers read the keys of others, which would not see their queries; "
-            "accepted with eviction: models whose layers have keys of their own"
-        )
+    if options.deferred and options.eviction is not None:
+        _check_sharing(config, options.eviction)
     if options.eviction is not None:
         _check_positions(config, options.eviction.policy)
     if options.latents == "native" and options.eviction is not None:
@@ -193,6 +190,15 @@ def _check_eviction(config: PreTrainedConfig, types: list[str], evicting: list[i
             f"config of {config.model_type!r}: {'a calibrated basis' if options.latents else 'latents as if keys'}; "
             "accepted with eviction: keys and values as they are, or a model's own latents (HeavyHitterCache)"
         )
+
+
+def _check_sharing(config: PreTrainedConfig, eviction: EvictionOptions) -> None:
+    """Raise ValueError for what would have to see the queries of layers that read the keys of others."""
+    why = f"config of {config.model_type!r}: some layers read the keys of others, and their queries are not seen"
+    if eviction.compensate:
+        raise ValueError(f"compensate={eviction.compensate!r} with a {why}; accepted: 0")
+    if eviction.policy.needs_replay:
+        raise ValueError(f"policy={eviction.policy!r} with a {why}; accepted: policies that do not read again")
 
 
 def _check_positions(config: PreTrainedConfig, policy: Policy) -> None:
