@@ -110,9 +110,9 @@ class EvictingLayer(KVCacheLayer):
     def activate_past_recording(self) -> None:
         if self.options.deferred:
             raise ValueError(
-                f"layer {self.index} evicts and other layers read its keys: tokens that may be rolled back (assisted and "
-                "prompt-lookup decoding) would be evicted before these have read them; accepted here: decoding without "
-                "drafts, or a cache that does not evict"
+                f"layer {self.index} evicts and other layers read its keys: drafts (assisted, prompt-lookup decoding) "
+                "would be evicted before these have read them; accepted here: decoding without drafts, or a cache that "
+                "does not evict"
             )
         super().activate_past_recording()
 
@@ -361,7 +361,7 @@ class EvictingLayer(KVCacheLayer):
         causal: bool,
         module: torch.nn.Module | None,
     ) -> torch.Tensor:
-        """Attention of a layer that reads these keys too: over the same tokens, which are evicted once all have read."""
+        """Attention of a layer that reads these keys too, over the same tokens: they are evicted once all have read."""
         storage = self.storage
         assert storage is not None
         visibility = self._visibility(new, storage, attention_mask, causal, skip)

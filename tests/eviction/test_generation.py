@@ -120,15 +120,6 @@ def test_every_policy(model: PreTrainedModel, policy: str) -> None:
     cache.integrity()
 
 
-@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
-def test_models_that_cannot(family: str) -> None:
-    """Layers that read each other's keys are refused when the cache is built."""
-    config = families.build(family).config
-    with pytest.raises(ValueError, match=r"read the keys of others.*accepted with eviction"):
-        HeavyHitterCache(config, 64)
-    assert str(config.get_text_config(decoder=True)._attn_implementation) != "hf_kvcache"
-
-
 def test_models_without_full_attention() -> None:
     with pytest.raises(ValueError, match="accepted with eviction: at least one layer of full attention"):
         SlidingWindowCache(families.build("mistral").config, 64)

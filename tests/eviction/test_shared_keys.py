@@ -58,7 +58,7 @@ def test_what_is_left_is_what_all_layers_read(family: str) -> None:
 
 def test_what_would_have_to_see_more_is_refused() -> None:
     model = families.build("gemma3n")
-    with pytest.raises(ValueError, match="compensate=8 with a config of 'gemma3n_text'.*accepted: 0"):
+    with pytest.raises(ValueError, match=r"compensate=8 with a config of 'gemma3n_text'.*accepted: 0"):
         evicting(model, 20, compensate=8)
     with pytest.raises(ValueError, match=r"policy=kvzip.*'gemma3n_text'.*accepted"):
         HeavyHitterCache(model.config, 64, "kvzip")
