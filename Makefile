@@ -23,11 +23,11 @@ BIN := $(VENV)/bin
 RELEASES := $(BIN)/python requirements/releases.py
 # Python with the release of transformers that is asked for.
 RUN := $(if $(TRANSFORMERS),$(RELEASES) run $(TRANSFORMERS),$(BIN)/python)
-# pip for what is locked. Another torch than the locked one brings its own triton, and has its own wishes beside.
+# pip for what is locked. Another torch than the locked one has its own wishes.
 CONSTRAINTS := $(VENV)/constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS)
 STOPPING := $(if $(DEADLINE),-p tests.deadline --deadline $(DEADLINE))
-UNLOCKED := $(if $(filter $(LOCKED_TORCH),$(TORCH)),^$$,^(torch|triton|setuptools|sympy|networkx|fsspec)==)
+UNLOCKED := ^(triton$(if $(filter $(LOCKED_TORCH),$(TORCH)),,|torch|setuptools|sympy|networkx|fsspec))==
 # The name carries the torch version, so that changing TORCH reinstalls.
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 STAMP := $(VENV)/.installed-$(TORCH)
@@ -50,6 +50,8 @@ $(TORCH_STAMP): $(LOCK)
 	grep -vE '$(UNLOCKED)' $(LOCK) > $(CONSTRAINTS)
 	$(INSTALL) pip
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) "torch==$(TORCH)"
+	@# A build of torch for GPUs has brought the triton that it was made for; with others it is the locked one.
+	@$(BIN)/python -m pip show torch | grep -q '^Requires:.*triton' || grep '^triton==' $(LOCK) >> $(CONSTRAINTS)
 	@rm -f $(VENV)/.torch-* $(VENV)/.installed-* $(VENV)/.bench-*
 	@touch $@
 

@@ -40,6 +40,9 @@ TOOLS = ("pip", "hatchling", "editables")
 #: The libraries of CUDA are pinned by the build of torch that brings them, each build its own.
 PINNED_BY_TORCH = ("nvidia-", "cuda-")
 
+#: A build of torch for GPUs pins its own triton, and `make install` leaves it that; this one is for other builds.
+OVERRIDES = "triton ; sys_platform == 'linux'"
+
 #: Newer releases of transformers leave older Pythons behind: a lock starts at the first of these that has the release.
 OLDEST_PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
@@ -159,12 +162,13 @@ def _resolved(uv: Path, transformers: str, preferred: str) -> list[str]:
     inputs = "\n".join([*TOOLS, f"torch=={tested('torch')[-1]}", transformers])
     extras = [f"--extra={name}" for name in ("dev", "bench")]
     with tempfile.TemporaryDirectory() as folder:
-        wanted, out = Path(folder) / "wanted.in", Path(folder) / "lock.txt"
+        wanted, overrides, out = (Path(folder) / name for name in ("wanted.in", "overrides.in", "lock.txt"))
         wanted.write_text(inputs)
+        overrides.write_text(OVERRIDES)
         for python in OLDEST_PYTHONS:
             out.write_text(preferred)  # what stands in the output is kept where it can be
             command = [uv, "pip", "compile", "--quiet", "--universal", f"--python-version={python}", *extras]
-            command += ["--no-annotate", "--no-header", "-o", out, PROJECT, wanted]
+            command += ["--no-annotate", "--no-header", "--overrides", overrides, "-o", out, PROJECT, wanted]
             answer = subprocess.run(command, stderr=subprocess.PIPE, text=True)
             if answer.returncode == 0:
                 return [line for line in out.read_text().splitlines() if not line.startswith(PINNED_BY_TORCH)]

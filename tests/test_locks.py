@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -48,3 +49,8 @@ def test_every_tested_release_is_locked_here_or_in_a_file_of_its_own() -> None:
 
 def test_torch_may_bring_the_libraries_of_its_own_build() -> None:
     assert [line for line in lines(FOLDER / "lock.txt") if line.startswith(("nvidia", "cuda"))] == []
+
+
+def test_kernels_are_compared_with_what_this_triton_compiled() -> None:
+    recorded = json.loads((ROOT / "benchmarks" / "compiled.json").read_text())
+    assert recorded["triton"] in pinned("triton")
