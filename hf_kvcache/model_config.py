@@ -72,6 +72,11 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     decoder = config.get_text_config(decoder=True)
     if not _is_decoder(decoder):
         raise ValueError(f"config of {config.model_type!r}: accepted: models that generate, this one only encodes")
+    if getattr(decoder, "num_hidden_layers", None) is None and getattr(decoder, "layer_types", None) is None:
+        raise ValueError(
+            f"config of {config.model_type!r} says nothing of its layers (num_hidden_layers); accepted: models with one "
+            "stack of decoder layers"
+        )
     known = architecture(decoder)
     if known is not None and not (known.storing and known.takes_cache):
         raise ValueError(

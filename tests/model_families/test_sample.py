@@ -83,6 +83,12 @@ def test_every_class_is_found() -> None:
         assert tiny_config(name).get_text_config(decoder=True).vocab_size <= 128
 
 
+def test_models_of_several_stacks_are_refused() -> None:
+    """A byte-level model has an encoder, a global model and a decoder, and its config no number of layers."""
+    with pytest.raises(ValueError, match=r"'blt' says nothing of its layers \(num_hidden_layers\); accepted"):
+        KVCache(tiny_config("blt"))
+
+
 def _llama(make: object) -> dict[str, str]:
     kind = Kind("trial", make, modes=("greedy", "state dict"))  # type: ignore[arg-type]
     (family,) = (family for family in families() if family.model_type == "llama")
