@@ -74,8 +74,8 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
         raise ValueError(f"config of {config.model_type!r}: accepted: models that generate, this one only encodes")
     if getattr(decoder, "num_hidden_layers", None) is None and getattr(decoder, "layer_types", None) is None:
         raise ValueError(
-            f"config of {config.model_type!r} says nothing of its layers (num_hidden_layers); accepted: models with one "
-            "stack of decoder layers"
+            f"config of {config.model_type!r} says nothing of its layers (num_hidden_layers); accepted: models with "
+            "one stack of decoder layers"
         )
     known = architecture(decoder)
     if known is not None and not (known.storing and known.takes_cache):
