@@ -52,13 +52,17 @@ def cache_of(output: Any) -> Any:
     return getattr(output, CACHE_ARGUMENT, None)
 
 
+#: Types of layers whose cache takes a ``sliding_window``; of chunked attention it is the length of a chunk.
+_WINDOWED = ("sliding_attention", "hybrid_sliding", "chunked_attention")
+
+
 def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
     """Type and constructor arguments of each layer, as transformers' own caches would have them."""
     types, arguments = get_layer_types_and_kwargs(config)
     if isinstance(arguments, dict):  # before 5.19: one set of arguments for all layers
         arguments = [
-            {name: value for name, value in arguments.items() if name != "sliding_window" or "sliding" in layer_type}
-            for layer_type in types
+            {name: x for name, x in arguments.items() if name != "sliding_window" or kind in _WINDOWED}
+            for kind in types
         ]
     return types, arguments
 
