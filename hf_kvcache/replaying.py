@@ -120,6 +120,9 @@ def _watch(
         if prompt_ids is not None:
             asked = prompt_ids.to(ids).expand(batch, -1)
             ids, real = torch.cat([asked, ids], 1), torch.cat([torch.ones_like(asked), real], 1)
+            # Padding first: between real tokens a mask does not say padding, but tokens that are hidden.
+            order = real.argsort(dim=1, stable=True)
+            ids, real = ids.gather(1, order), real.gather(1, order)
         copy = cache.fork()
         by_index = {layer.index: watch for layer, watch in zip(layers, watches, strict=True)}
         for layer in copy.layers:
