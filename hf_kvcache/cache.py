@@ -31,6 +31,7 @@ from hf_kvcache.layer import KVCacheLayer, LayerOptions
 from hf_kvcache.masks import mask_is_expected
 from hf_kvcache.memory import MemoryReport
 from hf_kvcache.model_config import (
+    borrowing_layers,
     check_formats,
     check_states,
     decoder_config,
@@ -118,7 +119,8 @@ class KVCache(Cache):
         # A forward pass touches layer after layer: where it is, and where it ends.
         self._cross = cross_attention_layers(self.config)  # which only a pass with an image touches
         self._places = places_in_pass(self.config, len(self.layers))
-        self._final = max(self._places[layer.index] for layer in self.own_layers if layer.index not in self._cross)
+        self._aside = self._cross | borrowing_layers(self.config)  # to which not every pass adds tokens
+        self._final = max(self._places[layer.index] for layer in self.own_layers if layer.index not in self._aside)
         self._reached = self._final
         # Tokens up to which transformers drops this cache on the way to more; None: at no length.
         self._dropped_until = None if (drops := recomputing(self.config)) is None else drops[0]
@@ -159,7 +161,7 @@ class KVCache(Cache):
             self.check_complete()
         # What the base class does beside this is for caches that offload, or make their layers as they go.
         states = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
-        if layer_idx not in self._cross:
+        if layer_idx not in self._aside:
             self._reached = place
         return states
 
@@ -357,7 +359,7 @@ class KVCache(Cache):
 
     def is_passed(self, index: int) -> bool:
         """Whether every forward pass adds tokens to the layer of that number."""
-        return index not in self._cross
+        return index not in self._aside
 
     def replace_layers(self, layers: list[Any]) -> None:
         """Hold what these layers do, after a whole forward pass."""
@@ -386,7 +388,7 @@ class KVCache(Cache):
     @property
     def _passed(self) -> list[KVCacheLayer]:
         """The layers that every forward pass adds tokens to."""
-        return [layer for layer in self.own_layers if layer.index not in self._cross]
+        return [layer for layer in self.own_layers if layer.index not in self._aside]
 
     @property
     def _complete_length(self) -> int:
@@ -417,8 +419,9 @@ class KVCache(Cache):
         if not length:
             self.reset()
             return
-        for layer in self._passed:
-            layer.take_back(length)
+        for layer in self.own_layers:
+            if layer.index not in self._cross:
+                layer.take_back(length)
         for index, tokens in added.items():
             self.layers[index].crop(-tokens)  # type: ignore[union-attr]
         self._reached = self._final
@@ -438,10 +441,11 @@ class KVCache(Cache):
     def _check_read(self, layer_idx: int) -> None:
         """Raise RuntimeError if the model has not read what ``update`` returned last; looked at until it once has."""
         latest, had = self._updated
-        layer = self.layers[layer_idx]
-        self._updated = layer_idx, isinstance(layer, KVCacheLayer) and layer.get_seq_length() > 0
-        if not had or not mask_is_expected(self.options):
-            return  # nothing was held, or update() is called by hand and nobody has to read
+        layer, expected = self.layers[layer_idx], mask_is_expected(self.options)
+        # Without a mask before it, update() is called by hand, and nobody has to read what it returns.
+        self._updated = layer_idx, expected and isinstance(layer, KVCacheLayer) and layer.get_seq_length() > 0
+        if not had or not expected:
+            return
         if not self.layers[latest].is_unread():  # type: ignore[union-attr]
             self._is_read = True
             return

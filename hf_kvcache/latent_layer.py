@@ -166,7 +166,7 @@ class IndexedLatentLayer(LatentLayer):
 
     def take_back(self, length: int) -> None:
         super().take_back(length)
-        self.indexer.drop_last(self.indexer.length - length)
+        self.indexer.drop_last(max(self.indexer.length - length, 0))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

@@ -628,8 +628,8 @@ class KVCacheLayer(CacheLayerMixin):
     def take_back(self, length: int) -> None:
         """Return to the first ``length`` tokens; the update behind them may have been cut off anywhere."""
         self._new = None
-        self._seen = length
-        if self.storage is not None:
+        if self.storage is not None:  # else it reads what another layer holds
+            self._seen = length
             self.storage.truncate_from(length)
             self.padding = self.padding.before(length)
             self._confirm()

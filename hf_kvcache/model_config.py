@@ -250,6 +250,12 @@ def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     return getattr(config, "per_layer_config", None) or [config]
 
 
+def borrowing_layers(config: PreTrainedConfig) -> frozenset[int]:
+    """The layers that read what others hold and have no tokens of their own, where they have a layer in the cache."""
+    modes = getattr(config, "kv_sharing_modes", None) or []
+    return frozenset(index for index, mode in enumerate(modes) if mode is not None and mode.startswith("reuse"))
+
+
 def shares_keys(config: PreTrainedConfig) -> bool:
     """Whether some layers read the keys and values of others."""
     return getattr(config, "kv_sharing_modes", None) is not None or bool(getattr(config, "num_kv_shared_layers", 0))

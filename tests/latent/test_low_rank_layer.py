@@ -63,12 +63,17 @@ def compare(layer: OneLayer, by_hand: ByHand, tokens: States, cuts: list[int], r
 
 
 def padding(batch: int, length: int) -> torch.Tensor:
-    """bool ``[batch, length]``: the first sequence has no padding, the others some in front and a hole."""
+    """bool ``[batch, length]``: the first sequence has no padding, the others at ends of updates (``CUTS``)."""
     real = torch.ones(batch, length, dtype=torch.bool)
     for row in range(1, batch):
         real[row, : 9 * row] = False
-        real[row, 40 : 42 + row] = False
+        real[row, 57 : 59 + row] = False
+        real[row, 88 - row : 90] = False
     return real
+
+
+#: Ends of the updates behind a prompt: steps, a small and a large chunk, and steps again.
+CUTS = [50, 51, 52, 57, 90, *range(91, 131, 3)]
 
 
 def slow(value: Any) -> Any:
@@ -81,14 +86,14 @@ def slow(value: Any) -> Any:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_attention_by_hand(kind: str, form: str, call: str, padded: bool, masks: bool) -> None:
-    """A prefill, steps, a small and a large chunk, and steps again."""
+    """A prefill, steps and chunks."""
     tokens = states(130, 3, seed=5)
     real = padding(3, 130) if padded else None
     layer = OneLayer(kind, FORMS[form], masks=masks, **CALLS[call])
     by_hand = ByHand(kind, FORMS[form], 3)
     by_hand(tokens.at(0, 50), real, **CALLS[call])
     layer(tokens.at(0, 50), None if real is None else real[:, :50])  # attention of the first tokens is not ours
-    compare(layer, by_hand, tokens, [50, 51, 52, 57, 90, *range(91, 131, 3)], real)
+    compare(layer, by_hand, tokens, CUTS, real)
 
 
 def test_one_sequence_token_by_token() -> None:
@@ -135,7 +140,10 @@ class Run:
     def block(self, length: int, padded: bool) -> None:
         layer, by_hand = self.pair
         batch, seen = len(by_hand.rows), by_hand.seen
-        new = torch.from_numpy(self.draw.random((batch, length)) < 0.8) if padded else torch.ones(batch, length).bool()
+        new = torch.ones(batch, length, dtype=torch.bool)
+        for row in new if padded else ():  # padding stands at the ends of an update
+            left, right = self.draw.integers(0, 1 + (length + 1) // 2, 2)
+            row[:left] = row[length - right :] = False
         self.real = torch.cat([self.real, new], 1)
         real = None if self.real.all() else self.real
         tokens = states(length, batch, seed=seen)
@@ -340,8 +348,9 @@ def test_dense_fallback(form: str) -> None:
     """Handles decode to what is read: sinks and tail as they came, pages through the projection, zeros for padding."""
     tokens, real = states(90, 2), padding(2, 90)
     layer, by_hand = OneLayer("full", FORMS[form]), ByHand("full", FORMS[form], 2)
-    layer(tokens.at(0, 89), real[:, :89])
-    by_hand(tokens.at(0, 89), real)
+    for start, stop in pairwise([0, *CUTS[:4], 89]):
+        layer(tokens.at(start, stop), real[:, :stop])
+        by_hand(tokens.at(start, stop), real)
     key, value = layer.cache.update(tokens.key[:, :, 89:], tokens.value[:, :, 89:], 0)
     assert key.shape == (2, HEADS, 90, DIM)
     for side, handle in (("key", key), ("value", value)):
