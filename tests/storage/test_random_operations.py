@@ -232,5 +232,5 @@ def _tested(examples: int) -> Any:
     return case
 
 
-TestStorage = _tested(12)
+TestStorage = _tested(25)
 TestStorageLonger = pytest.mark.slow(_tested(100))
