@@ -91,7 +91,7 @@ def _window(name: str, reindex: bool) -> Kind:
 
 KINDS: tuple[Kind, ...] = (
     Kind("none", lambda config: KVCache(config, "none", **_SIZES)),
-    Kind("8 bits", lambda config: QuantizedKVCache(config, bits=8, **_SIZES), bound=0.1, modes=_LOSSY_MODES),
+    Kind("8 bits", lambda config: QuantizedKVCache(config, bits=8, **_SIZES), bound=0.2, modes=_LOSSY_MODES),
     Kind("4 bits", lambda config: QuantizedKVCache(config, bits=4, **_SIZES), bound=0.8, modes=_LOSSY_MODES),
     _evicting("snapkv", "attention"),
     _evicting("h2o", "accumulated"),
