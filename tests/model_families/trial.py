@@ -149,7 +149,7 @@ def _no_better_than(rights: Rights, mode: Mode, verdict: Verdict) -> Verdict:
 
 
 def _as_plain(model: PreTrainedModel, kind: Kind, mode: Mode, ours: Outcome, right: list[Outcome]) -> Verdict:
-    """However few bits there are: a row of a batch, a copy, a state that was loaded say what they would say by themselves.
+    """However few bits there are, a row of a batch, a copy and a loaded state say what they would say by themselves.
 
     Not so where rows depend on each other with transformers' own cache too, or where no mask names padding.
     """

@@ -56,8 +56,9 @@ a left-padded batch, beams, sampling, prompt lookup, assisted, prefill in chunks
 The right value is what `DynamicCache` gives in the same process. Caches that lose nothing (`none`, latents, and those
 that evict as long as their budget holds everything) give it within {rounding:g}; with 8 bits, logits are within a fifth
 of their spread, and with 4 bits within eight tenths: these models are small, their heads few and narrow, their experts
-and indexers easily swayed; rows of a batch, copies and loaded states give what they give by themselves. Evicting caches are also tried with a budget of {budget} tokens: they must run, twice alike, and hold no more. Afterwards the
-unbound model must do with `DynamicCache` exactly what it did before.
+and indexers easily swayed. Rows of a batch, copies and loaded states give what they give by themselves. Evicting caches
+are also tried with a budget of {budget} tokens: they must run, twice alike, and hold no more. Afterwards the unbound
+model must do with `DynamicCache` exactly what it did before.
 
 | sign | meaning |
 |---|---|
