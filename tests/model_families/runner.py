@@ -8,6 +8,7 @@ import os
 import signal
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ _IMPORTED_LATE = (
 )
 #: What is kept of a family: verdicts, or why there is no model to try.
 BUILDING = "building"
+#: Seconds between two looks at the processes.
+_PAUSE = 0.05
 
 
 class Plan(NamedTuple):
@@ -39,19 +42,27 @@ class Plan(NamedTuple):
     kinds: tuple[Kind, ...] = KINDS
 
 
+@dataclass
+class Trial:
+    """A family that is being tried, and for how many seconds; not those in which all of this was suspended."""
+
+    family: Family
+    seconds: float = 0.0
+
+
 def run(families: list[Family], plan: Plan) -> None:
     """Try all families that have no result yet; one that hangs or dies gets a verdict and stops nothing."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     for module in _IMPORTED_LATE:
         importlib.import_module(module)
     waiting = [family for family in families if _missing(family, plan)]
-    running: dict[int, tuple[Family, float]] = {}
+    running: dict[int, Trial] = {}
     while waiting or running:
         while waiting and len(running) < plan.jobs:
             family = waiting.pop(0)
-            running[_start(family, plan)] = family, time.monotonic()
+            running[_start(family, plan)] = Trial(family)
         _reap(running, plan, len(waiting))
-        time.sleep(0.05)
+        time.sleep(_PAUSE)
 
 
 def _missing(family: Family, plan: Plan) -> tuple[Kind, ...]:
@@ -109,17 +120,17 @@ def _save(family: Family, folder: Path, results: Results) -> None:
     partial.replace(file)
 
 
-def _reap(running: dict[int, tuple[Family, float]], plan: Plan, left: int) -> None:
-    for child, (family, began) in list(running.items()):
+def _reap(running: dict[int, Trial], plan: Plan, left: int) -> None:
+    for child, trial in list(running.items()):
+        trial.seconds += _PAUSE
         ended, _ = os.waitpid(child, os.WNOHANG)
-        seconds = time.monotonic() - began
-        if not ended and seconds < plan.timeout:
+        if not ended and trial.seconds < plan.timeout:
             continue
         if not ended:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        if _missing(family, plan):
+        if _missing(trial.family, plan):
             reason = "died" if ended else f"took more than {plan.timeout:.0f} s"
-            _save(family, plan.folder, {BUILDING: {"": Verdict(CRASHED, reason)}})
+            _save(trial.family, plan.folder, {BUILDING: {"": Verdict(CRASHED, reason)}})
         del running[child]
-        print(f"{family.task:>6} {family.model_type:28} {seconds:5.1f} s   {left} to go", flush=True)
+        print(f"{trial.family.task:>6} {trial.family.model_type:28} {trial.seconds:5.1f} s   {left} to go", flush=True)
