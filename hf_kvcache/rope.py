@@ -26,7 +26,7 @@ _NEAR = 1e-2
 #: Columns of cosines and sines are numbered with so many digits of this base, which bfloat16 tells apart.
 _BASE, _DIGITS = 16, 3
 #: Where it is checked that a pair's angle is position times frequency.
-_FAR = 1000
+_FAR = 1000  # or the last position that the model has
 _NO_ROTATION = "its keys are not a rotation of what they are at position 0"
 
 
@@ -150,7 +150,8 @@ def _learn(module: torch.nn.Module) -> LayerRope:
         raise _refuse(module, "its values depend on positions too, as those of latent attention do")
     moves, still = _layout(module, keys)
     pairs = _pair_up(module, moves)
-    frequencies, scale = _speeds(module, embedding, moves, pairs)
+    far = min(_FAR, int(getattr(config, "max_position_embeddings", None) or _FAR + 1) - 1)
+    frequencies, scale = _speeds(module, embedding, moves, pairs, far)
     if len(still) % 2:
         raise _refuse(module, f"{len(still)} of its dimensions do not rotate, which is odd")
     half = len(still) // 2
@@ -328,20 +329,20 @@ def _pair_up(module: torch.nn.Module, moves: dict[int, _Move]) -> list[tuple[int
 
 
 def _speeds(
-    module: torch.nn.Module, embedding: _Embedding, moves: dict[int, _Move], pairs: list[tuple[int, int]]
+    module: torch.nn.Module, embedding: _Embedding, moves: dict[int, _Move], pairs: list[tuple[int, int]], far: int
 ) -> tuple[torch.Tensor, float]:
     """Radians per position of each pair ``[P]``, and the factor of the length.
 
-    One position apart the angle is the frequency; that the model keeps to it is checked some way on.
+    One position apart the angle is the frequency; that the model keeps to it is checked at position ``far``.
     """
-    at = torch.tensor([[0, 1, _FAR]])
+    at = torch.tensor([[0, 1, far]])
     cos, sin = (table[0].double() for table in embedding(at))
     first, second = ([moves[dim] for dim in dims] for dims in ([p[0] for p in pairs], [p[1] for p in pairs]))
     turns = [torch.complex(cos[:, [m.own for m in side]], sin[:, [m.other for m in side]]) for side in (first, second)]
     scale = float(turns[0][0].abs().mean()) if pairs else 1.0
     frequencies = turns[0][1].angle()
-    expected = scale * torch.exp(1j * torch.tensor([[0.0], [1.0], [_FAR]]) * frequencies)
-    # Angles are float32 products: they are off by some units in the last place of up to _FAR radians.
+    expected = scale * torch.exp(1j * torch.tensor([[0.0], [1.0], [far]]) * frequencies)
+    # Angles are float32 products: they are off by some units in the last place of up to `far` radians.
     if any(float((turn - expected).abs().max()) > 1e-3 * scale for turn in turns if pairs):
         raise _refuse(module, _NO_ROTATION)
     return frequencies.float(), scale

@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 
-from hf_kvcache import KVCache
-from tests.model_families.building import NotBuilt
+from hf_kvcache import HeavyHitterCache, KVCache
+from tests.model_families.building import NotBuilt, build
 from tests.model_families.caches import KINDS, Kind
 from tests.model_families.catalogue import IMAGES, TEXT, Family, families
-from tests.model_families.generating import Outcome
+from tests.model_families.generating import Outcome, generate, prompt
 from tests.model_families.modes import MODES
 from tests.model_families.shrinking import tiny_config
 from tests.model_families.summary import cells
@@ -87,6 +87,16 @@ def test_models_of_several_stacks_are_refused() -> None:
     """A byte-level model has an encoder, a global model and a decoder, and its config no number of layers."""
     with pytest.raises(ValueError, match=r"'blt' says nothing of its layers \(num_hidden_layers\); accepted"):
         KVCache(tiny_config("blt"))
+
+
+def test_positions_end_with_the_models_table() -> None:
+    """GPT-J looks its angles up in a table: a policy that undoes them asks for none behind its end."""
+    (family,) = (family for family in families() if family.model_type == "gptj")
+    model = build(family)
+    with pytest.raises(
+        ValueError, match="rotary embedding of GPTJAttention cannot be undone: its keys are not a rotation"
+    ):
+        generate(model, prompt(), HeavyHitterCache(model.config, 32, "expected", tail_length=8, page_size=16), 1)
 
 
 def _llama(make: object) -> dict[str, str]:
