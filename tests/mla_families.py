@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -44,7 +45,22 @@ BROKEN: dict[str, dict[str, str]] = {
 def names(*, without: Iterable[str] = ()) -> list[str]:
     """All families that are installed and their variants (``family-variant``), but those ``without``."""
     skipped = (*without, *STATEFUL)
-    return [name for name in _BUILDERS if name not in skipped and family(name) in installed()]
+    return [name for name in _BUILDERS if name not in skipped and family(name) in installed() and _is_known(name)]
+
+
+@cache
+def _is_known(name: str) -> bool:
+    """Whether this release knows the types of layers that the config of ``name`` has (indexed ones are of 5.19)."""
+    try:
+        _BUILDERS[name]()
+    except StrictDataclassError:
+        return False
+    return True
+
+
+def written() -> set[str]:
+    """The families that there is a model of here."""
+    return {family(name) for name in _BUILDERS}
 
 
 def family(name: str) -> str:
