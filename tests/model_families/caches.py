@@ -31,6 +31,8 @@ class Kind:
         name: column of the table.
         make: the cache from a model's config, of which everything is kept.
         bound: how far logits may be from those of ``DynamicCache``, as a share of their spread; 0 for rounding only.
+        edge: how far they may be from those of the same cache where sums run in another order: a code, or a scale, on the
+            edge between two values may get the other one.
         small: the same with a budget that a prompt exceeds; None for caches that keep everything.
         waits: whether it evicts only when ``compress(model, input_ids)`` is called.
         modes: the modes it is tried in; all if empty.
@@ -40,6 +42,7 @@ class Kind:
     name: str
     make: Make
     bound: float = 0.0
+    edge: float = 0.0
     small: Make | None = None
     waits: bool = False
     modes: tuple[str, ...] = ()
@@ -91,8 +94,8 @@ def _window(name: str, reindex: bool) -> Kind:
 
 KINDS: tuple[Kind, ...] = (
     Kind("none", lambda config: KVCache(config, "none", **_SIZES)),
-    Kind("8 bits", lambda config: QuantizedKVCache(config, bits=8, **_SIZES), bound=0.2, modes=_LOSSY_MODES),
-    Kind("4 bits", lambda config: QuantizedKVCache(config, bits=4, **_SIZES), bound=0.8, modes=_LOSSY_MODES),
+    Kind("8 bits", lambda config: QuantizedKVCache(config, bits=8, **_SIZES), bound=0.2, edge=0.01, modes=_LOSSY_MODES),
+    Kind("4 bits", lambda config: QuantizedKVCache(config, bits=4, **_SIZES), bound=0.8, edge=0.15, modes=_LOSSY_MODES),
     _evicting("snapkv", "attention"),
     _evicting("h2o", "accumulated"),
     _evicting("keydiff", "keys"),

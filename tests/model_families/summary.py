@@ -52,7 +52,9 @@ def short(note: str) -> str:
     note = re.sub(
         r"shape \[[^\]]*\]|heads \[[^\]]*\]|dim \[[^\]]*\]", lambda match: match[0].split(" ")[0] + " […]", note
     )
+    note = re.sub(r"\b[A-Z]\w+RotaryEmbedding", "the rotary embedding", note)
     note = re.sub(r"\b[A-Z]\w+For[A-Z]\w+|\b[A-Z]\w+LMHeadModel\b", "the model", note)
+    note = re.sub(r"for a '[^']*' model", "for this model", note)
     note = re.sub(r"policy=(\w+)\([^)]*\)", r"policy=\1", note)
     note = re.sub(r"\b[A-Z]\w*(Attention|Attn)\w*", "the attention module", note)
     return note if len(note) < 240 else note[:237] + "…"

@@ -16,8 +16,6 @@ from tests.model_families.modes import CacheNotUsed
 WORKS, DENSE, REFUSED, WRONG, CRASHED, NOT_TRIED = "works", "dense", "refused", "wrong", "crashed", "not tried"
 #: Rounding between two orders of summation in float32, for logits of a spread of 1 to 2.
 ROUNDING = 1e-4
-#: The same where codes are rounded once more: an element on the edge between two codes may get the other one.
-EDGE = 1e-2
 _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 _PACKAGE = str(Path(hf_kvcache.__file__).parent)
 
