@@ -31,8 +31,8 @@ class Kind:
         name: column of the table.
         make: the cache from a model's config, of which everything is kept.
         bound: how far logits may be from those of ``DynamicCache``, as a share of their spread; 0 for rounding only.
-        edge: how far they may be from those of the same cache where sums run in another order: a code, or a scale, on the
-            edge between two values may get the other one.
+        edge: how far they may be from those of the same cache where sums run in another order: a code or a scale on
+            the edge between two values may get the other one.
         small: the same with a budget that a prompt exceeds; None for caches that keep everything.
         waits: whether it evicts only when ``compress(model, input_ids)`` is called.
         modes: the modes it is tried in; all if empty.
