@@ -165,7 +165,8 @@ def _as_plain(model: PreTrainedModel, kind: Kind, mode: Mode, ours: Outcome, rig
 def _rows_alike(model: PreTrainedModel) -> bool:
     """Whether a row has the same keys beside a longer one as alone; not where its positions count padding."""
     row = prompt(37, seed=1)
-    both, alone = _theirs(model), _theirs(model)
+    both: Any = _theirs(model)
+    alone: Any = _theirs(model)
     generate(model, left_padded([prompt(), row]), both, 1)
     generate(model, row, alone, 1)
     pairs = [(a.keys[-1], b.keys[0]) for a, b in zip(both.layers, alone.layers, strict=True) if _has_keys(a)]
