@@ -46,6 +46,8 @@ def _config_for(family: Family) -> PreTrainedConfig:
     for part in (config, config.get_text_config(decoder=True)):
         if hasattr(part, "is_decoder"):
             part.is_decoder = True
+        if getattr(part, "attn_logit_softcapping", None):
+            part._attn_implementation = "eager"  # in older releases sdpa leaves it out
     return config
 
 
