@@ -93,7 +93,7 @@ def test_positions_end_with_the_models_table() -> None:
     """GPT-J looks its angles up in a table: a policy that undoes them asks for none behind its end."""
     (family,) = (family for family in families() if family.model_type == "gptj")
     model = build(family)
-    with pytest.raises(ValueError, match="GPTJAttention (cannot be undone: its keys are not a|of transformers)"):
+    with pytest.raises(ValueError, match=r"GPTJAttention (cannot be undone: its keys are not a|of transformers)"):
         generate(model, prompt(), HeavyHitterCache(model.config, 32, "expected", tail_length=8, page_size=16), 1)
 
 
