@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import KVCache
+from hf_kvcache.integration.versions import RELEASE
 from tests import families
 from tests.running import (
     as_cache,
@@ -82,7 +83,11 @@ def test_assisted(model: PreTrainedModel) -> None:
         for weight in assistant.parameters():
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)) * 0.02)
     inputs = prompt(50)
-    theirs = generate(model, inputs, full_cache(model), 30)
+    try:  # in 5.17 an assistant's own cache fails if it has sliding layers
+        theirs = generate(model, inputs, full_cache(model), 30, assistant_model=assistant)
+    except RuntimeError as error:
+        pytest.skip(f"transformers {RELEASE} itself: {error}")
+    assert torch.equal(theirs.tokens, generate(model, inputs, full_cache(model), 30).tokens)
     ours = generate(model, inputs, small_cache(model), 30, assistant_model=assistant)
     assert_packed(ours.cache)
     assert torch.equal(ours.tokens, theirs.tokens)
