@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,21 @@ from hf_kvcache.storage.table import PageTable
 
 #: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
 _ENCODE_ELEMENTS = 1 << 19
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _in_full_precision(method: Callable[Concatenate[PagedStorage, P], T]) -> Callable[Concatenate[PagedStorage, P], T]:
+    """``method`` outside of autocast, which would round what is packed before it is."""
+
+    @functools.wraps(method)
+    def call(self: PagedStorage, *args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 class PagedStorage:
@@ -146,6 +162,7 @@ class PagedStorage:
         self._center_known &= self._row_pages() > 0
         self._pages = None
 
+    @_in_full_precision
     def keep_only(self, held: Held, keep: np.ndarray, tail: int | None = None) -> None:
         """Drop every token that ``keep`` does not name, and pack all of the tail that may be packed.
 
@@ -363,6 +380,7 @@ class PagedStorage:
         if pack:
             self.dense.shrink(self._capacity)
 
+    @_in_full_precision
     def _pack(
         self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray, keep_from: int
     ) -> None:
@@ -422,7 +440,7 @@ class PagedStorage:
         if self.center is None or len(new) == 0:
             return
         index = torch.from_numpy(new).to(self.device)
-        self.center[torch.from_numpy(rows[new]).to(self.device)] = mean[index]
+        self.center[torch.from_numpy(rows[new]).to(self.device)] = mean[index].to(self.center.dtype)
         self._center_known[rows] = True
 
     def _note_positions(self, positions: np.ndarray, ids: np.ndarray) -> None:

@@ -69,3 +69,17 @@ def test_generating_under_autocast(kind: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert generate(model, prompt(60), cache, 20).logits.isfinite().all()
     cache.integrity()
+
+
+@pytest.mark.parametrize("codec", ["unbiased4", "rotated4"])
+def test_pages_under_autocast_are_packed_in_full_precision(codec: str) -> None:
+    """The same keys and values give the same bytes with autocast as without."""
+    states = torch.randn(2, 1, 2, 90, 16, generator=torch.Generator().manual_seed(0))
+    records = []
+    for enabled in (True, False):
+        cache = small_cache(families.build("llama"), codec, bind=False)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), torch.no_grad():
+            for layer in range(2):
+                cache.update(states[0], states[1], layer)
+            records.append(cache.state_dict()["layers.0.records"])
+    assert len(records[0]) and torch.equal(*records)
