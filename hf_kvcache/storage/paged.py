@@ -276,17 +276,6 @@ class PagedStorage:
         pages = self.table.tokens().reshape(self.batch, self.page_heads)[:, 0]
         return pages + self.dense.lengths - self.ahead * self.page_size
 
-    def first_positions(self) -> np.ndarray:
-        """Position of the first token that each sequence holds, ``[B]``; beyond every position where it holds none."""
-        none = np.iinfo(np.int64).max
-        first = np.where(self.dense.lengths > 0, self.dense.positions[:, 0], none)
-        pages = self.pages(self.ahead)
-        if pages is None:
-            return first
-        heads = pages.first.reshape(self.batch, self.page_heads, -1)[:, 0, 0]
-        counts = pages.counts.reshape(self.batch, self.page_heads, -1)[:, 0, 0]
-        return np.minimum(first, np.where(counts > 0, heads, none))
-
     def check(self) -> None:
         """Raise IntegrityError if an invariant is broken."""
         self.pool.check()
