@@ -35,7 +35,7 @@ BENCH_STAMP := $(VENV)/.bench-$(TORCH)
 
 # Tests that say whether another release of transformers does what the package assumes of it: all but those of what is
 # stored, which meets no transformers.
-RELEASE_TESTS := tests/seam tests/generation --ignore=tests/generation/test_layer_consistency.py \
+RELEASE_TESTS := tests/integration tests/generation --ignore=tests/generation/test_layer_consistency.py \
 	--ignore=tests/generation/test_quantized.py $(addprefix tests/eviction/test_,generation.py reindex.py replay.py) \
 	$(addprefix tests/latent/test_,calibration.py low_rank_generation.py mla_generation.py)
 
@@ -57,7 +57,7 @@ $(TORCH_STAMP): $(LOCK)
 
 # torch is installed first and alone, so that the package's `torch>=...` finds it and never replaces the user's build.
 # What builds the package and the few dependencies that come as sources is locked too: hence --no-build-isolation.
-$(STAMP): pyproject.toml hatch_build.py requirements/no-deps.txt $(wildcard hf_kvcache/kernels/native/src/*) $(TORCH_STAMP)
+$(STAMP): pyproject.toml hatch_build.py requirements/no-deps.txt $(wildcard hf_kvcache/kernels/cpu/src/*) $(TORCH_STAMP)
 	$(INSTALL) hatchling editables setuptools
 	$(INSTALL) --no-build-isolation -e ".[dev]"
 	$(INSTALL) --no-deps -r requirements/no-deps.txt
@@ -90,10 +90,10 @@ lock: $(STAMP) ## lock to the newest versions, of torch and transformers to the 
 sanitize: $(STAMP) ## the CPU kernels' tests with the address and undefined-behaviour sanitizers (GCC)
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && compiler=$${CXX:-c++} && \
 	library=$$folder/libhf_kvcache.so && \
-	$(BIN)/python hf_kvcache/kernels/native/build.py $$library --sanitize && \
+	$(BIN)/python hf_kvcache/kernels/cpu/build.py $$library --sanitize && \
 	HF_KVCACHE_NATIVE_LIBRARY=$$library ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($$compiler -print-file-name=libasan.so) $$($$compiler -print-file-name=libstdc++.so)" \
-	$(BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/kernels/native
+	$(BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/kernels/cpu
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

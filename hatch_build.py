@@ -24,7 +24,7 @@ class NativeKernels(BuildHookInterface):
             build_data["force_include"]["eval/tasks"] = "hf_kvcache_eval/tasks"
         if os.environ.get("HF_KVCACHE_BUILD") == "0":
             return
-        script = Path(self.root) / "hf_kvcache" / "kernels" / "native" / "build.py"
+        script = Path(self.root) / "hf_kvcache" / "kernels" / "cpu" / "build.py"
         spec = importlib.util.spec_from_file_location("hf_kvcache_native_build", script)
         assert spec is not None and spec.loader is not None
         native = importlib.util.module_from_spec(spec)

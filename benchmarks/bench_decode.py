@@ -48,7 +48,7 @@ from benchmarks.arms import (
 )
 from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
 from benchmarks.timing import Clock, count_page_faults, cpu_clock, read_bandwidth, take_turns
-from hf_kvcache.environment import last_level_cache
+from hf_kvcache.utils.environment import last_level_cache
 
 #: Tokens past the nominal T at the start. T being a multiple of the page size (128), the tail then holds 164 tokens of
 #: the 128 to 255 between which it moves, sinks apart, and no page fills within ``ROUNDS``.
@@ -273,7 +273,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None, read: Callable[..., dict[str, float]] = read_bandwidth) -> Any:
     args, console, report = parse(argv), make_console(), Report("bench_decode")
     # Its warning that the whole cache is decoded is about what the check does on purpose.
-    logging.getLogger("hf_kvcache.layer").setLevel(logging.ERROR)
+    logging.getLogger("hf_kvcache.layers.base").setLevel(logging.ERROR)
     size = 2**26 if args.quick else max(2**30, 4 * (last_level_cache() or 0))
     bandwidth = show_bandwidth(read(size), size, report)
     setting = Setting(args.seconds, args.peer_tokens)

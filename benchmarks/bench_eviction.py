@@ -26,8 +26,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
 from benchmarks.timing import cpu_clock
 from hf_kvcache import HeavyHitterCache, KVCache, SlidingWindowCache
-from hf_kvcache.accounting import tensor_bytes
-from hf_kvcache.evictor import Evictor
+from hf_kvcache.cache.accounting import tensor_bytes
+from hf_kvcache.eviction.evictor import Evictor
 from hf_kvcache.integration.versions import with_cache
 
 _POLICIES = ("snapkv", "streaming", "keydiff", "leverage", "expected", "h2o")
@@ -228,7 +228,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> Any:
-    from hf_kvcache.models import load_default_model
+    from hf_kvcache.cli.models import load_default_model
 
     args, console, report = parse(argv), make_console(), Report("bench_eviction")
     model = tiny_model() if args.quick else load_default_model()[0]

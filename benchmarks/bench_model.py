@@ -36,9 +36,9 @@ from benchmarks.arms import CODECS, DYNAMIC, PEERS, STATIC, held_bytes, peer_cac
 from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
 from benchmarks.timing import cpu_clock
 from hf_kvcache import KVCache, bind, unbind
+from hf_kvcache.cli.models import load_default_model
+from hf_kvcache.cli.sample_text import packaged_text
 from hf_kvcache.integration.versions import with_cache
-from hf_kvcache.models import load_default_model
-from hf_kvcache.text import packaged_text
 
 ARMS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit")
 #: These hold the very keys and values of DynamicCache.

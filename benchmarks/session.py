@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import plots
-from hf_kvcache.environment import kernel_backends, machine, versions
+from hf_kvcache.kernels.dispatch import backends
+from hf_kvcache.utils.environment import machine, versions
 
 RESULTS = Path("benchmarks/results")
 Row = dict[str, Any]
@@ -82,7 +83,7 @@ class Report:
             ValueError: if a number of a row is not finite.
         """
         _check_finite(self.rows)
-        kernels = ", ".join(f"{op} {backend}" for op, backend in kernel_backends(self.device).items())
+        kernels = ", ".join(f"{op} {backend}" for op, backend in backends(self.device).items())
         self.note(f"Our kernels: {kernels}.")
         for note in self.notes:
             console.print(f"- {note}")
@@ -93,7 +94,7 @@ class Report:
             "script": self.script,
             "command": command(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine(self.device),
+            "machine": machine(self.device) | {"kernels": backends(self.device)},
             "versions": versions(),
             "settings": settings,
             "facts": self.facts,

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from hf_kvcache import LatentKVCache
-from hf_kvcache.latent import calibrate
-from hf_kvcache.models import load_default_model
-from hf_kvcache.text import packaged_text
+from hf_kvcache.cli.models import load_default_model
+from hf_kvcache.cli.sample_text import packaged_text
+from hf_kvcache.lowrank import calibrate
 
 model, tokenizer = load_default_model()
 text = Path(sys.argv[1]).read_text(encoding="utf-8") if len(sys.argv) > 1 else packaged_text()[0]

@@ -6,7 +6,7 @@ import time
 import torch
 
 from hf_kvcache import SlidingWindowCache
-from hf_kvcache.models import load_default_model
+from hf_kvcache.cli.models import load_default_model
 
 model, tokenizer = load_default_model()
 ids = tokenizer("Once upon a time", return_tensors="pt").input_ids

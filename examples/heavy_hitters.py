@@ -3,7 +3,7 @@
 from importlib.resources import files
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.models import load_default_model
+from hf_kvcache.cli.models import load_default_model
 
 model, tokenizer = load_default_model()
 story = (files("hf_kvcache") / "data" / "alice.txt").read_text(encoding="utf-8")[:8000]

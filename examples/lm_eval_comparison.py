@@ -11,7 +11,7 @@ import sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from hf_kvcache.models import load_default_model
+from hf_kvcache.cli.models import load_default_model
 from hf_kvcache_eval.lm import KVCacheLM, tasks_folder
 
 task = "lambada_openai"

@@ -1,7 +1,7 @@
 """Generate with a 4-bit KV cache, and print what it holds. Run it with `python examples/quickstart.py`."""
 
 from hf_kvcache import QuantizedKVCache
-from hf_kvcache.models import load_default_model
+from hf_kvcache.cli.models import load_default_model
 
 model, tokenizer = load_default_model()  # or AutoModelForCausalLM.from_pretrained(...) and AutoTokenizer
 messages = [{"role": "user", "content": "Explain in three sentences why the sky is blue."}]

@@ -5,7 +5,7 @@ from importlib.resources import files
 import torch
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.models import load_default_model
+from hf_kvcache.cli.models import load_default_model
 
 QUESTIONS = ("What is the secret number of the garden?", "Who is the story about?")
 

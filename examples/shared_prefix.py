@@ -5,7 +5,7 @@ from importlib.resources import files
 import torch
 
 from hf_kvcache import QuantizedKVCache
-from hf_kvcache.models import load_default_model
+from hf_kvcache.cli.models import load_default_model
 
 QUESTIONS = ("Who is the story about?", "Which animal did Alice run after?")
 

@@ -6,16 +6,21 @@ model.generate(**inputs, cache=cache, max_new_tokens=200)
 print(cache.memory())
 """
 
-from hf_kvcache.attention import register
-from hf_kvcache.binding import bind, unbind
-from hf_kvcache.cache import KVCache, QuantizedKVCache
+from importlib.metadata import PackageNotFoundError, version
+
+from hf_kvcache.cache.base import KVCache, QuantizedKVCache
+from hf_kvcache.cache.evicting import HeavyHitterCache, SlidingWindowCache
+from hf_kvcache.cache.latent import LatentKVCache
+from hf_kvcache.cache.memory import MemoryReport
 from hf_kvcache.codecs import Codec
-from hf_kvcache.latent_cache import LatentKVCache
-from hf_kvcache.memory import MemoryReport
-from hf_kvcache.recipes import HeavyHitterCache, SlidingWindowCache
+from hf_kvcache.integration.attention import register
+from hf_kvcache.integration.binding import bind, unbind
 from hf_kvcache.storage import IntegrityError
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("hf-kvcache")
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
 __all__ = [
     "Codec",
     "HeavyHitterCache",

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_kvcache import mla, unbind
+from hf_kvcache import unbind
+from hf_kvcache.integration import mla
 from tests import families
 
 # Tiny tensors: more threads only wait for each other, and pytest-xdist runs a process per core.

@@ -227,7 +227,7 @@ def test_legacy_tuple_is_refused_by_generate(model: PreTrainedModel) -> None:
 
 def test_dropout_is_refused(model: PreTrainedModel) -> None:
     """Attention dropout on packed pages does not exist."""
-    from hf_kvcache.attention import attention_function
+    from hf_kvcache.integration.attention import attention_function
 
     cache = small_cache(model)
     forward(model, prompt(60), cache)

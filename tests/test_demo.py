@@ -12,8 +12,8 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from hf_kvcache import codecs, eviction
-from hf_kvcache.cli import main
-from hf_kvcache.demo import FULL, build_table, build_texts, mean_kl, measure, top1_agreement
+from hf_kvcache.cli.demo import FULL, build_table, build_texts, mean_kl, measure, top1_agreement
+from hf_kvcache.cli.main import main
 from tests.running import prompt
 
 

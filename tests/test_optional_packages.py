@@ -15,7 +15,7 @@ PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[
 
 import hf_kvcache
 from hf_kvcache import cli, models
-from hf_kvcache.latent import moments
+from hf_kvcache.lowrank import moments
 
 with models._status("waiting"), moments._bar(8) as advance:
     advance(8)

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
-import hf_kvcache.kernels
 from benchmarks.compiling import amd, nvidia
 from benchmarks.compiling.measured import Measured, measure
 from benchmarks.compiling.targets import TARGETS
-from hf_kvcache.kernels.compile_case import CompileCase
+from hf_kvcache.kernels.dispatch import OPERATIONS, module_of
+from hf_kvcache.kernels.triton.compile_case import CompileCase
 
 
 def operations() -> list[str]:
-    """The folders of ``hf_kvcache/kernels`` that have a Triton twin."""
-    folder = Path(hf_kvcache.kernels.__file__).parent
-    return sorted(path.parent.name for path in folder.glob("*/triton.py"))
+    """The operations that have a Triton kernel."""
+    return sorted(OPERATIONS["triton"])
 
 
 def cases(operation: str, architecture: str) -> list[CompileCase]:
     """The cases of an operation for a target."""
-    module = importlib.import_module(f"hf_kvcache.kernels.{operation}.triton")
+    module = module_of(operation, "triton")
     return list(module.compile_cases(architecture))
 
 

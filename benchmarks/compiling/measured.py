@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.compiling.code import Code, Instruction, loaded_bytes, turns
 from benchmarks.compiling.targets import TARGETS, Target
-from hf_kvcache.kernels.compile_case import CompileCase
+from hf_kvcache.kernels.triton.compile_case import CompileCase
 
 #: Resident warps of a multiprocessor that hide the latency of memory.
 LEAST_WARPS = 8

@@ -29,7 +29,7 @@ class Target:
     """What one multiprocessor of an architecture offers.
 
     Attributes:
-        name: as in :data:`hf_kvcache.kernels.compile_case.ARCHITECTURES`.
+        name: as in :data:`hf_kvcache.kernels.triton.compile_case.ARCHITECTURES`.
         lanes: threads of a warp (wavefront).
         warps: most resident warps.
         blocks: most resident programs.

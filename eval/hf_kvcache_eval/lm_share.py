@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_kvcache import KVCache
-from hf_kvcache.evicting_layer import EvictingLayer
+from hf_kvcache.layers.evicting import EvictingLayer
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_kvcache.layer import KVCacheLayer
+from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache_eval.recording import LayerStates, Recording
 
 #: Of keys and values; with queries, which are as large again or larger, twice as much.

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from hf_kvcache import HeavyHitterCache
+from hf_kvcache.cache.replay import replay
 from hf_kvcache.integration.versions import with_cache
-from hf_kvcache.replaying import replay
 from hf_kvcache_eval.prefills import Prefill, Prefills, can_share
 
 #: What stands before a context that is read again (KVzip, arXiv:2505.23416).

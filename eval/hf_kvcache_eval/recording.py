@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_kvcache import KVCache, bind, unbind
-from hf_kvcache.binding import IMPLEMENTATION
+from hf_kvcache.integration.binding import IMPLEMENTATION
 from hf_kvcache.kernels.inputs import Scoring
-from hf_kvcache.layer import KVCacheLayer
+from hf_kvcache.layers.base import KVCacheLayer
 
 
 @dataclass(frozen=True)

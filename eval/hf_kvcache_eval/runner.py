@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hf_kvcache.environment import machine, versions
-from hf_kvcache.models import DEFAULT_MODEL_NAME, load_default_model
+from hf_kvcache.cli.models import DEFAULT_MODEL_NAME, load_default_model
+from hf_kvcache.kernels.dispatch import backends
+from hf_kvcache.utils.environment import machine, versions
 from hf_kvcache_eval.caches import Arm
 from hf_kvcache_eval.cells import Cell, Store
 from hf_kvcache_eval.prefills import Prefills
@@ -165,7 +166,7 @@ def _blank(comparison: Comparison, cache: str, name: str, entry: Entry | ValueEr
         protocol=protocol,
         model={"name": comparison.model_name},
         versions=versions(),
-        machine=machine(comparison.device),
+        machine=machine(comparison.device) | {"kernels": backends(comparison.device)},
         seed=comparison.protocol.seed,
         command=comparison.command(cache, name),
     )

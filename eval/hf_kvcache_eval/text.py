@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_kvcache.text import packaged_text
+from hf_kvcache.cli.sample_text import packaged_text
 
 WIKITEXT = "wikitext2/wiki.test.raw"
 WALDEN = "longtext/walden.txt"

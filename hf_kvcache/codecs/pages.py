@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.codecs.base import Codec, Encoded, SideCodec, side_format
-from hf_kvcache.kernels.decode import decode_side
-from hf_kvcache.kernels.dispatch import twin
+from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.pack import pack_bits
 from hf_kvcache.kernels.page import PageLayout
+from hf_kvcache.kernels.reference.levels import decode_side
 
 
 class PageEncoder:
@@ -93,7 +93,7 @@ class PageEncoder:
             return
         if fmt.level != "dense":
             x = x.float()
-            faster = twin("pack", x.device)
+            faster = implementation("pack", x.device)
             if faster is not None and faster.supports_encoding(self.layout, side, codec.method, x):
                 faster.encode_side(self.layout, side, codec.method, x, center, records)
                 return

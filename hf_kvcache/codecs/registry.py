@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from hf_kvcache.codecs.base import Codec
-from hf_kvcache.discovery import import_all
+from hf_kvcache.utils.registry import import_all
 
 _CODECS: dict[str, type[Codec]] = {}
 _CodecType = TypeVar("_CodecType", bound=type[Codec])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hf_kvcache.calibrating import check_model, fingerprint, load_file, read
+from hf_kvcache.integration.recording import check_model, fingerprint, load_file, read
 
 _FORMAT = "hf_kvcache query statistics 1"
 
@@ -126,7 +126,7 @@ def calibrate(
             embedding that can be undone.
     """
     # Not at the top: policies import this file, and policies know nothing of models.
-    from hf_kvcache.rope import rope_of
+    from hf_kvcache.integration.rope import rope_of
 
     sums: dict[int, _Sums] = {}
 

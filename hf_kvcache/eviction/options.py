@@ -1,40 +1,81 @@
-"""Checks of policies' arguments; each raises a ValueError that names the argument, its value and what it takes."""
+"""How the layers of a cache evict, and what their attention shows of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import ref
+
+import torch
+
+from hf_kvcache.eviction import Policy
+from hf_kvcache.eviction.budget import Budget, Pins
+from hf_kvcache.kernels.inputs import Scoring
 
 
-def whole(name: str, value: int, least: int = 1) -> int:
-    """``value``, a whole number from ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}; accepted: whole numbers from {least}")
-    return value
+@dataclass(frozen=True)
+class EvictionOptions:
+    """How the layers of a cache evict.
+
+    Attributes:
+        policy: scores the tokens.
+        budget: how many stay.
+        pins: tokens that stay because the user says so.
+        evict_prefill: when a prompt is evicted: after every forward pass of several tokens (``"chunk"``), before the
+            first single token (``"end"``), or not by itself (None).
+        interval: tokens decoded between two evictions; None: decoding evicts nothing.
+        seed: of policies that draw.
+        compensate: latest queries whose attention the kept tokens are made to reproduce, by new values; 0 for none.
+    """
+
+    policy: Policy
+    budget: Budget
+    pins: Pins
+    evict_prefill: Literal["chunk", "end"] | None
+    interval: int | None
+    seed: int
+    compensate: int = 0
+
+    def describe(self) -> str:
+        """All that the choices depend on but for the pins, as text."""
+        when = f"evict_prefill={self.evict_prefill!r}, interval={self.interval!r}, seed={self.seed}"
+        when += f", compensate={self.compensate}" if self.compensate else ""
+        return f"{self.policy!r}, budget={self.budget.amount!r}, {when}"
 
 
-def odd(name: str, value: int) -> int:
-    """``value``, an odd number from 1, so that a pool has a middle."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
-        raise ValueError(f"{name}={value!r}; accepted: odd numbers from 1")
-    return value
+@dataclass(frozen=True)
+class LayerPlace:
+    """Which layer one is.
+
+    Attributes:
+        layer: its index in the model.
+        layers: how many layers the model has.
+        place: its number among the layers that evict.
+        places: how many of these there are.
+    """
+
+    layer: int
+    layers: int
+    place: int
+    places: int
 
 
-def between(name: str, value: float, least: float, most: float) -> float:
-    """``value``, a number from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise ValueError(f"{name}={value!r}; accepted: numbers from {least} to {most}")
-    return value
+class Attending:
+    """What attention showed of the model, at the latest update.
 
+    Args:
+        scoring: how queries are scored against keys.
+        module: the attention module; None if it is not known. A cache must not keep a model alive: it is held weakly.
+    """
 
-def flag(name: str, value: bool) -> bool:
-    """``value``, True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}; accepted: True, False")
-    return value
+    def __init__(self, scoring: Scoring, module: torch.nn.Module | None) -> None:
+        self.scoring = scoring
+        self._module = None if module is None else ref(module)
 
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The attention module; None if it is not known, or gone."""
+        return None if self._module is None else self._module()
 
-def one_of(name: str, value: str, accepted: Sequence[str]) -> str:
-    """``value``, one of ``accepted``."""
-    if value not in accepted:
-        raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
-    return value
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Attending, (self.scoring, None)

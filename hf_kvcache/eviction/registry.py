@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from hf_kvcache.discovery import import_all
 from hf_kvcache.eviction.base import Policy
+from hf_kvcache.utils.registry import import_all
 
 _POLICIES: dict[str, type[Policy]] = {}
 _WRAPPERS: dict[str, type[Policy]] = {}

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from hf_kvcache.kernels.decode import reference
-from hf_kvcache.kernels.dispatch import twin
+from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.visibility import Visibility
 
 #: Query tokens up to which it is a decoding step: one, a draft to verify, a small chunk.
@@ -25,11 +25,11 @@ def attend(
 ) -> Attention:
     """Attention of new queries, by the twin for their number and device.
 
-    :func:`hf_kvcache.kernels.decode.reference.attend` tells what it takes and gives. A twin says with ``supports`` what
+    :func:`hf_kvcache.kernels.reference.decode.attend` tells what it takes and gives. A twin says with ``supports`` what
     it can do; the reference does the rest (masks that say more than causality, windows and padding). None of them has a
     gradient: asking for it raises RuntimeError.
     """
-    faster = twin("decode" if query.shape[2] <= MOST_DECODED_QUERIES else "extend", query.device)
+    faster = implementation("decode" if query.shape[2] <= MOST_DECODED_QUERIES else "extend", query.device)
     use = faster if faster is not None and faster.supports(query, pages, dense, visibility) else reference
     return without_gradient(query, use.attend(query.detach(), pages, dense, visibility, scoring, mass))
 

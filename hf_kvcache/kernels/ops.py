@@ -181,7 +181,7 @@ def _(x: Tensor, rotation: str, inverse: bool) -> Tensor:
 @torch.library.custom_op("hf_kvcache::decode_side", mutates_args=())
 def decode_side(records: Tensor, layout: str, values: bool) -> Tensor:
     """Keys or values of page records ``[N, record_bytes]`` as float32 ``[N, P, D]``, in the rotated basis."""
-    from hf_kvcache.kernels.decode import decode_side as kernel
+    from hf_kvcache.kernels.reference.levels import decode_side as kernel
 
     side, page_layout = "values" if values else "keys", layout_of(layout)
     out = records.new_empty(*_decoded_shape(records, page_layout, side), dtype=torch.float32)

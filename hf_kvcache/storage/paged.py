@@ -12,13 +12,13 @@ import torch
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels.inputs import Pages
 from hf_kvcache.kernels.workspace import scratch
-from hf_kvcache.storage.dense import DenseBuffer
-from hf_kvcache.storage.evicting import keep_only
-from hf_kvcache.storage.held import NOWHERE, Held
+from hf_kvcache.storage.dense_buffer import DenseBuffer
 from hf_kvcache.storage.integrity import IntegrityError
+from hf_kvcache.storage.page_table import PageTable
 from hf_kvcache.storage.pool import PagePool
-from hf_kvcache.storage.saving import export_pages, import_pages
-from hf_kvcache.storage.table import PageTable
+from hf_kvcache.storage.pruning import keep_only
+from hf_kvcache.storage.serialization import export_pages, import_pages
+from hf_kvcache.storage.token_view import NOWHERE, Held
 
 #: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
 _ENCODE_ELEMENTS = 1 << 19

@@ -6,8 +6,8 @@ import torch
 
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.pages import PageEncoder
-from hf_kvcache.kernels.decode import decode_side
 from hf_kvcache.kernels.hadamard import rotation_matrix
+from hf_kvcache.kernels.reference.levels import decode_side
 
 SIDES = ("keys", "values")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_kvcache import KVCache
-from hf_kvcache.evicting_layer import EvictingLayer
+from hf_kvcache.layers.evicting import EvictingLayer
 
 
 def kept(cache: KVCache) -> list[list[list[list[int]]]]:

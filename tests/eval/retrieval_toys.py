@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_kvcache.text import packaged_text
+from hf_kvcache.cli.sample_text import packaged_text
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.task import Bench
 

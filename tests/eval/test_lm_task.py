@@ -12,7 +12,7 @@ import torch
 from lm_eval.api.metrics import perplexity
 from transformers import PreTrainedModel
 
-from hf_kvcache.models import load_default_model
+from hf_kvcache.cli.models import load_default_model
 from hf_kvcache_eval.caches import Arm
 from hf_kvcache_eval.cells import Cell
 from hf_kvcache_eval.lm import tasks_folder

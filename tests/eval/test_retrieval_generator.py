@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from hf_kvcache.text import packaged_text
+from hf_kvcache.cli.sample_text import packaged_text
 from hf_kvcache_eval.retrieval import Sample, kinds, samples, write_jsonl
 from hf_kvcache_eval.retrieval.generator import depth
 from hf_kvcache_eval.retrieval.haystack import Haystack

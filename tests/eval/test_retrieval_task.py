@@ -212,7 +212,7 @@ def test_a_ready_set_without_data(shared: Bench) -> None:
 
 @pytest.mark.slow
 def test_the_real_model_finds_the_pass_key_unless_it_is_evicted() -> None:
-    from hf_kvcache.models import load_default_model
+    from hf_kvcache.cli.models import load_default_model
 
     real = Bench(lambda dtype: load_default_model(dtype=dtype))
     passkey = RetrievalTask("passkey", 512, 8)

@@ -12,8 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, codecs
 from hf_kvcache.eviction import registry
-from hf_kvcache.latent.identity import identity
-from hf_kvcache.latent.projection import LayerBasis, Projection, SideBasis
+from hf_kvcache.lowrank.identity import identity
+from hf_kvcache.lowrank.projection import LayerBasis, Projection, SideBasis
 from hf_kvcache_eval.caches import Arm, kinds
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.specs import parse, split

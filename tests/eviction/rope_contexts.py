@@ -13,7 +13,7 @@ from transformers.models.glm.modeling_glm import GlmAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_kvcache.eviction import Context, Policy
-from hf_kvcache.rope import LayerRope, rope_of
+from hf_kvcache.integration.rope import LayerRope, rope_of
 from tests.eviction.contexts import KEY_DIM, SHAPES, random_context, shown
 
 _BASE = 10000.0

@@ -10,14 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_kvcache.eviction.compensation import (
-    LARGEST_BIAS,
-    Observed,
-    compensate,
-    fit_bias,
-    fit_values,
-    output_error,
-)
+from hf_kvcache.eviction.compensation import LARGEST_BIAS, Observed, compensate, fit_bias, fit_values, output_error
 from hf_kvcache.kernels.inputs import Scoring
 
 DIM, VALUE_DIM = 8, 6

@@ -32,7 +32,7 @@ def test_prompt_lookup_is_plain_decoding(policy: str) -> None:
 
 
 def test_equal_scores_are_equal_whatever_the_last_bit() -> None:
-    from hf_kvcache.evictor import _rounded
+    from hf_kvcache.eviction.evictor import _rounded
 
     scores = torch.tensor([0.2641665, 0.26416668, -3e-9, 0.0, torch.inf, torch.nan, torch.finfo().max, 1.0, 1.001])
     rounded = _rounded(scores)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache, SlidingWindowCache
-from hf_kvcache.evicting_layer import EvictingLayer
+from hf_kvcache.layers.evicting import EvictingLayer
 from tests import families
 from tests.choosing import chosen
 from tests.eviction.toys import INTERVAL, SINKS, TAIL, policies, reading_once, small_options

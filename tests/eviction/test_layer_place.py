@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.evicting_layer import EvictingLayer
 from hf_kvcache.eviction import Context, Policy
 from hf_kvcache.eviction.calibration import calibrate
+from hf_kvcache.layers.evicting import EvictingLayer
 from tests import families
 from tests.eviction.test_triattention import Letters
 from tests.running import generate, prompt

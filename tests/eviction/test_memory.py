@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_kvcache import HeavyHitterCache
 from hf_kvcache.eviction import available, resolve
-from hf_kvcache.evictor import Evictor
+from hf_kvcache.eviction.evictor import Evictor
 from tests.eviction.toys import HEADS, Toy, states
 from tests.running import forward, prompt
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.evicting_layer import EvictingLayer
 from hf_kvcache.eviction import resolve
+from hf_kvcache.layers.evicting import EvictingLayer
 from tests import families
 from tests.eviction import brute_force
 from tests.eviction.contexts import Shape, random_context, shown

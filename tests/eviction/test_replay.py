@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.replaying import replay
+from hf_kvcache.cache.replay import replay
 from tests import families
 from tests.running import forward, left_padded, prompt
 from tests.tolerances import assert_near

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from hf_kvcache.rope import LayerRope, rope_of
+from hf_kvcache.integration.rope import LayerRope, rope_of
 from tests import families
 from tests.running import as_cache
 from tests.tolerances import assert_near

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.evicting_layer import EvictingLayer
+from hf_kvcache.layers.evicting import EvictingLayer
 from tests import families
 from tests.families import WINDOW
 from tests.running import ROUNDING, assert_same, forward, full_cache, generate, left_padded, prompt

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from hf_kvcache.codecs import resolve
 from hf_kvcache.codecs.pages import PageEncoder
-from hf_kvcache.kernels.decode import reference
 from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.gathering import is_tokenwise

@@ -12,10 +12,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.attention import attention_function
-from hf_kvcache.evicting_layer import EvictingLayer
 from hf_kvcache.eviction import available, resolve
 from hf_kvcache.eviction.registry import option_names, wrappers
+from hf_kvcache.integration.attention import attention_function
+from hf_kvcache.layers.evicting import EvictingLayer
 from tests.generation.layers import States
 
 PAGE, SINKS, TAIL, BUDGET, INTERVAL = 8, 2, 4, 32, 8

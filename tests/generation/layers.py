@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from hf_kvcache import KVCache, QuantizedKVCache
-from hf_kvcache.attention import attention_function
+from hf_kvcache.integration.attention import attention_function
 from tests.families import WINDOW
 from tests.running import PAGE, SINKS, TAIL
 

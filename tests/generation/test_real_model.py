@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_kvcache import KVCache, QuantizedKVCache
-from hf_kvcache.models import load_default_model
+from hf_kvcache.cli.models import load_default_model
 from tests.running import as_cache, assert_packed
 
 pytestmark = pytest.mark.slow

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_kvcache.kernels.column_mass import column_mass, reference
-from hf_kvcache.kernels.decode.reference import attend
+from hf_kvcache.kernels.column_mass import column_mass
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.reference import column_mass as reference
+from hf_kvcache.kernels.reference.decode import attend
 from hf_kvcache.kernels.visibility import Visibility
-from hf_kvcache.reading import dense_side
 from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.dense_read import dense_side
 from tests.choosing import pairwise
 from tests.storage.list_model import HEADS, KEY_DIM, loose_tokens, make_storage, random_tokens
 from tests.tolerances import assert_near

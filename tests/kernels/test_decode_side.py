@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_kvcache.kernels.decode import decode_side
 from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.reference.levels import decode_side
 from tests.kernels.bytes_by_hand import bytes_by_hand
 from tests.tolerances import assert_near
 

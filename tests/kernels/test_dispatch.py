@@ -14,8 +14,8 @@ import torch
 
 from hf_kvcache.kernels import dispatch
 from hf_kvcache.kernels.attention import attend
+from hf_kvcache.kernels.cpu import library
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
-from hf_kvcache.kernels.native import library
 from hf_kvcache.kernels.visibility import Visibility
 
 CPU = torch.device("cpu")
@@ -45,21 +45,21 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def name_of(op: str, device: torch.device = CPU) -> str | None:
     """The name of the module that dispatch gives."""
-    module = dispatch.twin(op, device)
+    module = dispatch.implementation(op, device)
     return None if module is None else module.__name__
 
 
 @BUILT
 def test_native_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
     """The CPU has compiled twins of some operations, and the reference for the others, without a word."""
-    assert name_of("decode") == "hf_kvcache.kernels.decode.native"
-    assert name_of("pack") == "hf_kvcache.kernels.pack.native"
-    for op in set(dispatch.TWINS["triton"]) - set(dispatch.TWINS["native"]):
+    assert name_of("decode") == "hf_kvcache.kernels.cpu.decode"
+    assert name_of("pack") == "hf_kvcache.kernels.cpu.pack"
+    for op in set(dispatch.OPERATIONS["triton"]) - set(dispatch.OPERATIONS["native"]):
         assert name_of(op) is None
     assert not caplog.records
 
 
-@pytest.mark.parametrize("op", [*dispatch.TWINS["triton"], "an operation without twins"])
+@pytest.mark.parametrize("op", [*dispatch.OPERATIONS["triton"], "an operation without twins"])
 @pytest.mark.parametrize("device", [CPU, ELSEWHERE], ids=str)
 def test_reference(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, op: str, device: torch.device
@@ -76,7 +76,7 @@ def test_unknown_backend(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, value)
     for _ in range(2):
         with pytest.raises(ValueError, match=f"HF_KVCACHE_BACKEND={value!r}; accepted: reference, triton, native"):
-            dispatch.twin("decode", CPU)
+            dispatch.implementation("decode", CPU)
 
 
 def test_empty_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_triton_that_cannot_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     """Asked for on a CPU, and with no interpreter, triton is replaced with one warning for all operations and calls."""
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for op in (*dispatch.TWINS["triton"], "decode"):
+    for op in (*dispatch.OPERATIONS["triton"], "decode"):
         assert name_of(op) is None
     assert messages(caplog) == [
         "hf_kvcache: no triton kernels (triton runs on a CPU only with TRITON_INTERPRET=1); "
@@ -118,15 +118,15 @@ def test_library_missing(
 @BUILT
 def test_each_value_is_remembered_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """A change of the variable takes effect at the next call, and the old choice is there again later."""
-    native = dispatch.twin("decode", CPU)
+    native = dispatch.implementation("decode", CPU)
     assert native is not None
     monkeypatch.setenv(dispatch.VARIABLE, "reference")
-    assert dispatch.twin("decode", CPU) is None
+    assert dispatch.implementation("decode", CPU) is None
     monkeypatch.setenv(dispatch.VARIABLE, "native")
-    assert dispatch.twin("decode", CPU) is native
+    assert dispatch.implementation("decode", CPU) is native
     monkeypatch.delenv(dispatch.VARIABLE)
     monkeypatch.setattr(library, "reason_missing", lambda: pytest.fail("asked again"))
-    assert dispatch.twin("decode", CPU) is native
+    assert dispatch.implementation("decode", CPU) is native
 
 
 # The files are tried one after the other in one process, as after a fresh start: importing takes longest.
@@ -138,7 +138,7 @@ from hf_kvcache.kernels.decode import reference
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels import dispatch
-from hf_kvcache.kernels.native import library
+from hf_kvcache.kernels.cpu import library
 query, keys, values = (torch.ones(1, 1, 1, 8) for _ in range(3))
 call = query, None, DenseTokens(keys, values), Visibility(0, 1, None, 0, True, None), Scoring(1.0)
 for os.environ[library.VARIABLE] in sys.argv[1:]:
@@ -146,7 +146,7 @@ for os.environ[library.VARIABLE] in sys.argv[1:]:
         cached.cache_clear()
     for _ in range(2):
         assert torch.equal(attend(*call).output, reference.attend(*call).output)
-    print(dispatch.twin("decode", torch.device("cpu")), dispatch.twin("pack", torch.device("cpu")))
+    print(dispatch.implementation("decode", torch.device("cpu")), dispatch.implementation("pack", torch.device("cpu")))
 """
 
 

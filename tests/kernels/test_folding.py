@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_kvcache.kernels.decode.levels import page_output, page_scores
 from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.reference.levels import page_output, page_scores
 from tests.kernels.test_decode_side import FORMATS, PAGE, random_records
 from tests.tolerances import TOLERANCES
 

@@ -17,12 +17,12 @@ from hf_kvcache.codecs.integer import IntegerSide
 from hf_kvcache.codecs.turboquant import TurboQuantSide
 from hf_kvcache.kernels.hadamard import rotation_matrix
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages
-from hf_kvcache.kernels.latent_decode import reference
 from hf_kvcache.kernels.page import SideFormat
+from hf_kvcache.kernels.reference import latent_decode as reference
 from hf_kvcache.kernels.visibility import visible
-from tests.kernels.native import cases, grid
-from tests.kernels.native.brute_force import decode_record
-from tests.kernels.native.cases import Call, Case
+from tests.kernels.cpu import cases, grid
+from tests.kernels.cpu.brute_force import decode_record
+from tests.kernels.cpu.cases import Call, Case
 from tests.tolerances import TOLERANCES, Tolerance, assert_near, assert_within
 
 

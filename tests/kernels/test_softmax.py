@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_kvcache.kernels.decode.softmax import OnlineSoftmax, dense_attention, merge
+from hf_kvcache.kernels.reference.softmax import OnlineSoftmax, dense_attention, merge
 from tests.tolerances import assert_near
 
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from hf_kvcache import KVCache
-from hf_kvcache.attention import attention_function
 from hf_kvcache.codecs import Codec
-from hf_kvcache.latent.projection import LayerProjection, SideProjection
-from hf_kvcache.layer import KVCacheLayer
-from hf_kvcache.low_rank_layer import LowRankLayer
+from hf_kvcache.integration.attention import attention_function
+from hf_kvcache.layers.base import KVCacheLayer
+from hf_kvcache.layers.low_rank import LowRankLayer
+from hf_kvcache.lowrank.projection import LayerProjection, SideProjection
 from tests.families import WINDOW
 from tests.generation.layers import States
 from tests.running import PAGE, SINKS, TAIL, small_cache

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_kvcache.latent.moments import LayerMoments, States
+from hf_kvcache.lowrank.moments import LayerMoments, States
 
 TOKENS = 200
 SCALING = 0.3

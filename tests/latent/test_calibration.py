@@ -13,13 +13,14 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from hf_kvcache import LatentKVCache, cli
-from hf_kvcache.binding import IMPLEMENTATION
-from hf_kvcache.latent import Projection, calibrate
-from hf_kvcache.latent.calibration import solve
-from hf_kvcache.latent.identity import check_weights, weights_sketch
-from hf_kvcache.latent.methods import available
-from hf_kvcache.latent.moments import LayerMoments, States, collect
+from hf_kvcache import LatentKVCache
+from hf_kvcache.cli import main as cli
+from hf_kvcache.integration.binding import IMPLEMENTATION
+from hf_kvcache.lowrank import Projection, calibrate
+from hf_kvcache.lowrank.calibration import solve
+from hf_kvcache.lowrank.identity import check_weights, weights_sketch
+from hf_kvcache.lowrank.methods import available
+from hf_kvcache.lowrank.moments import LayerMoments, States, collect
 from tests import families
 from tests.running import as_cache, forward
 
@@ -277,7 +278,7 @@ def test_several_methods_from_one_reading(model: PreTrainedModel) -> None:
 
 @pytest.fixture
 def command(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    monkeypatch.setattr("hf_kvcache.models.load_default_model", lambda *_: (model, Letters()))
+    monkeypatch.setattr("hf_kvcache.cli.models.load_default_model", lambda *_: (model, Letters()))
     (tmp_path / "text.txt").write_text("".join(TEXTS))
     return ["calibrate", "--tokens", "60", "--out", str(tmp_path / "out.safetensors")]
 

@@ -11,10 +11,10 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Atten
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_kvcache import HeavyHitterCache, SlidingWindowCache
-from hf_kvcache.attention import attention_function
-from hf_kvcache.evicting_latent_layer import EvictingLatentLayer
-from hf_kvcache.evicting_layer import EvictingLayer
 from hf_kvcache.eviction import available, resolve
+from hf_kvcache.integration.attention import attention_function
+from hf_kvcache.layers.evicting import EvictingLayer
+from hf_kvcache.layers.evicting_mla import EvictingLatentLayer
 from tests import mla_families
 from tests.eviction.toys import small_options
 from tests.running import assert_same, forward, full_cache, generate, left_padded, prompt

@@ -14,8 +14,8 @@ import transformers
 from hypothesis import given, settings
 
 from hf_kvcache import KVCache, LatentKVCache, unbind
-from hf_kvcache.indexer_keys import IndexerKeys
-from hf_kvcache.latent_layer import IndexedLatentLayer
+from hf_kvcache.layers.indexer_keys import IndexerKeys
+from hf_kvcache.layers.mla import IndexedLatentLayer
 from tests import families, mla_families
 from tests.running import as_cache, assert_same, forward, full_cache, generate, prompt
 
@@ -51,7 +51,7 @@ def test_bytes_and_error_at_full_width(options: dict[str, Any], share: float, er
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v32", "dots3_note", "glm5_next"])
 def test_long_blocks_are_expanded_in_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block too long for the absorbed form over pages, some tiles of them: what DynamicCache gives."""
-    monkeypatch.setattr("hf_kvcache.latent_layer._TILE_TOKENS", 32)
+    monkeypatch.setattr("hf_kvcache.layers.mla._TILE_TOKENS", 32)
     model = mla_families.shared(name)
     cache, reference = small(model.config), full_cache(model)
     ids = prompt(120 + LONG, 2)
@@ -144,7 +144,7 @@ def test_a_module_that_does_not_expand() -> None:
     cache = small(model.config)
     forward(model, prompt(20), cache)
     keys, values = cache.update(torch.randn(1, 1, 1, 32), torch.randn(1, 1, 1, 8), 0)
-    from hf_kvcache.attention import attention_function
+    from hf_kvcache.integration.attention import attention_function
 
     module = families.build("llama").model.layers[0].self_attn
     with pytest.raises(RuntimeError, match=r"caches latents, and LlamaAttention attends.*accepted"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_kvcache.latent.projection import LayerProjection, SideProjection
+from hf_kvcache.lowrank.projection import LayerProjection, SideProjection
 from tests.latent.low_rank import rotated_cache, rotation, with_projections
 from tests.running import (
     ROUNDING,

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 
 from hf_kvcache.codecs import resolve, specs
 from hf_kvcache.codecs.pages import PageEncoder
-from hf_kvcache.codecs.projecting import ProjectingEncoder
-from hf_kvcache.kernels.decode import native, reference
+from hf_kvcache.kernels.cpu import decode as native
 from hf_kvcache.kernels.dispatch import reason_missing
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
+from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.visibility import Visibility
-from hf_kvcache.latent.projection import LayerProjection, SideProjection
-from hf_kvcache.reading import dense_side
+from hf_kvcache.lowrank.encoder import ProjectingEncoder
+from hf_kvcache.lowrank.projection import LayerProjection, SideProjection
 from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.dense_read import dense_side
 from tests.choosing import chosen
 from tests.generation.layers import KINDS, States, states
 from tests.latent.low_rank import DIM, HEADS, ByHand, OneLayer, oblique, rotation, seen_by, turn

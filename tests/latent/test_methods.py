@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hf_kvcache.kernels.hadamard import rotation_matrix
-from hf_kvcache.latent.bases import beside, cheapest_basis
-from hf_kvcache.latent.distances import over_distances
-from hf_kvcache.latent.methods import Method, available, resolve
-from hf_kvcache.latent.methods.oscar import bit_reversal
-from hf_kvcache.latent.projection import LayerBasis, SideBasis
+from hf_kvcache.lowrank.bases import beside, cheapest_basis
+from hf_kvcache.lowrank.distances import over_distances
+from hf_kvcache.lowrank.methods import Method, available, resolve
+from hf_kvcache.lowrank.methods.oscar import bit_reversal
+from hf_kvcache.lowrank.projection import LayerBasis, SideBasis
 from tests.eviction.rope_contexts import rope
 from tests.latent.structured import SCALING, TOKENS, Layer, make, moments_of
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_kvcache.latent.identity import identity
-from hf_kvcache.latent.methods import resolve
-from hf_kvcache.latent.projection import Projection
+from hf_kvcache.lowrank.identity import identity
+from hf_kvcache.lowrank.methods import resolve
+from hf_kvcache.lowrank.projection import Projection
 from tests import families
 from tests.latent.structured import make, moments_of
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kvcache.latent.projection import LayerBasis, SideBasis
-from hf_kvcache.latent.ranks import SCORE_WEIGHT, choose_ranks
+from hf_kvcache.lowrank.projection import LayerBasis, SideBasis
+from hf_kvcache.lowrank.ranks import SCORE_WEIGHT, choose_ranks
 
 
 def side(groups: int, width: int, seed: int, decay: float) -> SideBasis:

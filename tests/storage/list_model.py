@@ -11,8 +11,8 @@ import torch
 from hf_kvcache.codecs import resolve
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels.inputs import DenseTokens
-from hf_kvcache.reading import dense_side
 from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.dense_read import dense_side
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 16, 8
 

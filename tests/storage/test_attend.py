@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from hf_kvcache.kernels.decode import reference
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
+from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch_bytes
-from hf_kvcache.reading import dense_side
 from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.dense_read import dense_side
 from tests.storage.list_model import (
     HEADS,
     KEY_DIM,

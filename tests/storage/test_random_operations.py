@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hf_kvcache.incoming import NewTokens
-from hf_kvcache.kernels.decode import reference
 from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.visibility import Visibility
-from hf_kvcache.stepping import Steps
+from hf_kvcache.layers.decode_step import Steps
+from hf_kvcache.layers.new_tokens import NewTokens
 from hf_kvcache.storage import PagedStorage
 from tests.storage.list_model import (
     HEADS,

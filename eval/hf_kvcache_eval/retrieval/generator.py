@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from hf_kvcache.text import packaged_text
+from hf_kvcache.cli.sample_text import packaged_text
 from hf_kvcache_eval.retrieval.haystack import Haystack
 from hf_kvcache_eval.retrieval.place import Place
 from hf_kvcache_eval.retrieval.registry import kinds

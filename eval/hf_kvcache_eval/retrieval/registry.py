@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from hf_kvcache.discovery import import_all
+from hf_kvcache.utils.registry import import_all
 from hf_kvcache_eval.retrieval.place import Place
 from hf_kvcache_eval.retrieval.sample import Sample
 

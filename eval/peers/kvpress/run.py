@@ -22,8 +22,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from hf_kvcache.environment import machine, versions
-from hf_kvcache.models import cache_home, load_default_model
+from hf_kvcache.cli.models import cache_home, load_default_model
+from hf_kvcache.kernels.dispatch import backends
+from hf_kvcache.utils.environment import machine, versions
 from hf_kvcache_eval.caches import Arm
 from hf_kvcache_eval.cells import Cell, Memory, Store
 from hf_kvcache_eval.cli import data_folder
@@ -86,7 +87,7 @@ class Peer:
             protocol={**asdict(self.protocol), "settings": asdict(task), "what": f"{KVPRESS} in its own environment"},
             model={"name": model_name(self.args.model), "dtype": "float32"},
             versions=versions() | {"kvpress": KVPRESS.partition("==")[2]},
-            machine=machine(),
+            machine=machine() | {"kernels": backends()},
             seed=self.args.seed,
             command=command,
         )

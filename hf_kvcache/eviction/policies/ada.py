@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from hf_kvcache.eviction.base import Policy
-from hf_kvcache.eviction.options import between
 from hf_kvcache.eviction.registry import register
 from hf_kvcache.eviction.wrapper import Wrapper
+from hf_kvcache.utils.checks import between
 
 
 @register("ada", wraps=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hf_kvcache.eviction.options import between
 from hf_kvcache.eviction.policies.snapkv import SnapKV
 from hf_kvcache.eviction.registry import register
+from hf_kvcache.utils.checks import between
 
 
 @register("pyramidkv")

@@ -6,8 +6,8 @@ import torch
 
 from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.context import Context
-from hf_kvcache.eviction.options import flag
 from hf_kvcache.eviction.registry import register
+from hf_kvcache.utils.checks import flag
 
 
 @register("tova")

@@ -9,10 +9,10 @@ import torch
 
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.pages import PageEncoder
-from hf_kvcache.kernels.decode import decode_side
 from hf_kvcache.kernels.hadamard import rotation_matrix
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import PageLayout
+from hf_kvcache.kernels.reference.levels import decode_side
 from hf_kvcache.kernels.visibility import Visibility
 from tests.tolerances import TOLERANCES, assert_near
 

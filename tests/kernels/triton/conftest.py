@@ -9,8 +9,6 @@ A process that has collected these tests cannot compile the kernels: a compile r
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kvcache.kernels.dispatch import TWINS
+from hf_kvcache.kernels.dispatch import OPERATIONS, module_of
 
 VARIABLE = "TRITON_INTERPRET"
 INTERPRETED = os.environ.get(VARIABLE, "1") == "1"
@@ -28,9 +26,8 @@ pytest.importorskip("triton", exc_type=ImportError)
 with pytest.MonkeyPatch.context() as _patch:
     if INTERPRETED:
         _patch.setenv(VARIABLE, "1")
-    for _op in TWINS["triton"]:
-        if importlib.util.find_spec(f"hf_kvcache.kernels.{_op}.triton") is not None:
-            importlib.import_module(f"hf_kvcache.kernels.{_op}.triton")
+    for _op in OPERATIONS["triton"]:
+        module_of(_op, "triton")
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_kvcache.kernels.column_mass import triton as twin
 from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.kernels.triton import column_mass as twin
 from tests.choosing import chosen
 from tests.kernels.test_column_mass import CODECS, Problem, check, packed_problem, prompt_problem
 from tests.kernels.triton.fixtures import bfloat16_dot, poisoned_outputs  # noqa: F401

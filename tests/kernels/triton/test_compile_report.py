@@ -15,7 +15,7 @@ from benchmarks.compiling import amd, nvidia
 from benchmarks.compiling.code import loaded_bytes, turns
 from benchmarks.compiling.measured import Measured, Resources, failures, is_tensor, measure
 from benchmarks.compiling.targets import TARGETS
-from hf_kvcache.kernels.compile_case import ARCHITECTURES, CompileCase
+from hf_kvcache.kernels.triton.compile_case import ARCHITECTURES, CompileCase
 
 ROOT = Path(__file__).parents[3]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hf_kvcache.codecs import specs
-from hf_kvcache.kernels.decode import triton as decode
 from hf_kvcache.kernels.inputs import DenseTokens
 from hf_kvcache.kernels.page import PageLayout
+from hf_kvcache.kernels.triton import decode
 from hf_kvcache.kernels.workspace import scratch
 from tests.choosing import chosen
 from tests.kernels.test_decode_side import FORMATS, PAGE, random_side

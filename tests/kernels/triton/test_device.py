@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_kvcache.kernels import dispatch
-from hf_kvcache.kernels.triton_device import on_their_device
+from hf_kvcache.kernels.triton.device import on_their_device
 
 #: What the operations call of their Triton backends.
 CALLED = {
@@ -50,10 +50,10 @@ def test_the_tensors_device_is_current_while_a_kernel_is_launched(monkeypatch: p
     assert launched("a layout", torch.zeros(1)) == 1 and switched == [1]
 
 
-@pytest.mark.parametrize("operation", dispatch.TWINS["triton"])
+@pytest.mark.parametrize("operation", dispatch.OPERATIONS["triton"])
 def test_every_operation_switches(operation: str) -> None:
     """None of the functions that launch kernels is called without it."""
-    module = importlib.import_module(f"hf_kvcache.kernels.{operation}.triton")
+    module = dispatch.module_of(operation, "triton")
     code = on_their_device(lambda x: x).__code__
     assert all(getattr(module, name).__code__ is code for name in CALLED[operation])
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_kvcache.kernels.extend import triton as extend
+from hf_kvcache.kernels.triton import extend
 from hf_kvcache.kernels.workspace import scratch
 from tests.kernels.triton.calls import Call, Random, Shape, check, make_call, ragged, scattered
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_kvcache.kernels.hadamard import rotation_matrix
-from hf_kvcache.kernels.hadamard import triton as twin
 from hf_kvcache.kernels.page import Rotation, SideFormat
+from hf_kvcache.kernels.triton import hadamard as twin
 from tests.kernels.triton.fixtures import poisoned_outputs  # noqa: F401
 from tests.tolerances import assert_near
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from hf_kvcache.kernels.inputs import Attention
-from hf_kvcache.kernels.latent_decode import latent_attend, triton_configs
-from hf_kvcache.kernels.latent_decode import triton as twin
+from hf_kvcache.kernels.latent_decode import latent_attend
+from hf_kvcache.kernels.triton import latent_configs as triton_configs
+from hf_kvcache.kernels.triton import latent_decode as twin
 from hf_kvcache.kernels.workspace import scratch
 from tests.choosing import chosen
-from tests.kernels.native.cases import Call
+from tests.kernels.cpu.cases import Call
 from tests.kernels.test_latent_decode import CODECS, FEATURES, Shape, check, expected, make_call, make_case, masked, on
 from tests.kernels.triton.fixtures import poisoned_outputs  # noqa: F401
 from tests.tolerances import TOLERANCES

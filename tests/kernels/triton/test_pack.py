@@ -7,8 +7,8 @@ import torch
 
 from hf_kvcache.codecs import resolve
 from hf_kvcache.codecs.pages import PageEncoder
-from hf_kvcache.kernels.pack import triton as pack
 from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.triton import pack
 from tests.kernels.bytes_by_hand import bytes_by_hand
 from tests.kernels.test_decode_side import FORMATS, PAGE, random_records
 from tests.kernels.triton.calls import Random

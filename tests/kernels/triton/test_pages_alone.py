@@ -9,10 +9,9 @@ import torch
 
 from hf_kvcache.codecs import resolve
 from hf_kvcache.codecs.pages import PageEncoder
-from hf_kvcache.kernels.decode import reference
-from hf_kvcache.kernels.decode import triton as decode
-from hf_kvcache.kernels.extend import triton as extend
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
+from hf_kvcache.kernels.reference import decode as reference
+from hf_kvcache.kernels.triton import decode, extend
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.storage import PagedStorage
 

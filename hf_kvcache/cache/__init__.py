@@ -1,0 +1,1 @@
+"""The caches that users build, over the layers of a model."""

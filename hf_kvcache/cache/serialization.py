@@ -1,0 +1,191 @@
+"""A cache as a flat dictionary of tensors, and back: what is saved is what is held, packed pages as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from hf_kvcache.cache import other_layers as foreign
+from hf_kvcache.cache.model_config import check_states, layer_configs, make_layers
+from hf_kvcache.codecs import Codec
+from hf_kvcache.layers.base import KVCacheLayer
+from hf_kvcache.lowrank.projection import LayerProjection
+
+if TYPE_CHECKING:
+    from hf_kvcache.cache.base import KVCache
+
+#: Raised when the meaning of the tensors changes.
+_FORMAT = 4
+_META = "meta"
+#: What a config says of the shape of a cache.
+_SHAPE = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "sliding_window",
+)
+
+
+def export_state(cache: KVCache) -> dict[str, torch.Tensor]:
+    """The tensors of every layer as ``layers.<index>.<name>``, and the settings as JSON bytes under ``meta``.
+
+    Raises:
+        ValueError: if a layer of transformers' own holds something that is neither a tensor nor a plain value.
+    """
+    state: dict[str, torch.Tensor] = {}
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        tensors, plain = _taken_apart(index, layer)
+        layers.append({"kind": type(layer).__name__, **plain})
+        state |= {f"layers.{index}.{name}": tensor for name, tensor in tensors.items()}
+    listed = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in state.items()}
+    return {_META: _encode_meta(_settings(cache) | {"layers": layers, "tensors": listed})} | state
+
+
+def import_state(cache: KVCache, state: dict[str, torch.Tensor], device: torch.device | str | None) -> None:
+    """Make ``cache`` hold what ``state`` says, in place of what it holds.
+
+    Raises:
+        ValueError: if the state is none of ours, of a cache with other settings or layers, or damaged; nothing is
+            changed then, since new layers are filled and take the old ones' place in the end.
+    """
+    meta = _decode_meta(state)
+    for name, value in _settings(cache).items():
+        _compare(name, meta.get(name), value)
+    _check_listed(meta, state)
+    if len(meta["layers"]) != len(cache.layers):
+        raise ValueError(f"state has {len(meta['layers'])} layers, this cache has {len(cache.layers)}")
+    layers = []
+    fresh = make_layers(cache.config, cache.options)
+    for index, (layer, plain) in enumerate(zip(cache.layers, meta["layers"], strict=True)):
+        prefix = f"layers.{index}."
+        tensors = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        empty = layer.blank() if isinstance(layer, KVCacheLayer) else fresh[index]
+        layers.append(_filled(cache, index, empty, tensors, plain, device))
+    _check_alike(cache, layers)
+    cache.replace_layers(layers)
+
+
+def _taken_apart(index: int, layer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    if isinstance(layer, KVCacheLayer):
+        return layer.tensors(), layer.progress()
+    return foreign.tensors(index, layer), foreign.plain(layer)
+
+
+def _filled(
+    cache: KVCache, index: int, layer: Any, tensors: dict[str, torch.Tensor], plain: dict[str, Any], device: Any
+) -> Any:
+    """``layer``, an empty one, with what was saved of it; raises ValueError for what is none of its kind."""
+    if plain.get("kind") != type(layer).__name__:
+        raise ValueError(f"layer {index} of the state is a {plain.get('kind')}, of this cache a {type(layer).__name__}")
+    try:
+        if not isinstance(layer, KVCacheLayer):
+            foreign.restore(layer, tensors, plain, device)
+            return layer
+        if tensors:
+            check_states(cache.config, tensors["dense.keys"])
+            layer.check_tensors(tensors, plain)
+        layer.restore(tensors, plain, device)
+        layer.check()
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"layer {index} of the state does not go with this cache, or is damaged: {what}") from error
+    return layer
+
+
+def _check_alike(cache: KVCache, layers: list[Any]) -> None:
+    """Raise ValueError if layers hold different numbers of sequences or tokens."""
+    own = [layer for layer in layers if isinstance(layer, KVCacheLayer) and layer.is_initialized]
+    passed = [layer for layer in own if cache.is_passed(layer.index)]
+    for what, numbers in (
+        ("sequences", {layer.batch_size for layer in own}),
+        ("tokens", {layer.get_seq_length() for layer in passed}),
+    ):
+        if len(numbers) > 1:
+            raise ValueError(f"state is damaged: its layers have seen {sorted(numbers)} {what}; accepted: all alike")
+
+
+def _check_listed(meta: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless the state has just the tensors that were saved."""
+    listed: dict[str, Any] = meta["tensors"]
+    given = set(state) - {_META}
+    if missing := sorted(set(listed) - given):
+        raise ValueError(
+            f"state is damaged: it has no {missing[0]!r} ({len(missing)} of {len(listed)} tensors missing)"
+        )
+    if extra := sorted(given - set(listed)):
+        raise ValueError(f"state has {extra[0]!r}, which was not saved with it ({len(extra)} such names)")
+    for name, (dtype, shape) in listed.items():
+        tensor = state[name]
+        found = [str(tensor.dtype), list(tensor.shape)] if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        if found != [dtype, shape]:
+            raise ValueError(f"state is damaged: {name!r} is {found}, saved was {[dtype, shape]}")
+
+
+def _compare(name: str, saved: Any, own: Any) -> None:
+    if isinstance(saved, dict) and isinstance(own, dict):
+        for key in own | saved:
+            _compare(key, saved.get(key), own.get(key))
+    elif saved != own:
+        raise ValueError(f"state was saved with {name}={saved!r}, this cache has {own!r}")
+
+
+def _settings(cache: KVCache) -> dict[str, Any]:
+    options, config = cache.options, cache.config
+    return {
+        "format": _FORMAT,
+        "model_type": config.model_type,
+        "model": {name: _of_layers(config, name) for name in _SHAPE},
+        "codec": _describe(options.codec),
+        "sink_length": options.sink_length,
+        "tail_length": options.tail_length,
+        "page_size": options.page_size,
+        "eviction": None if options.eviction is None else options.eviction.describe(),
+        "latents": _digest(options.latents) if isinstance(options.latents, dict) else options.latents,
+    }
+
+
+def _of_layers(config: PreTrainedConfig, name: str) -> Any:
+    """What a config says; a list by layer where layers differ (Gemma 4)."""
+    values = [getattr(layer, name, None) for layer in layer_configs(config)]
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+def _digest(layers: dict[int, LayerProjection]) -> str:
+    """What tells the bases of a cache from others: pages decode to something else under those."""
+    digest = hashlib.sha256()
+    for index, layer in sorted(layers.items()):
+        digest.update(f"{index} {layer.heads} {layer.before_rope}".encode())
+        for side in (layer.keys, layer.values):
+            for part in (side.down, side.up, side.mean):
+                digest.update(b"" if part is None else part.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _describe(codec: Codec) -> str:
+    """The codec with all that its pages depend on; its repr leaves out options such as the group size."""
+    return f"{codec.name} keys={vars(codec.keys)} values={vars(codec.values)}"
+
+
+def _encode_meta(meta: dict[str, Any]) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
+
+
+def _decode_meta(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    if _META not in state:
+        raise ValueError(f"state has no {_META!r}; accepted: what KVCache.state_dict() returns")
+    try:
+        meta = json.loads(bytes(state[_META].tolist()).decode())
+        if not (isinstance(meta["layers"], list) and isinstance(meta.setdefault("tensors", {}), dict)):
+            raise TypeError
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"state is damaged: {_META!r} is not what KVCache.state_dict() wrote there") from error
+    return meta

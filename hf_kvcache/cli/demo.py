@@ -1,0 +1,336 @@
+"""The demo: one question over a long text, answered with the full cache and with several compressed ones.
+
+Fidelity is measured where it is lost: the prompt is prefilled and packed, and then the full cache's own
+answer is fed token by token, so that each compared distribution comes from attention over the packed pages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import Cache, DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from hf_kvcache import HeavyHitterCache, KVCache, QuantizedKVCache, SlidingWindowCache
+from hf_kvcache.cli.models import load_default_model, quiet_transformers
+from hf_kvcache.cli.sample_text import packaged_text
+from hf_kvcache.integration.versions import CACHE_ARGUMENT, with_cache
+
+QUESTION = "In the story above, what was the label on the little bottle that Alice found on the table?"
+FULL = "DynamicCache"
+MIB = 2**20
+
+CACHES: dict[str, Callable[[Any], KVCache]] = {
+    "none": lambda config: QuantizedKVCache(config, codec="none"),
+    "8-bit": lambda config: QuantizedKVCache(config, bits=8),
+    "4-bit": lambda config: QuantizedKVCache(config, bits=4),
+    "3-bit": lambda config: QuantizedKVCache(config, bits=3),
+    "2-bit": lambda config: QuantizedKVCache(config, bits=2),
+    "snapkv-25%": lambda config: HeavyHitterCache(config, budget=0.25),
+    "snapkv-25%-4-bit": lambda config: HeavyHitterCache(config, budget=0.25, bits=4),
+    "window-768": lambda config: SlidingWindowCache(config, window=768),
+}
+
+#: What runs unless other caches are named; dense pages give what DynamicCache gives.
+DEFAULT_CACHES = ("8-bit", "4-bit", "3-bit", "2-bit", "snapkv-25%", "snapkv-25%-4-bit", "window-768")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the demo's table."""
+
+    name: str
+    bytes_held: int
+    ratio: float
+    bits_per_element: float
+    tokens_per_second: float
+    agreement: float
+    kl: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A greedy answer: its tokens ``[n]``, the raw logits ``[n, vocabulary]`` and the seconds it took."""
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.tokens) / self.seconds
+
+
+class _Bar(BaseStreamer):
+    """A cache's progress bar, moved by one for each token; as a streamer it follows ``generate``."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self.progress, self.name = progress, name
+        self.task = progress.add_task(f"{name}: prefill", total=None)
+        self.prompt_seen = False
+
+    def start(self, stage: str, total: int) -> None:
+        self.progress.update(self.task, description=f"{self.name}: {stage}", total=total, completed=0)
+
+    def advance(self) -> None:
+        self.progress.advance(self.task)
+
+    def put(self, value: torch.Tensor) -> None:
+        # generate() hands over the prompt first, as one call.
+        if self.prompt_seen:
+            self.advance()
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        # An answer may end before the bar does.
+        self.progress.update(self.task, description=self.name, total=1, completed=1)
+
+
+def run_demo(
+    model_name: str | None = None,
+    *,
+    max_new_tokens: int = 48,
+    cache_names: Sequence[str] | None = None,
+    prompt_tokens: int = 3072,
+    device: str | None = None,
+) -> list[Measurement]:
+    """Run the demo and print its table and texts.
+
+    Args:
+        model_name: Hub id or local path; ``None`` means the packaged SmolLM2-135M-Instruct.
+        max_new_tokens: Length of the answer at most.
+        cache_names: Names out of ``CACHES``, ``None`` for ``DEFAULT_CACHES``. The full cache always runs, first.
+        prompt_tokens: How many tokens of the text are put before the question.
+        device: Where to run; ``None`` means the CPU.
+
+    Returns:
+        The measurements in the order of the table, the full cache first.
+    """
+    cache_names = DEFAULT_CACHES if cache_names is None else cache_names
+    unknown = [name for name in cache_names if name not in CACHES]
+    if unknown:
+        raise ValueError(f"cache_names holds {unknown}; accepted are {list(CACHES)}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("prompt_tokens", prompt_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+    console = Console()
+    model, tokenizer = load_default_model(model_name, device=device)
+    input_ids = build_prompt(tokenizer, prompt_tokens).to(model.device)
+    _check_context(model, input_ids.shape[1] + max_new_tokens)
+    console.print(f"prompt: {input_ids.shape[1]:,} tokens, Alice's Adventures in Wonderland and a question")
+    with quiet_transformers(), _progress(console) as progress, torch.no_grad():
+        rows = measure(model, tokenizer, input_ids, cache_names, max_new_tokens, progress)
+    console.print(build_table(rows))
+    console.print(build_texts(rows))
+    return rows
+
+
+def _check_context(model: Any, tokens: int) -> None:
+    """Refuse a run beyond the positions that the model was trained for: its answers would say nothing."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ValueError(f"prompt and answer need {tokens} tokens, the model takes {limit}; lower prompt_tokens")
+
+
+def build_prompt(tokenizer: Any, prompt_tokens: int) -> torch.Tensor:
+    """The first ``prompt_tokens`` tokens of the shipped text and the question, as ids ``[1, T]``."""
+    text, _ = packaged_text()
+    ids = tokenizer(text, add_special_tokens=False).input_ids[:prompt_tokens]
+    content = f"{tokenizer.decode(ids)}\n\n{QUESTION}"
+    if tokenizer.chat_template is None:
+        return tokenizer(f"{content}\n\nAnswer:", return_tensors="pt").input_ids
+    messages = [{"role": "user", "content": content}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # The template writes the special tokens itself.
+    return tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    input_ids: torch.Tensor,
+    cache_names: Iterable[str],
+    max_new_tokens: int,
+    progress: Progress,
+) -> list[Measurement]:
+    """Measure the full cache, then each named cache against it."""
+    # The full cache comes first: building one of ours binds the model's config to another attention function.
+    full_cache = DynamicCache(config=model.config)
+    bar = _Bar(progress, FULL)
+    _prefill(model, input_ids, full_cache)
+    full = _generate(model, input_ids, full_cache, max_new_tokens, bar)
+    rows = [_full_row(tokenizer, full_cache, full)]
+    del full_cache
+    for name in cache_names:
+        bar = _Bar(progress, name)
+        rows.append(_measure_one(model, tokenizer, input_ids, name, full, max_new_tokens, bar))
+    return rows
+
+
+def _measure_one(
+    model: Any,
+    tokenizer: Any,
+    input_ids: torch.Tensor,
+    name: str,
+    full: Generation,
+    max_new_tokens: int,
+    bar: _Bar,
+) -> Measurement:
+    cache = CACHES[name](model.config)
+    _prefill(model, input_ids, cache)
+    # One prefill serves both: the fork shares its pages, and what is decoded on it does not touch `cache`.
+    logits = _teacher_forced(model, input_ids, cache.fork(), full.tokens, bar)
+    answer = _generate(model, input_ids, cache, max_new_tokens, bar)
+    memory = cache.memory()
+    return Measurement(
+        name=name,
+        bytes_held=memory.total,
+        ratio=memory.ratio,
+        bits_per_element=memory.bits_per_element,
+        tokens_per_second=answer.tokens_per_second,
+        agreement=top1_agreement(full.logits, logits),
+        kl=mean_kl(full.logits, logits),
+        text=_decode(tokenizer, answer.tokens),
+    )
+
+
+def top1_agreement(full_logits: torch.Tensor, logits: torch.Tensor) -> float:
+    """Share of positions at which both distributions have the same most likely token."""
+    return (full_logits.argmax(-1) == logits.argmax(-1)).double().mean().item()
+
+
+def mean_kl(full_logits: torch.Tensor, logits: torch.Tensor) -> float:
+    """Mean over positions of KL(full || compressed), in nats."""
+    # float64: at 8 bits the sum is near the rounding error of float32.
+    full_log_probs = full_logits.double().log_softmax(-1)
+    log_probs = logits.double().log_softmax(-1)
+    return (full_log_probs.exp() * (full_log_probs - log_probs)).sum(-1).mean().item()
+
+
+def _prefill(model: Any, input_ids: torch.Tensor, cache: Cache) -> None:
+    """Put all of the prompt but its last token into ``cache``; decoding starts from that one."""
+    model(input_ids[:, :-1], **with_cache(model, cache), use_cache=True, logits_to_keep=1)
+
+
+def _teacher_forced(
+    model: Any,
+    input_ids: torch.Tensor,
+    cache: Cache,
+    tokens: torch.Tensor,
+    bar: _Bar,
+) -> torch.Tensor:
+    """Logits ``[n, vocabulary]`` of the ``n`` given tokens, decoded from ``cache`` one step each."""
+    bar.start("fidelity", len(tokens))
+    inputs = torch.cat([input_ids[0, -1:], tokens[:-1]])
+    steps = []
+    for token in inputs:
+        steps.append(model(token.view(1, 1), **with_cache(model, cache), use_cache=True).logits[0, -1].float())
+        bar.advance()
+    return torch.stack(steps)
+
+
+def _generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    cache: Cache,
+    max_new_tokens: int,
+    bar: _Bar,
+) -> Generation:
+    """The greedy answer, from a cache that holds all of the prompt but its last token."""
+    bar.start("answer", max_new_tokens)
+    start = time.perf_counter()
+    output = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        **{CACHE_ARGUMENT: cache},
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        streamer=bar,
+    )
+    seconds = time.perf_counter() - start
+    tokens = output.sequences[0, input_ids.shape[1] :]
+    return Generation(tokens, torch.cat(output.logits).float(), seconds)
+
+
+def _full_row(tokenizer: Any, cache: DynamicCache, full: Generation) -> Measurement:
+    # Hybrid models have layers without keys and values.
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    held = [tensor for tensor in tensors if tensor is not None]
+    return Measurement(
+        name=FULL,
+        bytes_held=sum(tensor.untyped_storage().nbytes() for tensor in held),
+        ratio=1.0,
+        bits_per_element=8.0 * held[0].element_size(),
+        tokens_per_second=full.tokens_per_second,
+        agreement=1.0,
+        kl=0.0,
+        text=_decode(tokenizer, full.tokens),
+    )
+
+
+def _decode(tokenizer: Any, tokens: torch.Tensor) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def build_table(rows: Sequence[Measurement]) -> Table:
+    """The measurements as a table, one row a cache."""
+    table = Table(
+        title="Caches on the same prompt",
+        caption="Agreement and KL: against the full cache, on its own answer, decoded through each cache.",
+    )
+    # Two-line headings: seven columns then fit a terminal of 80 characters.
+    table.add_column("\ncache", no_wrap=True)
+    for heading in (
+        "held\nMiB",
+        "\nratio",
+        "bits per\nelement",
+        "tokens\nper s",
+        "top-1\nagrees",
+        "mean KL\nnats",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.bytes_held / MIB:.2f}",
+            f"{row.ratio:.3f}",
+            f"{row.bits_per_element:.2f}",
+            f"{row.tokens_per_second:.1f}",
+            f"{row.agreement:.1%}",
+            f"{row.kl:.5f}",
+        )
+    return table
+
+
+def build_texts(rows: Sequence[Measurement]) -> Text:
+    """The answers; caches that gave the same answer share one entry."""
+    names_by_text: dict[str, list[str]] = {}
+    for row in rows:
+        names_by_text.setdefault(row.text, []).append(row.name)
+    out = Text(f"\n{QUESTION}\n", style="bold")
+    for text, names in names_by_text.items():
+        out.append(f"\n{', '.join(names)}\n", style="cyan not bold")
+        out.append(f"{text}\n", style="not bold")
+    return out

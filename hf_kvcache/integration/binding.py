@@ -1,0 +1,95 @@
+"""Binding a model's config to the attention of this package, and remembering which one was set before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_kvcache.integration import mla
+
+#: The name under which the attention and mask functions are registered.
+IMPLEMENTATION = "hf_kvcache"
+_DEFAULT_PREVIOUS = "sdpa"
+#: Implementations whose masks are not tensors: their masks would not reach our attention in a form it can read.
+_UNREADABLE_MASKS = ("flex_attention",)
+
+
+class _Bound(str):
+    """The name ``hf_kvcache`` that carries the previous implementation with it.
+
+    A string subclass, so that the binding follows the config through copies and pickles and never shows in a saved
+    ``config.json``.
+    """
+
+    previous: str
+
+    def __new__(cls, previous: str) -> _Bound:
+        bound = super().__new__(cls, IMPLEMENTATION)
+        bound.previous = previous
+        return bound
+
+    def __eq__(self, other: object) -> bool:
+        # Models that ask for the implementation by name (Gemma 4, Falcon) are to decide as if they were not bound.
+        return str.__eq__(self, other) or self.previous == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Bound, (self.previous,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Bound:
+        return _Bound(self.previous)
+
+
+def bind(config: PreTrainedConfig) -> None:
+    """Make models with this ``config`` use the attention of this package; for other caches nothing changes.
+
+    Args:
+        config: the config object that the model holds (for vision-language models its text part).
+
+    Raises:
+        ValueError: if the implementation set now builds masks that are not tensors (flex attention).
+    """
+    current = config._attn_implementation
+    current = _DEFAULT_PREVIOUS if current is None else current
+    if current in _UNREADABLE_MASKS or current.startswith("paged|"):
+        raise ValueError(
+            f"attn_implementation={current!r} cannot be combined with a KVCache; accepted: 'sdpa', 'eager' or a "
+            "flash attention. Call model.set_attn_implementation('sdpa') first."
+        )
+    if current != IMPLEMENTATION:
+        _set_implementation(config, _Bound(current))
+    mla.bind(config)
+
+
+def unbind(config: PreTrainedConfig) -> None:
+    """Undo :func:`bind`: set the implementation that was set before. Caches in use go on with dense tensors.
+
+    Latent-attention classes that no other bound model needs get their own ``expand_kv`` back.
+    """
+    mla.unbind(config.get_text_config(decoder=True))
+    if config._attn_implementation == IMPLEMENTATION:
+        _set_implementation(config, previous_implementation(config))
+
+
+def is_bound(config: PreTrainedConfig) -> bool:
+    """Whether models with this ``config`` use the attention of this package."""
+    return isinstance(config._attn_implementation, _Bound) or config._attn_implementation == IMPLEMENTATION
+
+
+def previous_implementation(config: PreTrainedConfig) -> str:
+    """The attention implementation that was set before ``config`` was bound."""
+    current = config._attn_implementation
+    if isinstance(current, _Bound):
+        return current.previous
+    # Set by name, in from_pretrained(attn_implementation="hf_kvcache"): there was none before.
+    return _DEFAULT_PREVIOUS if current in (None, IMPLEMENTATION) else current
+
+
+def _set_implementation(config: PreTrainedConfig, implementation: str) -> None:
+    # With a dict, the setter leaves the sub-configs (a vision tower, say) as they are.
+    config._attn_implementation = {"": implementation}

@@ -1,0 +1,27 @@
+"""The probability that each key got, summed over the queries, in a second pass over the keys."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.kernels.dispatch import implementation
+from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.reference import column_mass as reference
+from hf_kvcache.kernels.visibility import Visibility
+
+__all__ = ["column_mass"]
+
+
+def column_mass(
+    query: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Probability of each key, by the twin for its device; :func:`reference.column_mass` tells what it takes."""
+    faster = implementation("column_mass", query.device)
+    if faster is not None and faster.supports(query, pages, dense, visibility):
+        return faster.column_mass(query, log_sum_exp, pages, dense, visibility, scoring)
+    return reference.column_mass(query, log_sum_exp, pages, dense, visibility, scoring)

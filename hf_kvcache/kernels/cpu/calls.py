@@ -1,0 +1,59 @@
+"""What calls of the attention kernels have in common: pages, places of full-precision tokens, scoring, being made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_kvcache.kernels.cpu import library
+from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
+
+Call = library.Attend | library.Latent
+
+
+def run(function: Callable[[Any], int], call: Any, purpose: str = "for the partial results") -> None:
+    """Make a call, given by reference; raises MemoryError if it found no memory for its ``purpose``."""
+    if function(call):
+        raise MemoryError(f"attention over a KVCache: no memory left {purpose}")
+
+
+def set_pages(call: Call, pages: Pages) -> np.ndarray | None:
+    """Fill in where the pages lie; returns an array to be kept as long as the call, which has its address only."""
+    addresses, counts, first = pages.addresses, pages.counts, pages.first
+    call.addresses, call.counts, call.first = (a.ctypes.data for a in (addresses, counts, first))
+    call.row_stride, call.columns = addresses.strides[0] // addresses.itemsize, addresses.shape[1]
+    stored = _scattered_positions(pages, call.row_stride)
+    if stored is not None:
+        call.positions = stored.ctypes.data
+    return stored
+
+
+def _scattered_positions(pages: Pages, row_stride: int) -> np.ndarray | None:
+    """Address of the positions of each page that stores them, 0 for the others; None if none does."""
+    if not pages.scattered:
+        return None
+    stored = np.zeros((pages.rows, row_stride), dtype=np.int64)
+    for at, positions in pages.scattered.items():
+        stored[at] = positions.ctypes.data
+    return stored
+
+
+def set_places(call: Call, dense: DenseTokens) -> None:
+    """Fill in which slots of the full-precision tokens are used, and for which positions."""
+    if dense.positions is not None:
+        call.dense_positions, call.positions_batch = dense.positions.data_ptr(), dense.positions.stride(0)
+    if dense.unused is not None:
+        call.dense_unused, call.unused_batch = dense.unused.data_ptr(), dense.unused.stride(0)
+
+
+def set_scoring(call: Call, scoring: Scoring) -> torch.Tensor | None:
+    """Fill in how scores are made; returns a tensor to be kept as long as the call, which has its address only."""
+    call.inner_scale, call.softcap = scoring.inner, scoring.softcap or 0.0
+    if scoring.sink_logits is None:
+        return None
+    sinks = scoring.sink_logits.float().contiguous()
+    call.sink_logits = sinks.data_ptr()
+    return sinks

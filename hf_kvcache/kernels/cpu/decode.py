@@ -1,0 +1,132 @@
+"""Attention over pages and full-precision tokens by the C++ kernels: one call a layer and step."""
+
+from __future__ import annotations
+
+from ctypes import byref, pointer
+from functools import lru_cache
+
+import torch
+
+from hf_kvcache.kernels.cpu import library
+from hf_kvcache.kernels.cpu.calls import run, set_pages, set_places, set_scoring
+from hf_kvcache.kernels.cpu.layouts import DENSE, make_layout, native_layout
+from hf_kvcache.kernels.cpu.prepared_call import NativeStep, all_slots, can_keep, set_token, sight
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, StepInputs
+from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.visibility import Visibility
+
+
+def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
+    """Whether the kernels can do it: masks that say more than causality, windows and padding they cannot."""
+    return (
+        visibility.mask is None
+        and dense.keys.dtype in DENSE
+        and dense.values.dtype == dense.keys.dtype
+        and dense.keys.stride(-1) == 1
+        and dense.values.stride(-1) == 1
+        and (pages is None or native_layout(pages.layout) is not None)
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool = False,
+) -> Attention:
+    """The twin of :func:`hf_kvcache.kernels.reference.decode.attend`, for a query on the CPU."""
+    batch, query_heads, length, _ = query.shape
+    floats = _floats(query)
+    keys, values = dense.keys, dense.values
+    output = torch.empty(batch, length, query_heads, values.shape[3])
+    log_sum_exp = torch.empty(batch, query_heads, length)
+    call = library.Attend.from_buffer_copy(_template(pages, keys.shape[3], values.shape[3]))
+    call.query, call.output, call.log_sum_exp = floats.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr()
+    call.query_batch, call.query_head, call.query_token, _ = floats.stride()
+    call.batch, call.query_heads, call.heads, call.length = batch, query_heads, keys.shape[1], length
+    _set_dense(call, dense)
+    call.start, call.window, call.causal = visibility.start, visibility.window or 0, visibility.causal
+    _kept = set_scoring(call, scoring)
+    page_mass = dense_mass = None
+    if mass:
+        dense_mass = torch.empty(batch, query_heads, keys.shape[2])
+        call.dense_mass = dense_mass.data_ptr()
+        if pages is not None:
+            page_mass = torch.empty(batch, query_heads, pages.columns * pages.layout.page_size)
+            call.page_mass = page_mass.data_ptr()
+    call.threads = torch.get_num_threads()
+    run(library.load().hfkv_attend, byref(call))
+    return Attention(output.to(query.dtype), log_sum_exp, page_mass, dense_mass)
+
+
+class Step(NativeStep):
+    """Attention over keys and values of one new token a sequence, again and again."""
+
+    def __init__(self, inputs: StepInputs) -> None:
+        super().__init__(inputs)
+        slots, batch, query_heads = inputs.slots, *inputs.query.shape[:2]
+        key_dim, value_dim = slots.keys.shape[3], slots.values.shape[3]
+        self._sizes = batch, 1, query_heads, value_dim
+        self._log_sum_exp = torch.empty(batch, query_heads, 1)
+        call = self._call = library.Attend.from_buffer_copy(_template(inputs.pages, key_dim, value_dim))
+        call.log_sum_exp = self._log_sum_exp.data_ptr()
+        call.batch, call.query_heads, call.heads, call.length = batch, query_heads, slots.keys.shape[1], 1
+        call.query_batch, call.query_head, call.query_token, _ = _floats(inputs.query).stride()
+        _set_dense(call, all_slots(inputs))
+        call.window = inputs.window or 0
+        set_scoring(call, inputs.scoring)
+        self._token = call.token
+        set_token(self._token, inputs.keys, inputs.values, slots)
+        self._run, self._reference = library.load().hfkv_attend, byref(call)
+
+    @staticmethod
+    def supports(inputs: StepInputs) -> bool:
+        """Whether there can be a step for such tokens."""
+        return can_keep(inputs) and supports(inputs.query, inputs.pages, all_slots(inputs), sight(inputs))
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
+    ) -> torch.Tensor:
+        call, token, floats = self._call, self._token, _floats(query)
+        output = torch.empty(self._sizes)
+        call.query, call.output = floats.data_ptr(), output.data_ptr()
+        token.first, token.second = keys.data_ptr(), values.data_ptr()
+        call.slots, call.start, call.threads = slot + 1, position, torch.get_num_threads()
+        run(self._run, self._reference)
+        return output if query.dtype == torch.float32 else output.to(query.dtype)
+
+
+def _floats(query: torch.Tensor) -> torch.Tensor:
+    return query if query.dtype == torch.float32 and query.stride(-1) == 1 else query.float().contiguous()
+
+
+def _template(pages: Pages | None, key_dim: int, value_dim: int) -> library.Attend:
+    return _without_pages(key_dim, value_dim) if pages is None else _with_pages(pages)
+
+
+def _with_pages(pages: Pages) -> library.Attend:
+    """A call in which the pages are filled in; made once for as long as they stay the same."""
+    prepared = pages.prepared.get("native")
+    if prepared is None:
+        call = library.Attend(layout=pointer(native_layout(pages.layout)))
+        if pages.center is not None:
+            call.center = pages.center.data_ptr()
+        prepared = pages.prepared["native"] = (call, set_pages(call, pages))
+    return prepared[0]
+
+
+@lru_cache(maxsize=16)
+def _without_pages(key_dim: int, value_dim: int) -> library.Attend:
+    keys, values = (SideFormat(dim, 32, "dense", dense_dtype=torch.float32) for dim in (key_dim, value_dim))
+    return library.Attend(layout=pointer(make_layout(PageLayout(keys, values, 8))))
+
+
+def _set_dense(call: library.Attend, dense: DenseTokens) -> None:
+    keys, values = dense.keys, dense.values
+    call.dense_keys, call.dense_values = keys.data_ptr(), values.data_ptr()
+    call.dense_level, call.slots = DENSE[keys.dtype], keys.shape[2]
+    call.keys_batch, call.keys_head, call.keys_token, _ = keys.stride()
+    call.values_batch, call.values_head, call.values_token, _ = values.stride()
+    set_places(call, dense)

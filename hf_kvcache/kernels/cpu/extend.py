@@ -1,0 +1,100 @@
+"""Long blocks of queries on the CPU: pages decoded by the C++ kernels, attention over them by torch's flash kernel.
+
+Many queries are a matter of arithmetic, which torch's kernel does well. It is given dense keys, a chunk of pages at a
+time, and returns the log-sum-exp by which chunks and full-precision tokens are merged.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.kernels.hadamard import rotate
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.reference import decode as reference
+from hf_kvcache.kernels.reference.levels import decode_side
+from hf_kvcache.kernels.reference.softmax import merge
+from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.kernels.workspace import scratch
+
+#: Tokens of each row that are dense at a time.
+_CHUNK_TOKENS = 4096
+_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
+    """Whether every query sees every token in pages, and torch has the kernel."""
+    return _flash is not None and visibility.mask is None and visibility.window is None
+
+
+def attend(
+    query: torch.Tensor,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool = False,
+) -> Attention:
+    """The twin of :func:`hf_kvcache.kernels.reference.decode.attend`, to which it leaves soft-capping and ``mass``."""
+    if scoring.softcap is not None or mass:
+        return reference.attend(query, pages, dense, visibility, scoring, mass)
+    return reference.attend(query, pages, dense, visibility, scoring, read_pages=_read_pages)
+
+
+def _read_pages(
+    rows: torch.Tensor,
+    pages: Pages,
+    visibility: Visibility,
+    scoring: Scoring,
+    queries: slice,
+    kept_scores: list[torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of scaled queries ``[B * Hkv, g * q, Dk]`` over all pages, and its log-sum-exp."""
+    assert _flash is not None
+    layout = pages.layout
+    rotated = rotate(rows, layout.sides["keys"])
+    # The kernel takes keys and values of one width: zeros add nothing to scores, and to outputs what is cut off again.
+    width = max(fmt.dim for fmt in layout.sides.values())
+    wide = _widened(rotated, width)[:, None]
+    result = None
+    step = max(1, _CHUNK_TOKENS // layout.page_size)
+    for start in range(0, pages.columns, step):
+        stop = min(start + step, pages.columns)
+        records = pages.records(start, stop)
+        keys, values = (_widened(_dense(pages, side, records), width) for side in ("keys", "values"))
+        unused = pages.unused(start, stop)
+        hidden = None if unused is None else _hidden(unused.flatten(1))
+        output, log_sum_exp = _flash(wide, keys[:, None], values[:, None], 0.0, False, attn_mask=hidden, scale=1.0)
+        part = output[:, 0, :, : layout.sides["values"].dim], log_sum_exp.reshape(rows.shape[:2])
+        result = part if result is None else merge(result, part)
+    assert result is not None
+    output, log_sum_exp = result
+    empty = torch.from_numpy(pages.counts.sum(1) == 0)
+    if empty.any():  # rows that have no page, beside rows that have some
+        output, log_sum_exp = (
+            output.masked_fill(empty[:, None, None], 0.0),
+            log_sum_exp.masked_fill(empty[:, None], -torch.inf),
+        )
+    if pages.center is not None:
+        # The mean that was taken out of the packed keys shifts all their scores of a query alike.
+        log_sum_exp = log_sum_exp + (rotated @ pages.center.unsqueeze(-1)).squeeze(-1)
+    return rotate(output, layout.sides["values"], inverse=True), log_sum_exp
+
+
+def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
+    """``x [..., D]`` with zeros behind it up to ``width``."""
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def _hidden(unused: torch.Tensor) -> torch.Tensor:
+    """``unused [rows, n]`` as what is added to scores, ``[rows, 1, 1, n]``.
+
+    Not ``-inf``: a row without a token would become NaN; so it gets a log-sum-exp far below that of any token.
+    """
+    return torch.zeros(unused.shape, device=unused.device).masked_fill_(unused, -1e30)[:, None, None]
+
+
+def _dense(pages: Pages, side: str, records: torch.Tensor) -> torch.Tensor:
+    """One side of pages ``[C, rows, record_bytes]`` as float32 ``[rows, C * P, D]``."""
+    shape = (*records.shape[:2], pages.layout.page_size, pages.layout.sides[side].dim)
+    buffer = scratch(f"extend.{side}", shape, torch.float32, records.device)
+    return decode_side(pages.layout, side, records, buffer).float().transpose(0, 1).flatten(1, 2)

@@ -1,0 +1,43 @@
+"""Absorbed multi-head latent attention of new queries over pages and full-precision tokens (arXiv:2405.04434)."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.kernels.dispatch import implementation
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.reference import latent_decode as reference
+from hf_kvcache.kernels.visibility import Visibility
+
+__all__ = ["absorb", "expand", "latent_attend"]
+
+
+def latent_attend(
+    query: torch.Tensor,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool = False,
+) -> Attention:
+    """Attention over latents, by the twin for their device; :func:`reference.latent_attend` tells what it takes."""
+    faster = implementation("latent_decode", query.device)
+    if faster is not None and faster.supports(query, pages, dense, visibility, scoring, mass):
+        return faster.latent_attend(query, pages, dense, visibility, scoring, mass)
+    return reference.latent_attend(query, pages, dense, visibility, scoring, mass)
+
+
+def absorb(query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Queries ``[B, H, q, dn]`` in latent space, ``[B, H, q, r]``, by the key up-projection ``weight [H, dn, r]``."""
+    faster = implementation("latent_decode", query.device)
+    if faster is not None and faster.supports_projection(query, weight):
+        return faster.absorb(query, weight)
+    return reference.absorb(query, weight)
+
+
+def expand(latents: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted latents ``[B, q, H, r]`` as outputs ``[B, q, H, dv]``, by the value up-projection ``[H, dv, r]``."""
+    faster = implementation("latent_decode", latents.device)
+    if faster is not None and faster.supports_projection(latents, weight):
+        return faster.expand(latents, weight)
+    return reference.expand(latents, weight)

@@ -1,0 +1,234 @@
+"""Attention over pages and full-precision tokens in plain torch: the definition of every faster twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hf_kvcache.kernels.hadamard import rotate
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.page import PageLayout
+from hf_kvcache.kernels.reference.levels import page_output, page_scores
+from hf_kvcache.kernels.reference.softmax import OnlineSoftmax, dense_attention, merge
+from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.kernels.workspace import scratch
+
+#: Tokens of each row that are decoded at a time.
+CHUNK_TOKENS = 2048
+#: Scores computed at a time; a longer block of queries is cut.
+_SCORE_ELEMENTS = 1 << 24
+
+#: Attention of the scaled queries of all rows over pages: see :func:`_attend_pages`.
+PageReader = Callable[
+    [torch.Tensor, Pages, Visibility, Scoring, slice, "list[torch.Tensor] | None"], tuple[torch.Tensor, torch.Tensor]
+]
+
+
+def attend(
+    query: torch.Tensor,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool = False,
+    read_pages: PageReader | None = None,
+) -> Attention:
+    """Attention of new queries over a layer's pages and full-precision tokens.
+
+    Args:
+        query: ``[B, Hq, q, Dk]``, in the model's basis.
+        pages: the packed tokens, or None.
+        dense: the full-precision tokens, the queries' own last; there may be none beside pages.
+        visibility: what the queries may see.
+        scoring: how scores are made.
+        mass: whether to return the probability of each key as well.
+        read_pages: does the attention over the pages in place of the one here.
+
+    Returns:
+        See :class:`~hf_kvcache.kernels.inputs.Attention`. A query that sees nothing has output 0 and log-sum-exp
+        ``-inf`` (or its sink logit).
+    """
+    batch, query_heads, length, _ = query.shape
+    slots = dense.keys.shape[2]
+    block = max(1, _SCORE_ELEMENTS // (batch * query_heads * max(slots, CHUNK_TOKENS)))
+    if length <= block:
+        return _attend_block(query, pages, dense, visibility, scoring, slice(0, length), mass, read_pages)
+    parts = []
+    for start in range(0, length, block):
+        queries = slice(start, min(start + block, length))
+        # The queries' own tokens come last: those behind the last query of this block are of no use to it.
+        seen = max(0, slots - (length - queries.stop)) if visibility.causal and not mass else slots
+        parts.append(
+            _attend_block(
+                query[:, :, queries], pages, dense.until(seen), visibility, scoring, queries, mass, read_pages
+            )
+        )
+    return Attention(
+        torch.cat([p.output for p in parts], 1),
+        torch.cat([p.log_sum_exp for p in parts], 2),
+        _total([p.page_mass for p in parts]),
+        _total([p.dense_mass for p in parts]),
+    )
+
+
+def _total(masses: list[torch.Tensor | None]) -> torch.Tensor | None:
+    given = [m for m in masses if m is not None]
+    return torch.stack(given).sum(0) if given else None
+
+
+def _attend_block(
+    query: torch.Tensor,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    queries: slice,
+    mass: bool,
+    read_pages: PageReader | None,
+) -> Attention:
+    batch, query_heads, length, _ = query.shape
+    heads = dense.keys.shape[1]
+    # All the queries that read the same KV head are one matrix: [B * Hkv, g * q, Dk].
+    rows = query.float().reshape(batch * heads, -1, query.shape[-1]) * scoring.inner
+    bias = None
+    if dense.positions is not None:
+        at, unused = dense.positions[:, None], None if dense.unused is None else dense.unused[:, None]
+        bias = visibility.bias(at, unused, heads, queries)
+    elif dense.unused is not None:
+        bias = torch.zeros(dense.unused.shape, device=query.device).masked_fill_(dense.unused, -torch.inf)
+        bias = bias[:, None, None, None]
+    dense_scores: list[torch.Tensor] | None = [] if mass else None
+    page_scores: list[torch.Tensor] | None = [] if mass else None
+    output, log_sum_exp = dense_attention(rows, dense.keys, dense.values, bias, scoring.softcap, dense_scores)
+    if pages is not None and pages.columns:
+        packed = (read_pages or _attend_pages)(rows, pages, visibility, scoring, queries, page_scores)
+        output, log_sum_exp = merge((output, log_sum_exp), packed)
+    if scoring.sink_logits is not None:
+        sinks = scoring.sink_logits.float().reshape(1, heads, -1, 1).expand(batch, -1, -1, length)
+        sinks = sinks.reshape(log_sum_exp.shape)
+        output = output * torch.sigmoid(log_sum_exp - sinks).unsqueeze(-1)
+        log_sum_exp = torch.logaddexp(log_sum_exp, sinks)
+    shape = (batch, query_heads, length)
+    return Attention(
+        output.to(query.dtype).view(*shape, -1).transpose(1, 2).contiguous(),
+        log_sum_exp.view(shape),
+        _mass(page_scores, log_sum_exp, shape),
+        _mass(dense_scores, log_sum_exp, shape),
+    )
+
+
+def _mass(
+    scores: list[torch.Tensor] | None, log_sum_exp: torch.Tensor, shape: tuple[int, int, int]
+) -> torch.Tensor | None:
+    """Probabilities ``[B, Hq, keys]``, summed over the queries, from scores ``[rows, M, keys]`` in parts."""
+    if not scores:
+        return None
+    log_sum_exp = log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0.0)
+    probabilities = (torch.cat(scores, -1) - log_sum_exp.unsqueeze(-1)).exp_()
+    return probabilities.view(*shape, -1).sum(2)
+
+
+def _attend_pages(
+    rows: torch.Tensor,
+    pages: Pages,
+    visibility: Visibility,
+    scoring: Scoring,
+    queries: slice,
+    kept_scores: list[torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = pages.layout
+    keys_format, values_format = layout.sides["keys"], layout.sides["values"]
+    rotated = rotate(rows, keys_format)
+    # The mean that was taken out of the packed keys shifts all their scores of a query alike.
+    shift = None if pages.center is None else rotated @ pages.center.unsqueeze(-1)
+
+    def score(records: torch.Tensor) -> torch.Tensor:
+        scores = page_scores(layout, records, rotated, side_buffer(layout, "keys", records))
+        return scores if shift is None else scores.add_(shift)
+
+    def combine(records: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return page_output(layout, records, weights, side_buffer(layout, "values", records))
+
+    state = OnlineSoftmax(rows.shape[0], rows.shape[1], values_format.dim, rows.device)
+    walk_pages(state, pages, visibility, scoring, queries, kept_scores, score, combine)
+    output, log_sum_exp = state.result()
+    return rotate(output, values_format, inverse=True), log_sum_exp
+
+
+def walk_pages(
+    state: OnlineSoftmax,
+    pages: Pages,
+    visibility: Visibility,
+    scoring: Scoring,
+    queries: slice,
+    kept_scores: list[torch.Tensor] | None,
+    score: Callable[[torch.Tensor], torch.Tensor],
+    combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    tokens: int = CHUNK_TOKENS,
+) -> None:
+    """Give all pages to ``state``, ``tokens`` of each row at a time.
+
+    Args:
+        state: takes in scores and weighted values.
+        pages: the pages.
+        visibility: what the queries may see.
+        scoring: how scores are made.
+        queries: which of the queries.
+        kept_scores: where to append the scores ``[rows, M, n]``, if they are wanted.
+        score: gives the scores ``[C, rows, M, P]`` of records ``[C, rows, record_bytes]``.
+        combine: gives their values ``[C, rows, M, Dv]``, summed by weights ``[C, rows, M, P]``.
+        tokens: how many of each row at a time.
+    """
+    step = max(1, tokens // pages.layout.page_size)
+    for start in range(0, pages.columns, step):
+        stop = min(start + step, pages.columns)
+        records = pages.records(start, stop)
+        scores = score(records)
+        if scoring.softcap is not None:
+            scores = scores.tanh_().mul_(scoring.softcap)
+        hide_pages(scores, pages, start, stop, visibility, queries)
+        if kept_scores is not None:
+            # A copy even of a single page, where flatten alone would give a view: the scores are overwritten next.
+            kept_scores.append(scores.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format).flatten(2))
+        state.add(combine(records, state.weigh(scores)))
+
+
+def hide_pages(
+    scores: torch.Tensor,
+    pages: Pages,
+    start: int,
+    stop: int,
+    visibility: Visibility,
+    queries: slice,
+    earlier: bool = True,
+) -> None:
+    """Set the scores ``[C, B * Hkv, g * q, P]`` of page columns that the queries may not see to ``-inf``.
+
+    Args:
+        earlier: whether no token of these pages comes after a query. In attention it is so: what a query's own call
+            brings is packed after it.
+    """
+    unused = pages.unused(start, stop)
+    held = pages.first[:, start:stop][pages.counts[:, start:stop] > 0]
+    if earlier and visibility.sees_all(int(held.min()) if held.size else 0):
+        if unused is not None:
+            scores.masked_fill_(unused.transpose(0, 1).unsqueeze(2), -torch.inf)
+        return
+    batch, columns = pages.rows // pages.heads, stop - start
+
+    def by_head(x: torch.Tensor) -> torch.Tensor:  # [B * Hkv, C, P] -> [B, Hkv, C * P]
+        return x.flatten(1).unflatten(0, (batch, -1))
+
+    bias = visibility.bias(
+        by_head(pages.positions(start, stop)), None if unused is None else by_head(unused), pages.heads, queries
+    )
+    # [B, Hkv, 1 or g, q, C * P] -> [C, B * Hkv, 1 or g, q, P]
+    bias = bias.unflatten(-1, (columns, -1)).permute(4, 0, 1, 2, 3, 5).flatten(1, 2)
+    scores.unflatten(2, (-1, bias.shape[3])).add_(bias)
+
+
+def side_buffer(layout: PageLayout, side: str, records: torch.Tensor) -> torch.Tensor:
+    """Scratch for one side of ``records [C, rows, record_bytes]`` decoded, float32 ``[C, rows, P, D]``."""
+    shape = (*records.shape[:2], layout.page_size, layout.sides[side].dim)
+    return scratch(side, shape, torch.float32, records.device)

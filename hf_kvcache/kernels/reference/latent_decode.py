@@ -1,0 +1,88 @@
+"""Absorbed multi-head latent attention in plain torch: the definition of every faster twin."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.kernels.hadamard import rotate
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.reference import decode as reference
+from hf_kvcache.kernels.reference.decode import side_buffer, walk_pages
+from hf_kvcache.kernels.reference.levels import decode_side
+from hf_kvcache.kernels.reference.softmax import OnlineSoftmax
+from hf_kvcache.kernels.visibility import Visibility
+
+#: Tokens of each sequence that are read at a time: few enough that a chunk, which is read twice, stays in the cache.
+CHUNK_TOKENS = 512
+
+
+def latent_attend(
+    query: torch.Tensor,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool = False,
+) -> Attention:
+    """Attention over latents that all heads share (DeepSeek-V2, arXiv:2405.04434, in the absorbed form).
+
+    The score of a token is ``scaling * (query[:r] . latent + query[r:] . rotary_key)``, its value is its latent. What
+    the cache calls keys are latents here, what it calls values are rotary keys.
+
+    Args:
+        query: ``[B, H, q, r + dr]``: the query in latent space first, its rotary part last; ``dr`` may be 0.
+        pages: the packed tokens, of one KV head and without a center; or None.
+        dense: the full-precision tokens, the queries' own among them: latents ``[B, 1, n, r]`` as keys, rotary keys
+            ``[B, 1, n, dr]`` as values.
+        visibility: what the queries may see.
+        scoring: how scores are made.
+        mass: whether to return the probability of each token as well.
+
+    Returns:
+        See :class:`~hf_kvcache.kernels.inputs.Attention`; the output is the weighted latents ``[B, q, H, r]``.
+    """
+    joined = DenseTokens(torch.cat([dense.keys, dense.values], -1), dense.keys, dense.positions, dense.unused)
+    return reference.attend(query, pages, joined, visibility, scoring, mass, _attend_pages)
+
+
+def _attend_pages(
+    rows: torch.Tensor,
+    pages: Pages,
+    visibility: Visibility,
+    scoring: Scoring,
+    queries: slice,
+    kept_scores: list[torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = pages.layout
+    latent_format, rotary_format = layout.sides["keys"], layout.sides["values"]
+    rank = latent_format.dim
+    wide, turned = rotate(rows[..., :rank], latent_format), rotate(rows[..., rank:], rotary_format)
+    # Read as keys and then as values: decoded once.
+    latents = torch.empty(0)
+
+    def score(records: torch.Tensor) -> torch.Tensor:
+        nonlocal latents
+        latents = decode_side(layout, "keys", records, side_buffer(layout, "keys", records))
+        scores = torch.matmul(wide, latents.transpose(-1, -2))
+        if rotary_format.dim:
+            rotary = decode_side(layout, "values", records, side_buffer(layout, "values", records))
+            scores.add_(torch.matmul(turned, rotary.transpose(-1, -2)))
+        return scores
+
+    def combine(records: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(weights, latents)
+
+    state = OnlineSoftmax(rows.shape[0], rows.shape[1], rank, rows.device)
+    walk_pages(state, pages, visibility, scoring, queries, kept_scores, score, combine, CHUNK_TOKENS)
+    output, log_sum_exp = state.result()
+    return rotate(output, latent_format, inverse=True), log_sum_exp
+
+
+def absorb(query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Queries ``[B, H, q, dn]`` in latent space, ``[B, H, q, r]``, by the key up-projection ``weight [H, dn, r]``."""
+    return torch.matmul(query, weight)
+
+
+def expand(latents: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted latents ``[B, q, H, r]`` as outputs ``[B, q, H, dv]``, by the value up-projection ``[H, dv, r]``."""
+    return torch.matmul(latents.transpose(1, 2), weight.transpose(-1, -2)).transpose(1, 2)

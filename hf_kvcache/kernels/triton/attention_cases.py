@@ -1,0 +1,185 @@
+"""Specialisations of the attention kernels for the compile report, at 4 query heads per KV head."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.triton.attention_kernels import combine_kernel, dense_kernel, mass_kernel, pages_kernel
+from hf_kvcache.kernels.triton.compile_case import CompileCase
+from hf_kvcache.kernels.triton.configs import attention_config, dot_precision
+from hf_kvcache.kernels.triton.launch import codes_of, combine_shape, mass_shape, page_sides
+from hf_kvcache.kernels.triton.sides import TRITON_TYPES
+
+_GROUP, _PAGE = 4, 64
+_POINTERS = {"partial": "*fp32", "partial_lse": "*fp32", "kept_scores": "*fp32"}
+_QUERY_STRIDES = {"stride_b": "i32", "stride_h": "i32", "stride_q": "i32"}
+_SIZES = {"rows": "i32", "rows_m": "i32", "heads": "i32", "window": "i32", "inner": "fp32", "softcap": "fp32"}
+
+
+def formats(codec: str, dim: int) -> tuple[SideFormat, SideFormat]:
+    """The sides of a codec's pages, with levels that are none of its own where it has a table.
+
+    Raises:
+        KeyError: if there is no case for the codec.
+    """
+    if codec == "dense":
+        side = SideFormat(dim, 16, level="dense", zero=False, dense_dtype=torch.bfloat16)
+        return side, side
+    if codec == "fp8":
+        side = SideFormat(dim, 8, level="float8", group=dim, zero=False)
+        return side, side
+    bits = {"unbiased2": 2, "unbiased3": 3, "unbiased4": 4, "rotated4": 4, "rotated8": 8}[codec]
+    if codec.startswith("rotated"):
+        return (
+            SideFormat(dim, bits, axis="channel", group=_PAGE, rotation="hadamard"),
+            SideFormat(dim, bits, axis="token", group=dim, rotation="hadamard"),
+        )
+    table = tuple(i / 2**bits - 0.5 for i in range(2**bits))
+    keys = SideFormat(dim, bits, "table", "channel", _PAGE, other=True, rotation="hadamard", centered=True, table=table)
+    return keys, SideFormat(dim, bits, "table", group=dim, zero=False, rotation="signed_hadamard", table=table)
+
+
+def pages_case(arch: str, operation: str, codec: str, dim: int, length: int) -> CompileCase:
+    """``pages_kernel`` for ``length`` bfloat16 query tokens over full pages that all of them see."""
+    layout = PageLayout(*formats(codec, dim), _PAGE)
+    config = attention_config(arch, dim, _GROUP * length, codes_of(layout))
+    keys, values = page_sides(layout, torch.bfloat16, config.block_m, arch)
+    block_n = min(config.block_n, _PAGE)
+    rotated = layout.sides["keys"].rotation != "none"
+    return CompileCase(
+        name=f"{operation} {codec} D={dim}",
+        kernel=pages_kernel,
+        signature={
+            "query": "*fp32" if rotated else "*bf16",
+            **_QUERY_STRIDES,
+            "pages": "*i64",
+            "positions": "*i64",
+            "center": "*fp32",
+            "tables": "*fp32",
+            **_POINTERS,
+            **_SIZES,
+            "columns": "i32",
+            "per_split": "i32",
+        },
+        constants={
+            "KEYS": keys,
+            "VALUES": values,
+            "GROUP": _GROUP,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": block_n,
+            "STAGES": config.num_stages,
+            "FULL": True,
+            "PLACED": 0,
+            "CAUSAL": True,
+            "WINDOW": False,
+            "CENTERED": layout.sides["keys"].centered,
+            "SOFTCAP": False,
+            "KEEP_SCORES": False,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        aligned=("query", *_QUERY_STRIDES, "pages", "positions", "center", "tables", *_POINTERS),
+        loop_bytes=layout.record_bytes * block_n // _PAGE,
+        tensor_cores=True,
+        options=config.options,
+    )
+
+
+def dense_case(arch: str, operation: str, dim: int, length: int) -> CompileCase:
+    """``dense_kernel`` for ``length`` bfloat16 query tokens that see no later token."""
+    config = attention_config(arch, dim, _GROUP * length, None)
+    strides = {f"{side}_stride_{axis}": "i32" for side in ("key", "value") for axis in "bhn"}
+    return CompileCase(
+        name=f"{operation} full-precision tokens D={dim}",
+        kernel=dense_kernel,
+        signature={
+            "query": "*bf16",
+            **_QUERY_STRIDES,
+            "keys": "*bf16",
+            "values": "*bf16",
+            **strides,
+            "positions": "*i64",
+            "position_stride": "i32",
+            "unused": "*u8",
+            "unused_stride": "i32",
+            **_POINTERS,
+            **_SIZES,
+            "slots": "i32",
+            "per_split": "i32",
+            "first_split": "i32",
+            "start": "i64",
+        },
+        constants={
+            "KEY_DIM": dim,
+            "VALUE_DIM": dim,
+            "KEY_PAD": dim,
+            "VALUE_PAD": dim,
+            "COMPUTE": TRITON_TYPES[torch.bfloat16],
+            "PRECISION": dot_precision(arch),
+            "GROUP": _GROUP,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "STAGES": config.num_stages,
+            "PLACED": True,
+            "CAUSAL": True,
+            "WINDOW": False,
+            "UNUSED": False,
+            "OWN_LAST": length > 1,
+            "SOFTCAP": False,
+            "KEEP_SCORES": False,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        aligned=("query", *_QUERY_STRIDES, "keys", "values", *strides, "positions", "unused", *_POINTERS),
+        loop_bytes=2 * 2 * dim * config.block_n,
+        tensor_cores=True,
+        options=config.options,
+    )
+
+
+def combine_case(arch: str, dim: int) -> CompileCase:
+    """``combine_kernel`` with a rotation."""
+    dim_pad = triton.next_power_of_2(dim)
+    chunk, warps = combine_shape(dim_pad)
+    return CompileCase(
+        name=f"combine D={dim}",
+        kernel=combine_kernel,
+        signature={
+            "partial": "*fp32",
+            "partial_lse": "*fp32",
+            "rotation": "*fp32",
+            "sinks": "*fp32",
+            "output": "*bf16",
+            "log_sum_exp": "*fp32",
+            **{name: "i32" for name in ("rows", "rows_m", "heads", "page_splits", "splits")},
+        },
+        constants={
+            "DIM": dim,
+            "DIM_PAD": dim_pad,
+            "CHUNK": chunk,
+            "GROUP": _GROUP,
+            "BLOCK_M": 16,
+            "ROTATED": True,
+            "SINKS": False,
+            "PRECISION": dot_precision(arch),
+        },
+        num_warps=warps,
+        num_stages=1,
+        aligned=("partial", "partial_lse", "rotation", "sinks", "output", "log_sum_exp"),
+    )
+
+
+def mass_case(arch: str) -> CompileCase:
+    """``mass_kernel`` for whole pages of keys."""
+    block_n, warps = mass_shape(arch)
+    return CompileCase(
+        name="mass",
+        kernel=mass_kernel,
+        signature={"scores": "*fp32", "log_sum_exp": "*fp32", "mass": "*fp32", "rows_m": "i32", "keys": "i32"},
+        constants={"GROUP": _GROUP, "BLOCK_N": block_n},
+        num_warps=warps,
+        num_stages=1,
+        aligned=("scores", "log_sum_exp", "mass", "keys"),
+    )

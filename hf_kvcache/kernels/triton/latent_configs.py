@@ -1,0 +1,71 @@
+"""Static launch configurations of the latent kernels, by architecture and by what is read; nothing is tuned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_kvcache.kernels.page import PageLayout
+from hf_kvcache.kernels.triton.configs import Config
+from hf_kvcache.kernels.triton.launch import dense_compute
+from hf_kvcache.kernels.triton.sides import Side, describe_side
+
+#: Fewest channels that a dot product takes.
+LEAST_DIM = 16
+#: How dot products of float32 are done: in three parts on matrix units, they would take more registers than there are.
+PRECISION = "ieee"
+#: Splits that the merge reads at a time.
+MERGED_AT_ONCE = 16
+
+#: What a program reads: codes of pages, their elements of 16 bits, full-precision tokens of 16 bits, or anything that
+#: enters dot products in float32.
+Read = Literal["codes", "halves", "tokens", "singles"]
+
+#: Where a program may have 160 KiB of shared memory; it is 99 KiB elsewhere on NVIDIA's GPUs.
+_LARGE = ("sm80", "sm90", "sm100")
+
+
+def latent_config(arch: str, queries: int, read: Read) -> Config:
+    """The largest tiles that leave 8 warps on a multiprocessor and nothing spilled, from the compile report.
+
+    Args:
+        arch: the architecture, as in :func:`hf_kvcache.kernels.triton.configs.architecture`.
+        queries: queries of a sequence: heads times query tokens.
+        read: what pages or full-precision tokens are.
+    """
+    amd = arch.startswith("gfx")
+    most = 16 if read == "singles" or (amd and read == "codes") else 32
+    block_m = min(most, max(16, triton.next_power_of_2(queries)))
+    if amd:
+        return Config(block_m, 16, 4 if block_m == 16 else 8, 1, {})
+    if read == "singles":
+        return Config(block_m, 16, 8, 2, {})
+    # Three stages are one tile ahead, since a page's address has to be read before.
+    return Config(block_m, 16 if read == "tokens" and arch not in _LARGE else 32, 8, 3, {})
+
+
+def page_sides(layout: PageLayout, dtype: torch.dtype, arch: str) -> tuple[Side, Side | None]:
+    """Compile-time descriptions of latents and rotary keys (None where they have no width) for queries of ``dtype``."""
+    sides = []
+    for name, fmt in layout.sides.items():
+        compute = tl.float32 if dtype == torch.float32 else tl.float16
+        if fmt.dense_dtype is not None:
+            compute = dense_compute(dtype, fmt.dense_dtype, arch)
+        # A scale per channel would have to go into a copy of the queries, for which there are no registers.
+        fold = name == "keys" and fmt.axis == "token" and not fmt.other
+        side = describe_side(layout, name, compute, fold, PRECISION, weighed=True)  # latents are values too
+        # A dot product takes 16 channels at least.
+        sides.append(replace(side, segment_pad=max(side.segment_pad, LEAST_DIM // side.segments)))
+    return sides[0], sides[1] if sides[1].dim else None
+
+
+def reads(layout: PageLayout, dtype: torch.dtype, arch: str) -> Read:
+    """What a program reads of pages for queries of ``dtype``."""
+    latents, rotary = page_sides(layout, dtype, arch)
+    if tl.float32 in (latents.compute, None if rotary is None else rotary.compute):
+        return "singles"
+    return "halves" if latents.level == "dense" else "codes"

@@ -1,0 +1,342 @@
+"""Launches the Triton attention kernels: what ``decode`` and ``extend`` share on the host's side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from hf_kvcache.kernels.hadamard import rotate, rotation_matrix
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.page import PageLayout
+from hf_kvcache.kernels.triton.attention_kernels import combine_kernel, dense_kernel, mass_kernel, pages_kernel
+from hf_kvcache.kernels.triton.configs import (
+    Codes,
+    Config,
+    architecture,
+    attention_config,
+    dot_precision,
+    programs_wanted,
+    single_precision,
+)
+from hf_kvcache.kernels.triton.sides import TRITON_TYPES, Side, describe_side, level_tables
+from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.kernels.workspace import scratch
+
+#: Elements of a block of queries up to which a scale per channel goes into them: of more, a second copy spills.
+_MOST_FOLDED_ELEMENTS = 4096
+#: Pages and full-precision tokens of a split, at least.
+_LEAST_PAGES, _LEAST_TOKENS = 2, 128
+#: Widths that the kernels' registers hold.
+_LEAST_DIM, _MOST_DIM = 16, 256
+_COMBINE_QUERIES = 16
+
+
+def can_attend(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
+    """Whether the kernels can do a call: no mask, dtypes of 16 or 32 bits, head dimensions of 16 to 256."""
+    if visibility.mask is not None:
+        return False
+    tensors = (query, dense.keys, dense.values)
+    dtypes, dims = {x.dtype for x in tensors}, {x.shape[-1] for x in tensors}
+    if pages is not None:
+        sides = pages.layout.sides.values()
+        dtypes |= {side.dense_dtype for side in sides if side.dense_dtype is not None}
+        dims |= {side.dim for side in sides}
+    contiguous = all(x.stride(-1) == 1 for x in tensors)
+    return contiguous and dtypes <= set(TRITON_TYPES) and min(dims) >= _LEAST_DIM and max(dims) <= _MOST_DIM
+
+
+def page_sides(layout: PageLayout, dtype: torch.dtype, block_m: int, arch: str) -> tuple[Side, Side]:
+    """Compile-time descriptions of both sides of pages, for queries of ``dtype``."""
+    sides = []
+    for name, fmt in layout.sides.items():
+        compute = tl.float32 if dtype == torch.float32 else tl.float16
+        if fmt.dense_dtype is not None:
+            compute = dense_compute(dtype, fmt.dense_dtype, arch)
+        fold = name == "values" or fmt.axis == "token" or block_m * fmt.dim <= _MOST_FOLDED_ELEMENTS
+        sides.append(describe_side(layout, name, compute, fold, dot_precision(arch), weighed=name == "values"))
+    return sides[0], sides[1]
+
+
+def codes_of(layout: PageLayout) -> Codes | None:
+    """What the codes of pages are; None if both sides are full-precision elements."""
+    coded = [fmt for fmt in layout.sides.values() if fmt.level != "dense"]
+    return Codes(min(fmt.bits for fmt in coded), any(fmt.level == "table" for fmt in coded)) if coded else None
+
+
+def dense_compute(query: torch.dtype, stored: torch.dtype, arch: str) -> Any:
+    """The Triton type in which dot products take full-precision tokens."""
+    if query != stored or (arch == "cpu" and stored == torch.bfloat16):  # which the interpreter does wrong
+        return tl.float32
+    return TRITON_TYPES[stored]
+
+
+def scoring_arguments(visibility: Visibility, scoring: Scoring) -> dict[str, Any]:
+    """What the kernels are told of how scores are made and which of them count."""
+    return {
+        "window": visibility.window or 0,
+        "inner": scoring.inner,
+        "softcap": scoring.softcap or 0.0,
+        "CAUSAL": visibility.causal,
+        "WINDOW": visibility.window is not None,
+        "SOFTCAP": scoring.softcap is not None,
+    }
+
+
+@dataclass
+class _Call:
+    """One attention call: its shapes, where the parts go, and what they have in common."""
+
+    query: torch.Tensor
+    pages: Pages | None
+    dense: DenseTokens
+    visibility: Visibility
+    scoring: Scoring
+    mass: bool
+
+    def __post_init__(self) -> None:
+        self.batch, self.query_heads, self.length, _ = self.query.shape
+        self.heads = self.dense.keys.shape[1]
+        self.rows = self.batch * self.heads
+        self.group = self.query_heads // self.heads
+        self.rows_m = self.group * self.length
+        self.columns = 0 if self.pages is None else self.pages.columns
+        self.slots = self.dense.keys.shape[2]
+        self.value_dim = self.dense.values.shape[-1]
+        self.device = self.query.device
+        self.arch = architecture(self.device)
+
+    def config(self, dim: int, codes: Codes | None) -> Config:
+        config = attention_config(self.arch, dim, self.rows_m, codes)
+        interpreted = self.arch == "cpu"
+        return single_precision(config, dim) if self.query.dtype == torch.float32 and not interpreted else config
+
+    def blocks(self, block_m: int) -> int:
+        return self.rows * triton.cdiv(self.rows_m, block_m)
+
+    def per_split(self, total: int, least: int, block_m: int) -> int:
+        """How many of ``total`` pages or tokens a split has, so that the device is full but no split tiny."""
+        splits = triton.cdiv(programs_wanted(self.device), self.blocks(block_m))
+        return max(least, triton.cdiv(total, splits))
+
+    def scores(self, tag: str, keys: int) -> torch.Tensor:
+        shape = (self.rows, self.rows_m, keys) if self.mass else (0,)
+        return scratch(f"triton.{tag}", shape, torch.float32, self.device)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Arguments that the kernels over pages and over full-precision tokens have in common."""
+        return {
+            "rows": self.rows,
+            "rows_m": self.rows_m,
+            "heads": self.heads,
+            "GROUP": self.group,
+            "KEEP_SCORES": self.mass,
+            **scoring_arguments(self.visibility, self.scoring),
+        }
+
+
+def attend(
+    query: torch.Tensor,
+    pages: Pages | None,
+    dense: DenseTokens,
+    visibility: Visibility,
+    scoring: Scoring,
+    mass: bool,
+    own_last: bool,
+) -> Attention:
+    """Attention of all queries in one go; see :func:`hf_kvcache.kernels.reference.decode.attend`.
+
+    Args:
+        own_last: whether the last full-precision tokens are the queries' own, one each.
+    """
+    call = _Call(query, pages, dense, visibility, scoring, mass)
+    page_config, dense_config, page_tokens = _configs(call)
+    page_splits = triton.cdiv(call.columns, page_tokens) if call.columns else 0
+    step = triton.next_power_of_2(call.per_split(call.slots, _LEAST_TOKENS, dense_config.block_m))
+    splits = page_splits + triton.cdiv(call.slots, step)
+    partial = scratch("triton.partial", (splits, call.rows, call.rows_m, call.value_dim), torch.float32, call.device)
+    lse = scratch("triton.lse", (splits, call.rows, call.rows_m), torch.float32, call.device)
+    page_scores = dense_scores = None
+    if page_splits:
+        assert pages is not None
+        page_scores = call.scores("page_scores", call.columns * pages.layout.page_size)
+        _attend_pages(call, pages, page_config, page_tokens, page_splits, partial, lse, page_scores)
+    if call.slots:
+        dense_scores = call.scores("dense_scores", call.slots)
+        _attend_dense(call, dense_config, step, page_splits, own_last, partial, lse, dense_scores)
+    output, log_sum_exp = _combine(call, page_splits, splits, partial, lse)
+    return Attention(output, log_sum_exp, _mass(call, page_scores, log_sum_exp), _mass(call, dense_scores, log_sum_exp))
+
+
+def _configs(call: _Call) -> tuple[Config, Config, int]:
+    """Configurations of the kernels over pages and over full-precision tokens, and the pages of a split."""
+    dim = max(call.query.shape[-1], call.value_dim)
+    dense = call.config(dim, None)
+    if call.pages is None:
+        return dense, dense, 1
+    pages = call.config(dim, codes_of(call.pages.layout))
+    return pages, dense, call.per_split(call.columns, _LEAST_PAGES, pages.block_m)
+
+
+def _attend_pages(
+    call: _Call,
+    pages: Pages,
+    config: Config,
+    per_split: int,
+    splits: int,
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+    kept_scores: torch.Tensor,
+) -> None:
+    keys, values = page_sides(pages.layout, call.query.dtype, config.block_m, call.arch)
+    fmt = pages.layout.sides["keys"]
+    query = call.query if fmt.rotation == "none" else rotate(call.query.float(), fmt)
+    table = np.stack([pages.addresses, pages.counts, pages.first - call.visibility.start])
+    uploaded = torch.from_numpy(table).to(call.device, non_blocking=True)
+    placed, positions = 0, uploaded
+    if call.visibility.window is not None:
+        held = pages.first[pages.counts > 0]
+        if not call.visibility.sees_all(int(held.min()) if held.size else 0):
+            placed = 2 if pages.scattered else 1
+    if placed == 2:
+        positions = (pages.positions(0, pages.columns) - call.visibility.start).int()
+    block_n = min(config.block_n, keys.page_pad)
+    pages_kernel[call.blocks(config.block_m), splits](
+        query,
+        *query.stride()[:3],
+        uploaded,
+        positions,
+        partial if pages.center is None else pages.center,
+        level_tables(fmt.table, pages.layout.sides["values"].table, call.device),
+        partial,
+        lse,
+        kept_scores,
+        columns=pages.columns,
+        per_split=per_split,
+        KEYS=keys,
+        VALUES=values,
+        BLOCK_M=config.block_m,
+        BLOCK_N=block_n,
+        STAGES=config.num_stages,
+        FULL=pages.full,
+        PLACED=placed,
+        CENTERED=pages.center is not None,
+        num_warps=config.num_warps,
+        **config.options,
+        **call.common,
+    )
+
+
+def _attend_dense(
+    call: _Call,
+    config: Config,
+    per_split: int,
+    first_split: int,
+    own_last: bool,
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+    kept_scores: torch.Tensor,
+) -> None:
+    dense = call.dense
+    key_dim, value_dim = dense.keys.shape[-1], call.value_dim
+    placed = dense.positions is not None
+    positions = partial if dense.positions is None else dense.positions
+    unused = partial if dense.unused is None else dense.unused.view(torch.uint8)
+    dense_kernel[call.blocks(config.block_m), triton.cdiv(call.slots, per_split)](
+        call.query,
+        *call.query.stride()[:3],
+        dense.keys,
+        *dense.keys.stride()[:3],
+        dense.values,
+        *dense.values.stride()[:3],
+        positions,
+        positions.stride(0),
+        unused,
+        unused.stride(0),
+        partial,
+        lse,
+        kept_scores,
+        slots=call.slots,
+        per_split=per_split,
+        first_split=first_split,
+        start=call.visibility.start,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        KEY_PAD=triton.next_power_of_2(key_dim),
+        VALUE_PAD=triton.next_power_of_2(value_dim),
+        COMPUTE=dense_compute(call.query.dtype, dense.keys.dtype, call.arch),
+        PRECISION=dot_precision(call.arch),
+        BLOCK_M=config.block_m,
+        BLOCK_N=min(config.block_n, per_split),
+        STAGES=config.num_stages,
+        PLACED=placed,
+        UNUSED=dense.unused is not None,
+        OWN_LAST=own_last and placed and call.visibility.causal and not call.mass,
+        num_warps=config.num_warps,
+        **config.options,
+        **call.common,
+    )
+
+
+def _combine(
+    call: _Call, page_splits: int, splits: int, partial: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    output = call.query.new_empty(call.batch, call.length, call.query_heads, call.value_dim)
+    log_sum_exp = torch.empty(call.batch, call.query_heads, call.length, device=call.device)
+    rotation = None
+    if page_splits:
+        assert call.pages is not None
+        fmt = call.pages.layout.sides["values"]
+        rotation = rotation_matrix(fmt.dim, fmt.rotation, torch.float32, call.device)
+    sinks = call.scoring.sink_logits
+    dim_pad = triton.next_power_of_2(call.value_dim)
+    chunk, warps = combine_shape(dim_pad)
+    combine_kernel[(call.blocks(_COMBINE_QUERIES),)](
+        partial,
+        lse,
+        partial if rotation is None else rotation,
+        partial if sinks is None else sinks.float(),
+        output,
+        log_sum_exp,
+        call.rows,
+        call.rows_m,
+        call.heads,
+        page_splits,
+        splits,
+        DIM=call.value_dim,
+        DIM_PAD=dim_pad,
+        CHUNK=dim_pad if rotation is None else chunk,
+        GROUP=call.group,
+        BLOCK_M=_COMBINE_QUERIES,
+        ROTATED=rotation is not None,
+        SINKS=sinks is not None,
+        PRECISION=dot_precision(call.arch),
+        num_warps=warps,
+    )
+    return output, log_sum_exp
+
+
+def combine_shape(dim_pad: int) -> tuple[int, int]:
+    """Channels that ``combine_kernel`` rotates back at a time, and its warps."""
+    return min(dim_pad, 32), 4 if dim_pad <= 128 else 8
+
+
+def mass_shape(arch: str) -> tuple[int, int]:
+    """Keys of a program of ``mass_kernel``, of which each thread takes as many as one load brings, and its warps."""
+    return 512, 2 if arch.startswith("gfx") else 4
+
+
+def _mass(call: _Call, scores: torch.Tensor | None, log_sum_exp: torch.Tensor) -> torch.Tensor | None:
+    if not call.mass or scores is None:
+        return None
+    keys = scores.shape[-1]
+    mass = torch.empty(call.batch, call.query_heads, keys, device=call.device)
+    block_n, warps = mass_shape(call.arch)
+    grid = call.batch * call.query_heads, triton.cdiv(keys, block_n)
+    mass_kernel[grid](scores, log_sum_exp, mass, call.rows_m, keys, GROUP=call.group, BLOCK_N=block_n, num_warps=warps)
+    return mass

@@ -1,0 +1,342 @@
+"""One side of a page inside Triton kernels: what is known at compile time, and the functions that read it.
+
+A row of codes is unpacked segment by segment, and a segment that is no power of two wide is padded to one. So kernels
+see channels in *padded order*: place ``s * segment_pad + j`` is channel ``s * segment + j``, or nothing where ``j`` is
+not below ``segment``. Where the head dimension is a power of two that is the natural order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_kvcache.kernels.page import PageLayout
+from hf_kvcache.kernels.reference.pack import bit_planes
+
+TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+#: Fewest tokens and channels that a dot product takes.
+_LEAST = 16
+
+
+@dataclass(frozen=True)
+class Side:
+    """Compile-time description of a side.
+
+    Attributes:
+        dim: width of a token's vector.
+        segments: segments of the widest bit plane of a row.
+        segment: channels of a segment.
+        segment_pad: the same, rounded up to a power of two.
+        page: tokens of a page.
+        page_pad: the same, rounded up to a power of two.
+        bits: bits of a code.
+        level: as in :class:`~hf_kvcache.kernels.page.SideFormat`.
+        channel: whether ``scale`` and ``zero`` are per channel; else per token.
+        group: tokens or channels that share a scale.
+        folded: whether scales are applied to queries, scores, weights and outputs; else to the elements.
+        zero: whether there are zero points.
+        other: whether there is a second scale, across.
+        codes_at: byte offset of the codes in a record.
+        scale_at: that of the scales.
+        zero_at: that of the zero points.
+        other_at: that of the second scales.
+        table: the levels of ``level="table"``.
+        element: element type of ``level="dense"``.
+        compute: type in which dot products take this side.
+        precision: how dot products of fp32 are to be done.
+        middle: what is taken off codes that are summed over tokens in half precision, and zero points make up for.
+            Weights are rounded there by so much of themselves, and a mean that all codes share would make one error of
+            those of all channels, which the rotation back then gathers in its first.
+    """
+
+    dim: int
+    segments: int
+    segment: int
+    segment_pad: int
+    page: int
+    page_pad: int
+    bits: int
+    level: str
+    channel: bool
+    group: int
+    folded: bool
+    zero: bool
+    other: bool
+    codes_at: int
+    scale_at: int
+    zero_at: int
+    other_at: int
+    table: tuple[float, ...]
+    element: Any
+    compute: Any
+    precision: str
+    middle: int
+
+    @property
+    def dim_pad(self) -> int:
+        return self.segments * self.segment_pad
+
+
+def describe_side(
+    layout: PageLayout, name: str, compute: Any, fold: bool, precision: str = "ieee", weighed: bool = False
+) -> Side:
+    """The compile-time description of side ``name`` of a layout.
+
+    Args:
+        layout: the layout of the records.
+        name: ``"keys"`` or ``"values"``.
+        compute: Triton type in which dot products take this side.
+        fold: whether scales shall be folded where a whole page or row shares them.
+        precision: how dot products of fp32 are to be done, as in ``tl.dot``.
+        weighed: whether the side is summed over tokens, as values are.
+    """
+    fmt = layout.sides[name]
+    offsets = [
+        layout.fields[f"{name}.{field}"].offset if f"{name}.{field}" in layout.fields else 0
+        for field in ("codes", "scale", "zero", "other")
+    ]
+    segments = 1 if fmt.level == "dense" else 8 // bit_planes(fmt.bits)[0]
+    whole = fmt.group == (layout.page_size if fmt.axis == "channel" else fmt.dim)
+    folded = fmt.level != "dense" and whole and fold
+    centered = weighed and folded and fmt.zero and fmt.level == "integer" and compute == tl.float16
+    return Side(
+        dim=fmt.dim,
+        segments=segments,
+        segment=fmt.dim // segments,
+        segment_pad=triton.next_power_of_2(fmt.dim // segments),
+        page=layout.page_size,
+        page_pad=max(_LEAST, triton.next_power_of_2(layout.page_size)),
+        bits=fmt.bits,
+        level=fmt.level,
+        channel=fmt.axis == "channel",
+        group=fmt.group,
+        folded=folded,
+        zero=fmt.level != "dense" and fmt.zero,
+        other=fmt.level != "dense" and fmt.other,
+        codes_at=offsets[0],
+        scale_at=offsets[1],
+        zero_at=offsets[2],
+        other_at=offsets[3],
+        table=fmt.table,
+        element=None if fmt.dense_dtype is None else TRITON_TYPES[fmt.dense_dtype],
+        compute=compute,
+        precision=precision,
+        middle=1 << (fmt.bits - 1) if centered else 0,
+    )
+
+
+@lru_cache(maxsize=32)
+def level_tables(keys: tuple[float, ...], values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """fp32 ``[2, 16]``: the levels of keys and of values, 0 behind their end."""
+    # A cached tensor made under inference_mode could not be used outside it.
+    with torch.inference_mode(False):
+        padded = [list(table) + [0.0] * (16 - len(table)) for table in (keys, values)]
+        return torch.tensor(padded, dtype=torch.float32, device=device)
+
+
+@triton.jit
+def channels(side: tl.constexpr):
+    """The channel at each place of the padded order, and whether there is one."""
+    place = tl.arange(0, side.segments * side.segment_pad)
+    j = place % side.segment_pad
+    return place // side.segment_pad * side.segment + j, j < side.segment
+
+
+@triton.jit
+def load_tile(pointer, offsets, held, there, masked: tl.constexpr):
+    """Elements ``[N, S]`` of the first ``held`` rows and of the columns that are ``there [S]``, 0 elsewhere."""
+    if masked:
+        keep = tl.arange(0, offsets.shape[0]) < held
+        return tl.load(pointer + offsets, mask=keep[:, None] & there[None, :], other=0)
+    else:
+        return tl.load(pointer + offsets)
+
+
+@triton.jit
+def load_codes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr):
+    """Codes uint8 ``[n, dim_pad]`` of ``n`` tokens of a record, in padded order.
+
+    Args:
+        record: uint8 pointer to the record.
+        first: the first of the tokens.
+        held: how many of them there are to read; the codes of the rest are 0.
+        side: description of the side.
+        n: number of tokens.
+        masked: whether ``held`` may be less than ``n``.
+    """
+    row_bytes: tl.constexpr = side.dim * side.bits // 8
+    some: tl.constexpr = masked or side.segment != side.segment_pad
+    j = tl.arange(0, side.segment_pad)
+    there = j < side.segment
+    rows = (first + tl.arange(0, n))[:, None] * row_bytes
+    if row_bytes == side.segment_pad:
+        # Flat, so that loads are as wide as can be whatever the length of a row.
+        low = _load_flat(record + side.codes_at + first * row_bytes, n * row_bytes, held * row_bytes, masked)
+        low = tl.reshape(low, [n, side.segment_pad])
+    else:
+        low = load_tile(record + side.codes_at, rows + j[None, :], held, there, some)
+    high = low
+    high_shift = j
+    if side.bits == 3:
+        # The high bits of neighbours are neighbours too, and come around every dim / 8 bytes.
+        eighth: tl.constexpr = side.dim // 8
+        high = load_tile(record + side.codes_at + side.segment, rows + (j % eighth)[None, :], held, there, some)
+        high_shift = j // eighth
+    if side.segments == 1:
+        return low
+    elif side.segments == 2:
+        two = _two_codes(low, high, high_shift, 0, side)
+        return tl.reshape(tl.permute(two, (0, 2, 1)), [n, 2 * side.segment_pad])
+    elif side.segments == 4:
+        four = tl.join(_two_codes(low, high, high_shift, 0, side), _two_codes(low, high, high_shift, 1, side))
+        return tl.reshape(tl.permute(four, (0, 2, 3, 1)), [n, 4 * side.segment_pad])
+    else:
+        even = tl.join(_two_codes(low, high, high_shift, 0, side), _two_codes(low, high, high_shift, 2, side))
+        odd = tl.join(_two_codes(low, high, high_shift, 1, side), _two_codes(low, high, high_shift, 3, side))
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), [n, 8 * side.segment_pad])
+
+
+@triton.jit
+def _load_flat(pointer, count: tl.constexpr, held, masked: tl.constexpr):
+    """The first ``held`` of ``count`` elements, 0 for the rest."""
+    i = tl.arange(0, count)
+    if masked:
+        return tl.load(pointer + i, mask=i < held, other=0)
+    else:
+        return tl.load(pointer + i)
+
+
+@triton.jit
+def _two_codes(low, high, high_shift, first: tl.constexpr, side: tl.constexpr):
+    """The codes of segment ``first`` and of that half of the segments further on, side by side in a last dimension."""
+    half: tl.constexpr = side.segments // 2
+    return tl.join(_code(low, high, high_shift, first, side), _code(low, high, high_shift, first + half, side))
+
+
+@triton.jit
+def _code(low, high, high_shift, segment: tl.constexpr, side: tl.constexpr):
+    """The codes of one segment from the bytes that hold them."""
+    width: tl.constexpr = 8 // side.segments
+    code = (low >> (segment * width)) & ((1 << width) - 1)
+    if side.bits == 3:
+        shift = (high_shift + segment * 2).to(tl.uint8)
+        code = code | (((high >> shift[None, :]) & 1) << 2)
+    return code
+
+
+@triton.jit
+def load_table(tables, side: tl.constexpr):
+    """The levels of a side in its type of computation, from fp32 ``tables``; anything where it has none."""
+    return tl.load(tables + tl.arange(0, 16)).to(side.compute)
+
+
+@triton.jit
+def levels_of(code, table, side: tl.constexpr, compute: tl.constexpr):
+    """The numbers in type ``compute`` that codes uint8 ``[N, dim_pad]`` stand for, less the middle, before scaling."""
+    if side.level == "table":
+        # Flat, since the compiler then looks up in shared memory: in two dimensions it shuffles registers, three times
+        # as many instructions.
+        flat = tl.reshape(code, [code.shape[0] * code.shape[1]]).to(tl.int32)
+        return tl.reshape(tl.gather(table, flat, 0), [code.shape[0], code.shape[1]]).to(compute)
+    elif side.level == "float8":
+        # e4m3 is half precision without three of the exponent's bits: the same bits stand for a number 2**8 times too
+        # small. All GPUs can do this, and unlike the conversion it is right in the interpreter.
+        bits = ((code & 0x80).to(tl.uint16) << 8) | ((code & 0x7F).to(tl.uint16) << 7)
+        return bits.to(tl.float16, bitcast=True).to(compute) * 256.0
+    elif compute == tl.float16:
+        # 1024 + code has the code in its lowest bits: cheaper than a conversion.
+        return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + side.middle)
+    else:
+        return code.to(compute)
+
+
+@triton.jit
+def load_per_channel(record, at: tl.constexpr, channel, there, held, side: tl.constexpr, masked: tl.constexpr):
+    """A field of one number per channel as fp32 ``[dim_pad]``, 0 where there is no channel or nothing is held."""
+    pointer = (record + at).to(tl.pointer_type(tl.float16))
+    if masked or side.segment != side.segment_pad:
+        # A page that is not there has no memory either.
+        some = held + tl.zeros_like(channel) > 0  # a vector: the interpreter makes no mask of a scalar and a vector
+        return tl.load(pointer + channel, mask=there & some, other=0.0).to(tl.float32)
+    else:
+        return tl.load(pointer + channel).to(tl.float32)
+
+
+@triton.jit
+def load_per_token(record, at: tl.constexpr, first, held, n: tl.constexpr, masked: tl.constexpr):
+    """A field of one number per token as fp32 ``[n]``, 0 behind the first ``held``."""
+    pointer = (record + at).to(tl.pointer_type(tl.float16)) + first
+    return _load_flat(pointer, n, held, masked).to(tl.float32)
+
+
+@triton.jit
+def load_elements(
+    record, first, held, table, channel, there, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr
+):
+    """Decoded tokens in the type of computation ``[n, dim_pad]``, with all scales applied.
+
+    Args:
+        record: uint8 pointer to the record.
+        first: the first of the tokens.
+        held: how many of them there are to read; the rest are 0.
+        table: what :func:`load_table` gave.
+        channel: int32 ``[dim_pad]`` from :func:`channels`.
+        there: bool ``[dim_pad]`` from :func:`channels`.
+        side: description of the side.
+        n: number of tokens.
+        masked: whether ``held`` may be less than ``n``.
+    """
+    if side.level == "dense":
+        some: tl.constexpr = masked or side.segment != side.segment_pad
+        elements = (record + side.codes_at).to(tl.pointer_type(side.element))
+        rows = (first + tl.arange(0, n))[:, None] * side.dim + channel[None, :]
+        return load_tile(elements, rows, held, there, some).to(side.compute)
+    else:
+        x = levels_of(load_codes(record, first, held, side, n, masked), table, side, tl.float32)
+        x = x * _load_cells(record, side.scale_at, first, held, channel, there, side, n, masked)
+        if side.zero:
+            x = x + _load_cells(record, side.zero_at, first, held, channel, there, side, n, masked)
+        if side.other:
+            if side.channel:
+                x = x * load_per_token(record, side.other_at, first, held, n, masked)[:, None]
+            else:
+                x = x * load_per_channel(record, side.other_at, channel, there, held, side, masked)[None, :]
+        return x.to(side.compute)
+
+
+@triton.jit
+def _load_cells(
+    record,
+    at: tl.constexpr,
+    first,
+    held,
+    channel,
+    there,
+    side: tl.constexpr,
+    n: tl.constexpr,
+    masked: tl.constexpr,
+):
+    """A field that groups of tokens or channels share, as fp32 that broadcasts to ``[n, dim_pad]``."""
+    some: tl.constexpr = masked or side.segment != side.segment_pad
+    fields = (record + at).to(tl.pointer_type(tl.float16))
+    token = first + tl.arange(0, n)
+    if side.channel:
+        if side.group == side.page:
+            return load_per_channel(record, at, channel, there, held, side, masked)[None, :]
+        else:
+            cells = (token // side.group * side.dim)[:, None] + channel[None, :]
+            return load_tile(fields, cells, held, there, some).to(tl.float32)
+    else:
+        if side.group == side.dim:
+            return load_per_token(record, at, first, held, n, masked)[:, None]
+        else:
+            groups: tl.constexpr = side.dim // side.group
+            cells = (token * groups)[:, None] + (channel // side.group)[None, :]
+            return load_tile(fields, cells, held, there, some).to(tl.float32)

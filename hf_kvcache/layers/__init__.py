@@ -1,0 +1,1 @@
+"""transformers' layer contract: one class for each kind of attention layer."""

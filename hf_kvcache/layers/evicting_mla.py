@@ -1,0 +1,64 @@
+"""A layer of latents that keeps within a budget of tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.eviction import Policy
+from hf_kvcache.eviction.evictor import Evictor
+from hf_kvcache.layers.evicting import EvictingLayer
+from hf_kvcache.layers.mla import LatentLayer, in_latent_space
+from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.token_view import Held
+
+
+class LatentEvictor(Evictor):
+    """Shows latents to a policy as what they are to queries in latent space: the one KV head of all query heads.
+
+    Its keys are latents with their rotary keys behind them, its values are the latents.
+    """
+
+    def states(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
+        if not (self.policy.needs_states or self.policy.needs_values):
+            return super().states(held)
+        latents, rotary = held.states("keys"), held.states("values")
+        return self.attended_keys(latents, rotary), latents
+
+    def attended_keys(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([keys, values], -1)
+
+
+class EvictingLatentLayer(LatentLayer, EvictingLayer):
+    """One latent-attention layer's cache within a budget."""
+
+    def fork(self) -> EvictingLatentLayer:
+        other = super().fork()
+        assert isinstance(other, EvictingLatentLayer)
+        return other
+
+    def make_evictor(self, storage: PagedStorage) -> Evictor:
+        return LatentEvictor(self.eviction, self.place, storage)
+
+    def _as_attended(self, query: torch.Tensor) -> torch.Tensor:
+        assert self.evictor is not None
+        if not self.evictor.stateful:
+            return query  # nobody will look at it
+        up = None if self.expansion is None else self.expansion.up_projections()
+        if up is None:
+            raise RuntimeError(
+                f"layer {self.index}: policy {self.evictor.policy.name!r} looks at queries, which need a plain "
+                "kv_b_proj to be taken into latent space; accepted here: 'streaming', 'random', 'keepall'"
+            )
+        return in_latent_space(query, up)
+
+
+def check_policy(policy: Policy, compensate: int) -> None:
+    """Raise ValueError for what looks at more than attention to latents: positions, projections, the context again."""
+    for name in ("needs_rope", "needs_output", "needs_replay", "moves_sinks"):
+        if getattr(policy, name):
+            raise ValueError(
+                f"policy={policy!r} does not go with latents ({name.replace('_', ' ')}); accepted: policies that look "
+                "at attention, keys or values only, such as 'snapkv', 'h2o', 'tova', 'streaming', 'random'"
+            )
+    if compensate:
+        raise ValueError(f"compensate={compensate!r} does not go with latents, which are keys and values; accepted: 0")

@@ -1,0 +1,137 @@
+"""A cache layer whose pages hold latents of keys and values in a calibrated basis."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from hf_kvcache.integration.rope import rope_of
+from hf_kvcache.kernels.attention import attend
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.layers.base import KVCacheLayer, LayerOptions
+from hf_kvcache.lowrank.attention import HeadMaps, attend_latents, attend_tiles
+from hf_kvcache.lowrank.encoder import ProjectingEncoder
+from hf_kvcache.lowrank.identity import check_weights
+from hf_kvcache.lowrank.pre_rope_storage import UnrotatedStorage
+from hf_kvcache.lowrank.projection import LayerProjection
+from hf_kvcache.storage import PagedStorage
+
+
+class LowRankLayer(KVCacheLayer):
+    """One attention layer's cache, of which sinks and tail stay as they are and pages hold latents.
+
+    The projection is a part of the model: its bytes are not counted as the cache's, and forks share it.
+
+    Args:
+        index: number of the layer in the model.
+        options: what the layers of the cache share; the codec stores latents.
+        projection: the bases of this layer.
+        sliding_window: tokens a query sees, itself included; None for full attention.
+    """
+
+    def __init__(
+        self, index: int, options: LayerOptions, projection: LayerProjection, sliding_window: int | None = None
+    ) -> None:
+        super().__init__(index, options, sliding_window)
+        self.projection = projection
+        self._maps: HeadMaps | None = None  # on the device of the storage
+        self._recognised = projection.weights is None
+
+    def make_steps(self) -> None:
+        """None: attention is more than reading pages."""
+
+    def make_storage(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, sink_length: int, spare: int | None = None
+    ) -> PagedStorage:
+        """As :meth:`KVCacheLayer.make_storage`; raises ValueError for tensors that the projection is not for."""
+        options = self.options
+        projection = _on_device(self.projection, key_states.device)
+        encoder = ProjectingEncoder(options.codec, projection, options.page_size, key_states.dtype)
+        shape = key_states.shape[1], {"keys": key_states.shape[3], "values": value_states.shape[3]}
+        if shape != (projection.heads, encoder.widths):
+            raise ValueError(
+                f"layer {self.index} got {shape[0]} KV heads of widths {shape[1]}; accepted by its projection: "
+                f"{projection.heads} of widths {encoder.widths}. Use a projection calibrated on the model that runs."
+            )
+        self._maps = HeadMaps.of(projection)
+        storage = UnrotatedStorage if projection.before_rope else PagedStorage
+        return storage(encoder, key_states, value_states, sink_length, options.tail_length, spare)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scoring: Scoring,
+        causal: bool = True,
+        module: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
+        self._know_module(module)
+        return super().attend(query, attention_mask, scoring, causal, module)
+
+    def note_attended(
+        self,
+        attention_mask: torch.Tensor | None,
+        query: torch.Tensor | int,
+        scoring: Scoring | None = None,
+        module: torch.nn.Module | None = None,
+    ) -> None:
+        self._know_module(module)
+        super().note_attended(attention_mask, query, scoring, module)
+
+    def read(
+        self,
+        query: torch.Tensor,
+        pages: Pages | None,
+        dense: DenseTokens,
+        visibility: Visibility,
+        scoring: Scoring,
+        module: torch.nn.Module | None,
+        mass: bool = False,
+    ) -> Attention:
+        if pages is None:
+            return attend(query, None, dense, visibility, scoring, mass)
+        storage, maps = self.storage, self._maps
+        assert storage is not None and maps is not None
+        shifted_cap = scoring.softcap is not None and maps.key_mean is not None
+        if self.projection.before_rope or shifted_cap or mass:
+            return attend_tiles(query, pages, dense, visibility, scoring, maps, storage, mass)
+        return attend_latents(query, pages, dense, visibility, scoring, maps)
+
+    def settle(self) -> None:
+        new, storage = self._new, self.storage
+        if new is not None and isinstance(storage, UnrotatedStorage):
+            real = new.length if new.valid is None else new.valid.sum(1)
+            if (storage.due(storage.dense.lengths + (0 if new.stored else real)) > 0).any():
+                storage.known_rope()  # raises now what packing would raise midway
+            storage.note(new.position, new.valid)
+        super().settle()
+
+    def _know_module(self, module: torch.nn.Module | None) -> None:
+        storage = self.storage
+        if not self._recognised and module is not None and self.projection.weights is not None:
+            check_weights(module, self.index, self.projection.weights)
+            self._recognised = True
+        if module is None or not isinstance(storage, UnrotatedStorage) or storage.rope is not None:
+            return
+        try:
+            storage.rope = rope_of(module)
+        except ValueError as error:
+            raise ValueError(
+                f"layer {self.index} has a projection of keys from before their rotary embedding (before_rope=True): "
+                f"{error}"
+            ) from error
+
+
+def _on_device(projection: LayerProjection, device: torch.device) -> LayerProjection:
+    keys, values = (
+        replace(
+            side,
+            down=side.down.to(device, torch.float32),
+            up=side.up.to(device, torch.float32),
+            mean=None if side.mean is None else side.mean.to(device, torch.float32),
+        )
+        for side in (projection.keys, projection.values)
+    )
+    return replace(projection, keys=keys, values=values)

@@ -1,0 +1,61 @@
+"""From a model and texts to a projection, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hf_kvcache.lowrank.identity import identity
+from hf_kvcache.lowrank.methods import Method, resolve
+from hf_kvcache.lowrank.moments import Moments, collect
+from hf_kvcache.lowrank.projection import Projection
+
+
+def calibrate(
+    model: Any,
+    texts: Iterable[str],
+    tokenizer: Any,
+    method: str | Method = "balanced",
+    tokens: int = 100_000,
+    length: int = 2048,
+    sinks: int = 4,
+    names: Sequence[str] = (),
+    progress: bool = True,
+    **options: Any,
+) -> Projection:
+    """Find the bases in which a model's keys and values can be stored.
+
+    Args:
+        model: a causal language model that caches keys and values.
+        texts: of the kind that the model will read, from the first one on until there are enough tokens.
+        tokenizer: the model's.
+        method: a registered name (``"balanced"``, ``"kq_svd"``, ``"oscar"``, ``"palu"``, ``"svd"``), or a ready method.
+        tokens: how many are read.
+        length: tokens that are read at a time.
+        sinks: first tokens of each chunk that do not count; see :func:`~hf_kvcache.lowrank.moments.collect`.
+        names: of the texts, kept in the file.
+        progress: draw a bar on stderr.
+        **options: of the method: ``group``, ``before_rope``, ``center``.
+
+    Raises:
+        ValueError: for a method, an option or a number that is not accepted, texts without tokens, or a model without
+            layers that cache keys and values.
+    """
+    solver = resolve(method, **options)
+    solver.beside(identity(model.config)["key_value_heads"])
+    moments = collect(model, texts, tokenizer, tokens, length, sinks, solver.most, progress)
+    return solve(moments, solver, names)
+
+
+def solve(moments: Moments, method: str | Method, names: Sequence[str] = (), **options: Any) -> Projection:
+    """The bases of a method from moments that are there already; arguments as for :func:`calibrate`."""
+    solver = resolve(method, **options)
+    return Projection(
+        bases={index: solver.solve(layer) for index, layer in moments.layers.items()},
+        method=solver.name,
+        options=solver.options(),
+        fingerprint=moments.fingerprint,
+        weights=moments.weights,
+        texts=tuple(names),
+        tokens=moments.tokens,
+    )

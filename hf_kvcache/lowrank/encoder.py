@@ -1,0 +1,58 @@
+"""Page records of latents: keys and values in a calibrated basis, then whatever codec rounds them."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.lowrank.projection import LayerProjection, SideProjection
+
+
+class ProjectingEncoder(PageEncoder):
+    """A codec for the latents of keys and values; the codec sees vectors of a latent's width.
+
+    Args:
+        codec: how latents are stored.
+        projection: the bases, on the device of the pages.
+        page_size: tokens a page holds.
+        dtype: dtype of the model's keys and values.
+
+    Raises:
+        ValueError: if the codec cannot store latents of that width.
+    """
+
+    def __init__(self, codec: Codec, projection: LayerProjection, page_size: int, dtype: torch.dtype) -> None:
+        super().__init__(codec, projection.keys.rank, projection.values.rank, page_size, dtype)
+        self.projection = projection
+
+    @property
+    def group(self) -> int:
+        return self.projection.heads // self.projection.groups
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {side: getattr(self.projection, side).down.shape[1] // self.group for side in ("keys", "values")}
+
+    def center_of(self, mean: torch.Tensor) -> torch.Tensor:
+        latent = self._project(self.projection.keys, mean.flatten(0, 1).unsqueeze(1))
+        return super().center_of(latent.view(mean.shape[0], self.projection.groups, -1))
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
+        projection = self.projection
+        return super().encode(self._project(projection.keys, keys), self._project(projection.values, values), center)
+
+    def decode(self, side: str, records: torch.Tensor, center: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+        projection: SideProjection = getattr(self.projection, side)
+        latents = super().decode(side, records, center, out).unflatten(0, (-1, self.projection.groups))
+        vectors = latents @ projection.up
+        if projection.mean is not None:
+            vectors += projection.mean.unsqueeze(1)
+        return vectors.unflatten(3, (self.group, -1)).transpose(2, 3).flatten(0, 2)
+
+    def _project(self, projection: SideProjection, x: torch.Tensor) -> torch.Tensor:
+        """``x [N, P, D]``, the KV heads of a sequence side by side, as latents ``[N / group, P, r]``, float32."""
+        together = x.float().unflatten(0, (-1, self.projection.groups, self.group)).transpose(2, 3).flatten(3)
+        if projection.mean is not None:
+            together = together - projection.mean.unsqueeze(1)
+        return (together @ projection.down).flatten(0, 1)

@@ -1,0 +1,61 @@
+"""Finding methods by name: a new one is one file in this folder whose class carries ``@register``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from hf_kvcache.lowrank.methods.base import Method
+from hf_kvcache.utils.registry import import_all
+
+_METHODS: dict[str, type[Method]] = {}
+_MethodType = TypeVar("_MethodType", bound=type[Method])
+
+
+def register(name: str) -> Callable[[_MethodType], _MethodType]:
+    """Class decorator: make a method known under ``name``."""
+
+    def decorate(method: _MethodType) -> _MethodType:
+        method.name = name
+        _METHODS[name] = method
+        return method
+
+    return decorate
+
+
+def available() -> list[str]:
+    """The names of the registered methods, sorted."""
+    return sorted(_discover())
+
+
+def resolve(method: str | Method, **options: Any) -> Method:
+    """A method by its name.
+
+    Args:
+        method: a registered name, or a ready method.
+        **options: those that it takes.
+
+    Raises:
+        ValueError: for a method or an option that does not exist, or an option out of range.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise ValueError(f"method={method.name!r} is ready-made: options cannot be given beside it")
+        return method
+    found = _discover().get(method) if isinstance(method, str) else None
+    if found is None:
+        raise ValueError(f"method={method!r} is not known; accepted: {', '.join(available())}")
+    known = list(inspect.signature(found).parameters)
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"method {method!r} has no option {unknown[0]!r}; accepted: {', '.join(known) or 'none'}")
+    return found(**options)
+
+
+@lru_cache(maxsize=1)
+def _discover() -> dict[str, type[Method]]:
+    import hf_kvcache.lowrank.methods as package
+
+    import_all(package)
+    return _METHODS

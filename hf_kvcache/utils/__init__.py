@@ -1,0 +1,1 @@
+"""What knows nothing of caches: registries, checks of arguments, files, the machine."""

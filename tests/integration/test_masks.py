@@ -1,0 +1,247 @@
+"""Masks of every kind give what they give with ``DynamicCache``, or an error; padding is only what surely is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import Cache, PreTrainedModel
+
+from hf_kvcache import HeavyHitterCache, KVCache
+from tests import families
+from tests.running import ROUNDING, forward, full_cache, left_padded, prompt, small_cache
+
+#: Tokens of the prompt: enough for pages, and for the window of families that have one.
+LENGTH = 60
+Steps = list[dict[str, torch.Tensor]]
+
+
+def evicting(model: PreTrainedModel) -> KVCache:
+    """A cache that evicts nothing, by a policy that looks at the queries."""
+    return HeavyHitterCache(model.config, 10**6, "snapkv", page_size=16, tail_length=8, interval=16)
+
+
+CACHES: dict[str, Callable[[PreTrainedModel], KVCache]] = {"none": small_cache, "evicting": evicting}
+
+
+def ones(length: int, hidden: slice | None = None) -> torch.Tensor:
+    """A 2D mask ``[1, length]`` that hides one span."""
+    mask = torch.ones(1, length, dtype=torch.long)
+    if hidden is not None:
+        mask[:, hidden] = 0
+    return mask
+
+
+def causal(queries: int, keys: int, offset: int = 0) -> torch.Tensor:
+    """A 4D boolean mask of causality, with ``offset`` a token does not see itself."""
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries - offset)[None, None].clone()
+
+
+def last_logits(model: PreTrainedModel, cache: Cache, steps: Steps) -> torch.Tensor:
+    """Logits of the last step's last token."""
+    for inputs in steps:
+        rest = {name: x for name, x in inputs.items() if name != "input_ids"}
+        logits = forward(model, inputs["input_ids"], cache, **rest)
+    return logits[:, -1]
+
+
+def at(*positions: int) -> torch.Tensor:
+    return torch.tensor([positions])
+
+
+def two_steps(first: torch.Tensor | None, second: torch.Tensor | None, new: int = 1) -> Steps:
+    """A prompt under one mask and ``new`` tokens under another, with the positions that no mask has changed."""
+    steps: Steps = [
+        {"input_ids": prompt(LENGTH), "position_ids": torch.arange(LENGTH)[None]},
+        {"input_ids": prompt(new), "position_ids": torch.arange(LENGTH, LENGTH + new)[None]},
+    ]
+    for step, mask in zip(steps, (first, second), strict=True):
+        if mask is not None:
+            step["attention_mask"] = mask
+    return steps
+
+
+def strictly_causal() -> torch.Tensor:
+    mask = causal(LENGTH, LENGTH, offset=1)
+    mask[0, 0, 0, 0] = True
+    return mask
+
+
+def block_diagonal() -> torch.Tensor:
+    """Two texts side by side, neither of which sees the other."""
+    mask = causal(LENGTH, LENGTH)
+    mask[:, :, 30:, :30] = False
+    return mask
+
+
+def tree() -> torch.Tensor:
+    """Five new tokens: two branches behind one root."""
+    mask = causal(5, LENGTH + 5)
+    mask[0, 0, 3, LENGTH + 1 : LENGTH + 3] = False
+    mask[0, 0, 4, LENGTH + 1 : LENGTH + 3] = False
+    return mask
+
+
+def by_head() -> torch.Tensor:
+    """Each head sees other tokens of the prompt."""
+    mask = causal(1, LENGTH + 1).repeat(1, 4, 1, 1)
+    for head in range(4):
+        mask[0, head, 0, 10 * head : 10 * head + 8] = False
+    return mask
+
+
+HELD: dict[str, Steps] = {
+    "strictly causal": two_steps(strictly_causal(), None),
+    "two texts, then both": two_steps(block_diagonal(), None),
+    "two texts, then one": two_steps(block_diagonal(), ones(LENGTH + 1, slice(0, 30))[:, None, None].bool()),
+    "tree": two_steps(None, tree(), 5),
+    "by head": two_steps(None, by_head()),
+    "hidden span, then shown": two_steps(ones(LENGTH, slice(10, 30)), ones(LENGTH + 1)),
+    "hidden span, then another of equal size": two_steps(ones(LENGTH, slice(10, 30)), ones(LENGTH + 1, slice(30, 50))),
+    "hidden span, hidden still": two_steps(ones(LENGTH, slice(10, 30)), ones(LENGTH + 1, slice(10, 30))),
+    "hidden only later": two_steps(None, ones(LENGTH + 1, slice(10, 30))),
+    "beginning hidden only later": two_steps(None, ones(LENGTH + 1, slice(0, 7))),
+    "a hole among new tokens": two_steps(None, ones(LENGTH + 9, slice(LENGTH + 3, LENGTH + 5)), 9),
+    "longer than what was seen": two_steps(ones(LENGTH + 20), ones(LENGTH + 20)),
+}
+
+
+def additive(steps: Steps) -> Steps:
+    """The same 4D masks as numbers to be added to scores, as eager attention takes them."""
+    lowest, out = torch.finfo(torch.float32).min, []
+    for step in steps:
+        mask = step.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            step = step | {"attention_mask": torch.zeros(mask.shape).masked_fill_(~mask, lowest)}
+        out.append(step)
+    return out
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("name", HELD)
+def test_like_dynamic_cache(name: str, kind: str, attention: str) -> None:
+    """What a mask hides once is held, unless it is padding, and shown when a later mask shows it."""
+    model = families.build("llama", attention)
+    steps = HELD[name] if attention == "sdpa" else additive(HELD[name])
+    expected = last_logits(model, full_cache(model), steps)
+    got = last_logits(model, CACHES[kind](model), steps)
+    torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["hidden span, then shown", "hidden span, hidden still", "hidden only later"])
+def test_windows(name: str) -> None:
+    """A family of sliding and full layers."""
+    model = families.build("gemma3")
+    expected = last_logits(model, full_cache(model), HELD[name])
+    torch.testing.assert_close(last_logits(model, small_cache(model), HELD[name]), expected, rtol=0, atol=ROUNDING)
+
+
+REFUSED: dict[str, tuple[Steps, str]] = {
+    "left padding, then shown": (
+        two_steps(ones(LENGTH, slice(0, 9)), ones(LENGTH + 1)),
+        "token 0 of sequence 0, which was padding",
+    ),
+    "right padding, then shown": (
+        two_steps(ones(LENGTH, slice(50, None)), ones(LENGTH + 1)),
+        "token 50 of sequence 0, which was padding",
+    ),
+    "padding, then another span of equal size": (
+        two_steps(ones(LENGTH, slice(0, 9)), ones(LENGTH + 1, slice(20, 29))),
+        "token 0 of sequence 0, which was padding",
+    ),
+    "padding, then no mask": (two_steps(ones(LENGTH, slice(0, 9)), None), "which was padding"),
+    "padding, then shown in 4D": (two_steps(ones(LENGTH, slice(0, 9)), causal(1, LENGTH + 1)), "which was padding"),
+    "only the prompt's": (two_steps(ones(LENGTH), ones(LENGTH)), "attention_mask of 60 tokens .* 61 in all"),
+    "only the new token's": (two_steps(ones(LENGTH), ones(1)), "attention_mask of 1 tokens .* 61 in all"),
+    "too short at once": (two_steps(ones(40), None), "attention_mask of 40 tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, kind: str) -> None:
+    """Where a mask shows what is not held, or has no place for a token, nothing is computed from what is left."""
+    steps, message = REFUSED[name]
+    model = families.build("llama")
+    with pytest.raises((ValueError, RuntimeError), match=message if name != "too short at once" else None):
+        last_logits(model, CACHES[kind](model), steps)
+
+
+def test_padding_between_turns_is_not_stored() -> None:
+    """Each turn is padded at its own left end: a row holds what it would hold alone."""
+    model = families.build("llama")
+    cache = small_cache(model)
+    first, second = left_padded([prompt(20), prompt(33)]), left_padded([prompt(9), prompt(4)])
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+    forward(model, first["input_ids"], cache, attention_mask=first["attention_mask"])
+    forward(model, second["input_ids"], cache, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)[:, -9:])
+    layer = cache.own_layers[0]
+    layer.settle()
+    assert layer.storage is not None and layer.storage.tokens().tolist() == [29, 37]
+    assert layer.padding.counts(2).tolist() == [13, 5]
+    cache.batch_select_indices(torch.tensor([1, 1, 0]))
+    assert layer.padding.counts(3).tolist() == [5, 5, 13]
+    cache.crop(-9)
+    assert layer.padding.counts(3).tolist() == [0, 0, 13]
+    cache.reset()
+    assert layer.padding.counts(1).tolist() == [0]
+
+
+def test_saved_padding_is_still_padding() -> None:
+    """A restored cache refuses what the saved one refuses."""
+    model = families.build("llama")
+    cache, other = small_cache(model), small_cache(model)
+    steps = REFUSED["left padding, then shown"][0]
+    last_logits(model, cache, steps[:1])
+    other.load_state_dict(cache.state_dict())
+    with pytest.raises(ValueError, match="which was padding"):
+        last_logits(model, other, steps[1:])
+
+
+def _gemma() -> Any:
+    config = transformers.GemmaConfig(**families._shape(head_dim=16), use_bidirectional_attention=True)
+    return _random(transformers.GemmaForCausalLM(config))
+
+
+def _doge() -> Any:
+    return _random(
+        transformers.DogeForCausalLM(transformers.DogeConfig(**families._shape(head_dim=16), keep_window_size=16))
+    )
+
+
+def _random(model: Any) -> Any:
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if weight.dim() >= 2 or name.endswith(".A"):
+            torch.nn.init.normal_(weight, std=1.2 * weight.shape[-1] ** -0.5 if weight.dim() >= 2 else 1.0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("build", [_gemma, _doge], ids=["attention not causal by itself", "mask made of values"])
+def test_families_with_masks_of_their_own(build: Callable[[], Any], kind: str) -> None:
+    """Blocks behind a prompt do not see their own future; a mask of the model's own hides no token for good."""
+    if build is _doge and kind == "evicting":
+        pytest.skip("refused: it reads values before attention does (tests/integration/test_architectures.py)")
+    model = build()
+    expected, got = full_cache(model), CACHES[kind](model)
+    for part in prompt(80).split([40, 20, *[1] * 20], 1):
+        reference = forward(model, part, expected)
+        torch.testing.assert_close(forward(model, part, got), reference, rtol=0, atol=ROUNDING)
+
+
+@torch.no_grad()
+def test_a_mask_without_the_window_that_the_cache_has() -> None:
+    """Each query of a block sees all that ``DynamicCache`` shows, where the mask does not say window (Moshi's)."""
+    model = families.build("mistral")
+    expected, got = full_cache(model), small_cache(model)
+    ids, offset = prompt(LENGTH), families.WINDOW - 1
+    mask = causal(10, offset + 10)
+    for cache in (expected, got):
+        forward(model, ids[:, :50], cache)
+    wanted = forward(model, ids[:, 50:], expected, attention_mask=mask)
+    torch.testing.assert_close(forward(model, ids[:, 50:], got, attention_mask=mask), wanted, rtol=0, atol=ROUNDING)

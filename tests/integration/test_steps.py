@@ -1,0 +1,263 @@
+"""Plain decoding by calls that are kept: the same as attention that is set up anew for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache
+from hf_kvcache.integration.masks import padding_of
+from hf_kvcache.kernels.dispatch import reason_missing
+from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
+from hf_kvcache.layers.decode_step import Steps
+from hf_kvcache.layers.new_tokens import NewTokens
+from tests import families, mla_families
+from tests.running import ROUNDING, forward, full_cache, left_padded, prompt
+from tests.storage.list_model import (
+    HEADS,
+    KEY_DIM,
+    ListModel,
+    assert_holds,
+    attention_by_lists,
+    make_storage,
+    random_tokens,
+)
+from tests.tolerances import assert_near
+
+pytestmark = pytest.mark.skipif(
+    reason_missing("native", "cpu") is not None, reason="only the native kernels have steps"
+)
+
+SIZES: dict[str, Any] = {"page_size": 16, "tail_length": 8, "sink_length": 4}
+#: Model and cache: soft-capping and windows, learned sinks, latents with and without a codec, eviction.
+CASES: dict[str, tuple[str, Callable[[Any], KVCache]]] = {
+    "llama": ("llama", lambda config: QuantizedKVCache(config, **SIZES)),
+    "gemma2": ("gemma2", lambda config: QuantizedKVCache(config, bits=8, **SIZES)),
+    "mistral": ("mistral", lambda config: KVCache(config, **SIZES)),
+    "snapkv": ("llama", lambda config: HeavyHitterCache(config, policy="snapkv", budget=32, interval=8, **SIZES)),
+    "latents": ("deepseek_v3", lambda config: LatentKVCache(config, **SIZES)),
+    "8-bit latents": ("youtu", lambda config: LatentKVCache(config, bits=8, **SIZES)),
+}
+
+
+@pytest.fixture
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each token given to a layer's steps was taken by one."""
+    taken: list[bool] = []
+    attend = Steps.attend
+
+    def noted(*args: Any) -> torch.Tensor | None:
+        output = attend(*args)
+        taken.append(output is not None)
+        return output
+
+    monkeypatch.setattr(Steps, "attend", noted)
+    return taken
+
+
+def _build(name: str) -> PreTrainedModel:
+    return mla_families.build(name) if name in mla_families.names() else families.build(name)
+
+
+def _without_steps(cache: KVCache) -> KVCache:
+    for layer in cache.own_layers:
+        layer.steps = None
+    return cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_same_as_without_steps(case: str, dtype: torch.dtype, steps_taken: list[bool]) -> None:
+    """Logits bit by bit, and all that is stored, over pages that fill and windows that move; a batch of two."""
+    name, make = CASES[case]
+    model = _build(name).to(dtype)
+    ours, other = make(model.config), _without_steps(make(model.config))
+    for ids in prompt(75, 2).split([40, *[1] * 35], 1):
+        got = forward(model, ids, ours)
+        taken = len(steps_taken)
+        assert torch.equal(got, forward(model, ids, other))
+        assert len(steps_taken) == taken
+    assert len(steps_taken) == 35 * len(ours.own_layers) and all(steps_taken)
+    for a, b in zip(ours.own_layers, other.own_layers, strict=True):
+        held, expected = a.tensors(), b.tensors()
+        assert held.keys() == expected.keys()
+        assert all(torch.equal(held[key], expected[key]) for key in held)
+    ours.integrity()
+
+
+def test_learned_sinks_may_change(steps_taken: list[bool]) -> None:
+    """gpt-oss's sinks in float32 are read where they lie, and others that take their place are noticed."""
+    model = families.build("gpt_oss")
+    ours, other = (KVCache(model.config, **SIZES) for _ in range(2))
+    _without_steps(other)
+    for number, ids in enumerate(prompt(50).split([40, *[1] * 10], 1)):
+        if number == 5:
+            with torch.no_grad():
+                for layer in model.model.layers:
+                    layer.self_attn.sinks.add_(2.0)
+        if number == 8:
+            for layer in model.model.layers:
+                layer.self_attn.sinks = torch.nn.Parameter(layer.self_attn.sinks.detach() - 4.0)
+        assert torch.equal(forward(model, ids, ours), forward(model, ids, other))
+    assert steps_taken and all(steps_taken)
+
+
+def test_up_projections_may_change(steps_taken: list[bool]) -> None:
+    """So are up-projections: changed in place, replaced, moved to other memory."""
+    model = mla_families.build("deepseek_v3")
+    ours, other = (LatentKVCache(model.config, **SIZES) for _ in range(2))
+    _without_steps(other)
+    projections = [m.kv_b_proj for m in model.modules() if hasattr(m, "expand_kv")]
+    for number, ids in enumerate(prompt(50).split([40, *[1] * 10], 1)):
+        for projection in projections:
+            with torch.no_grad():
+                if number == 3:
+                    projection.weight.mul_(0.5)
+                if number == 5:
+                    projection.weight = torch.nn.Parameter(-projection.weight)
+                if number == 7:
+                    projection.weight.data = 3 * projection.weight.data
+        assert torch.equal(forward(model, ids, ours), forward(model, ids, other))
+    assert steps_taken and all(steps_taken)
+
+
+def test_what_is_more_than_a_step(steps_taken: list[bool]) -> None:
+    """Padded rows, several tokens and tokens that may be rolled back are none; after a reset there are steps again."""
+    model = families.build("llama")
+    padded = left_padded([prompt(20), prompt(33)])
+    cache = QuantizedKVCache(model.config, **SIZES)
+    forward(model, padded["input_ids"], cache, attention_mask=padded["attention_mask"])
+    mask = torch.cat([padded["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    forward(model, prompt(1, 2), cache, attention_mask=mask)
+    assert not steps_taken
+    cache.reset()
+    forward(model, prompt(40), cache)
+    forward(model, prompt(2), cache)
+    cache.activate_past_recording()
+    forward(model, prompt(1), cache)
+    assert not steps_taken
+    cache.reset()
+    forward(model, prompt(40), cache)
+    forward(model, prompt(1), cache)
+    assert len(steps_taken) == len(cache.own_layers) and all(steps_taken)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_windows_of_padded_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks that say windows and padding only are known for it: kernels do without them, past the window too."""
+    model = families.build(name)
+    padded = left_padded([prompt(20), prompt(33)])
+    mask = torch.cat([padded["attention_mask"], torch.ones(2, 40, dtype=torch.long)], 1)
+    ids = torch.cat([padded["input_ids"], prompt(40, 2)], 1)
+    ours, reference = KVCache(model.config, **SIZES), full_cache(model)
+    at = 0
+    for length in (33, *[1] * 15, 5, *[1] * 20):
+        until, new = {"attention_mask": mask[:, : at + length]}, ids[:, at : at + length]
+        expected = forward(model, new, reference, **until)
+        with monkeypatch.context() as patched:
+            patched.setattr("hf_kvcache.kernels.reference.decode.attend", _never)
+            got = forward(model, new, ours, **until)
+        real = mask[:, at : at + length].bool()
+        torch.testing.assert_close(got[real], expected[real], rtol=0, atol=ROUNDING)
+        at += length
+
+
+def test_a_mask_of_padding_shared_by_layers() -> None:
+    """A 2D mask, as flash attention has it, is padding alone: layers of different windows know it for that."""
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    for window in (None, 2, 24, None):
+        padding = padding_of(mask, 3, 1, window)
+        assert padding is not None and not padding.none
+        assert padding.hides_only(PaddingPlaces(np.array([0]), np.array([0])))
+        assert not padding.hides_only(NO_PADDING)
+
+
+def _never(*args: Any) -> None:
+    raise AssertionError("the reference was asked")
+
+
+class Decoding:
+    """A storage with a few tokens and no page, its list model, and the steps of both."""
+
+    def __init__(self) -> None:
+        self.storage, self.model, self.steps = make_storage(tail=30), ListModel(1, 4, 2, 30), Steps(None)
+        self.seen = 0
+        for _ in range(5):
+            keys, values = random_tokens(self.seen, 1, 1)
+            self.storage.append_one(keys, values, self.seen, None)
+            self.model.append(keys, values, self.seen, None)
+            self.seen += 1
+
+    def step(self, lie: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> torch.Tensor | None:
+        """One token, whose query and keys lie in memory as ``lie`` makes them."""
+        keys, values = random_tokens(self.seen, 1, 1)
+        query = random_tokens(1000 + self.seen, 1, 1, (KEY_DIM, 1), 3 * HEADS)[0]
+        new = NewTokens(lie(keys), values, self.seen)
+        return self.steps.attend(self.storage, new, lie(query), Scoring(0.25))
+
+    def check(self, output: torch.Tensor | None) -> None:
+        """The output is that of the lists, which take the token too."""
+        keys, values = random_tokens(self.seen, 1, 1)
+        query = random_tokens(1000 + self.seen, 1, 1, (KEY_DIM, 1), 3 * HEADS)[0]
+        self.model.append(keys, values, self.seen, None)
+        assert output is not None
+        assert_near(output, attention_by_lists(self.model, query, self.seen, 0.25, True, None, None))
+        self.seen += 1
+        assert_holds(self.storage, self.model, self.seen)
+
+
+def _heads_last(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _with_gaps(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x, x], -1)[..., 0]
+
+
+def test_other_strides() -> None:
+    """Tokens that lie in memory otherwise than the one before; one with gaps between its elements is not taken."""
+    decoding = Decoding()
+    for lie in (torch.clone, _heads_last, torch.clone, lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]]):
+        decoding.check(decoding.step(lie))
+    held = decoding.storage.tokens()
+    assert decoding.step(_with_gaps) is None
+    assert (decoding.storage.tokens() == held).all()
+    decoding.check(decoding.step())
+
+
+@pytest.mark.parametrize("change", ["reserve", "set_lengths", "shrink"])
+def test_after_a_change(change: str) -> None:
+    """Between two steps the buffer moves, or what counts its slots; slots that are not in use hold NaN."""
+    decoding = Decoding()
+    dense = decoding.storage.dense
+    for _ in range(3):
+        for buffer in (dense.keys, dense.values):
+            buffer[:, :, dense.longest :] = torch.nan
+        decoding.check(decoding.step())
+        addresses = dense.keys.data_ptr(), dense.lengths.ctypes.data
+        before = dense.keys, dense.lengths  # kept, so that nothing new takes their place
+        if change == "reserve":
+            dense.reserve(dense.capacity + 1)
+        elif change == "shrink":
+            dense.shrink(dense.capacity - 1)
+        else:
+            dense.set_lengths(dense.lengths)
+        assert addresses != (dense.keys.data_ptr(), dense.lengths.ctypes.data) and before
+
+
+def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that finds no memory raises and counts nothing; the next one goes on."""
+    decoding = Decoding()
+    decoding.check(decoding.step())
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding.steps._latest, "_run", lambda call: 1)
+        with pytest.raises(MemoryError, match="partial results"):
+            decoding.step()
+    assert_holds(decoding.storage, decoding.model, decoding.seen)
+    decoding.check(decoding.step())

@@ -1,0 +1,77 @@
+"""What the kernels leave to the reference, and how an instruction set is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_kvcache.kernels.cpu import decode as native
+from hf_kvcache.kernels.cpu import library
+from hf_kvcache.kernels.inputs import DenseTokens
+from hf_kvcache.kernels.page import SideFormat
+from tests.kernels.cpu.cases import Call, Case, Shape, make_call
+from tests.kernels.cpu.grid import CODECS, make_case
+
+
+def supports(call: Call) -> bool:
+    return native.supports(call.query, call.pages, call.dense, call.visibility)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_codec(codec: str) -> None:
+    assert supports(make_call(make_case(codec, Shape())))
+
+
+def test_no_masks() -> None:
+    """A mask may say more than causality, windows and padding."""
+    call = make_call(make_case("int4", Shape()))
+    assert not supports(call._replace(visibility=replace(call.visibility, mask=torch.ones(1, 1, 1, 9) > 0)))
+
+
+def test_no_doubles() -> None:
+    assert not supports(make_call(make_case("int4", Shape(), dense_dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_no_dense_vectors_in_pieces(side: str) -> None:
+    """The last dimension of full-precision keys and values has to be contiguous."""
+    dense = make_call(make_case("int4", Shape())).dense
+    apart = getattr(dense, side).transpose(-1, -2).contiguous().transpose(-1, -2)
+    call = make_call(make_case("int4", Shape()))
+    assert not supports(call._replace(dense=replace(dense, **{side: apart})))
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_no_levels_off_the_grid(side: str) -> None:
+    """Levels that are no multiples of 1/127 of the largest cannot be bytes; nor can dense pages be of doubles."""
+    for odd in (
+        SideFormat(64, 2, level="table", group=64, zero=False, table=(-1.0, -0.301, 0.302, 1.0)),
+        SideFormat(64, 64, level="dense", zero=False, dense_dtype=torch.float64),
+    ):
+        even = SideFormat(64, 4, group=64)
+        formats = (odd, even) if side == "keys" else (even, odd)
+        assert not supports(make_call(Case(formats, Shape(), columns=1)))
+
+
+def test_instruction_sets(isa: str) -> None:
+    """The one chosen is in use; the best comes first and the one for every CPU last."""
+    assert library.isa() == isa
+    assert library.available_isas()[-1] == "portable" and isa in library.available_isas()
+    assert library.isa() == isa
+
+
+def test_unknown_instruction_set() -> None:
+    before = library.isa()
+    with pytest.raises(ValueError, match=r"name='avx1024' is not available here; accepted: .*portable"):
+        library.set_isa("avx1024")
+    assert library.isa() == before
+
+
+def test_keys_and_values_of_two_dtypes() -> None:
+    """They have one dtype in the kernels' interface: of two, the reference has to do it."""
+    dense = make_call(make_case("int4", Shape())).dense
+    call = make_call(make_case("int4", Shape()))
+    mixed = DenseTokens(dense.keys, dense.values.bfloat16(), dense.positions)
+    assert not supports(call._replace(dense=mixed))
