@@ -11,6 +11,7 @@ from hf_kvcache.eviction import Context, Policy
 from hf_kvcache.eviction.selection import choose
 from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.layers.evicting import Draft, EvictingLayer
+from hf_kvcache.storage.token_view import TokenView
 
 if TYPE_CHECKING:
     from hf_kvcache.cache.base import KVCache
@@ -79,7 +80,7 @@ class Watch:
     def __init__(self, layer: EvictingLayer) -> None:
         assert layer.storage is not None
         self.storage = layer.storage
-        self.held = [self.storage.held(np.array([row])) for row in range(self.storage.batch)]
+        self.held = [TokenView.of(self.storage, np.array([row])) for row in range(self.storage.batch)]
         shape = (self.storage.batch, self.storage.heads, max(held.tokens for held in self.held))
         self.largest = torch.zeros(shape, device=self.storage.device)
 
@@ -140,7 +141,7 @@ def _watch(
 def _scored(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tuple[Context, torch.Tensor]:
     """What the policy sees of one sequence of a layer, and its scores ``[1, Hkv, T]``."""
     assert layer.storage is not None and layer.evictor is not None
-    held, evictor = layer.storage.held(np.array([row])), layer.evictor
+    held, evictor = TokenView.of(layer.storage, np.array([row])), layer.evictor
     protected = evictor.protected(held, 0)
     quota = max(evictor.quota(row), int(protected.sum(-1).max(initial=0)))
     context = evictor.context(held, quota, protected)

@@ -7,7 +7,7 @@ import torch
 
 from hf_kvcache.eviction.compensation import Observed, fit_values
 from hf_kvcache.kernels.inputs import Scoring
-from hf_kvcache.storage.token_view import Held
+from hf_kvcache.storage.token_view import TokenView
 
 #: On SmolLM2 (4 WikiText windows, 30 % kept) a ridge of 10 lowered the mean KL of all policies tried,
 #: 0.1 raised that of random tokens, and 0.001 fitted the observed queries so well that it doubled two of the three.
@@ -15,7 +15,7 @@ _RIDGE = 10.0
 
 
 def make_up(
-    held: Held, keep: np.ndarray, fixed: np.ndarray, query: torch.Tensor, at: np.ndarray, scoring: Scoring
+    held: TokenView, keep: np.ndarray, fixed: np.ndarray, query: torch.Tensor, at: np.ndarray, scoring: Scoring
 ) -> None:
     """Give kept tokens that are not packed yet values that make up for what goes, for these queries.
 

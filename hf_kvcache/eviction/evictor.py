@@ -21,7 +21,8 @@ from hf_kvcache.integration.rope import LayerRope, rope_of
 from hf_kvcache.kernels.inputs import Attention, Scoring
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.gathering import is_tokenwise
-from hf_kvcache.storage.token_view import Held
+from hf_kvcache.storage.pruning import keep_only
+from hf_kvcache.storage.token_view import TokenView
 
 #: Latest queries that are remembered while decoding for a policy that wants all of an update's.
 _DECODED_QUERIES = 64
@@ -162,7 +163,7 @@ class Evictor:
     def evict(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
         """Choose what the sequences ``rows`` keep, after ``seen`` tokens in all, and drop the rest."""
         for group in self._groups(storage, rows):
-            held = storage.held(group)
+            held = TokenView.of(storage, group)
             keep = self._chosen(held)
             queries = self._queries(group) if self.options.compensate else None
             if queries is not None and not (keep == held.exists).all():
@@ -177,13 +178,13 @@ class Evictor:
     def pack(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
         """Pack what may be packed of the sequences ``rows`` and drop nothing."""
         for group in self._groups(storage, rows):
-            held = storage.held(group)
+            held = TokenView.of(storage, group)
             self._apply(storage, held, held.exists, seen)
 
     def keep_only(self, storage: PagedStorage, keep: list[torch.Tensor], seen: int) -> None:
         """Drop every token that ``keep``, bool ``[1, Hkv, T]`` for each sequence, does not name, of those held."""
         for row, mask in enumerate(keep):
-            held = storage.held(np.array([row]))
+            held = TokenView.of(storage, np.array([row]))
             self._apply(storage, held, mask.cpu().numpy() | self.protected(held, 0), seen)
         self.pending = False
 
@@ -192,7 +193,7 @@ class Evictor:
         budget, seen = self.options.budget, int(self.pinned.real[row])
         return self.policy.layer_quota(budget.tokens(seen), self.place.place, self.place.places, budget.least, seen)
 
-    def protected(self, held: Held, recent: int) -> np.ndarray:
+    def protected(self, held: TokenView, recent: int) -> np.ndarray:
         """bool ``[b, Hkv, T]``: sinks, tail, pins, and the newest ``recent`` tokens."""
         storage, used = held.storage, held.used
         in_buffer = held.slots < used
@@ -201,7 +202,7 @@ class Evictor:
         keep |= number >= held.exists.sum(-1, keepdims=True) - recent
         return (keep | self.pinned.at(held.rows, held.positions)) & held.exists
 
-    def context(self, held: Held, quota: int, protected: np.ndarray) -> Context:
+    def context(self, held: TokenView, quota: int, protected: np.ndarray) -> Context:
         """What the policy sees of the tokens ``held``; padding takes up no positions."""
         policy, device = self.policy, held.storage.device
         # All of it copies: a policy may write where it likes without changing the cache, or what is chosen of it.
@@ -237,7 +238,7 @@ class Evictor:
             )
         return _rounded(scores)
 
-    def states(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(self, held: TokenView) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[b, Hkv, T, D]`` of what is held, as far as the policy looks at them."""
         keys = held.states("keys") if self.policy.needs_states else _no_states(held, "keys")
         values = held.states("values") if self.policy.needs_values else _no_states(held, "values")
@@ -313,7 +314,7 @@ class Evictor:
 
     # -- internals ------------------------------------------------------------------------------------------------
 
-    def _chosen(self, held: Held) -> np.ndarray:
+    def _chosen(self, held: TokenView) -> np.ndarray:
         policy, row = self.policy, int(held.rows[0])
         counts = held.exists.sum(-1)
         hard = self.protected(held, 0)
@@ -327,24 +328,24 @@ class Evictor:
         keep = choose(scores, context.protected, context.held, quota, policy.head_floor).cpu().numpy()
         return keep if is_tokenwise(held.storage.layout) else keep & ~held.in_sparse_pages(keep, hard)
 
-    def _apply(self, storage: PagedStorage, held: Held, keep: np.ndarray, seen: int) -> None:
+    def _apply(self, storage: PagedStorage, held: TokenView, keep: np.ndarray, seen: int) -> None:
         mass = None if self.seen.mass is None else self.seen.mass.by_token(held)
         if not (keep == held.exists).all():
             self.evictions += 1
             self.evicted_at = seen
-        storage.keep_only(held, keep, self._tail(storage, held, keep))
+        keep_only(held, keep, self._tail(storage, held, keep))
         if self.policy.moves_sinks:
             dropped = self.pinned.real - storage.tokens()
             self._sinks.move(storage, self.rope(), held.rows, dropped[held.rows])
         if mass is None or self.seen.mass is None:
             return
-        after = storage.held(held.rows)
+        after = TokenView.of(storage, held.rows)
         order = torch.from_numpy(np.argsort(~keep, axis=-1, kind="stable")[..., : after.tokens].copy())
         self.seen.mass.put(after, mass.gather(2, order.to(mass.device)))
         columns = int(storage.table.lengths.max(initial=0))
         self.seen.mass.trim(storage.dense.capacity, columns * storage.page_size)
 
-    def _tail(self, storage: PagedStorage, held: Held, keep: np.ndarray) -> int:
+    def _tail(self, storage: PagedStorage, held: TokenView, keep: np.ndarray) -> int:
         """Tokens that stay in the tail; where nothing is dropped, as many as if tokens had come one by one.
 
         So the tokens at which evictions fall due do not depend on how many tokens an update has.
@@ -420,7 +421,7 @@ class Evictor:
         return rope_of(module)
 
 
-def _no_states(held: Held, side: str) -> torch.Tensor:
+def _no_states(held: TokenView, side: str) -> torch.Tensor:
     """Zeros ``[b, Hkv, T, D]`` that take no memory, for a policy that does not look at them."""
     dim = held.storage.layout.sides[side].dim
     return torch.zeros(1, device=held.storage.device).expand(*held.exists.shape, dim)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.storage import PagedStorage
-from hf_kvcache.storage.token_view import Held
+from hf_kvcache.storage.token_view import TokenView
 
 
 @dataclass
@@ -110,14 +110,14 @@ class AttentionMass:
         self._reserve(dense.shape[2], 0)
         self.dense[torch.from_numpy(rows).to(dense.device), :, : dense.shape[2]] += dense
 
-    def by_token(self, held: Held) -> torch.Tensor:
+    def by_token(self, held: TokenView) -> torch.Tensor:
         """The masses of the tokens ``held``, ``[b, Hkv, T]``."""
         rows = torch.from_numpy(held.rows).to(self.dense.device)
         places = held.columns * held.storage.page_size
         self._reserve(held.used, places)
         return held.pick(torch.cat([self.dense[rows, :, : held.used], self.pages[rows, :, :places]], 2))
 
-    def put(self, held: Held, mass: torch.Tensor) -> None:
+    def put(self, held: TokenView, mass: torch.Tensor) -> None:
         """Make ``mass [b, Hkv, T]`` the masses of the tokens ``held``, and forget all others of their sequences."""
         rows = torch.from_numpy(held.rows).to(self.dense.device)
         places = held.columns * held.storage.page_size

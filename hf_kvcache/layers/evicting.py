@@ -19,6 +19,7 @@ from hf_kvcache.layers.base import CANNOT_TAKE_BACK, MAX_UNCONFIRMED, KVCacheLay
 from hf_kvcache.layers.new_tokens import NewTokens, dense_tokens
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.gathering import can_drop_tokens
+from hf_kvcache.storage.token_view import TokenView
 
 
 @dataclass
@@ -325,7 +326,7 @@ class EvictingLayer(KVCacheLayer):
         self.settle()
         if self.storage is None:
             return torch.zeros(0, 0, 0, dtype=torch.int64)
-        held = [self.storage.held(np.array([row])) for row in range(self.storage.batch)]
+        held = [TokenView.of(self.storage, np.array([row])) for row in range(self.storage.batch)]
         out = torch.full((self.storage.batch, self.storage.heads, max(h.tokens for h in held)), -1)
         for row, one in enumerate(held):
             out[row, :, : one.tokens] = torch.from_numpy(np.where(one.exists, one.positions, -1)[0])

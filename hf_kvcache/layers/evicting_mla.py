@@ -9,7 +9,7 @@ from hf_kvcache.eviction.evictor import Evictor
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.layers.mla import LatentLayer, in_latent_space
 from hf_kvcache.storage import PagedStorage
-from hf_kvcache.storage.token_view import Held
+from hf_kvcache.storage.token_view import TokenView
 
 
 class LatentEvictor(Evictor):
@@ -18,7 +18,7 @@ class LatentEvictor(Evictor):
     Its keys are latents with their rotary keys behind them, its values are the latents.
     """
 
-    def states(self, held: Held) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(self, held: TokenView) -> tuple[torch.Tensor, torch.Tensor]:
         if not (self.policy.needs_states or self.policy.needs_values):
             return super().states(held)
         latents, rotary = held.states("keys"), held.states("values")

@@ -16,12 +16,12 @@ from hf_kvcache.storage.dense_buffer import DenseBuffer
 from hf_kvcache.storage.integrity import IntegrityError
 from hf_kvcache.storage.page_table import PageTable
 from hf_kvcache.storage.pool import PagePool
-from hf_kvcache.storage.pruning import keep_only
 from hf_kvcache.storage.serialization import export_pages, import_pages
-from hf_kvcache.storage.token_view import NOWHERE, Held
 
 #: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
 _ENCODE_ELEMENTS = 1 << 19
+#: A position later than any.
+_NOWHERE = np.iinfo(np.int64).max // 2
 
 
 P = ParamSpec("P")
@@ -162,25 +162,10 @@ class PagedStorage:
         self._center_known &= self._row_pages() > 0
         self._pages = None
 
-    @_in_full_precision
-    def keep_only(self, held: Held, keep: np.ndarray, tail: int | None = None) -> None:
-        """Drop every token that ``keep`` does not name, and pack all of the tail that may be packed.
-
-        Args:
-            held: what some sequences hold.
-            keep: bool ``[b, Hkv, T]``, the tokens that stay; sinks and the newest ``tail`` are among them.
-            tail: newest tokens that stay in full precision; ``tail_length`` by default.
-        """
-        keep_only(self, held, keep, self.tail_length if tail is None else tail)
-        self.dense.shrink(self._capacity)
-
-    def held(self, rows: np.ndarray) -> Held:
-        """What the sequences ``rows`` hold, which use equally many dense slots; valid until the next change."""
-        return Held.of(self, rows)
-
     def changed(self) -> None:
-        """Take note that the table was changed."""
+        """Take note that tokens were dropped from the table or the dense buffer."""
         self._pages = None
+        self.dense.shrink(self._capacity)
 
     def settle_ahead(self) -> None:
         """Keep the pages encoded ahead that are due by now, and their tokens only there; forget the others."""
@@ -453,7 +438,7 @@ class PagedStorage:
         _, counts, _ = self.table.arrays(columns)
         first, last = [], []
         for row, length in enumerate((self.table.lengths - self.ahead).tolist()):
-            first.append(int(positions[row, 0, 0]) if length > 0 else NOWHERE)
+            first.append(int(positions[row, 0, 0]) if length > 0 else _NOWHERE)
             last.append(int(positions[row, length - 1, counts[row, length - 1] - 1]) if length > 0 else -1)
         spans = zip(*(np.reshape(x, (self.batch, self.page_heads)) for x in (first, last)), strict=True)
         return [(int(a.min()), int(b.max())) if b.max() >= 0 else (0, -1) for a, b in spans]

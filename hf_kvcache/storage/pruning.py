@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from hf_kvcache.storage.gathering import gather_tokens, is_tokenwise
-from hf_kvcache.storage.token_view import Held
-
-if TYPE_CHECKING:
-    from hf_kvcache.storage.paged import PagedStorage
+from hf_kvcache.storage.paged import PagedStorage
+from hf_kvcache.storage.token_view import TokenView
 
 
 @dataclass
@@ -32,18 +29,24 @@ class PageRun:
     records: torch.Tensor | None = None
 
 
-def keep_only(storage: PagedStorage, held: Held, keep: np.ndarray, tail: int) -> None:
+def keep_only(held: TokenView, keep: np.ndarray, tail: int | None = None) -> None:
     """Drop every token that ``keep`` does not name; all but the newest ``tail`` of the rest are then in pages.
 
     Pages that lose nothing stay as they are. Of the others, tokens are moved into new pages as they are packed: where
     tokens share a scale, only within their page, else across pages too, as soon as that saves a page a head.
 
     Args:
-        storage: what ``held`` is of.
         held: the sequences and their tokens.
         keep: bool ``[b, Hkv, T]``; of the sinks and the newest ``tail`` tokens it must name all.
-        tail: newest tokens that stay in full precision.
+        tail: newest tokens that stay in full precision; the storage's ``tail_length`` by default.
     """
+    # Autocast would round what is packed before the codec does.
+    with torch.autocast(held.storage.device.type, enabled=False):
+        _keep_only(held, keep, held.storage.tail_length if tail is None else tail)
+
+
+def _keep_only(held: TokenView, keep: np.ndarray, tail: int) -> None:
+    storage = held.storage
     used, sinks = held.used, min(held.used, storage.sink_length)
     stop = max(sinks, used - tail)
     keep = keep & held.exists
@@ -61,7 +64,7 @@ def keep_only(storage: PagedStorage, held: Held, keep: np.ndarray, tail: int) ->
     storage.changed()
 
 
-def _packed(storage: PagedStorage, held: Held, leaving: np.ndarray) -> PageRun | None:
+def _packed(storage: PagedStorage, held: TokenView, leaving: np.ndarray) -> PageRun | None:
     """Encode the tokens that leave the dense buffer, into pages that are not stored yet; None without tokens."""
     size, counts = storage.page_size, leaving.sum(-1)
     most = int(counts.max(initial=0))
@@ -90,7 +93,7 @@ def _packed(storage: PagedStorage, held: Held, leaving: np.ndarray) -> PageRun |
     return PageRun(np.where(counts > 0, 0, -1), counts, positions, records)
 
 
-def _kept_places(storage: PagedStorage, held: Held, keep: np.ndarray, columns: int) -> np.ndarray:
+def _kept_places(storage: PagedStorage, held: TokenView, keep: np.ndarray, columns: int) -> np.ndarray:
     """``keep [b, Hkv, T]`` of tokens in pages by their place, bool ``[R, columns, P]``."""
     size = storage.page_size
     # One more place, for all that is not kept.

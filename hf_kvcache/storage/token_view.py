@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from hf_kvcache.storage.paged import PagedStorage
+from hf_kvcache.storage.paged import PagedStorage
 
 #: The position of a place without a token: later than any.
 NOWHERE = np.iinfo(np.int64).max // 2
@@ -19,7 +17,7 @@ _SPARSE = 1 / 4
 
 
 @dataclass
-class Held:
+class TokenView:
     """Sinks, then pages, then tail of some sequences that use equally many slots of the dense buffer.
 
     Attributes:
@@ -37,7 +35,7 @@ class Held:
     positions: np.ndarray
 
     @classmethod
-    def of(cls, storage: PagedStorage, rows: np.ndarray) -> Held:
+    def of(cls, storage: PagedStorage, rows: np.ndarray) -> TokenView:
         """What the sequences ``rows`` of ``storage`` hold; they use equally many dense slots."""
         used, size, batch = int(storage.dense.lengths[rows[0]]), storage.page_size, len(rows)
         sinks = min(used, storage.sink_length)

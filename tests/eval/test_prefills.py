@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import KVCache, bind
+from hf_kvcache.storage.token_view import TokenView
 from hf_kvcache_eval.caches import Arm
 from hf_kvcache_eval.prefills import Prefills, can_share
 from hf_kvcache_eval.protocol import Protocol, Reader
@@ -78,7 +79,7 @@ def test_an_evicting_cache_that_took_it_over_keeps_what_it_would_keep(
     assert kept(own) == kept(taken)
     for mine, other in zip(own.own_layers, taken.own_layers, strict=True):
         for side in ("keys", "values"):
-            held = [layer.storage.held(np.array([0])).states(side) for layer in (mine, other)]
+            held = [TokenView.of(layer.storage, np.array([0])).states(side) for layer in (mine, other)]
             torch.testing.assert_close(*held, atol=ROUNDING, rtol=0)
     after = [torch.cat(list(one.logits(follow)), 1) for one in readers]
     torch.testing.assert_close(*after, atol=ROUNDING, rtol=0)
@@ -91,7 +92,7 @@ def test_one_prefill_is_bit_for_bit_the_caches_own(model: PreTrainedModel) -> No
     readers = [reader(model, "h2o@0.4", None), reader(model, "h2o@0.4", prefills)]
     for one in readers:
         one.prefill([context])
-    own, taken = ([layer.storage.held(np.array([0])) for layer in one.caches[0].own_layers] for one in readers)
+    own, taken = ([TokenView.of(layer.storage, np.array([0])) for layer in one.caches[0].own_layers] for one in readers)
     for a, b in zip(own, taken, strict=True):
         assert (a.positions == b.positions).all()
         assert torch.equal(a.states("keys"), b.states("keys")) and torch.equal(a.states("values"), b.states("values"))

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache
+from hf_kvcache.storage.token_view import TokenView
 from tests.eviction.toys import SINKS, TAIL, Toy, states
 from tests.generation.layers import States
 
@@ -15,7 +16,7 @@ from tests.generation.layers import States
 def values_held(toy: Toy) -> torch.Tensor:
     storage = toy.layer.storage
     assert storage is not None
-    return storage.held(np.zeros(1, np.int64)).states("values")
+    return TokenView.of(storage, np.zeros(1, np.int64)).states("values")
 
 
 @pytest.mark.parametrize("policy", ["random", "snapkv", "knorm"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hf_kvcache.storage.token_view import TokenView
 from tests.eviction.toys import PAGE, Toy, states
 
 LENGTH = 60
@@ -14,7 +15,7 @@ def masses(toy: Toy) -> list[dict[int, float]]:
     """By head, what each key has received so far, by the key's position."""
     storage, evictor = toy.layer.storage, toy.layer.evictor
     assert storage is not None and evictor is not None and evictor.seen.mass is not None
-    held = storage.held(np.array([0]))
+    held = TokenView.of(storage, np.array([0]))
     found = evictor.seen.mass.by_token(held)[0]
     return [
         {int(at): float(x) for at, x, real in zip(positions, of_head, exists, strict=True) if real}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache
+from hf_kvcache.storage.token_view import TokenView
 from tests import families
 from tests.choosing import chosen
 from tests.eviction.test_contract import PROMPT, draft_and_take_back
@@ -145,7 +146,7 @@ def test_random_drafts(
             mine, other = ours.seen.latest.latest(np.array([row])), theirs.seen.latest.latest(np.array([row]))
             assert torch.equal(mine[0], other[0]) and np.array_equal(mine[1], other[1])
     if theirs.seen.mass is not None:
-        held = [each.layer.storage.held(np.arange(batch)) for each in (toy, plain)]
+        held = [TokenView.of(each.layer.storage, np.arange(batch)) for each in (toy, plain)]
         masses = ours.seen.mass.by_token(held[0]), theirs.seen.mass.by_token(held[1])
         torch.testing.assert_close(*masses, rtol=0, atol=1e-4)
 
@@ -195,5 +196,5 @@ def test_attention_masses_add_up() -> None:
         toy = Toy("h2o", budget=1000)
         toy.run(states(length + 5), [length])
         storage = toy.layer.storage
-        total = toy.layer.evictor.seen.mass.by_token(storage.held(np.array([0]))).sum(-1)
+        total = toy.layer.evictor.seen.mass.by_token(TokenView.of(storage, np.array([0]))).sum(-1)
         torch.testing.assert_close(total, torch.full_like(total, length + 5), rtol=0, atol=1e-3)

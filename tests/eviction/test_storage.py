@@ -19,6 +19,8 @@ from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.gathering import is_tokenwise
+from hf_kvcache.storage.pruning import keep_only
+from hf_kvcache.storage.token_view import TokenView
 from tests.storage.list_model import loose_tokens, random_tokens
 
 PAGE, SINKS, TAIL, HEADS, DIM = 8, 2, 3, 2, 16
@@ -72,7 +74,7 @@ def look(storage: PagedStorage, lists: Lists) -> None:
     """The storage is sound and holds the tokens of the lists, each as it was when it was first seen."""
     storage.check()
     for b, row in enumerate(lists.rows):
-        held = storage.held(np.array([b]))
+        held = TokenView.of(storage, np.array([b]))
         keys, values = held.states("keys")[0], held.states("values")[0]
         assert held.tokens == max(map(len, row)), "no longer than its longest head"
         for h, head in enumerate(row):
@@ -95,10 +97,10 @@ def look(storage: PagedStorage, lists: Lists) -> None:
 
 def drop(storage: PagedStorage, lists: Lists, row: int, share: float, draw: np.random.Generator) -> None:
     """Keep a random ``share`` of what may go of a sequence, another in each head."""
-    held = storage.held(np.array([row]))
+    held = TokenView.of(storage, np.array([row]))
     keep = draw.random(held.exists.shape) < share
     keep |= (held.slots < held.used) & ((held.slots < SINKS) | (held.slots >= held.used - TAIL))
-    storage.keep_only(held, keep, TAIL)
+    keep_only(held, keep, TAIL)
     lists.rows[row] = [
         [t for t, k in zip(head, keep[0, h], strict=False) if k] for h, head in enumerate(lists.rows[row])
     ]

@@ -16,6 +16,7 @@ from hf_kvcache.eviction import available, resolve
 from hf_kvcache.eviction.registry import option_names, wrappers
 from hf_kvcache.integration.attention import attention_function
 from hf_kvcache.layers.evicting import EvictingLayer
+from hf_kvcache.storage.token_view import TokenView
 from tests.generation.layers import States
 
 PAGE, SINKS, TAIL, BUDGET, INTERVAL = 8, 2, 4, 32, 8
@@ -151,7 +152,7 @@ class Toy:
         storage = self.layer.storage
         assert storage is not None
         storage.check()
-        held = storage.held(np.array([row]))
+        held = TokenView.of(storage, np.array([row]))
         keys, values = held.states("keys")[0], held.states("values")[0]
         exists = [torch.from_numpy(head) for head in held.exists[0]]
         return Kept(

@@ -28,10 +28,10 @@ BUILT = pytest.mark.skipif(library.reason_missing() is not None, reason="the nat
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No backend forced, and no twin or warning remembered from before or kept for later."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    for cached in (dispatch._twin, dispatch._warn):
+    for cached in (dispatch._implementation, dispatch._warn):
         cached.cache_clear()
     yield
-    for cached in (dispatch._twin, dispatch._warn):
+    for cached in (dispatch._implementation, dispatch._warn):
         cached.cache_clear()
 
 
@@ -142,7 +142,7 @@ from hf_kvcache.kernels.cpu import library
 query, keys, values = (torch.ones(1, 1, 1, 8) for _ in range(3))
 call = query, None, DenseTokens(keys, values), Visibility(0, 1, None, 0, True, None), Scoring(1.0)
 for os.environ[library.VARIABLE] in sys.argv[1:]:
-    for cached in (library._load, dispatch._twin, dispatch._warn):
+    for cached in (library._load, dispatch._implementation, dispatch._warn):
         cached.cache_clear()
     for _ in range(2):
         assert torch.equal(attend(*call).output, reference.attend(*call).output)

@@ -13,6 +13,8 @@ from hf_kvcache.kernels.inputs import DenseTokens, Scoring
 from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.pruning import keep_only
+from hf_kvcache.storage.token_view import TokenView
 from tests.tolerances import assert_near
 
 
@@ -62,10 +64,10 @@ def test_pages_with_holes_and_rows_without(codec: str, monkeypatch: pytest.Monke
     """After eviction pages hold fewer tokens than they could, and heads end at different pages."""
     monkeypatch.setattr(native, "_CHUNK_TOKENS", 32)
     storage = storage_of(codec, 150)
-    held = storage.held(np.arange(2))
+    held = TokenView.of(storage, np.arange(2))
     keep = np.random.default_rng(0).random(held.exists.shape) < np.array([0.9, 0.1])[:, None]
     keep[..., :2] = keep[..., -5:] = True
-    storage.keep_only(held, keep)
+    keep_only(held, keep)
     pages = storage.pages()
     assert pages is not None and not pages.full and (pages.counts == 0).any()
     length = storage.dense.longest
@@ -81,10 +83,10 @@ def test_pages_with_holes_and_rows_without(codec: str, monkeypatch: pytest.Monke
 def test_a_row_without_pages_sees_none_of_the_others() -> None:
     """Its queries see nothing here, not even full-precision tokens: output 0, log-sum-exp of minus infinity."""
     storage = storage_of("none", 150)
-    held = storage.held(np.arange(1))
+    held = TokenView.of(storage, np.arange(1))
     number = np.arange(held.tokens)
     keep = np.broadcast_to((number < 2) | (number >= held.tokens - 5), held.exists.shape)  # sinks and tail only
-    storage.keep_only(held, keep)
+    keep_only(held, keep)
     pages = storage.pages()
     assert pages is not None and (pages.counts.sum(1) == 0).any()
     dense = DenseTokens(random(3, 2, 2, 4, 32), random(4, 2, 2, 4, 32), unused=torch.ones(2, 4, dtype=torch.bool))
