@@ -26,7 +26,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
 from benchmarks.timing import cpu_clock
 from hf_kvcache import HeavyHitterCache, KVCache, SlidingWindowCache
-from hf_kvcache.cache.accounting import tensor_bytes
+from hf_kvcache.cache.memory import tensor_bytes
 from hf_kvcache.eviction.evictor import Evictor
 from hf_kvcache.integration.versions import with_cache
 

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, QuantizedCache
 
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, codecs
-from hf_kvcache.cache.accounting import tensor_bytes
+from hf_kvcache.cache.memory import tensor_bytes
 from hf_kvcache.eviction import registry
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.specs import CacheSpec, parse

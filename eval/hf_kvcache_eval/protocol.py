@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.cache.replay import replay
 from hf_kvcache.integration.versions import with_cache
 from hf_kvcache_eval.prefills import Prefill, Prefills, can_share
 
@@ -117,7 +116,7 @@ class Reader:
             asked = None
             if self.tokenizer is not None:
                 asked = self.tokenizer(_REPEAT, add_special_tokens=False, return_tensors="pt").input_ids[0]
-            replayed = replay(cache, self.model, tokens, self.mask, asked)
+            replayed = cache.replay(self.model, tokens, self.mask, asked)
             if found is not None:
                 found.replayed = replayed
         cache.compress(replayed=replayed)

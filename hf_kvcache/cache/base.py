@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils import logging
 
-from hf_kvcache.cache.memory import MemoryReport
+from hf_kvcache.cache.memory import MemoryReport, layer_report
 from hf_kvcache.cache.model_config import (
     borrowing_layers,
     check_formats,
@@ -23,6 +23,8 @@ from hf_kvcache.cache.model_config import (
     places_in_pass,
     shares_keys,
 )
+from hf_kvcache.cache.replay import compress, replay
+from hf_kvcache.cache.serialization import export_state, import_state
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.latent import native_codec, native_option_names
 from hf_kvcache.codecs.registry import option_names as codec_option_names
@@ -300,16 +302,32 @@ class KVCache(Cache):
             input_ids: the tokens that it was filled with, ``[B, T]``.
             attention_mask: ``[B, T]``, 0 for padding; None if there is none.
             prompt_ids: tokens ``[n]`` that ask the model to repeat the context, read before it; None for nothing.
-            replayed: what :func:`hf_kvcache.cache.replay.replay` returned for this context, in place of all these:
-                several budgets can share one reading.
+            replayed: what :meth:`replay` returned for this context, in place of all these: several budgets can share
+                one reading.
 
         Raises:
             ValueError: if the cache does not evict, or the policy needs what is not given.
         """
-        from hf_kvcache.cache.compressing import compress
-
         self.check_complete()
-        compress(self, model, input_ids, attention_mask, prompt_ids, replayed)
+        compress(self.layers, self.fork, model, input_ids, attention_mask, prompt_ids, replayed)
+
+    def replay(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        prompt_ids: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Let the model read the context again, and see how much attention each token gets (KVzip, arXiv:2505.23416).
+
+        The arguments and errors are those of :meth:`compress`. The cache is not changed.
+
+        Returns:
+            For each layer that evicts float32 ``[B, Hkv, T]``: the largest probability that any query of the group
+            gave each token, of those that the layer holds, in their order.
+        """
+        self.check_complete()
+        return replay(self.layers, self.fork, model, input_ids, attention_mask, prompt_ids)
 
     def fork(self) -> KVCache:
         """A copy that goes its own way from here: pages are shared, since they never change once written."""
@@ -329,16 +347,12 @@ class KVCache(Cache):
 
     def memory(self) -> MemoryReport:
         """Bytes held, by part, in all and per layer."""
-        from hf_kvcache.cache.accounting import layer_report
-
         return MemoryReport.of_layers([layer_report(layer) for layer in self.layers])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What the cache holds as a flat dictionary of tensors, ready for safetensors; pages stay packed."""
-        from hf_kvcache.cache.serialization import export_state
-
         self.check_complete()
-        return export_state(self)
+        return export_state(self.layers, self.options)
 
     def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device | str | None = None) -> None:
         """Hold what :meth:`state_dict` of a cache with the same settings returned, in place of what is held.
@@ -353,17 +367,8 @@ class KVCache(Cache):
             ValueError: naming what differs, if the state does not go with this cache, or is damaged; nothing is changed
                 then.
         """
-        from hf_kvcache.cache.serialization import import_state
-
-        import_state(self, state, device)
-
-    def is_passed(self, index: int) -> bool:
-        """Whether every forward pass adds tokens to the layer of that number."""
-        return index not in self._aside
-
-    def replace_layers(self, layers: list[Any]) -> None:
-        """Hold what these layers do, after a whole forward pass."""
-        self.layers = layers
+        passed = {layer.index for layer in self._passed}
+        self.layers = import_state(self.layers, self.options, passed, state, device)
         self._reached = self._final
 
     def integrity(self) -> None:

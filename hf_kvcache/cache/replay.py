@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.layers.evicting import Draft, EvictingLayer
 from hf_kvcache.storage.token_view import TokenView
 
-if TYPE_CHECKING:
-    from hf_kvcache.cache.base import KVCache
+#: A copy of the cache whose layers are being evicted: a ``KVCache``.
+Fork = Callable[[], Any]
 
 #: Tokens that are read again at a time, as in the paper.
 _CHUNK = 2048
@@ -22,9 +23,33 @@ _CHUNK = 2048
 _STRIP_ELEMENTS = 1 << 22
 
 
+def compress(
+    layers: Sequence[Any],
+    fork: Fork,
+    model: Any,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    prompt_ids: torch.Tensor | None,
+    replayed: list[torch.Tensor] | None,
+) -> None:
+    """Evict every layer down to its budget; :meth:`hf_kvcache.KVCache.compress` says what it takes."""
+    evicting = _evicting(layers)
+    policy = evicting[0].eviction.policy
+    if not policy.needs_replay:
+        for layer in evicting:
+            layer.compress()
+        return
+    if replayed is None:
+        if model is None or input_ids is None:
+            raise ValueError(f"compress(): policy {policy.name!r} reads the context again; give model and input_ids")
+        replayed = replay(evicting, fork, model, input_ids, attention_mask, prompt_ids)
+    evict_by_replay(evicting, replayed)
+
+
 @torch.no_grad()
 def replay(
-    cache: KVCache,
+    layers: Sequence[Any],
+    fork: Fork,
     model: Any,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
@@ -33,7 +58,8 @@ def replay(
     """Read the context again on a copy of the cache, and see what attention its tokens get.
 
     Args:
-        cache: the cache, which holds the context and nothing else.
+        layers: of the cache, which holds the context and nothing else.
+        fork: makes a copy of the cache.
         model: the model that filled it.
         input_ids: the context, ``[B, T]``.
         attention_mask: ``[B, T]``, 0 for padding; None if there is none.
@@ -46,23 +72,23 @@ def replay(
     Raises:
         ValueError: if the context is not what the cache holds.
     """
-    layers = [layer for layer in cache.layers if isinstance(layer, EvictingLayer)]
-    _check(cache, layers, input_ids, attention_mask)
-    watches = _watch(cache, layers, model, input_ids, attention_mask, prompt_ids)
+    evicting = _evicting(layers)
+    _check(evicting, input_ids, attention_mask)
+    watches = _watch(evicting, fork, model, input_ids, attention_mask, prompt_ids)
     return [watch.largest for watch in watches]
 
 
-def evict_by_replay(cache: KVCache, replayed: list[torch.Tensor]) -> None:
-    """Keep what the cache's policy makes of what :func:`replay` returned.
+def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor]) -> None:
+    """Keep what the layers' policy makes of what :func:`replay` returned.
 
     Raises:
         ValueError: if it is not of this cache.
     """
-    layers = [layer for layer in cache.layers if isinstance(layer, EvictingLayer)]
-    if len(replayed) != len(layers) or any(x.shape[0] != cache.batch_size for x in replayed):
+    batch = layers[0].batch_size
+    if len(replayed) != len(layers) or any(x.shape[0] != batch for x in replayed):
         raise ValueError(f"replayed has {len(replayed)} layers; accepted: what replay() returned for this cache")
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
-    for row in range(cache.batch_size):
+    for row in range(batch):
         found = [_scored(layer, largest, row) for layer, largest in zip(layers, replayed, strict=True)]
         for of_layer, keep in zip(kept, _chosen(layers[0].eviction.policy, found), strict=True):
             of_layer.append(keep)
@@ -104,9 +130,17 @@ class Watch:
                 torch.maximum(largest, found, out=largest)
 
 
+def _evicting(layers: Sequence[Any]) -> list[EvictingLayer]:
+    """Those of the layers that evict; raises ValueError if none does."""
+    evicting = [layer for layer in layers if isinstance(layer, EvictingLayer)]
+    if not evicting:
+        raise ValueError("compress(): this cache keeps every token; accepted: caches with a budget")
+    return evicting
+
+
 def _watch(
-    cache: KVCache,
     layers: list[EvictingLayer],
+    fork: Fork,
     model: Any,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -124,7 +158,7 @@ def _watch(
             # Padding first: between real tokens a mask does not say padding, but tokens that are hidden.
             order = real.argsort(dim=1, stable=True)
             ids, real = ids.gather(1, order), real.gather(1, order)
-        copy = cache.fork()
+        copy = fork()
         by_index = {layer.index: watch for layer, watch in zip(layers, watches, strict=True)}
         for layer in copy.layers:
             if isinstance(layer, EvictingLayer):
@@ -170,10 +204,8 @@ def _chosen(policy: Policy, found: list[tuple[Context, torch.Tensor]]) -> list[t
     return [part[:, :, : score.shape[2]] for part, score in zip(parts, scores, strict=True)]
 
 
-def _check(
-    cache: KVCache, layers: list[EvictingLayer], input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-) -> None:
-    seen, held = layers[0].get_seq_length(), cache.batch_size
+def _check(layers: list[EvictingLayer], input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    seen, held = layers[0].get_seq_length(), layers[0].batch_size
     if input_ids.dim() != 2 or tuple(input_ids.shape) != (held, seen):
         raise ValueError(
             f"input_ids of shape {tuple(input_ids.shape)}; accepted: [{held}, {seen}], the tokens that the cache holds"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence, Set
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -12,11 +13,8 @@ from transformers import PreTrainedConfig
 from hf_kvcache.cache import other_layers as foreign
 from hf_kvcache.cache.model_config import check_states, layer_configs, make_layers
 from hf_kvcache.codecs import Codec
-from hf_kvcache.layers.base import KVCacheLayer
+from hf_kvcache.layers.base import KVCacheLayer, LayerOptions
 from hf_kvcache.lowrank.projection import LayerProjection
-
-if TYPE_CHECKING:
-    from hf_kvcache.cache.base import KVCache
 
 #: Raised when the meaning of the tensors changes.
 _FORMAT = 4
@@ -34,44 +32,65 @@ _SHAPE = (
 )
 
 
-def export_state(cache: KVCache) -> dict[str, torch.Tensor]:
+def export_state(layers: Sequence[Any], options: LayerOptions) -> dict[str, torch.Tensor]:
     """The tensors of every layer as ``layers.<index>.<name>``, and the settings as JSON bytes under ``meta``.
+
+    Args:
+        layers: of a cache, this package's and transformers' own.
+        options: what its layers share.
 
     Raises:
         ValueError: if a layer of transformers' own holds something that is neither a tensor nor a plain value.
     """
     state: dict[str, torch.Tensor] = {}
-    layers = []
-    for index, layer in enumerate(cache.layers):
+    plain_parts = []
+    for index, layer in enumerate(layers):
         tensors, plain = _taken_apart(index, layer)
-        layers.append({"kind": type(layer).__name__, **plain})
+        plain_parts.append({"kind": type(layer).__name__, **plain})
         state |= {f"layers.{index}.{name}": tensor for name, tensor in tensors.items()}
     listed = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in state.items()}
-    return {_META: _encode_meta(_settings(cache) | {"layers": layers, "tensors": listed})} | state
+    return {_META: _encode_meta(_settings(options) | {"layers": plain_parts, "tensors": listed})} | state
 
 
-def import_state(cache: KVCache, state: dict[str, torch.Tensor], device: torch.device | str | None) -> None:
-    """Make ``cache`` hold what ``state`` says, in place of what it holds.
+def import_state(
+    layers: Sequence[Any],
+    options: LayerOptions,
+    passed: Set[int],
+    state: dict[str, torch.Tensor],
+    device: torch.device | str | None,
+) -> list[Any]:
+    """Layers like these that hold what ``state`` says; these are not changed.
+
+    Args:
+        layers: of a cache with the same settings.
+        options: what its layers share.
+        passed: the indices of those that every forward pass adds tokens to.
+        state: what :func:`export_state` returned.
+        device: where the new layers lie; see :meth:`hf_kvcache.KVCache.load_state_dict`.
 
     Raises:
-        ValueError: if the state is none of ours, of a cache with other settings or layers, or damaged; nothing is
-            changed then, since new layers are filled and take the old ones' place in the end.
+        ValueError: if the state is none of ours, of a cache with other settings or layers, or damaged.
     """
     meta = _decode_meta(state)
-    for name, value in _settings(cache).items():
+    for name, value in _settings(options).items():
         _compare(name, meta.get(name), value)
     _check_listed(meta, state)
-    if len(meta["layers"]) != len(cache.layers):
-        raise ValueError(f"state has {len(meta['layers'])} layers, this cache has {len(cache.layers)}")
-    layers = []
-    fresh = make_layers(cache.config, cache.options)
-    for index, (layer, plain) in enumerate(zip(cache.layers, meta["layers"], strict=True)):
+    if len(meta["layers"]) != len(layers):
+        raise ValueError(f"state has {len(meta['layers'])} layers, this cache has {len(layers)}")
+    filled: list[Any] = []
+    fresh = make_layers(_config(options), options)
+    for index, (layer, plain) in enumerate(zip(layers, meta["layers"], strict=True)):
         prefix = f"layers.{index}."
         tensors = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
         empty = layer.blank() if isinstance(layer, KVCacheLayer) else fresh[index]
-        layers.append(_filled(cache, index, empty, tensors, plain, device))
-    _check_alike(cache, layers)
-    cache.replace_layers(layers)
+        filled.append(_filled(options, index, empty, tensors, plain, device))
+    _check_alike(filled, passed)
+    return filled
+
+
+def _config(options: LayerOptions) -> PreTrainedConfig:
+    assert options.config is not None
+    return options.config
 
 
 def _taken_apart(index: int, layer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -81,7 +100,7 @@ def _taken_apart(index: int, layer: Any) -> tuple[dict[str, torch.Tensor], dict[
 
 
 def _filled(
-    cache: KVCache, index: int, layer: Any, tensors: dict[str, torch.Tensor], plain: dict[str, Any], device: Any
+    options: LayerOptions, index: int, layer: Any, tensors: dict[str, torch.Tensor], plain: dict[str, Any], device: Any
 ) -> Any:
     """``layer``, an empty one, with what was saved of it; raises ValueError for what is none of its kind."""
     if plain.get("kind") != type(layer).__name__:
@@ -91,7 +110,7 @@ def _filled(
             foreign.restore(layer, tensors, plain, device)
             return layer
         if tensors:
-            check_states(cache.config, tensors["dense.keys"])
+            check_states(_config(options), tensors["dense.keys"])
             layer.check_tensors(tensors, plain)
         layer.restore(tensors, plain, device)
         layer.check()
@@ -101,13 +120,12 @@ def _filled(
     return layer
 
 
-def _check_alike(cache: KVCache, layers: list[Any]) -> None:
+def _check_alike(layers: list[Any], passed: Set[int]) -> None:
     """Raise ValueError if layers hold different numbers of sequences or tokens."""
     own = [layer for layer in layers if isinstance(layer, KVCacheLayer) and layer.is_initialized]
-    passed = [layer for layer in own if cache.is_passed(layer.index)]
     for what, numbers in (
         ("sequences", {layer.batch_size for layer in own}),
-        ("tokens", {layer.get_seq_length() for layer in passed}),
+        ("tokens", {layer.get_seq_length() for layer in own if layer.index in passed}),
     ):
         if len(numbers) > 1:
             raise ValueError(f"state is damaged: its layers have seen {sorted(numbers)} {what}; accepted: all alike")
@@ -138,8 +156,8 @@ def _compare(name: str, saved: Any, own: Any) -> None:
         raise ValueError(f"state was saved with {name}={saved!r}, this cache has {own!r}")
 
 
-def _settings(cache: KVCache) -> dict[str, Any]:
-    options, config = cache.options, cache.config
+def _settings(options: LayerOptions) -> dict[str, Any]:
+    config = _config(options)
     return {
         "format": _FORMAT,
         "model_type": config.model_type,

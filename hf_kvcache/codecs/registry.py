@@ -5,38 +5,30 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 from hf_kvcache.codecs.base import Codec
-from hf_kvcache.utils.registry import import_all
+from hf_kvcache.utils.registry import Named, Registry, registers
 
-_CODECS: dict[str, type[Codec]] = {}
-_CodecType = TypeVar("_CodecType", bound=type[Codec])
+_CODECS: Registry[type[Codec]] = Registry("hf_kvcache.codecs")
 
 #: The best measured codec for the bits asked, which ``codec="auto"`` takes; the README's table shows the measurements.
 BEST_MEASURED = {8: "rotated", 4: "unbiased", 3: "unbiased", 2: "unbiased", 1: "unbiased"}
 
 
-def register(name: str) -> Callable[[_CodecType], _CodecType]:
+def register(name: str) -> Callable[[Named], Named]:
     """Class decorator: make a codec known under ``name`` (letters only; bits may follow it in a spec)."""
-
-    def decorate(codec: _CodecType) -> _CodecType:
-        codec.name = name
-        _CODECS[name] = codec
-        return codec
-
-    return decorate
+    return registers(_CODECS, name)
 
 
 def available() -> list[str]:
     """The names of the registered codecs, sorted."""
-    return sorted(_discover())
+    return list(_CODECS.all())
 
 
 def specs() -> list[str]:
     """Every codec with each of its widths, as specs that :func:`resolve` takes: ``["fp8", "int2", ...]``."""
-    return [f"{name}{bits}" for name, codec in sorted(_discover().items()) for bits in (codec.supported_bits or ("",))]
+    return [f"{name}{bits}" for name, codec in _CODECS.all().items() for bits in (codec.supported_bits or ("",))]
 
 
 def resolve(
@@ -103,7 +95,7 @@ def _chosen(
         # A width that is not given is 4 here, whatever the default of the codec that the other one leads to.
         key_bits, value_bits = (4 if width is None else width for width in (key_bits, value_bits))
         name = _best(key_bits, value_bits)
-    return _discover()[name], key_bits, value_bits
+    return _CODECS.all()[name], key_bits, value_bits
 
 
 def _best(key_bits: int, value_bits: int) -> str:
@@ -114,7 +106,7 @@ def _best(key_bits: int, value_bits: int) -> str:
             raise ValueError(f"{argument}={width!r} has no codec; accepted: {sorted(BEST_MEASURED)}")
     # One page has one codec: of mixed widths the narrower loses most, so it chooses, if the codec has the wider too.
     for width in sorted(widths):
-        if widths <= set(_discover()[BEST_MEASURED[width]].supported_bits):
+        if widths <= set(_CODECS.all()[BEST_MEASURED[width]].supported_bits):
             return BEST_MEASURED[width]
     raise ValueError(
         f"key_bits={key_bits!r} with value_bits={value_bits!r} is in no one codec; name one: {', '.join(specs())}"
@@ -123,21 +115,13 @@ def _best(key_bits: int, value_bits: int) -> str:
 
 def _split(spec: str) -> tuple[str, int | None]:
     """``"kvarn3" -> ("kvarn", 3)``; a name that is registered as it stands (``"fp8"``) is not split."""
-    if spec == "auto" or spec in _discover():
+    if spec == "auto" or spec in _CODECS.all():
         return spec, None
     match = re.fullmatch(r"([a-z]+)(\d+)", spec)
-    if match is None or match[1] not in _discover():
+    if match is None or match[1] not in _CODECS.all():
         raise ValueError(f"codec={spec!r} is not known; accepted: {_accepted()}")
     return match[1], int(match[2])
 
 
 def _accepted() -> str:
     return ", ".join(["auto", *available(), "or a name with bits such as", *specs()[:2]])
-
-
-@lru_cache(maxsize=1)
-def _discover() -> dict[str, type[Codec]]:
-    import hf_kvcache.codecs as package
-
-    import_all(package)
-    return _CODECS

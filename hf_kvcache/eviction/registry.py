@@ -4,41 +4,33 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 from hf_kvcache.eviction.base import Policy
-from hf_kvcache.utils.registry import import_all
+from hf_kvcache.utils.registry import Named, Registry, registers
 
-_POLICIES: dict[str, type[Policy]] = {}
-_WRAPPERS: dict[str, type[Policy]] = {}
-_PolicyType = TypeVar("_PolicyType", bound=type[Policy])
+_POLICIES: Registry[type[Policy]] = Registry("hf_kvcache.eviction.policies")
+_WRAPPERS: Registry[type[Policy]] = Registry("hf_kvcache.eviction.policies")
 
 
-def register(name: str, wraps: bool = False) -> Callable[[_PolicyType], _PolicyType]:
+def register(name: str, wraps: bool = False) -> Callable[[Named], Named]:
     """Class decorator: make a policy known under ``name``, lower-case letters and digits.
 
     Args:
         name: the name; a policy that ``wraps`` another is written in front of it: ``"ada-snapkv"``.
         wraps: whether its constructor takes another policy first.
     """
-
-    def decorate(policy: _PolicyType) -> _PolicyType:
-        policy.name = name
-        (_WRAPPERS if wraps else _POLICIES)[name] = policy
-        return policy
-
-    return decorate
+    return registers(_WRAPPERS if wraps else _POLICIES, name)
 
 
 def available() -> list[str]:
     """The names of the registered policies that stand alone, sorted."""
-    return sorted(_discover()[0])
+    return list(_POLICIES.all())
 
 
 def wrappers() -> list[str]:
     """The names of those that go in front of another, sorted."""
-    return sorted(_discover()[1])
+    return list(_WRAPPERS.all())
 
 
 def resolve(policy: str | Policy, **options: Any) -> Policy:
@@ -76,7 +68,7 @@ def option_names(policy: str | Policy) -> set[str]:
 
 def _classes(policy: str) -> list[type[Policy]]:
     """The classes that a name stands for, from the inside out."""
-    known, wrapping = _discover()
+    known, wrapping = _POLICIES.all(), _WRAPPERS.all()
     *outer, inner = policy.split("-")
     if inner not in known or any(name not in wrapping for name in outer):
         raise ValueError(f"policy={policy!r} is not known; accepted: {_accepted()}")
@@ -95,11 +87,3 @@ def _taken(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 def _accepted() -> str:
     return f"{', '.join(available())}, each with {' or '.join(f'{name}-' for name in wrappers())} in front"
-
-
-@lru_cache(maxsize=1)
-def _discover() -> tuple[dict[str, type[Policy]], dict[str, type[Policy]]]:
-    import hf_kvcache.eviction.policies as package
-
-    import_all(package)
-    return _POLICIES, _WRAPPERS

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.cache.replay import replay
 from tests import families
 from tests.running import forward, left_padded, prompt
 from tests.tolerances import assert_near
@@ -34,7 +33,7 @@ def test_largest_probabilities(family: str, asked: torch.Tensor | None) -> None:
     mask = batch["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     forward(model, batch["input_ids"], cache, attention_mask=mask, position_ids=positions)
-    found = replay(cache, model, batch["input_ids"], mask, asked)
+    found = cache.replay(model, batch["input_ids"], mask, asked)
     for row, ids in enumerate(rows):
         for layer, expected in enumerate(by_hand(family, ids, asked)):
             assert_near(found[layer][row, :, : ids.shape[1]], expected)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
-from hf_kvcache.utils.registry import import_all
+from hf_kvcache.utils.registry import Registry
 from hf_kvcache_eval.retrieval.place import Place
 from hf_kvcache_eval.retrieval.sample import Sample
 
@@ -32,21 +30,19 @@ class Kind:
     literal: bool = False
 
 
-_KINDS: dict[str, Kind] = {}
+_KINDS: Registry[Kind] = Registry("hf_kvcache_eval.retrieval.kinds")
 
 
 def register(name: str, what: str, literal: bool = False) -> Callable[[Make], Make]:
     """Decorator: make a function known as the kind ``name``; arguments as in :class:`Kind`."""
 
     def decorate(make: Make) -> Make:
-        _KINDS[name] = Kind(name, make, what, literal)
+        _KINDS.add(name, Kind(name, make, what, literal))
         return make
 
     return decorate
 
 
-@lru_cache(maxsize=1)
 def kinds() -> dict[str, Kind]:
     """Every kind that can be generated."""
-    import_all(importlib.import_module("hf_kvcache_eval.retrieval.kinds"))
-    return dict(sorted(_KINDS.items()))
+    return _KINDS.all()

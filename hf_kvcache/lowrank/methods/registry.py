@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 from hf_kvcache.lowrank.methods.base import Method
-from hf_kvcache.utils.registry import import_all
+from hf_kvcache.utils.registry import Named, Registry, registers
 
-_METHODS: dict[str, type[Method]] = {}
-_MethodType = TypeVar("_MethodType", bound=type[Method])
+_METHODS: Registry[type[Method]] = Registry("hf_kvcache.lowrank.methods")
 
 
-def register(name: str) -> Callable[[_MethodType], _MethodType]:
+def register(name: str) -> Callable[[Named], Named]:
     """Class decorator: make a method known under ``name``."""
-
-    def decorate(method: _MethodType) -> _MethodType:
-        method.name = name
-        _METHODS[name] = method
-        return method
-
-    return decorate
+    return registers(_METHODS, name)
 
 
 def available() -> list[str]:
     """The names of the registered methods, sorted."""
-    return sorted(_discover())
+    return list(_METHODS.all())
 
 
 def resolve(method: str | Method, **options: Any) -> Method:
@@ -44,18 +36,10 @@ def resolve(method: str | Method, **options: Any) -> Method:
         if options:
             raise ValueError(f"method={method.name!r} is ready-made: options cannot be given beside it")
         return method
-    found = _discover().get(method) if isinstance(method, str) else None
+    found = _METHODS.all().get(method) if isinstance(method, str) else None
     if found is None:
         raise ValueError(f"method={method!r} is not known; accepted: {', '.join(available())}")
     known = list(inspect.signature(found).parameters)
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"method {method!r} has no option {unknown[0]!r}; accepted: {', '.join(known) or 'none'}")
     return found(**options)
-
-
-@lru_cache(maxsize=1)
-def _discover() -> dict[str, type[Method]]:
-    import hf_kvcache.lowrank.methods as package
-
-    import_all(package)
-    return _METHODS
