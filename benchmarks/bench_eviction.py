@@ -3,8 +3,8 @@
     python -m benchmarks.bench_eviction [--quick] [--policies snapkv h2o] [--context 4096] [--endless 20000]
 
 The model is SmolLM2 (``--quick``: a tiny random one), float32, batch of 1. Evicting is timed inside of the calls that
-it slows down, around the layer's own ``evict``; what a policy costs elsewhere (masses of all keys at every step,
-for H2O) is not in it, so the times of whole steps stand beside it, arms taking turns. Peaks are bytes of the cache's
+it slows down, around the layer's own ``evict``; what a policy costs elsewhere (sums over all keys at every step, for
+H2O) is not in it, so the times of whole steps stand beside it, arms taking turns. Peaks are bytes of the cache's
 tensors: what ``memory()`` says after each chunk, and beside it the most that one layer held while its chunk was there.
 """
 
@@ -150,7 +150,7 @@ def measure_peak(model: Any, tokens: torch.Tensor) -> Row:
 def watched(cache: KVCache, largest: list[int]) -> None:
     """Keep the most bytes that the tensors of a layer's storage had when it was about to evict in ``largest``."""
     for layer in cache.own_layers:
-        settle = layer.settle
+        settle = layer.flush
 
         def settling(layer: Any = layer, settle: Any = settle) -> None:
             new, storage = layer._new, layer.storage
@@ -161,7 +161,7 @@ def watched(cache: KVCache, largest: list[int]) -> None:
                 largest[0] = max(largest[0], dense + 2 * pages + 2 * (new.keys.nbytes + new.values.nbytes))
             settle()
 
-        layer.settle = settling  # type: ignore[method-assign]
+        layer.flush = settling  # type: ignore[method-assign]
 
 
 def measure_endless(tokens: int) -> Row:

@@ -190,7 +190,7 @@ def test_share_of_a_bfloat16_cache(bits: int, most: float, step: int) -> None:
     for start in range(0, 8192, step):
         new = torch.randn(1, 3, min(step, 8192 - start), 64, dtype=torch.bfloat16)
         cache.update(new, new, 0)
-        cache.layers[0].settle()
+        cache.layers[0].flush()
     report = cache.memory()
     assert report.full_bf16 == 8192 * 3 * 64 * 2 * 2
     assert report.ratio_bf16 < most

@@ -29,7 +29,7 @@ TOLERANCES = {
 SPLIT_IN_16_BITS = {
     "output": Tolerance(1e-5, 3e-4),
     "log_sum_exp": Tolerance(1e-5, 2.5e-4),
-    "mass": Tolerance(3e-4, 4e-6),
+    "sums": Tolerance(3e-4, 4e-6),
 }
 
 

@@ -48,45 +48,47 @@ class PageEncoder:
         """Width of a KV head's key and value in the model, by side."""
         return {side: fmt.dim for side, fmt in self.layout.sides.items()}
 
-    def center_of(self, mean: torch.Tensor) -> torch.Tensor:
+    def key_mean_of(self, mean: torch.Tensor) -> torch.Tensor:
         """What to subtract from keys whose mean is ``mean [b, Hkv, Dk]``: ``[b, Hkv / group, dim]`` of the key side."""
         return rotate(mean, self.layout.sides["keys"])
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None) -> torch.Tensor:
         """Encode ``N`` pages.
 
         Args:
             keys: ``[N, P, Dk]`` in the model's basis; the KV heads of a sequence side by side.
             values: ``[N, P, Dv]``.
-            center: what to subtract from each record's rotated keys, ``[N / group, dim]``, or None.
+            key mean: what to subtract from each record's rotated keys, ``[N / group, dim]``, or None.
 
         Returns:
             uint8 records ``[N / group, record_bytes]``.
         """
         records = torch.zeros(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
-        self._encode_side("keys", self.codec.keys, keys, center, records)
+        self._encode_side("keys", self.codec.keys, keys, key_mean, records)
         self._encode_side("values", self.codec.values, values, None, records)
         return records
 
-    def decode(self, side: str, records: torch.Tensor, center: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, side: str, records: torch.Tensor, key_mean: torch.Tensor | None, out: torch.Tensor
+    ) -> torch.Tensor:
         """The vectors of one side of pages, in the model's basis: what :meth:`encode` was given, but for rounding.
 
         Args:
             side: ``"keys"`` or ``"values"``.
             records: uint8 ``[C, R, record_bytes]``, ``C`` pages of each of ``R`` rows; a sequence's side by side.
-            center: what was subtracted from each row's rotated keys, ``[R, dim]``, or None.
+            key mean: what was subtracted from each row's rotated keys, ``[R, dim]``, or None.
             out: float32 ``[C, R, P, dim]``, overwritten.
 
         Returns:
             Float32 ``[R * group, C * P, D]``.
         """
         decoded = decode_side(self.layout, side, records, out)
-        if side == "keys" and center is not None:
-            decoded = decoded + center.unsqueeze(1)
+        if side == "keys" and key_mean is not None:
+            decoded = decoded + key_mean.unsqueeze(1)
         return rotate(decoded, self.layout.sides[side], inverse=True).float().transpose(0, 1).flatten(1, 2)
 
     def _encode_side(
-        self, side: str, codec: SideCodec, x: torch.Tensor, center: torch.Tensor | None, records: torch.Tensor
+        self, side: str, codec: SideCodec, x: torch.Tensor, key_mean: torch.Tensor | None, records: torch.Tensor
     ) -> None:
         fmt = self.layout.sides[side]
         if fmt.dim == 0:
@@ -95,11 +97,11 @@ class PageEncoder:
             x = x.float()
             faster = implementation("pack", x.device)
             if faster is not None and faster.supports_encoding(self.layout, side, codec.method, x):
-                faster.encode_side(self.layout, side, codec.method, x, center, records)
+                faster.encode_side(self.layout, side, codec.method, x, key_mean, records)
                 return
             x = rotate(x, fmt)
-            if center is not None:
-                x = x - center.unsqueeze(1)
+            if key_mean is not None:
+                x = x - key_mean.unsqueeze(1)
         encoded = codec.encode(x)
         codes = encoded.codes if fmt.level == "dense" else pack_bits(encoded.codes, fmt.bits)
         self._write(records, f"{side}.codes", codes)

@@ -29,8 +29,8 @@ class Policy(ABC):
     needs_states: bool = True
     #: Whether it looks at values beside the keys.
     needs_values: bool = True
-    #: Whether it wants the attention that each key has received from all queries so far (``ctx.mass``).
-    needs_mass: bool = False
+    #: Whether it wants the attention that each key has received from all queries so far (``ctx.accumulated``).
+    needs_accumulated: bool = False
     #: Whether it scores by reading the context once more (``ctx.replayed``); then nothing is evicted before
     #: ``cache.compress(model, input_ids)``.
     needs_replay: bool = False

@@ -226,8 +226,8 @@ def compensate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bias and values for the kept tokens that are, head by head, never worse than none.
 
-    A bias makes up for the mass and may yet turn the output the wrong way, where kept keys point to other values than
-    the evicted ones did; such a head gets new values only.
+    A bias makes up for the lost attention and may yet turn the output the wrong way, where kept keys point to other
+    values than the evicted ones did; such a head gets new values only.
 
     Args:
         observed: the attention to be matched.

@@ -58,8 +58,8 @@ class Context:
         queries: ``[B, Hq, n, Dk]``, the latest queries that the policy asked for, oldest first, after rotary positions,
             not scaled; None if it asked for none.
         query_positions: int64 ``[n]`` or ``[B, n]``, their positions.
-        mass: float32 ``[B, Hkv, T]``, attention probability that each key received from all queries that came at or
-            after it, summed over them and averaged over the query heads of its group; None if not asked for.
+        accumulated: float32 ``[B, Hkv, T]``, attention probability that each key received from all queries that came at
+            or after it, summed over them and averaged over the query heads of its group; None if not asked for.
         replayed: float32 ``[B, Hkv, T]``, the largest probability that any replayed query of the group gave each key;
             None if not asked for.
         rope: the layer's rotary embedding; None if not asked for.
@@ -79,7 +79,7 @@ class Context:
     layers: int
     queries: torch.Tensor | None = None
     query_positions: torch.Tensor | None = None
-    mass: torch.Tensor | None = None
+    accumulated: torch.Tensor | None = None
     replayed: torch.Tensor | None = None
     rope: Rope | None = None
     output_weight: torch.Tensor | None = None

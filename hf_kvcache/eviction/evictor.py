@@ -12,7 +12,7 @@ from hf_kvcache.eviction import Context, Policy
 from hf_kvcache.eviction.base import ALL_QUERIES
 from hf_kvcache.eviction.budget import PinnedPositions
 from hf_kvcache.eviction.compensating import make_up
-from hf_kvcache.eviction.observations import AttentionMass, LatestQueries, Observations
+from hf_kvcache.eviction.observations import AccumulatedAttention, LatestQueries, Observations
 from hf_kvcache.eviction.options import Attending, EvictionOptions, LayerPlace
 from hf_kvcache.eviction.selection import choose
 from hf_kvcache.eviction.sinks import MovingSinks
@@ -66,7 +66,7 @@ class Evictor:
     @property
     def stateful(self) -> bool:
         """Whether choices depend on queries."""
-        return bool(self.observed) or self.policy.needs_mass
+        return bool(self.observed) or self.policy.needs_accumulated
 
     # -- observing ------------------------------------------------------------------------------------------------
 
@@ -93,27 +93,27 @@ class Evictor:
         whole = wanted == ALL_QUERIES and query.shape[2] > 1 and not drafted
         self.seen.block = (query, position, valid) if whole else None
 
-    def observe_mass(self, storage: PagedStorage, attention: Attention, fresh: int, valid: np.ndarray | None) -> None:
-        """Add the masses of one call of attention, whose last ``fresh`` full-precision tokens are not stored yet."""
-        mass, dense = self._masses(storage), attention.dense_mass
+    def observe_sums(self, storage: PagedStorage, attention: Attention, fresh: int, valid: np.ndarray | None) -> None:
+        """Add what one call of attention gave each key; its last ``fresh`` full-precision tokens are not stored yet."""
+        accumulated, dense = self._accumulated(storage), attention.dense_sums
         assert dense is not None
         stored = dense.shape[2] - fresh
         if storage.dense.uniform_length is not None and valid is None:
-            mass.add(dense, attention.page_mass)
+            accumulated.add(dense, attention.page_sums)
             return
-        mass.add(dense[:, :, :stored], attention.page_mass)
+        accumulated.add(dense[:, :, :stored], attention.page_sums)
         averaged = dense[:, :, stored:].unflatten(1, (storage.heads, -1)).mean(2)
         for row in range(storage.batch if fresh else 0):
             real = np.arange(fresh) if valid is None else np.flatnonzero(valid[row])
             new = averaged[row : row + 1][:, :, torch.from_numpy(real).to(dense.device)]
             empty = new.new_zeros(1, storage.heads, int(storage.dense.lengths[row]))
-            mass.add_rows(np.array([row]), torch.cat([empty, new], 2))
+            accumulated.add_rows(np.array([row]), torch.cat([empty, new], 2))
 
     def observe_first(
         self, storage: PagedStorage, query: torch.Tensor, keys: torch.Tensor, valid: np.ndarray | None
     ) -> None:
-        """Add the masses of a first update, whose attention was computed elsewhere: ``query`` and ``keys`` of it."""
-        mass = self._masses(storage)
+        """Add what a first update gave each of its ``keys``, where its attention was computed elsewhere."""
+        accumulated = self._accumulated(storage)
         assert self.attending is not None
         for row in range(storage.batch):
             real = torch.arange(keys.shape[2]) if valid is None else torch.from_numpy(np.flatnonzero(valid[row]))
@@ -124,12 +124,12 @@ class Evictor:
                 row_keys, row_keys, index.expand(1, storage.heads, -1), None, keys.shape[2], quota=0
             )
             context.queries, context.query_positions = query[row : row + 1][:, :, index], index
-            mass.add_rows(np.array([row]), context.received().mean(2))
+            accumulated.add_rows(np.array([row]), context.received().mean(2))
 
-    def _masses(self, storage: PagedStorage) -> AttentionMass:
-        if self.seen.mass is None:
-            self.seen.mass = AttentionMass.of(storage)
-        return self.seen.mass
+    def _accumulated(self, storage: PagedStorage) -> AccumulatedAttention:
+        if self.seen.accumulated is None:
+            self.seen.accumulated = AccumulatedAttention.of(storage)
+        return self.seen.accumulated
 
     # -- evicting -------------------------------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ class Evictor:
         """Tokens that can be added before a sequence is due; at least 1."""
         return 1 << 30 if self.waits else max(1, self._full(storage) - storage.dense.longest)
 
-    def settle_due(self, storage: PagedStorage, seen: int) -> None:
+    def flush_due(self, storage: PagedStorage, seen: int) -> None:
         """Evict, or only pack, the sequences whose tail has grown by ``interval`` tokens, or by a page's."""
         due = np.flatnonzero(storage.dense.lengths >= self._full(storage))
         if len(due) == 0 or self.waits:
@@ -223,8 +223,8 @@ class Evictor:
         if queries is not None and policy.observed:
             context.queries, at = self._latest(queries, policy.observed)
             context.query_positions = torch.tensor(self._numbers(held.rows, at), device=device)
-        if self.seen.mass is not None:
-            context.mass = self.seen.mass.by_token(held)
+        if self.seen.accumulated is not None:
+            context.accumulated = self.seen.accumulated.by_token(held)
         return context
 
     def scores(self, context: Context) -> torch.Tensor:
@@ -329,7 +329,7 @@ class Evictor:
         return keep if is_tokenwise(held.storage.layout) else keep & ~held.in_sparse_pages(keep, hard)
 
     def _apply(self, storage: PagedStorage, held: TokenView, keep: np.ndarray, seen: int) -> None:
-        mass = None if self.seen.mass is None else self.seen.mass.by_token(held)
+        accumulated = None if self.seen.accumulated is None else self.seen.accumulated.by_token(held)
         if not (keep == held.exists).all():
             self.evictions += 1
             self.evicted_at = seen
@@ -337,13 +337,13 @@ class Evictor:
         if self.policy.moves_sinks:
             dropped = self.pinned.real - storage.tokens()
             self._sinks.move(storage, self.rope(), held.rows, dropped[held.rows])
-        if mass is None or self.seen.mass is None:
+        if accumulated is None or self.seen.accumulated is None:
             return
         after = TokenView.of(storage, held.rows)
         order = torch.from_numpy(np.argsort(~keep, axis=-1, kind="stable")[..., : after.tokens].copy())
-        self.seen.mass.put(after, mass.gather(2, order.to(mass.device)))
+        self.seen.accumulated.put(after, accumulated.gather(2, order.to(accumulated.device)))
         columns = int(storage.table.lengths.max(initial=0))
-        self.seen.mass.trim(storage.dense.capacity, columns * storage.page_size)
+        self.seen.accumulated.trim(storage.dense.capacity, columns * storage.page_size)
 
     def _tail(self, storage: PagedStorage, held: TokenView, keep: np.ndarray) -> int:
         """Tokens that stay in the tail; where nothing is dropped, as many as if tokens had come one by one.

@@ -79,7 +79,7 @@ class LatestQueries:
 
 
 @dataclass
-class AttentionMass:
+class AccumulatedAttention:
     """The attention that each key has received so far, by the place where the key lies.
 
     Attributes:
@@ -92,13 +92,13 @@ class AttentionMass:
 
     @classmethod
     @torch.inference_mode(False)
-    def of(cls, storage: PagedStorage) -> AttentionMass:
+    def of(cls, storage: PagedStorage) -> AccumulatedAttention:
         """Nothing so far."""
         shape = (storage.batch, storage.heads, 0)
         return cls(torch.zeros(shape, device=storage.device), torch.zeros(shape, device=storage.device))
 
     def add(self, dense: torch.Tensor, pages: torch.Tensor | None) -> None:
-        """Add masses ``[B, Hq, n]`` of the first ``n`` slots and ``[B, Hq, columns * P]`` of the pages."""
+        """Add ``[B, Hq, n]`` to the first ``n`` slots and ``[B, Hq, columns * P]`` to the tokens in pages."""
         self._reserve(dense.shape[2], 0 if pages is None else pages.shape[2])
         heads = self.dense.shape[1]
         self.dense[:, :, : dense.shape[2]] += dense.unflatten(1, (heads, -1)).mean(2)
@@ -111,21 +111,21 @@ class AttentionMass:
         self.dense[torch.from_numpy(rows).to(dense.device), :, : dense.shape[2]] += dense
 
     def by_token(self, held: TokenView) -> torch.Tensor:
-        """The masses of the tokens ``held``, ``[b, Hkv, T]``."""
+        """The accumulated attention of the tokens ``held``, ``[b, Hkv, T]``."""
         rows = torch.from_numpy(held.rows).to(self.dense.device)
         places = held.columns * held.storage.page_size
         self._reserve(held.used, places)
         return held.pick(torch.cat([self.dense[rows, :, : held.used], self.pages[rows, :, :places]], 2))
 
-    def put(self, held: TokenView, mass: torch.Tensor) -> None:
-        """Make ``mass [b, Hkv, T]`` the masses of the tokens ``held``, and forget all others of their sequences."""
+    def put(self, held: TokenView, accumulated: torch.Tensor) -> None:
+        """Set what the tokens ``held`` have received to ``accumulated [b, Hkv, T]``, and what others have to 0."""
         rows = torch.from_numpy(held.rows).to(self.dense.device)
         places = held.columns * held.storage.page_size
         self._reserve(held.used, places)
-        both = torch.zeros(*mass.shape[:2], held.used + places + 1, device=mass.device)
+        both = torch.zeros(*accumulated.shape[:2], held.used + places + 1, device=accumulated.device)
         # The last place takes what is of no token.
-        index = torch.from_numpy(np.where(held.exists, held.slots, both.shape[2] - 1)).to(mass.device)
-        both.scatter_(2, index, mass)
+        index = torch.from_numpy(np.where(held.exists, held.slots, both.shape[2] - 1)).to(accumulated.device)
+        both.scatter_(2, index, accumulated)
         self.dense[rows] = 0.0
         self.pages[rows] = 0.0
         self.dense[rows, :, : held.used] = both[:, :, : held.used]
@@ -137,10 +137,10 @@ class AttentionMass:
         self.dense, self.pages = self.dense[:, :, :slots].clone(), self.pages[:, :, :places].clone()
 
     @torch.inference_mode(False)
-    def select(self, rows: np.ndarray) -> AttentionMass:
+    def select(self, rows: np.ndarray) -> AccumulatedAttention:
         """The same for the sequences ``rows`` of these; also a copy."""
         index = torch.from_numpy(rows).to(self.dense.device)
-        return AttentionMass(self.dense[index], self.pages[index])
+        return AccumulatedAttention(self.dense[index], self.pages[index])
 
     @torch.inference_mode(False)
     def _reserve(self, slots: int, places: int) -> None:
@@ -158,13 +158,13 @@ class Observations:
 
     Attributes:
         latest: the latest queries; None if the policy wants none.
-        mass: how all queries so far attended; None if the policy does not want it.
+        accumulated attention: how all queries so far attended; None if the policy does not want it.
         block: the queries ``[B, Hq, n, D]`` of the latest update of several tokens, its position and validity, until
             the next choice; None if the policy does not want them all.
     """
 
     latest: LatestQueries | None = None
-    mass: AttentionMass | None = None
+    accumulated: AccumulatedAttention | None = None
     block: tuple[torch.Tensor, int, np.ndarray | None] | None = None
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -174,8 +174,8 @@ class Observations:
             state["latest.ring"] = self.latest.ring
             for name in ("positions", "counts", "lost"):
                 state[f"latest.{name}"] = torch.from_numpy(getattr(self.latest, name))
-        if self.mass is not None:
-            state |= {"mass.dense": self.mass.dense, "mass.pages": self.mass.pages}
+        if self.accumulated is not None:
+            state |= {"mass.dense": self.accumulated.dense, "mass.pages": self.accumulated.pages}
         return state
 
     @classmethod
@@ -186,20 +186,24 @@ class Observations:
             arrays = [state[f"latest.{name}"].numpy().copy() for name in ("positions", "counts", "lost")]
             observations.latest = LatestQueries(state["latest.ring"].to(device), *arrays)
         if "mass.dense" in state:
-            observations.mass = AttentionMass(state["mass.dense"].to(device), state["mass.pages"].to(device))
+            observations.accumulated = AccumulatedAttention(
+                state["mass.dense"].to(device), state["mass.pages"].to(device)
+            )
         return observations
 
     def forget(self, numbers: np.ndarray, slots: np.ndarray) -> None:
         """Forget the last ``numbers [B]`` tokens, of which the dense buffer keeps ``slots [B]`` slots.
 
-        What keys received from queries that are forgotten stays in their masses.
+        What keys received from queries that are forgotten stays in their accumulated attention.
         """
         self.block = None
         if self.latest is not None:
             self.latest.forget(numbers)
-        if self.mass is not None:
-            behind = np.arange(self.mass.dense.shape[2]) >= slots[:, None]
-            self.mass.dense.masked_fill_(torch.from_numpy(behind).to(self.mass.dense.device)[:, None], 0.0)
+        if self.accumulated is not None:
+            behind = np.arange(self.accumulated.dense.shape[2]) >= slots[:, None]
+            self.accumulated.dense.masked_fill_(
+                torch.from_numpy(behind).to(self.accumulated.dense.device)[:, None], 0.0
+            )
 
     def select(self, rows: np.ndarray) -> Observations:
         """The same for the sequences ``rows`` of these; also a copy."""
@@ -210,6 +214,6 @@ class Observations:
         return replace(
             self,
             latest=None if self.latest is None else self.latest.select(rows),
-            mass=None if self.mass is None else self.mass.select(rows),
+            accumulated=None if self.accumulated is None else self.accumulated.select(rows),
             block=block,
         )

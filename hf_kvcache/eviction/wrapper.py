@@ -44,8 +44,8 @@ class Wrapper(Policy):
         return self.policy.across_layers
 
     @property
-    def needs_mass(self) -> bool:  # type: ignore[override]
-        return self.policy.needs_mass
+    def needs_accumulated(self) -> bool:  # type: ignore[override]
+        return self.policy.needs_accumulated
 
     @property
     def needs_replay(self) -> bool:  # type: ignore[override]

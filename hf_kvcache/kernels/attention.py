@@ -21,7 +21,7 @@ def attend(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool = False,
+    sums: bool = False,
 ) -> Attention:
     """Attention of new queries, by the twin for their number and device.
 
@@ -31,7 +31,7 @@ def attend(
     """
     faster = implementation("decode" if query.shape[2] <= MOST_DECODED_QUERIES else "extend", query.device)
     use = faster if faster is not None and faster.supports(query, pages, dense, visibility) else reference
-    return without_gradient(query, use.attend(query.detach(), pages, dense, visibility, scoring, mass))
+    return without_gradient(query, use.attend(query.detach(), pages, dense, visibility, scoring, sums))
 
 
 def without_gradient(query: torch.Tensor, result: Attention) -> Attention:

@@ -23,7 +23,7 @@ OLDEST_TRITON = (3, 6)
 FOLDERS = {"reference": "reference", "triton": "triton", "native": "cpu"}
 #: The operations that a backend has kernels for; all others run in plain torch.
 OPERATIONS = {
-    "triton": ("decode", "extend", "column_mass", "latent_decode", "hadamard", "pack"),
+    "triton": ("decode", "extend", "column_sums", "latent_decode", "hadamard", "pack"),
     "native": ("decode", "extend", "latent_decode", "pack"),
 }
 

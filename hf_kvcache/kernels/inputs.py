@@ -28,7 +28,7 @@ class Pages:
         counts: int32 ``[rows, columns]``, tokens of each page that count (the first ones); 0 where there is no page.
         first: int64 ``[rows, columns]``, original position of each page's first token.
         scattered: positions ``[P]`` of the pages whose tokens do not stand side by side, by ``(row, column)``.
-        center: float32 ``[rows, Dk]``, the mean that was taken out of the rotated keys; None if none was.
+        key mean: float32 ``[rows, Dk]``, the mean that was taken out of the rotated keys; None if none was.
         heads: number of KV heads.
         prepared: what twins have made of these pages for the calls to come, by the twin's name.
     """
@@ -39,7 +39,7 @@ class Pages:
     counts: np.ndarray
     first: np.ndarray
     scattered: dict[tuple[int, int], np.ndarray]
-    center: torch.Tensor | None
+    key_mean: torch.Tensor | None
     heads: int
     prepared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -190,7 +190,7 @@ class Slots:
 
 
 @dataclass
-class StepInputs:
+class CallInputs:
     """What a step of plain decoding is made for: a token, and what stays as it is for the tokens behind it.
 
     Attributes:
@@ -220,12 +220,12 @@ class Attention(NamedTuple):
     Attributes:
         output: ``[B, q, Hq, Dv]`` in the dtype of the query.
         log_sum_exp: float32 ``[B, Hq, q]``, of the scores of all visible keys, sink logits included.
-        page_mass: float32 ``[B, Hq, columns * P]`` on request: probability of each key, summed over the queries;
+        page_sums: float32 ``[B, Hq, columns * P]`` on request: probability of each key, summed over the queries;
             0 where there is no token.
-        dense_mass: float32 ``[B, Hq, n]`` on request.
+        dense_sums: float32 ``[B, Hq, n]`` on request.
     """
 
     output: torch.Tensor
     log_sum_exp: torch.Tensor
-    page_mass: torch.Tensor | None = None
-    dense_mass: torch.Tensor | None = None
+    page_sums: torch.Tensor | None = None
+    dense_sums: torch.Tensor | None = None

@@ -18,13 +18,13 @@ def latent_attend(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool = False,
+    sums: bool = False,
 ) -> Attention:
     """Attention over latents, by the twin for their device; :func:`reference.latent_attend` tells what it takes."""
     faster = implementation("latent_decode", query.device)
-    if faster is not None and faster.supports(query, pages, dense, visibility, scoring, mass):
-        return faster.latent_attend(query, pages, dense, visibility, scoring, mass)
-    return reference.latent_attend(query, pages, dense, visibility, scoring, mass)
+    if faster is not None and faster.supports(query, pages, dense, visibility, scoring, sums):
+        return faster.latent_attend(query, pages, dense, visibility, scoring, sums)
+    return reference.latent_attend(query, pages, dense, visibility, scoring, sums)
 
 
 def absorb(query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

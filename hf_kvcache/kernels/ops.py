@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from hf_kvcache.kernels.attention import attend as attend_kernel
-from hf_kvcache.kernels.column_mass import column_mass as column_mass_kernel
+from hf_kvcache.kernels.column_sums import column_sums as column_sums_kernel
 from hf_kvcache.kernels.hadamard import rotate as rotate_kernel
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.latent_decode import latent_attend as latent_attend_kernel
@@ -49,14 +49,14 @@ def _pages(
     addresses: Tensor,
     counts: Tensor,
     first: Tensor,
-    center: Tensor | None,
+    key_mean: Tensor | None,
     layout: str,
     heads: int,
 ) -> Pages | None:
     if not slabs:
         return None
     known = layout_of(layout)
-    return Pages(known, slabs, addresses.numpy(), counts.numpy(), first.numpy(), {}, center, heads)
+    return Pages(known, slabs, addresses.numpy(), counts.numpy(), first.numpy(), {}, key_mean, heads)
 
 
 @torch.library.custom_op("hf_kvcache::attend", mutates_args=())
@@ -66,7 +66,7 @@ def attend(
     addresses: Tensor,
     counts: Tensor,
     first: Tensor,
-    center: Tensor | None,
+    key_mean: Tensor | None,
     layout: str,
     dense_keys: Tensor,
     dense_values: Tensor,
@@ -82,7 +82,7 @@ def attend(
     """:func:`hf_kvcache.kernels.attention.attend`; ``slabs`` may be empty. Returns output and log-sum-exp."""
     result = attend_kernel(
         query,
-        _pages(slabs, addresses, counts, first, center, layout, dense_keys.shape[1]),
+        _pages(slabs, addresses, counts, first, key_mean, layout, dense_keys.shape[1]),
         DenseTokens(dense_keys, dense_values, dense_positions, dense_unused),
         Visibility(start, query.shape[2], None, 0, causal, window),
         Scoring(scaling, softcap, sink_logits),
@@ -99,8 +99,8 @@ def _(query: Tensor, slabs: list[Tensor], *rest: object) -> tuple[Tensor, Tensor
     return output, query.new_empty(batch, heads, length, dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_kvcache::column_mass", mutates_args=())
-def column_mass(
+@torch.library.custom_op("hf_kvcache::column_sums", mutates_args=())
+def column_sums(
     query: Tensor,
     log_sum_exp: Tensor,
     keys: Tensor,
@@ -113,13 +113,13 @@ def column_mass(
     scaling: float,
     softcap: float | None,
 ) -> Tensor:
-    """:func:`hf_kvcache.kernels.column_mass.column_mass` over full-precision keys: ``[B, Hq, n]``."""
+    """:func:`hf_kvcache.kernels.column_sums.column_sums` over full-precision keys: ``[B, Hq, n]``."""
     visibility = Visibility(start, query.shape[2], None, 0, causal, window)
     dense = DenseTokens(keys, values, positions, unused)
-    return column_mass_kernel(query, log_sum_exp, None, dense, visibility, Scoring(scaling, softcap))[1]
+    return column_sums_kernel(query, log_sum_exp, None, dense, visibility, Scoring(scaling, softcap))[1]
 
 
-@column_mass.register_fake
+@column_sums.register_fake
 def _(query: Tensor, log_sum_exp: Tensor, keys: Tensor, *rest: object) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], keys.shape[2], dtype=torch.float32)
 

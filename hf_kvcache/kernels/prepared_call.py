@@ -1,4 +1,4 @@
-"""Steps of plain decoding: attention of one new token a sequence, in calls that are kept from token to token."""
+"""Prepared calls: attention of one new token a sequence, whose arguments are filled in once for many tokens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Protocol
 import torch
 
 from hf_kvcache.kernels.dispatch import implementation
-from hf_kvcache.kernels.inputs import Pages, Scoring, Slots, StepInputs, UpProjections
+from hf_kvcache.kernels.inputs import CallInputs, Pages, Scoring, Slots, UpProjections
 
 
-class Step(Protocol):
+class PreparedCall(Protocol):
     """Attention of one new token a sequence, made once and called for one token after the other.
 
     What it is called for has to be what it was made for: the same pages, slots and up-projections, and what
@@ -42,8 +42,8 @@ class Step(Protocol):
         """
 
 
-def prepare_step(inputs: StepInputs) -> Step | None:
-    """A step for tokens like this one, by the twin for their device; None if it has none that can do it."""
+def prepare(inputs: CallInputs) -> PreparedCall | None:
+    """A call for tokens like these, by the backend of their device; None if it has none that can do it."""
     op = "decode" if inputs.up is None else "latent_decode"
-    make = getattr(implementation(op, inputs.query.device), "Step", None)
+    make = getattr(implementation(op, inputs.query.device), "PreparedCall", None)
     return make(inputs) if make is not None and make.supports(inputs) else None

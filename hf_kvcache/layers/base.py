@@ -21,7 +21,7 @@ from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces, padding_places
 from hf_kvcache.kernels.visibility import Visibility
-from hf_kvcache.layers.decode_step import Steps
+from hf_kvcache.layers.decode_step import PreparedDecoding
 from hf_kvcache.layers.new_tokens import NewTokens, check_update, dense_tokens
 from hf_kvcache.lowrank.projection import LayerProjection
 from hf_kvcache.storage import PagedStorage
@@ -104,7 +104,7 @@ class KVCacheLayer(CacheLayerMixin):
         self._checked: tuple[Any, ...] | None = None  # shapes, dtypes and device of the latest update
         #: Whether storing tokens was cut off in the middle, by Ctrl-C or for want of memory: only reset() helps then.
         self.broken = False
-        self.steps = self.make_steps()
+        self.prepared = self.make_prepared()
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -161,7 +161,7 @@ class KVCacheLayer(CacheLayerMixin):
                 self._move(key_states.device)
             check_update(self.index, self.storage, key_states, value_states, self.options.validate)
         if self._new is not None:
-            self.settle()
+            self.flush()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._checked = kind
@@ -205,7 +205,7 @@ class KVCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything; the layer may then hold another batch."""
         self.storage = self._new = self._checked = None
-        self.steps = self.make_steps()
+        self.prepared = self.make_prepared()
         self.is_initialized = self.record_past = self.broken = self._movable = False
         self._seen = self._unconfirmed = self._kept_from = 0
         self.padding = NO_PADDING
@@ -225,7 +225,7 @@ class KVCacheLayer(CacheLayerMixin):
         self.check_crop(tokens_to_remove)
         if self.storage is None:
             return
-        self.settle()
+        self.flush()
         self._seen += tokens_to_remove
         if tokens_to_remove:
             self.storage.truncate_from(self._seen)
@@ -274,9 +274,9 @@ class KVCacheLayer(CacheLayerMixin):
         )
         return PagedStorage(encoder, key_states, value_states, sink_length, options.tail_length, spare)
 
-    def make_steps(self) -> Steps | None:
+    def make_prepared(self) -> PreparedDecoding | None:
         """What does plain decoding; None where attention is more than reading pages."""
-        return Steps(self.sliding_window)
+        return PreparedDecoding(self.sliding_window)
 
     # -- what the package adds ------------------------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ class KVCacheLayer(CacheLayerMixin):
         """Replace the sequences by ``rows`` of them."""
         if self.storage is None or (len(rows) == self.batch_size and (rows == np.arange(len(rows))).all()):
             return
-        self.settle()
+        self.flush()
         self.storage.select(rows)
         self.padding = self.padding.select(rows)
         self._checked = None
@@ -307,20 +307,20 @@ class KVCacheLayer(CacheLayerMixin):
 
     def fork(self) -> KVCacheLayer:
         """A copy that shares the pages, which never change once written."""
-        self.settle()
+        self.flush()
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.storage = None if self.storage is None else self.storage.fork()
-        other.steps = self.make_steps()
+        other.prepared = self.make_prepared()
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        self.settle()
+        self.flush()
         return self.__dict__ | {"steps": None}  # which hold addresses
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.steps = self.make_steps()
+        self.prepared = self.make_prepared()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCacheLayer:
         # Pages are immutable, so a fork is as independent as a copy of every byte.
@@ -354,7 +354,7 @@ class KVCacheLayer(CacheLayerMixin):
         output = self.attend_token(new, storage, query, attention_mask, scoring)
         if output is not None:
             if not self.options.deferred:
-                self.settle()
+                self.flush()
             return output
         visibility = self._visibility(new, storage, attention_mask, causal, skip)
         segments = [
@@ -376,7 +376,7 @@ class KVCacheLayer(CacheLayerMixin):
             for queries, ahead in segments
         ]
         if not self.options.deferred:
-            self.settle()
+            self.flush()
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
     def attend_token(
@@ -410,7 +410,7 @@ class KVCacheLayer(CacheLayerMixin):
 
     def step(self, new: NewTokens, storage: PagedStorage, query: torch.Tensor, scoring: Scoring) -> torch.Tensor | None:
         """:meth:`attend_token` once it is known to be no more; None where no kernel does it at once."""
-        return None if self.steps is None else self.steps.attend(storage, new, query, scoring)
+        return None if self.prepared is None else self.prepared.attend(storage, new, query, scoring)
 
     def read(
         self,
@@ -420,10 +420,10 @@ class KVCacheLayer(CacheLayerMixin):
         visibility: Visibility,
         scoring: Scoring,
         module: torch.nn.Module | None,
-        mass: bool = False,
+        sums: bool = False,
     ) -> Attention:
         """Attention of queries ``[B, Hq, q, Dk]`` over what is stored; of what is stored how, subclasses know."""
-        return attend(query, pages, dense, visibility, scoring, mass)
+        return attend(query, pages, dense, visibility, scoring, sums)
 
     def check_query(self, query: torch.Tensor) -> int:
         """How many of the new tokens have no query; raises ValueError if the query does not go with them."""
@@ -469,21 +469,21 @@ class KVCacheLayer(CacheLayerMixin):
         if queries == new.length:  # else a layer that shares these keys, of which the mask does not tell
             self._note_padding(new, attention_mask)
         if not self.options.deferred:
-            self.settle()
+            self.flush()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Store the tokens of the latest update, and pack what is due and confirmed."""
         new, storage = self._new, self.storage
         if new is None or storage is None:
             return
         self._new = None
         try:
-            self._settle(new, storage)
+            self._flush(new, storage)
         except BaseException:
             self.note_broken()
             raise
 
-    def _settle(self, new: NewTokens, storage: PagedStorage) -> None:
+    def _flush(self, new: NewTokens, storage: PagedStorage) -> None:
         keep_from = 0 if self.record_past else self._window_start(self._seen)
         if new.length == 1 and not new.stored:
             storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
@@ -550,7 +550,7 @@ class KVCacheLayer(CacheLayerMixin):
 
     def progress(self) -> dict[str, int]:
         """The counters that go with the storage's tensors when the layer is saved."""
-        self.settle()
+        self.flush()
         return {"seen": self._seen, "unconfirmed": self._unconfirmed, "kept_from": self._kept_from}
 
     def own_tensors(self) -> list[torch.Tensor]:
@@ -559,7 +559,7 @@ class KVCacheLayer(CacheLayerMixin):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the layer holds, as tensors by name."""
-        self.settle()
+        self.flush()
         if self.storage is None:
             return {}
         places = np.stack([self.padding.rows, self.padding.positions])
@@ -650,7 +650,7 @@ class KVCacheLayer(CacheLayerMixin):
     def check(self) -> None:
         """Raise IntegrityError if an invariant of the storage is broken."""
         self.check_whole()
-        self.settle()
+        self.flush()
         if self.storage is not None:
             self.storage.check()
 
@@ -723,7 +723,7 @@ class KVCacheLayer(CacheLayerMixin):
         assert self.storage is not None
         self._unconfirmed = 0
         keep_from = self._window_start(self._seen)
-        self.storage.settle_ahead()
+        self.storage.commit_ahead()
         self.storage.pack_due(keep_from)
         if self.is_sliding and keep_from:
             self.storage.drop_before(keep_from)

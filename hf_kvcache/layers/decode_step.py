@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels.inputs import Scoring, Slots, StepInputs, UpProjections
-from hf_kvcache.kernels.prepared_call import Step, prepare_step
+from hf_kvcache.kernels.inputs import CallInputs, Scoring, Slots, UpProjections
+from hf_kvcache.kernels.prepared_call import PreparedCall, prepare
 from hf_kvcache.layers.new_tokens import NewTokens
 from hf_kvcache.storage import PagedStorage
 
 
-class Steps:
+class PreparedDecoding:
     """Attention of single tokens over one layer's storage.
 
     Args:
@@ -19,7 +19,7 @@ class Steps:
 
     def __init__(self, window: int | None) -> None:
         self.window = window
-        self._latest: Step | None = None
+        self._latest: PreparedCall | None = None
 
     def attend(
         self,
@@ -43,29 +43,29 @@ class Steps:
         """
         slot = storage.dense.longest
         storage.dense.reserve(slot + 1)
-        step = self._latest
-        if step is None or not self._goes_on(step, storage, up) or not step.fits(query, new.keys, new.values, scoring):
-            step = self._latest = self._prepare(storage, new, query, scoring, up)
-            if step is None:
+        call = self._latest
+        if call is None or not self._goes_on(call, storage, up) or not call.fits(query, new.keys, new.values, scoring):
+            call = self._latest = self._prepare(storage, new, query, scoring, up)
+            if call is None:
                 return None
-        output = step(query, new.keys, new.values, slot, new.position)
+        output = call(query, new.keys, new.values, slot, new.position)
         storage.dense.note_one_stored()
         new.stored = True
         return output
 
-    def _goes_on(self, step: Step, storage: PagedStorage, up: UpProjections | None) -> bool:
+    def _goes_on(self, call: PreparedCall, storage: PagedStorage, up: UpProjections | None) -> bool:
         """Whether all that the step holds the addresses of is still what the storage consists of."""
-        slots, dense = step.slots, storage.dense
+        slots, dense = call.slots, storage.dense
         return (
-            step.pages is storage.pages()
+            call.pages is storage.pages()
             and slots.keys is dense.keys  # replaced with the values and positions
             and slots.lengths is dense.lengths
-            and step.up is up
+            and call.up is up
         )
 
     def _prepare(
         self, storage: PagedStorage, new: NewTokens, query: torch.Tensor, scoring: Scoring, up: UpProjections | None
-    ) -> Step | None:
+    ) -> PreparedCall | None:
         dense = storage.dense
         slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths)
-        return prepare_step(StepInputs(query, new.keys, new.values, storage.pages(), slots, scoring, self.window, up))
+        return prepare(CallInputs(query, new.keys, new.values, storage.pages(), slots, scoring, self.window, up))

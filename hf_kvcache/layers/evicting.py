@@ -99,7 +99,7 @@ class EvictingLayer(KVCacheLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._attended:
             raise self._not_attended()
-        self._settle_prefill(key_states.shape[2])
+        self._flush_prefill(key_states.shape[2])
         if self.record_past and self._unconfirmed > MAX_UNCONFIRMED:
             self._confirm()
         if self.record_past and self._undo is None:
@@ -121,7 +121,7 @@ class EvictingLayer(KVCacheLayer):
         self.check_crop(tokens_to_remove)
         if self.storage is None:
             return
-        self.settle()
+        self.flush()
         undo, self._undo = self._undo, None
         keep = self._seen + tokens_to_remove
         if tokens_to_remove and undo is not None:
@@ -196,7 +196,7 @@ class EvictingLayer(KVCacheLayer):
         output = self._attend(draft)
         self._attended = True
         if not self.options.deferred:
-            self.settle()
+            self.flush()
         return output
 
     def note_attended(
@@ -224,9 +224,9 @@ class EvictingLayer(KVCacheLayer):
             self.evictor.note(new.position, new.length, new.valid)
         self._attended = True
         if not self.options.deferred:
-            self.settle()
+            self.flush()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         new, storage, evictor = self._new, self.storage, self.evictor
         if new is None or storage is None or evictor is None:
             return
@@ -237,7 +237,7 @@ class EvictingLayer(KVCacheLayer):
             if not new.stored:
                 self._store(new)
             if self._undo is None:
-                self._settle_block()
+                self._flush_block()
         except BaseException:
             self.note_broken()
             raise
@@ -305,14 +305,14 @@ class EvictingLayer(KVCacheLayer):
 
     def compress(self) -> None:
         """Evict now down to the budget."""
-        self.settle()
+        self.flush()
         if self.storage is not None and self.evictor is not None:
             self.evictor.evict(self.storage, np.arange(self.storage.batch), self._seen)
             self._compressed()
 
     def keep_only(self, keep: list[torch.Tensor]) -> None:
         """Drop every token that ``keep``, bool ``[1, Hkv, T]`` for each sequence, does not name, of those held."""
-        self.settle()
+        self.flush()
         if self.storage is not None and self.evictor is not None:
             self.evictor.keep_only(self.storage, keep, self._seen)
             self._compressed()
@@ -323,7 +323,7 @@ class EvictingLayer(KVCacheLayer):
 
     def kept_positions(self) -> torch.Tensor:
         """Original positions of the tokens held, int64 ``[B, Hkv, T]``, ``-1`` behind a head's last."""
-        self.settle()
+        self.flush()
         if self.storage is None:
             return torch.zeros(0, 0, 0, dtype=torch.int64)
         held = [TokenView.of(self.storage, np.array([row])) for row in range(self.storage.batch)]
@@ -347,7 +347,7 @@ class EvictingLayer(KVCacheLayer):
             outputs.append(self._attend_part(part))
             if not part.new.stored:
                 self._store(part.new)
-            self.evictor.settle_due(self.storage, part.new.position + part.new.length)
+            self.evictor.flush_due(self.storage, part.new.position + part.new.length)
             start = stop
         new.stored = True
         return torch.cat(outputs, 1)
@@ -372,22 +372,22 @@ class EvictingLayer(KVCacheLayer):
     def _attend_part(self, draft: Draft) -> torch.Tensor:
         new, storage, evictor = draft.new, self.storage, self.evictor
         assert storage is not None and evictor is not None
-        drafted, mass = self._undo is not None, evictor.policy.needs_mass
+        drafted, accumulated = self._undo is not None, evictor.policy.needs_accumulated
         evictor.note(new.position, new.length, new.valid, drafted)
         output = None
-        if not mass and self.watcher is None:
+        if not accumulated and self.watcher is None:
             output = self.attend_token(new, storage, draft.query, draft.mask, draft.scoring)
         if output is None:
-            result = self._read_all(draft, mass)
+            result = self._read_all(draft, accumulated)
             output = result.output
             if self.watcher is not None:
                 self.watcher(draft, result.log_sum_exp)
         evictor.observe_queries(self._as_attended(draft.query), new.position, new.valid, drafted)
-        if mass:
-            evictor.observe_mass(storage, result, 0 if new.stored else new.length, new.valid)
+        if accumulated:
+            evictor.observe_sums(storage, result, 0 if new.stored else new.length, new.valid)
         return output
 
-    def _read_all(self, draft: Draft, mass: bool) -> Attention:
+    def _read_all(self, draft: Draft, accumulated: bool) -> Attention:
         """Attention of an update over everything stored, after the update if it is one token."""
         new, storage, evictor = draft.new, self.storage, self.evictor
         assert storage is not None and evictor is not None
@@ -396,7 +396,7 @@ class EvictingLayer(KVCacheLayer):
             self._store(new)
         dense = dense_tokens(storage, new, visibility, 0, slice(0, new.length))
         module = None if evictor.attending is None else evictor.attending.module
-        return self.read(draft.query, storage.pages(), dense, visibility, draft.scoring, module, mass)
+        return self.read(draft.query, storage.pages(), dense, visibility, draft.scoring, module, accumulated)
 
     def _observe_first(self, draft: Draft) -> None:
         new, storage, evictor = draft.new, self.storage, self.evictor
@@ -404,7 +404,7 @@ class EvictingLayer(KVCacheLayer):
         evictor.note(new.position, new.length, new.valid)
         query = self._as_attended(draft.query)
         evictor.observe_queries(query, new.position, new.valid)
-        if evictor.policy.needs_mass:
+        if evictor.policy.needs_accumulated:
             evictor.observe_first(storage, query, evictor.attended_keys(new.keys, new.values), new.valid)
 
     def _as_attended(self, query: torch.Tensor) -> torch.Tensor:
@@ -419,36 +419,36 @@ class EvictingLayer(KVCacheLayer):
             self.storage.append_block(new.keys, new.values, new.position, new.valid, pack=False)
         new.stored = True
 
-    def _settle_block(self) -> None:
+    def _flush_block(self) -> None:
         """Evict what the latest update made due, now that nothing of it will be rolled back."""
         storage, evictor = self.storage, self.evictor
         if storage is None or evictor is None:
             return
         if not evictor.pending:
-            evictor.settle_due(storage, self._seen)
+            evictor.flush_due(storage, self._seen)
         elif self.eviction.evict_prefill == "chunk":
             evictor.evict(storage, np.arange(storage.batch), self._seen)
         elif self.eviction.evict_prefill is None and not evictor.waits:
             evictor.pack(storage, np.arange(storage.batch), self._seen)
             evictor.pending = False
 
-    def _settle_prefill(self, new: int) -> None:
+    def _flush_prefill(self, new: int) -> None:
         """Evict a prompt of several updates once the first token after it comes, or the first draft."""
         storage, evictor = self.storage, self.evictor
         follows = new == 1 or (self.record_past and self._undo is None)
         if self.eviction.evict_prefill == "end" and follows and evictor is not None and evictor.pending:
-            self.settle()
+            self.flush()
             if self._undo is None and storage is not None:
                 evictor.evict(storage, np.arange(storage.batch), self._seen)
 
     def _confirm(self) -> None:
         """Take all tokens as confirmed."""
-        self.settle()
+        self.flush()
         self._undo, self._unconfirmed = None, 0
-        self._settle_block()
+        self._flush_block()
 
     def _snapshot(self) -> Undo:
-        self.settle()
+        self.flush()
         evictor = None if self.evictor is None else self.evictor.select(np.arange(self.batch_size))
         return Undo(None if self.storage is None else self.storage.fork(), evictor, self._seen, [])
 

@@ -39,7 +39,7 @@ class LowRankLayer(KVCacheLayer):
         self._maps: HeadMaps | None = None  # on the device of the storage
         self._recognised = projection.weights is None
 
-    def make_steps(self) -> None:
+    def make_prepared(self) -> None:
         """None: attention is more than reading pages."""
 
     def make_storage(
@@ -88,25 +88,25 @@ class LowRankLayer(KVCacheLayer):
         visibility: Visibility,
         scoring: Scoring,
         module: torch.nn.Module | None,
-        mass: bool = False,
+        sums: bool = False,
     ) -> Attention:
         if pages is None:
-            return attend(query, None, dense, visibility, scoring, mass)
+            return attend(query, None, dense, visibility, scoring, sums)
         storage, maps = self.storage, self._maps
         assert storage is not None and maps is not None
         shifted_cap = scoring.softcap is not None and maps.key_mean is not None
-        if self.projection.before_rope or shifted_cap or mass:
-            return attend_tiles(query, pages, dense, visibility, scoring, maps, storage, mass)
+        if self.projection.before_rope or shifted_cap or sums:
+            return attend_tiles(query, pages, dense, visibility, scoring, maps, storage, sums)
         return attend_latents(query, pages, dense, visibility, scoring, maps)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         new, storage = self._new, self.storage
         if new is not None and isinstance(storage, UnrotatedStorage):
             real = new.length if new.valid is None else new.valid.sum(1)
             if (storage.due(storage.dense.lengths + (0 if new.stored else real)) > 0).any():
                 storage.known_rope()  # raises now what packing would raise midway
             storage.note(new.position, new.valid)
-        super().settle()
+        super().flush()
 
     def _know_module(self, module: torch.nn.Module | None) -> None:
         storage = self.storage

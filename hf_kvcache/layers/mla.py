@@ -62,9 +62,9 @@ class LatentLayer(KVCacheLayer):
 
     def step(self, new: NewTokens, storage: PagedStorage, query: torch.Tensor, scoring: Scoring) -> torch.Tensor | None:
         up = None if self.expansion is None else self.expansion.up_projections()
-        if up is None or self.steps is None:
+        if up is None or self.prepared is None:
             return None
-        output = self.steps.attend(storage, new, query, scoring, up)
+        output = self.prepared.attend(storage, new, query, scoring, up)
         self.absorbed += output is not None
         return output
 
@@ -76,7 +76,7 @@ class LatentLayer(KVCacheLayer):
         visibility: Visibility,
         scoring: Scoring,
         module: torch.nn.Module | None,
-        mass: bool = False,
+        sums: bool = False,
     ) -> Attention:
         expansion = self.expansion
         if expansion is None:
@@ -86,10 +86,10 @@ class LatentLayer(KVCacheLayer):
             )
         up = expansion.up_projections()
         # Masses are those of tokens, which latents have one by one.
-        if up is None or (query.shape[2] > _most_absorbed(up) and not mass):
+        if up is None or (query.shape[2] > _most_absorbed(up) and not sums):
             return self._read_expanded(expansion, query, pages, dense, visibility, scoring)
         self.absorbed += 1
-        result = latent_attend(in_latent_space(query.detach(), up), pages, dense, visibility, scoring, mass)
+        result = latent_attend(in_latent_space(query.detach(), up), pages, dense, visibility, scoring, sums)
         return without_gradient(query, result._replace(output=expand(result.output, up.values)))
 
     def _read_expanded(

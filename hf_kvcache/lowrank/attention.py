@@ -108,11 +108,11 @@ def attend_tiles(
     scoring: Scoring,
     maps: HeadMaps,
     storage: PagedStorage,
-    mass: bool = False,
+    sums: bool = False,
 ) -> Attention:
     """Attention over keys that ``storage`` decodes from its ``pages``, a tile at a time, and over latents of values.
 
-    The other arguments are those of :func:`attend_latents`; any scoring will do. With ``mass`` the probability of each
+    The other arguments are those of :func:`attend_latents`; any scoring will do. With ``sums`` the probability of each
     key is returned as well.
     """
 
@@ -127,7 +127,7 @@ def attend_tiles(
         return _read_tiles(rows, pages, visibility, scoring, queries, kept_scores, maps, storage)
 
     detached = query.detach()
-    result = reference.attend(detached, pages, dense, visibility, scoring, mass, read_pages=read_pages)
+    result = reference.attend(detached, pages, dense, visibility, scoring, sums, read_pages=read_pages)
     return without_gradient(query, result)
 
 

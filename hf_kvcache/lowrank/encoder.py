@@ -34,17 +34,19 @@ class ProjectingEncoder(PageEncoder):
     def widths(self) -> dict[str, int]:
         return {side: getattr(self.projection, side).down.shape[1] // self.group for side in ("keys", "values")}
 
-    def center_of(self, mean: torch.Tensor) -> torch.Tensor:
+    def key_mean_of(self, mean: torch.Tensor) -> torch.Tensor:
         latent = self._project(self.projection.keys, mean.flatten(0, 1).unsqueeze(1))
-        return super().center_of(latent.view(mean.shape[0], self.projection.groups, -1))
+        return super().key_mean_of(latent.view(mean.shape[0], self.projection.groups, -1))
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None) -> torch.Tensor:
         projection = self.projection
-        return super().encode(self._project(projection.keys, keys), self._project(projection.values, values), center)
+        return super().encode(self._project(projection.keys, keys), self._project(projection.values, values), key_mean)
 
-    def decode(self, side: str, records: torch.Tensor, center: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, side: str, records: torch.Tensor, key_mean: torch.Tensor | None, out: torch.Tensor
+    ) -> torch.Tensor:
         projection: SideProjection = getattr(self.projection, side)
-        latents = super().decode(side, records, center, out).unflatten(0, (-1, self.projection.groups))
+        latents = super().decode(side, records, key_mean, out).unflatten(0, (-1, self.projection.groups))
         vectors = latents @ projection.up
         if projection.mean is not None:
             vectors += projection.mean.unsqueeze(1)

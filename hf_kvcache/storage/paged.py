@@ -81,11 +81,11 @@ class PagedStorage:
         self.ahead = 0
         #: No token before this position need be held any more (sliding windows).
         self.lost_before = 0
-        self.center: torch.Tensor | None = None  # [B, page heads, dim] float32, in the rotated basis
-        self._center_known = np.zeros(self.batch, dtype=bool)
+        self.key_mean: torch.Tensor | None = None  # [B, page heads, dim] float32, in the rotated basis
+        self._key_mean_known = np.zeros(self.batch, dtype=bool)
         if encoder.centered:
             dim = self.layout.sides["keys"].dim
-            self.center = torch.zeros(self.batch, self.page_heads, dim, device=keys.device)
+            self.key_mean = torch.zeros(self.batch, self.page_heads, dim, device=keys.device)
         self._pages: Pages | None = None
 
     # -- writing --------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class PagedStorage:
     def pack_ahead(self, pages: int) -> None:
         """Encode the oldest tail tokens into ``pages`` pages in all, but keep the tokens until they are confirmed."""
         rows = np.arange(self.batch)
-        # One at a time, as plain decoding would: the first page packed fixes the center.
+        # One at a time, as plain decoding would: the first page packed fixes the key mean.
         for page in range(self.ahead, pages):
             first = self.sink_length + page * self.page_size
             span = slice(first, first + self.page_size)
@@ -157,9 +157,9 @@ class PagedStorage:
     def truncate_from(self, position: int) -> None:
         """Forget the tokens at ``position`` and after."""
         self.dense.truncate_from(position)
-        self.settle_ahead()
+        self.commit_ahead()
         self.table.truncate_from(position)
-        self._center_known &= self._row_pages() > 0
+        self._key_mean_known &= self._row_pages() > 0
         self._pages = None
 
     def changed(self) -> None:
@@ -167,7 +167,7 @@ class PagedStorage:
         self._pages = None
         self.dense.shrink(self._capacity)
 
-    def settle_ahead(self) -> None:
+    def commit_ahead(self) -> None:
         """Keep the pages encoded ahead that are due by now, and their tokens only there; forget the others."""
         if self.ahead == 0:
             return
@@ -191,9 +191,9 @@ class PagedStorage:
         """Replace the sequences by ``rows`` of them, which may repeat: table work, pages are shared."""
         self.table.select(self.table_rows(rows))
         self.dense.select(rows)
-        if self.center is not None:
-            self.center = self.center[torch.from_numpy(rows).to(self.device)]
-        self._center_known = self._center_known[rows]
+        if self.key_mean is not None:
+            self.key_mean = self.key_mean[torch.from_numpy(rows).to(self.device)]
+        self._key_mean_known = self._key_mean_known[rows]
         self.batch = len(rows)
         self._pages = None
 
@@ -203,8 +203,8 @@ class PagedStorage:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.table, other.dense = self.table.fork(), self.dense.fork()
-        other._center_known = self._center_known.copy()
-        other.center = None if self.center is None else self.center.clone()
+        other._key_mean_known = self._key_mean_known.copy()
+        other.key_mean = None if self.key_mean is None else self.key_mean.clone()
         other._pages = None
         return other
 
@@ -231,10 +231,10 @@ class PagedStorage:
             if self.table.columns == 0:
                 return None
             addresses, counts, first = self.table.arrays(self.table.columns)
-            center = None if self.center is None else self.center.flatten(0, 1)
+            key_mean = None if self.key_mean is None else self.key_mean.flatten(0, 1)
             scattered = self.table.scattered()
             slabs = self.pool.slabs()
-            self._pages = Pages(self.layout, slabs, addresses, counts, first, scattered, center, self.page_heads)
+            self._pages = Pages(self.layout, slabs, addresses, counts, first, scattered, key_mean, self.page_heads)
         if ahead == self.ahead:
             return self._pages
         columns = self._pages.columns - self.ahead + ahead
@@ -254,7 +254,7 @@ class PagedStorage:
         """
         shape = (*records.shape[:2], self.page_size, self.layout.sides[side].dim)
         buffer = scratch(side, shape, torch.float32, self.device)
-        return self.encoder.decode(side, records, pages.center, buffer)
+        return self.encoder.decode(side, records, pages.key_mean, buffer)
 
     def tokens(self) -> np.ndarray:
         """Real tokens held by each sequence."""
@@ -283,13 +283,13 @@ class PagedStorage:
         tail = int(self.dense.lengths.sum()) - sinks
         padding = self.layout.record_bytes - self.layout.code_bytes - self.layout.scale_bytes
         unused = (self.batch * self.dense.capacity - sinks - tail) * slot
-        center = 0 if self.center is None else self.center.numel() * self.center.element_size()
+        key_mean = 0 if self.key_mean is None else self.key_mean.numel() * self.key_mean.element_size()
         return {
             "codes": pages * self.layout.code_bytes,
             "scales": pages * self.layout.scale_bytes,
             "sinks": sinks * slot,
             "tail": tail * slot,
-            "tables": self.table.nbytes + self.dense.positions.nbytes + self.dense.lengths.nbytes + center,
+            "tables": self.table.nbytes + self.dense.positions.nbytes + self.dense.lengths.nbytes + key_mean,
             "slack": pages * padding + self.pool.free_pages * self.layout.record_bytes + unused,
         }
 
@@ -308,9 +308,9 @@ class PagedStorage:
             "dense.positions": torch.from_numpy(self.dense.positions[:, :held].copy()),
             "dense.lengths": torch.from_numpy(self.dense.lengths.copy()),
         }
-        if self.center is not None:
-            state["center"] = self.center.clone()
-            state["center_known"] = torch.from_numpy(self._center_known.copy())
+        if self.key_mean is not None:
+            state["center"] = self.key_mean.clone()
+            state["center_known"] = torch.from_numpy(self._key_mean_known.copy())
         return state
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
@@ -320,9 +320,9 @@ class PagedStorage:
         keys, values = state["dense.keys"].to(self.device), state["dense.values"].to(self.device)
         self.dense.store(slice(None), keys, values, state["dense.positions"].numpy())
         self.dense.set_lengths(state["dense.lengths"].numpy())
-        if self.center is not None:
-            self.center = state["center"].to(self.device)
-            self._center_known = state["center_known"].numpy().copy()
+        if self.key_mean is not None:
+            self.key_mean = state["center"].to(self.device)
+            self._key_mean_known = state["center_known"].numpy().copy()
 
     # -- internals ------------------------------------------------------------------------------------------------
 
@@ -373,8 +373,8 @@ class PagedStorage:
         if pages == 0:
             return
         keys = self.unplaced(rows, keys, positions)
-        if self.center is not None and not self._center_known[rows].all():
-            self.fix_center(rows, self.encoder.center_of(keys.float().mean(2)))
+        if self.key_mean is not None and not self._key_mean_known[rows].all():
+            self.fix_key_mean(rows, self.encoder.key_mean_of(keys.float().mean(2)))
         table_rows = self.table_rows(rows)
         # Column by column, so that the pages that are read together lie together.
         ids = self.pool.allocate(pages * len(table_rows)).reshape(pages, len(table_rows))
@@ -389,9 +389,9 @@ class PagedStorage:
         self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Records of page columns ``[start, stop)``, a bounded number at a time."""
-        center = None
-        if self.center is not None:
-            center = self.center[torch.from_numpy(rows).to(self.device)].flatten(0, 1)
+        key_mean = None
+        if self.key_mean is not None:
+            key_mean = self.key_mean[torch.from_numpy(rows).to(self.device)].flatten(0, 1)
         pages = keys.shape[2] // self.page_size
         step = max(1, _ENCODE_ELEMENTS // (keys.shape[0] * self.heads * self.page_size * keys.shape[3]))
         for start in range(0, pages, step):
@@ -401,21 +401,21 @@ class PagedStorage:
                 x[:, :, span].unflatten(2, (-1, self.page_size)).permute(2, 0, 1, 3, 4).flatten(0, 2)
                 for x in (keys, values)
             ]
-            repeated = None if center is None else center.repeat(stop - start, 1)
+            repeated = None if key_mean is None else key_mean.repeat(stop - start, 1)
             yield start, stop, self.encoder.encode(columns[0], columns[1], repeated)
 
     def unplaced(self, rows: np.ndarray, keys: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
         """``keys [b, Hkv, n, Dk]`` of the sequences ``rows`` at ``positions [b, n]`` as the encoder takes them."""
         return keys
 
-    def fix_center(self, rows: np.ndarray, mean: torch.Tensor) -> None:
-        """Take ``mean [b, page heads, dim]``, of the first keys that are packed, as the center, which never changes."""
-        new = np.flatnonzero(~self._center_known[rows])
-        if self.center is None or len(new) == 0:
+    def fix_key_mean(self, rows: np.ndarray, mean: torch.Tensor) -> None:
+        """Take ``mean [b, page heads, dim]``, of the first keys that are packed, as the key mean; it never changes."""
+        new = np.flatnonzero(~self._key_mean_known[rows])
+        if self.key_mean is None or len(new) == 0:
             return
         index = torch.from_numpy(new).to(self.device)
-        self.center[torch.from_numpy(rows[new]).to(self.device)] = mean[index].to(self.center.dtype)
-        self._center_known[rows] = True
+        self.key_mean[torch.from_numpy(rows[new]).to(self.device)] = mean[index].to(self.key_mean.dtype)
+        self._key_mean_known[rows] = True
 
     def _note_positions(self, positions: np.ndarray, ids: np.ndarray) -> None:
         """Remember every position of the pages whose tokens do not stand side by side."""

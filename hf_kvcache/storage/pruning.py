@@ -82,10 +82,10 @@ def _packed(storage: PagedStorage, held: TokenView, leaving: np.ndarray) -> Page
         side[rows].gather(2, index.expand(-1, -1, -1, side.shape[-1]))
         for side in (storage.dense.keys, storage.dense.values)
     )
-    if storage.center is not None:
+    if storage.key_mean is not None:
         weights = torch.from_numpy(np.arange(pages * size) < counts[..., None]).to(storage.device)
         mean = (keys.float() * weights.unsqueeze(-1)).sum(2) / weights.sum(2, keepdim=True).clamp_min(1)
-        storage.fix_center(held.rows, storage.encoder.center_of(mean))
+        storage.fix_key_mean(held.rows, storage.encoder.key_mean_of(mean))
     records = torch.cat([part for _, _, part in storage.encode(held.rows, keys, values)])
     records = records.unflatten(0, (pages, -1)).transpose(0, 1)
     counts = np.clip(counts.reshape(-1, 1) - size * np.arange(pages), 0, size).astype(np.int32)

@@ -123,10 +123,10 @@ class TokenView:
         # A column of pages at a time, as they are stored, so that they lie side by side.
         ids = storage.table.ids(storage.table_rows(self.rows), columns).T
         records = storage.pool.read(np.where(ids >= 0, ids, ids.max()).flatten()).unflatten(0, ids.shape)
-        center = None
-        if storage.center is not None:
-            center = storage.center[torch.from_numpy(self.rows).to(storage.device)].flatten(0, 1)
+        key_mean = None
+        if storage.key_mean is not None:
+            key_mean = storage.key_mean[torch.from_numpy(self.rows).to(storage.device)].flatten(0, 1)
         shape = (*ids.shape, storage.page_size, storage.layout.sides[side].dim)
         buffer = torch.empty(shape, device=storage.device)
-        tokens = storage.encoder.decode(side, records, center, buffer)
+        tokens = storage.encoder.decode(side, records, key_mean, buffer)
         return tokens.unflatten(0, (len(self.rows), storage.heads))

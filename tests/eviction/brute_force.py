@@ -27,9 +27,9 @@ class Head:
         self.values = ctx.values[index, kv_head].double().numpy()[held]
         self.positions = ctx.positions[index, kv_head].numpy()[held].tolist()
         self.protected = ctx.protected[index, kv_head].numpy()[held].tolist()
-        self.mass: list[float] = []
-        if ctx.mass is not None:
-            self.mass = ctx.mass[index, kv_head].double().numpy()[held].tolist()
+        self.accumulated: list[float] = []
+        if ctx.accumulated is not None:
+            self.accumulated = ctx.accumulated[index, kv_head].double().numpy()[held].tolist()
         self.count = len(self.positions)
         self.at: list[int] = []
         if ctx.queries is not None and ctx.query_positions is not None:
@@ -77,8 +77,11 @@ def keep(scores: list[float], protected: list[bool], quota: int) -> set[int]:
 
 def h2o(policy: Any, head: Head) -> list[float]:
     if policy.normalize:
-        return [mass / (head.ctx.seen - position) for mass, position in zip(head.mass, head.positions, strict=True)]
-    return head.mass
+        return [
+            accumulated / (head.ctx.seen - position)
+            for accumulated, position in zip(head.accumulated, head.positions, strict=True)
+        ]
+    return head.accumulated
 
 
 def scissorhands(policy: Any, head: Head) -> list[float]:

@@ -91,7 +91,7 @@ def random_context(shape: Shape) -> Context:
         query_positions=torch.arange(seen),
         output_weight=torch.randn(HIDDEN, query_heads * VALUE_DIM, generator=generator),
     )
-    return replace(latest(ctx, shape.queries), mass=_mass(ctx))
+    return replace(latest(ctx, shape.queries), accumulated=_accumulated(ctx))
 
 
 def latest(ctx: Context, queries: int) -> Context:
@@ -106,8 +106,8 @@ def shown(ctx: Context, policy: Policy) -> Context:
     """What of a context a policy has asked for."""
     if policy.observed != ALL_QUERIES:
         ctx = latest(ctx, policy.observed)
-    mass = ctx.mass if policy.needs_mass else None
-    return replace(ctx, mass=mass, output_weight=ctx.output_weight if policy.needs_output else None)
+    accumulated = ctx.accumulated if policy.needs_accumulated else None
+    return replace(ctx, accumulated=accumulated, output_weight=ctx.output_weight if policy.needs_output else None)
 
 
 def row(ctx: Context, index: int) -> Context:
@@ -121,7 +121,7 @@ def row(ctx: Context, index: int) -> Context:
         held=None if ctx.held is None else ctx.held[part],
         protected=ctx.protected[part],
         queries=None if ctx.queries is None else ctx.queries[part],
-        mass=None if ctx.mass is None else ctx.mass[part],
+        accumulated=None if ctx.accumulated is None else ctx.accumulated[part],
     )
 
 
@@ -147,7 +147,7 @@ def head(ctx: Context, index: int, kv_head: int) -> Context:
         protected=of_head(ctx.protected),
         scoring=replace(ctx.scoring, sink_logits=None if logits is None else of_group(logits, 0)),
         queries=None if ctx.queries is None else of_group(ctx.queries, 1),
-        mass=None if ctx.mass is None else of_head(ctx.mass),
+        accumulated=None if ctx.accumulated is None else of_head(ctx.accumulated),
         output_weight=None if ctx.output_weight is None else of_group(ctx.output_weight, 1),
     )
 
@@ -176,11 +176,11 @@ def _protected(shape: Shape, held: torch.Tensor) -> torch.Tensor:
     return held & ((place < shape.sinks) | (place >= count - shape.recent))
 
 
-def _mass(ctx: Context) -> torch.Tensor:
+def _accumulated(ctx: Context) -> torch.Tensor:
     """Attention summed over the queries of all positions and averaged over the group's heads."""
-    mass = torch.zeros(ctx.positions.shape)
+    accumulated = torch.zeros(ctx.positions.shape)
     for index, kv_head in brute_force.heads_of(ctx):
         tokens = brute_force.Head(ctx, index, kv_head)
         total = sum(sum(tokens.attention(q, query) for query in range(len(tokens.at))) for q in range(tokens.group))
-        mass[index, kv_head, : tokens.count] = torch.as_tensor(total / tokens.group)
-    return mass
+        accumulated[index, kv_head, : tokens.count] = torch.as_tensor(total / tokens.group)
+    return accumulated

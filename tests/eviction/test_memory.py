@@ -112,14 +112,14 @@ def test_peak_of_a_model(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("codec", ["none", "turboquant4"])
-def test_settled_bytes_do_not_grow(codec: str) -> None:
+def test_flushed_bytes_do_not_grow(codec: str) -> None:
     """A window's bytes after every interval stay within what they were when it was first full."""
     _window(850, codec)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", ["none", "turboquant4"])
-def test_settled_bytes_do_not_grow_in_20000_tokens(codec: str) -> None:
+def test_flushed_bytes_do_not_grow_in_20000_tokens(codec: str) -> None:
     _window(20000, codec)
 
 

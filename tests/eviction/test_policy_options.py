@@ -85,7 +85,7 @@ def test_wrappers_want_what_the_policy_inside_wants() -> None:
     for name in set(available()) - {"random"}:
         plain = resolve(name)
         for policy in inside(name)[1:]:
-            for wish in ("observed", "needs_mass", "needs_replay", "needs_rope"):
+            for wish in ("observed", "needs_accumulated", "needs_replay", "needs_rope"):
                 assert getattr(policy, wish) == getattr(plain, wish)
             assert policy.recent(50) == plain.recent(50)
             assert policy.layer_quota(50, 1, 4, 8, 90) == plain.layer_quota(50, 1, 4, 8, 90)

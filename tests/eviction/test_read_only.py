@@ -61,7 +61,7 @@ def test_a_model_is_not_changed(family: str) -> None:
 
 
 def test_masses_are_summed_where_keys_and_values_differ_in_width() -> None:
-    """What a value does behind the output projection is looked at when tokens are chosen, not for the masses before."""
+    """What a value does behind the output projection is looked at when tokens are chosen, not before."""
     toy, given = Toy("critical-h2o"), states(60)
     narrow = given._replace(value=given.value[..., :8].contiguous())
     weight = toy.attention.o_proj.weight

@@ -127,7 +127,7 @@ def test_packing_alone_inside_a_draft(codec: str) -> None:
 def test_random_drafts(
     policy: str, codec: str, batch: int, longest: int, seed: int, prompt_length: int, pinned: bool
 ) -> None:
-    """Drafts of any length, longer than the interval too: storage, masses and latest queries are the plain ones."""
+    """Drafts of any length, longer than the interval too: storage, attention and latest queries are the plain ones."""
     options = {"pin": (2, 8)} if pinned else {}
     toy, plain = Toy(policy, codec, **options), Toy(policy, codec, **options)
     given = states(prompt_length + 45, batch, seed=seed)
@@ -145,10 +145,10 @@ def test_random_drafts(
         for row in range(batch):
             mine, other = ours.seen.latest.latest(np.array([row])), theirs.seen.latest.latest(np.array([row]))
             assert torch.equal(mine[0], other[0]) and np.array_equal(mine[1], other[1])
-    if theirs.seen.mass is not None:
+    if theirs.seen.accumulated is not None:
         held = [TokenView.of(each.layer.storage, np.arange(batch)) for each in (toy, plain)]
-        masses = ours.seen.mass.by_token(held[0]), theirs.seen.mass.by_token(held[1])
-        torch.testing.assert_close(*masses, rtol=0, atol=1e-4)
+        accumulated = ours.seen.accumulated.by_token(held[0]), theirs.seen.accumulated.by_token(held[1])
+        torch.testing.assert_close(*accumulated, rtol=0, atol=1e-4)
 
 
 def test_output_of_drafts() -> None:
@@ -196,5 +196,5 @@ def test_attention_masses_add_up() -> None:
         toy = Toy("h2o", budget=1000)
         toy.run(states(length + 5), [length])
         storage = toy.layer.storage
-        total = toy.layer.evictor.seen.mass.by_token(TokenView.of(storage, np.array([0]))).sum(-1)
+        total = toy.layer.evictor.seen.accumulated.by_token(TokenView.of(storage, np.array([0]))).sum(-1)
         torch.testing.assert_close(total, torch.full_like(total, length + 5), rtol=0, atol=1e-3)

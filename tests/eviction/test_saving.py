@@ -32,7 +32,7 @@ def steps(model: PreTrainedModel, cache: HeavyHitterCache, batch: int, mask: tor
 
 @pytest.mark.parametrize("policy", ["snapkv", "h2o", "expected", "random", "reindexed"])
 def test_goes_on_as_if_nothing_had_been(model: PreTrainedModel, policy: str) -> None:
-    """Latest queries, masses, pins, padding, counters and moved sinks are all part of the state."""
+    """Latest queries, accumulated attention, pins, padding, counters and moved sinks are all part of the state."""
     pin = {} if policy == "reindexed" else {"pin": (5, 8)}
     inputs = left_padded([prompt(40, seed=1), prompt(33, seed=2)])
     at = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)

@@ -148,7 +148,7 @@ class Toy:
 
     def kept(self, row: int = 0) -> Kept:
         """What sequence ``row`` holds."""
-        self.layer.settle()
+        self.layer.flush()
         storage = self.layer.storage
         assert storage is not None
         storage.check()

@@ -16,7 +16,7 @@ from tests.running import ROUNDING, forward, full_cache, left_padded, prompt, sm
 
 #: Tokens of the prompt: enough for pages, and for the window of families that have one.
 LENGTH = 60
-Steps = list[dict[str, torch.Tensor]]
+PreparedDecoding = list[dict[str, torch.Tensor]]
 
 
 def evicting(model: PreTrainedModel) -> KVCache:
@@ -40,7 +40,7 @@ def causal(queries: int, keys: int, offset: int = 0) -> torch.Tensor:
     return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries - offset)[None, None].clone()
 
 
-def last_logits(model: PreTrainedModel, cache: Cache, steps: Steps) -> torch.Tensor:
+def last_logits(model: PreTrainedModel, cache: Cache, steps: PreparedDecoding) -> torch.Tensor:
     """Logits of the last step's last token."""
     for inputs in steps:
         rest = {name: x for name, x in inputs.items() if name != "input_ids"}
@@ -52,9 +52,9 @@ def at(*positions: int) -> torch.Tensor:
     return torch.tensor([positions])
 
 
-def two_steps(first: torch.Tensor | None, second: torch.Tensor | None, new: int = 1) -> Steps:
+def two_steps(first: torch.Tensor | None, second: torch.Tensor | None, new: int = 1) -> PreparedDecoding:
     """A prompt under one mask and ``new`` tokens under another, with the positions that no mask has changed."""
-    steps: Steps = [
+    steps: PreparedDecoding = [
         {"input_ids": prompt(LENGTH), "position_ids": torch.arange(LENGTH)[None]},
         {"input_ids": prompt(new), "position_ids": torch.arange(LENGTH, LENGTH + new)[None]},
     ]
@@ -93,7 +93,7 @@ def by_head() -> torch.Tensor:
     return mask
 
 
-HELD: dict[str, Steps] = {
+HELD: dict[str, PreparedDecoding] = {
     "strictly causal": two_steps(strictly_causal(), None),
     "two texts, then both": two_steps(block_diagonal(), None),
     "two texts, then one": two_steps(block_diagonal(), ones(LENGTH + 1, slice(0, 30))[:, None, None].bool()),
@@ -109,7 +109,7 @@ HELD: dict[str, Steps] = {
 }
 
 
-def additive(steps: Steps) -> Steps:
+def additive(steps: PreparedDecoding) -> PreparedDecoding:
     """The same 4D masks as numbers to be added to scores, as eager attention takes them."""
     lowest, out = torch.finfo(torch.float32).min, []
     for step in steps:
@@ -140,7 +140,7 @@ def test_windows(name: str) -> None:
     torch.testing.assert_close(last_logits(model, small_cache(model), HELD[name]), expected, rtol=0, atol=ROUNDING)
 
 
-REFUSED: dict[str, tuple[Steps, str]] = {
+REFUSED: dict[str, tuple[PreparedDecoding, str]] = {
     "left padding, then shown": (
         two_steps(ones(LENGTH, slice(0, 9)), ones(LENGTH + 1)),
         "token 0 of sequence 0, which was padding",
@@ -180,7 +180,7 @@ def test_padding_between_turns_is_not_stored() -> None:
     forward(model, first["input_ids"], cache, attention_mask=first["attention_mask"])
     forward(model, second["input_ids"], cache, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)[:, -9:])
     layer = cache.own_layers[0]
-    layer.settle()
+    layer.flush()
     assert layer.storage is not None and layer.storage.tokens().tolist() == [29, 37]
     assert layer.padding.counts(2).tolist() == [13, 5]
     cache.batch_select_indices(torch.tensor([1, 1, 0]))

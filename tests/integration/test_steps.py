@@ -15,7 +15,7 @@ from hf_kvcache.integration.masks import padding_of
 from hf_kvcache.kernels.dispatch import reason_missing
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
-from hf_kvcache.layers.decode_step import Steps
+from hf_kvcache.layers.decode_step import PreparedDecoding
 from hf_kvcache.layers.new_tokens import NewTokens
 from tests import families, mla_families
 from tests.running import ROUNDING, forward, full_cache, left_padded, prompt
@@ -50,14 +50,14 @@ CASES: dict[str, tuple[str, Callable[[Any], KVCache]]] = {
 def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each token given to a layer's steps was taken by one."""
     taken: list[bool] = []
-    attend = Steps.attend
+    attend = PreparedDecoding.attend
 
     def noted(*args: Any) -> torch.Tensor | None:
         output = attend(*args)
         taken.append(output is not None)
         return output
 
-    monkeypatch.setattr(Steps, "attend", noted)
+    monkeypatch.setattr(PreparedDecoding, "attend", noted)
     return taken
 
 
@@ -186,7 +186,7 @@ class Decoding:
     """A storage with a few tokens and no page, its list model, and the steps of both."""
 
     def __init__(self) -> None:
-        self.storage, self.model, self.steps = make_storage(tail=30), ListModel(1, 4, 2, 30), Steps(None)
+        self.storage, self.model, self.steps = make_storage(tail=30), ListModel(1, 4, 2, 30), PreparedDecoding(None)
         self.seen = 0
         for _ in range(5):
             keys, values = random_tokens(self.seen, 1, 1)

@@ -143,13 +143,13 @@ def _pages_on(pages: Pages, device: torch.device) -> Pages:
 
 
 def expected(call: Call) -> Attention:
-    """What the call must give, in float64: one softmax per query over all tokens; masses are always there."""
+    """What the call must give, in float64: one softmax per query over all tokens; attention sums are always there."""
     batch, heads, length, width = call.query.shape
     rank = call.dense.keys.shape[-1]
     packed = 0 if call.pages is None else call.pages.columns * call.pages.layout.page_size
     output = np.zeros((batch, length, heads, rank))
     log_sum_exp = np.zeros((batch, heads, length))
-    mass = np.zeros((batch, heads, packed + call.dense.keys.shape[2]))
+    sums = np.zeros((batch, heads, packed + call.dense.keys.shape[2]))
     for b in range(batch):
         latents, rotary, seen = _tokens(call, b)
         keys = np.concatenate([latents, rotary], 1)
@@ -165,8 +165,8 @@ def expected(call: Call) -> Attention:
                 if log_sum_exp[b, h, i] > -np.inf:
                     weights = np.exp(scores - log_sum_exp[b, h, i])
                     output[b, i, h] = weights @ latents
-                    mass[b, h] += weights
-    parts = output, log_sum_exp, mass[..., :packed], mass[..., packed:]
+                    sums[b, h] += weights
+    parts = output, log_sum_exp, sums[..., :packed], sums[..., packed:]
     return Attention(*(torch.from_numpy(part) for part in parts))
 
 
@@ -237,28 +237,28 @@ def check(
     """Fail unless a result is what float64 gives and of the shapes and dtypes of the contract.
 
     Args:
-        actual: the result, on any device; its masses may be None.
+        actual: the result, on any device; its attention sums may be None.
         call: the call on the CPU.
         wanted: :func:`expected` of the call, if it is at hand.
-        tolerances: of ``output``, ``log_sum_exp`` and ``mass``; those of float32 by default. An output may always be
+        tolerances: of ``output``, ``log_sum_exp`` and ``sums``; those of float32 by default. An output may always be
             as far off as its own dtype lets it be.
     """
     wanted = wanted or expected(call)
     dtype = call.query.dtype
-    tolerances = tolerances or dict.fromkeys(("output", "log_sum_exp", "mass"), TOLERANCES[torch.float32])
+    tolerances = tolerances or dict.fromkeys(("output", "log_sum_exp", "sums"), TOLERANCES[torch.float32])
     assert actual.output.dtype == dtype and actual.log_sum_exp.dtype == torch.float32
     assert_within(actual.output.cpu(), wanted.output, max(tolerances["output"], TOLERANCES[dtype]))
     assert_within(actual.log_sum_exp.cpu(), wanted.log_sum_exp, tolerances["log_sum_exp"])
-    for mass, right in ((actual.page_mass, wanted.page_mass), (actual.dense_mass, wanted.dense_mass)):
-        if mass is not None:
-            assert right is not None and mass.dtype == torch.float32
-            assert_within(mass.cpu(), right, tolerances["mass"])
+    for sums, right in ((actual.page_sums, wanted.page_sums), (actual.dense_sums, wanted.dense_sums)):
+        if sums is not None:
+            assert right is not None and sums.dtype == torch.float32
+            assert_within(sums.cpu(), right, tolerances["sums"])
 
 
 def run(case_or_call: Case | Call) -> Attention:
-    """The reference's result, masses too."""
+    """The reference's result, attention sums too."""
     call = make_call(case_or_call) if isinstance(case_or_call, Case) else case_or_call
-    return reference.latent_attend(*call, mass=True)
+    return reference.latent_attend(*call, sums=True)
 
 
 def fits(codec: str, shape: Shape) -> bool:
@@ -315,22 +315,22 @@ def test_masks(heads: int, queries: int, additive: bool) -> None:
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("codec", ["int8", None])
 def test_nothing_to_see(codec: str | None, sinks: bool) -> None:
-    """A query that sees nothing has output 0, mass 0 and log-sum-exp ``-inf``, or its sink logit."""
+    """A query that sees nothing has output 0, sums 0 and log-sum-exp ``-inf``, or its sink logit."""
     call = make_call(make_case(codec, Shape(queries=2), columns=1, sinks=sinks, window=1))
     dense = DenseTokens(call.dense.keys, call.dense.values, call.dense.positions, torch.ones(1, 9, dtype=torch.bool))
     call = call._replace(dense=dense)
     result = run(call)
     check(result, call)
-    assert not result.output.any() and result.dense_mass is not None and not result.dense_mass.any()
+    assert not result.output.any() and result.dense_sums is not None and not result.dense_sums.any()
 
 
 def test_masses_only_on_request() -> None:
     """Without them, output and log-sum-exp are the same bits."""
     call = make_call(make_case("int8", Shape(queries=3)))
-    with_masses, without = run(call), reference.latent_attend(*call)
-    assert without.page_mass is None and without.dense_mass is None
-    assert torch.equal(without.output, with_masses.output)
-    assert torch.equal(without.log_sum_exp, with_masses.log_sum_exp)
+    with_sums, without = run(call), reference.latent_attend(*call)
+    assert without.page_sums is None and without.dense_sums is None
+    assert torch.equal(without.output, with_sums.output)
+    assert torch.equal(without.log_sum_exp, with_sums.log_sum_exp)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -101,14 +101,14 @@ def cases() -> dict[str, tuple[Any, ...]]:
     attended = attend_arguments()
     return {
         "attend": attended,
-        "column_mass": (random(2, 1, 4, 3, 16), lse, keys, keys, torch.arange(7)[None], None, 4, True, None, 0.3, None),
+        "column_sums": (random(2, 1, 4, 3, 16), lse, keys, keys, torch.arange(7)[None], None, 4, True, None, 0.3, None),
         "latent_attend": latent_arguments(),
         "rotate": (random(6, 3, 32), "signed_hadamard", False),
         "decode_side": (attended[1][0], attended[6], False),
     }
 
 
-@pytest.mark.parametrize("name", ["attend", "column_mass", "latent_attend", "rotate", "decode_side"])
+@pytest.mark.parametrize("name", ["attend", "column_sums", "latent_attend", "rotate", "decode_side"])
 def test_contract(name: str) -> None:
     """Schema, fake implementation and tracing, as torch checks them."""
     torch.library.opcheck(getattr(torch.ops.hf_kvcache, name).default, cases()[name])

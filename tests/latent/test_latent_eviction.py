@@ -70,7 +70,7 @@ def test_keeps_what_one_wide_head_would_keep(policy: str, codec: str) -> None:
     mine, other = latent_module(), absorbed_module()
     cache, reference = small(mine.config, policy, codec=codec), small(other.config, policy)
     by_head = mine.kv_b_proj.weight.view(HEADS, NOPE + VALUE, RANK)
-    for length in (40, 12, 80, *[1] * 30):  # 80: more than is absorbed where nobody wants masses
+    for length in (40, 12, 80, *[1] * 30):  # 80: more than is absorbed where nobody wants attention sums
         query = torch.randn(1, HEADS, length, NOPE + ROPE)
         latents, rotary = torch.randn(1, 1, length, RANK), torch.randn(1, 1, length, ROPE)
         wide = torch.einsum("bhqn,hnr->bhqr", query[..., :NOPE], by_head[:, :NOPE])

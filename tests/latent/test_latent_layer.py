@@ -38,7 +38,7 @@ def test_bytes_and_error_at_full_width(options: dict[str, Any], share: float, er
     torch.manual_seed(0)
     latents, rotary = torch.randn(1, 1, 16384, 512).bfloat16(), torch.randn(1, 1, 16384, 64).bfloat16()
     handles = cache.update(latents, rotary, 0)
-    cache.layers[0].settle()
+    cache.layers[0].flush()
     report = cache.memory()
     assert report.full_bf16 == 16384 * 576 * 2
     assert report.total <= share * report.full_bf16

@@ -283,7 +283,7 @@ def test_centred_keys(codec: str) -> None:
     layer = OneLayer("full", form, resolve(codec, **option))
     tokens = states(90)
     layer(tokens.at(0, 80))
-    center = layer.layer.storage.center if layer.layer.storage else None
+    center = layer.layer.storage.key_mean if layer.layer.storage else None
     assert center is not None and center.shape == (1, HEADS, 8) and center.any()
     by_hand = ByHand("full", form, 1)
     by_hand(tokens.at(0, 80))
@@ -380,12 +380,12 @@ def test_probabilities(form: str, queries: int) -> None:
     )
     query = tokens.query[:, :, -queries:]
     visibility = Visibility(90 - queries, queries, None, 0, True, None)
-    result = own.read(query, storage.pages(), dense, visibility, Scoring(DIM**-0.5), None, mass=True)
-    assert result.page_mass is not None and result.dense_mass is not None
+    result = own.read(query, storage.pages(), dense, visibility, Scoring(DIM**-0.5), None, sums=True)
+    assert result.page_sums is not None and result.dense_sums is not None
     keys = dense_side(storage, "keys", 0, 90).double().repeat_interleave(2, 1)
     hidden = ~seen_by(90 - queries, queries, 90, None)
     weights = (query.double() @ keys.mT * DIM**-0.5).masked_fill(hidden, -math.inf).softmax(-1).sum(2)
-    ours = torch.cat([result.dense_mass[..., :SINKS], result.page_mass, result.dense_mass[..., SINKS:]], 2)
+    ours = torch.cat([result.dense_sums[..., :SINKS], result.page_sums, result.dense_sums[..., SINKS:]], 2)
     assert_close(ours, weights)
 
 

@@ -89,7 +89,7 @@ class ListModel:
         for row in self.rows:
             self.pack(row, self.due(row))
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         pages = min(self.ahead, *(self.due(row) for row in self.rows))
         for row in self.rows:
             self.pack(row, pages)
@@ -98,7 +98,7 @@ class ListModel:
     def truncate_from(self, position: int) -> None:
         for row in self.rows:
             row.loose = [token for token in row.loose if token.position < position]
-        self.settle()
+        self.flush()
         for row in self.rows:
             kept = [[token for token in page if token.position < position] for page in row.pages]
             row.pages = [page for page in kept if page]

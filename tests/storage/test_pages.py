@@ -39,7 +39,7 @@ def test_pages_never_change(codec: str) -> None:
         lambda: storage.truncate_from(77),
         lambda: [storage.append_one(*random_tokens(i, 3, 1), 77 + i, None) for i in range(20)],
         lambda: storage.pack_ahead(2),
-        lambda: storage.settle_ahead(),
+        lambda: storage.commit_ahead(),
         lambda: storage.append_block(*random_tokens(5, 3, 40), 97, np.random.default_rng(0).random((3, 40)) < 0.7),
         lambda: storage.drop_before(30),
     ]

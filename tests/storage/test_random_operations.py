@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.visibility import Visibility
-from hf_kvcache.layers.decode_step import Steps
+from hf_kvcache.layers.decode_step import PreparedDecoding
 from hf_kvcache.layers.new_tokens import NewTokens
 from hf_kvcache.storage import PagedStorage
 from tests.storage.list_model import (
@@ -38,7 +38,7 @@ class Sequences:
     def __init__(self, storage: PagedStorage, model: ListModel, seen: int = 0) -> None:
         self.storage, self.model, self.seen = storage, model, seen
         #: What does plain decoding, by window: kept, so that it meets every change of the storage.
-        self.steps = {window: Steps(window) for window in (None, 9)}
+        self.steps = {window: PreparedDecoding(window) for window in (None, 9)}
 
 
 class StorageMachine(RuleBasedStateMachine):
@@ -124,9 +124,9 @@ class StorageMachine(RuleBasedStateMachine):
         self.current.model.ahead = max(self.current.model.ahead, pages)
 
     @rule()
-    def settle_ahead(self) -> None:
-        self.current.storage.settle_ahead()
-        self.current.model.settle()
+    def commit_ahead(self) -> None:
+        self.current.storage.commit_ahead()
+        self.current.model.flush()
 
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:

@@ -22,7 +22,7 @@ class H2O(Policy):
         ValueError: if ``normalize`` is not a bool.
     """
 
-    needs_mass = True
+    needs_accumulated = True
     needs_states = False
     needs_values = False
 
@@ -33,8 +33,8 @@ class H2O(Policy):
         return quota // 2
 
     def score(self, ctx: Context) -> torch.Tensor:
-        assert ctx.mass is not None
+        assert ctx.accumulated is not None
         if not self.normalize:
-            return ctx.mass
+            return ctx.accumulated
         # A token's own query sees it too. The clamp is for places without a token, whose positions are beyond.
-        return ctx.mass / (ctx.seen - ctx.positions).clamp_min(1)
+        return ctx.accumulated / (ctx.seen - ctx.positions).clamp_min(1)

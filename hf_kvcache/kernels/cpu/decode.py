@@ -10,8 +10,8 @@ import torch
 from hf_kvcache.kernels.cpu import library
 from hf_kvcache.kernels.cpu.calls import run, set_pages, set_places, set_scoring
 from hf_kvcache.kernels.cpu.layouts import DENSE, make_layout, native_layout
-from hf_kvcache.kernels.cpu.prepared_call import NativeStep, all_slots, can_keep, set_token, sight
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, StepInputs
+from hf_kvcache.kernels.cpu.prepared_call import NativeCall, all_slots, can_keep, set_token, sight
+from hf_kvcache.kernels.inputs import Attention, CallInputs, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -34,7 +34,7 @@ def attend(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool = False,
+    sums: bool = False,
 ) -> Attention:
     """The twin of :func:`hf_kvcache.kernels.reference.decode.attend`, for a query on the CPU."""
     batch, query_heads, length, _ = query.shape
@@ -49,22 +49,22 @@ def attend(
     _set_dense(call, dense)
     call.start, call.window, call.causal = visibility.start, visibility.window or 0, visibility.causal
     _kept = set_scoring(call, scoring)
-    page_mass = dense_mass = None
-    if mass:
-        dense_mass = torch.empty(batch, query_heads, keys.shape[2])
-        call.dense_mass = dense_mass.data_ptr()
+    page_sums = dense_sums = None
+    if sums:
+        dense_sums = torch.empty(batch, query_heads, keys.shape[2])
+        call.dense_sums = dense_sums.data_ptr()
         if pages is not None:
-            page_mass = torch.empty(batch, query_heads, pages.columns * pages.layout.page_size)
-            call.page_mass = page_mass.data_ptr()
+            page_sums = torch.empty(batch, query_heads, pages.columns * pages.layout.page_size)
+            call.page_sums = page_sums.data_ptr()
     call.threads = torch.get_num_threads()
     run(library.load().hfkv_attend, byref(call))
-    return Attention(output.to(query.dtype), log_sum_exp, page_mass, dense_mass)
+    return Attention(output.to(query.dtype), log_sum_exp, page_sums, dense_sums)
 
 
-class Step(NativeStep):
+class PreparedCall(NativeCall):
     """Attention over keys and values of one new token a sequence, again and again."""
 
-    def __init__(self, inputs: StepInputs) -> None:
+    def __init__(self, inputs: CallInputs) -> None:
         super().__init__(inputs)
         slots, batch, query_heads = inputs.slots, *inputs.query.shape[:2]
         key_dim, value_dim = slots.keys.shape[3], slots.values.shape[3]
@@ -82,7 +82,7 @@ class Step(NativeStep):
         self._run, self._reference = library.load().hfkv_attend, byref(call)
 
     @staticmethod
-    def supports(inputs: StepInputs) -> bool:
+    def supports(inputs: CallInputs) -> bool:
         """Whether there can be a step for such tokens."""
         return can_keep(inputs) and supports(inputs.query, inputs.pages, all_slots(inputs), sight(inputs))
 
@@ -111,8 +111,8 @@ def _with_pages(pages: Pages) -> library.Attend:
     prepared = pages.prepared.get("native")
     if prepared is None:
         call = library.Attend(layout=pointer(native_layout(pages.layout)))
-        if pages.center is not None:
-            call.center = pages.center.data_ptr()
+        if pages.key_mean is not None:
+            call.center = pages.key_mean.data_ptr()
         prepared = pages.prepared["native"] = (call, set_pages(call, pages))
     return prepared[0]
 

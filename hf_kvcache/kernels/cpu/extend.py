@@ -32,11 +32,11 @@ def attend(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool = False,
+    sums: bool = False,
 ) -> Attention:
-    """The twin of :func:`hf_kvcache.kernels.reference.decode.attend`, to which it leaves soft-capping and ``mass``."""
-    if scoring.softcap is not None or mass:
-        return reference.attend(query, pages, dense, visibility, scoring, mass)
+    """The twin of :func:`hf_kvcache.kernels.reference.decode.attend`, to which it leaves soft-capping and ``sums``."""
+    if scoring.softcap is not None or sums:
+        return reference.attend(query, pages, dense, visibility, scoring, sums)
     return reference.attend(query, pages, dense, visibility, scoring, read_pages=_read_pages)
 
 
@@ -74,9 +74,9 @@ def _read_pages(
             output.masked_fill(empty[:, None, None], 0.0),
             log_sum_exp.masked_fill(empty[:, None], -torch.inf),
         )
-    if pages.center is not None:
+    if pages.key_mean is not None:
         # The mean that was taken out of the packed keys shifts all their scores of a query alike.
-        log_sum_exp = log_sum_exp + (rotated @ pages.center.unsqueeze(-1)).squeeze(-1)
+        log_sum_exp = log_sum_exp + (rotated @ pages.key_mean.unsqueeze(-1)).squeeze(-1)
     return rotate(output, layout.sides["values"], inverse=True), log_sum_exp
 
 

@@ -11,8 +11,8 @@ import torch
 from hf_kvcache.kernels.cpu import library
 from hf_kvcache.kernels.cpu.calls import run, set_pages, set_places, set_scoring
 from hf_kvcache.kernels.cpu.layouts import DENSE, make_layout, native_layout
-from hf_kvcache.kernels.cpu.prepared_call import NativeStep, all_slots, can_keep, set_token, sight
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, StepInputs
+from hf_kvcache.kernels.cpu.prepared_call import NativeCall, all_slots, can_keep, set_token, sight
+from hf_kvcache.kernels.inputs import Attention, CallInputs, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -27,13 +27,13 @@ def supports(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool = False,
+    sums: bool = False,
 ) -> bool:
     """Whether :func:`latent_attend` can do this; the reference does the rest."""
     rank, rotary = dense.keys.shape[3], dense.values.shape[3]
     mask = visibility.mask
     return (
-        not mass
+        not sums
         and 0 < query.shape[2] <= _MOST_QUERIES
         and query.dtype in DENSE
         and query.stride(-1) == 1
@@ -45,7 +45,7 @@ def supports(
         and dense.keys.stride(-1) == 1
         and (dense.values.stride(-1) == 1 or rotary == 0)
         and (mask is None or (mask.dtype == torch.bool and mask.stride(-1) == 1))
-        and (pages is None or (pages.center is None and native_layout(pages.layout) is not None))
+        and (pages is None or (pages.key_mean is None and native_layout(pages.layout) is not None))
     )
 
 
@@ -55,7 +55,7 @@ def latent_attend(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool = False,
+    sums: bool = False,
 ) -> Attention:
     """The twin of :func:`hf_kvcache.kernels.reference.latent_decode.latent_attend`, for what :func:`supports` says."""
     batch, heads, length, _ = query.shape
@@ -73,10 +73,10 @@ def latent_attend(
     return Attention(output, log_sum_exp)
 
 
-class Step(NativeStep):
+class PreparedCall(NativeCall):
     """Absorbed attention over latents of one new token a sequence, again and again, projections included."""
 
-    def __init__(self, inputs: StepInputs) -> None:
+    def __init__(self, inputs: CallInputs) -> None:
         super().__init__(inputs)
         query, slots, up = inputs.query, inputs.slots, inputs.up
         assert up is not None
@@ -105,7 +105,7 @@ class Step(NativeStep):
         self._run, self._reference = library.load().hfkv_latent_step, byref(self._call)
 
     @staticmethod
-    def supports(inputs: StepInputs) -> bool:
+    def supports(inputs: CallInputs) -> bool:
         """Whether there can be a step for such tokens."""
         query, up = inputs.query, inputs.up
         assert up is not None

@@ -70,7 +70,7 @@ class Attend(Structure):
         *((name, c_int64) for name in ("start", "window")),
         ("causal", c_int32),
         *((name, c_float) for name in ("inner_scale", "softcap")),
-        *((name, c_void_p) for name in ("sink_logits", "page_mass", "dense_mass")),
+        *((name, c_void_p) for name in ("sink_logits", "page_sums", "dense_sums")),
         ("threads", c_int32),
     )
 

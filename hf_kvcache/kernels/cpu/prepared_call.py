@@ -8,17 +8,17 @@ from weakref import ref
 import torch
 
 from hf_kvcache.kernels.cpu import library
-from hf_kvcache.kernels.inputs import DenseTokens, Scoring, Slots, StepInputs, UpProjections
+from hf_kvcache.kernels.inputs import CallInputs, DenseTokens, Scoring, Slots, UpProjections
 from hf_kvcache.kernels.visibility import Visibility
 
 
-class NativeStep:
+class NativeCall:
     """A call that stays filled in: only what changes from token to token is set.
 
-    :class:`hf_kvcache.kernels.prepared_call.Step` says what it takes and gives.
+    :class:`hf_kvcache.kernels.prepared_call.PreparedCall` says what it takes and gives.
     """
 
-    def __init__(self, inputs: StepInputs) -> None:
+    def __init__(self, inputs: CallInputs) -> None:
         self.pages, self.slots = inputs.pages, inputs.slots
         # Views of the model's weight, which whoever makes the call holds: a step is kept longer than that.
         self._up = None if inputs.up is None else ref(inputs.up)
@@ -40,7 +40,7 @@ class NativeStep:
         )
 
 
-def can_keep(inputs: StepInputs) -> bool:
+def can_keep(inputs: CallInputs) -> bool:
     """Whether a call for such tokens can be kept."""
     keys, values, sinks = inputs.keys, inputs.values, inputs.scoring.sink_logits
     # Other sink logits are converted, and what was converted would not follow when they change.
@@ -48,14 +48,14 @@ def can_keep(inputs: StepInputs) -> bool:
     return plain and keys.stride(-1) == 1 and (values.stride(-1) == 1 or values.shape[-1] == 0)
 
 
-def all_slots(inputs: StepInputs) -> DenseTokens:
+def all_slots(inputs: CallInputs) -> DenseTokens:
     """All slots, with their positions where a window asks for them."""
     slots = inputs.slots
     positions = None if inputs.window is None else torch.from_numpy(slots.positions)
     return DenseTokens(slots.keys, slots.values, positions)
 
 
-def sight(inputs: StepInputs) -> Visibility:
+def sight(inputs: CallInputs) -> Visibility:
     """What the query sees; its position is set from token to token."""
     return Visibility(0, 1, None, 0, True, inputs.window)
 

@@ -31,7 +31,7 @@ def attend(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool = False,
+    sums: bool = False,
     read_pages: PageReader | None = None,
 ) -> Attention:
     """Attention of new queries over a layer's pages and full-precision tokens.
@@ -42,7 +42,7 @@ def attend(
         dense: the full-precision tokens, the queries' own last; there may be none beside pages.
         visibility: what the queries may see.
         scoring: how scores are made.
-        mass: whether to return the probability of each key as well.
+        sums: whether to return the probability of each key as well.
         read_pages: does the attention over the pages in place of the one here.
 
     Returns:
@@ -53,27 +53,27 @@ def attend(
     slots = dense.keys.shape[2]
     block = max(1, _SCORE_ELEMENTS // (batch * query_heads * max(slots, CHUNK_TOKENS)))
     if length <= block:
-        return _attend_block(query, pages, dense, visibility, scoring, slice(0, length), mass, read_pages)
+        return _attend_block(query, pages, dense, visibility, scoring, slice(0, length), sums, read_pages)
     parts = []
     for start in range(0, length, block):
         queries = slice(start, min(start + block, length))
         # The queries' own tokens come last: those behind the last query of this block are of no use to it.
-        seen = max(0, slots - (length - queries.stop)) if visibility.causal and not mass else slots
+        seen = max(0, slots - (length - queries.stop)) if visibility.causal and not sums else slots
         parts.append(
             _attend_block(
-                query[:, :, queries], pages, dense.until(seen), visibility, scoring, queries, mass, read_pages
+                query[:, :, queries], pages, dense.until(seen), visibility, scoring, queries, sums, read_pages
             )
         )
     return Attention(
         torch.cat([p.output for p in parts], 1),
         torch.cat([p.log_sum_exp for p in parts], 2),
-        _total([p.page_mass for p in parts]),
-        _total([p.dense_mass for p in parts]),
+        _total([p.page_sums for p in parts]),
+        _total([p.dense_sums for p in parts]),
     )
 
 
-def _total(masses: list[torch.Tensor | None]) -> torch.Tensor | None:
-    given = [m for m in masses if m is not None]
+def _total(all_sums: list[torch.Tensor | None]) -> torch.Tensor | None:
+    given = [m for m in all_sums if m is not None]
     return torch.stack(given).sum(0) if given else None
 
 
@@ -84,7 +84,7 @@ def _attend_block(
     visibility: Visibility,
     scoring: Scoring,
     queries: slice,
-    mass: bool,
+    sums: bool,
     read_pages: PageReader | None,
 ) -> Attention:
     batch, query_heads, length, _ = query.shape
@@ -98,8 +98,8 @@ def _attend_block(
     elif dense.unused is not None:
         bias = torch.zeros(dense.unused.shape, device=query.device).masked_fill_(dense.unused, -torch.inf)
         bias = bias[:, None, None, None]
-    dense_scores: list[torch.Tensor] | None = [] if mass else None
-    page_scores: list[torch.Tensor] | None = [] if mass else None
+    dense_scores: list[torch.Tensor] | None = [] if sums else None
+    page_scores: list[torch.Tensor] | None = [] if sums else None
     output, log_sum_exp = dense_attention(rows, dense.keys, dense.values, bias, scoring.softcap, dense_scores)
     if pages is not None and pages.columns:
         packed = (read_pages or _attend_pages)(rows, pages, visibility, scoring, queries, page_scores)
@@ -113,12 +113,12 @@ def _attend_block(
     return Attention(
         output.to(query.dtype).view(*shape, -1).transpose(1, 2).contiguous(),
         log_sum_exp.view(shape),
-        _mass(page_scores, log_sum_exp, shape),
-        _mass(dense_scores, log_sum_exp, shape),
+        _sums(page_scores, log_sum_exp, shape),
+        _sums(dense_scores, log_sum_exp, shape),
     )
 
 
-def _mass(
+def _sums(
     scores: list[torch.Tensor] | None, log_sum_exp: torch.Tensor, shape: tuple[int, int, int]
 ) -> torch.Tensor | None:
     """Probabilities ``[B, Hq, keys]``, summed over the queries, from scores ``[rows, M, keys]`` in parts."""
@@ -141,7 +141,7 @@ def _attend_pages(
     keys_format, values_format = layout.sides["keys"], layout.sides["values"]
     rotated = rotate(rows, keys_format)
     # The mean that was taken out of the packed keys shifts all their scores of a query alike.
-    shift = None if pages.center is None else rotated @ pages.center.unsqueeze(-1)
+    shift = None if pages.key_mean is None else rotated @ pages.key_mean.unsqueeze(-1)
 
     def score(records: torch.Tensor) -> torch.Tensor:
         scores = page_scores(layout, records, rotated, side_buffer(layout, "keys", records))

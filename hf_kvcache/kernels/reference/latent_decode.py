@@ -22,7 +22,7 @@ def latent_attend(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool = False,
+    sums: bool = False,
 ) -> Attention:
     """Attention over latents that all heads share (DeepSeek-V2, arXiv:2405.04434, in the absorbed form).
 
@@ -36,13 +36,13 @@ def latent_attend(
             ``[B, 1, n, dr]`` as values.
         visibility: what the queries may see.
         scoring: how scores are made.
-        mass: whether to return the probability of each token as well.
+        sums: whether to return the probability of each token as well.
 
     Returns:
         See :class:`~hf_kvcache.kernels.inputs.Attention`; the output is the weighted latents ``[B, q, H, r]``.
     """
     joined = DenseTokens(torch.cat([dense.keys, dense.values], -1), dense.keys, dense.positions, dense.unused)
-    return reference.attend(query, pages, joined, visibility, scoring, mass, _attend_pages)
+    return reference.attend(query, pages, joined, visibility, scoring, sums, _attend_pages)
 
 
 def _attend_pages(

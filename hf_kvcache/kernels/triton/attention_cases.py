@@ -6,10 +6,10 @@ import torch
 import triton
 
 from hf_kvcache.kernels.page import PageLayout, SideFormat
-from hf_kvcache.kernels.triton.attention_kernels import combine_kernel, dense_kernel, mass_kernel, pages_kernel
+from hf_kvcache.kernels.triton.attention_kernels import combine_kernel, dense_kernel, pages_kernel, sums_kernel
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import attention_config, dot_precision
-from hf_kvcache.kernels.triton.launch import codes_of, combine_shape, mass_shape, page_sides
+from hf_kvcache.kernels.triton.launch import codes_of, combine_shape, page_sides, sums_shape
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
 _GROUP, _PAGE = 4, 64
@@ -171,15 +171,15 @@ def combine_case(arch: str, dim: int) -> CompileCase:
     )
 
 
-def mass_case(arch: str) -> CompileCase:
-    """``mass_kernel`` for whole pages of keys."""
-    block_n, warps = mass_shape(arch)
+def sums_case(arch: str) -> CompileCase:
+    """``sums_kernel`` for whole pages of keys."""
+    block_n, warps = sums_shape(arch)
     return CompileCase(
-        name="mass",
-        kernel=mass_kernel,
-        signature={"scores": "*fp32", "log_sum_exp": "*fp32", "mass": "*fp32", "rows_m": "i32", "keys": "i32"},
+        name="sums",
+        kernel=sums_kernel,
+        signature={"scores": "*fp32", "log_sum_exp": "*fp32", "sums": "*fp32", "rows_m": "i32", "keys": "i32"},
         constants={"GROUP": _GROUP, "BLOCK_N": block_n},
         num_warps=warps,
         num_stages=1,
-        aligned=("scores", "log_sum_exp", "mass", "keys"),
+        aligned=("scores", "log_sum_exp", "sums", "keys"),
     )

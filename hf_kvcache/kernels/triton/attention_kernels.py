@@ -541,13 +541,13 @@ def combine_kernel(
 
 
 @triton.jit(do_not_specialize=["rows_m"])
-def mass_kernel(scores, log_sum_exp, mass, rows_m, keys, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
+def sums_kernel(scores, log_sum_exp, sums, rows_m, keys, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
     """Probabilities of keys, summed over the query tokens of a head; grid (sequences times query heads, key blocks).
 
     Args:
         scores: fp32 ``[rows, rows_m, keys]``.
         log_sum_exp: fp32 ``[B, Hq, q]``.
-        mass: fp32 ``[B, Hq, keys]``, written.
+        sums: fp32 ``[B, Hq, keys]``, written.
         rows_m: queries of a row.
         keys: number of keys.
     """
@@ -561,4 +561,4 @@ def mass_kernel(scores, log_sum_exp, mass, rows_m, keys, GROUP: tl.constexpr, BL
         lse = tl.where(lse == float("-inf"), 0.0, lse)
         score = tl.load(base + tl.cast(query, tl.int64) * GROUP * keys + key, mask=key < keys, other=float("-inf"))
         acc += tl.exp2((score - lse) * LOG2_E)
-    tl.store(mass + query_head * keys + key, acc, mask=key < keys)
+    tl.store(sums + query_head * keys + key, acc, mask=key < keys)

@@ -25,14 +25,14 @@ def attend(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool = False,
+    sums: bool = False,
 ) -> Attention:
     """Attention of new queries over a layer's pages and full-precision tokens, as :func:`reference.attend`.
 
     Keys and values enter dot products in half precision where queries are in 16 bits (dense pages in their own dtype),
     and sums are in float32.
     """
-    return triton_launch.attend(query, pages, dense, visibility, scoring, mass, own_last=False)
+    return triton_launch.attend(query, pages, dense, visibility, scoring, sums, own_last=False)
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
@@ -50,4 +50,4 @@ def compile_cases(architecture: str) -> list[CompileCase]:
     for dim in (64, 128, 256):
         cases.append(triton_cases.dense_case(architecture, "decode", dim, 1))
         cases.append(triton_cases.combine_case(architecture, dim))
-    return [*cases, triton_cases.mass_case(architecture)]
+    return [*cases, triton_cases.sums_case(architecture)]

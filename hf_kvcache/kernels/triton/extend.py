@@ -27,7 +27,7 @@ def attend(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool = False,
+    sums: bool = False,
 ) -> Attention:
     """Attention of many new queries, as :func:`hf_kvcache.kernels.reference.decode.attend`.
 
@@ -36,26 +36,26 @@ def attend(
     batch, query_heads, length, _ = query.shape
     slots = dense.keys.shape[2]
     widest = dense.values.shape[-1]
-    if mass:
+    if sums:
         widest = max(widest, slots, 0 if pages is None else pages.columns * pages.layout.page_size)
     block = max(1, _MOST_ELEMENTS // (batch * query_heads * widest))
     parts = []
     for start in range(0, length, block):
         queries = slice(start, min(start + block, length))
-        seen = max(0, slots - (length - queries.stop)) if visibility.causal and not mass else slots
+        seen = max(0, slots - (length - queries.stop)) if visibility.causal and not sums else slots
         parts.append(
             triton_launch.attend(
-                query[:, :, queries], pages, dense.until(seen), visibility.part(queries), scoring, mass, own_last=True
+                query[:, :, queries], pages, dense.until(seen), visibility.part(queries), scoring, sums, own_last=True
             )
         )
     return parts[0] if len(parts) == 1 else _join(parts)
 
 
 def _join(parts: list[Attention]) -> Attention:
-    masses = [[getattr(p, name) for p in parts] for name in ("page_mass", "dense_mass")]
-    page_mass, dense_mass = (None if m[0] is None else torch.stack(m).sum(0) for m in masses)
+    all_sums = [[getattr(p, name) for p in parts] for name in ("page_sums", "dense_sums")]
+    page_sums, dense_sums = (None if m[0] is None else torch.stack(m).sum(0) for m in all_sums)
     output = torch.cat([p.output for p in parts], 1)
-    return Attention(output, torch.cat([p.log_sum_exp for p in parts], 2), page_mass, dense_mass)
+    return Attention(output, torch.cat([p.log_sum_exp for p in parts], 2), page_sums, dense_sums)
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:

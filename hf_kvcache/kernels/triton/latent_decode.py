@@ -41,9 +41,9 @@ def supports(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool,
+    sums: bool,
 ) -> bool:
-    """Whether :func:`latent_attend` can do this: no mass, ranks in :data:`RANKS`, dtypes of 16 or 32 bits."""
+    """Whether :func:`latent_attend` can do this: no sums, ranks in :data:`RANKS`, dtypes of 16 or 32 bits."""
     rank, rotary = dense.keys.shape[-1], dense.values.shape[-1]
     dtypes = {query.dtype, dense.keys.dtype, dense.values.dtype}
     if pages is not None:
@@ -53,14 +53,14 @@ def supports(
     # Rows of more float32 numbers do not fit in the registers of an AMD program.
     too_wide = torch.version.hip is not None and rank > 128 and (torch.float32 in dtypes or len(dtypes) > 1)
     return (
-        not mass
+        not sums
         and query.numel() > 0
         and rank in RANKS
         and rotary <= MOST_ROTARY
         and dtypes <= set(TRITON_TYPES)
         and not too_wide
         and all(x.stride(-1) == 1 for x in tensors)
-        and (pages is None or pages.center is None)
+        and (pages is None or pages.key_mean is None)
     )
 
 
@@ -76,9 +76,9 @@ def latent_attend(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool = False,
+    sums: bool = False,
 ) -> Attention:
-    """Attention over latents, as :func:`hf_kvcache.kernels.reference.latent_decode.latent_attend` without masses.
+    """Attention over latents, as :func:`hf_kvcache.kernels.reference.latent_decode.latent_attend` without sums.
 
     Packed latents enter dot products in half precision where queries are in 16 bits (dense ones and full-precision
     tokens in their own dtype), and sums are in float32.

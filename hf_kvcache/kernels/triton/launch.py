@@ -13,7 +13,7 @@ import triton.language as tl
 from hf_kvcache.kernels.hadamard import rotate, rotation_matrix
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import PageLayout
-from hf_kvcache.kernels.triton.attention_kernels import combine_kernel, dense_kernel, mass_kernel, pages_kernel
+from hf_kvcache.kernels.triton.attention_kernels import combine_kernel, dense_kernel, pages_kernel, sums_kernel
 from hf_kvcache.kernels.triton.configs import (
     Codes,
     Config,
@@ -96,7 +96,7 @@ class _Call:
     dense: DenseTokens
     visibility: Visibility
     scoring: Scoring
-    mass: bool
+    sums: bool
 
     def __post_init__(self) -> None:
         self.batch, self.query_heads, self.length, _ = self.query.shape
@@ -124,7 +124,7 @@ class _Call:
         return max(least, triton.cdiv(total, splits))
 
     def scores(self, tag: str, keys: int) -> torch.Tensor:
-        shape = (self.rows, self.rows_m, keys) if self.mass else (0,)
+        shape = (self.rows, self.rows_m, keys) if self.sums else (0,)
         return scratch(f"triton.{tag}", shape, torch.float32, self.device)
 
     @property
@@ -135,7 +135,7 @@ class _Call:
             "rows_m": self.rows_m,
             "heads": self.heads,
             "GROUP": self.group,
-            "KEEP_SCORES": self.mass,
+            "KEEP_SCORES": self.sums,
             **scoring_arguments(self.visibility, self.scoring),
         }
 
@@ -146,7 +146,7 @@ def attend(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: bool,
+    sums: bool,
     own_last: bool,
 ) -> Attention:
     """Attention of all queries in one go; see :func:`hf_kvcache.kernels.reference.decode.attend`.
@@ -154,7 +154,7 @@ def attend(
     Args:
         own_last: whether the last full-precision tokens are the queries' own, one each.
     """
-    call = _Call(query, pages, dense, visibility, scoring, mass)
+    call = _Call(query, pages, dense, visibility, scoring, sums)
     page_config, dense_config, page_tokens = _configs(call)
     page_splits = triton.cdiv(call.columns, page_tokens) if call.columns else 0
     step = triton.next_power_of_2(call.per_split(call.slots, _LEAST_TOKENS, dense_config.block_m))
@@ -170,7 +170,7 @@ def attend(
         dense_scores = call.scores("dense_scores", call.slots)
         _attend_dense(call, dense_config, step, page_splits, own_last, partial, lse, dense_scores)
     output, log_sum_exp = _combine(call, page_splits, splits, partial, lse)
-    return Attention(output, log_sum_exp, _mass(call, page_scores, log_sum_exp), _mass(call, dense_scores, log_sum_exp))
+    return Attention(output, log_sum_exp, _sums(call, page_scores, log_sum_exp), _sums(call, dense_scores, log_sum_exp))
 
 
 def _configs(call: _Call) -> tuple[Config, Config, int]:
@@ -211,7 +211,7 @@ def _attend_pages(
         *query.stride()[:3],
         uploaded,
         positions,
-        partial if pages.center is None else pages.center,
+        partial if pages.key_mean is None else pages.key_mean,
         level_tables(fmt.table, pages.layout.sides["values"].table, call.device),
         partial,
         lse,
@@ -225,7 +225,7 @@ def _attend_pages(
         STAGES=config.num_stages,
         FULL=pages.full,
         PLACED=placed,
-        CENTERED=pages.center is not None,
+        CENTERED=pages.key_mean is not None,
         num_warps=config.num_warps,
         **config.options,
         **call.common,
@@ -276,7 +276,7 @@ def _attend_dense(
         STAGES=config.num_stages,
         PLACED=placed,
         UNUSED=dense.unused is not None,
-        OWN_LAST=own_last and placed and call.visibility.causal and not call.mass,
+        OWN_LAST=own_last and placed and call.visibility.causal and not call.sums,
         num_warps=config.num_warps,
         **config.options,
         **call.common,
@@ -326,17 +326,17 @@ def combine_shape(dim_pad: int) -> tuple[int, int]:
     return min(dim_pad, 32), 4 if dim_pad <= 128 else 8
 
 
-def mass_shape(arch: str) -> tuple[int, int]:
-    """Keys of a program of ``mass_kernel``, of which each thread takes as many as one load brings, and its warps."""
+def sums_shape(arch: str) -> tuple[int, int]:
+    """Keys of a program of ``sums_kernel``, of which each thread takes as many as one load brings, and its warps."""
     return 512, 2 if arch.startswith("gfx") else 4
 
 
-def _mass(call: _Call, scores: torch.Tensor | None, log_sum_exp: torch.Tensor) -> torch.Tensor | None:
-    if not call.mass or scores is None:
+def _sums(call: _Call, scores: torch.Tensor | None, log_sum_exp: torch.Tensor) -> torch.Tensor | None:
+    if not call.sums or scores is None:
         return None
     keys = scores.shape[-1]
-    mass = torch.empty(call.batch, call.query_heads, keys, device=call.device)
-    block_n, warps = mass_shape(call.arch)
+    sums = torch.empty(call.batch, call.query_heads, keys, device=call.device)
+    block_n, warps = sums_shape(call.arch)
     grid = call.batch * call.query_heads, triton.cdiv(keys, block_n)
-    mass_kernel[grid](scores, log_sum_exp, mass, call.rows_m, keys, GROUP=call.group, BLOCK_N=block_n, num_warps=warps)
-    return mass
+    sums_kernel[grid](scores, log_sum_exp, sums, call.rows_m, keys, GROUP=call.group, BLOCK_N=block_n, num_warps=warps)
+    return sums

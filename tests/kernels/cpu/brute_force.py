@@ -15,12 +15,12 @@ from tests.kernels.cpu.cases import Call
 
 
 class Expected(NamedTuple):
-    """What attention should give, float64; the masses are always there, ``[B, Hq, 0]`` without pages."""
+    """What attention should give, float64; the attention sums are always there, ``[B, Hq, 0]`` without pages."""
 
     output: torch.Tensor
     log_sum_exp: torch.Tensor
-    page_mass: torch.Tensor
-    dense_mass: torch.Tensor
+    page_sums: torch.Tensor
+    dense_sums: torch.Tensor
 
 
 def decode_record(layout: PageLayout, side: str, record: np.ndarray) -> np.ndarray:
@@ -80,7 +80,7 @@ def attend(call: Call) -> Expected:
     columns = 0 if call.pages is None else call.pages.columns * call.pages.layout.page_size
     output = np.zeros((batch, length, query_heads, value_dim))
     log_sum_exp = np.zeros((batch, query_heads, length))
-    mass = np.zeros((batch, query_heads, columns + slots))
+    sums = np.zeros((batch, query_heads, columns + slots))
     group = query_heads // heads
     for b in range(batch):
         for head in range(heads):
@@ -93,8 +93,8 @@ def attend(call: Call) -> Expected:
                 scores = np.where(visible, scores, -np.inf)
                 probabilities, log_sum_exp[b, h] = _softmax(scores, sink)
                 output[b, :, h] = probabilities @ values
-                mass[b, h] = probabilities.sum(0)
-    tensors = output, log_sum_exp, mass[..., :columns], mass[..., columns:]
+                sums[b, h] = probabilities.sum(0)
+    tensors = output, log_sum_exp, sums[..., :columns], sums[..., columns:]
     return Expected(*(torch.from_numpy(t) for t in tensors))
 
 
@@ -142,8 +142,8 @@ def _page(pages: Pages, row: int, column: int) -> tuple[np.ndarray, np.ndarray, 
             sides.append(np.zeros((layout.page_size, fmt.dim)))
             continue
         x = decode_record(layout, side, _record(pages, address))
-        if side == "keys" and pages.center is not None:
-            x = x + pages.center[row].double().numpy()
+        if side == "keys" and pages.key_mean is not None:
+            x = x + pages.key_mean[row].double().numpy()
         rotation = rotation_matrix(fmt.dim, fmt.rotation, torch.float64, torch.device("cpu"))
         x = x if rotation is None else x @ rotation.numpy().T
         # What lies behind the last token may be anything, infinite too: it has weight 0 here by having no value.

@@ -19,7 +19,7 @@ SPARE_COLUMNS = 3
 
 
 class Call(NamedTuple):
-    """The arguments of ``attend``, but for ``mass``."""
+    """The arguments of ``attend``, but for ``sums``."""
 
     query: torch.Tensor
     pages: Pages | None

@@ -26,14 +26,14 @@ def worked_out(case: Case) -> tuple[Call, Expected]:
     return call, brute_force.attend(call)
 
 
-def attend(call: Call, mass: bool = True) -> Attention:
+def attend(call: Call, sums: bool = True) -> Attention:
     """The kernels' result."""
     assert native.supports(*call[:4])
-    return native.attend(*call, mass)
+    return native.attend(*call, sums)
 
 
 def check(case: Case, factor: float = 1) -> None:
-    """Assert that the kernels in use give what float64 gives, masses too; ``factor`` widens the tolerance."""
+    """Assert that the kernels in use give what float64 gives, attention sums too; ``factor`` widens the tolerance."""
     call, expected = worked_out(case)
     check_call(call, expected, factor)
 
@@ -43,14 +43,14 @@ def check_call(call: Call, expected: Expected, factor: float = 1) -> None:
     actual = attend(call)
     layout = None if call.pages is None else call.pages.layout
     assert actual.output.dtype == call.query.dtype
-    assert actual.dense_mass is not None and (actual.page_mass is None) == (layout is None)
+    assert actual.dense_sums is not None and (actual.page_sums is None) == (layout is None)
     tolerance = widened(tolerance_of("output", layout), factor)
     assert_within(actual.output, expected.output, max(tolerance, TOLERANCES[call.query.dtype]))
     assert_within(actual.log_sum_exp, expected.log_sum_exp, widened(tolerance_of("log_sum_exp", layout), factor))
-    mass_tolerance = widened(tolerance_of("mass", layout), factor)
-    assert_within(actual.dense_mass, expected.dense_mass, mass_tolerance)
-    if actual.page_mass is not None:
-        assert_within(actual.page_mass, expected.page_mass, mass_tolerance)
+    sums_tolerance = widened(tolerance_of("sums", layout), factor)
+    assert_within(actual.dense_sums, expected.dense_sums, sums_tolerance)
+    if actual.page_sums is not None:
+        assert_within(actual.page_sums, expected.page_sums, sums_tolerance)
 
 
 def widened(tolerance: Tolerance, factor: float) -> Tolerance:

@@ -160,15 +160,15 @@ def test_pages_without_columns(isa: str) -> None:
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("pages", [False, True])
 def test_nothing_to_see(isa: str, pages: bool, sinks: bool) -> None:
-    """A query that sees nothing has output 0, mass 0 and log-sum-exp ``-inf``, or its sink logit."""
+    """A query that sees nothing has output 0, sums 0 and log-sum-exp ``-inf``, or its sink logit."""
     shape = Shape(group=2, queries=2)
     case = Case(formats_of("int4", shape) if pages else None, shape, columns=1, sinks=sinks, window=1)
     call, _ = worked_out(case)
     call = call._replace(dense=DenseTokens(*vars(call.dense).values()))
     call.dense.unused = torch.ones(shape.batch, case.slots, dtype=torch.bool)
     result = attend(call)
-    assert not result.output.any() and result.dense_mass is not None and not result.dense_mass.any()
-    assert result.page_mass is None or not result.page_mass.any()
+    assert not result.output.any() and result.dense_sums is not None and not result.dense_sums.any()
+    assert result.page_sums is None or not result.page_sums.any()
     expected = torch.full((1, 4, 2), -torch.inf)
     if call.scoring.sink_logits is not None:
         expected = call.scoring.sink_logits.view(1, 4, 1).expand(1, 4, 2)
@@ -179,20 +179,20 @@ def test_mass_adds_up(isa: str) -> None:
     """The probabilities of a query head sum to its number of queries, and are zero where there is no token."""
     call, _ = worked_out(make_case("unbiased4", Shape(queries=3, group=2, batch=2), ragged=True, unused=True))
     result = attend(call)
-    assert call.pages is not None and result.page_mass is not None and result.dense_mass is not None
+    assert call.pages is not None and result.page_sums is not None and result.dense_sums is not None
     seeing = (result.log_sum_exp > -torch.inf).sum(2)
-    torch.testing.assert_close(result.page_mass.sum(2) + result.dense_mass.sum(2), seeing.float())
+    torch.testing.assert_close(result.page_sums.sum(2) + result.dense_sums.sum(2), seeing.float())
     empty = call.pages.unused(0, call.pages.columns)
     assert empty is not None
-    assert not result.page_mass.view(2, 2, 2, -1)[empty.flatten(1).view(2, 2, 1, -1).expand(-1, -1, 2, -1)].any()
+    assert not result.page_sums.view(2, 2, 2, -1)[empty.flatten(1).view(2, 2, 1, -1).expand(-1, -1, 2, -1)].any()
 
 
 def test_mass_changes_nothing(isa: str) -> None:
-    """Output and log-sum-exp are the same without masses, which are then None."""
+    """Output and log-sum-exp are the same without attention sums, which are then None."""
     call, _ = worked_out(make_case("kvarn4", Shape(queries=3, group=2), ragged=True))
-    with_mass, without = attend(call), attend(call, mass=False)
-    assert without.page_mass is None and without.dense_mass is None
-    assert torch.equal(with_mass.output, without.output) and torch.equal(with_mass.log_sum_exp, without.log_sum_exp)
+    with_sums, without = attend(call), attend(call, sums=False)
+    assert without.page_sums is None and without.dense_sums is None
+    assert torch.equal(with_sums.output, without.output) and torch.equal(with_sums.log_sum_exp, without.log_sum_exp)
 
 
 def test_slice_of_the_pages(isa: str) -> None:

@@ -90,7 +90,7 @@ def test_a_row_does_not_depend_on_the_others(isa: str) -> None:
     call, _ = worked_out(make_case("unbiased4", Shape(64, 64, 32, 2, 2, 3, 2), columns=4, ragged=True))
     together = attend(call)
     pages = call.pages
-    assert pages is not None and pages.center is not None and call.dense.positions is not None
+    assert pages is not None and pages.key_mean is not None and call.dense.positions is not None
     for b in range(3):
         rows = slice(2 * b, 2 * b + 2)
         alone = attend(
@@ -103,7 +103,7 @@ def test_a_row_does_not_depend_on_the_others(isa: str) -> None:
                     pages.counts[rows],
                     pages.first[rows],
                     {},
-                    pages.center[rows],
+                    pages.key_mean[rows],
                     pages.heads,
                 ),
                 dense=type(call.dense)(

@@ -34,8 +34,8 @@ def test_queries_of_zeros(isa: str, codec: str) -> None:
     call = call._replace(query=torch.zeros_like(call.query))
     check_call(call, brute_force.attend(call))
     result = attend(call)
-    assert result.page_mass is not None
-    torch.testing.assert_close(result.page_mass, torch.full_like(result.page_mass, 2 / 75))
+    assert result.page_sums is not None
+    torch.testing.assert_close(result.page_sums, torch.full_like(result.page_sums, 2 / 75))
 
 
 @pairwise("codec, side, scale", CODECS[1:], ["keys", "values"], [0.0, 2.0**-24, 2.0**-14, 65504.0])
@@ -98,8 +98,8 @@ def test_far_below_the_others(isa: str) -> None:
         expected = brute_force.attend(call)
         check_call(call, expected, factor=600)
         result = attend(call)
-        assert result.page_mass is not None and result.dense_mass is not None
-        away = result.page_mass if shift > 0 else result.dense_mass
+        assert result.page_sums is not None and result.dense_sums is not None
+        away = result.page_sums if shift > 0 else result.dense_sums
         assert not away.any()
 
 

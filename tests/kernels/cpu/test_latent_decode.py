@@ -50,7 +50,7 @@ WIDE = (
 _SPLIT_IN_TWO = {
     "output": TOLERANCES[torch.float32],
     "log_sum_exp": Tolerance(2e-5, 3e-5),
-    "mass": TOLERANCES[torch.float32],
+    "sums": TOLERANCES[torch.float32],
 }
 
 
@@ -283,7 +283,7 @@ def not_supported(change: Callable[[Call], Call]) -> bool:
 
 def test_what_is_left_to_the_reference() -> None:
     """Masses, additive masks, odd widths, many queries, doubles, and vectors in pieces."""
-    assert not native.supports(*make_call(make_case("int4", Shape())), mass=True)
+    assert not native.supports(*make_call(make_case("int4", Shape())), sums=True)
     assert not_supported(lambda call: masked(call, 1, 1, additive=True))
     assert not_supported(lambda call: call._replace(query=call.query.double()))
     assert not_supported(lambda call: call._replace(query=call.query.repeat(1, 1, 17, 1)))

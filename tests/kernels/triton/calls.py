@@ -195,7 +195,7 @@ def expected(call: Call) -> Attention:
     slots = call.dense.keys.shape[2]
     output = torch.zeros(batch, length, query_heads, call.values.shape[-1], dtype=torch.float64)
     log_sum_exp = torch.full((batch, query_heads, length), -torch.inf, dtype=torch.float64)
-    mass = torch.zeros(batch, query_heads, page_tokens + slots, dtype=torch.float64)
+    sums = torch.zeros(batch, query_heads, page_tokens + slots, dtype=torch.float64)
     for b in range(batch):
         for h in range(query_heads):
             head = h // (query_heads // heads)
@@ -213,9 +213,9 @@ def expected(call: Call) -> Attention:
                 log_sum_exp[b, h, i] = total
                 if len(logits):
                     weights = (logits - total).exp()
-                    mass[b, h, seen] += weights
+                    sums[b, h, seen] += weights
                     output[b, i, h] = weights @ values[seen]
-    return Attention(output, log_sum_exp, mass[:, :, :page_tokens], mass[:, :, page_tokens:])
+    return Attention(output, log_sum_exp, sums[:, :, :page_tokens], sums[:, :, page_tokens:])
 
 
 def _in_sight(call: Call, position: int, query: int) -> bool:
@@ -245,7 +245,7 @@ def _slots_seen(call: Call, batch: int, query: int) -> list[bool]:
 
 
 def check(actual: Attention, call: Call) -> None:
-    """Fail unless output, log-sum-exp and, where given, the masses are right and as the contract shapes them."""
+    """Fail unless output, log-sum-exp and, where given, the sums are right and as the contract shapes them."""
     wanted = expected(call)
     dtype = call.query.dtype
     assert actual.output.dtype == dtype and actual.log_sum_exp.dtype == torch.float32
@@ -260,7 +260,7 @@ def check(actual: Attention, call: Call) -> None:
         rtol=tolerance.relative,
         atol=4 * tolerance.absolute,
     )
-    for mass, right in ((actual.page_mass, wanted.page_mass), (actual.dense_mass, wanted.dense_mass)):
-        if mass is not None:
-            assert right is not None and mass.dtype == torch.float32
-            assert_near(mass.cpu(), right, dtype)
+    for sums, right in ((actual.page_sums, wanted.page_sums), (actual.dense_sums, wanted.dense_sums)):
+        if sums is not None:
+            assert right is not None and sums.dtype == torch.float32
+            assert_near(sums.cpu(), right, dtype)

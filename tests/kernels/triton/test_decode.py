@@ -31,16 +31,16 @@ from tests.kernels.triton.calls import (
 BUFFERS = ("partial", "lse", "page_scores", "dense_scores")
 
 
-def run(call: Call, mass: bool = False) -> None:
+def run(call: Call, sums: bool = False) -> None:
     """Check a call, with NaN in all memory that the kernels are to write, and that they leave their inputs alone."""
     for tag in BUFFERS:
         scratch(f"triton.{tag}", (1 << 16,), torch.float32, call.query.device).fill_(float("nan"))
     slabs = [] if call.pages is None else call.pages.slabs
     before = [x.clone() for x in (call.query, call.dense.keys, call.dense.values, *slabs)]
     assert decode.supports(call.query, call.pages, call.dense, call.visibility)
-    result = decode.attend(*call.arguments, mass=mass)
+    result = decode.attend(*call.arguments, sums=sums)
     check(result, call)
-    assert (result.dense_mass is not None) == mass
+    assert (result.dense_sums is not None) == sums
     for old, new in zip(before, (call.query, call.dense.keys, call.dense.values, *slabs), strict=True):
         assert torch.equal(old.view(torch.uint8), new.view(torch.uint8))
 
@@ -125,7 +125,7 @@ def test_tables_of_odd_lengths(columns: int, slots: int, device: torch.device) -
 @pytest.mark.parametrize("spec", ["unbiased4", "rotated8", "int2", "fp8", "none"])
 def test_ragged(spec: str, device: torch.device) -> None:
     """Pages that lost tokens and rows without pages; what the unused places and records hold is never read."""
-    run(ragged(make_call(spec, Shape(2, 2, 2, 2), device=device)), mass=True)
+    run(ragged(make_call(spec, Shape(2, 2, 2, 2), device=device)), sums=True)
 
 
 def test_a_row_without_any_page(device: torch.device) -> None:
@@ -133,7 +133,7 @@ def test_a_row_without_any_page(device: torch.device) -> None:
     call = make_call("unbiased4", Shape(2, 1, 2), device=device)
     assert call.pages is not None
     call.pages.counts[1], call.pages.addresses[1] = 0, 0
-    run(call, mass=True)
+    run(call, sums=True)
 
 
 @chosen(
@@ -151,11 +151,11 @@ def test_sliding_window(spread: bool, window: int, device: torch.device) -> None
 
 @chosen("sinks, softcap", [False, True], [None, 2.0, 50.0], fast=[(False, 50.0), (True, None), (True, 2.0)])
 def test_softcap_and_sink_logits(sinks: bool, softcap: float | None, device: torch.device) -> None:
-    """Capped scores and logits that take probability away, with their masses."""
+    """Capped scores and logits that take probability away, with their attention sums."""
     shape = Shape(2, 2, 2, 2)
     call = make_call("unbiased3", shape, device=device)
     logits = Random(9).normal(shape.query_heads).to(device) if sinks else None
-    run(replace(call, scoring=replace(call.scoring, softcap=softcap, sink_logits=logits)), mass=True)
+    run(replace(call, scoring=replace(call.scoring, softcap=softcap, sink_logits=logits)), sums=True)
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
@@ -171,12 +171,12 @@ def test_scores_far_from_zero(softcap: float | None, device: torch.device) -> No
         assert (result.log_sum_exp <= softcap + 2).all()
 
 
-@pytest.mark.parametrize("mass", [False, True])
-def test_no_pages(mass: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("sums", [False, True])
+def test_no_pages(sums: bool, device: torch.device) -> None:
     """Before anything is packed there are full-precision tokens alone."""
     call = make_call(None, Shape(2, 2, 3, 4, slots=9), device=device)
-    run(call, mass)
-    assert decode.attend(*call.arguments, mass=True).page_mass is None
+    run(call, sums)
+    assert decode.attend(*call.arguments, sums=True).page_sums is None
 
 
 def test_one_token(device: torch.device) -> None:
@@ -212,7 +212,7 @@ def test_queries_that_see_nothing(sinks: bool, device: torch.device) -> None:
     logits = torch.tensor([0.3, -1.0], device=device) if sinks else None
     call = replace(call, dense=replace(call.dense, unused=unused))
     call = replace(call, scoring=replace(call.scoring, sink_logits=logits))
-    run(call, mass=True)
+    run(call, sums=True)
     result = decode.attend(*call.arguments)
     assert not result.output[0].any()
 
@@ -279,7 +279,7 @@ def test_strided_tensors(device: torch.device) -> None:
     assert call.dense.positions is not None
     at[:, :6] = call.dense.positions
     dense = DenseTokens(buffers[0, :, :, :6, :64], buffers[1, :, :, :6, :64], at[:, :6])
-    run(replace(call, query=query, dense=dense), mass=True)
+    run(replace(call, query=query, dense=dense), sums=True)
 
 
 def test_what_is_not_supported(device: torch.device) -> None:
@@ -300,4 +300,4 @@ def test_product(spec: str, device: torch.device) -> None:
     for number, (dim, group, length, dtype, window) in enumerate(options):
         shape = Shape(1, 2, group, length, dim, dim, 16, 3, length + 2, dtype)
         call = ragged(make_call(spec, shape, number, device))
-        run(replace(call, visibility=replace(call.visibility, window=window)), mass=True)
+        run(replace(call, visibility=replace(call.visibility, window=window)), sums=True)

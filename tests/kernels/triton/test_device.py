@@ -17,7 +17,7 @@ from hf_kvcache.kernels.triton.device import on_their_device
 CALLED = {
     "decode": ("attend",),
     "extend": ("attend",),
-    "column_mass": ("column_mass",),
+    "column_sums": ("column_sums",),
     "latent_decode": ("latent_attend",),
     "hadamard": ("rotate",),
     "pack": ("pack_bits", "unpack_bits", "decode_side", "encode_side"),

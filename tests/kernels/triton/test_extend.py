@@ -12,12 +12,12 @@ from hf_kvcache.kernels.workspace import scratch
 from tests.kernels.triton.calls import Call, Random, Shape, check, make_call, ragged, scattered
 
 
-def run(call: Call, mass: bool = False) -> None:
+def run(call: Call, sums: bool = False) -> None:
     """Check a call, with NaN in all memory that the kernels are to write."""
     for tag in ("partial", "lse", "page_scores", "dense_scores"):
         scratch(f"triton.{tag}", (1 << 17,), torch.float32, call.query.device).fill_(float("nan"))
     assert extend.supports(call.query, call.pages, call.dense, call.visibility)
-    check(extend.attend(*call.arguments, mass=mass), call)
+    check(extend.attend(*call.arguments, sums=sums), call)
 
 
 @pytest.mark.parametrize("spec", ["unbiased4", "kvarn3", "rotated8", "fp8", "none"])
@@ -57,12 +57,12 @@ def test_not_causal(device: torch.device) -> None:
 
 @pytest.mark.parametrize("elements", [1 << 26, 3000])
 def test_cut_in_blocks(elements: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """A block of queries that is cut for its memory gives what it would give in one go, masses too."""
+    """A block of queries that is cut for its memory gives what it would give in one go, attention sums too."""
     monkeypatch.setattr(extend, "_MOST_ELEMENTS", elements)
     call = make_call("unbiased4", Shape(1, 2, 2, 20, columns=2, slots=25), device=device)
     logits = Random(5).normal(4).to(device)
     call = replace(call, scoring=replace(call.scoring, softcap=5.0, sink_logits=logits))
-    run(call, mass=True)
+    run(call, sums=True)
     run(call)
 
 

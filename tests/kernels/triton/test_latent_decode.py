@@ -36,13 +36,13 @@ def run(call: Call, device: torch.device) -> Attention:
     there = on(call, device)
     for tag in ("partial", "lse"):
         scratch(f"triton.{tag}", (1 << 20,), torch.float32, device).fill_(float("nan"))
-    assert twin.supports(*there, mass=False)
+    assert twin.supports(*there, sums=False)
     read = [there.query, there.dense.keys, there.dense.values, *([] if there.pages is None else there.pages.slabs)]
     before = [x.clone() for x in read]
     result = twin.latent_attend(*there)
     for old, new in zip(before, read, strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
-    assert result.page_mass is None and result.dense_mass is None and result.output.is_contiguous()
+    assert result.page_sums is None and result.dense_sums is None and result.output.is_contiguous()
     return result
 
 
@@ -50,7 +50,7 @@ def verify(call: Call, device: torch.device) -> None:
     """Fail unless the twin gives what float64 gives, as exactly as its dot products' dtype lets it."""
     dtype = call.query.dtype
     exact = dtype == torch.float32
-    tolerances = None if exact else dict.fromkeys(("output", "log_sum_exp", "mass"), TOLERANCES[dtype])
+    tolerances = None if exact else dict.fromkeys(("output", "log_sum_exp", "sums"), TOLERANCES[dtype])
     check(run(call, device), call, tolerances=tolerances)
 
 
@@ -222,22 +222,22 @@ def test_the_widths_that_models_have(codec: str, device: torch.device) -> None:
 
 
 def test_dispatch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The twin runs where it can, and the reference where masses are wanted."""
+    """The twin runs where it can, and the reference where attention sums are wanted."""
     monkeypatch.setenv("HF_KVCACHE_BACKEND", "triton")
     seen = []
     attend = twin.latent_attend
     monkeypatch.setattr(twin, "latent_attend", lambda *given: seen.append(1) or attend(*given))
     call = on(make_call(make_case("int8", Shape())), device)
-    assert latent_attend(*call).page_mass is None and seen == [1]
-    assert latent_attend(*call, mass=True).page_mass is not None and seen == [1]
+    assert latent_attend(*call).page_sums is None and seen == [1]
+    assert latent_attend(*call, sums=True).page_sums is not None and seen == [1]
 
 
 def test_what_is_left_to_the_reference() -> None:
     """Masses, ranks that are no power of two, wide rotary keys, other dtypes and strides, and calls without a query."""
     call = make_call(make_case("int8", Shape(32, 16, 16)))
-    assert twin.supports(*call, mass=False) and not twin.supports(*call, mass=True)
+    assert twin.supports(*call, sums=False) and not twin.supports(*call, sums=True)
     for shape in (Shape(48, 16), Shape(8, 16), Shape(1024, 16), Shape(32, 144)):
-        assert not twin.supports(*make_call(make_case("float32", shape)), mass=False)
+        assert not twin.supports(*make_call(make_case("float32", shape)), sums=False)
     dense = call.dense
     turned = replace(dense, keys=dense.keys.transpose(2, 3).contiguous().transpose(2, 3))
     other = [
@@ -246,9 +246,9 @@ def test_what_is_left_to_the_reference() -> None:
         call._replace(dense=turned),
         call._replace(dense=replace(dense, values=dense.values.double())),
     ]
-    assert not any(twin.supports(*each, mass=False) for each in other)
+    assert not any(twin.supports(*each, sums=False) for each in other)
     mask = torch.ones(1, 1, 100, 2, dtype=torch.bool).transpose(2, 3)[:, :, :1]
-    assert not twin.supports(*call._replace(visibility=replace(call.visibility, mask=mask)), mass=False)
+    assert not twin.supports(*call._replace(visibility=replace(call.visibility, mask=mask)), sums=False)
     assert not twin.supports_projection(call.query, call.query)
 
 

@@ -78,8 +78,8 @@ struct HfkvAttend {
     float inner_scale, softcap;  // softcap 0: none
     const float* sink_logits;    // [Hq] or null
     // Probability of each key, summed over the queries, or null: [B, Hq, columns * P] and [B, Hq, n].
-    float* page_mass;
-    float* dense_mass;
+    float* page_sums;
+    float* dense_sums;
     int32_t threads;
 };
 

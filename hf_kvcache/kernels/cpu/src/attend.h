@@ -314,7 +314,7 @@ inline void finish_row(const Run& run, int row, float* buffer) {
 }
 
 // Kept scores [Hq, q, keys] of a row's queries to probabilities summed over the query tokens, [Hq, keys].
-inline void sum_mass(const Run& run, int row, const float* kept, int64_t keys, float* mass) {
+inline void add_sums(const Run& run, int row, const float* kept, int64_t keys, float* mass) {
     const HfkvAttend& c = run.call;
     const int b = row / c.heads, head = row % c.heads, group = c.query_heads / c.heads;
     for (int g = 0; g < group; g++) {
@@ -347,10 +347,10 @@ inline int attend(const HfkvAttend& given) {
     if (read < kOneThreadBytes) call.threads = 1;
     Run run(call);
     const int64_t page_keys = (int64_t)call.columns * run.page_size;
-    float* page_scores = room_for_scores(run, page_keys, call.page_mass);
-    float* dense_scores = room_for_scores(run, call.slots, call.dense_mass);
+    float* page_scores = room_for_scores(run, page_keys, call.page_sums);
+    float* dense_scores = room_for_scores(run, call.slots, call.dense_sums);
     const Workspace workspace(run.bytes());
-    const bool failed = !workspace.at() || (call.page_mass && !page_scores) || (call.dense_mass && !dense_scores);
+    const bool failed = !workspace.at() || (call.page_sums && !page_scores) || (call.dense_sums && !dense_scores);
     if (!failed) {
         run.memory = workspace.at();
         take_in(call);
@@ -383,8 +383,8 @@ inline int attend(const HfkvAttend& given) {
 #pragma omp for schedule(static)
             for (int row = 0; row < run.rows; row++) {
                 finish_row(run, row, s.decoded);
-                if (page_scores) sum_mass(run, row, page_scores, page_keys, call.page_mass);
-                if (dense_scores) sum_mass(run, row, dense_scores, call.slots, call.dense_mass);
+                if (page_scores) add_sums(run, row, page_scores, page_keys, call.page_sums);
+                if (dense_scores) add_sums(run, row, dense_scores, call.slots, call.dense_sums);
             }
 #if defined(__AMX_INT8__)
             release_tiles();

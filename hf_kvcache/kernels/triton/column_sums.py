@@ -2,7 +2,7 @@
 
 Nothing but the sums is written, each by one program in a fixed order, so results do not vary from run to run. Pages are
 decoded to a few thousand keys at a time and then read as full-precision keys are: with hundreds of queries for each
-key, which is when masses are asked for, decoding is a small part of the work.
+key, which is when attention sums are asked for, decoding is a small part of the work.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ DECODED_TOKENS = 4096
 
 
 @triton.jit
-def _mass_kernel(
+def _sums_kernel(
     query,
     log_sum_exp,
     shift,
     keys,
     positions,
     unused,
-    mass,
+    sums,
     factor,
     softcap,
     tokens,
@@ -49,7 +49,7 @@ def _mass_kernel(
     key_token,
     position_batch,
     position_head,
-    mass_row,
+    sums_row,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,7 +61,7 @@ def _mass_kernel(
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    """The masses of ``BLOCK_N`` keys for one query head of one sequence."""
+    """The attention sums of ``BLOCK_N`` keys for one query head of one sequence."""
     query_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = (query_head // ratio).to(tl.int64)
     row = batch * tl.num_programs(1) + query_head
@@ -109,7 +109,7 @@ def _mass_kernel(
             if WINDOWED:
                 seen = seen & (position[:, None] > start + index[None, :] - window)
         sums += tl.where(seen, tl.exp2(scores), 0.0)
-    tl.store(mass + row * mass_row + at_token, tl.sum(sums, 1), mask=token < tokens)
+    tl.store(sums + row * sums_row + at_token, tl.sum(sums, 1), mask=token < tokens)
 
 
 class _Tiles(NamedTuple):
@@ -130,7 +130,7 @@ def _tiles(dtype: torch.dtype, block_dim: int, hip: bool) -> _Tiles:
 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
-    """Whether :func:`column_mass` can do this; the reference does the rest."""
+    """Whether :func:`column_sums` can do this; the reference does the rest."""
     return (
         visibility.mask is None
         and query.dtype == dense.keys.dtype
@@ -142,7 +142,7 @@ def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visib
 
 
 @on_their_device
-def column_mass(
+def column_sums(
     query: torch.Tensor,
     log_sum_exp: torch.Tensor,
     pages: Pages | None,
@@ -150,15 +150,15 @@ def column_mass(
     visibility: Visibility,
     scoring: Scoring,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """As :func:`hf_kvcache.kernels.reference.column_mass.column_mass`, of one dtype and without a mask."""
+    """As :func:`hf_kvcache.kernels.reference.column_sums.column_sums`, of one dtype and without a mask."""
     log_sum_exp = log_sum_exp.contiguous()
-    page_mass = None if pages is None else _page_mass(query, log_sum_exp, pages, visibility, scoring)
-    mass = log_sum_exp.new_empty(*query.shape[:2], dense.keys.shape[2])
-    _launch(query.contiguous(), log_sum_exp, None, dense, visibility, scoring, mass)
-    return page_mass, mass
+    page_sums = None if pages is None else _page_sums(query, log_sum_exp, pages, visibility, scoring)
+    sums = log_sum_exp.new_empty(*query.shape[:2], dense.keys.shape[2])
+    _launch(query.contiguous(), log_sum_exp, None, dense, visibility, scoring, sums)
+    return page_sums, sums
 
 
-def _page_mass(
+def _page_sums(
     query: torch.Tensor, log_sum_exp: torch.Tensor, pages: Pages, visibility: Visibility, scoring: Scoring
 ) -> torch.Tensor:
     layout, heads = pages.layout, pages.heads
@@ -166,19 +166,19 @@ def _page_mass(
     batch, query_heads, length, _ = query.shape
     rotated = rotate(query.float(), keys)
     shift = None
-    if pages.center is not None:
+    if pages.key_mean is not None:
         # The mean that was taken out of the packed keys shifts all their scores of a query alike.
         grouped = rotated.reshape(batch * heads, -1, keys.dim)
-        shift = (grouped @ pages.center.unsqueeze(-1)).reshape(batch, query_heads, length)
+        shift = (grouped @ pages.key_mean.unsqueeze(-1)).reshape(batch, query_heads, length)
     rotated = rotated.to(query.dtype).contiguous()
-    mass = log_sum_exp.new_empty(batch, query_heads, pages.columns * layout.page_size)
+    sums = log_sum_exp.new_empty(batch, query_heads, pages.columns * layout.page_size)
     step = max(1, DECODED_TOKENS // layout.page_size)
     for start in range(0, pages.columns, step):
         stop = min(start + step, pages.columns)
         tokens = _decoded(pages, start, stop, query.dtype)
-        part = mass[:, :, start * layout.page_size : stop * layout.page_size]
+        part = sums[:, :, start * layout.page_size : stop * layout.page_size]
         _launch(rotated, log_sum_exp, shift, tokens, visibility, scoring, part)
-    return mass
+    return sums
 
 
 def _decoded(pages: Pages, start: int, stop: int, dtype: torch.dtype) -> DenseTokens:
@@ -204,9 +204,9 @@ def _launch(
     tokens: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
-    mass: torch.Tensor,
+    sums: torch.Tensor,
 ) -> None:
-    """Fill ``mass [B, Hq, n]`` for keys whose positions are ``[B, n]``, or ``[B, Hkv, n]`` of each head."""
+    """Fill ``sums [B, Hq, n]`` for keys whose positions are ``[B, n]``, or ``[B, Hkv, n]`` of each head."""
     batch, query_heads, length, dim = query.shape
     heads, count = tokens.keys.shape[1:3]
     if not count:
@@ -215,14 +215,14 @@ def _launch(
     tiles = _tiles(query.dtype, block_dim, torch.version.hip is not None)
     per_head = tokens.positions is not None and tokens.positions.dim() == 3
     side = count if per_head else 0
-    _mass_kernel[(triton.cdiv(count, tiles.keys), query_heads, batch)](
+    _sums_kernel[(triton.cdiv(count, tiles.keys), query_heads, batch)](
         query,
         log_sum_exp,
         shift,
         tokens.keys,
         None if tokens.positions is None else tokens.positions.contiguous(),
         None if tokens.unused is None else tokens.unused.contiguous(),
-        mass,
+        sums,
         scoring.inner * LOG2_E.value,
         scoring.softcap or 0.0,
         count,
@@ -235,7 +235,7 @@ def _launch(
         tokens.keys.stride(2),
         side * heads if per_head else count,
         side,
-        mass.stride(1),
+        sums.stride(1),
         D=dim,
         BLOCK_D=block_dim,
         BLOCK_M=tiles.queries,
@@ -267,9 +267,9 @@ def compile_cases(architecture: str) -> list[CompileCase]:
 
 def _case(dim: int, dtype: str, hip: bool, everything: bool) -> CompileCase:
     tiles = _tiles(_TYPES[dtype], dim, hip)
-    pointers = {"query": f"*{dtype}", "log_sum_exp": "*fp32", "keys": f"*{dtype}", "positions": "*i64", "mass": "*fp32"}
+    pointers = {"query": f"*{dtype}", "log_sum_exp": "*fp32", "keys": f"*{dtype}", "positions": "*i64", "sums": "*fp32"}
     strides = ("key_batch", "key_head", "key_token", "position_batch", "position_head")
-    numbers = ("tokens", "start", "length", "window", "ratio", "mass_row")
+    numbers = ("tokens", "start", "length", "window", "ratio", "sums_row")
     constants: dict[str, Any] = {"D": dim, "BLOCK_D": dim, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys}
     constants |= {"HAS_POSITIONS": True, "CAUSAL": True}
     constants |= dict.fromkeys(("HAS_SHIFT", "HAS_SOFTCAP", "HAS_UNUSED", "WINDOWED"), everything)
@@ -279,8 +279,8 @@ def _case(dim: int, dtype: str, hip: bool, everything: bool) -> CompileCase:
         constants |= {"shift": None, "unused": None}
     per_query = dim * _TYPES[dtype].itemsize + (8 if everything else 4)
     return CompileCase(
-        f"column_mass {dtype} d{dim}" + (" everything" if everything else ""),
-        _mass_kernel,
+        f"column_sums {dtype} d{dim}" + (" everything" if everything else ""),
+        _sums_kernel,
         pointers | dict.fromkeys((*strides, *numbers), "i32") | dict.fromkeys(("factor", "softcap"), "fp32"),
         constants,
         num_warps=tiles.warps,

@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 TILES = {"cpu": Tile(256, 32, 1 << 18), "other": Tile(2048, 128, 1 << 24)}
 
 
-def column_mass(
+def column_sums(
     query: torch.Tensor,
     log_sum_exp: torch.Tensor,
     pages: Pages | None,
@@ -62,18 +62,18 @@ def column_mass(
     rows = query.float().reshape(batch * heads, -1, length, query.shape[-1]) * scoring.inner
     # A query that sees nothing has scores of -inf only, and -inf - -inf is not a number.
     shift = log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0.0).reshape(*rows.shape[:3], 1)
-    page_mass = None
+    page_sums = None
     if pages is not None:
-        page_mass = _page_mass(rows, shift, pages, visibility, scoring).view(batch, query_heads, -1)
-    return page_mass, _dense_mass(rows, shift, dense, visibility, scoring).view(batch, query_heads, -1)
+        page_sums = _page_sums(rows, shift, pages, visibility, scoring).view(batch, query_heads, -1)
+    return page_sums, _dense_sums(rows, shift, dense, visibility, scoring).view(batch, query_heads, -1)
 
 
-def _dense_mass(
+def _dense_sums(
     rows: torch.Tensor, shift: torch.Tensor, dense: DenseTokens, visibility: Visibility, scoring: Scoring
 ) -> torch.Tensor:
     """``[B * Hkv, g, n]`` from queries ``[B * Hkv, g, q, D]`` and what to subtract, ``[B * Hkv, g, q, 1]``."""
     batch, heads, slots, _ = dense.keys.shape
-    mass, tile = torch.zeros(*rows.shape[:2], slots, device=rows.device), _tile(rows)
+    sums, tile = torch.zeros(*rows.shape[:2], slots, device=rows.device), _tile(rows)
     for start in range(0, slots, tile.keys):
         part = slice(start, min(start + tile.keys, slots))
         keys = dense.keys[:, :, part].float().flatten(0, 1).transpose(1, 2)
@@ -85,18 +85,18 @@ def _dense_mass(
             if scoring.softcap is not None:
                 scores = scores.tanh_().mul_(scoring.softcap)
             _hide(scores.unflatten(0, (batch, heads)), dense, part, visibility, queries)
-            mass[:, :, part] += scores.sub_(shift[:, :, queries]).exp_().sum(2)
-    return mass
+            sums[:, :, part] += scores.sub_(shift[:, :, queries]).exp_().sum(2)
+    return sums
 
 
-def _page_mass(
+def _page_sums(
     rows: torch.Tensor, shift: torch.Tensor, pages: Pages, visibility: Visibility, scoring: Scoring
 ) -> torch.Tensor:
-    """``[B * Hkv, g, columns * P]``, as :func:`_dense_mass`."""
+    """``[B * Hkv, g, columns * P]``, as :func:`_dense_sums`."""
     layout = pages.layout
     keys = layout.sides["keys"]
     rotated = rotate(rows, keys)
-    mass = torch.zeros(*rows.shape[:2], pages.columns, layout.page_size, device=rows.device)
+    sums = torch.zeros(*rows.shape[:2], pages.columns, layout.page_size, device=rows.device)
     step = max(1, _tile(rows).keys // layout.page_size)
     for start in range(0, pages.columns, step):
         stop = min(start + step, pages.columns)
@@ -107,15 +107,15 @@ def _page_mass(
         for queries in _blocks(rows, step * layout.page_size):
             block = rotated[:, :, queries].flatten(1, 2)
             scores = page_scores(layout, records, block, buffer)
-            if pages.center is not None:
-                scores += block @ pages.center.unsqueeze(-1)
+            if pages.key_mean is not None:
+                scores += block @ pages.key_mean.unsqueeze(-1)
             if scoring.softcap is not None:
                 scores = scores.tanh_().mul_(scoring.softcap)
             earlier = last <= visibility.start + queries.start
             hide_pages(scores, pages, start, stop, visibility, queries, earlier)
             probabilities = scores.sub_(shift[:, :, queries].flatten(1, 2)).exp_()
-            mass[:, :, start:stop] += probabilities.unflatten(2, (rows.shape[1], -1)).sum(3).permute(1, 2, 0, 3)
-    return mass
+            sums[:, :, start:stop] += probabilities.unflatten(2, (rows.shape[1], -1)).sum(3).permute(1, 2, 0, 3)
+    return sums
 
 
 def _tile(rows: torch.Tensor) -> Tile:

@@ -6,13 +6,13 @@ import torch
 
 from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.reference import column_mass as reference
+from hf_kvcache.kernels.reference import column_sums as reference
 from hf_kvcache.kernels.visibility import Visibility
 
-__all__ = ["column_mass"]
+__all__ = ["column_sums"]
 
 
-def column_mass(
+def column_sums(
     query: torch.Tensor,
     log_sum_exp: torch.Tensor,
     pages: Pages | None,
@@ -20,8 +20,8 @@ def column_mass(
     visibility: Visibility,
     scoring: Scoring,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Probability of each key, by the twin for its device; :func:`reference.column_mass` tells what it takes."""
-    faster = implementation("column_mass", query.device)
+    """Probability of each key, by the twin for its device; :func:`reference.column_sums` tells what it takes."""
+    faster = implementation("column_sums", query.device)
     if faster is not None and faster.supports(query, pages, dense, visibility):
-        return faster.column_mass(query, log_sum_exp, pages, dense, visibility, scoring)
-    return reference.column_mass(query, log_sum_exp, pages, dense, visibility, scoring)
+        return faster.column_sums(query, log_sum_exp, pages, dense, visibility, scoring)
+    return reference.column_sums(query, log_sum_exp, pages, dense, visibility, scoring)

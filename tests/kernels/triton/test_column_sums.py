@@ -1,4 +1,4 @@
-"""The Triton twin of column masses, against float64."""
+"""The Triton twin of column attention sums, against float64."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_kvcache.kernels.inputs import Scoring
-from hf_kvcache.kernels.triton import column_mass as twin
+from hf_kvcache.kernels.triton import column_sums as twin
 from tests.choosing import chosen
-from tests.kernels.test_column_mass import CODECS, Problem, check, packed_problem, prompt_problem
+from tests.kernels.test_column_sums import CODECS, Problem, check, packed_problem, prompt_problem
 from tests.kernels.triton.fixtures import bfloat16_dot, poisoned_outputs  # noqa: F401
 
 SINKS = torch.tensor([-1.0, 0.0, 2.0, 5.0])
@@ -19,7 +19,7 @@ SINKS = torch.tensor([-1.0, 0.0, 2.0, 5.0])
 def run(query: torch.Tensor, log_sum_exp: torch.Tensor, *arguments) -> tuple[torch.Tensor | None, torch.Tensor]:
     pages, dense, visibility, _ = arguments
     assert twin.supports(query, pages, dense, visibility)
-    return twin.column_mass(query, log_sum_exp, *arguments)
+    return twin.column_sums(query, log_sum_exp, *arguments)
 
 
 @chosen(
@@ -77,7 +77,7 @@ def test_every_query_sees_every_token_without_positions() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    """Queries and keys in half precision, scores and sums in float32: the masses are those of the rounded keys."""
+    """Queries and keys in half precision, scores and sums in float32: the sums are those of the rounded keys."""
     given = prompt_problem(11, 37, 4, 3)
     given.query, given.dense.keys = given.query.to(dtype), given.dense.keys.to(dtype)
     check(given, run)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_kvcache.kernels.column_mass import column_mass
+from hf_kvcache.kernels.column_sums import column_sums
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.reference import column_mass as reference
+from hf_kvcache.kernels.reference import column_sums as reference
 from hf_kvcache.kernels.reference.decode import attend
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.storage import PagedStorage
@@ -83,11 +83,11 @@ def prompt_problem(length: int, tokens: int, padding: int, ratio: int, window: i
 
 
 def by_hand(given: Problem) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Log-sum-exp ``[B, Hq, q]``, page mass and dense mass, float64, from lists of what each query sees."""
+    """Log-sum-exp ``[B, Hq, q]``, page sums and dense sums, float64, from lists of what each query sees."""
     batch, query_heads, length, _ = given.query.shape
     places = 0 if given.pages is None else given.pages.columns * given.pages.layout.page_size
     slots = given.dense.keys.shape[2]
-    mass = torch.zeros(batch, query_heads, places + slots, dtype=torch.float64)
+    sums = torch.zeros(batch, query_heads, places + slots, dtype=torch.float64)
     log_sum_exp = torch.full((batch, query_heads, length), -torch.inf, dtype=torch.float64)
     for b, h in [(b, h) for b in range(batch) for h in range(query_heads)]:
         tokens = _tokens(given, b, h // (query_heads // given.dense.keys.shape[1]))
@@ -102,8 +102,8 @@ def by_hand(given: Problem) -> tuple[torch.Tensor, torch.Tensor | None, torch.Te
             if total > 0:
                 log_sum_exp[b, h, q] = np.log(total)
                 for (place, _, _), weight in zip(seen, scores.exp() / total, strict=True):
-                    mass[b, h, place] += weight
-    return log_sum_exp, mass[..., :places] if given.pages is not None else None, mass[..., places:]
+                    sums[b, h, place] += weight
+    return log_sum_exp, sums[..., :places] if given.pages is not None else None, sums[..., places:]
 
 
 def _tokens(given: Problem, b: int, head: int) -> list[tuple[int, int | None, torch.Tensor]]:
@@ -136,16 +136,16 @@ def _sees(given: Problem, b: int, h: int, q: int, at: int | None) -> bool:
     return at <= here and (visibility.window is None or at > here - visibility.window)
 
 
-def check(given: Problem, op=reference.column_mass, dtype: torch.dtype = torch.float32) -> None:
+def check(given: Problem, op=reference.column_sums, dtype: torch.dtype = torch.float32) -> None:
     """Fail unless ``op`` gives what is found by hand."""
-    log_sum_exp, page_mass, dense_mass = by_hand(given)
+    log_sum_exp, page_sums, dense_sums = by_hand(given)
     actual_pages, actual_dense = op(given.query, log_sum_exp.float(), *given.arguments())
     assert actual_dense.dtype == torch.float32
-    assert_near(actual_dense, dense_mass, dtype)
-    if page_mass is None:
+    assert_near(actual_dense, dense_sums, dtype)
+    if page_sums is None:
         assert actual_pages is None
     else:
-        assert_near(actual_pages, page_mass, dtype)
+        assert_near(actual_pages, page_sums, dtype)
 
 
 #: All at once, and in tiles of 8 keys and a few queries.
@@ -202,21 +202,21 @@ def test_every_query_sees_every_token_without_positions() -> None:
     """Full-precision tokens without positions, with and without unused slots."""
     given = prompt_problem(5, 21, 3, 2)
     given.dense.positions = None
-    check(given, column_mass)
+    check(given, column_sums)
     given.dense.unused = None
-    check(given, column_mass)
+    check(given, column_sums)
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_agrees_with_attention(codec: str) -> None:
-    """The log-sum-exp that attention returns gives the masses that it returns on request, whose sum is the queries."""
+    """The log-sum-exp that attention returns gives the sums that it returns on request, which add up to the queries."""
     given = packed_problem(codec, True, 4, 3)
-    attention = attend(given.query, *given.arguments(), mass=True)
-    page_mass, dense_mass = reference.column_mass(given.query, attention.log_sum_exp, *given.arguments())
-    assert page_mass is not None and attention.page_mass is not None and attention.dense_mass is not None
-    assert_near(page_mass, attention.page_mass)
-    assert_near(dense_mass, attention.dense_mass)
-    assert_near(page_mass.sum(-1) + dense_mass.sum(-1), torch.full((2, 3 * HEADS), 4.0))
+    attention = attend(given.query, *given.arguments(), sums=True)
+    page_sums, dense_sums = reference.column_sums(given.query, attention.log_sum_exp, *given.arguments())
+    assert page_sums is not None and attention.page_sums is not None and attention.dense_sums is not None
+    assert_near(page_sums, attention.page_sums)
+    assert_near(dense_sums, attention.dense_sums)
+    assert_near(page_sums.sum(-1) + dense_sums.sum(-1), torch.full((2, 3 * HEADS), 4.0))
 
 
 def test_masses_of_a_single_page() -> None:
@@ -228,11 +228,11 @@ def test_masses_of_a_single_page() -> None:
     pages, visibility = storage.pages(), Visibility(length - 1, 1, None, 0, True, None)
     assert pages is not None and pages.columns == 1
     query = queries(1, 1, 1)
-    found = attend(query, pages, loose_tokens(storage), visibility, Scoring(0.3), mass=True)
+    found = attend(query, pages, loose_tokens(storage), visibility, Scoring(0.3), sums=True)
     expected = (query[0].double() * 0.3 @ keys[0].double().mT).softmax(-1)[:, 0]
     packed = slice(storage.sink_length, storage.sink_length + storage.page_size)
-    assert found.page_mass is not None
-    assert_near(found.page_mass[0], expected[:, packed].float())
+    assert found.page_sums is not None
+    assert_near(found.page_sums[0], expected[:, packed].float())
 
 
 def test_nothing_is_held_that_grows_with_queries_times_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,5 +249,5 @@ def test_nothing_is_held_that_grows_with_queries_times_keys(monkeypatch: pytest.
 
     monkeypatch.setattr(torch, "bmm", measured)
     given = prompt_problem(300, 300, 0, 2)
-    reference.column_mass(given.query, torch.zeros(2, 4, 300), *given.arguments())
+    reference.column_sums(given.query, torch.zeros(2, 4, 300), *given.arguments())
     assert 2500 < largest <= 5000
