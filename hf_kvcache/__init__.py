@@ -8,10 +8,11 @@ print(cache.memory())
 
 from importlib.metadata import PackageNotFoundError, version
 
-from hf_kvcache.cache.base import KVCache, QuantizedKVCache
+from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.evicting import HeavyHitterCache, SlidingWindowCache
 from hf_kvcache.cache.latent import LatentKVCache
 from hf_kvcache.cache.memory import MemoryReport
+from hf_kvcache.cache.quantized import QuantizedKVCache
 from hf_kvcache.codecs import Codec
 from hf_kvcache.integration.attention import register
 from hf_kvcache.integration.binding import bind, unbind

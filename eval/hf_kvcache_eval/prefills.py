@@ -62,8 +62,7 @@ class Prefill:
             layer = cache.layers[index]
             if isinstance(layer, KVCacheLayer):
                 # The attention of a prefill is full attention, after which the layer packs.
-                queries = states.keys.shape[2] if states.queries is None else states.queries
-                layer.note_attended(mask, queries, states.scoring, states.module)
+                layer.note_attended(states.call(mask))
 
 
 class Prefills:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_kvcache import KVCache, bind, unbind
+from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.binding import IMPLEMENTATION
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.layers.base import KVCacheLayer
@@ -38,6 +39,11 @@ class LayerStates:
         sides = [side for side in (self.keys, self.values, self.queries) if side is not None]
         return sum(side.numel() * side.element_size() for side in sides)
 
+    def call(self, mask: torch.Tensor | None) -> AttentionCall:
+        """The call of attention that these were given to, under ``mask``."""
+        scoring = Scoring(self.keys.shape[3] ** -0.5) if self.scoring is None else self.scoring
+        return AttentionCall(self.queries, mask, scoring, module=self.module, length=self.keys.shape[2])
+
     def row(self, row: slice, start: int) -> LayerStates:
         """One sequence from token ``start`` on; views."""
         queries = None if self.queries is None else self.queries[row, :, start:]
@@ -50,16 +56,10 @@ class RecordingLayer(KVCacheLayer):
     with_queries = False
     _queries: tuple[torch.Tensor, Scoring | None, torch.nn.Module | None] | None = None
 
-    def note_attended(
-        self,
-        attention_mask: torch.Tensor | None,
-        queries: torch.Tensor | int,
-        scoring: Scoring | None = None,
-        module: torch.nn.Module | None = None,
-    ) -> None:
+    def note_attended(self, call: AttentionCall) -> None:
         """Keep a copy of the queries: they may be a view of something larger."""
-        if self.with_queries and isinstance(queries, torch.Tensor):
-            self._queries = queries.detach().clone(), scoring, module
+        if self.with_queries and call.query is not None:
+            self._queries = call.query.detach().clone(), call.scoring, call.module
 
     @property
     def states(self) -> LayerStates:

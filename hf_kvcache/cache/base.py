@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any, Literal
@@ -10,19 +9,19 @@ from typing import Any, Literal
 import torch
 from torch.compiler import is_dynamo_compiling
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils import logging
 
+from hf_kvcache.cache.forward_pass import ForwardPass
 from hf_kvcache.cache.memory import MemoryReport, layer_report
+from hf_kvcache.cache.model_checks import ReadCheck, length_kept_until, warn_if_dropped
 from hf_kvcache.cache.model_config import (
-    borrowing_layers,
     check_formats,
     check_states,
     decoder_config,
     make_layers,
-    places_in_pass,
     shares_keys,
 )
+from hf_kvcache.cache.other_states import OtherStates
 from hf_kvcache.cache.replay import compress, replay
 from hf_kvcache.cache.serialization import export_state, import_state
 from hf_kvcache.codecs import Codec, resolve
@@ -30,22 +29,20 @@ from hf_kvcache.codecs.latent import native_codec, native_option_names
 from hf_kvcache.codecs.registry import option_names as codec_option_names
 from hf_kvcache.eviction.options import EvictionOptions
 from hf_kvcache.integration import mla
-from hf_kvcache.integration.architecture import architecture, modeling_file, recomputing
+from hf_kvcache.integration.architecture import modeling_file
 from hf_kvcache.integration.attention import check_reached
 from hf_kvcache.integration.binding import IMPLEMENTATION
 from hf_kvcache.integration.binding import bind as bind_config
 from hf_kvcache.integration.compiling import outside_graphs
-from hf_kvcache.integration.masks import mask_is_expected
-from hf_kvcache.integration.versions import RELEASE
-from hf_kvcache.layers.base import KVCacheLayer, LayerOptions
-from hf_kvcache.layers.cross_attention import cross_attention_layers
+from hf_kvcache.layers.base import KVCacheLayer
+from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.lowrank.projection import LayerProjection
 from hf_kvcache.utils.validation import given_only, refuse_unknown
 
 logger = logging.get_logger(__name__)
 
 
-class KVCache(Cache):
+class KVCache(OtherStates):
     """A paged KV cache for ``model.generate(cache=cache)`` (``past_key_values=cache`` before transformers 5.24).
 
     Args:
@@ -118,16 +115,9 @@ class KVCache(Cache):
         )
         check_formats(self.config, self.options)
         super().__init__(layers=make_layers(self.config, self.options))
-        # A forward pass touches layer after layer: where it is, and where it ends.
-        self._cross = cross_attention_layers(self.config)  # which only a pass with an image touches
-        self._places = places_in_pass(self.config, len(self.layers))
-        self._aside = self._cross | borrowing_layers(self.config)  # to which not every pass adds tokens
-        self._final = max(self._places[layer.index] for layer in self.own_layers if layer.index not in self._aside)
-        self._reached = self._final
-        # Tokens up to which transformers drops this cache on the way to more; None: at no length.
-        self._dropped_until = None if (drops := recomputing(self.config)) is None else drops[0]
-        # Until it is known that the model reads what update returns: the layer updated last, and if it held any before.
-        self._updated, self._is_read = (0, False), False
+        self._pass = ForwardPass(self.config, self.layers)
+        self._read = ReadCheck(self.options)
+        self._dropped_until = length_kept_until(self.config)
         if bind:
             check_reached(modeling_file(self.config))
             bind_config(self.config)
@@ -156,55 +146,24 @@ class KVCache(Cache):
         layer = self.layers[layer_idx]
         if not getattr(layer, "is_initialized", True):
             check_states(self.config, key_states)
-        if not self._is_read:
-            self._check_read(layer_idx)
-        place = self._places[layer_idx]
-        if place <= self._reached and self._reached != self._final and getattr(layer, "_new", None) is None:
+        if not self._read.passed:
+            self._read.look(self.layers, layer_idx)
+        if self._pass.begins_again(layer_idx) and getattr(layer, "_new", None) is None:
             self.check_complete()
         # What the base class does beside this is for caches that offload, or make their layers as they go.
         states = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
-        if layer_idx not in self._aside:
-            self._reached = place
+        self._pass.note(layer_idx)
         return states
 
-    @outside_graphs
-    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Take in the states of a convolution of a layer that is transformers' own."""
-        self._reach(layer_idx)
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-
-    @outside_graphs
-    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """The states of a convolution of a layer that is transformers' own; whoever asks writes into them."""
-        self._reach(layer_idx)
-        return super().get_conv_state(layer_idx, *args, **kwargs)
-
-    @outside_graphs
-    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """The state of a recurrence of a layer that is transformers' own; whoever asks writes into it."""
-        self._reach(layer_idx)
-        return super().get_recurrent_state(layer_idx, *args, **kwargs)
-
-    @outside_graphs
-    def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """Take in the state of a recurrence of a layer that is transformers' own."""
-        self._reach(layer_idx)
-        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-
-    @outside_graphs
-    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
-        """Whether a layer that is transformers' own has a state; with a number it is the layer itself that asks."""
-        found = super().has_previous_state(layer_idx, *args, **kwargs)
-        if found and layer_idx is not None:
-            self._reach(layer_idx)
-        return found
+    def reach(self, layer_idx: int) -> None:
+        if self._pass.goes_back(layer_idx):
+            self.check_complete()
+        self._pass.note_other(layer_idx)
 
     @outside_graphs
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask of a layer covers; models ask before a forward pass begins."""
-        if self._reached != self._final:
+        if not self._pass.ended:
             self.check_complete()
         return super().get_mask_sizes(query_length, layer_idx)
 
@@ -214,10 +173,11 @@ class KVCache(Cache):
             return
         for layer in self.own_layers:
             layer.check_whole()
-        held = sorted({layer.get_seq_length() for layer in self._passed}, reverse=True)
+        held = sorted({layer.get_seq_length() for layer in self._pass.passed(self.layers)}, reverse=True)
         raise RuntimeError(
             f"a forward pass with this cache ended in the middle, by an exception or Ctrl-C: its layers have seen "
-            f"{' and '.join(map(str, held))} tokens. Call crop(0) to return to the {self._complete_length} tokens of "
+            f"{' and '.join(map(str, held))} tokens. Call crop(0) to return to the "
+            f"{self._pass.complete_length(self.layers)} tokens of "
             "the last complete pass, or reset() to forget all."
         )
 
@@ -240,7 +200,7 @@ class KVCache(Cache):
         """Tokens that a layer has seen, padding included."""
         length = int(super().get_seq_length(layer_idx))
         if self._dropped_until is not None and 0 < length <= self._dropped_until:
-            self._warn_if_dropped(length)
+            warn_if_dropped(self.config, length)
         return length
 
     @property
@@ -256,13 +216,14 @@ class KVCache(Cache):
         """
         tokens_to_remove = int(tokens_to_remove)  # older versions of transformers pass a tensor
         if self._cut_off:
-            self._take_back()
+            if not self._pass.take_back(self.layers):
+                self.reset()
             if not tokens_to_remove:
                 return
-        for layer in self._passed:
+        for layer in self._pass.passed(self.layers):
             layer.check_crop(tokens_to_remove)
         for index, any_layer in enumerate(self.layers):
-            if index not in self._cross:
+            if index not in self._pass.cross:
                 any_layer.crop(tokens_to_remove)  # type: ignore[union-attr]
 
     def reset(self) -> None:
@@ -272,7 +233,7 @@ class KVCache(Cache):
         # transformers' own layers would keep states of the old batch size, only zeroed: start with new ones.
         fresh = make_layers(self.config, self.options)
         self.layers = [a if isinstance(a, KVCacheLayer) else b for a, b in zip(self.layers, fresh, strict=True)]
-        self._reached = self._final
+        self._pass.end()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace sequence ``i`` by sequence ``beam_idx[i]`` (beam search)."""
@@ -334,6 +295,7 @@ class KVCache(Cache):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.layers = [layer.fork() if isinstance(layer, KVCacheLayer) else deepcopy(layer) for layer in self.layers]
+        other._pass, other._read = self._pass.copy(), self._read.copy()
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
@@ -367,9 +329,9 @@ class KVCache(Cache):
             ValueError: naming what differs, if the state does not go with this cache, or is damaged; nothing is changed
                 then.
         """
-        passed = {layer.index for layer in self._passed}
+        passed = {layer.index for layer in self._pass.passed(self.layers)}
         self.layers = import_state(self.layers, self.options, passed, state, device)
-        self._reached = self._final
+        self._pass.end()
 
     def integrity(self) -> None:
         """Check the invariants of the storage: references, free pages, ascending positions.
@@ -382,85 +344,10 @@ class KVCache(Cache):
         for layer in self.own_layers:
             layer.check()
 
-    def _reach(self, layer_idx: int) -> None:
-        """Take note that a forward pass comes to a layer that is transformers' own."""
-        place = self._places[layer_idx]
-        if place < self._reached and self._reached != self._final:
-            self.check_complete()
-        self._reached = place
-        self._final = max(self._final, place)
-
-    @property
-    def _passed(self) -> list[KVCacheLayer]:
-        """The layers that every forward pass adds tokens to."""
-        return [layer for layer in self.own_layers if layer.index not in self._aside]
-
-    @property
-    def _complete_length(self) -> int:
-        return min(layer.complete_length for layer in self._passed)
-
     @property
     def _cut_off(self) -> bool:
         """Whether the latest forward pass ended in the middle."""
-        return self._reached != self._final or self._complete_length < self.get_seq_length()
-
-    def _take_back(self) -> None:
-        """Return to what was held before a forward pass that ended in the middle."""
-        length, added = self._complete_length, {}
-        for index, layer in enumerate(self.layers):
-            if index in self._cross:
-                continue
-            if isinstance(layer, KVCacheLayer):
-                layer.check_whole()
-                if length:
-                    layer.check_take_back(length)
-            elif length and hasattr(layer, "conv_states") and self._places[index] <= self._reached:
-                raise RuntimeError(
-                    f"crop(): a forward pass ended in the middle, and the states of layer {index} "
-                    f"({type(layer).__name__}) cannot be taken back; call reset()"
-                )
-            elif isinstance(layer, CacheLayerMixin):
-                added[index] = layer.get_seq_length() - length
-        if not length:
-            self.reset()
-            return
-        for layer in self.own_layers:
-            if layer.index not in self._cross:
-                layer.take_back(length)
-        for index, tokens in added.items():
-            self.layers[index].crop(-tokens)  # type: ignore[union-attr]
-        self._reached = self._final
-
-    def _warn_if_dropped(self, length: int) -> None:
-        """Say so if the length is asked for by the code that drops the cache next."""
-        known, asking = recomputing(self.config), sys._getframe(2)  # or a wrapper of get_seq_length, and then who asks
-        before = asking if asking.f_back is None else asking.f_back
-        if known is not None and known[1] in (asking.f_code, before.f_code):
-            logger.warning(
-                f"{self.config.model_type!r} changes its rotary embedding behind {known[0]} tokens: transformers "
-                f"{RELEASE} drops the cache that generate() was given, reads all tokens again, and goes on with a "
-                f"DynamicCache of its own. This cache ends with {length} tokens. To go on with one, build a new cache "
-                f"and call generate() with all tokens: a prompt of more than {known[0]} is kept"
-            )
-
-    def _check_read(self, layer_idx: int) -> None:
-        """Raise RuntimeError if the model has not read what ``update`` returned last; looked at until it once has."""
-        latest, had = self._updated
-        layer, expected = self.layers[layer_idx], mask_is_expected(self.options)
-        # Without a mask before it, update() is called by hand, and nobody has to read what it returns.
-        self._updated = layer_idx, expected and isinstance(layer, KVCacheLayer) and layer.get_seq_length() > 0
-        if not had or not expected:
-            return
-        if not self.layers[latest].is_unread():  # type: ignore[union-attr]
-            self._is_read = True
-            return
-        known = architecture(self.config)
-        raise RuntimeError(
-            f"layer {latest}: attention did not read the handles on all keys and values that update() returned: "
-            f"{'the model' if known is None else known.model.__name__} of transformers {RELEASE} uses "
-            "a cache in another way than this package takes it to, and the result would be wrong. Use a DynamicCache, "
-            "and please report it"
-        )
+        return not self._pass.ended or self._pass.complete_length(self.layers) < self.get_seq_length()
 
     def _select(self, argument: str, rows: torch.Tensor, apply: Callable[[Any], None]) -> None:
         for own in self.own_layers:
@@ -470,49 +357,6 @@ class KVCache(Cache):
 
 
 _update = torch.compiler.disable(KVCache.update)
-
-
-class QuantizedKVCache(KVCache):
-    """A KV cache in few bits: of keys and values, or of the latents that a model caches in their place.
-
-    Args:
-        config: the model's config.
-        bits: bits of a code, 1 to 4 or 8; 4 unless the codec's name says otherwise.
-        key_bits: bits of the keys in place of ``bits``.
-        value_bits: bits of the values in place of ``bits``.
-        codec: how pages are stored; ``"auto"`` takes the best measured one for the bits asked.
-        sink_length: as of :class:`KVCache`, as are ``tail_length``, ``page_size``, ``validate`` and ``bind``.
-        **codec_options: options of the codec such as ``group_size``.
-    """
-
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        bits: int | None = None,
-        key_bits: int | None = None,
-        value_bits: int | None = None,
-        codec: str | Codec = "auto",
-        *,
-        sink_length: int = 4,
-        tail_length: int = 128,
-        page_size: int = 128,
-        validate: bool = False,
-        bind: bool = True,
-        **codec_options: Any,
-    ) -> None:
-        super().__init__(
-            config,
-            codec,
-            sink_length=sink_length,
-            tail_length=tail_length,
-            page_size=page_size,
-            validate=validate,
-            bind=bind,
-            bits=bits,
-            key_bits=key_bits,
-            value_bits=value_bits,
-            **codec_options,
-        )
 
 
 def check_count(name: str, value: Any, least: int) -> int:

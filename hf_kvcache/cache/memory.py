@@ -98,7 +98,7 @@ def layer_report(layer: Any) -> MemoryReport:
 
 
 def _own_report(layer: KVCacheLayer) -> MemoryReport:
-    layer.flush()
+    layer = layer.flushed()
     report = MemoryReport()
     storage = layer.storage
     if storage is None:

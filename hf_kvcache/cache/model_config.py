@@ -15,11 +15,12 @@ from hf_kvcache.eviction.options import EvictionOptions, LayerPlace
 from hf_kvcache.integration.architecture import architecture
 from hf_kvcache.integration.rope import reason_against
 from hf_kvcache.integration.versions import RELEASE, layer_types
-from hf_kvcache.layers.base import KVCacheLayer, LayerOptions
+from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.cross_attention import CrossAttentionLayer, cross_attention_layers
 from hf_kvcache.layers.evicting import ATTENDS_OUTSIDE, EvictingLayer
 from hf_kvcache.layers.evicting_mla import EvictingLatentLayer, check_policy
 from hf_kvcache.layers.mla import IndexedLatentLayer, LatentLayer
+from hf_kvcache.layers.options import LayerOptions
 
 #: Layer types whose keys and values are ours; the others keep transformers' own layers.
 OWN_LAYER_TYPES = ("full_attention", "sliding_attention")

@@ -11,7 +11,8 @@ import torch
 from hf_kvcache.eviction import Context, Policy
 from hf_kvcache.eviction.selection import choose
 from hf_kvcache.integration.versions import with_cache
-from hf_kvcache.layers.evicting import Draft, EvictingLayer
+from hf_kvcache.layers.drafts import Draft
+from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.storage.token_view import TokenView
 
 #: A copy of the cache whose layers are being evicted: a ``KVCache``.
@@ -114,18 +115,18 @@ class Watch:
         """Take in the queries of one call of attention and their log-sum-exp ``[B, Hq, q]``."""
         for row, held in enumerate(self.held):
             valid = None if draft.new.valid is None else torch.from_numpy(draft.new.valid[row])
-            query, total = draft.query[row].float(), log_sum_exp[row]
+            query, total = draft.call.queries[row].float(), log_sum_exp[row]
             if valid is not None:
                 query, total = query[:, valid.to(query.device)], total[:, valid.to(query.device)]
             keys = held.states("keys")[0]
             largest = self.largest[row, :, : held.tokens]
-            query = (query * draft.scoring.inner).unflatten(0, (keys.shape[0], -1)).flatten(1, 2)
+            query = (query * draft.call.scoring.inner).unflatten(0, (keys.shape[0], -1)).flatten(1, 2)
             total = total.unflatten(0, (keys.shape[0], -1)).flatten(1, 2)
             step = max(1, _STRIP_ELEMENTS // (keys.shape[0] * held.tokens))
             for start in range(0, query.shape[1], step):
                 scores = query[:, start : start + step] @ keys.transpose(-1, -2)
-                if draft.scoring.softcap is not None:
-                    scores = scores.tanh_().mul_(draft.scoring.softcap)
+                if draft.call.scoring.softcap is not None:
+                    scores = scores.tanh_().mul_(draft.call.scoring.softcap)
                 found = scores.sub_(total[:, start : start + step, None]).amax(1).exp_()
                 torch.maximum(largest, found, out=largest)
 

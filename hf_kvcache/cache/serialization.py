@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig
 from hf_kvcache.cache import other_layers as foreign
 from hf_kvcache.cache.model_config import check_states, layer_configs, make_layers
 from hf_kvcache.codecs import Codec
-from hf_kvcache.layers.base import KVCacheLayer, LayerOptions
+from hf_kvcache.layers.base import KVCacheLayer
+from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.lowrank.projection import LayerProjection
 
 #: Raised when the meaning of the tensors changes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -13,15 +13,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.binding import IMPLEMENTATION, previous_implementation
-from hf_kvcache.integration.handle import KVHandle
+from hf_kvcache.integration.handle import CachedStates, KVHandle
 from hf_kvcache.integration.masks import mask_function
 from hf_kvcache.integration.versions import RELEASE, collects_attentions
 from hf_kvcache.kernels.attention import refuse_gradient
 from hf_kvcache.kernels.inputs import Scoring
-
-if TYPE_CHECKING:
-    from hf_kvcache.layers.base import KVCacheLayer
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -89,11 +87,8 @@ def attention_function(
     if not (isinstance(key, KVHandle) and isinstance(value, KVHandle)):
         return _previous(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     layer = key.layer()
-    scoring = Scoring(
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=kwargs.get("softcap"),
-        sink_logits=_sink_logits(module, kwargs),
-    )
+    scaling_ = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(scaling_, kwargs.get("softcap"), _sink_logits(module, kwargs))
     weights = bool(kwargs.get("output_attentions") or collects_attentions()) and _gives_weights(module, layer)
     if not layer.has_history():
         # Nothing is compressed yet: the first tokens attend to each other exactly as without this package.
@@ -102,13 +97,14 @@ def attention_function(
             module, query, new_keys, new_values, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         with torch.no_grad():
-            layer.note_attended(attention_mask, query, scoring, module)
+            layer.note_attended(AttentionCall(query, attention_mask, scoring, module=module))
         return result
     _check_supported(module, dropout, kwargs)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    call = AttentionCall(query, attention_mask, scoring, causal, module)
     if not torch.is_grad_enabled() and not weights:
-        return layer.attend(query, attention_mask, scoring, causal, module), None
+        return layer.attend(call), None
     sources = [x for x in (query, *layer.differentiable()) if x.requires_grad]
     with torch.no_grad():
         if weights:
@@ -116,9 +112,9 @@ def attention_function(
             output, given = _previous(module)(
                 module, query, key.dense(), value.dense(), attention_mask, scaling=scaling, dropout=dropout, **kwargs
             )
-            layer.note_attended(attention_mask, query, scoring, module)
+            layer.note_attended(call)
         else:
-            output, given = layer.attend(query, attention_mask, scoring, causal, module), None
+            output, given = layer.attend(call), None
     if not torch.is_grad_enabled():
         return output, given
     return refuse_gradient(output, *sources), given
@@ -127,7 +123,7 @@ def attention_function(
 _attention = torch.compiler.disable(attention_function)
 
 
-def _gives_weights(module: torch.nn.Module, layer: KVCacheLayer) -> bool:
+def _gives_weights(module: torch.nn.Module, layer: CachedStates) -> bool:
     """Whether the implementation that was set before gives attention weights; raises if the cache cannot give them."""
     config: Any = getattr(module, "config", None)
     if config is None or previous_implementation(config) != "eager":

@@ -3,15 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_map_only
 
+from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.kernels.attention import NO_GRADIENT
 
-if TYPE_CHECKING:
-    from hf_kvcache.layers.base import KVCacheLayer
+
+class CachedStates(Protocol):
+    """What a handle and the attention function ask of the keys and values behind it.
+
+    A layer of a cache answers, and so does the expansion of a layer's latents.
+    """
+
+    @property
+    def version(self) -> int:
+        """Changes whenever handles that were given out earlier become wrong."""
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens that a query may see can be gone."""
+
+    @property
+    def takes_expansion(self) -> bool:
+        """Whether what is held are latents that the model expands."""
+
+    def has_history(self) -> bool:
+        """Whether attention has to look at anything but the tokens of the latest update."""
+
+    def new_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the latest update, dense ``[B, Hkv, T, D]``, with their gradient if they have one."""
+
+    def differentiable(self) -> tuple[torch.Tensor, ...]:
+        """The tensors beside the queries that attention over the latest update may be asked for a gradient of."""
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attention ``[B, T, Hq, Dv]`` of the latest update's queries over all that is held."""
+
+    def note_attended(self, call: AttentionCall) -> None:
+        """Take note that someone else computed the attention of the latest update."""
+
+    def note_dense_read(self) -> None:
+        """Take note that someone reads dense keys and values."""
+
+    def dense_side(self, side: str) -> torch.Tensor:
+        """All ``"keys"`` or ``"values"`` that attention may see, ``[B, Hkv, T, D]``."""
+
+
+class HoldsStates(Protocol):
+    """What :class:`HeldStates` ask of the layer whose keys and values they stand for."""
+
+    @property
+    def index(self) -> int:
+        """Number of the layer in the model."""
+
+    @property
+    def version(self) -> int:
+        """Changes whenever what is held changes."""
+
+    def decompressed(self, side: str) -> torch.Tensor:
+        """All ``"keys"`` or ``"values"`` that are held, ``[B, Hkv, T, D]``."""
 
 
 class KVHandle(torch.Tensor):
@@ -21,13 +74,13 @@ class KVHandle(torch.Tensor):
     a dense tensor, which is correct under every attention implementation and slower.
     """
 
-    _layer: KVCacheLayer
+    _layer: CachedStates
     _side: str
     _at_version: int
     _shown: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, layer: KVCacheLayer, side: str, sizes: tuple[int, int, int, int], like: torch.Tensor) -> KVHandle:
+    def __new__(cls, layer: CachedStates, side: str, sizes: tuple[int, int, int, int], like: torch.Tensor) -> KVHandle:
         """A handle on ``side`` of ``layer`` of ``sizes [B, Hkv, T, D]``, with the dtype and device of ``like``."""
         handle = torch.Tensor._make_wrapper_subclass(cls, sizes, dtype=like.dtype, device=like.device)
         handle._layer, handle._side, handle._at_version, handle._shown = layer, side, layer.version, None
@@ -42,7 +95,7 @@ class KVHandle(torch.Tensor):
         args, kwargs = tree_map_only((KVHandle, HeldStates), _dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def layer(self) -> KVCacheLayer:
+    def layer(self) -> CachedStates:
         """The layer behind the handle.
 
         Raises:
@@ -77,14 +130,12 @@ class HeldStates(torch.Tensor):
     Its shape is known at once; computing with it decompresses them. Attention takes it for any tensor.
     """
 
-    _layer: KVCacheLayer
+    _layer: HoldsStates
     _side: str
     _at_version: int
 
     @staticmethod
-    def __new__(
-        cls, layer: KVCacheLayer, side: str, sizes: tuple[int, int, int, int], like: torch.Tensor
-    ) -> HeldStates:
+    def __new__(cls, layer: HoldsStates, side: str, sizes: tuple[int, int, int, int], like: torch.Tensor) -> HeldStates:
         """What ``layer`` holds now of ``side``, ``[B, Hkv, T, D]``, with the dtype and device of ``like``."""
         states = torch.Tensor._make_wrapper_subclass(cls, sizes, dtype=like.dtype, device=like.device)
         states._layer, states._side, states._at_version = layer, side, layer.version

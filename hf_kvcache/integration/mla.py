@@ -10,19 +10,17 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from transformers import PreTrainedConfig
 
 from hf_kvcache.integration.architecture import modeling_file
+from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.compiling import outside_graphs
-from hf_kvcache.integration.handle import KVHandle, carrying_gradient
+from hf_kvcache.integration.handle import CachedStates, KVHandle, carrying_gradient
 from hf_kvcache.kernels.inputs import UpProjections
-
-if TYPE_CHECKING:
-    from hf_kvcache.layers.mla import LatentLayer
 
 #: The method that turns latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]`` into keys and values of every head.
 METHOD = "expand_kv"
@@ -84,10 +82,23 @@ def _wrapped(expand: Expand) -> Expand:
     @outside_graphs
     def expand_or_not(module: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(kv_nope, KVHandle) and isinstance(k_rot, KVHandle) and kv_nope.layer().takes_expansion:
-            return Expansion(kv_nope.layer(), module, expand).handles(kv_nope.shape[2])  # type: ignore[arg-type]
+            return Expansion(cast(CachedLatents, kv_nope.layer()), module, expand).handles(kv_nope.shape[2])
         return expand(module, kv_nope, k_rot)
 
     return expand_or_not
+
+
+class CachedLatents(CachedStates, Protocol):
+    """What an expansion asks of the layer that holds the latents; its keys are latents, its values rotary keys."""
+
+    device: torch.device
+    dtype: torch.dtype
+    #: The expansion through which attention came last.
+    expansion: Expansion | None
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held."""
 
 
 class Expansion:
@@ -104,7 +115,7 @@ class Expansion:
     #: Handles of expanded keys are not expanded again.
     takes_expansion = False
 
-    def __init__(self, layer: LatentLayer, module: torch.nn.Module, expand: Expand) -> None:
+    def __init__(self, layer: CachedLatents, module: torch.nn.Module, expand: Expand) -> None:
         self.latents, self._module, self._expand = layer, ref(module), expand
         self._dense: tuple[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
@@ -123,13 +134,13 @@ class Expansion:
 
     @property
     def evicts(self) -> bool:
-        """As :attr:`hf_kvcache.layers.base.KVCacheLayer.evicts`."""
+        """Whether tokens that a query may see can be gone."""
         return self.latents.evicts
 
     def handles(self, length: int) -> tuple[KVHandle, KVHandle]:
         """Handles on the keys and values of ``length`` tokens."""
         batch, sides = self.latents.batch_size, zip(("keys", "values"), _expanded(self), strict=True)
-        keys, values = (KVHandle(self, side, (batch, x.shape[1], length, x.shape[3]), x) for side, x in sides)  # type: ignore[arg-type]
+        keys, values = (KVHandle(self, side, (batch, x.shape[1], length, x.shape[3]), x) for side, x in sides)
         sources = [x for x in self.differentiable() if x.requires_grad] if torch.is_grad_enabled() else []
         if not sources:
             return keys, values
@@ -153,18 +164,18 @@ class Expansion:
         """What attention over the latest update may be asked for a gradient of, beside its queries."""
         return (*self.latents.differentiable(), *self.module.parameters())
 
-    def note_attended(self, attention_mask: torch.Tensor | None, query: Any, *args: Any) -> None:
-        """As :meth:`hf_kvcache.layers.base.KVCacheLayer.note_attended`."""
+    def note_attended(self, call: AttentionCall) -> None:
+        """Take note that someone else computed the attention of the latest update."""
         self.latents.expansion = self
-        self.latents.note_attended(attention_mask, query, *args)
+        self.latents.note_attended(call)
 
-    def attend(self, query: torch.Tensor, *args: Any) -> torch.Tensor:
-        """As :meth:`hf_kvcache.layers.base.KVCacheLayer.attend`, for queries in the space of the expanded keys."""
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attention of the latest update's queries, which are in the space of the expanded keys."""
         self.latents.expansion = self
-        return self.latents.attend(query, *args)
+        return self.latents.attend(call)
 
     def note_dense_read(self) -> None:
-        """As :meth:`hf_kvcache.layers.base.KVCacheLayer.note_dense_read`."""
+        """Take note that someone reads dense keys and values."""
         self.latents.note_dense_read()
 
     def dense_side(self, side: str) -> torch.Tensor:

@@ -35,5 +35,5 @@ class CrossAttentionLayer(KVCacheLayer):
     def held_states(self, side: str) -> torch.Tensor | None:
         return None if self.storage is None else self.decompressed(side)
 
-    def _note_padding(self, new: Any, attention_mask: torch.Tensor | None) -> Padding | None:
+    def note_padding(self, new: Any, attention_mask: torch.Tensor | None) -> Padding | None:
         return None

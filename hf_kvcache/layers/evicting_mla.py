@@ -31,15 +31,10 @@ class LatentEvictor(Evictor):
 class EvictingLatentLayer(LatentLayer, EvictingLayer):
     """One latent-attention layer's cache within a budget."""
 
-    def fork(self) -> EvictingLatentLayer:
-        other = super().fork()
-        assert isinstance(other, EvictingLatentLayer)
-        return other
-
     def make_evictor(self, storage: PagedStorage) -> Evictor:
         return LatentEvictor(self.eviction, self.place, storage)
 
-    def _as_attended(self, query: torch.Tensor) -> torch.Tensor:
+    def as_attended(self, query: torch.Tensor) -> torch.Tensor:
         assert self.evictor is not None
         if not self.evictor.stateful:
             return query  # nobody will look at it

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import torch
 
+from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.rope import rope_of
 from hf_kvcache.kernels.attention import attend
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages
 from hf_kvcache.kernels.visibility import Visibility
-from hf_kvcache.layers.base import KVCacheLayer, LayerOptions
+from hf_kvcache.layers.base import KVCacheLayer
+from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.lowrank.attention import HeadMaps, attend_latents, attend_tiles
 from hf_kvcache.lowrank.encoder import ProjectingEncoder
 from hf_kvcache.lowrank.identity import check_weights
@@ -59,37 +61,24 @@ class LowRankLayer(KVCacheLayer):
         storage = UnrotatedStorage if projection.before_rope else PagedStorage
         return storage(encoder, key_states, value_states, sink_length, options.tail_length, spare)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scoring: Scoring,
-        causal: bool = True,
-        module: torch.nn.Module | None = None,
-    ) -> torch.Tensor:
-        self._know_module(module)
-        return super().attend(query, attention_mask, scoring, causal, module)
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        self._know_module(call.module)
+        return super().attend(call)
 
-    def note_attended(
-        self,
-        attention_mask: torch.Tensor | None,
-        query: torch.Tensor | int,
-        scoring: Scoring | None = None,
-        module: torch.nn.Module | None = None,
-    ) -> None:
-        self._know_module(module)
-        super().note_attended(attention_mask, query, scoring, module)
+    def note_attended(self, call: AttentionCall) -> None:
+        self._know_module(call.module)
+        super().note_attended(call)
 
     def read(
         self,
+        call: AttentionCall,
         query: torch.Tensor,
         pages: Pages | None,
         dense: DenseTokens,
         visibility: Visibility,
-        scoring: Scoring,
-        module: torch.nn.Module | None,
         sums: bool = False,
     ) -> Attention:
+        scoring = call.scoring
         if pages is None:
             return attend(query, None, dense, visibility, scoring, sums)
         storage, maps = self.storage, self._maps

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from hf_kvcache.integration.attention_call import AttentionCall
+from hf_kvcache.integration.mla import Expansion
 from hf_kvcache.kernels.attention import attend, without_gradient
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, UpProjections
 from hf_kvcache.kernels.latent_decode import absorb, expand, latent_attend
@@ -16,11 +18,8 @@ from hf_kvcache.kernels.reference.softmax import merge
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.indexer_keys import IndexerKeys
-
-if TYPE_CHECKING:
-    from hf_kvcache.integration.mla import Expansion
-    from hf_kvcache.layers.new_tokens import NewTokens
-    from hf_kvcache.storage import PagedStorage
+from hf_kvcache.layers.new_tokens import NewTokens
+from hf_kvcache.storage import PagedStorage
 
 #: Tokens of each sequence that are expanded at a time.
 _TILE_TOKENS = 1024
@@ -51,45 +50,43 @@ class LatentLayer(KVCacheLayer):
         # Under autocast the norm behind latents leaves float32, and rotary keys have the narrower dtype.
         return super().update(key_states, value_states.to(key_states.dtype), *args, **kwargs)
 
-    def fork(self) -> LatentLayer:
-        other = super().fork()
-        assert isinstance(other, LatentLayer)
+    def _copy(self) -> Any:
+        other = super()._copy()
         other.expansion = None  # which is of this layer
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"expansion": None}
 
-    def step(self, new: NewTokens, storage: PagedStorage, query: torch.Tensor, scoring: Scoring) -> torch.Tensor | None:
+    def step(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
         up = None if self.expansion is None else self.expansion.up_projections()
         if up is None or self.prepared is None:
             return None
-        output = self.prepared.attend(storage, new, query, scoring, up)
+        output = self.prepared.attend(storage, new, call.queries, call.scoring, up)
         self.absorbed += output is not None
         return output
 
     def read(
         self,
+        call: AttentionCall,
         query: torch.Tensor,
         pages: Pages | None,
         dense: DenseTokens,
         visibility: Visibility,
-        scoring: Scoring,
-        module: torch.nn.Module | None,
         sums: bool = False,
     ) -> Attention:
         expansion = self.expansion
         if expansion is None:
             raise RuntimeError(
-                f"layer {self.index} caches latents, and {type(module).__name__} attends to them as if they were keys; "
-                "accepted: attention modules that call expand_kv"
+                f"layer {self.index} caches latents, and {type(call.module).__name__} attends to them as if they were "
+                "keys; accepted: attention modules that call expand_kv"
             )
         up = expansion.up_projections()
-        # Masses are those of tokens, which latents have one by one.
+        # Probabilities are summed by token, which latents have one by one.
         if up is None or (query.shape[2] > _most_absorbed(up) and not sums):
-            return self._read_expanded(expansion, query, pages, dense, visibility, scoring)
+            return self._read_expanded(expansion, query, pages, dense, visibility, call.scoring)
         self.absorbed += 1
-        result = latent_attend(in_latent_space(query.detach(), up), pages, dense, visibility, scoring, sums)
+        result = latent_attend(in_latent_space(query.detach(), up), pages, dense, visibility, call.scoring, sums)
         return without_gradient(query, result._replace(output=expand(result.output, up.values)))
 
     def _read_expanded(
@@ -182,9 +179,8 @@ class IndexedLatentLayer(LatentLayer):
         self.indexer = IndexerKeys()
         self._handles = (None, None)
 
-    def fork(self) -> IndexedLatentLayer:
-        other = super().fork()
-        assert isinstance(other, IndexedLatentLayer)
+    def _copy(self) -> Any:
+        other = super()._copy()
         other.indexer = self.indexer.fork()
         other._handles = (None, None)
         return other
@@ -195,8 +191,8 @@ class IndexedLatentLayer(LatentLayer):
     def own_tensors(self) -> list[torch.Tensor]:
         return [*super().own_tensors(), *self.indexer.tensors()]
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        state, keys = super().tensors(), self.indexer.keys()
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        state, keys = super().stored_tensors(), self.indexer.keys()
         return state if keys is None else state | {"indexer": keys.clone()}
 
     def restore(

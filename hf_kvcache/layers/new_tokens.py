@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,7 +39,12 @@ class NewTokens:
 
     @property
     def length(self) -> int:
+        """Number of tokens."""
         return self.keys.shape[2]
+
+    def copy(self) -> NewTokens:
+        """The same tokens, to be stored elsewhere."""
+        return replace(self)
 
     def part(self, tokens: slice) -> NewTokens:
         """Some of the tokens, not stored yet."""

@@ -67,7 +67,7 @@ def _build(name: str) -> PreTrainedModel:
 
 def _without_steps(cache: KVCache) -> KVCache:
     for layer in cache.own_layers:
-        layer.steps = None
+        layer.prepared = None
     return cache
 
 

@@ -1,0 +1,53 @@
+"""A cache in few bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_kvcache.cache.base import KVCache
+from hf_kvcache.codecs import Codec
+
+
+class QuantizedKVCache(KVCache):
+    """A KV cache in few bits: of keys and values, or of the latents that a model caches in their place.
+
+    Args:
+        config: the model's config.
+        bits: bits of a code, 1 to 4 or 8; 4 unless the codec's name says otherwise.
+        key_bits: bits of the keys in place of ``bits``.
+        value_bits: bits of the values in place of ``bits``.
+        codec: how pages are stored; ``"auto"`` takes the best measured one for the bits asked.
+        sink_length: as of :class:`KVCache`, as are ``tail_length``, ``page_size``, ``validate`` and ``bind``.
+        **codec_options: options of the codec such as ``group_size``.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        bits: int | None = None,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        codec: str | Codec = "auto",
+        *,
+        sink_length: int = 4,
+        tail_length: int = 128,
+        page_size: int = 128,
+        validate: bool = False,
+        bind: bool = True,
+        **codec_options: Any,
+    ) -> None:
+        super().__init__(
+            config,
+            codec,
+            sink_length=sink_length,
+            tail_length=tail_length,
+            page_size=page_size,
+            validate=validate,
+            bind=bind,
+            bits=bits,
+            key_bits=key_bits,
+            value_bits=value_bits,
+            **codec_options,
+        )

@@ -1,0 +1,41 @@
+"""One call of the attention function, as the layers of a cache see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_kvcache.kernels.inputs import Scoring
+
+
+@dataclass(slots=True)
+class AttentionCall:
+    """The queries of an update, and how they attend.
+
+    Attributes:
+        query: ``[B, Hq, q, Dk]``, not scaled; None where only their number is known.
+        mask: boolean or additive ``[B, 1 or Hq, q, tokens]``, 2D ``[B, tokens]``, or None.
+        scoring: how scores are made.
+        causal: whether a token sees no later one where no mask says it.
+        module: the attention module; None if it is not known.
+        length: number of queries; that of ``query`` unless it is None.
+    """
+
+    query: torch.Tensor | None
+    mask: torch.Tensor | None
+    scoring: Scoring
+    causal: bool = True
+    module: torch.nn.Module | None = None
+    length: int = 0
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """The queries; they are known wherever attention is computed here."""
+        assert self.query is not None
+        return self.query
+
+    @property
+    def count(self) -> int:
+        """Number of queries."""
+        return self.length if self.query is None else self.query.shape[2]

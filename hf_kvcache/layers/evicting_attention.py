@@ -1,0 +1,220 @@
+"""Attention of a layer that evicts: what it shows of the tokens is remembered for the choice of those that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from hf_kvcache.eviction.evictor import Evictor
+from hf_kvcache.eviction.options import Attending, EvictionOptions, LayerPlace
+from hf_kvcache.integration.architecture import architecture
+from hf_kvcache.integration.attention_call import AttentionCall
+from hf_kvcache.integration.binding import is_bound
+from hf_kvcache.integration.versions import RELEASE
+from hf_kvcache.kernels.inputs import Attention
+from hf_kvcache.layers.base import KVCacheLayer
+from hf_kvcache.layers.drafts import Draft, Undo
+from hf_kvcache.layers.new_tokens import NewTokens, dense_tokens
+from hf_kvcache.layers.options import LayerOptions
+from hf_kvcache.storage import PagedStorage
+
+
+class EvictingAttention(KVCacheLayer):
+    """A layer whose attention is observed by an :class:`Evictor`, which drops tokens after attention has used them.
+
+    Args:
+        index: number of the layer in the model.
+        options: what the layers of the cache share.
+        eviction: how they evict.
+        place: which layer it is, in the model and among those that evict.
+    """
+
+    evicts = True
+
+    def __init__(self, index: int, options: LayerOptions, eviction: EvictionOptions, place: LayerPlace) -> None:
+        super().__init__(index, options)
+        self.eviction, self.place = eviction, place
+        #: Told of every call of attention over tokens held: the update and the log-sum-exp ``[B, Hq, q]``.
+        self.watcher: Callable[[Draft, torch.Tensor], None] | None = None
+
+    def clear(self) -> None:
+        super().clear()
+        self.evictor: Evictor | None = None
+        self._undo: Undo | None = None
+        self._attended = True
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        new, storage = self._latest()
+        skip = self.check_query(call.queries)
+        if self.options.deferred and self._attended:
+            return self._attend_shared(new, storage, call, skip)
+        if skip:
+            raise ValueError(f"{call.count} queries for {new.length} new tokens; accepted with eviction: one a token")
+        assert self.evictor is not None
+        self.evictor.attending = Attending(call.scoring, call.module)
+        self.note_padding(new, call.mask)
+        draft = self._draft(new, call, first=False)
+        output = self._attend_draft(draft)
+        self._attended = True
+        if not self.options.deferred:
+            self.flush()
+        return output
+
+    def note_attended(self, call: AttentionCall) -> None:
+        new, _ = self._latest()
+        assert self.evictor is not None
+        if self.options.deferred and self._attended:
+            return  # a layer that shares these keys, whose queries do not count
+        self.note_padding(new, call.mask)
+        if call.query is not None:
+            self.evictor.attending = Attending(call.scoring, call.module)
+            self._observe_first(self._draft(new, call, first=True))
+        elif self.evictor.stateful or self._undo is not None:
+            raise self.not_attended()
+        else:
+            self.evictor.note(new.position, new.length, new.valid)
+        self._attended = True
+        if not self.options.deferred:
+            self.flush()
+
+    def as_attended(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries in the space of the keys that the evictor shows to a policy."""
+        return query
+
+    def not_attended(self) -> RuntimeError:
+        """The error where keys and values are used by anything but the attention function of this package."""
+        config = self.options.config
+        before = f"layer {self.index}: an evicting cache needs the queries of every update, "
+        if config is not None and not is_bound(config):
+            return RuntimeError(
+                f"{before}which the attention implementation {config._attn_implementation!r} does not give. Call "
+                "hf_kvcache.bind(model.config), or model.set_attn_implementation('hf_kvcache')"
+            )
+        known = None if config is None else architecture(config)
+        name = "the model" if known is None else f"{known.model.__name__} of transformers {RELEASE}"
+        return RuntimeError(
+            f"{before}and {name} does not pass its keys and values on to attention as it got them (or update() was "
+            "called without a model); accepted for such models: caches that keep every token, such as "
+            "QuantizedKVCache(config, bits=4) or KVCache(config). If a forward pass was cut off here, call crop(0) to "
+            "take it back"
+        )
+
+    def note_dense_read(self) -> None:
+        if not self._attended:
+            raise self.not_attended()
+
+    def dense_side(self, side: str) -> torch.Tensor:
+        new, evictor = self._new, self.evictor
+        if new is not None and not new.stored and new.position == 0:
+            return getattr(new, side)
+        if evictor is None or evictor.evictions == 0:
+            return super().dense_side(side)
+        raise RuntimeError(_NOT_DENSE.format(self.index))
+
+    def decompressed(self, side: str) -> torch.Tensor:
+        if self.evictor is not None and self.evictor.evictions:
+            raise RuntimeError(_NOT_DENSE.format(self.index))
+        return super().decompressed(side)
+
+    # -- internals ------------------------------------------------------------------------------------------------
+
+    def _held(self) -> tuple[PagedStorage, Evictor]:
+        assert self.storage is not None and self.evictor is not None
+        return self.storage, self.evictor
+
+    def _draft(self, new: NewTokens, call: AttentionCall, first: bool) -> Draft:
+        """An update, which is remembered if it may be taken back."""
+        if self._undo is None:
+            return Draft(new, call, first)
+        # Without the module: a cache must not keep a model alive.
+        draft = Draft(new, replace(call, module=None), first)
+        self._undo.drafts.append(draft)
+        return draft
+
+    def _attend_draft(self, draft: Draft) -> torch.Tensor:
+        """Attention of an update; in parts, each followed by the eviction it makes due, if it may be taken back."""
+        new = draft.new
+        if self._undo is None:
+            return self._attend_part(draft)
+        outputs, start = [], 0
+        while start < new.length:
+            storage, evictor = self._held()
+            stop = min(new.length, start + evictor.room(storage))
+            part = draft.part(slice(start, stop))
+            outputs.append(self._attend_part(part))
+            if not part.new.stored:
+                self._store(part.new)
+            evictor.flush_due(storage, part.new.position + part.new.length)
+            start = stop
+        new.stored = True
+        return torch.cat(outputs, 1)
+
+    def _attend_shared(self, new: NewTokens, storage: PagedStorage, call: AttentionCall, skip: int) -> torch.Tensor:
+        """Attention of a layer that reads these keys too, over the same tokens: they are evicted once all have read."""
+        visibility = self.visibility(new, call, skip)
+        dense = dense_tokens(storage, new, visibility, 0, slice(skip, new.length))
+        return self.read(call, call.queries, storage.pages(), dense, visibility).output
+
+    def _attend_part(self, draft: Draft) -> torch.Tensor:
+        new, (storage, evictor) = draft.new, self._held()
+        drafted, accumulated = self._undo is not None, evictor.policy.needs_accumulated
+        evictor.note(new.position, new.length, new.valid, drafted)
+        output = None
+        if not accumulated and self.watcher is None:
+            output = self.attend_token(new, storage, draft.call)
+        if output is None:
+            result = self._read_all(draft, accumulated)
+            output = result.output
+            if self.watcher is not None:
+                self.watcher(draft, result.log_sum_exp)
+        evictor.observe_queries(self.as_attended(draft.call.queries), new.position, new.valid, drafted)
+        if accumulated:
+            evictor.observe_sums(storage, result, 0 if new.stored else new.length, new.valid)
+        return output
+
+    def _read_all(self, draft: Draft, accumulated: bool) -> Attention:
+        """Attention of an update over everything stored, after the update if it is one token."""
+        new, call, (storage, _) = draft.new, draft.call, self._held()
+        visibility = self.visibility(new, call, 0)
+        if new.length == 1:
+            self._store(new)
+        dense = dense_tokens(storage, new, visibility, 0, slice(0, new.length))
+        return self.read(call, call.queries, storage.pages(), dense, visibility, accumulated)
+
+    def _observe_first(self, draft: Draft) -> None:
+        new, (storage, evictor) = draft.new, self._held()
+        evictor.note(new.position, new.length, new.valid)
+        query = self.as_attended(draft.call.queries)
+        evictor.observe_queries(query, new.position, new.valid)
+        if evictor.policy.needs_accumulated:
+            evictor.observe_first(storage, query, evictor.attended_keys(new.keys, new.values), new.valid)
+
+    def _store(self, new: NewTokens) -> None:
+        storage, _ = self._held()
+        if new.length == 1:
+            storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
+        else:
+            storage.append_block(new.keys, new.values, new.position, new.valid, pack=False)
+        new.stored = True
+
+    def _flush_block(self) -> None:
+        """Evict what the latest update made due, now that nothing of it will be taken back."""
+        storage, evictor = self.storage, self.evictor
+        if storage is None or evictor is None:
+            return
+        if not evictor.pending:
+            evictor.flush_due(storage, self._seen)
+        elif self.eviction.evict_prefill == "chunk":
+            evictor.evict(storage, np.arange(storage.batch), self._seen)
+        elif self.eviction.evict_prefill is None and not evictor.waits:
+            evictor.pack(storage, np.arange(storage.batch), self._seen)
+            evictor.pending = False
+
+
+_NOT_DENSE = (
+    "layer {} has evicted tokens, other ones in each head: its keys and values are no dense tensor. "
+    "Call model.set_attn_implementation('hf_kvcache'), or build the cache after another one was set."
+)

@@ -1,0 +1,95 @@
+"""A layer as tensors and counters, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_kvcache.kernels.padding import padding_places
+from hf_kvcache.layers.attention import AttentionOverPages
+from hf_kvcache.layers.new_tokens import check_update
+from hf_kvcache.storage.checking import check_like, check_storage
+
+
+class SavedState(AttentionOverPages):
+    """A layer that can be saved, and restored where nothing is held yet. Saving changes nothing."""
+
+    #: Beginnings of the names of tensors that a layer may have saved or not.
+    optional_tensors: tuple[str, ...] = ()
+
+    def progress(self) -> dict[str, int]:
+        """The counters that go with the storage's tensors when the layer is saved."""
+        rollback = self.flushed().rollback
+        return {"seen": self._seen, "unconfirmed": rollback.unconfirmed, "kept_from": rollback.kept_from}
+
+    def own_tensors(self) -> list[torch.Tensor]:
+        """What the layer holds beside its storage."""
+        return []
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer holds, as tensors by name."""
+        return self.flushed().stored_tensors()
+
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """:meth:`tensors` of a layer whose tokens are all stored."""
+        if self.storage is None:
+            return {}
+        places = np.stack([self.padding.rows, self.padding.positions])
+        return self.storage.state() | {"padding_places": torch.from_numpy(places)}
+
+    def blank(self) -> Any:
+        """An empty layer like this one."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.reset()
+        return other
+
+    def reset(self) -> None:
+        """Forget everything; the layer may then hold another batch."""
+        self.clear()
+        self.version += 1
+
+    def check_tensors(self, tensors: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
+        """Raise ValueError unless this empty layer could have saved them, with these counters."""
+        keys, values = tensors["dense.keys"], tensors["dense.values"]
+        check_update(self.index, None, keys[:, :, :1], values[:, :, :1], False, least=0)
+        empty = self.blank()
+        empty.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+        check_like(tensors, empty.tensors(), self.optional_tensors)
+        counters = {name: progress.get(name) for name in empty.progress()}
+        for name, count in counters.items():
+            if type(count) is not int or not 0 <= count <= progress["seen"]:
+                raise ValueError(f"{name}={count!r} of {progress['seen']!r} tokens")
+        check_storage(empty.storage, tensors, progress["seen"])
+
+    def restore(
+        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: torch.device | str | None = None
+    ) -> None:
+        """Hold what :meth:`tensors` and :meth:`progress` returned, in place of what is held.
+
+        Without a ``device`` tensors stay where they are until the first update, and then move to where that comes from.
+        """
+        self.reset()
+        if tensors:
+            to = tensors["dense.keys"].device if device is None else device
+            # Bookkeeping lies on the host.
+            tensors = {n: x.to(to if x.is_floating_point() or n == "records" else "cpu") for n, x in tensors.items()}
+            self.lazy_initialization(tensors["dense.keys"], tensors["dense.values"])
+            assert self.storage is not None
+            self.storage.restore(tensors)
+            self.padding = padding_places(*tensors["padding_places"].numpy())
+            self._movable = device is None
+        self._seen = progress["seen"]
+        self.rollback.unconfirmed, self.rollback.kept_from = progress["unconfirmed"], progress["kept_from"]
+        if self.storage is not None:
+            self.storage.lost_before = self.rollback.kept_from
+
+    def _move(self, device: torch.device) -> None:
+        """Let what was restored lie where the first update comes from."""
+        self._movable = False
+        if self.device != device:
+            recording = self.rollback.recording
+            self.restore(self.tensors(), self.progress(), device)
+            self.rollback.recording = recording
