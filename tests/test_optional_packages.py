@@ -14,7 +14,8 @@ find = PathFinder.find_spec
 PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in MISSING else find(name, *rest))
 
 import hf_kvcache
-from hf_kvcache import cli, models
+from hf_kvcache.cli import main as cli
+from hf_kvcache.cli import models
 from hf_kvcache.lowrank import moments
 
 with models._status("waiting"), moments._bar(8) as advance:

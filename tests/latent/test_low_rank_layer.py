@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hf_kvcache.codecs import resolve, specs
 from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.kernels.cpu import decode as native
 from hf_kvcache.kernels.dispatch import reason_missing
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
@@ -380,7 +381,9 @@ def test_probabilities(form: str, queries: int) -> None:
     )
     query = tokens.query[:, :, -queries:]
     visibility = Visibility(90 - queries, queries, None, 0, True, None)
-    result = own.read(query, storage.pages(), dense, visibility, Scoring(DIM**-0.5), None, sums=True)
+    result = own.read(
+        AttentionCall(query, None, Scoring(DIM**-0.5)), query, storage.pages(), dense, visibility, sums=True
+    )
     assert result.page_sums is not None and result.dense_sums is not None
     keys = dense_side(storage, "keys", 0, 90).double().repeat_interleave(2, 1)
     hidden = ~seen_by(90 - queries, queries, 90, None)
