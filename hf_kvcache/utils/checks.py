@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
-def whole(name: str, value: int, least: int = 1) -> int:
+def whole(name: str, value: Any, least: int = 1) -> int:
     """``value``, a whole number from ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r}; accepted: whole numbers from {least}")
