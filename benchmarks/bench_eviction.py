@@ -4,7 +4,7 @@
 
 The model is SmolLM2 (``--quick``: a tiny random one), float32, batch of 1. Evicting is timed inside of the calls that
 it slows down, around the layer's own ``evict``; what a policy costs elsewhere (masses of all keys at every step,
-for H2O) is not in it, so the times of whole steps stand beside it, arms taking turns. Peaks are bytes of the cache's
+for H2O) is not in it, so the times of whole steps stand beside it, methods taking turns. Peaks are bytes of the cache's
 tensors: what ``memory()`` says after each chunk, and beside it the most that one layer held while its chunk was there.
 """
 
@@ -97,7 +97,7 @@ def measure_prefill(model: Any, tokens: torch.Tensor, policies: Sequence[str], r
 
 
 def measure_decoding(model: Any, tokens: torch.Tensor, policies: Sequence[str], blocks: int) -> list[Row]:
-    """Eviction's share of decoding, by blocks of 128 tokens with one eviction each, arms taking turns."""
+    """Eviction's share of decoding, by blocks of 128 tokens with one eviction each, methods taking turns."""
     caches = {policy: HeavyHitterCache(model.config, _BUDGET, policy, interval=128) for policy in policies}
     last: dict[str, torch.Tensor] = {}
     for policy, cache in caches.items():
@@ -217,7 +217,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", help=f"default: {' '.join(_POLICIES)}")
     parser.add_argument("--context", type=int, help="tokens of the prefill; default: 4096")
     parser.add_argument("--endless", type=int, help="tokens generated through a window; default: 20000")
-    parser.add_argument("--rounds", type=int, help="repeats of each arm; default: 1")
+    parser.add_argument("--rounds", type=int, help="repeats of each method; default: 1")
     args = start(parser, argv)
     args.policies = pick(args.policies, args.quick, list(_POLICIES), ["snapkv", "streaming"])
     args.context = args.context or (1024 if args.quick else 4096)

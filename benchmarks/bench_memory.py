@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import DynamicCache
 
-from benchmarks.arms import CODECS, DTYPES, PEERS, SMOLLM2, OurArm, Shape, empty_arm, held_bytes
+from benchmarks.methods import CODECS, DTYPES, PEERS, SMOLLM2, PackedMethod, Shape, empty_method, held_bytes
 from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
 
 FP32, BF16 = "DynamicCache fp32", "DynamicCache bf16"
@@ -38,14 +38,14 @@ def measure(shape: Shape, tokens: int, like: torch.Tensor, report: Report) -> li
     bits: dict[str, float] = {}
     for name in (*PEERS, *CODECS):
         try:
-            arm = empty_arm(name, shape, tokens, keys)
-            arm.fill(keys, values, shape.queries(1, like))
+            method = empty_method(name, shape, tokens, keys)
+            method.fill(keys, values, shape.queries(1, like))
         except ImportError as error:
             report.note(f"{name} is left out: {str(error).splitlines()[0]}")
             continue
-        held[name] = held_bytes(arm.cache)
-        if isinstance(arm, OurArm) and arm.cache.memory().packed_elements:
-            bits[name] = arm.cache.memory().bits_per_element
+        held[name] = held_bytes(method.cache)
+        if isinstance(method, PackedMethod) and method.cache.memory().packed_elements:
+            bits[name] = method.cache.memory().bits_per_element
     return [
         {
             "shape": str(shape),

@@ -32,7 +32,7 @@ from rich.progress import Progress
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.arms import CODECS, DYNAMIC, PEERS, STATIC, held_bytes, peer_cache, recent_start
+from benchmarks.methods import CODECS, DYNAMIC, PEERS, STATIC, held_bytes, peer_cache, recent_start
 from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
 from benchmarks.timing import cpu_clock
 from hf_kvcache import KVCache, bind, unbind
@@ -40,7 +40,7 @@ from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.models import load_default_model
 from hf_kvcache.text import packaged_text
 
-ARMS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit")
+METHODS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit")
 #: These hold the very keys and values of DynamicCache.
 LOSSLESS = (STATIC, "ours none")
 _LOSSLESS_KL = 1e-6
@@ -250,13 +250,15 @@ def run_text_model(
     """Prefill and decode of a model on ``tokens [1, at least the longest context + 1]``."""
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"{label}: prefill", total=len(args.contexts) + 2)
-        prefill = measure_prefill(model, label, tokens[:, : args.prefill], args.arms, args.prefill_rounds, report)
+        prefill = measure_prefill(model, label, tokens[:, : args.prefill], args.methods, args.prefill_rounds, report)
         progress.update(task, advance=1, description=f"{label}: the longest context")
         states = prefilled_states(model, tokens[:, : max(args.contexts)])
         rows: list[Row] = []
         for count in args.contexts:
             progress.update(task, advance=1, description=f"{label}: {count:,} tokens of context")
-            rows += measure_decode(model, label, states, tokens[:, count : count + 1], count, args.arms, args, report)
+            rows += measure_decode(
+                model, label, states, tokens[:, count : count + 1], count, args.methods, args, report
+            )
     add_packing(rows)
     show_prefill(prefill, console)
     show_decode(rows, console)
@@ -289,7 +291,7 @@ def run_random_model(args: argparse.Namespace, report: Report, console: Console)
         size = (1, heads, args.random_context, dim)
         states = [(torch.randn(size), torch.randn(size)) for _ in range(args.layers)]
     with console.status(f"{label}: {args.random_context:,} tokens of context"):
-        names = [name for name in args.arms if name not in PEERS]
+        names = [name for name in args.methods if name not in PEERS]
         first = torch.zeros(1, 1, dtype=torch.long)
         rows = measure_decode(model, label, states, first, args.random_context, names, args, report)
     add_packing(rows)
@@ -336,7 +338,9 @@ def make_args() -> argparse.ArgumentParser:
     parser.add_argument("--peer-tokens", type=int, default=8192, help="longest context at which hqq runs")
     parser.add_argument("--random-context", type=int, help="context of the random Llama; default: 32768")
     parser.add_argument("--layers", type=int, help="layers of the random Llama; default: 4")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS)
+    )
     return parser
 
 

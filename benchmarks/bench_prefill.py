@@ -3,10 +3,10 @@
     python -m benchmarks.bench_prefill [--quick] [--chunk 512] [--tokens 4096 16384] [--first 1024 4096]
 
 ``update`` and attention, batch of 1, float32. *chunk*: 512 new tokens over T held ones, with the causal mask that a
-model makes (once for all its layers; it is not timed). Before every round each arm goes back to its T tokens: the
+model makes (once for all its layers; it is not timed). Before every round each method goes back to its T tokens: the
 transformers caches get back the tensors they had, ours is a fork of the cache that holds them (pages are shared, the
-full-precision tail is copied), whose last 512 tokens came in chunks too. *first*: T tokens into an empty cache. Arms
-take turns; medians. Each arm's output is checked against float64 attention (chunk) or against DynamicCache's (first)
+full-precision tail is copied), whose last 512 tokens came in chunks too. *first*: T tokens into an empty cache. Methods
+take turns; medians. Each method's output is checked against float64 attention (chunk) or against DynamicCache's (first)
 before it is timed.
 """
 
@@ -23,21 +23,21 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import exact
-from benchmarks.arms import DYNAMIC, LLAMA_8B, PEERS, PLAIN, SMOLLM2, STATIC, CacheArm, Shape, empty_arm
+from benchmarks.methods import DYNAMIC, LLAMA_8B, PEERS, PLAIN, SMOLLM2, STATIC, CacheMethod, Shape, empty_method
 from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
 from benchmarks.timing import Clock, cpu_clock, take_turns
 
-ARMS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit", "ours 2-bit")
+METHODS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit", "ours 2-bit")
 _LEAST_ROUNDS = 3
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def available(names: Sequence[str], shape: Shape, like: torch.Tensor, report: Report) -> list[str]:
-    """Those of the arms whose packages are installed."""
+    """Those of the methods whose packages are installed."""
     found = []
     for name in names:
         try:
-            empty_arm(name, shape, 1, like)
+            empty_method(name, shape, 1, like)
             found.append(name)
         except ImportError as error:
             report.note(f"{name} is left out: {str(error).splitlines()[0]}")
@@ -59,22 +59,22 @@ def measure_chunk(
     keys, values = shape.tokens(tokens, like)
     new = inputs(shape, chunk, like)
     expected = exact.attention(new[0], torch.cat([keys, new[1]], 2), torch.cat([values, new[2]], 2))
-    arms: dict[str, CacheArm] = {}
+    methods: dict[str, CacheMethod] = {}
     masks, errors = {}, {}
     for name in names:
-        arm = arms[name] = empty_arm(name, shape, tokens + chunk, like)
-        arm.fill(keys, values, shape.queries(1, like), chunk)
-        arm.keep()
-        arm.restore()
-        masks[name] = arm.mask(chunk)
-        error = exact.relative_error(arm.step(*new, masks[name]), expected)
-        errors[name] = exact.check(name, error, exact.TOLERANCES[arm.stored])
+        method = methods[name] = empty_method(name, shape, tokens + chunk, like)
+        method.fill(keys, values, shape.queries(1, like), chunk)
+        method.keep()
+        method.restore()
+        masks[name] = method.mask(chunk)
+        error = exact.relative_error(method.step(*new, masks[name]), expected)
+        errors[name] = exact.check(name, error, exact.TOLERANCES[method.stored])
 
     def one_round(number: int) -> dict[str, float]:
         times = {}
-        for name, arm in arms.items():
-            arm.restore()
-            times[name] = clock(partial(arm.step, *new, masks[name]))
+        for name, method in methods.items():
+            method.restore()
+            times[name] = clock(partial(method.step, *new, masks[name]))
         return times
 
     times = take_turns(one_round, args.rounds, min(args.rounds, _LEAST_ROUNDS), args.seconds)
@@ -89,8 +89,8 @@ def measure_first(
     new = inputs(shape, tokens, like)
 
     def action(name: str) -> Callable[[], torch.Tensor]:
-        arm = empty_arm(name, shape, tokens, like)
-        return partial(arm.step, *new, arm.mask(tokens))
+        method = empty_method(name, shape, tokens, like)
+        return partial(method.step, *new, method.mask(tokens))
 
     expected = action(DYNAMIC)()
     tolerance = exact.TOLERANCES["fp32" if like.dtype == torch.float32 else "bf16"]
@@ -147,7 +147,7 @@ def run(report: Report, args: argparse.Namespace, like: torch.Tensor, clock: Clo
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("prefill", total=len(args.shapes) * (len(args.tokens) + len(args.first)))
         for shape in map(Shape.parse, args.shapes):
-            names = available(ARMS, shape, like, report)
+            names = available(METHODS, shape, like, report)
             rows = []
             few = [name for name in names if name != PEERS[0]]
             if len(few) < len(names) and max(*args.tokens, *args.first) > args.peer_tokens:

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import bench_decode, bench_prefill
-from benchmarks.arms import CODECS, DTYPES, DYNAMIC, LLAMA_8B, PEERS, SMOLLM2, STATIC, Shape
+from benchmarks.methods import CODECS, DTYPES, DYNAMIC, LLAMA_8B, PEERS, SMOLLM2, STATIC, Shape
 from benchmarks.session import Report, make_console, make_parser, pick, start
 from benchmarks.timing import Clock
 

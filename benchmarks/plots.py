@@ -106,7 +106,7 @@ def _by_cache(rows: Iterator[Row]) -> dict[str, list[Row]]:
 
 
 def _styled(lines: dict[str, list[Row]]) -> Iterator[tuple[Row, tuple[str, list[Row]]]]:
-    """Ours are coloured full lines, the others grey dashed ones that their markers tell apart."""
+    """Ours are colored full lines, the others gray dashed ones that their markers tell apart."""
     for index, item in enumerate(lines.items()):
         ours = item[0].startswith("ours")
         style = {"linestyle": "-" if ours else "--", "marker": _MARKERS[index % len(_MARKERS)], "markersize": 5}

@@ -1,4 +1,4 @@
-"""Every benchmark runs at tiny sizes, its numbers are finite and positive, and its arms agree."""
+"""Every benchmark runs at tiny sizes, its numbers are finite and positive, and its methods agree."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from benchmarks import (
     plots,
     timing,
 )
-from benchmarks.arms import DENSE32, DYNAMIC, PLAIN, STATIC, Shape, filled_arm
+from benchmarks.methods import DENSE32, DYNAMIC, PLAIN, STATIC, Shape, filled_method
 from benchmarks.session import Report
 
-#: Columns that may be zero: nothing was mapped, packed or allocated, or the arms agree to the last bit.
+#: Columns that may be zero: nothing was mapped, packed or allocated, or the methods agree to the last bit.
 MAY_BE_ZERO = ("page_faults", "packing", "error", "allocations", "allocated_bytes", "mean_kl", "top1_agreement")
-ARMS = (DYNAMIC, STATIC, "fp8 QuantizedCache", DENSE32, "ours none", "ours 8-bit", "ours 4-bit")
+METHODS = (DYNAMIC, STATIC, "fp8 QuantizedCache", DENSE32, "ours none", "ours 8-bit", "ours 4-bit")
 SHAPE = "4/2/16"
 
 
@@ -65,17 +65,17 @@ def test_decode(tmp_path: Path) -> None:
     def bandwidth(size: int) -> dict[str, float]:
         return timing.read_bandwidth(1 << 16, repeats=1)
 
-    rows = rows_of(bench_decode.main([*argv, "--arms", *ARMS], bandwidth))
-    assert [row["cache"] for row in rows] == list(ARMS)
+    rows = rows_of(bench_decode.main([*argv, "--methods", *METHODS], bandwidth))
+    assert [row["cache"] for row in rows] == list(METHODS)
     assert {row["cache"]: row["bytes_read"] for row in rows}[DYNAMIC] == 2 * 2 * (512 + 41) * 16 * 4
 
 
-def test_decode_refuses_an_arm_that_is_wrong() -> None:
+def test_decode_refuses_a_method_that_is_wrong() -> None:
     shape = Shape.parse(SHAPE)
     keys, values = shape.tokens(300)
-    arm = filled_arm("ours 8-bit", shape, keys, values + 1, shape.queries(1), 8)
+    method = filled_method("ours 8-bit", shape, keys, values + 1, shape.queries(1), 8)
     with pytest.raises(AssertionError, match="ours 8-bit: relative error"):
-        bench_decode.check_arm(arm, shape, keys, values, (shape.queries(1), *shape.tokens(1)))
+        bench_decode.check_method(method, shape, keys, values, (shape.queries(1), *shape.tokens(1)))
 
 
 def test_prefill(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_memory(tmp_path: Path) -> None:
 
 def test_model(model: PreTrainedModel, tmp_path: Path) -> None:
     names = [DYNAMIC, STATIC, "ours none", "ours 4-bit"]
-    argv = ["--quick", "--out", str(tmp_path), "--contexts", "256", "300", "--prefill", "40", "--arms", *names]
+    argv = ["--quick", "--out", str(tmp_path), "--contexts", "256", "300", "--prefill", "40", "--methods", *names]
     args, report = bench_model.parse(argv), Report("bench_model")
     tokens = torch.arange(301)[None] % model.config.vocab_size
     bench_model.run_text_model(model, "tiny", tokens, args, report, Console(quiet=True))
@@ -119,7 +119,7 @@ def test_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Pr
     monkeypatch.setattr(bench_model, "RANDOM_HEADS", (model.config.num_key_value_heads, model.config.head_dim))
     layers = str(model.config.num_hidden_layers)
     argv = ["--quick", "--no-plots", "--out", str(tmp_path), "--models", "llama8b", "--layers", layers]
-    rows = rows_of(bench_model.main([*argv, "--random-context", "256", "--arms", DYNAMIC, "ours 8-bit"]))
+    rows = rows_of(bench_model.main([*argv, "--random-context", "256", "--methods", DYNAMIC, "ours 8-bit"]))
     assert [row["cache"] for row in rows] == [DYNAMIC, "ours 8-bit"]
 
 

@@ -115,7 +115,7 @@ _QUICK = ("full", "full:dtype=bfloat16", "rotated8", "unbiased4", "unbiased3", "
 
 
 def caches(name: str) -> list[str]:
-    """What a suite compares by default: ``full``, the noise floor, ours, arms to beat, other libraries'."""
+    """What a suite compares by default: ``full``, the noise floor, ours, methods to beat, other libraries'."""
     if name == "quick":
         return list(_QUICK)
     if name == "eviction":

@@ -16,7 +16,7 @@ from hf_kvcache_eval.report.budgets import budget_sections, budget_table
 from hf_kvcache_eval.report.curves import choice
 from hf_kvcache_eval.report.headline import headline_table
 from hf_kvcache_eval.report.load import load
-from hf_kvcache_eval.report.names import TaskName, family, is_full, is_noise_floor, is_null, kept_share
+from hf_kvcache_eval.report.names import TaskName, family, is_baseline, is_full, is_noise_floor, kept_share
 from hf_kvcache_eval.statistics import mean_metric
 
 #: Mean KL and share of bf16's bytes.
@@ -202,7 +202,7 @@ def test_the_summary_is_sorted_and_marks_what_is_missing(report: tuple[Path, Pat
     order = list(rows)
     assert (order[0], order[-1]) == ("window@8", "int2")  # the cell that has int2's size has failed
     assert rows["full:dtype=bfloat16"][0].text.endswith("(noise floor)")
-    assert rows["random@0.3"][0].text.endswith("(null arm)")
+    assert rows["random@0.3"][0].text.endswith("(baseline)")
     assert rows["int2"][column["KL @4096"]].text == "–" and rows["int2"][column["KL @1024"]].text != "–"
     assert rows["int4"][column["bytes"]].text == "50.0 %"
     assert rows["int4"][column["accuracy"]].text.startswith("0.75")
@@ -257,7 +257,7 @@ def test_what_differs_between_cells_is_told_once(tmp_path: Path) -> None:
     assert "- a tail of 128 (newest tokens in full precision): `passkey@512`" in lines
 
 
-def test_lines_are_those_of_the_front_and_the_arms(report: tuple[Path, Path, list[Path]]) -> None:
+def test_lines_are_those_of_the_front_and_the_baselines(report: tuple[Path, Path, list[Path]]) -> None:
     found = load(report[0])
     chosen = choice(found)
     assert {"full:dtype=bfloat16", "random@0.3", "int8", "int4"} <= set(chosen)
@@ -292,10 +292,10 @@ def test_families_share_a_name_without_digits(cache: str, expected: str) -> None
     assert family(cache) == expected
 
 
-def test_arms_are_told_apart() -> None:
+def test_methods_are_told_apart() -> None:
     assert is_full("full") and not is_full("full:dtype=bfloat16")
     assert is_noise_floor("full:dtype=bfloat16") and not is_noise_floor("full")
-    assert is_null("random@0.3") and is_null("window@8") and not is_null("int4")
+    assert is_baseline("random@0.3") and is_baseline("window@8") and not is_baseline("int4")
 
 
 def test_task_names_have_parts() -> None:
@@ -338,12 +338,12 @@ def test_policies_stand_in_a_table_by_what_they_keep(tmp_path: Path) -> None:
     assert [name.text for name in found.retrieval] == ["needle@1024:forced"]
     table = budget_table(found, task, "exact", [0.5, 0.2])
     assert table.header == ["policy", "50 %", "20 %"]
-    assert [row[0].text for row in table.rows] == ["`full`", "`good`", "`random` (null arm)", "`bad`"]
-    full, good, null, bad = table.rows
+    assert [row[0].text for row in table.rows] == ["`full`", "`good`", "`random` (baseline)", "`bad`"]
+    full, good, baseline, bad = table.rows
     assert full[1].text == full[2].text and full[1].mark == "reference"
     assert {entry.mark for entry in good[1:]} == {"better"} and not good[1].text.endswith(("=", "<"))
     assert {entry.mark for entry in bad[1:]} == {"worse"} and bad[1].text.endswith(" <")
-    assert {entry.mark for entry in null[1:]} == {""}
+    assert {entry.mark for entry in baseline[1:]} == {""}
     text = write_report(tmp_path)[0].read_text()
     assert "## By what is kept" in text and "### needle@1024:forced: exact" in text
 

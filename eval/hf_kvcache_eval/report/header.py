@@ -67,7 +67,7 @@ def how_to_read() -> list[Block]:
                 "negative log-likelihood. KL sees damage first; likelihood and accuracy can even improve under it.",
                 "The noise floor is the full cache with the model in bfloat16: rounding alone. A loss below it is none "
                 "that the usual dtype does not have.",
-                f"The null arms ({code('random@…')}, {code('window@…')}) drop tokens blindly. A method that does not "
+                f"The baselines ({code('random@…')}, {code('window@…')}) drop tokens blindly. A method that does not "
                 "beat them at equal bytes has learnt nothing about which tokens matter.",
                 "± is one standard error over samples. A difference of up to two of its standard errors is called "
                 "within noise; it is taken sample by sample where both caches have the same samples, else "

@@ -83,16 +83,16 @@ class Shape:
 LLAMA_8B, SMOLLM2 = Shape(32, 8, 128), Shape(9, 3, 64)
 
 
-class Arm(ABC):
+class Method(ABC):
     """One side of a comparison.
 
     Attributes:
         name: what tables call it.
         stored: what it stores, a key of ``exact.TOLERANCES``.
-        method: how it attends, where there was a choice.
+        attention: how it attends, where there was a choice.
     """
 
-    method = ""
+    attention = ""
 
     def __init__(self, name: str, stored: str) -> None:
         self.name, self.stored = name, stored
@@ -119,7 +119,7 @@ class Arm(ABC):
         """Bytes that a step has to read at least: the tokens held, in the form in which they are held."""
 
 
-class CacheArm(Arm):
+class CacheMethod(Method):
     """A transformers cache with the attention function that a Llama layer calls on it.
 
     Args:
@@ -182,7 +182,7 @@ class CacheArm(Arm):
         vars(self.cache.layers[0]).update(_frozen(self._kept))
 
 
-class StaticArm(CacheArm):
+class StaticCacheMethod(CacheMethod):
     """StaticCache, of which only the tokens held so far have to be read."""
 
     def bytes_read(self) -> int:
@@ -190,7 +190,7 @@ class StaticArm(CacheArm):
         return self.bytes_held() * int(layer.get_seq_length()) // layer.max_cache_len
 
 
-class OurArm(CacheArm):
+class PackedMethod(CacheMethod):
     """A KVCache with the attention registered as ``hf_kvcache``."""
 
     implementation = "hf_kvcache"
@@ -224,7 +224,7 @@ class OurArm(CacheArm):
         return out, *dense
 
 
-class DenseArm(Arm):
+class DenseMethod(Method):
     """The best that plain torch does: preallocated keys and values, the query packed by KV head, no copy, no repeat.
 
     Args:
@@ -243,17 +243,17 @@ class DenseArm(Arm):
         self.values = torch.zeros(size, dtype=dtype, device=keys.device)
         self.keys[:, :, : self.length].copy_(keys)
         self.values[:, :, : self.length].copy_(values)
-        self.method = "matmul"
+        self.attention = "matmul"
 
     def choose(self, query: torch.Tensor, time: Callable[[Callable[[], Any]], float], repeats: int = 5) -> None:
-        """Time every method on ``query`` and keep the fastest."""
+        """Time every way on ``query`` and keep the fastest."""
         packed = query.to(self.dtype)
         best = {}
-        for method, attend in METHODS.items():
+        for way, attend in ATTENTIONS.items():
             action = partial(attend, packed, *self._held())
             action()
-            best[method] = min(time(action) for _ in range(repeats))
-        self.method = min(best, key=lambda method: best[method])
+            best[way] = min(time(action) for _ in range(repeats))
+        self.attention = min(best, key=lambda way: best[way])
 
     def step(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
@@ -261,7 +261,7 @@ class DenseArm(Arm):
         self.keys[:, :, self.length : self.length + 1].copy_(key)
         self.values[:, :, self.length : self.length + 1].copy_(value)
         self.length += 1
-        out = METHODS[self.method](query.to(self.dtype), *self._held())
+        out = ATTENTIONS[self.attention](query.to(self.dtype), *self._held())
         return out.reshape(1, 1, -1, out.shape[-1])
 
     def bytes_held(self) -> int:
@@ -289,7 +289,7 @@ def _sdpa_packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) 
 
 
 #: Ways of one token's dense attention: query ``[1, Hq, 1, D]``, keys and values ``[1, Hkv, T, D]``.
-METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+ATTENTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "matmul": _matmul,
     "matmul, keys first": _matmul_keys_first,
     "sdpa, packed query": _sdpa_packed,
@@ -297,8 +297,8 @@ METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Te
 }
 
 
-def empty_arm(name: str, shape: Shape, capacity: int, like: torch.Tensor) -> CacheArm:
-    """The cache arm ``name`` without any tokens.
+def empty_method(name: str, shape: Shape, capacity: int, like: torch.Tensor) -> CacheMethod:
+    """The cache method ``name`` without any tokens.
 
     Args:
         name: ``DYNAMIC``, ``STATIC``, one of ``PEERS`` or a key of ``CODECS``.
@@ -311,25 +311,25 @@ def empty_arm(name: str, shape: Shape, capacity: int, like: torch.Tensor) -> Cac
     """
     plain, device = _DTYPE_NAMES[like.dtype], like.device
     if name == DYNAMIC:
-        return CacheArm(name, plain, shape, lambda config: DynamicCache(config=config), device)
+        return CacheMethod(name, plain, shape, lambda config: DynamicCache(config=config), device)
     if name == STATIC:
-        return StaticArm(name, plain, shape, lambda config: StaticCache(config, max_cache_len=capacity), device)
+        return StaticCacheMethod(name, plain, shape, lambda config: StaticCache(config, max_cache_len=capacity), device)
     if name in PEERS:
-        return CacheArm(name, "fp8" if "fp8" in name else "4", shape, partial(peer_cache, name), device)
+        return CacheMethod(name, "fp8" if "fp8" in name else "4", shape, partial(peer_cache, name), device)
     codec = CODECS[name]
     stored = plain if codec == "none" else codec if codec == "fp8" else codec[-1]
-    return OurArm(name, stored, shape, lambda config: KVCache(config, codec), device)
+    return PackedMethod(name, stored, shape, lambda config: KVCache(config, codec), device)
 
 
-def filled_arm(
+def filled_method(
     name: str, shape: Shape, keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor, room: int
-) -> Arm:
-    """The arm ``name`` that holds ``keys`` and ``values [1, Hkv, T, D]`` and has room for ``room`` more tokens."""
+) -> Method:
+    """The method ``name`` that holds ``keys`` and ``values [1, Hkv, T, D]`` and has room for ``room`` more tokens."""
     if name.startswith("dense "):
-        return DenseArm(name, DTYPES[name.removeprefix("dense ")], keys, values, room)
-    arm = empty_arm(name, shape, keys.shape[2] + room, keys)
-    arm.fill(keys, values, query)
-    return arm
+        return DenseMethod(name, DTYPES[name.removeprefix("dense ")], keys, values, room)
+    method = empty_method(name, shape, keys.shape[2] + room, keys)
+    method.fill(keys, values, query)
+    return method
 
 
 def peer_cache(name: str, config: Any) -> QuantizedCache:
