@@ -5,8 +5,8 @@
 One layer, batch of 1, float32. An append is ``cache.update`` with one token. Ours stores the token of one update at the
 next, if no attention came between, so that the calls timed hold all of the work. DynamicCache copies all it holds at
 every call. Methods take turns by blocks; a block of ours is as many calls as a page has tokens, so that it packs
-exactly one page per head, and its mean is what a token costs with packing; the median of its single calls is a call that does
-not pack. Every call adds a token: after five blocks ours holds 640 more, DynamicCache (16 calls a block) 80.
+exactly one page per head, and its mean is what a token costs with packing; the median of its single calls is a call
+that does not pack. Every call adds a token: after five blocks ours holds 640 more, DynamicCache (16 calls a block) 80.
 Allocations are counted by torch's dispatcher: every result whose memory is no argument's. What numpy and native kernels
 allocate for themselves does not show there.
 """

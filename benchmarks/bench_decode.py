@@ -3,13 +3,13 @@
     python -m benchmarks.bench_decode [--long] [--quick] [--shapes 32/8/128] [--tokens 4096 16384]
 
 Batch of 1, float32 queries, random normal keys and values. All methods hold the same tokens in one process and take
-turns (A B C, A B C, ...); medians over the rounds. Nothing is put back between the steps: every method grows by one token a
-round, from 44 tokens past the nominal T to at most 92, so that our full-precision tail has the length that it has on
-average. Our cache takes the last 512 of its first tokens one at a time, so that its pages lie in memory as they do
-after decoding. In the rounds no page fills. Packing is timed apart (the step in which a page fills and the one behind
-it, less two ordinary ones) and added, spread over the page's tokens. QuantizedCache's own flush requantizes all tokens
-every 128; it is counted as the time of its first quantization, spread likewise. Every method is checked against float64
-attention before it is timed.
+turns (A B C, A B C, ...); medians over the rounds. Nothing is put back between the steps: every method grows by one
+token a round, from 44 tokens past the nominal T to at most 92, so that our full-precision tail has the length that it
+has on average. Our cache takes the last 512 of its first tokens one at a time, so that its pages lie in memory as they
+do after decoding. In the rounds no page fills. Packing is timed apart (the step in which a page fills and the one
+behind it, less two ordinary ones) and added, spread over the page's tokens. QuantizedCache's own flush requantizes all
+tokens every 128; it is counted as the time of its first quantization, spread likewise. Every method is checked against
+float64 attention before it is timed.
 
 *page faults* are counted in one more step: a method that allocates anew waits there for the system to map memory.
 With T = 64k and all methods this takes about 5 GB of memory, with ``--long`` 10 GB.

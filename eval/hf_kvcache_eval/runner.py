@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def _cell(comparison: Comparison, bench: Bench, store: Store, cache: str, name: 
             raise entry
         outcome = _measure(replace(comparison.protocol, **entry.protocol), bench, cache, entry)
         _fill(wanted, bench, outcome)
-        timing = outcome.timing
+        timing = outcome.timing | {"date": datetime.now(timezone.utc).date().isoformat()}
         store.write(wanted, timing)
     except Exception as error:  # one cell's failure, out of memory included, must not cost the others
         _LOG.debug("cell failed", exc_info=True)

@@ -11,12 +11,15 @@ import pytest
 from matplotlib.image import imread
 
 from hf_kvcache_eval.cells import Cell, Memory, Metric, Series, Store
-from hf_kvcache_eval.report import write_report
+from hf_kvcache_eval.report import publish, write_page, write_report
 from hf_kvcache_eval.report.budgets import budget_sections, budget_table
 from hf_kvcache_eval.report.curves import choice
 from hf_kvcache_eval.report.headline import headline_table
-from hf_kvcache_eval.report.load import load
+from hf_kvcache_eval.report.load import Comparison, load
+from hf_kvcache_eval.report.markdown import render
 from hf_kvcache_eval.report.names import TaskName, family, is_baseline, is_full, is_noise_floor, kept_share
+from hf_kvcache_eval.report.records import read_csv, write_csv
+from hf_kvcache_eval.report.write import content
 from hf_kvcache_eval.statistics import mean_metric
 
 #: Mean KL and share of bf16's bytes.
@@ -122,9 +125,10 @@ def test_files_are_written_and_drawn_on(report: tuple[Path, Path, list[Path]]) -
         "tasks_quote.png",
         "tasks_language.png",
         "lengths.png",
+        "results.csv",
     }
     assert {file.name for file in out.iterdir()} == {file.name for file in files}
-    for file in files[2:]:
+    for file in files[2:-1]:
         pixels = imread(file)
         assert min(pixels.shape[:2]) > 300
         assert ((pixels[..., :3] < 0.9).any(-1)).mean() > 0.005, file
@@ -179,7 +183,10 @@ def test_markdown_tables_keep_their_columns(report: tuple[Path, Path, list[Path]
             columns = len(re.findall(r"(?<!\\)\|", line))
             header = header if before.startswith("|") else columns
             assert columns == header, line
-    assert "| `int2` | `fidelity@4096` | \\<script\\>alert(1)\\</script\\> \\| \\*not\\* 'code' second line |" in lines
+    assert (
+        "| `int2` | `fidelity@4096` | &lt;script&gt;alert(1)&lt;/script&gt; &#124; \\*not\\* 'code' second line |"
+        in lines
+    )
     assert "- `rotated4` on `hellaswag`" in lines
     assert "- `broken.json` is no cell that this version can read" in lines
     assert "No token of this task was compressed" not in "\n".join(lines)
@@ -353,3 +360,44 @@ def test_a_comparison_without_shares_has_no_such_table(tmp_path: Path) -> None:
     for cache in ("full", "int4", "random@0.3"):
         store.write(fidelity(cache), {})
     assert budget_sections(load(tmp_path)) == []
+
+
+def test_the_csv_gives_the_report_that_the_cells_give(tmp_path: Path) -> None:
+    """Nothing that a report shows is lost on the way through the CSV file."""
+    store = fill(tmp_path / "run")
+    cell = fidelity("int8", 1024)
+    store.write(cell, {"date": "2026-01-02", "commit": "abc1234"})
+    found = load(tmp_path / "run")
+    write_csv(found, tmp_path / "a.csv")
+    again = read_csv(tmp_path / "a.csv")
+    assert render(content(again, [])) == render(content(found, []))
+    assert "- date: 2026-01-02" in render(content(again, [])) and "- commit: abc1234" in render(content(again, []))
+    assert again.done["int8", "fidelity@1024"].series["kl"] == cell.series["kl"]
+    assert again.done["int8", "fidelity@1024"].memory == cell.memory
+    assert again.unreadable == ["broken.json"] and [cell.error for cell in again.failed] == [SCRIPT]
+    write_csv(again, tmp_path / "b.csv")
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+
+
+def test_what_is_published_needs_no_cells_and_is_small(tmp_path: Path) -> None:
+    """A page is made again from its CSV alone; it links to files beside it, and has two small pictures at most."""
+    fill(tmp_path / "mine")
+    files = publish(tmp_path / "mine", tmp_path / "docs")
+    names = [file.name for file in files]
+    assert names == ["mine.csv", "mine.md", "mine_bytes.png", "mine_time.png"]
+    assert all(file.stat().st_size <= 60 * 1024 for file in files[2:])
+    text = files[1].read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\(([^)]*)\)", text)) == set(names) - {"mine.md"}
+    before = [file.read_bytes() for file in files]
+    assert write_page(files[0]) == files[1:]
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_csv_of_another_form_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has not the columns"):
+        write_page(path)
+    write_csv(Comparison(), path)
+    with pytest.raises(ValueError, match="has no cells"):
+        write_page(path)

@@ -18,8 +18,9 @@ _FIDELITY = ("kl", "delta_nll")
 
 def budget_sections(found: Comparison) -> list[Block]:
     """A table for each task on which a policy was measured at two shares or more; nothing where there is none."""
-    shares = sorted({share for policy in _policies(found).values() for share in policy}, reverse=True)
-    if len(shares) < 2:
+    policies = _policies(found)
+    shares = sorted({share for policy in policies.values() for share in policy}, reverse=True)
+    if len(shares) < 2 or set(policies) == {_BASELINE}:
         return []
     legend = (
         f"Columns are the shares of the prefilled tokens that are kept. ± is one standard error; “=” says that the "

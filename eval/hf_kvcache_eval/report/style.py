@@ -81,14 +81,14 @@ def styles(caches: Sequence[str]) -> dict[str, Style]:
     return found
 
 
-def settings() -> AbstractContextManager[None]:
-    """The report's look, for everything that is drawn inside."""
-    return mpl.rc_context(_SETTINGS)
+def settings(dpi: int = DPI) -> AbstractContextManager[None]:
+    """The report's look, for everything that is drawn inside; ``dpi`` pixels an inch."""
+    return mpl.rc_context(_SETTINGS | {"figure.dpi": dpi})
 
 
 def figure(width: float, height: float) -> Figure:
     """An empty figure, sizes in inches; not pyplot's, so nothing global keeps it and no display is looked for."""
-    drawn = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    drawn = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(drawn)
     return drawn
 
@@ -105,4 +105,4 @@ def log_ticks(axis: Any, tick: Callable[[float], str] = lambda x: f"{x:g}") -> N
 
 def save(drawn: Figure, path: Path) -> None:
     """Write a PNG; nothing in it depends on the time."""
-    drawn.savefig(path, dpi=DPI, metadata={"Software": None})
+    drawn.savefig(path, dpi="figure", metadata={"Software": None})
