@@ -20,13 +20,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.methods import DYNAMIC, SMOLLM2, CacheMethod, PackedMethod, Shape, filled_method
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 from benchmarks.timing import cpu_clock
 
 METHODS = (DYNAMIC, "ours none", "ours 8-bit", "ours 4-bit", "ours 2-bit")
@@ -137,26 +137,6 @@ def _means(times: list[float], blocks: int) -> list[float]:
     return [sum(times[at : at + size]) / size for at in range(0, len(times), size)]
 
 
-def show(rows: list[Row], shape: str, console: Console) -> None:
-    """Print times, then allocations, of one shape."""
-    counts = list(dict.fromkeys(row["tokens"] for row in rows))
-    for title, text in (
-        ("append, µs per token with packing (× DynamicCache)", lambda r: f"{r['append_us']:,.1f} ({_times(r)})"),
-        ("append, median µs of a call", lambda r: f"{r['median_call_us']:,.1f}"),
-        ("allocations of one append", lambda r: f"{r['append_allocations']} ({r['append_allocated_bytes']:,} B)"),
-        ("allocations, attention too", lambda r: f"{r['step_allocations']} ({r['step_allocated_bytes']:,} B)"),
-    ):
-        table = make_table(f"{title}; {shape}", ("cache", *(f"{count:,} held" for count in counts)))
-        for cache in dict.fromkeys(row["cache"] for row in rows):
-            table.add_row(cache, *(text(row) for row in rows if row["cache"] == cache))
-        console.print(table)
-
-
-def _times(row: Row) -> str:
-    speedup = row["speedup_dynamic"]
-    return f"{speedup:,.0f}" if speedup >= 10 else f"{speedup:.2f}"
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", help="query heads/KV heads/head_dim; default: 9/3/64")
@@ -180,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
             for count in args.tokens:
                 rows += measure(shape, count, METHODS, args.blocks, args.dynamic_calls)
                 progress.advance(task)
-            show(rows, str(shape), console)
+            show(report.script, rows, console)
             report.rows += rows
     return report.finish(args, console)
 

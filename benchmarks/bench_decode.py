@@ -46,7 +46,8 @@ from benchmarks.methods import (
     Shape,
     filled_method,
 )
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 from benchmarks.timing import Clock, count_page_faults, cpu_clock, read_bandwidth, take_turns
 from hf_kvcache.environment import last_level_cache
 
@@ -190,37 +191,6 @@ def measure(
     return list(rows.values())
 
 
-def show(rows: list[Row], shape: str, tokens: int, dense: str, console: Console) -> None:
-    """Print the table of one shape and number of tokens."""
-    columns = (
-        "cache",
-        "µs",
-        "of it packing",
-        "× DynamicCache",
-        f"× {dense}",
-        "MB to read",
-        "GB/s",
-        "of bandwidth",
-        "page faults",
-    )
-    table = make_table(f"decode step, {shape} (query heads/KV heads/head_dim), T = {tokens:,}", (*columns, "error"))
-    for row in rows:
-        name = f"{row['cache']} ({row['attention']})" if row["attention"] else row["cache"]
-        speedups = [f"{row[key]:.2f}" if key in row else "-" for key in ("speedup_dynamic", "speedup_dense")]
-        table.add_row(
-            name,
-            f"{row['total_us']:,.0f}",
-            f"{row['packing_us']:,.0f}" if row["packing_us"] else "-",
-            *speedups,
-            f"{row['bytes_read'] / 1e6:,.2f}",
-            f"{row['gb_per_s']:.1f}",
-            f"{row['bandwidth_share']:.0%}",
-            f"{row['page_faults']:,}",
-            f"{row['error']:.1e}",
-        )
-    console.print(table)
-
-
 def show_bandwidth(rates: dict[str, float], size: int, report: Report) -> float:
     """Note the bandwidth by every way of reading; returns the largest, in GB/s."""
     best = max(rates, key=lambda way: rates[way])
@@ -251,7 +221,7 @@ def run(
                 progress.update(task, description=f"decode {shape}, T = {count:,}")
                 rows = measure(shape, count, names, setting, bandwidth, report)
                 report.rows += rows
-                show(rows, str(shape), count, setting.dense, console)
+                show("bench_decode", rows, console)
                 progress.advance(task)
 
 

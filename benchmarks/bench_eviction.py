@@ -20,10 +20,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 from benchmarks.timing import cpu_clock
 from hf_kvcache import HeavyHitterCache, KVCache, SlidingWindowCache
 from hf_kvcache.accounting import tensor_bytes
@@ -190,28 +190,6 @@ def measure_endless(tokens: int) -> Row:
     }
 
 
-def show(rows: list[Row], console: Console) -> None:
-    """Print the shares, then the other two parts."""
-    for part in ("prefill", "decoding"):
-        table = make_table(f"evicting in {part}", ("policy", "tokens", "ms", "of it evicting", "share of the rest"))
-        for row in (row for row in rows if row["part"] == part):
-            numbers = f"{row['tokens']:,}", f"{row['ms']:,.1f}", f"{row['evicting_ms']:,.2f}", f"{row['share']:.1%}"
-            table.add_row(row["policy"], *numbers)
-        console.print(table)
-    for row in rows:
-        if row["part"] == "peak":
-            console.print(
-                f"{row['tokens']:,} tokens in chunks of {_CHUNK}, budget {_BUDGET}: peak "
-                f"{row['peak_bytes'] / 2**20:.1f} MiB, full cache {row['full_bytes'] / 2**20:.1f} ({row['share']:.3f})"
-            )
-        if row["part"] == "endless":
-            console.print(
-                f"{row['tokens']:,} tokens without end: {row['first_us']:.0f} µs a token at first, "
-                f"{row['last_us']:.0f} at last ({row['ratio']:.3f}); {row['first_bytes']:,} and "
-                f"{row['last_bytes']:,} bytes"
-            )
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--policies", nargs="+", help=f"default: {' '.join(_POLICIES)}")
@@ -241,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     report.rows += measure_decoding(model, tokens[:, :1024], args.policies, args.rounds)
     report.rows.append(measure_peak(model, tokens))
     report.rows.append(measure_endless(args.endless))
-    show(report.rows, console)
+    show(report.script, report.rows, console)
     return report.finish(args, console)
 
 

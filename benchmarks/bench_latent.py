@@ -28,7 +28,8 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Atten
 
 from benchmarks import exact
 from benchmarks.methods import DTYPES, DYNAMIC
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 from benchmarks.timing import Clock, cpu_clock, read_bandwidth, take_turns
 from hf_kvcache import LatentKVCache
 from hf_kvcache.integration.versions import with_cache
@@ -163,26 +164,6 @@ def measure(dtype: str, tokens: int, bandwidth: float, args: argparse.Namespace,
     return list(rows.values())
 
 
-def show(rows: list[Row], console: Console) -> None:
-    """Print the table of one dtype and number of tokens."""
-    columns = ("cache", "step µs", "×", "layer µs", "×", "MB held", "of bf16 latents", "of bandwidth", "error")
-    title = f"decode step of latent attention, {rows[0]['dtype']}, T = {rows[0]['tokens']:,}"
-    table = make_table(title, columns)
-    for row in rows:
-        table.add_row(
-            row["cache"],
-            f"{row['step_us']:,.0f}",
-            f"{row['step_speedup']:.1f}",
-            f"{row['layer_us']:,.0f}",
-            f"{row['layer_speedup']:.1f}",
-            f"{row['bytes_held'] / 1e6:.2f}",
-            f"{row['of_bf16']:.3f}",
-            f"{row['bandwidth_share']:.0%}",
-            f"{row['error']:.1e}",
-        )
-    console.print(table)
-
-
 def run(report: Report, args: argparse.Namespace, clock: Clock, console: Console) -> None:
     """Measure and show every dtype and number of tokens."""
     rates = read_bandwidth(64 << 20 if args.quick else 512 << 20)
@@ -193,7 +174,7 @@ def run(report: Report, args: argparse.Namespace, clock: Clock, console: Console
             for tokens in args.tokens:
                 rows = measure(dtype, tokens, max(rates.values()), args, clock)
                 progress.advance(task)
-                show(rows, console)
+                show("bench_latent", rows, console)
                 report.rows += rows
 
 

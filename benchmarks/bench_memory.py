@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from transformers import DynamicCache
 
 from benchmarks.methods import CODECS, DTYPES, PEERS, SMOLLM2, PackedMethod, Shape, empty_method, held_bytes
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 
 FP32, BF16 = "DynamicCache fp32", "DynamicCache bf16"
 
@@ -60,19 +60,6 @@ def measure(shape: Shape, tokens: int, like: torch.Tensor, report: Report) -> li
     ]
 
 
-def show(rows: list[Row], shape: str, console: Console) -> None:
-    """Print the table of one shape."""
-    counts = list(dict.fromkeys(row["tokens"] for row in rows))
-    title = f"MiB held by one layer (the share of a bfloat16 DynamicCache), {shape}"
-    table = make_table(title, ("cache", *(f"{count:,} tokens" for count in counts), "bits per packed element"))
-    for cache in dict.fromkeys(row["cache"] for row in rows):
-        own = {row["tokens"]: row for row in rows if row["cache"] == cache}
-        cells = [f"{own[n]['bytes_held'] / 2**20:,.2f} ({own[n]['of_bf16']:.3f})" if n in own else "-" for n in counts]
-        bits = [row["bits_per_packed_element"] for row in own.values() if "bits_per_packed_element" in row]
-        table.add_row(cache, *cells, f"{bits[-1]:.3f}" if bits else "-")
-    console.print(table)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", help="query heads/KV heads/head_dim; default: 4/1/128 9/3/64")
@@ -99,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
             for count in args.tokens:
                 rows += measure(shape, count, like, report)
                 progress.advance(task)
-            show(rows, str(shape), console)
+            show(report.script, rows, console)
             report.rows += rows
     return report.finish(args, console)
 

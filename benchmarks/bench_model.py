@@ -33,7 +33,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.methods import CODECS, DYNAMIC, PEERS, STATIC, held_bytes, peer_cache, recent_start
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 from benchmarks.timing import cpu_clock
 from hf_kvcache import KVCache, bind, unbind
 from hf_kvcache.integration.versions import with_cache
@@ -260,8 +261,7 @@ def run_text_model(
                 model, label, states, tokens[:, count : count + 1], count, args.methods, args, report
             )
     add_packing(rows)
-    show_prefill(prefill, console)
-    show_decode(rows, console)
+    show(report.script, prefill + rows, console)
     report.rows += prefill + rows
 
 
@@ -296,35 +296,8 @@ def run_random_model(args: argparse.Namespace, report: Report, console: Console)
         rows = measure_decode(model, label, states, first, args.random_context, names, args, report)
     add_packing(rows)
     report.note("The Llama of random weights runs without the peers: QuantizedCache decodes all tokens at every step.")
-    show_decode(rows, console)
+    show(report.script, rows, console)
     report.rows += rows
-
-
-def show_decode(rows: list[Row], console: Console) -> None:
-    """Print the decode steps of one model, a table for each context."""
-    for count in dict.fromkeys(row["tokens"] for row in rows):
-        columns = ("cache", "ms per token", "of it packing", "× DynamicCache", "MiB held", "mean KL", "top-1")
-        table = make_table(f"{rows[0]['model']}: decode at {count:,} tokens of context", columns)
-        for row in (row for row in rows if row["tokens"] == count):
-            table.add_row(
-                row["cache"],
-                f"{row['ms']:,.1f}",
-                f"{row['packing_ms']:.2f}" if row["packing_ms"] else "-",
-                f"{row['speedup_dynamic']:.2f}",
-                f"{row['bytes_held'] / 2**20:,.1f}",
-                f"{row['mean_kl']:.1e}" if "mean_kl" in row else "-",
-                f"{row['top1_agreement']:.3f}" if "mean_kl" in row else "-",
-            )
-        console.print(table)
-
-
-def show_prefill(rows: list[Row], console: Console) -> None:
-    """Print the prefill of one model."""
-    title = f"{rows[0]['model']}: prefill of {rows[0]['tokens']:,} tokens"
-    table = make_table(title, ("cache", "ms", "over DynamicCache"))
-    for row in rows:
-        table.add_row(row["cache"], f"{row['prefill_ms']:,.0f}", f"{row['prefill_over_dynamic']:.3f}")
-    console.print(table)
 
 
 def make_args() -> argparse.ArgumentParser:

@@ -24,7 +24,8 @@ from rich.progress import Progress
 
 from benchmarks import exact
 from benchmarks.methods import DYNAMIC, LLAMA_8B, PEERS, PLAIN, SMOLLM2, STATIC, CacheMethod, Shape, empty_method
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 from benchmarks.timing import Clock, cpu_clock, take_turns
 
 METHODS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit", "ours 2-bit")
@@ -123,25 +124,6 @@ def _rows(
     ]
 
 
-def show(rows: list[Row], console: Console) -> None:
-    """Print a table for each kind and shape."""
-    for kind, shape in dict.fromkeys((row["kind"], row["shape"]) for row in rows):
-        own = [row for row in rows if (row["kind"], row["shape"]) == (kind, shape)]
-        counts = list(dict.fromkeys(row["tokens"] for row in own))
-        what = f"{own[0]['new_tokens']} tokens over T held" if kind == "chunk" else "the first T tokens"
-        title = f"prefill of {what}: ms in one layer (time over DynamicCache's); {shape}"
-        table = make_table(title, ("cache", *(f"T = {count:,}" for count in counts)))
-        for cache in dict.fromkeys(row["cache"] for row in own):
-            found = {row["tokens"]: row for row in own if row["cache"] == cache}
-            cells = (_cell(found[count]) if count in found else "-" for count in counts)
-            table.add_row(cache, *cells)
-        console.print(table)
-
-
-def _cell(row: Row) -> str:
-    return f"{row['ms']:,.1f} ({row['time_over_dynamic']:.2f})"
-
-
 def run(report: Report, args: argparse.Namespace, like: torch.Tensor, clock: Clock, console: Console) -> None:
     """Measure and show every shape, for tokens of the dtype and on the device of ``like``."""
     with Progress(console=console, transient=True) as progress:
@@ -160,7 +142,7 @@ def run(report: Report, args: argparse.Namespace, like: torch.Tensor, clock: Clo
                 here = names if count <= args.peer_tokens else few
                 rows += measure_first(shape, count, here, like, clock, args)
                 progress.advance(task)
-            show(rows, console)
+            show("bench_prefill", rows, console)
             report.rows += rows
 
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import plots
 from hf_kvcache.environment import kernel_backends, machine, versions
 
-RESULTS = Path("benchmarks/results")
+RESULTS = Path("results/benchmarks")
 Row = dict[str, Any]
 
 
@@ -122,11 +121,3 @@ def command() -> str:
         words = words[:at] + words[at + 2 :]
     words = [word for word in words if not word.startswith("--out=")]
     return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
-
-
-def make_table(title: str, columns: Sequence[str]) -> Table:
-    """A table whose first column holds names and the others numbers."""
-    table = Table(title=title)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from benchmarks import (
     exact,
     gpu,
     plots,
+    report,
     timing,
 )
 from benchmarks.methods import DENSE32, DYNAMIC, PLAIN, STATIC, Shape, filled_method
@@ -103,11 +105,11 @@ def test_memory(tmp_path: Path) -> None:
 def test_model(model: PreTrainedModel, tmp_path: Path) -> None:
     names = [DYNAMIC, STATIC, "ours none", "ours 4-bit"]
     argv = ["--quick", "--out", str(tmp_path), "--contexts", "256", "300", "--prefill", "40", "--methods", *names]
-    args, report = bench_model.parse(argv), Report("bench_model")
+    args, found = bench_model.parse(argv), Report("bench_model")
     tokens = torch.arange(301)[None] % model.config.vocab_size
-    bench_model.run_text_model(model, "tiny", tokens, args, report, Console(quiet=True))
-    check_numbers(report.rows)
-    decode = [row for row in report.rows if "ms" in row]
+    bench_model.run_text_model(model, "tiny", tokens, args, found, Console(quiet=True))
+    check_numbers(found.rows)
+    decode = [row for row in found.rows if "ms" in row]
     assert [row["cache"] for row in decode] == 2 * names
     # A page fills at 260 tokens only (4 sinks, a tail of 128 and a page): what it costs is taken over from there.
     packing = [row["packing_ms"] for row in decode if row["cache"] == "ours 4-bit"]
@@ -131,10 +133,10 @@ def test_gpu_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gpu_code_path_on_the_cpu() -> None:
     argv = ["--quick", "--shapes", SHAPE, "--tokens", "512", "--first", "128", "--chunk", "32", "--rounds", "1"]
-    args, report = gpu.parse([*argv, "--seconds", "0", "--peer-tokens", "1"]), Report("gpu")
-    gpu.run(report, args, PLAIN.bfloat16(), timing.cpu_clock, Console(quiet=True))
-    check_numbers(report.rows)
-    assert {row["kind"] for row in report.rows} == {"decode", "chunk", "first"}
+    args, found = gpu.parse([*argv, "--seconds", "0", "--peer-tokens", "1"]), Report("gpu")
+    gpu.run(found, args, PLAIN.bfloat16(), timing.cpu_clock, Console(quiet=True))
+    check_numbers(found.rows)
+    assert {row["kind"] for row in found.rows} == {"decode", "chunk", "first"}
 
 
 def test_exact_attention_is_causal() -> None:
@@ -151,6 +153,34 @@ def test_plots(tmp_path: Path) -> None:
     path = bench_memory.main(["--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "256", "--no-plots"])
     assert "drew" in plots.draw(path)
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_the_page_needs_nothing_but_the_csv(tmp_path: Path) -> None:
+    """A run is taken over into the CSV file; from that alone the same page comes again, with links to what is there."""
+    pytest.importorskip("matplotlib")
+    run = bench_memory.main(["--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "256", "--no-plots"])
+    figures = tmp_path / "docs" / "figures.csv"
+    report.main([str(run), "--figures", str(figures)])
+    page = figures.with_name("index.md")
+    before = page.read_text(encoding="utf-8"), figures.read_text(encoding="utf-8")
+    run.unlink()
+    page.unlink()
+    report.main(["--figures", str(figures)])
+    assert (page.read_text(encoding="utf-8"), figures.read_text(encoding="utf-8")) == before
+    assert "| 256 | DynamicCache bf16 | 0.03 | 1.000 | 0.500 |" in before[0].splitlines()
+    assert f"{torch.get_num_threads()} threads" in before[0] and "`python -m benchmarks." in before[0]
+    assert all((figures.parent / link).is_file() for link in re.findall(r"\]\(([^)]*)\)", before[0]))
+
+
+def test_what_is_measured_again_replaces_what_was_there(tmp_path: Path) -> None:
+    setup = {"command": "x", "date": "2026-01-01", "machine": {"cpu": "y", "threads": 1}, "versions": {}, "notes": []}
+    old = {"bench_append": setup | {"script": "bench_append", "rows": [{"tokens": 1, "cache": "a", "append_us": 2.5}]}}
+    report.write(old, tmp_path / "figures.csv")
+    assert report.read(tmp_path / "figures.csv") == old
+    new = tmp_path / "bench_append.json"
+    new.write_text(json.dumps(setup | {"script": "bench_append", "rows": [{"tokens": 2}]}), encoding="utf-8")
+    report.update(old, [new])
+    assert old["bench_append"]["rows"] == [{"tokens": 2}]
 
 
 def test_eviction(tmp_path: Path) -> None:
