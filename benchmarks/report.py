@@ -69,8 +69,8 @@ def page(results: dict[str, Result], table: str) -> str:
             "Every benchmark prints these tables too. Each section says how its script measures, with which command it "
             "was run, when, on which processor, and with which versions. Speedups compare figures of one run on one "
             "machine; times of different machines say nothing about each other. From the CSV file alone, "
-            "`python -m benchmarks.report` makes this page again; with the JSON files of `results/benchmarks` as arguments "
-            "it takes over what `make bench` has measured."
+            "`python -m benchmarks.report` makes this page again; with JSON files as arguments it takes "
+            "over what `make bench` has measured."
         )
     ]
     blocks += [Picture(file, caption) for file, (script, _, caption) in _PICTURES.items() if script in results]
