@@ -168,12 +168,12 @@ class _Reader:
 
 
 def _text(value: float | list[float] | None) -> str:
-    """A number with nine digits, which is more than any table shows; numbers of a list with spaces between them."""
+    """A number so that it is the same when it is read; of a list, nine digits of each, with spaces between them."""
     if value is None:
         return ""
     if isinstance(value, list):
-        return " ".join(map(_text, value))
-    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:.9g}"
+        return " ".join(f"{number:.9g}" for number in value)
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))
 
 
 def _numbers(text: str) -> list[float]:
