@@ -44,6 +44,7 @@ from benchmarks.methods import (
     Method,
     PackedMethod,
     Shape,
+    UnavailableError,
     filled_method,
 )
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
@@ -98,8 +99,8 @@ def make_methods(
             if name in PEERS:  # first calls import and compile, which is no part of quantizing
                 filled_method(name, shape, keys[:, :, :256], values[:, :, :256], query, room)
             fill_us[name] = setting.clock(build)
-        except ImportError as error:
-            report.note(f"{name} is left out: {str(error).splitlines()[0]}")
+        except UnavailableError as error:
+            report.note(str(error))
     return methods, fill_us
 
 

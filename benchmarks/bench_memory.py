@@ -17,7 +17,17 @@ import torch
 from rich.progress import Progress
 from transformers import DynamicCache
 
-from benchmarks.methods import CODECS, DTYPES, PEERS, SMOLLM2, PackedMethod, Shape, empty_method, held_bytes
+from benchmarks.methods import (
+    CODECS,
+    DTYPES,
+    PEERS,
+    SMOLLM2,
+    PackedMethod,
+    Shape,
+    UnavailableError,
+    empty_method,
+    held_bytes,
+)
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
 from benchmarks.tables import show
 
@@ -40,8 +50,8 @@ def measure(shape: Shape, tokens: int, like: torch.Tensor, report: Report) -> li
         try:
             method = empty_method(name, shape, tokens, keys)
             method.fill(keys, values, shape.queries(1, like))
-        except ImportError as error:
-            report.note(f"{name} is left out: {str(error).splitlines()[0]}")
+        except UnavailableError as error:
+            report.note(str(error))
             continue
         held[name] = held_bytes(method.cache)
         if isinstance(method, PackedMethod) and method.cache.memory().packed_elements:

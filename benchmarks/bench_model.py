@@ -32,7 +32,7 @@ from rich.progress import Progress
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.methods import CODECS, DYNAMIC, PEERS, STATIC, held_bytes, peer_cache, recent_start
+from benchmarks.methods import CODECS, DYNAMIC, PEERS, STATIC, UnavailableError, held_bytes, peer_cache, recent_start
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
 from benchmarks.tables import show
 from benchmarks.timing import cpu_clock
@@ -52,7 +52,7 @@ _RESIDUAL = 128
 
 
 def make_cache(name: str, config: Any, capacity: int) -> Any:
-    """An empty cache with room for ``capacity`` tokens; ImportError if a peer's packages are not installed."""
+    """An empty cache with room for ``capacity`` tokens; UnavailableError if a peer cannot be built."""
     if name == DYNAMIC:
         return DynamicCache(config=config)
     if name == STATIC:
@@ -160,8 +160,8 @@ def measure_decode(
             continue
         try:
             paces[name] = Pace(make_cache(name, model.config, tokens + args.steps + _WARM_UP))
-        except ImportError as error:
-            report.note(f"{name} is left out: {str(error).splitlines()[0]}")
+        except UnavailableError as error:
+            report.note(str(error))
             continue
         cache = paces[name].cache
         fill_ms[name] = cpu_clock(partial(fill, model, cache, states, tokens)) / 1e3
@@ -211,8 +211,8 @@ def measure_prefill(
         for name in names:
             try:
                 cache = make_cache(name, model.config, tokens.shape[1])
-            except ImportError as error:
-                report.note(f"{name} is left out: {str(error).splitlines()[0]}")
+            except UnavailableError as error:
+                report.note(str(error))
                 continue
             set_attention(model.config, cache)
             times.setdefault(name, []).append(cpu_clock(partial(forward, model, tokens, cache)) / 1e3)

@@ -23,7 +23,19 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import exact
-from benchmarks.methods import DYNAMIC, LLAMA_8B, PEERS, PLAIN, SMOLLM2, STATIC, CacheMethod, Shape, empty_method
+from benchmarks.methods import (
+    DYNAMIC,
+    LLAMA_8B,
+    PEERS,
+    PLAIN,
+    SMOLLM2,
+    STATIC,
+    CacheMethod,
+    Shape,
+    UnavailableError,
+    empty_method,
+    filled_method,
+)
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
 from benchmarks.tables import show
 from benchmarks.timing import Clock, cpu_clock, take_turns
@@ -34,14 +46,15 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def available(names: Sequence[str], shape: Shape, like: torch.Tensor, report: Report) -> list[str]:
-    """Those of the methods whose packages are installed."""
+    """Those of the methods that can be built here; peers are filled too, for they quantize at their first tokens."""
     found = []
     for name in names:
         try:
-            empty_method(name, shape, 1, like)
+            if name in PEERS:
+                filled_method(name, shape, *shape.tokens(256, like), shape.queries(1, like), 1)
             found.append(name)
-        except ImportError as error:
-            report.note(f"{name} is left out: {str(error).splitlines()[0]}")
+        except UnavailableError as error:
+            report.note(str(error))
     return found
 
 
@@ -132,7 +145,7 @@ def run(report: Report, args: argparse.Namespace, like: torch.Tensor, clock: Clo
             names = available(METHODS, shape, like, report)
             rows = []
             few = [name for name in names if name != PEERS[0]]
-            if len(few) < len(names) and max(*args.tokens, *args.first) > args.peer_tokens:
+            if len(few) < len(names) and max([*args.tokens, *args.first]) > args.peer_tokens:
                 report.note(f"hqq is left out above {args.peer_tokens:,} tokens (--peer-tokens).")
             for count in args.tokens:
                 here = names if count <= args.peer_tokens else few

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -182,6 +183,28 @@ class CacheMethod(Method):
         vars(self.cache.layers[0]).update(_frozen(self._kept))
 
 
+class UnavailableError(RuntimeError):
+    """A peer that this machine or this release of transformers cannot build or fill; the message says why."""
+
+
+@contextmanager
+def _or_left_out(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside with another library's cache into :class:`UnavailableError`."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnavailableError(f"{name} is left out: {reason}") from error
+
+
+class PeerMethod(CacheMethod):
+    """One of transformers' quantized caches, which need other packages, a compiler or another release."""
+
+    def fill(self, keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor, at_a_time: int = 1) -> None:
+        with _or_left_out(self.name):
+            super().fill(keys, values, query, at_a_time)
+
+
 class StaticCacheMethod(CacheMethod):
     """StaticCache, of which only the tokens held so far have to be read."""
 
@@ -307,7 +330,7 @@ def empty_method(name: str, shape: Shape, capacity: int, like: torch.Tensor) -> 
         like: a tensor of the dtype and on the device of the tokens that it will hold.
 
     Raises:
-        ImportError: if the packages of a peer are not installed.
+        UnavailableError: if a peer cannot be built.
     """
     plain, device = _DTYPE_NAMES[like.dtype], like.device
     if name == DYNAMIC:
@@ -315,7 +338,7 @@ def empty_method(name: str, shape: Shape, capacity: int, like: torch.Tensor) -> 
     if name == STATIC:
         return StaticCacheMethod(name, plain, shape, lambda config: StaticCache(config, max_cache_len=capacity), device)
     if name in PEERS:
-        return CacheMethod(name, "fp8" if "fp8" in name else "4", shape, partial(peer_cache, name), device)
+        return PeerMethod(name, "fp8" if "fp8" in name else "4", shape, partial(peer_cache, name), device)
     codec = CODECS[name]
     stored = plain if codec == "none" else codec if codec == "fp8" else codec[-1]
     return PackedMethod(name, stored, shape, lambda config: KVCache(config, codec), device)
@@ -333,10 +356,9 @@ def filled_method(
 
 
 def peer_cache(name: str, config: Any) -> QuantizedCache:
-    """One of transformers' quantized caches; ImportError if its packages are not installed."""
-    if name == "fp8 QuantizedCache":
-        return QuantizedCache("fp8", config)
-    return grouped_cache(name.split()[0], 4, config)
+    """One of transformers' quantized caches; UnavailableError if it cannot be built."""
+    with _or_left_out(name):
+        return QuantizedCache("fp8", config) if "fp8" in name else grouped_cache(name.split()[0], 4, config)
 
 
 def recent_start(tokens: int) -> int:

@@ -80,11 +80,23 @@ class Report:
         Raises:
             ValueError: if a number of a row is not finite.
         """
-        _check_finite(self.rows)
         kernels = ", ".join(f"{op} {backend}" for op, backend in kernel_backends(self.device).items())
         self.note(f"Our kernels: {kernels}.")
         for note in self.notes:
             console.print(f"- {note}")
+        path = self.save(args)
+        console.print(f"wrote {path}")
+        if not args.no_plots:
+            console.print(plots.draw(path))
+        return path
+
+    def save(self, args: argparse.Namespace) -> Path:
+        """Write the JSON file with what there is; returns its path.
+
+        Raises:
+            ValueError: if a number of a row is not finite.
+        """
+        _check_finite(self.rows)
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"{self.script}.json"
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "no_plots")}
@@ -100,9 +112,6 @@ class Report:
             "rows": self.rows,
         }
         path.write_text(json.dumps(payload, indent=1, default=str) + "\n", encoding="utf-8")
-        console.print(f"wrote {path}")
-        if not args.no_plots:
-            console.print(plots.draw(path))
         return path
 
 

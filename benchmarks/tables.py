@@ -219,7 +219,8 @@ VIEWS = (
 
 def views(script: str) -> list[View]:
     """The tables of a script."""
-    return [view for view in VIEWS if view.script == script]
+    of = ("bench_decode", "bench_prefill") if script == "gpu" else (script,)
+    return [view for view in VIEWS if view.script in of]
 
 
 def show(script: str, rows: Sequence[Row], console: Console) -> None:
