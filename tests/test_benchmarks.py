@@ -136,20 +136,6 @@ def test_gpu_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu_run(tmp_path: Path, *more: str) -> tuple[list[str], Report]:
     argv = ["--quick", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "512", "--first", "128"]
     argv += ["--chunk", "32", "--rounds", "1"]
-        "--quick",
-        "--out",
-        str(tmp_path),
-        "--shapes",
-        SHAPE,
-        "--tokens",
-        "512",
-        "--first",
-        "128",
-        "--chunk",
-        "32",
-        "--rounds",
-        "1",
-    ]
     args, found = gpu.parse([*argv, "--seconds", "0", "--peer-tokens", "1", *more]), Report("gpu")
     return gpu.run(found, args, PLAIN.bfloat16(), timing.cpu_clock, Console(quiet=True)), found
 
