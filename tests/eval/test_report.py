@@ -18,6 +18,7 @@ from hf_kvcache_eval.report.headline import headline_table
 from hf_kvcache_eval.report.load import Comparison, load
 from hf_kvcache_eval.report.markdown import render
 from hf_kvcache_eval.report.names import TaskName, family, is_baseline, is_full, is_noise_floor, kept_share
+from hf_kvcache_eval.report.overview import draw_overview, read_speedups
 from hf_kvcache_eval.report.records import read_csv, write_csv
 from hf_kvcache_eval.report.write import content
 from hf_kvcache_eval.statistics import mean_metric
@@ -399,3 +400,23 @@ def test_a_csv_of_another_form_is_refused(tmp_path: Path) -> None:
     write_csv(Comparison(), path)
     with pytest.raises(ValueError, match="has no cells"):
         write_page(path)
+
+
+def test_the_overview_is_drawn_from_the_csv_files(tmp_path: Path) -> None:
+    for cache, kl in (("rotated8", 1e-5), ("unbiased4", 2e-3), ("hf-fp8", 0.02), ("full:dtype=bfloat16", 1e-3)):
+        cell = Cell(cache, "fidelity@1024", metrics={"kl": Metric(kl, kl / 5, False)}, memory=Memory(9, 50, 100))
+        Store(tmp_path / "standard").write(cell, {})
+    publish(tmp_path / "standard", tmp_path / "docs" / "evaluation")
+    figures = tmp_path / "docs" / "benchmarks" / "figures.csv"
+    figures.parent.mkdir()
+    header, row = "script,setup,model,tokens,cache,speedup_dynamic\n", "bench_model,,SmolLM2-135M,{},{},{}\n"
+    figures.write_text(header + row.format(512, "DynamicCache", 1))
+    assert read_speedups(figures) == (512, {"DynamicCache": 1.0})
+    figures.write_text(header + "".join(row.format(*of) for of in ((8000, "ours 4-bit", 2.5), (512, "ours 4-bit", 1))))
+    assert read_speedups(figures) == (8000, {"ours 4-bit": 2.5})
+    file = draw_overview(tmp_path / "docs")
+    assert file.relative_to(tmp_path).as_posix() == "docs/assets/overview.png"
+    assert imread(file).shape[1] >= 800 and file.stat().st_size <= 80 * 1024
+    figures.write_text(header)
+    with pytest.raises(ValueError, match="no decoding speed"):
+        draw_overview(tmp_path / "docs")

@@ -50,7 +50,7 @@ def _front(found: Comparison, losses: Mapping[str, float], task: str | None) -> 
 
 def by_distance(found: Comparison, task: TaskName, style: dict[str, Style], folder: Path) -> Picture | None:
     """KL and ΔNLL over the distance from the prefix; None where no cache has the curves."""
-    caches = [cache for cache in choice(found) if _series(found, cache, task, "kl")]
+    caches = [cache for cache in choice(found) if _series(found, cache, task, "kl").x]
     if not caches:
         return None
     drawn = figure(9.6, 4.4)
