@@ -3,9 +3,10 @@
     python -m benchmarks.bench_eviction [--quick] [--policies snapkv h2o] [--context 4096] [--endless 20000]
 
 The model is SmolLM2 (``--quick``: a tiny random one), float32, batch of 1. Evicting is timed inside of the calls that
-it slows down, around the layer's own ``evict``; what a policy costs elsewhere (masses of all keys at every step,
-for H2O) is not in it, so the times of whole steps stand beside it, methods taking turns. Peaks are bytes of the cache's
-tensors: what ``memory()`` says after each chunk, and beside it the most that one layer held while its chunk was there.
+it slows down, around the layer's own ``evict``; what a policy costs elsewhere (the accumulated attention of all keys at
+every step, for H2O) is not in it, so the times of whole steps stand beside it, methods taking turns. Peaks are bytes of
+the cache's tensors: what ``memory()`` says after each chunk, and beside it the most that one layer held while its chunk
+was there.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def watched(cache: KVCache, largest: list[int]) -> None:
     for layer in cache.own_layers:
         settle = layer.settle
 
-        def settling(layer: Any = layer, settle: Any = settle) -> None:
+        def watching(layer: Any = layer, settle: Any = settle) -> None:
             new, storage = layer._new, layer.storage
             if new is not None and storage is not None:
                 dense = storage.dense.keys.nbytes + storage.dense.values.nbytes
@@ -161,7 +162,7 @@ def watched(cache: KVCache, largest: list[int]) -> None:
                 largest[0] = max(largest[0], dense + 2 * pages + 2 * (new.keys.nbytes + new.values.nbytes))
             settle()
 
-        layer.settle = settling  # type: ignore[method-assign]
+        layer.settle = watching  # type: ignore[method-assign]
 
 
 def measure_endless(tokens: int) -> Row:
