@@ -34,7 +34,6 @@ from benchmarks.methods import (
     Shape,
     UnavailableError,
     empty_method,
-    filled_method,
 )
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
 from benchmarks.tables import show
@@ -46,12 +45,12 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def available(names: Sequence[str], shape: Shape, like: torch.Tensor, report: Report) -> list[str]:
-    """Those of the methods that can be built here; peers are filled too, for they quantize at their first tokens."""
+    """Those of the methods that can run here; peers are tried."""
     found = []
     for name in names:
         try:
             if name in PEERS:
-                filled_method(name, shape, *shape.tokens(256, like), shape.queries(1, like), 1)
+                try_peer(name, shape, like)
             found.append(name)
         except UnavailableError as error:
             report.note(str(error))
@@ -137,12 +136,19 @@ def _rows(
     ]
 
 
-def run(report: Report, args: argparse.Namespace, like: torch.Tensor, clock: Clock, console: Console) -> None:
-    """Measure and show every shape, for tokens of the dtype and on the device of ``like``."""
+def run(
+    report: Report,
+    args: argparse.Namespace,
+    like: torch.Tensor,
+    clock: Clock,
+    console: Console,
+    skipped: Sequence[str] = (),
+) -> None:
+    """Measure and show every shape but the methods ``skipped``, for tokens of the dtype and device of ``like``."""
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("prefill", total=len(args.shapes) * (len(args.tokens) + len(args.first)))
         for shape in map(Shape.parse, args.shapes):
-            names = available(METHODS, shape, like, report)
+            names = available([name for name in METHODS if name not in skipped], shape, like, report)
             rows = []
             few = [name for name in names if name != PEERS[0]]
             if len(few) < len(names) and max([*args.tokens, *args.first]) > args.peer_tokens:

@@ -88,7 +88,8 @@ def run(report: Report, args: argparse.Namespace, like: torch.Tensor, clock: Clo
     report.note(f"Bandwidth {bandwidth:,.0f} GB/s: a copy of {size / 2**20:,.0f} MiB, reads and writes counted.")
     dense = f"dense {args.dtype}"
     setting = bench_decode.Setting(args.seconds, args.peer_tokens, clock, like, dense)
-    names = (DYNAMIC, STATIC, *PEERS, dense, *CODECS)
+    skipped = PEERS if args.no_peers else ()
+    names = [name for name in (DYNAMIC, STATIC, *PEERS, dense, *CODECS) if name not in skipped]
     cases = Cases(report, args, console)
 
     def decode(shape: str, tokens: int) -> None:
@@ -99,7 +100,7 @@ def run(report: Report, args: argparse.Namespace, like: torch.Tensor, clock: Clo
 
     def prefill(shape: str, tokens: list[int], first: list[int]) -> None:
         own = argparse.Namespace(**vars(args) | {"shapes": [shape], "tokens": tokens, "first": first})
-        bench_prefill.run(report, own, like, clock, console)
+        bench_prefill.run(report, own, like, clock, console, skipped)
 
     for shape in args.shapes:
         for count in args.tokens:
@@ -122,6 +123,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=6.0, help="for the rounds of one case, at most")
     parser.add_argument("--budget", type=float, default=480.0, help="seconds after which no further case begins")
     parser.add_argument("--peer-tokens", type=int, default=65536, help="largest T at which hqq and quanto run")
+    parser.add_argument("--no-peers", action="store_true", help="leave out other libraries' caches, which may compile")
     args = start(parser, argv)
     args.tokens = pick(args.tokens, args.quick, [1024, 4096, 16384, 65536], [1024, 4096])
     args.first = pick(args.first, args.quick, [4096], [1024])

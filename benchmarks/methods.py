@@ -192,6 +192,8 @@ def _or_left_out(name: str) -> Iterator[None]:
     """Turn whatever goes wrong inside with another library's cache into :class:`UnavailableError`."""
     try:
         yield
+    except UnavailableError:
+        raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnavailableError(f"{name} is left out: {reason}") from error
@@ -353,6 +355,17 @@ def filled_method(
     method = empty_method(name, shape, keys.shape[2] + room, keys)
     method.fill(keys, values, query)
     return method
+
+
+def try_peer(name: str, shape: Shape, like: torch.Tensor, tokens: int = 256) -> None:
+    """Let a peer quantize a few tokens and take a step: its first calls import and compile, and any of them may fail.
+
+    Raises:
+        UnavailableError: if anything goes wrong.
+    """
+    with _or_left_out(name):
+        method = filled_method(name, shape, *shape.tokens(tokens, like), shape.queries(1, like), 1)
+        method.step(shape.queries(1, like), *shape.tokens(1, like), method.mask(1))
 
 
 def peer_cache(name: str, config: Any) -> QuantizedCache:

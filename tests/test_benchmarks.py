@@ -150,6 +150,12 @@ def test_gpu_code_path_on_the_cpu(tmp_path: Path) -> None:
     assert len(titles) == 3 and titles[0].startswith("Decode step")
 
 
+def test_gpu_leaves_peers_out_when_asked(tmp_path: Path) -> None:
+    failed, found = gpu_run(tmp_path, "--no-peers")
+    assert failed == [] and not {row["cache"] for row in found.rows} & set(methods.PEERS)
+    assert not any("is left out" in note for note in found.notes)
+
+
 def test_gpu_stops_at_its_budget(tmp_path: Path) -> None:
     failed, found = gpu_run(tmp_path, "--budget", "-1")
     assert failed == [] and found.rows == []
