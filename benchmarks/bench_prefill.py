@@ -34,6 +34,7 @@ from benchmarks.methods import (
     Shape,
     UnavailableError,
     empty_method,
+    try_peer,
 )
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
 from benchmarks.tables import show
