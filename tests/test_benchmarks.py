@@ -223,6 +223,12 @@ def test_the_page_needs_nothing_but_the_csv(tmp_path: Path) -> None:
     assert all((figures.parent / link).is_file() for link in re.findall(r"\]\(([^)]*)\)", before[0]))
 
 
+def test_the_tracked_page_is_what_its_csv_gives() -> None:
+    figures = Path(__file__).parents[1] / report.FIGURES
+    page = figures.with_name("index.md").read_text(encoding="utf-8")
+    assert report.page(report.read(figures), figures.name) == page, "make it again: python -m benchmarks.report"
+
+
 def test_what_is_measured_again_replaces_what_was_there(tmp_path: Path) -> None:
     setup = {"command": "x", "date": "2026-01-01", "machine": {"cpu": "y", "threads": 1}, "versions": {}, "notes": []}
     old = {"bench_append": setup | {"script": "bench_append", "rows": [{"tokens": 1, "cache": "a", "append_us": 2.5}]}}

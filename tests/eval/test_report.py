@@ -23,6 +23,7 @@ from hf_kvcache_eval.report.records import read_csv, write_csv
 from hf_kvcache_eval.report.write import content
 from hf_kvcache_eval.statistics import mean_metric
 
+PAGES = Path(__file__).parents[2] / "docs" / "evaluation"
 #: Mean KL and share of bf16's bytes.
 CACHES = {
     "full": (0.0, 2.0),
@@ -420,3 +421,12 @@ def test_the_overview_is_drawn_from_the_csv_files(tmp_path: Path) -> None:
     figures.write_text(header)
     with pytest.raises(ValueError, match="no decoding speed"):
         draw_overview(tmp_path / "docs")
+
+
+@pytest.mark.parametrize("table", sorted(PAGES.glob("*.csv")), ids=lambda path: path.stem)
+def test_a_tracked_page_is_what_its_csv_gives(table: Path) -> None:
+    """But for its pictures, which no other machine draws to the last pixel."""
+    page = table.with_suffix(".md").read_text(encoding="utf-8")
+    made = render(content(read_csv(table), [])).splitlines()[1:]
+    assert set(made) <= set(page.splitlines()), f"make it again: hf-kvcache-eval report docs/evaluation/{table.name}"
+    assert all((table.parent / link).is_file() for link in re.findall(r"\]\(([^)]*)\)", page))
