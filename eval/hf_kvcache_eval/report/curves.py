@@ -177,7 +177,10 @@ def _lengths(plot: Any, ticks: Sequence[float]) -> None:
 
 def _legend(drawn: Any, plot: Any) -> None:
     handles, names = plot.get_legend_handles_labels()
-    drawn.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8, frameon=False)
+    # A letter takes about half of the 8 points of the type.
+    room = int(drawn.get_figwidth() * 72 / 4.5)
+    columns = max(1, min(4, len(names), room // (max(map(len, names)) + 8)))
+    drawn.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _thinned(items: Sequence[str], count: int) -> list[str]:
