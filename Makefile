@@ -109,16 +109,16 @@ $(BENCH_STAMP): $(STAMP)
 	$(INSTALL) --no-build-isolation -e ".[bench]"
 	@touch $@
 
-bench: $(BENCH_STAMP) ## speed and memory against other caches, with plots (BENCH="--quick" for a short run)
+bench: $(BENCH_STAMP) ## speed and memory against other caches, into results/benchmarks (BENCH="--quick" for a short run)
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
-eval: $(STAMP) ## what each cache costs in accuracy, with a report (EVAL="--suite standard" for all of them; it goes on where it stopped)
+eval: $(STAMP) ## what each cache costs in accuracy, with a report in results (EVAL="--suite standard" for all of them; it goes on where it stopped)
 	$(BIN)/hf-kvcache-eval run $(EVAL) $(if $(MODEL),--model "$(MODEL)")
 
 families: $(STAMP) ## try every model family of transformers with every cache and write docs/models.md (FAMILIES="--only gpt2,llama")
 	$(RUN) -m tests.model_families $(FAMILIES)
 
-kernels: $(STAMP) ## compile every Triton kernel for every target without a GPU and check the code (KERNELS="--quick")
+kernels: $(STAMP) ## compile every Triton kernel for every target without a GPU and check the code (KERNELS="--quick", "--record")
 	$(BIN)/python -m benchmarks.compile_report $(KERNELS)
 
 clean: ## remove the virtual environment and what the tools left

@@ -4,9 +4,9 @@
 
 One layer, batch of 1, float32. An append is ``cache.update`` with one token. Ours stores the token of one update at the
 next, if no attention came between, so that the calls timed hold all of the work. DynamicCache copies all it holds at
-every call. Arms take turns by blocks; a block of ours is as many calls as a page has tokens, so that it packs exactly
-one page per head, and its mean is what a token costs with packing; the median of its single calls is a call that does
-not pack. Every call adds a token: after five blocks ours holds 640 more, DynamicCache (16 calls a block) 80.
+every call. Methods take turns by blocks; a block of ours is as many calls as a page has tokens, so that it packs
+exactly one page per head, and its mean is what a token costs with packing; the median of its single calls is a call
+that does not pack. Every call adds a token: after five blocks ours holds 640 more, DynamicCache (16 calls a block) 80.
 Allocations are counted by torch's dispatcher: every result whose memory is no argument's. What numpy and native kernels
 allocate for themselves does not show there.
 """
@@ -20,16 +20,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.arms import DYNAMIC, SMOLLM2, CacheArm, OurArm, Shape, filled_arm
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.methods import DYNAMIC, SMOLLM2, CacheMethod, PackedMethod, Shape, filled_method
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 from benchmarks.timing import cpu_clock
 
-ARMS = (DYNAMIC, "ours none", "ours 8-bit", "ours 4-bit", "ours 2-bit")
+METHODS = (DYNAMIC, "ours none", "ours 8-bit", "ours 4-bit", "ours 2-bit")
 _PAGE = 128
 
 
@@ -59,18 +59,18 @@ def _addresses(values: Any) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-def count_allocations(arm: CacheArm, shape: Shape) -> Row:
+def count_allocations(method: CacheMethod, shape: Shape) -> Row:
     """Allocations of one append, and of one append with attention behind it, as columns of a row."""
     append, step = AllocationCounter(), AllocationCounter()
-    torch.manual_seed(0)  # every arm is to hold the same tokens
+    torch.manual_seed(0)  # every method is to hold the same tokens
     key, value = shape.tokens(1)
-    arm.cache.update(key, value, 0)
+    method.cache.update(key, value, 0)
     with append:
-        arm.cache.update(key, value, 0)
-    arm.step(shape.queries(1), key, value, None)
+        method.cache.update(key, value, 0)
+    method.step(shape.queries(1), key, value, None)
     query = shape.queries(1)
     with step:
-        arm.step(query, key, value, None)
+        method.step(query, key, value, None)
     return {
         "append_allocations": append.count,
         "append_allocated_bytes": append.bytes,
@@ -79,42 +79,42 @@ def count_allocations(arm: CacheArm, shape: Shape) -> Row:
     }
 
 
-def check_same(arms: dict[str, CacheArm], shape: Shape, tolerance: float = 2e-5) -> None:
+def check_same(methods: dict[str, CacheMethod], shape: Shape, tolerance: float = 2e-5) -> None:
     """Raise AssertionError unless our dense pages give what DynamicCache gives, after everything appended so far."""
-    if DYNAMIC not in arms or "ours none" not in arms:
+    if DYNAMIC not in methods or "ours none" not in methods:
         return
     token = (shape.queries(1), *shape.tokens(1))
-    expected, out = (arms[name].step(*token, None) for name in (DYNAMIC, "ours none"))
+    expected, out = (methods[name].step(*token, None) for name in (DYNAMIC, "ours none"))
     error = ((out - expected).norm() / expected.norm()).item()
     if not error <= tolerance:
         raise AssertionError(f"outputs after appending differ: relative error {error:.2e}")
 
 
-def appends(arm: CacheArm, shape: Shape, calls: int) -> Iterator[float]:
+def appends(method: CacheMethod, shape: Shape, calls: int) -> Iterator[float]:
     """Microseconds of each of so many appends, on tokens made beforehand."""
     keys, values = shape.tokens(calls)
     for at in range(calls):
-        yield cpu_clock(partial(arm.cache.update, keys[:, :, at : at + 1], values[:, :, at : at + 1], 0))
+        yield cpu_clock(partial(method.cache.update, keys[:, :, at : at + 1], values[:, :, at : at + 1], 0))
 
 
 @torch.inference_mode()
 def measure(shape: Shape, tokens: int, names: Sequence[str], blocks: int, dynamic_calls: int) -> list[Row]:
-    """The rows of all arms for one shape and number of tokens."""
+    """The rows of all methods for one shape and number of tokens."""
     keys, values = shape.tokens(tokens)
-    arms: dict[str, CacheArm] = {}
+    methods: dict[str, CacheMethod] = {}
     for name in names:
-        arm = filled_arm(name, shape, keys, values, shape.queries(1), 0)
-        assert isinstance(arm, CacheArm)
-        arms[name] = arm
+        method = filled_method(name, shape, keys, values, shape.queries(1), 0)
+        assert isinstance(method, CacheMethod)
+        methods[name] = method
     del keys, values
-    allocations = {name: count_allocations(arm, shape) for name, arm in arms.items()}
-    check_same(arms, shape)
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    allocations = {name: count_allocations(method, shape) for name, method in methods.items()}
+    check_same(methods, shape)
+    times: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(blocks):
-        for name, arm in arms.items():
-            times[name] += appends(arm, shape, _PAGE if isinstance(arm, OurArm) else dynamic_calls)
+        for name, method in methods.items():
+            times[name] += appends(method, shape, _PAGE if isinstance(method, PackedMethod) else dynamic_calls)
     rows = []
-    for name in arms:
+    for name in methods:
         rows.append(
             {
                 "shape": str(shape),
@@ -135,26 +135,6 @@ def measure(shape: Shape, tokens: int, names: Sequence[str], blocks: int, dynami
 def _means(times: list[float], blocks: int) -> list[float]:
     size = len(times) // blocks
     return [sum(times[at : at + size]) / size for at in range(0, len(times), size)]
-
-
-def show(rows: list[Row], shape: str, console: Console) -> None:
-    """Print times, then allocations, of one shape."""
-    counts = list(dict.fromkeys(row["tokens"] for row in rows))
-    for title, text in (
-        ("append, µs per token with packing (× DynamicCache)", lambda r: f"{r['append_us']:,.1f} ({_times(r)})"),
-        ("append, median µs of a call", lambda r: f"{r['median_call_us']:,.1f}"),
-        ("allocations of one append", lambda r: f"{r['append_allocations']} ({r['append_allocated_bytes']:,} B)"),
-        ("allocations, attention too", lambda r: f"{r['step_allocations']} ({r['step_allocated_bytes']:,} B)"),
-    ):
-        table = make_table(f"{title}; {shape}", ("cache", *(f"{count:,} held" for count in counts)))
-        for cache in dict.fromkeys(row["cache"] for row in rows):
-            table.add_row(cache, *(text(row) for row in rows if row["cache"] == cache))
-        console.print(table)
-
-
-def _times(row: Row) -> str:
-    speedup = row["speedup_dynamic"]
-    return f"{speedup:,.0f}" if speedup >= 10 else f"{speedup:.2f}"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -178,9 +158,9 @@ def main(argv: Sequence[str] | None = None) -> Any:
         for shape in map(Shape.parse, args.shapes):
             rows = []
             for count in args.tokens:
-                rows += measure(shape, count, ARMS, args.blocks, args.dynamic_calls)
+                rows += measure(shape, count, METHODS, args.blocks, args.dynamic_calls)
                 progress.advance(task)
-            show(rows, str(shape), console)
+            show(report.script, rows, console)
             report.rows += rows
     return report.finish(args, console)
 

@@ -2,17 +2,17 @@
 
     python -m benchmarks.bench_decode [--long] [--quick] [--shapes 32/8/128] [--tokens 4096 16384]
 
-Batch of 1, float32 queries, random normal keys and values. All arms hold the same tokens in one process and take turns
-(A B C, A B C, ...); medians over the rounds. Nothing is put back between the steps: every arm grows by one token a
-round, from 44 tokens past the nominal T to at most 92, so that our full-precision tail has the length that it has on
-average. Our cache takes the last 512 of its first tokens one at a time, so that its pages lie in memory as they do
-after decoding. In the rounds no page fills. Packing is timed apart (the step in which a page fills and the one behind
-it, less two ordinary ones) and added, spread over the page's tokens. QuantizedCache's own flush requantizes all tokens
-every 128; it is counted as the time of its first quantization, spread likewise. Every arm is checked against float64
-attention before it is timed.
+Batch of 1, float32 queries, random normal keys and values. All methods hold the same tokens in one process and take
+turns (A B C, A B C, ...); medians over the rounds. Nothing is put back between the steps: every method grows by one
+token a round, from 44 tokens past the nominal T to at most 92, so that our full-precision tail has the length that it
+has on average. Our cache takes the last 512 of its first tokens one at a time, so that its pages lie in memory as they
+do after decoding. In the rounds no page fills. Packing is timed apart (the step in which a page fills and the one
+behind it, less two ordinary ones) and added, spread over the page's tokens. QuantizedCache's own flush requantizes all
+tokens every 128; it is counted as the time of its first quantization, spread likewise. Every method is checked against
+float64 attention before it is timed.
 
-*page faults* are counted in one more step: an arm that allocates anew waits there for the system to map memory.
-With T = 64k and all arms this takes about 5 GB of memory, with ``--long`` 10 GB.
+*page faults* are counted in one more step: a method that allocates anew waits there for the system to map memory.
+With T = 64k and all methods this takes about 5 GB of memory, with ``--long`` 10 GB.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import exact
-from benchmarks.arms import (
+from benchmarks.methods import (
     CODECS,
     DENSE32,
     DYNAMIC,
@@ -39,14 +39,17 @@ from benchmarks.arms import (
     PLAIN,
     SMOLLM2,
     STATIC,
-    Arm,
-    CacheArm,
-    DenseArm,
-    OurArm,
+    CacheMethod,
+    DenseMethod,
+    Method,
+    PackedMethod,
     Shape,
-    filled_arm,
+    UnavailableError,
+    filled_method,
+    try_peer,
 )
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 from benchmarks.timing import Clock, count_page_faults, cpu_clock, read_bandwidth, take_turns
 from hf_kvcache.utils.environment import last_level_cache
 
@@ -55,7 +58,7 @@ from hf_kvcache.utils.environment import last_level_cache
 OFFSET = 40
 ROUNDS, LEAST_ROUNDS, WARM_UP = 48, 5, 3
 _RESIDUAL = 128
-ARMS = (DYNAMIC, STATIC, *PEERS, DENSE32, "dense bf16", *CODECS)
+METHODS = (DYNAMIC, STATIC, *PEERS, DENSE32, "dense bf16", *CODECS)
 
 
 @dataclass
@@ -67,7 +70,7 @@ class Setting:
         peer_tokens: the largest T at which the group-wise peers run: each of their steps decodes all tokens.
         clock: times an action.
         like: keys, values and queries are of its dtype and on its device.
-        dense: the dense arm with which the others are compared.
+        dense: the dense method with which the others are compared.
     """
 
     seconds: float
@@ -77,11 +80,11 @@ class Setting:
     dense: str = DENSE32
 
 
-def make_arms(
+def make_methods(
     names: Sequence[str], shape: Shape, keys: torch.Tensor, values: torch.Tensor, setting: Setting, report: Report
-) -> tuple[dict[str, Arm], dict[str, float]]:
-    """The arms that can run here, filled, and how many microseconds the filling took."""
-    arms: dict[str, Arm] = {}
+) -> tuple[dict[str, Method], dict[str, float]]:
+    """The methods that can run here, filled, and how many microseconds the filling took."""
+    methods: dict[str, Method] = {}
     fill_us: dict[str, float] = {}
     query = shape.queries(1, keys)
     room = ROUNDS + WARM_UP + 2 + _RESIDUAL
@@ -91,84 +94,87 @@ def make_arms(
             continue
 
         def build(name: str = name) -> None:
-            arms[name] = filled_arm(name, shape, keys, values, query, room)
+            methods[name] = filled_method(name, shape, keys, values, query, room)
 
         try:
-            if name in PEERS:  # first calls import and compile, which is no part of quantizing
-                filled_arm(name, shape, keys[:, :, :256], values[:, :, :256], query, room)
+            if name in PEERS:
+                try_peer(name, shape, keys)
             fill_us[name] = setting.clock(build)
-        except ImportError as error:
-            report.note(f"{name} is left out: {str(error).splitlines()[0]}")
-    return arms, fill_us
+        except UnavailableError as error:
+            report.note(str(error))
+    return methods, fill_us
 
 
-def check_arm(
-    arm: Arm, shape: Shape, keys: torch.Tensor, values: torch.Tensor, token: tuple[torch.Tensor, ...]
+def check_method(
+    method: Method, shape: Shape, keys: torch.Tensor, values: torch.Tensor, token: tuple[torch.Tensor, ...]
 ) -> dict[str, float]:
     """Take in ``token`` and compare with float64; returns the errors as columns of a row."""
     query, key, value = token
     all_keys, all_values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
     errors = {}
-    if isinstance(arm, OurArm):
-        out, own_keys, own_values = arm.step_and_decode(query, key, value)
+    if isinstance(method, PackedMethod):
+        out, own_keys, own_values = method.step_and_decode(query, key, value)
         own = exact.attention(query, own_keys, own_values)
         tolerance = exact.OWN_TOLERANCE if keys.dtype == torch.float32 else exact.TOLERANCES["bf16"]
-        errors["kernel_error"] = exact.check(arm.name, exact.relative_error(out, own), tolerance)
+        errors["kernel_error"] = exact.check(method.name, exact.relative_error(out, own), tolerance)
     else:
-        out = arm.step(query, key, value, arm.mask(1))
+        out = method.step(query, key, value, method.mask(1))
     error = exact.relative_error(out, exact.attention(query, all_keys, all_values))
-    return errors | {"error": exact.check(arm.name, error, exact.TOLERANCES[arm.stored])}
+    return errors | {"error": exact.check(method.name, error, exact.TOLERANCES[method.stored])}
 
 
-def packing_us(arm: CacheArm, shape: Shape, like: torch.Tensor, step_us: float, clock: Clock) -> float:
+def packing_us(method: CacheMethod, shape: Shape, like: torch.Tensor, step_us: float, clock: Clock) -> float:
     """Microseconds a token that our cache spends on packing: a page filled now, spread over its tokens."""
-    size = arm.cache.options.page_size
-    missing = size - (arm.cache.get_seq_length() - arm.cache.options.sink_length - arm.cache.options.tail_length) % size
+    size = method.cache.options.page_size
+    missing = (
+        size
+        - (method.cache.get_seq_length() - method.cache.options.sink_length - method.cache.options.tail_length) % size
+    )
     for _ in range(missing - 2):
-        arm.cache.update(*shape.tokens(1, like), 0)
-    packed, times = arm.cache.memory().packed_elements, []
+        method.cache.update(*shape.tokens(1, like), 0)
+    packed, times = method.cache.memory().packed_elements, []
     for _ in range(8):
-        before = arm.cache.memory().packed_elements
-        times.append(clock(partial(arm.step, shape.queries(1, like), *shape.tokens(1, like), None)))
+        before = method.cache.memory().packed_elements
+        times.append(clock(partial(method.step, shape.queries(1, like), *shape.tokens(1, like), None)))
         if before > packed:  # the step before this one packed: both are in
             return max(sum(times[-2:]) - 2 * step_us, 0.0) / size
-    raise RuntimeError(f"{arm.name}: no page was packed in {len(times)} steps")
+    raise RuntimeError(f"{method.name}: no page was packed in {len(times)} steps")
 
 
 @torch.inference_mode()
 def measure(
     shape: Shape, tokens: int, names: Sequence[str], setting: Setting, bandwidth: float, report: Report
 ) -> list[Row]:
-    """The rows of all arms for one shape and number of tokens."""
+    """The rows of all methods for one shape and number of tokens."""
     torch.manual_seed(tokens)  # the errors are then the same in every run
     like = setting.like
     keys, values = shape.tokens(tokens + OFFSET, like)
-    arms, fill_us = make_arms(names, shape, keys, values, setting, report)
+    methods, fill_us = make_methods(names, shape, keys, values, setting, report)
     first = (shape.queries(1, like), *shape.tokens(1, like))
     rows: dict[str, Row] = {}
-    for name, arm in arms.items():
-        if isinstance(arm, DenseArm):
-            arm.choose(first[0], setting.clock)
-        rows[name] = {"shape": str(shape), "tokens": tokens, "cache": name, "method": arm.method}
-        rows[name] |= check_arm(arm, shape, keys, values, first)
-        rows[name] |= {"bytes_read": arm.bytes_read(), "bytes_held": arm.bytes_held()}
+    for name, method in methods.items():
+        if isinstance(method, DenseMethod):
+            method.choose(first[0], setting.clock)
+        rows[name] = {"shape": str(shape), "tokens": tokens, "cache": name, "attention": method.attention}
+        rows[name] |= check_method(method, shape, keys, values, first)
+        rows[name] |= {"bytes_read": method.bytes_read(), "bytes_held": method.bytes_held()}
     del keys, values
 
     def one_round(number: int) -> dict[str, float]:
         token = (shape.queries(1, like), *shape.tokens(1, like))
-        return {name: setting.clock(partial(arm.step, *token, arm.mask(1))) for name, arm in arms.items()}
+        return {name: setting.clock(partial(method.step, *token, method.mask(1))) for name, method in methods.items()}
 
     for number in range(WARM_UP):
         one_round(number)
     times = take_turns(one_round, ROUNDS, LEAST_ROUNDS, setting.seconds)
     token = (shape.queries(1, like), *shape.tokens(1, like))
-    for name, arm in arms.items():
-        rows[name]["page_faults"] = count_page_faults(partial(arm.step, *token, arm.mask(1)))
-    for name, arm in arms.items():
+    for name, method in methods.items():
+        rows[name]["page_faults"] = count_page_faults(partial(method.step, *token, method.mask(1)))
+    for name, method in methods.items():
         step = median(times[name])
         packing = 0.0
-        if isinstance(arm, OurArm):
-            packing = packing_us(arm, shape, like, step, setting.clock)
+        if isinstance(method, PackedMethod):
+            packing = packing_us(method, shape, like, step, setting.clock)
         elif name in PEERS[:2]:
             packing = fill_us[name] / _RESIDUAL
         rate = rows[name]["bytes_read"] / step / 1e3
@@ -187,37 +193,6 @@ def measure(
     return list(rows.values())
 
 
-def show(rows: list[Row], shape: str, tokens: int, dense: str, console: Console) -> None:
-    """Print the table of one shape and number of tokens."""
-    columns = (
-        "cache",
-        "µs",
-        "of it packing",
-        "× DynamicCache",
-        f"× {dense}",
-        "MB to read",
-        "GB/s",
-        "of bandwidth",
-        "page faults",
-    )
-    table = make_table(f"decode step, {shape} (query heads/KV heads/head_dim), T = {tokens:,}", (*columns, "error"))
-    for row in rows:
-        name = f"{row['cache']} ({row['method']})" if row["method"] else row["cache"]
-        speedups = [f"{row[key]:.2f}" if key in row else "-" for key in ("speedup_dynamic", "speedup_dense")]
-        table.add_row(
-            name,
-            f"{row['total_us']:,.0f}",
-            f"{row['packing_us']:,.0f}" if row["packing_us"] else "-",
-            *speedups,
-            f"{row['bytes_read'] / 1e6:,.2f}",
-            f"{row['gb_per_s']:.1f}",
-            f"{row['bandwidth_share']:.0%}",
-            f"{row['page_faults']:,}",
-            f"{row['error']:.1e}",
-        )
-    console.print(table)
-
-
 def show_bandwidth(rates: dict[str, float], size: int, report: Report) -> float:
     """Note the bandwidth by every way of reading; returns the largest, in GB/s."""
     best = max(rates, key=lambda way: rates[way])
@@ -226,7 +201,7 @@ def show_bandwidth(rates: dict[str, float], size: int, report: Report) -> float:
     ways = ", ".join(f"{way} {rate:.1f}" for way, rate in rates.items())
     report.note(
         f"Read bandwidth {rates[best]:.1f} GB/s by {best}, over {size / 2**20:,.0f} MiB ({ways}). Where what is held "
-        "fits in the last-level cache, an arm may exceed it."
+        "fits in the last-level cache, a method may exceed it."
     )
     return rates[best]
 
@@ -248,7 +223,7 @@ def run(
                 progress.update(task, description=f"decode {shape}, T = {count:,}")
                 rows = measure(shape, count, names, setting, bandwidth, report)
                 report.rows += rows
-                show(rows, str(shape), count, setting.dense, console)
+                show("bench_decode", rows, console)
                 progress.advance(task)
 
 
@@ -257,7 +232,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", help="query heads/KV heads/head_dim; default: 32/8/128 9/3/64")
     parser.add_argument("--tokens", type=int, nargs="+", help="multiples of 128; default: 1024 4096 16384 65536")
     parser.add_argument("--long", action="store_true", help="also 131,072 tokens")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS)
+    )
     parser.add_argument("--seconds", type=float, default=8.0, help="for the rounds of one shape and T, at most")
     parser.add_argument("--peer-tokens", type=int, default=16384, help="largest T at which hqq and quanto run")
     args = start(parser, argv)
@@ -278,9 +255,10 @@ def main(argv: Sequence[str] | None = None, read: Callable[..., dict[str, float]
     bandwidth = show_bandwidth(read(size), size, report)
     setting = Setting(args.seconds, args.peer_tokens)
     report.note(
-        f"T grows by one token a round in every arm, from {OFFSET + WARM_UP + 1} past the nominal T; nothing is reset."
+        f"T grows by one token a round in every method, from {OFFSET + WARM_UP + 1} past the nominal T; nothing is "
+        "reset."
     )
-    run(report, [Shape.parse(s) for s in args.shapes], args.tokens, args.arms, setting, bandwidth, console)
+    run(report, [Shape.parse(s) for s in args.shapes], args.tokens, args.methods, setting, bandwidth, console)
     return report.finish(args, console)
 
 

@@ -3,9 +3,10 @@
     python -m benchmarks.bench_eviction [--quick] [--policies snapkv h2o] [--context 4096] [--endless 20000]
 
 The model is SmolLM2 (``--quick``: a tiny random one), float32, batch of 1. Evicting is timed inside of the calls that
-it slows down, around the layer's own ``evict``; what a policy costs elsewhere (sums over all keys at every step, for
-H2O) is not in it, so the times of whole steps stand beside it, arms taking turns. Peaks are bytes of the cache's
-tensors: what ``memory()`` says after each chunk, and beside it the most that one layer held while its chunk was there.
+it slows down, around the layer's own ``evict``; what a policy costs elsewhere (the accumulated attention of all keys at
+every step, for H2O) is not in it, so the times of whole steps stand beside it, methods taking turns. Peaks are bytes of
+the cache's tensors: what ``memory()`` says after each chunk, and beside it the most that one layer held while its chunk
+was there.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
+from hf_kvcache.cache.accounting import tensor_bytes
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 from benchmarks.timing import cpu_clock
 from hf_kvcache import HeavyHitterCache, KVCache, SlidingWindowCache
-from hf_kvcache.cache.memory import tensor_bytes
 from hf_kvcache.eviction.evictor import Evictor
 from hf_kvcache.integration.versions import with_cache
 
@@ -97,7 +98,7 @@ def measure_prefill(model: Any, tokens: torch.Tensor, policies: Sequence[str], r
 
 
 def measure_decoding(model: Any, tokens: torch.Tensor, policies: Sequence[str], blocks: int) -> list[Row]:
-    """Eviction's share of decoding, by blocks of 128 tokens with one eviction each, arms taking turns."""
+    """Eviction's share of decoding, by blocks of 128 tokens with one eviction each, methods taking turns."""
     caches = {policy: HeavyHitterCache(model.config, _BUDGET, policy, interval=128) for policy in policies}
     last: dict[str, torch.Tensor] = {}
     for policy, cache in caches.items():
@@ -150,18 +151,18 @@ def measure_peak(model: Any, tokens: torch.Tensor) -> Row:
 def watched(cache: KVCache, largest: list[int]) -> None:
     """Keep the most bytes that the tensors of a layer's storage had when it was about to evict in ``largest``."""
     for layer in cache.own_layers:
-        settle = layer.flush
+        flush = layer.flush
 
-        def settling(layer: Any = layer, settle: Any = settle) -> None:
+        def watching(layer: Any = layer, flush: Any = flush) -> None:
             new, storage = layer._new, layer.storage
             if new is not None and storage is not None:
                 dense = storage.dense.keys.nbytes + storage.dense.values.nbytes
                 pages = storage.pool.held_pages * storage.layout.record_bytes
                 # Old pages and dense buffer, the new tokens in it, and the pages that replace the old ones.
                 largest[0] = max(largest[0], dense + 2 * pages + 2 * (new.keys.nbytes + new.values.nbytes))
-            settle()
+            flush()
 
-        layer.flush = settling  # type: ignore[method-assign]
+        layer.flush = watching  # type: ignore[method-assign]
 
 
 def measure_endless(tokens: int) -> Row:
@@ -190,34 +191,12 @@ def measure_endless(tokens: int) -> Row:
     }
 
 
-def show(rows: list[Row], console: Console) -> None:
-    """Print the shares, then the other two parts."""
-    for part in ("prefill", "decoding"):
-        table = make_table(f"evicting in {part}", ("policy", "tokens", "ms", "of it evicting", "share of the rest"))
-        for row in (row for row in rows if row["part"] == part):
-            numbers = f"{row['tokens']:,}", f"{row['ms']:,.1f}", f"{row['evicting_ms']:,.2f}", f"{row['share']:.1%}"
-            table.add_row(row["policy"], *numbers)
-        console.print(table)
-    for row in rows:
-        if row["part"] == "peak":
-            console.print(
-                f"{row['tokens']:,} tokens in chunks of {_CHUNK}, budget {_BUDGET}: peak "
-                f"{row['peak_bytes'] / 2**20:.1f} MiB, full cache {row['full_bytes'] / 2**20:.1f} ({row['share']:.3f})"
-            )
-        if row["part"] == "endless":
-            console.print(
-                f"{row['tokens']:,} tokens without end: {row['first_us']:.0f} µs a token at first, "
-                f"{row['last_us']:.0f} at last ({row['ratio']:.3f}); {row['first_bytes']:,} and "
-                f"{row['last_bytes']:,} bytes"
-            )
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--policies", nargs="+", help=f"default: {' '.join(_POLICIES)}")
     parser.add_argument("--context", type=int, help="tokens of the prefill; default: 4096")
     parser.add_argument("--endless", type=int, help="tokens generated through a window; default: 20000")
-    parser.add_argument("--rounds", type=int, help="repeats of each arm; default: 1")
+    parser.add_argument("--rounds", type=int, help="repeats of each method; default: 1")
     args = start(parser, argv)
     args.policies = pick(args.policies, args.quick, list(_POLICIES), ["snapkv", "streaming"])
     args.context = args.context or (1024 if args.quick else 4096)
@@ -241,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     report.rows += measure_decoding(model, tokens[:, :1024], args.policies, args.rounds)
     report.rows.append(measure_peak(model, tokens))
     report.rows.append(measure_endless(args.endless))
-    show(report.rows, console)
+    show(report.script, report.rows, console)
     return report.finish(args, console)
 
 

@@ -5,9 +5,9 @@
 16 heads, 128 + 64 query and key dimensions, 128 value dimensions, latents of 512 with rotary keys of 64; batch of 1,
 random weights, latents and rotary keys as the layer's own projections give them for random normal states. *step*: from
 ``update`` to the attention output, the new token's own projections left out; *layer*: the whole attention module. The
-arms hold the same tokens in one process and take turns; medians over the rounds. ``DynamicCache`` holds the same
-latents: transformers expands all of them at every step. Each arm's step is checked against float64 attention over the
-expanded latents before it is timed.
+methods hold the same tokens in one process and take turns; medians over the rounds. ``DynamicCache`` holds the same
+latents: transformers expands all of them at every step. Each method's step is checked against float64 attention over
+the expanded latents before it is timed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 
 from benchmarks import exact
-from benchmarks.arms import DTYPES, DYNAMIC
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.methods import DTYPES, DYNAMIC
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 from benchmarks.timing import Clock, cpu_clock, read_bandwidth, take_turns
 from hf_kvcache import LatentKVCache
 from hf_kvcache.integration.versions import with_cache
 from hf_kvcache_eval.caches import held_bytes
 
-#: Our arms: how latents are stored.
+#: Our methods: how latents are stored.
 CODECS: dict[str, dict[str, Any]] = {"ours none": {}, "ours 8-bit": {"bits": 8}, "ours 4-bit": {"bits": 4}}
-#: Relative errors that are allowed against float64, by what an arm stores; the codecs' are those that README promises.
+#: Relative errors that are allowed against float64, by what a method stores; the codecs' are those of README.
 _TOLERANCES = {"ours 8-bit": 1e-2, "ours 4-bit": 1e-1}
 _HIDDEN, _HEADS = 2048, 16
 _LEAST_ROUNDS, _WARM_UP = 5, 2
@@ -44,11 +45,11 @@ _LEAST_ROUNDS, _WARM_UP = 5, 2
 _OFFSET = 40
 
 
-class LayerArm:
-    """One attention module with a cache of its own; modules of different arms share their weights.
+class LatentMethod:
+    """One attention module with a cache of its own; modules of different methods share their weights.
 
     Args:
-        name: of the arm.
+        name: of the method.
         weights: the module whose weights it takes.
         latents: ``[1, 1, T, r]``, what the cache is filled with.
         rotary_keys: ``[1, 1, T, dr]``.
@@ -121,31 +122,33 @@ def expected(
 
 @torch.inference_mode()
 def measure(dtype: str, tokens: int, bandwidth: float, args: argparse.Namespace, clock: Clock) -> list[Row]:
-    """The rows of all arms for one dtype and number of tokens."""
+    """The rows of all methods for one dtype and number of tokens."""
     torch.manual_seed(tokens)
     weights = DeepseekV2Attention(make_config(), 0).to(DTYPES[dtype]).eval()
     for weight in weights.parameters():
         if weight.dim() == 2:  # of the size that keeps states of their size
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     _, latents, rotary = projected(weights, tokens + _OFFSET)
-    arms = {name: LayerArm(name, weights, latents, rotary) for name in (DYNAMIC, *CODECS)}
+    methods = {name: LatentMethod(name, weights, latents, rotary) for name in (DYNAMIC, *CODECS)}
     token = projected(weights, 1)
     truth = expected(weights, token[0], torch.cat([latents, token[1]], 2), torch.cat([rotary, token[2]], 2))
     rows: dict[str, Row] = {}
-    for name, arm in arms.items():
-        error = exact.relative_error(arm.step(*token), truth)
+    for name, method in methods.items():
+        error = exact.relative_error(method.step(*token), truth)
         allowed = max(_TOLERANCES.get(name, 0.0), exact.TOLERANCES[dtype])
         shape = f"{_HEADS}/{weights.kv_lora_rank} + {weights.qk_rope_head_dim}, {dtype}"
         rows[name] = {"shape": shape, "dtype": dtype, "tokens": tokens, "cache": name}
-        rows[name] |= {"error": exact.check(name, error, allowed), "bytes_held": arm.bytes_held()}
+        rows[name] |= {"error": exact.check(name, error, allowed), "bytes_held": method.bytes_held()}
     rotate = DeepseekV2RotaryEmbedding(make_config())
     position = rotate(torch.empty(0), torch.tensor([[tokens + _OFFSET]]))
     hidden = torch.randn(1, 1, _HIDDEN).to(DTYPES[dtype])
 
     def one_round(number: int) -> dict[str, float]:
         new = projected(weights, 1)
-        times = {f"step {name}": clock(partial(arm.step, *new)) for name, arm in arms.items()}
-        return times | {f"layer {name}": clock(partial(arm.layer, hidden, position)) for name, arm in arms.items()}
+        times = {f"step {name}": clock(partial(method.step, *new)) for name, method in methods.items()}
+        return times | {
+            f"layer {name}": clock(partial(method.layer, hidden, position)) for name, method in methods.items()
+        }
 
     for number in range(_WARM_UP):
         one_round(number)
@@ -161,26 +164,6 @@ def measure(dtype: str, tokens: int, bandwidth: float, args: argparse.Namespace,
     return list(rows.values())
 
 
-def show(rows: list[Row], console: Console) -> None:
-    """Print the table of one dtype and number of tokens."""
-    columns = ("cache", "step µs", "×", "layer µs", "×", "MB held", "of bf16 latents", "of bandwidth", "error")
-    title = f"decode step of latent attention, {rows[0]['dtype']}, T = {rows[0]['tokens']:,}"
-    table = make_table(title, columns)
-    for row in rows:
-        table.add_row(
-            row["cache"],
-            f"{row['step_us']:,.0f}",
-            f"{row['step_speedup']:.1f}",
-            f"{row['layer_us']:,.0f}",
-            f"{row['layer_speedup']:.1f}",
-            f"{row['bytes_held'] / 1e6:.2f}",
-            f"{row['of_bf16']:.3f}",
-            f"{row['bandwidth_share']:.0%}",
-            f"{row['error']:.1e}",
-        )
-    console.print(table)
-
-
 def run(report: Report, args: argparse.Namespace, clock: Clock, console: Console) -> None:
     """Measure and show every dtype and number of tokens."""
     rates = read_bandwidth(64 << 20 if args.quick else 512 << 20)
@@ -191,7 +174,7 @@ def run(report: Report, args: argparse.Namespace, clock: Clock, console: Console
             for tokens in args.tokens:
                 rows = measure(dtype, tokens, max(rates.values()), args, clock)
                 progress.advance(task)
-                show(rows, console)
+                show("bench_latent", rows, console)
                 report.rows += rows
 
 

@@ -14,12 +14,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from transformers import DynamicCache
 
-from benchmarks.arms import CODECS, DTYPES, PEERS, SMOLLM2, OurArm, Shape, empty_arm, held_bytes
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.methods import (
+    CODECS,
+    DTYPES,
+    PEERS,
+    SMOLLM2,
+    PackedMethod,
+    Shape,
+    UnavailableError,
+    empty_method,
+    held_bytes,
+)
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 
 FP32, BF16 = "DynamicCache fp32", "DynamicCache bf16"
 
@@ -38,14 +48,14 @@ def measure(shape: Shape, tokens: int, like: torch.Tensor, report: Report) -> li
     bits: dict[str, float] = {}
     for name in (*PEERS, *CODECS):
         try:
-            arm = empty_arm(name, shape, tokens, keys)
-            arm.fill(keys, values, shape.queries(1, like))
-        except ImportError as error:
-            report.note(f"{name} is left out: {str(error).splitlines()[0]}")
+            method = empty_method(name, shape, tokens, keys)
+            method.fill(keys, values, shape.queries(1, like))
+        except UnavailableError as error:
+            report.note(str(error))
             continue
-        held[name] = held_bytes(arm.cache)
-        if isinstance(arm, OurArm) and arm.cache.memory().packed_elements:
-            bits[name] = arm.cache.memory().bits_per_element
+        held[name] = held_bytes(method.cache)
+        if isinstance(method, PackedMethod) and method.cache.memory().packed_elements:
+            bits[name] = method.cache.memory().bits_per_element
     return [
         {
             "shape": str(shape),
@@ -58,19 +68,6 @@ def measure(shape: Shape, tokens: int, like: torch.Tensor, report: Report) -> li
         }
         for name, size in held.items()
     ]
-
-
-def show(rows: list[Row], shape: str, console: Console) -> None:
-    """Print the table of one shape."""
-    counts = list(dict.fromkeys(row["tokens"] for row in rows))
-    title = f"MiB held by one layer (the share of a bfloat16 DynamicCache), {shape}"
-    table = make_table(title, ("cache", *(f"{count:,} tokens" for count in counts), "bits per packed element"))
-    for cache in dict.fromkeys(row["cache"] for row in rows):
-        own = {row["tokens"]: row for row in rows if row["cache"] == cache}
-        cells = [f"{own[n]['bytes_held'] / 2**20:,.2f} ({own[n]['of_bf16']:.3f})" if n in own else "-" for n in counts]
-        bits = [row["bits_per_packed_element"] for row in own.values() if "bits_per_packed_element" in row]
-        table.add_row(cache, *cells, f"{bits[-1]:.3f}" if bits else "-")
-    console.print(table)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -99,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
             for count in args.tokens:
                 rows += measure(shape, count, like, report)
                 progress.advance(task)
-            show(rows, str(shape), console)
+            show(report.script, rows, console)
             report.rows += rows
     return report.finish(args, console)
 

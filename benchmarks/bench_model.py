@@ -32,15 +32,16 @@ from rich.progress import Progress
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.arms import CODECS, DYNAMIC, PEERS, STATIC, held_bytes, peer_cache, recent_start
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.methods import CODECS, DYNAMIC, PEERS, STATIC, UnavailableError, held_bytes, peer_cache, recent_start
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 from benchmarks.timing import cpu_clock
 from hf_kvcache import KVCache, bind, unbind
 from hf_kvcache.cli.models import load_default_model
 from hf_kvcache.cli.sample_text import packaged_text
 from hf_kvcache.integration.versions import with_cache
 
-ARMS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit")
+METHODS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit")
 #: These hold the very keys and values of DynamicCache.
 LOSSLESS = (STATIC, "ours none")
 _LOSSLESS_KL = 1e-6
@@ -51,7 +52,7 @@ _RESIDUAL = 128
 
 
 def make_cache(name: str, config: Any, capacity: int) -> Any:
-    """An empty cache with room for ``capacity`` tokens; ImportError if a peer's packages are not installed."""
+    """An empty cache with room for ``capacity`` tokens; UnavailableError if a peer cannot be built."""
     if name == DYNAMIC:
         return DynamicCache(config=config)
     if name == STATIC:
@@ -159,8 +160,8 @@ def measure_decode(
             continue
         try:
             paces[name] = Pace(make_cache(name, model.config, tokens + args.steps + _WARM_UP))
-        except ImportError as error:
-            report.note(f"{name} is left out: {str(error).splitlines()[0]}")
+        except UnavailableError as error:
+            report.note(str(error))
             continue
         cache = paces[name].cache
         fill_ms[name] = cpu_clock(partial(fill, model, cache, states, tokens)) / 1e3
@@ -210,8 +211,8 @@ def measure_prefill(
         for name in names:
             try:
                 cache = make_cache(name, model.config, tokens.shape[1])
-            except ImportError as error:
-                report.note(f"{name} is left out: {str(error).splitlines()[0]}")
+            except UnavailableError as error:
+                report.note(str(error))
                 continue
             set_attention(model.config, cache)
             times.setdefault(name, []).append(cpu_clock(partial(forward, model, tokens, cache)) / 1e3)
@@ -250,16 +251,17 @@ def run_text_model(
     """Prefill and decode of a model on ``tokens [1, at least the longest context + 1]``."""
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"{label}: prefill", total=len(args.contexts) + 2)
-        prefill = measure_prefill(model, label, tokens[:, : args.prefill], args.arms, args.prefill_rounds, report)
+        prefill = measure_prefill(model, label, tokens[:, : args.prefill], args.methods, args.prefill_rounds, report)
         progress.update(task, advance=1, description=f"{label}: the longest context")
         states = prefilled_states(model, tokens[:, : max(args.contexts)])
         rows: list[Row] = []
         for count in args.contexts:
             progress.update(task, advance=1, description=f"{label}: {count:,} tokens of context")
-            rows += measure_decode(model, label, states, tokens[:, count : count + 1], count, args.arms, args, report)
+            rows += measure_decode(
+                model, label, states, tokens[:, count : count + 1], count, args.methods, args, report
+            )
     add_packing(rows)
-    show_prefill(prefill, console)
-    show_decode(rows, console)
+    show(report.script, prefill + rows, console)
     report.rows += prefill + rows
 
 
@@ -289,40 +291,13 @@ def run_random_model(args: argparse.Namespace, report: Report, console: Console)
         size = (1, heads, args.random_context, dim)
         states = [(torch.randn(size), torch.randn(size)) for _ in range(args.layers)]
     with console.status(f"{label}: {args.random_context:,} tokens of context"):
-        names = [name for name in args.arms if name not in PEERS]
+        names = [name for name in args.methods if name not in PEERS]
         first = torch.zeros(1, 1, dtype=torch.long)
         rows = measure_decode(model, label, states, first, args.random_context, names, args, report)
     add_packing(rows)
     report.note("The Llama of random weights runs without the peers: QuantizedCache decodes all tokens at every step.")
-    show_decode(rows, console)
+    show(report.script, rows, console)
     report.rows += rows
-
-
-def show_decode(rows: list[Row], console: Console) -> None:
-    """Print the decode steps of one model, a table for each context."""
-    for count in dict.fromkeys(row["tokens"] for row in rows):
-        columns = ("cache", "ms per token", "of it packing", "× DynamicCache", "MiB held", "mean KL", "top-1")
-        table = make_table(f"{rows[0]['model']}: decode at {count:,} tokens of context", columns)
-        for row in (row for row in rows if row["tokens"] == count):
-            table.add_row(
-                row["cache"],
-                f"{row['ms']:,.1f}",
-                f"{row['packing_ms']:.2f}" if row["packing_ms"] else "-",
-                f"{row['speedup_dynamic']:.2f}",
-                f"{row['bytes_held'] / 2**20:,.1f}",
-                f"{row['mean_kl']:.1e}" if "mean_kl" in row else "-",
-                f"{row['top1_agreement']:.3f}" if "mean_kl" in row else "-",
-            )
-        console.print(table)
-
-
-def show_prefill(rows: list[Row], console: Console) -> None:
-    """Print the prefill of one model."""
-    title = f"{rows[0]['model']}: prefill of {rows[0]['tokens']:,} tokens"
-    table = make_table(title, ("cache", "ms", "over DynamicCache"))
-    for row in rows:
-        table.add_row(row["cache"], f"{row['prefill_ms']:,.0f}", f"{row['prefill_over_dynamic']:.3f}")
-    console.print(table)
 
 
 def make_args() -> argparse.ArgumentParser:
@@ -336,7 +311,9 @@ def make_args() -> argparse.ArgumentParser:
     parser.add_argument("--peer-tokens", type=int, default=8192, help="longest context at which hqq runs")
     parser.add_argument("--random-context", type=int, help="context of the random Llama; default: 32768")
     parser.add_argument("--layers", type=int, help="layers of the random Llama; default: 4")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS)
+    )
     return parser
 
 

@@ -3,10 +3,10 @@
     python -m benchmarks.bench_prefill [--quick] [--chunk 512] [--tokens 4096 16384] [--first 1024 4096]
 
 ``update`` and attention, batch of 1, float32. *chunk*: 512 new tokens over T held ones, with the causal mask that a
-model makes (once for all its layers; it is not timed). Before every round each arm goes back to its T tokens: the
+model makes (once for all its layers; it is not timed). Before every round each method goes back to its T tokens: the
 transformers caches get back the tensors they had, ours is a fork of the cache that holds them (pages are shared, the
-full-precision tail is copied), whose last 512 tokens came in chunks too. *first*: T tokens into an empty cache. Arms
-take turns; medians. Each arm's output is checked against float64 attention (chunk) or against DynamicCache's (first)
+full-precision tail is copied), whose last 512 tokens came in chunks too. *first*: T tokens into an empty cache. Methods
+take turns; medians. Each method's output is checked against float64 attention (chunk) or against DynamicCache's (first)
 before it is timed.
 """
 
@@ -23,24 +23,38 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import exact
-from benchmarks.arms import DYNAMIC, LLAMA_8B, PEERS, PLAIN, SMOLLM2, STATIC, CacheArm, Shape, empty_arm
-from benchmarks.session import Report, Row, make_console, make_parser, make_table, pick, start
+from benchmarks.methods import (
+    DYNAMIC,
+    LLAMA_8B,
+    PEERS,
+    PLAIN,
+    SMOLLM2,
+    STATIC,
+    CacheMethod,
+    Shape,
+    UnavailableError,
+    empty_method,
+    try_peer,
+)
+from benchmarks.session import Report, Row, make_console, make_parser, pick, start
+from benchmarks.tables import show
 from benchmarks.timing import Clock, cpu_clock, take_turns
 
-ARMS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit", "ours 2-bit")
+METHODS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit", "ours 2-bit")
 _LEAST_ROUNDS = 3
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def available(names: Sequence[str], shape: Shape, like: torch.Tensor, report: Report) -> list[str]:
-    """Those of the arms whose packages are installed."""
+    """Those of the methods that can run here; peers are tried."""
     found = []
     for name in names:
         try:
-            empty_arm(name, shape, 1, like)
+            if name in PEERS:
+                try_peer(name, shape, like)
             found.append(name)
-        except ImportError as error:
-            report.note(f"{name} is left out: {str(error).splitlines()[0]}")
+        except UnavailableError as error:
+            report.note(str(error))
     return found
 
 
@@ -59,22 +73,22 @@ def measure_chunk(
     keys, values = shape.tokens(tokens, like)
     new = inputs(shape, chunk, like)
     expected = exact.attention(new[0], torch.cat([keys, new[1]], 2), torch.cat([values, new[2]], 2))
-    arms: dict[str, CacheArm] = {}
+    methods: dict[str, CacheMethod] = {}
     masks, errors = {}, {}
     for name in names:
-        arm = arms[name] = empty_arm(name, shape, tokens + chunk, like)
-        arm.fill(keys, values, shape.queries(1, like), chunk)
-        arm.keep()
-        arm.restore()
-        masks[name] = arm.mask(chunk)
-        error = exact.relative_error(arm.step(*new, masks[name]), expected)
-        errors[name] = exact.check(name, error, exact.TOLERANCES[arm.stored])
+        method = methods[name] = empty_method(name, shape, tokens + chunk, like)
+        method.fill(keys, values, shape.queries(1, like), chunk)
+        method.keep()
+        method.restore()
+        masks[name] = method.mask(chunk)
+        error = exact.relative_error(method.step(*new, masks[name]), expected)
+        errors[name] = exact.check(name, error, exact.TOLERANCES[method.stored])
 
     def one_round(number: int) -> dict[str, float]:
         times = {}
-        for name, arm in arms.items():
-            arm.restore()
-            times[name] = clock(partial(arm.step, *new, masks[name]))
+        for name, method in methods.items():
+            method.restore()
+            times[name] = clock(partial(method.step, *new, masks[name]))
         return times
 
     times = take_turns(one_round, args.rounds, min(args.rounds, _LEAST_ROUNDS), args.seconds)
@@ -89,8 +103,8 @@ def measure_first(
     new = inputs(shape, tokens, like)
 
     def action(name: str) -> Callable[[], torch.Tensor]:
-        arm = empty_arm(name, shape, tokens, like)
-        return partial(arm.step, *new, arm.mask(tokens))
+        method = empty_method(name, shape, tokens, like)
+        return partial(method.step, *new, method.mask(tokens))
 
     expected = action(DYNAMIC)()
     tolerance = exact.TOLERANCES["fp32" if like.dtype == torch.float32 else "bf16"]
@@ -123,34 +137,22 @@ def _rows(
     ]
 
 
-def show(rows: list[Row], console: Console) -> None:
-    """Print a table for each kind and shape."""
-    for kind, shape in dict.fromkeys((row["kind"], row["shape"]) for row in rows):
-        own = [row for row in rows if (row["kind"], row["shape"]) == (kind, shape)]
-        counts = list(dict.fromkeys(row["tokens"] for row in own))
-        what = f"{own[0]['new_tokens']} tokens over T held" if kind == "chunk" else "the first T tokens"
-        title = f"prefill of {what}: ms in one layer (time over DynamicCache's); {shape}"
-        table = make_table(title, ("cache", *(f"T = {count:,}" for count in counts)))
-        for cache in dict.fromkeys(row["cache"] for row in own):
-            found = {row["tokens"]: row for row in own if row["cache"] == cache}
-            cells = (_cell(found[count]) if count in found else "-" for count in counts)
-            table.add_row(cache, *cells)
-        console.print(table)
-
-
-def _cell(row: Row) -> str:
-    return f"{row['ms']:,.1f} ({row['time_over_dynamic']:.2f})"
-
-
-def run(report: Report, args: argparse.Namespace, like: torch.Tensor, clock: Clock, console: Console) -> None:
-    """Measure and show every shape, for tokens of the dtype and on the device of ``like``."""
+def run(
+    report: Report,
+    args: argparse.Namespace,
+    like: torch.Tensor,
+    clock: Clock,
+    console: Console,
+    skipped: Sequence[str] = (),
+) -> None:
+    """Measure and show every shape but the methods ``skipped``, for tokens of the dtype and device of ``like``."""
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("prefill", total=len(args.shapes) * (len(args.tokens) + len(args.first)))
         for shape in map(Shape.parse, args.shapes):
-            names = available(ARMS, shape, like, report)
+            names = available([name for name in METHODS if name not in skipped], shape, like, report)
             rows = []
             few = [name for name in names if name != PEERS[0]]
-            if len(few) < len(names) and max(*args.tokens, *args.first) > args.peer_tokens:
+            if len(few) < len(names) and max([*args.tokens, *args.first]) > args.peer_tokens:
                 report.note(f"hqq is left out above {args.peer_tokens:,} tokens (--peer-tokens).")
             for count in args.tokens:
                 here = names if count <= args.peer_tokens else few
@@ -160,7 +162,7 @@ def run(report: Report, args: argparse.Namespace, like: torch.Tensor, clock: Clo
                 here = names if count <= args.peer_tokens else few
                 rows += measure_first(shape, count, here, like, clock, args)
                 progress.advance(task)
-            show(rows, console)
+            show("bench_prefill", rows, console)
             report.rows += rows
 
 

@@ -3,225 +3,220 @@
     python -m benchmarks.compile_report                          all targets, all cases
     python -m benchmarks.compile_report --quick                  three targets, the first case of each operation
     python -m benchmarks.compile_report --target sm90 --case int4
-    python -m benchmarks.compile_report --record                 take the instructions per byte as the new expectation
+    python -m benchmarks.compile_report --record                 take what was measured as the new expectation
 
-Fails (exit status 1) where a kernel spills registers or uses a stack, wants more shared memory than there is, does not
-use tensor cores though it should, leaves fewer than 8 warps on a multiprocessor, loads less than half of its bytes by
-128-bit loads, or needs 5 % more or fewer instructions for a byte than recorded in compiled.json. A case may waive some
-of that if it says why; what is waived is marked in the table by an asterisk and listed below it with its reason.
-
-The column *static bound* is no measurement of speed: it is the share of a GPU's memory bandwidth at which the main
-loop's instructions take every issue slot there is. A kernel cannot do better; how much worse it does, only a GPU tells.
+Fails (exit status 1) where a kernel does not compile, spills registers or uses a stack, wants more shared memory than
+there is, does not use tensor cores though it should, or leaves fewer than 8 warps on a multiprocessor; a case may waive
+some of that. It fails too where a kernel is worse than compiled.csv records for the same version of Triton: more
+registers, spills, stack or shared memory, fewer tensor or 128-bit load instructions, or 5 % more instructions. None of
+this is a measurement of speed.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
+import csv
 import os
 import sys
 import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-RECORD = Path(__file__).with_name("compiled.json")
+from benchmarks import machine_code
+from benchmarks.machine_code import FIELDS, TARGETS, Compiled
+
+RECORD = Path(__file__).with_name("compiled.csv")
 QUICK_TARGETS = ("sm80", "sm90", "gfx942")
+LEAST_WARPS = 8
+SPILLS, WARPS = "spills", "warps"
+#: How many per cent a figure may be above its recorded value; figures of ``_MORE_IS_BETTER`` may not fall.
+_MARGIN = {"instructions": 5}
+_MORE_IS_BETTER = ("tensor", "wide_loads")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case compiled for one target.
+
+    Attributes:
+        target: name of the target.
+        case: name of the case.
+        compiled: what came out; None if it could not be compiled.
+        warps: of its programs.
+        problems: what is wrong with it, in words.
+    """
+
+    target: str
+    case: str
+    compiled: Compiled | None
+    warps: int
+    problems: tuple[str, ...]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What the record knows it by."""
+        return self.target, self.case
+
+
+Record = dict[tuple[str, str], dict[str, int]]
 
 
 def main() -> int:
     """Compile, print, check; the exit status."""
-    args = arguments()
-    console = Console(width=None if sys.stdout.isatty() else 170)
-    reason = missing()
-    if reason:
-        console.print(f"compile_report: {escape(reason)}", soft_wrap=True)
+    args, console = arguments(), Console(width=None if sys.stdout.isatty() else 140)
+    if reason := machine_code.missing():
+        console.print(f"compile_report: {reason}", markup=False, soft_wrap=True)
         return 2
-    from benchmarks.compiling.build import operations
-
-    work = selected(args, operations())
-    if not work:
-        console.print("compile_report: no case has such a name")
-        return 2
+    os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        results = compiled(work, args.jobs)
+        results = compiled(selected(args), args.jobs)
     complete = not (args.quick or args.target or args.case)
     if args.record:
         write_record(results, complete)
-    record, comparable = read_record()
-    wrong = problems(work, results, record if comparable else {}, comparable)
-    if complete and comparable:
-        wrong += stale(results, record)
-    console.print(table(work, results, {name for name, _ in wrong}))
-    for line in waivers(work, results):
-        console.print(escape(line), soft_wrap=True)
-    if not comparable:
-        console.print(f"The recorded values are of another triton than {version()} and were not compared.")
-    for name, reason in wrong:
-        console.print(f"[red]{escape(name)}[/red]: {escape(reason)}", soft_wrap=True)
-    console.print(f"{len(results)} kernels, {len(wrong)} failures")
-    return 1 if wrong else 0
+    record = read_record()
+    console.print(table(results))
+    wrong = [(result.key, problem) for result in results for problem in (*result.problems, *worse(result, record))]
+    if complete:
+        wrong += [(key, "is recorded, but there is no such case") for key in stale(results, record)]
+    for key, problem in wrong:
+        console.print(f"{' '.join(key)}: {problem}", style="red", markup=False, soft_wrap=True)
+    new = sum(result.key not in record for result in results)
+    console.print(f"{len(results)} kernels, {len(wrong)} failures; {new} not recorded for Triton {version()}")
+    return 1 if wrong or not results else 0
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    from benchmarks.compiling.targets import TARGETS
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three targets, the first case of each operation")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (may be repeated)")
     parser.add_argument("--case", help="only cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
-    parser.add_argument("--record", action="store_true", help="write instructions per byte to compiled.json")
+    parser.add_argument("--record", action="store_true", help=f"write what was measured to {RECORD.name}")
     return parser.parse_args()
 
 
-def missing() -> str | None:
-    """What is missing on this machine, in words."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install -e .[dev]` brings it"
-    # An interpreted kernel cannot be compiled.
-    os.environ.pop("TRITON_INTERPRET", None)
-    from benchmarks.compiling.nvidia import missing_tools
-
-    tools = missing_tools()
-    if tools:
-        return f"this build of triton came without {', '.join(tools)}"
-    return None
+def selected(args: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """What to compile: operation, target, and index among the operation's cases."""
+    return [
+        (operation, target, index)
+        for target in args.target or (QUICK_TARGETS if args.quick else TARGETS)
+        for operation in machine_code.operations()
+        for index, case in enumerate(machine_code.cases(operation, target))
+        if (args.case or "") in case.name and not (args.quick and index)
+    ]
 
 
-Work = list[tuple[str, str, int, Any]]
-
-
-def selected(args: argparse.Namespace, operations: list[str]) -> Work:
-    """What to compile: operation, target, index among its cases, and the case."""
-    from benchmarks.compiling.build import cases
-    from benchmarks.compiling.targets import TARGETS
-
-    work: Work = []
-    for target in args.target or (QUICK_TARGETS if args.quick else TARGETS):
-        for operation in operations:
-            for index, case in enumerate(cases(operation, target)):
-                if (args.case or "") in case.name and not (args.quick and index):
-                    work.append((operation, target, index, case))
-    return work
-
-
-def compiled(work: Work, jobs: int) -> list[Any]:
-    """The measurements, in the order of ``work``."""
-    from benchmarks.compiling.build import build
-
-    if jobs == 1:
-        return [build(*item[:3]) for item in track(work, "compiling", transient=True)]
+def compiled(work: list[tuple[str, str, int]], jobs: int) -> list[Result]:
+    """The results, in the order of ``work``."""
     # A fresh interpreter for each: a forked one would share the state of LLVM.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(build, *item[:3]) for item in work]
+        futures = [pool.submit(build, *item) for item in work]
         for _ in track(as_completed(futures), "compiling", total=len(futures), transient=True):
             pass
         return [future.result() for future in futures]
 
 
-def problems(
-    work: Work, results: list[Any], record: dict[str, dict[str, float]], compare: bool
-) -> list[tuple[str, str]]:
-    """Name and reason of everything that is not as it should be."""
-    from benchmarks.compiling.measured import failures
+def build(operation: str, target: str, index: int) -> Result:
+    """Compile one case and judge it; what goes wrong is in the result."""
+    case = machine_code.cases(operation, target)[index]
+    try:
+        made = machine_code.compile_case(case, target)
+    except Exception as error:  # a compiler may fail in any way, and the other cases are still of interest
+        return Result(target, case.name, None, case.num_warps, (_reason(error),))
+    return Result(target, case.name, made, case.num_warps, tuple(problems(made, case, target)))
 
-    found = [
-        (f"{result.target} {result.case}", reason)
-        for (*_, case), result in zip(work, results, strict=True)
-        for reason in failures(result, case, record.get(result.target, {}).get(result.case), compare)
+
+def problems(made: Compiled, case: machine_code.CompileCase, target: str) -> list[str]:
+    """What is wrong with a compiled case by itself. Spills are waived on AMD's GPUs only, other things nowhere."""
+    limits, found = TARGETS[target], {}
+    warps = limits.resident_warps(made.registers, made.shared, case.num_warps)
+    if made.spills or made.stack:
+        found[SPILLS] = f"{made.spills} spills, {made.stack} bytes of stack"
+    if made.shared > limits.program_shared:
+        found["shared memory"] = f"{made.shared} bytes of shared memory, {limits.program_shared} are to be had"
+    if case.tensor_cores and not made.tensor:
+        found["tensor cores"] = "no tensor-core instructions"
+    if warps < LEAST_WARPS:
+        found[WARPS] = f"{warps} resident warps, {LEAST_WARPS} are wanted"
+    waivable = {WARPS, SPILLS} if limits.amd else {WARPS}
+    needless = [f"{name} are waived without need" for name in case.waived if name in waivable and name not in found]
+    return [text for name, text in found.items() if name not in waivable & case.waived.keys()] + needless
+
+
+def worse(result: Result, record: Record) -> list[str]:
+    """In what a result is worse than recorded."""
+    known = record.get(result.key)
+    if known is None or result.compiled is None:
+        return []
+    return [
+        f"{name}: {value}, recorded are {known[name]}"
+        for name, value in vars(result.compiled).items()
+        if (value < known[name] if name in _MORE_IS_BETTER else value > known[name] * (1 + _MARGIN.get(name, 0) / 100))
     ]
-    names = Counter(f"{result.target} {result.case}" for result in results)
-    return found + [(name, f"{count} cases have this name") for name, count in names.items() if count > 1]
 
 
-def stale(results: list[Any], record: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
-    """Recorded values of cases that are no more."""
-    present = {(result.target, result.case) for result in results}
-    names = [(target, case) for target, values in record.items() for case in values]
-    return [(f"{t} {c}", "is recorded, but there is no such case") for t, c in names if (t, c) not in present]
+def stale(results: list[Result], record: Record) -> list[tuple[str, str]]:
+    """Recorded cases that are no more."""
+    return sorted(record.keys() - {result.key for result in results})
 
 
 def version() -> str:
-    """The version of triton, on whose compilers all numbers depend."""
+    """The version of triton, on whose compilers all figures depend."""
     import triton
 
     return str(triton.__version__)
 
 
-def read_record() -> tuple[dict[str, dict[str, float]], bool]:
-    """Instructions per byte by target and case, and whether they are of this version of triton."""
+def read_record() -> Record:
+    """What is recorded of this version of triton, by target and case."""
     if not RECORD.exists():
-        return {}, True
-    content = json.loads(RECORD.read_text())
-    return content["instructions_per_byte"], content["triton"] == version()
+        return {}
+    with RECORD.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["triton"] == version()]
+    return {(row["target"], row["case"]): {name: int(row[name]) for name in FIELDS} for row in rows}
 
 
-def write_record(results: list[Any], complete: bool) -> None:
-    """Record the instructions per byte of ``results``, in place of all others if they are complete."""
-    old, comparable = read_record()
-    values = {} if complete or not comparable else old
-    for result in results:
-        if result.instructions_per_byte is not None:
-            values.setdefault(result.target, {})[result.case] = round(result.instructions_per_byte, 5)
-    ordered = {target: dict(sorted(values[target].items())) for target in sorted(values)}
-    RECORD.write_text(json.dumps({"triton": version(), "instructions_per_byte": ordered}, indent=1) + "\n")
+def write_record(results: list[Result], complete: bool) -> None:
+    """Record ``results``, in place of all others if they are complete."""
+    record = {} if complete else read_record()
+    record |= {result.key: vars(result.compiled) for result in results if result.compiled is not None}
+    with RECORD.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["triton", "target", "case", *FIELDS])
+        rows.writerows([version(), *key, *(record[key][name] for name in FIELDS)] for key in sorted(record))
 
 
-def waivers(work: Work, results: list[Any]) -> list[str]:
-    """Every reason for which something is waived, and of which cases what."""
-    from benchmarks.compiling.measured import unmet_criteria
-
-    lines: dict[tuple[str, str], list[str]] = {}
-    for (*_, case), result in zip(work, results, strict=True):
-        unmet = unmet_criteria(result, case)
-        for criterion in unmet.keys() & case.waived.keys():
-            named = f"  {result.target} {case.name}: {unmet[criterion]}"
-            lines.setdefault((criterion, case.waived[criterion]), []).append(named)
-    groups = ([f"* {criterion} waived: {reason}", *named] for (criterion, reason), named in sorted(lines.items()))
-    return [line for group in groups for line in group]
-
-
-def table(work: Work, results: list[Any], wrong: set[str]) -> Table:
+def table(results: list[Result]) -> Table:
     """One row for each kernel and target."""
-    from benchmarks.compiling.measured import SPILLS, WARPS, WIDE_LOADS
-    from benchmarks.compiling.targets import TARGETS
-
     made = Table(title=f"Triton {version()}, compiled without a GPU")
-    for column in ("target", "case"):
-        made.add_column(column, no_wrap=True)
-    for column in ("regs", "spills", "stack", "shared\nKiB", "tensor\ninstr.", "warps\n/ SM", "128-bit\nloads"):
-        made.add_column(column, justify="right")
-    made.add_column("loop instr.\n(x turns)", justify="right")
-    made.add_column("warp instr.\n/ byte", justify="right")
-    made.add_column("static bound, not measured:\nshare of memory bandwidth")
-    for (*_, case), result in zip(work, results, strict=True):
-        name = f"{result.target} {result.case}"
-        spill, warp, wide = ("*" if criterion in case.waived else "" for criterion in (SPILLS, WARPS, WIDE_LOADS))
-        style = "red" if name in wrong else None
-        if result.resources is None:
-            made.add_row(result.target, result.case, *["-"] * 10, style=style)
-            continue
-        target, r, per_byte = TARGETS[result.target], result.resources, result.instructions_per_byte
-        bound = "-"
-        if per_byte is not None:
-            bound = ", ".join(f"{gpu.name} {target.bandwidth_bound(gpu, per_byte):.0%}" for gpu in target.gpus)
-        loop = f"{result.loop_instructions}" + (f" x{result.turns}" if result.turns > 1 else "")
-        cells = [r.registers, f"{r.spills}{spill}", f"{r.stack_bytes}{spill}", f"{r.shared_bytes / 1024:.1f}"]
-        cells += [result.tensor_instructions, f"{result.warps}{warp}", f"{result.wide:.0%}{wide}", loop]
-        cells += ["-" if per_byte is None else f"{per_byte:.4f}", bound]
-        made.add_row(result.target, result.case, *map(str, cells), style=style)
+    for column in ("target", "case", *(name.replace("_", " ") for name in FIELDS), "warps / SM"):
+        made.add_column(column, justify="left" if column in ("target", "case") else "right")
+    for result in results:
+        values = ["-"] * (len(FIELDS) + 1)
+        if result.compiled is not None:
+            held = TARGETS[result.target].resident_warps(
+                result.compiled.registers, result.compiled.shared, result.warps
+            )
+            values = [str(value) for value in (*vars(result.compiled).values(), held)]
+        made.add_row(result.target, result.case, *values, style="red" if result.problems else None)
     return made
+
+
+def _reason(error: BaseException) -> str:
+    """The first of the errors that led to this one, in a line: what triton wraps around it only says where."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    # Triton's own errors begin with a place and end with the reason; between them stands the source.
+    return f"{type(error).__name__}: " + (text if len(text) < 400 else f"{text[:80]} … {text[-300:]}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Attention in float64, and how far an arm may lie from it."""
+"""Attention in float64, and how far a method may lie from it."""
 
 from __future__ import annotations
 
 import torch
 
-#: Largest relative error ``|out - exact| / |exact|`` for random normal keys, values and queries, by what an arm stores.
+#: Largest relative error ``|out - exact| / |exact|`` for random normal keys, values and queries, by what is stored.
 #: About twice the usual error, to leave room for chance; what a kernel of ours adds to the codec's error has a tighter
 #: bound, ``OWN_TOLERANCE``.
 TOLERANCES = {

@@ -1,4 +1,4 @@
-"""Plots of the JSON files: ``python -m benchmarks.plots benchmarks/results/*.json`` draws them again."""
+"""Plots of the JSON files: ``python -m benchmarks.plots results/benchmarks/*.json`` draws them again."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ def draw(path: Path) -> str:
     """Draw the plots of a JSON file beside it; returns what was done, as a sentence."""
     if importlib.util.find_spec("matplotlib") is None:
         return "no plots: matplotlib is not installed (pip install matplotlib)"
-    result = json.loads(path.read_text(encoding="utf-8"))
-    drawers = DRAWERS.get(result["script"], ())
-    files = [file for drawer in drawers for file in drawer(result, path)]
+    files = pictures(json.loads(path.read_text(encoding="utf-8")), path)
     return "drew " + ", ".join(str(file) for file in files) if files else "no plots for this one"
+
+
+def pictures(result: Row, path: Path, dpi: int = 120) -> list[Path]:
+    """Draw the plots of a result beside ``path``, whose stem their names begin with; returns the files."""
+    import matplotlib
+
+    with matplotlib.rc_context({"figure.dpi": dpi}):
+        return [file for drawer in DRAWERS.get(result["script"], ()) for file in drawer(result, path)]
 
 
 def _lines(
@@ -106,7 +112,7 @@ def _by_cache(rows: Iterator[Row]) -> dict[str, list[Row]]:
 
 
 def _styled(lines: dict[str, list[Row]]) -> Iterator[tuple[Row, tuple[str, list[Row]]]]:
-    """Ours are coloured full lines, the others grey dashed ones that their markers tell apart."""
+    """Ours are colored full lines, the others gray dashed ones that their markers tell apart."""
     for index, item in enumerate(lines.items()):
         ours = item[0].startswith("ours")
         style = {"linestyle": "-" if ours else "--", "marker": _MARKERS[index % len(_MARKERS)], "markersize": 5}
@@ -132,7 +138,7 @@ def _save(figure: Any, axes: Any, path: Path, suffix: str) -> Path:
 
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     file = path.with_name(f"{path.stem}_{suffix}.png")
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi="figure")
     pyplot.close(figure)
     return file
 

@@ -1,6 +1,6 @@
 """Run all benchmarks of the CPU one after the other, each in a process of its own (``make bench``).
 
-python -m benchmarks.run [--quick] [--long] [--out benchmarks/results] [--threads 2]
+python -m benchmarks.run [--quick] [--long] [--out results/benchmarks] [--threads 2]
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks.session import make_console, make_parser, make_table, start
+from benchmarks.session import make_console, make_parser, start
+from benchmarks.tables import make_table
 
 SCRIPTS = (
     "bench_decode",

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import plots
 from hf_kvcache.kernels.dispatch import backends
 from hf_kvcache.utils.environment import machine, versions
 
-RESULTS = Path("benchmarks/results")
+RESULTS = Path("results/benchmarks")
 Row = dict[str, Any]
 
 
@@ -82,11 +81,23 @@ class Report:
         Raises:
             ValueError: if a number of a row is not finite.
         """
-        _check_finite(self.rows)
         kernels = ", ".join(f"{op} {backend}" for op, backend in backends(self.device).items())
         self.note(f"Our kernels: {kernels}.")
         for note in self.notes:
             console.print(f"- {note}")
+        path = self.save(args)
+        console.print(f"wrote {path}")
+        if not args.no_plots:
+            console.print(plots.draw(path))
+        return path
+
+    def save(self, args: argparse.Namespace) -> Path:
+        """Write the JSON file with what there is; returns its path.
+
+        Raises:
+            ValueError: if a number of a row is not finite.
+        """
+        _check_finite(self.rows)
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"{self.script}.json"
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "no_plots")}
@@ -102,9 +113,6 @@ class Report:
             "rows": self.rows,
         }
         path.write_text(json.dumps(payload, indent=1, default=str) + "\n", encoding="utf-8")
-        console.print(f"wrote {path}")
-        if not args.no_plots:
-            console.print(plots.draw(path))
         return path
 
 
@@ -123,11 +131,3 @@ def command() -> str:
         words = words[:at] + words[at + 2 :]
     words = [word for word in words if not word.startswith("--out=")]
     return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
-
-
-def make_table(title: str, columns: Sequence[str]) -> Table:
-    """A table whose first column holds names and the others numbers."""
-    table = Table(title=title)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    return table

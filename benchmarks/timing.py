@@ -1,4 +1,4 @@
-"""Clocks, arms that take turns, and the machine's read bandwidth."""
+"""Clocks, methods that take turns, and the machine's read bandwidth."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def count_page_faults(action: Callable[[], Any]) -> int:
 def take_turns(
     one_round: Callable[[int], Mapping[str, float]], rounds: int, least: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Repeat a round in which every arm is timed once: A B C, A B C, ...
+    """Repeat a round in which every method is timed once: A B C, A B C, ...
 
     Args:
-        one_round: given the number of the round, times each arm.
+        one_round: given the number of the round, times each method.
         rounds: the most rounds.
         least: rounds that are done whatever they take.
         seconds: once they are over, no further round begins.
 
     Returns:
-        The microseconds of each arm, one number for each round.
+        The microseconds of each method, one number for each round.
     """
     times: dict[str, list[float]] = {}
     end = time.perf_counter() + seconds

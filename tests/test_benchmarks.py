@@ -1,9 +1,10 @@
-"""Every benchmark runs at tiny sizes, its numbers are finite and positive, and its arms agree."""
+"""Every benchmark runs at tiny sizes, its numbers are finite and positive, and its methods agree."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,18 @@ from benchmarks import (
     bench_prefill,
     exact,
     gpu,
+    methods,
     plots,
+    report,
+    tables,
     timing,
 )
-from benchmarks.arms import DENSE32, DYNAMIC, PLAIN, STATIC, Shape, filled_arm
+from benchmarks.methods import DENSE32, DYNAMIC, PLAIN, STATIC, Shape, filled_method
 from benchmarks.session import Report
 
-#: Columns that may be zero: nothing was mapped, packed or allocated, or the arms agree to the last bit.
+#: Columns that may be zero: nothing was mapped, packed or allocated, or the methods agree to the last bit.
 MAY_BE_ZERO = ("page_faults", "packing", "error", "allocations", "allocated_bytes", "mean_kl", "top1_agreement")
-ARMS = (DYNAMIC, STATIC, "fp8 QuantizedCache", DENSE32, "ours none", "ours 8-bit", "ours 4-bit")
+METHODS = (DYNAMIC, STATIC, "fp8 QuantizedCache", DENSE32, "ours none", "ours 8-bit", "ours 4-bit")
 SHAPE = "4/2/16"
 
 
@@ -65,17 +69,17 @@ def test_decode(tmp_path: Path) -> None:
     def bandwidth(size: int) -> dict[str, float]:
         return timing.read_bandwidth(1 << 16, repeats=1)
 
-    rows = rows_of(bench_decode.main([*argv, "--arms", *ARMS], bandwidth))
-    assert [row["cache"] for row in rows] == list(ARMS)
+    rows = rows_of(bench_decode.main([*argv, "--methods", *METHODS], bandwidth))
+    assert [row["cache"] for row in rows] == list(METHODS)
     assert {row["cache"]: row["bytes_read"] for row in rows}[DYNAMIC] == 2 * 2 * (512 + 41) * 16 * 4
 
 
-def test_decode_refuses_an_arm_that_is_wrong() -> None:
+def test_decode_refuses_a_method_that_is_wrong() -> None:
     shape = Shape.parse(SHAPE)
     keys, values = shape.tokens(300)
-    arm = filled_arm("ours 8-bit", shape, keys, values + 1, shape.queries(1), 8)
+    method = filled_method("ours 8-bit", shape, keys, values + 1, shape.queries(1), 8)
     with pytest.raises(AssertionError, match="ours 8-bit: relative error"):
-        bench_decode.check_arm(arm, shape, keys, values, (shape.queries(1), *shape.tokens(1)))
+        bench_decode.check_method(method, shape, keys, values, (shape.queries(1), *shape.tokens(1)))
 
 
 def test_prefill(tmp_path: Path) -> None:
@@ -102,12 +106,12 @@ def test_memory(tmp_path: Path) -> None:
 
 def test_model(model: PreTrainedModel, tmp_path: Path) -> None:
     names = [DYNAMIC, STATIC, "ours none", "ours 4-bit"]
-    argv = ["--quick", "--out", str(tmp_path), "--contexts", "256", "300", "--prefill", "40", "--arms", *names]
-    args, report = bench_model.parse(argv), Report("bench_model")
+    argv = ["--quick", "--out", str(tmp_path), "--contexts", "256", "300", "--prefill", "40", "--methods", *names]
+    args, found = bench_model.parse(argv), Report("bench_model")
     tokens = torch.arange(301)[None] % model.config.vocab_size
-    bench_model.run_text_model(model, "tiny", tokens, args, report, Console(quiet=True))
-    check_numbers(report.rows)
-    decode = [row for row in report.rows if "ms" in row]
+    bench_model.run_text_model(model, "tiny", tokens, args, found, Console(quiet=True))
+    check_numbers(found.rows)
+    decode = [row for row in found.rows if "ms" in row]
     assert [row["cache"] for row in decode] == 2 * names
     # A page fills at 260 tokens only (4 sinks, a tail of 128 and a page): what it costs is taken over from there.
     packing = [row["packing_ms"] for row in decode if row["cache"] == "ours 4-bit"]
@@ -119,7 +123,7 @@ def test_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Pr
     monkeypatch.setattr(bench_model, "RANDOM_HEADS", (model.config.num_key_value_heads, model.config.head_dim))
     layers = str(model.config.num_hidden_layers)
     argv = ["--quick", "--no-plots", "--out", str(tmp_path), "--models", "llama8b", "--layers", layers]
-    rows = rows_of(bench_model.main([*argv, "--random-context", "256", "--arms", DYNAMIC, "ours 8-bit"]))
+    rows = rows_of(bench_model.main([*argv, "--random-context", "256", "--methods", DYNAMIC, "ours 8-bit"]))
     assert [row["cache"] for row in rows] == [DYNAMIC, "ours 8-bit"]
 
 
@@ -129,12 +133,61 @@ def test_gpu_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.main([])
 
 
-def test_gpu_code_path_on_the_cpu() -> None:
-    argv = ["--quick", "--shapes", SHAPE, "--tokens", "512", "--first", "128", "--chunk", "32", "--rounds", "1"]
-    args, report = gpu.parse([*argv, "--seconds", "0", "--peer-tokens", "1"]), Report("gpu")
-    gpu.run(report, args, PLAIN.bfloat16(), timing.cpu_clock, Console(quiet=True))
-    check_numbers(report.rows)
-    assert {row["kind"] for row in report.rows} == {"decode", "chunk", "first"}
+def gpu_run(tmp_path: Path, *more: str) -> tuple[list[str], Report]:
+    argv = ["--quick", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "512", "--first", "128"]
+    argv += ["--chunk", "32", "--rounds", "1"]
+    args, found = gpu.parse([*argv, "--seconds", "0", "--peer-tokens", "1", *more]), Report("gpu")
+    return gpu.run(found, args, PLAIN.bfloat16(), timing.cpu_clock, Console(quiet=True)), found
+
+
+def test_gpu_code_path_on_the_cpu(tmp_path: Path) -> None:
+    failed, found = gpu_run(tmp_path)
+    assert failed == []
+    check_numbers(found.rows)
+    assert {row["kind"] for row in found.rows} == {"decode", "chunk", "first"}
+    assert rows_of(tmp_path / "gpu.json") == found.rows
+    titles = [title for view in tables.views("gpu") for title, _ in view.groups(found.rows)]
+    assert len(titles) == 3 and titles[0].startswith("Decode step")
+
+
+def test_gpu_leaves_peers_out_when_asked(tmp_path: Path) -> None:
+    failed, found = gpu_run(tmp_path, "--no-peers")
+    assert failed == [] and not {row["cache"] for row in found.rows} & set(methods.PEERS)
+    assert not any("is left out" in note for note in found.notes)
+
+
+def test_gpu_stops_at_its_budget(tmp_path: Path) -> None:
+    failed, found = gpu_run(tmp_path, "--budget", "-1")
+    assert failed == [] and found.rows == []
+    assert sum("Left out, the -1 seconds being over" in note for note in found.notes) == 3
+
+
+def test_gpu_goes_on_behind_a_case_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(bench_decode, "measure", broken)
+    failed, found = gpu_run(tmp_path)
+    assert failed == [f"decode {SHAPE}, T = 512"]
+    assert f"Failed: {failed[0]}: RuntimeError: no such instruction" in found.notes
+    assert {row["kind"] for row in found.rows} == {"chunk", "first"}
+
+
+def test_a_peer_that_cannot_be_built_or_filled_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older transformers knows no fp8 (ValueError); another peer fails when it quantizes its first tokens."""
+
+    def build(backend: str, config: Any, **options: Any) -> Any:
+        if backend == "fp8":
+            raise ValueError("Unknown quantization backend `fp8`")
+        raise ImportError("You need to install it")
+
+    monkeypatch.setattr(methods, "QuantizedCache", build)
+    _, found = gpu_run(tmp_path)
+    assert "fp8 QuantizedCache is left out: Unknown quantization backend `fp8`" in found.notes
+    assert not any("QuantizedCache" in row["cache"] for row in found.rows)
+    peer = methods.PeerMethod("hqq 4-bit", "4", Shape.parse(SHAPE), lambda config: object(), torch.device("cpu"))
+    with pytest.raises(methods.UnavailableError, match=r"hqq 4-bit is left out: .*update"):
+        peer.fill(*Shape.parse(SHAPE).tokens(2), Shape.parse(SHAPE).queries(1))
 
 
 def test_exact_attention_is_causal() -> None:
@@ -151,6 +204,40 @@ def test_plots(tmp_path: Path) -> None:
     path = bench_memory.main(["--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "256", "--no-plots"])
     assert "drew" in plots.draw(path)
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_the_page_needs_nothing_but_the_csv(tmp_path: Path) -> None:
+    """A run is taken over into the CSV file; from that alone the same page comes again, with links to what is there."""
+    pytest.importorskip("matplotlib")
+    run = bench_memory.main(["--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "256", "--no-plots"])
+    figures = tmp_path / "docs" / "figures.csv"
+    report.main([str(run), "--figures", str(figures)])
+    page = figures.with_name("index.md")
+    before = page.read_text(encoding="utf-8"), figures.read_text(encoding="utf-8")
+    run.unlink()
+    page.unlink()
+    report.main(["--figures", str(figures)])
+    assert (page.read_text(encoding="utf-8"), figures.read_text(encoding="utf-8")) == before
+    assert "| 256 | DynamicCache bf16 | 0.03 | 1.000 | 0.500 |" in before[0].splitlines()
+    assert f"{torch.get_num_threads()} threads" in before[0] and "`python -m benchmarks." in before[0]
+    assert all((figures.parent / link).is_file() for link in re.findall(r"\]\(([^)]*)\)", before[0]))
+
+
+def test_the_tracked_page_is_what_its_csv_gives() -> None:
+    figures = Path(__file__).parents[1] / report.FIGURES
+    page = figures.with_name("index.md").read_text(encoding="utf-8")
+    assert report.page(report.read(figures), figures.name) == page, "make it again: python -m benchmarks.report"
+
+
+def test_what_is_measured_again_replaces_what_was_there(tmp_path: Path) -> None:
+    setup = {"command": "x", "date": "2026-01-01", "machine": {"cpu": "y", "threads": 1}, "versions": {}, "notes": []}
+    old = {"bench_append": setup | {"script": "bench_append", "rows": [{"tokens": 1, "cache": "a", "append_us": 2.5}]}}
+    report.write(old, tmp_path / "figures.csv")
+    assert report.read(tmp_path / "figures.csv") == old
+    new = tmp_path / "bench_append.json"
+    new.write_text(json.dumps(setup | {"script": "bench_append", "rows": [{"tokens": 2}]}), encoding="utf-8")
+    report.update(old, [new])
+    assert old["bench_append"]["rows"] == [{"tokens": 2}]
 
 
 def test_eviction(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def _evicting_kind(name: str) -> Kind:
     return Kind(_evicting, f"evicts; {what}", after_prefill=True, budget=True, codec=True, queries=True)
 
 
-class Arm:
+class Method:
     """One side of a comparison: a cache spec that can be built for a model.
 
     Args:
@@ -220,7 +220,7 @@ class Arm:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype that the model is to have in this arm; None for the one it was loaded in."""
+        """The dtype that the model is to have in this method; None for the one it was loaded in."""
         return DTYPES[str(self.spec.options["dtype"])] if self.full and "dtype" in self.spec.options else None
 
     @property

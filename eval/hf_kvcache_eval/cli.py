@@ -1,4 +1,4 @@
-"""The command line of the evaluation: ``hf-kvcache-eval run``, ``report``, ``lm-eval``, ``caches``, ``plugin``."""
+"""The command line of the evaluation: ``hf-kvcache-eval run``, ``report``, ``publish``, ``lm-eval``, ``caches``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 # The heavy imports (torch, transformers, lm-eval, matplotlib) are inside the commands: `--help` answers at once.
 
 DATA_VARIABLE = "HF_KVCACHE_EVAL_DATA"
+#: Where the tracked results are, in a checkout.
+PAGES = Path("docs/evaluation")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,18 +40,23 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_run(commands.add_parser("run", help="measure caches on tasks; goes on where an earlier run stopped"))
 
-    report = commands.add_parser("report", help="Markdown, HTML and plots of a comparison")
-    report.add_argument("folder", type=Path, help="the --out of run")
-    report.add_argument("--out", type=Path, help="default: the folder itself")
+    report = commands.add_parser("report", help="make the report of a run, or the page of a tracked CSV file, again")
+    report.add_argument("source", type=Path, help="the --out of run, or a CSV file that publish wrote")
+    report.add_argument("--out", type=Path, help="default: the folder itself, or beside the CSV file")
     report.set_defaults(run=_report)
+
+    publish = commands.add_parser("publish", help="write the tracked CSV file of a run and its page")
+    publish.add_argument("folder", type=Path, help="the --out of run")
+    publish.add_argument("--out", type=Path, default=PAGES, help="default: %(default)s")
+    publish.set_defaults(run=_publish)
+
+    overview = commands.add_parser("overview", help="draw README's plot of quality, bytes and speed from the CSV files")
+    overview.add_argument("--docs", type=Path, default=PAGES.parent, help="default: %(default)s")
+    overview.set_defaults(run=_overview)
 
     commands.add_parser("caches", help="the cache specs that can be measured").set_defaults(run=_caches)
     # Only for --help: main() hands it over before anything is parsed.
     commands.add_parser("lm-eval", help="lm-eval's own command line with the model hf-kvcache", add_help=False)
-
-    plugin = commands.add_parser("plugin", help="make plain `lm_eval --model hf-kvcache` work in this environment")
-    plugin.add_argument("action", choices=["install", "uninstall"])
-    plugin.set_defaults(run=_plugin)
     return parser
 
 
@@ -105,7 +112,9 @@ def _run(args: argparse.Namespace) -> int:
     failed = sum(cell.status == "failed" for cell in cells)
     print(f"{comparison.out}: {len(cells) - failed} cells done, {failed} failed")
     if not args.no_report:
-        _write_report(comparison.out, None)
+        from hf_kvcache_eval.report import write_report
+
+        _tell(write_report(comparison.out))
     return 1 if failed else 0
 
 
@@ -122,15 +131,28 @@ def data_folder(given: Path | None) -> Path | None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    _write_report(args.folder, args.out)
-    return 0
+    from hf_kvcache_eval.report import write_page, write_report
+
+    write = write_page if args.source.is_file() else write_report
+    return _tell(write(args.source, args.out))
 
 
-def _write_report(folder: Path, out: Path | None) -> None:
-    from hf_kvcache_eval.report import write_report
+def _publish(args: argparse.Namespace) -> int:
+    from hf_kvcache_eval.report import publish
 
-    for path in write_report(folder, out):
+    return _tell(publish(args.folder, args.out))
+
+
+def _overview(args: argparse.Namespace) -> int:
+    from hf_kvcache_eval.report.overview import draw_overview
+
+    return _tell([draw_overview(args.docs)])
+
+
+def _tell(files: Sequence[Path]) -> int:
+    for path in files:
         print(path)
+    return 0
 
 
 def _caches(args: argparse.Namespace) -> int:
@@ -138,13 +160,6 @@ def _caches(args: argparse.Namespace) -> int:
 
     for name, kind in kinds().items():
         print(f"{name + ('@budget' if kind.budget else ''):20}{kind.help}")
-    return 0
-
-
-def _plugin(args: argparse.Namespace) -> int:
-    from hf_kvcache_eval import lm_plugin
-
-    print(getattr(lm_plugin, args.action)())
     return 0
 
 

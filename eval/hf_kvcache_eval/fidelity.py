@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_kvcache import KVCache
-from hf_kvcache_eval.caches import Arm, held_bytes
+from hf_kvcache_eval.caches import Method, held_bytes
 from hf_kvcache_eval.cells import Memory, Metric, Series
 from hf_kvcache_eval.statistics import mean_metric
 from hf_kvcache_eval.task import Bench, Outcome, Task
@@ -39,12 +39,12 @@ class Fidelity(Task):
     def name(self) -> str:  # type: ignore[override]
         return f"fidelity@{self.prefix}"
 
-    def run(self, bench: Bench, arm: Arm) -> Outcome:
+    def run(self, bench: Bench, method: Method) -> Outcome:
         windows, text = self._windows(bench)
         full = self._full(bench, windows)
         compared: list[dict[str, torch.Tensor]] = []
-        run = _Run(bench, arm, self.prefix)
-        step = self.batch if arm.kind.rows else 1
+        run = _Run(bench, method, self.prefix)
+        step = self.batch if method.kind.rows else 1
         for start in range(0, len(windows), step):
             rows = windows[start : start + step]
             compared.append(_compare(full[start : start + step], run.decode(rows), rows[:, self.prefix :]))
@@ -79,28 +79,28 @@ class Fidelity(Task):
         return torch.stack([tokens[start : start + length] for start in starts]), name
 
     def _full(self, bench: Bench, windows: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities ``[n, suffix, vocabulary]`` through the full cache, computed once for all arms."""
+        """Log-probabilities ``[n, suffix, vocabulary]`` through the full cache, computed once for all methods."""
         key = (self.name, self.suffix, len(windows), bench.protocol.block)
         if key not in bench.memo:
             # One task's at a time: they are the largest thing that is held.
             for old in [k for k in bench.memo if isinstance(k, tuple) and str(k[0]).startswith("fidelity")]:
                 del bench.memo[old]
-            run = _Run(bench, Arm("full"), self.prefix)
+            run = _Run(bench, Method("full"), self.prefix)
             bench.memo[key] = torch.cat([run.decode(rows) for rows in windows.split(self.batch)])
         return bench.memo[key]
 
 
 class _Run:
-    """One arm over the windows, batch by batch, with what it took."""
+    """One method over the windows, batch by batch, with what it took."""
 
-    def __init__(self, bench: Bench, arm: Arm, prefix: int) -> None:
-        self.bench, self.arm, self.prefix = bench, arm, prefix
+    def __init__(self, bench: Bench, method: Method, prefix: int) -> None:
+        self.bench, self.method, self.prefix = bench, method, prefix
         self.memory: Memory | None = None
         self.timing: dict[str, Any] = {"decode_seconds": 0.0, "decode_calls": 0}
 
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
         """Log-probabilities ``[B, suffix, vocabulary]`` of the continuations of ``rows [B, prefix + suffix]``."""
-        reader = self.bench.reader(self.arm)
+        reader = self.bench.reader(self.method)
         reader.prefill(rows[:, : self.prefix].tolist())
         self.memory = memory_of(reader.caches[0], reader.model.config, rows.shape[0], self.prefix)
         started = time.perf_counter()
@@ -141,7 +141,7 @@ def _compare(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> 
 
 
 def _metrics(found: dict[str, torch.Tensor]) -> dict[str, Metric]:
-    # Windows are independent of each other, neighbouring tokens are not: standard errors are over windows.
+    # Windows are independent of each other, neighboring tokens are not: standard errors are over windows.
     kl = found["kl"]
     return {
         "kl": mean_metric(kl.mean(1), higher_is_better=False, unit="nats"),

@@ -23,7 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from hf_kvcache.integration.versions import CACHE_ARGUMENT
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.lm_arguments import cache_spec, sort_out
 from hf_kvcache_eval.lm_groups import Group, Request, batches, make_groups, right_padded
 from hf_kvcache_eval.lm_share import Prefilled
@@ -78,9 +78,9 @@ class KVCacheLM(HFLM):
         **arguments: Any,
     ) -> None:
         model_arguments, options = sort_out(arguments)
-        self.arm = Arm(cache_spec(cache, budget, options))
+        self.method = Method(cache_spec(cache, budget, options))
         self.protocol = Protocol(sink_length, tail_length, page_size, block, seed)
-        self.single_pass = _check_single_pass(self.arm, single_pass)
+        self.single_pass = _check_single_pass(self.method, single_pass)
         self.prefilled = Prefilled()
         self.prefills: Prefills | None = None
         if str(model_arguments.get("batch_size", 1)).startswith("auto"):
@@ -91,9 +91,9 @@ class KVCacheLM(HFLM):
         if isinstance(pretrained, str):
             # lm-eval's own default is cuda, whether there is such a device or not.
             model_arguments.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-            model_arguments["dtype"] = _dtype(self.arm, model_arguments.get("dtype", "auto"))
+            model_arguments["dtype"] = _dtype(self.method, model_arguments.get("dtype", "auto"))
         else:
-            _dtype(self.arm, pretrained.dtype)
+            _dtype(self.method, pretrained.dtype)
             self._check_options(pretrained.config)
         super().__init__(pretrained, **model_arguments)
         if self.backend != "causal":
@@ -103,12 +103,12 @@ class KVCacheLM(HFLM):
     @property
     def batch_size(self) -> Any:
         """Sequences at a time."""
-        return super().batch_size if self.arm.kind.rows else 1
+        return super().batch_size if self.method.kind.rows else 1
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results about the model: the cache and the protocol too."""
         protocol = asdict(self.protocol) | {"single_pass": self.single_pass}
-        return super().get_model_info() | {"cache": str(self.arm), "cache_protocol": protocol}
+        return super().get_model_info() | {"cache": str(self.method), "cache_protocol": protocol}
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, in lm-eval's windows, decoded through the cache from their first token.
@@ -118,10 +118,10 @@ class KVCacheLM(HFLM):
         """
         if self.single_pass:
             return super().loglikelihood_rolling(requests, disable_tqdm)
-        if self.arm.kind.after_prefill:
+        if self.method.kind.after_prefill:
             raise ValueError(
-                f"cache={str(self.arm)!r} compresses what a prefill brought, and loglikelihood_rolling scores a text "
-                "from its first token; accepted: caches that compress while decoding"
+                f"cache={str(self.method)!r} compresses what a prefill brought, and loglikelihood_rolling scores a "
+                "text from its first token; accepted: caches that compress while decoding"
             )
         texts = [self._windows(request.args[0]) for request in requests]
         answers = iter(self._loglikelihood_tokens([window for windows in texts for window in windows], disable_tqdm))
@@ -159,7 +159,7 @@ class KVCacheLM(HFLM):
             log_probs, greedy = reader.score(tokens, targets)
         members = [member for group in batch for member in group.members]
         if not prefixes[0]:
-            if self.arm.kind.after_prefill:
+            if self.method.kind.after_prefill:
                 self._note_empty(len(members))
             for cache in reader.caches:
                 rows = [len(tokens[0])] * (len(members) // len(reader.caches))
@@ -173,7 +173,7 @@ class KVCacheLM(HFLM):
         if self.single_pass:
             return super()._model_generate(context, max_length, stop, **kwargs)
         if kwargs.get("num_beams", 1) != 1:
-            raise ValueError(f"num_beams={kwargs['num_beams']!r} with cache={str(self.arm)!r}; accepted: 1")
+            raise ValueError(f"num_beams={kwargs['num_beams']!r} with cache={str(self.method)!r}; accepted: 1")
         mask = kwargs.pop("attention_mask").bool()
         lengths = mask.sum(1)
         if not bool((lengths > 0).all()):
@@ -214,7 +214,7 @@ class KVCacheLM(HFLM):
         logger.warning(
             "cache=%r compressed nothing before the first scored or generated token of %d sequences, which begin with "
             "one token only",
-            str(self.arm),
+            str(self.method),
             count,
         )
 
@@ -224,14 +224,14 @@ class KVCacheLM(HFLM):
 
     def _check_options(self, config: Any) -> None:
         try:
-            self.arm.make(config, self.protocol)
+            self.method.make(config, self.protocol)
         except TypeError as error:
-            raise ValueError(f"cache={str(self.arm)!r}: {error}") from error
+            raise ValueError(f"cache={str(self.method)!r}: {error}") from error
 
     def _reader(self) -> Reader:
-        cache = self.arm.make(self.model.config, self.protocol)
-        prefills = self.prefills if self.arm.kind.shares_prefill else None
-        return Reader(self.model, cache, self.protocol.block, self.arm.kind.rows, prefills, self.tokenizer)
+        cache = self.method.make(self.model.config, self.protocol)
+        prefills = self.prefills if self.method.kind.shares_prefill else None
+        return Reader(self.model, cache, self.protocol.block, self.method.kind.rows, prefills, self.tokenizer)
 
     def _autocast(self) -> torch.autocast:
         dtype = self.mixed_precision_dtype
@@ -266,18 +266,20 @@ def tasks_folder() -> Path:
     raise RuntimeError(f"no folder of tasks in or beside {package}; reinstall hf-kvcache")
 
 
-def _check_single_pass(arm: Arm, single_pass: bool | None) -> bool:
+def _check_single_pass(method: Method, single_pass: bool | None) -> bool:
     if single_pass not in (None, True, False):
         raise ValueError(f"single_pass={single_pass!r}; accepted: true, false")
-    if single_pass and not arm.full:
-        raise ValueError(f"single_pass=True never reads what cache={str(arm)!r} compressed; accepted: with cache=full")
-    return arm.full if single_pass is None else single_pass
+    if single_pass and not method.full:
+        raise ValueError(
+            f"single_pass=True never reads what cache={str(method)!r} compressed; accepted: with cache=full"
+        )
+    return method.full if single_pass is None else single_pass
 
 
-def _dtype(arm: Arm, dtype: Any) -> Any:
+def _dtype(method: Method, dtype: Any) -> Any:
     """The dtype to load the model in: the spec's, where it names one."""
-    if arm.dtype is None:
+    if method.dtype is None:
         return dtype
-    if dtype != "auto" and str(dtype).removeprefix("torch.") != str(arm.dtype).removeprefix("torch."):
-        raise ValueError(f"dtype={dtype!r} beside cache={str(arm)!r}, which has another")
-    return arm.dtype
+    if dtype != "auto" and str(dtype).removeprefix("torch.") != str(method.dtype).removeprefix("torch."):
+        raise ValueError(f"dtype={dtype!r} beside cache={str(method)!r}, which has another")
+    return method.dtype

@@ -60,7 +60,7 @@ def make_groups(requests: Sequence[Request], max_length: int) -> list[Group]:
 
 
 def batches(groups: Sequence[Group], rows: int) -> Iterator[list[Group]]:
-    """Neighbours of up to ``rows`` continuations in all, but at least one group; empty prefills apart from others."""
+    """Neighbors of up to ``rows`` continuations in all, but at least one group; empty prefills apart from others."""
     batch: list[Group] = []
     for group in groups:
         held = sum(len(other.members) for other in batch)

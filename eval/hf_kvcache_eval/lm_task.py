@@ -17,7 +17,7 @@ from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Metric
 from hf_kvcache_eval.lm import KVCacheLM, tasks_folder
 from hf_kvcache_eval.lm_groups import Group
@@ -52,12 +52,12 @@ class LmTask(Task):
         name = self.label or self.task.removeprefix("local_")
         return f"{name}:{self.num_fewshot}shot" if self.num_fewshot else name
 
-    def run(self, bench: Bench, arm: Arm) -> Outcome:
+    def run(self, bench: Bench, method: Method) -> Outcome:
         with _quiet():
             task = self._load(bench)
             lm = _BenchLM(
-                bench.model(arm.dtype),
-                arm.spec.text,
+                bench.model(method.dtype),
+                method.spec.text,
                 tokenizer=bench.tokenizer,
                 batch_size=self.batch_size,
                 **asdict(bench.protocol),
@@ -88,7 +88,7 @@ class LmTask(Task):
         )
 
     def _load(self, bench: Bench) -> Any:
-        """lm-eval's task, loaded once for all arms."""
+        """lm-eval's task, loaded once for all methods."""
         if (self.limit is not None and self.limit < 1) or self.num_fewshot < 0:
             raise ValueError(
                 f"limit={self.limit!r}, num_fewshot={self.num_fewshot!r}; accepted: from 1 or None; from 0"
@@ -97,7 +97,7 @@ class LmTask(Task):
         if key not in bench.memo:
             task = bench.memo[key] = _task(self.task, bench)
             task.set_config("num_fewshot", self.num_fewshot)
-        bench.memo[key].set_fewshot_seed(bench.protocol.seed)  # each arm is to see the same examples
+        bench.memo[key].set_fewshot_seed(bench.protocol.seed)  # each method is to see the same examples
         return bench.memo[key]
 
     def _metrics(self, task: Any, documents: Sequence[dict[str, Any]]) -> dict[str, Metric]:

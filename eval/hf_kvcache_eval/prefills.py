@@ -102,8 +102,8 @@ class Prefills:
         with Recording(model.config, self.queries) as recording:
             logits = run(recording.cache)
         made = self._kept[_key(model, contexts)] = Prefill(mask, logits, recording.states)
-        # Arms go through the same batches in the same order. Were the oldest forgotten, each batch would be gone just
-        # before the next arm comes to it.
+        # Methods go through the same batches in the same order. Were the oldest forgotten, each batch would be gone
+        # just before the next method comes to it.
         while len(self._kept) > 1 and sum(kept.bytes for kept in self._kept.values()) > self.limit_bytes:
             del self._kept[list(self._kept)[-2]]
         return made

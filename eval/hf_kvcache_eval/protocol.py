@@ -34,7 +34,7 @@ class Protocol:
         block: tokens decoded at a time. Within a block the newest tokens are read in full precision, as they would be
             from the tail, and a page that falls due is packed behind the block: with a block well below the tail
             that changes the time it takes, and results by less than their noise.
-        seed: of the arms that draw at random.
+        seed: of the methods that draw at random.
     """
 
     sink_length: int = 4

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hf_kvcache.cli.models import DEFAULT_MODEL_NAME, load_default_model
 from hf_kvcache.kernels.dispatch import backends
 from hf_kvcache.utils.environment import machine, versions
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Cell, Store
 from hf_kvcache_eval.prefills import Prefills
 from hf_kvcache_eval.protocol import Protocol
@@ -119,7 +120,7 @@ def _want_queries(caches: Sequence[str]) -> bool:
     found = []
     for cache in caches:
         with suppress(ValueError):
-            found.append(Arm(cache).kind.queries)
+            found.append(Method(cache).kind.queries)
     return any(found)
 
 
@@ -135,7 +136,7 @@ def _cell(comparison: Comparison, bench: Bench, store: Store, cache: str, name: 
             raise entry
         outcome = _measure(replace(comparison.protocol, **entry.protocol), bench, cache, entry)
         _fill(wanted, bench, outcome)
-        timing = outcome.timing
+        timing = outcome.timing | {"date": datetime.now(timezone.utc).date().isoformat()}
         store.write(wanted, timing)
     except Exception as error:  # one cell's failure, out of memory included, must not cost the others
         _LOG.debug("cell failed", exc_info=True)
@@ -146,10 +147,10 @@ def _cell(comparison: Comparison, bench: Bench, store: Store, cache: str, name: 
 
 
 def _measure(protocol: Protocol, bench: Bench, cache: str, entry: Entry) -> Outcome:
-    arm = Arm(cache)
+    method = Method(cache)
     shared, bench.protocol = bench.protocol, protocol
     try:
-        return entry.task.run(bench, arm)
+        return entry.task.run(bench, method)
     finally:
         bench.protocol = shared
 
@@ -197,7 +198,7 @@ def _defaults(entry: Entry | ValueError) -> dict[str, Any]:
 def _fill(cell: Cell, bench: Bench, outcome: Outcome) -> None:
     cell.metrics, cell.series, cell.memory = outcome.metrics, outcome.series, outcome.memory
     cell.protocol |= {key: value for key, value in outcome.protocol.items() if key not in cell.protocol}
-    dtype = Arm(cell.cache).dtype
+    dtype = Method(cell.cache).dtype
     model = bench.model(dtype)
     cell.model |= {
         "dtype": str(model.dtype).removeprefix("torch."),

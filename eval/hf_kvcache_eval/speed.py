@@ -12,7 +12,7 @@ from statistics import median
 import torch
 
 from hf_kvcache import KVCache, bind, unbind
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Metric
 from hf_kvcache_eval.fidelity import memory_of
 from hf_kvcache_eval.protocol import Reader
@@ -24,7 +24,8 @@ from hf_kvcache_eval.text import WIKITEXT, read_text
 class Speed(Task):
     """One sequence, prefilled and then decoded greedily one token at a time.
 
-    Arms run one after the other, so a machine that is busy in between shows; the paired timings are in `benchmarks/`.
+    Methods run one after the other, so a machine that is busy in between shows; the paired timings are in
+    `benchmarks/`.
 
     Attributes:
         prefix: tokens that are prefilled.
@@ -38,16 +39,16 @@ class Speed(Task):
     def name(self) -> str:  # type: ignore[override]
         return f"speed@{self.prefix}"
 
-    def run(self, bench: Bench, arm: Arm) -> Outcome:
+    def run(self, bench: Bench, method: Method) -> Outcome:
         text, name = read_text(bench.data, WIKITEXT)
         tokens = bench.tokenizer(text, verbose=False).input_ids[: self.prefix + 1]
         if len(tokens) <= self.prefix:
             raise ValueError(f"{name} has {len(tokens)} tokens; {self.name} takes {self.prefix + 1}")
-        model = bench.model(arm.dtype)
-        cache = arm.make(model.config, bench.protocol)
+        model = bench.model(method.dtype)
+        cache = method.make(model.config, bench.protocol)
         # The others are timed without this package's attention in between.
         (bind if isinstance(cache, KVCache) else unbind)(model.config)
-        reader = Reader(model, cache, 1, arm.kind.rows)
+        reader = Reader(model, cache, 1, method.kind.rows)
         started = time.perf_counter()
         reader.prefill([tokens[:-1]])
         prefill = time.perf_counter() - started

@@ -92,7 +92,7 @@ TASKS = {
 #: Shares kept, and policies with others in front, in the suite *eviction*.
 SHARES = (0.5, 0.3, 0.2, 0.1)
 WRAPPED = ("ada-snapkv", "ada-expected", "critical-snapkv")
-#: Shares of the head dimension, and projections by the names of their files (`eval/results/README.md` makes them), in
+#: Shares of the head dimension, and projections by the names of their files (`docs/evaluation/index.md` makes them), in
 #: the suite *latent*.
 RATIOS = (0.75, 0.5, 0.35)
 PROJECTIONS = ("svd", "kq_svd", "palu", "balanced")
@@ -115,7 +115,7 @@ _QUICK = ("full", "full:dtype=bfloat16", "rotated8", "unbiased4", "unbiased3", "
 
 
 def caches(name: str) -> list[str]:
-    """What a suite compares by default: ``full``, the noise floor, ours, arms to beat, other libraries'."""
+    """What a suite compares by default: ``full``, the noise floor, ours, methods to beat, other libraries'."""
     if name == "quick":
         return list(_QUICK)
     if name == "eviction":

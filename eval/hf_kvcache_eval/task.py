@@ -1,4 +1,4 @@
-"""What every measurement is: a task that runs one arm and returns its numbers."""
+"""What every measurement is: a task that runs one method and returns its numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Memory, Metric, Series
 from hf_kvcache_eval.prefills import Prefills
 from hf_kvcache_eval.protocol import Protocol, Reader
@@ -18,7 +18,7 @@ from hf_kvcache_eval.protocol import Protocol, Reader
 
 @dataclass
 class Outcome:
-    """What a task found out about an arm.
+    """What a task found out about a method.
 
     Attributes:
         metrics: the headline metric first.
@@ -43,9 +43,9 @@ class Bench:
         load: loads ``(model, tokenizer)`` in a dtype.
         protocol: the settings that all caches share.
         data: folder of local evaluation data, or None.
-        prefills: prefills that all arms share; None to prefill anew for each.
+        prefills: prefills that all methods share; None to prefill anew for each.
         advance: called with the share (0 to 1) of the present cell that is done.
-        memo: what a task keeps for the next arm, such as the full cache's distributions.
+        memo: what a task keeps for the next method, such as the full cache's distributions.
     """
 
     load: Callable[[torch.dtype], tuple[Any, Any]]
@@ -65,12 +65,12 @@ class Bench:
         """The model's tokenizer."""
         return self._loaded(None)[1]
 
-    def reader(self, arm: Arm) -> Reader:
-        """A reader over an empty cache of ``arm``, under the present protocol."""
-        model = self.model(arm.dtype)
-        cache = arm.make(model.config, self.protocol)
-        prefills = self.prefills if arm.kind.shares_prefill else None
-        return Reader(model, cache, self.protocol.block, arm.kind.rows, prefills, self.tokenizer)
+    def reader(self, method: Method) -> Reader:
+        """A reader over an empty cache of ``method``, under the present protocol."""
+        model = self.model(method.dtype)
+        cache = method.make(model.config, self.protocol)
+        prefills = self.prefills if method.kind.shares_prefill else None
+        return Reader(model, cache, self.protocol.block, method.kind.rows, prefills, self.tokenizer)
 
     def _loaded(self, dtype: torch.dtype | None) -> tuple[Any, Any]:
         dtype = dtype or torch.float32
@@ -89,9 +89,9 @@ class Task(ABC):
     name: str
 
     @abstractmethod
-    def run(self, bench: Bench, arm: Arm) -> Outcome:
-        """Measure ``arm``.
+    def run(self, bench: Bench, method: Method) -> Outcome:
+        """Measure ``method``.
 
         Raises:
-            ValueError: if the arm cannot do this task, or its data are missing; the cell is then marked failed.
+            ValueError: if the method cannot do this task, or its data are missing; the cell is then marked failed.
         """

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.task import Bench
@@ -25,13 +25,13 @@ def bench(model: PreTrainedModel) -> Bench:
 
 
 def test_the_full_cache_has_none_to_itself(bench: Bench) -> None:
-    metrics = TASK.run(bench, Arm("full")).metrics
+    metrics = TASK.run(bench, Method("full")).metrics
     assert metrics["kl"].value == pytest.approx(0, abs=1e-9)
     assert metrics["top1"].value == 1 and metrics["delta_nll"].value == 0
 
 
 def test_the_numbers_are_those_of_a_plain_loop(bench: Bench, model: PreTrainedModel) -> None:
-    outcome = TASK.run(bench, Arm("int2"))
+    outcome = TASK.run(bench, Method("int2"))
     windows, _ = TASK._windows(bench)
     kl, nll, top1 = [], [], []
     for window in windows:
@@ -54,7 +54,7 @@ def _full(model: PreTrainedModel) -> Any:
 
 
 def _int2(model: PreTrainedModel) -> Any:
-    return Arm("int2").make(model.config, Protocol(2, 8, 16))
+    return Method("int2").make(model.config, Protocol(2, 8, 16))
 
 
 def _plain(model: PreTrainedModel, window: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -67,7 +67,7 @@ def _plain(model: PreTrainedModel, window: torch.Tensor, cache: Any) -> torch.Te
 
 def test_fewer_bits_and_dropped_tokens_cost_more(bench: Bench) -> None:
     kl = {
-        spec: TASK.run(bench, Arm(spec)).metrics["kl"].value
+        spec: TASK.run(bench, Method(spec)).metrics["kl"].value
         for spec in ("none", "rotated8", "int4", "int2", "window@8")
     }
     assert kl["none"] < kl["rotated8"] < kl["int4"] < kl["int2"]
@@ -75,7 +75,7 @@ def test_fewer_bits_and_dropped_tokens_cost_more(bench: Bench) -> None:
 
 
 def test_memory_is_that_of_the_prefix(bench: Bench, model: PreTrainedModel) -> None:
-    memory = TASK.run(bench, Arm("int4")).memory
+    memory = TASK.run(bench, Method("int4")).memory
     config = model.config
     assert memory is not None and memory.bits_per_element is not None
     assert (
@@ -83,28 +83,28 @@ def test_memory_is_that_of_the_prefix(bench: Bench, model: PreTrainedModel) -> N
         == 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * memory.tokens
     )
     assert 4 < memory.bits_per_element < 8
-    full = TASK.run(bench, Arm("full")).memory
+    full = TASK.run(bench, Method("full")).memory
     assert full is not None and full.bytes == 2 * full.bytes_bf16
 
 
 def test_series_are_means_over_doubling_distances(bench: Bench) -> None:
-    series = TASK.run(bench, Arm("int2")).series["kl"]
+    series = TASK.run(bench, Method("int2")).series["kl"]
     assert series.x == [4.5, 12.5, 18.5]
-    kl = TASK.run(bench, Arm("int2")).metrics["kl"].value
+    kl = TASK.run(bench, Method("int2")).metrics["kl"].value
     assert (8 * series.y[0] + 8 * series.y[1] + 4 * series.y[2]) / 20 == pytest.approx(kl)
 
 
 def test_the_full_cache_is_decoded_once_for_all_arms_and_again_for_another_protocol(bench: Bench) -> None:
-    TASK.run(bench, Arm("int4"))
+    TASK.run(bench, Method("int4"))
     (kept,) = [value for key, value in bench.memo.items() if key[0] == "fidelity@64"]
-    TASK.run(bench, Arm("int2"))
+    TASK.run(bench, Method("int2"))
     (again,) = [value for key, value in bench.memo.items() if key[0] == "fidelity@64"]
     assert again is kept
     bench.protocol = replace(bench.protocol, block=4)
-    TASK.run(bench, Arm("int2"))
+    TASK.run(bench, Method("int2"))
     assert [key[-1] for key in bench.memo if key[0] == "fidelity@64"] == [4]
 
 
 def test_a_text_that_is_too_short_is_refused(bench: Bench) -> None:
     with pytest.raises(ValueError, match="tokens; one window takes"):
-        Fidelity(prefix=10**7).run(bench, Arm("full"))
+        Fidelity(prefix=10**7).run(bench, Method("full"))

@@ -9,7 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.lm import KVCacheLM
 from hf_kvcache_eval.protocol import Protocol
 from tests.eval.lm_toys import LETTERS, SMALL, close, instance, lm, questions, text, tokenizer
@@ -38,16 +38,16 @@ def test_full_is_lm_evals_own_model(model: PreTrainedModel) -> None:
 def test_it_is_the_protocol_written_as_a_plain_loop(model: PreTrainedModel, spec: str) -> None:
     """Prefill all but the context's last token into a new cache, then feed token by token."""
     requests = questions()
-    arm, encode = Arm(spec), tokenizer().encode
+    method, encode = Method(spec), tokenizer().encode
     expected = []
     for request in requests:
         context, continuation = (encode(part) for part in request.args)
-        cache = arm.make(model.config, Protocol(**SMALL))
+        cache = method.make(model.config, Protocol(**SMALL))
         total, greedy = 0.0, True
         with torch.inference_mode():
             if context[:-1]:
                 model(torch.tensor([context[:-1]]), **as_cache(cache))
-                if arm.kind.after_prefill:
+                if method.kind.after_prefill:
                     cache.compress()
             for token, target in zip([context[-1], *continuation], continuation, strict=False):
                 logits = model(torch.tensor([[token]]), **as_cache(cache)).logits[0, -1]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
+from hf_kvcache_eval.cli import main as evaluate
 from hf_kvcache_eval.lm_cli import main, started_alone
 from tests.eval.lm_toys import SMALL, tokenizer, write_data
 
@@ -73,6 +74,19 @@ def test_what_it_refuses(saved: Path, capsys: pytest.CaptureFixture[str], monkey
     assert main(words) == 1
     assert "no cache 'qantized'" in capsys.readouterr().err
     assert sys.argv == before
+
+
+@pytest.mark.usefixtures("task_index")
+def test_the_evaluation_s_own_command_takes_the_model(
+    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``hf-kvcache-eval lm-eval --model hf-kvcache``: lm-eval knows the model's name without anything installed."""
+    monkeypatch.setenv("HF_KVCACHE_EVAL_DATA", str(saved / "data"))
+    words = _words(saved, "out")
+    words[3] = "local_lambada_openai"
+    assert evaluate(["lm-eval", *words, "--limit", "1"]) == 0
+    assert "hf-kvcache" in capsys.readouterr().out
+    assert _results(saved / "out")["results"]["local_lambada_openai"]["acc,none"] in (0.0, 1.0)
 
 
 def test_it_notices_that_accelerate_started_one_process() -> None:

@@ -13,7 +13,7 @@ from lm_eval.api.metrics import perplexity
 from transformers import PreTrainedModel
 
 from hf_kvcache.cli.models import load_default_model
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Cell
 from hf_kvcache_eval.lm import tasks_folder
 from hf_kvcache_eval.lm_task import LmTask, _metric
@@ -32,7 +32,7 @@ def test_a_cell_of_choices(bench: Bench, capfd: pytest.CaptureFixture[str]) -> N
     shares: list[float] = []
     bench.advance = shares.append
     task = LmTask("arc_easy", limit=4, metrics=("acc_norm", "acc"))
-    outcome = task.run(bench, Arm("int4"))
+    outcome = task.run(bench, Method("int4"))
     assert task.name == "arc_easy" and list(outcome.metrics) == ["acc_norm", "acc"]
     acc = outcome.metrics["acc"]
     assert len(acc.samples) == 4 and acc.value == pytest.approx(sum(acc.samples) / 4) and acc.unit == "share"
@@ -45,18 +45,18 @@ def test_a_cell_of_choices(bench: Bench, capfd: pytest.CaptureFixture[str]) -> N
 
 def test_the_same_seed_gives_the_same_cell(bench: Bench) -> None:
     def run() -> Outcome:
-        return LmTask("arc_easy", limit=3, num_fewshot=2).run(bench, Arm("random@0.5"))
+        return LmTask("arc_easy", limit=3, num_fewshot=2).run(bench, Method("random@0.5"))
 
     first, second = run(), run()
     assert (first.metrics, first.protocol) == (second.metrics, second.protocol)
     assert LmTask("arc_easy", num_fewshot=2).name == "arc_easy:2shot"
-    none = LmTask("arc_easy", limit=3).run(bench, Arm("random@0.5"))
+    none = LmTask("arc_easy", limit=3).run(bench, Method("random@0.5"))
     assert none.protocol["fewshot"] == 0 and none.protocol["compressed_share"] != first.protocol["compressed_share"]
 
 
 @pytest.mark.parametrize("task", ["lambada_openai", "wikitext", "passkey_512"])
 def test_every_sort_of_request(bench: Bench, task: str) -> None:
-    full, decoded = (LmTask(task, label="x").run(bench, Arm(arm)) for arm in ("full", "none"))
+    full, decoded = (LmTask(task, label="x").run(bench, Method(method)) for method in ("full", "none"))
     for name, metric in full.metrics.items():
         assert decoded.metrics[name].value == pytest.approx(metric.value, rel=1e-3)
         assert len(metric.samples) == full.protocol["documents"]
@@ -80,18 +80,18 @@ def test_the_standard_error_of_a_mean_and_of_a_perplexity() -> None:
 def test_what_cannot_be_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_KVCACHE_EVAL_DATA", raising=False)
     with pytest.raises(ValueError, match="task='arc_esay' is no task"):
-        LmTask("arc_esay").run(bench, Arm("full"))
+        LmTask("arc_esay").run(bench, Method("full"))
     with pytest.raises(ValueError, match=r"no file piqa/validation.jsonl"):
-        LmTask("piqa").run(bench, Arm("full"))
+        LmTask("piqa").run(bench, Method("full"))
     with pytest.raises(ValueError, match=r"metrics='f1' .* accepted: acc, acc_norm"):
-        LmTask("arc_easy", limit=1, metrics=("f1",)).run(bench, Arm("full"))
+        LmTask("arc_easy", limit=1, metrics=("f1",)).run(bench, Method("full"))
     with pytest.raises(ValueError, match="limit=0"):
-        LmTask("arc_easy", limit=0).run(bench, Arm("full"))
+        LmTask("arc_easy", limit=0).run(bench, Method("full"))
     with pytest.raises(ValueError, match="cache='window@8' compresses what a prefill brought"):
-        LmTask("wikitext").run(bench, Arm("window@8"))
+        LmTask("wikitext").run(bench, Method("window@8"))
     bench.data = None
     with pytest.raises(ValueError, match="HF_KVCACHE_EVAL_DATA is not set; set it to the folder that holds piqa"):
-        LmTask("local_piqa").run(bench, Arm("full"))
+        LmTask("local_piqa").run(bench, Method("full"))
 
 
 def test_every_task_file_is_listed(tmp_path: Path) -> None:
@@ -124,6 +124,7 @@ def test_the_harness_sees_damage(tmp_path: Path) -> None:
 
     bench = Bench(load, Protocol(tail_length=16, page_size=32, block=4), _repeated(tmp_path))
     found = {
-        arm: LmTask("lambada_openai").run(bench, Arm(arm)).metrics["acc"].value for arm in ("full", "int8", "window@8")
+        method: LmTask("lambada_openai").run(bench, Method(method)).metrics["acc"].value
+        for method in ("full", "int8", "window@8")
     }
     assert found["full"] >= 0.8 and found["int8"] >= 0.8 and found["window@8"] <= 0.1

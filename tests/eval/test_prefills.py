@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_kvcache import KVCache, bind
 from hf_kvcache.storage.token_view import TokenView
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.prefills import Prefills, can_share
 from hf_kvcache_eval.protocol import Protocol, Reader
 from hf_kvcache_eval.recording import Recording
@@ -28,8 +28,8 @@ def contexts(*lengths: int) -> list[list[int]]:
 
 
 def reader(model: PreTrainedModel, spec: str, prefills: Prefills | None) -> Reader:
-    arm = Arm(spec)
-    return Reader(model, arm.make(model.config, SMALL), 1, arm.kind.rows, prefills)
+    method = Method(spec)
+    return Reader(model, method.make(model.config, SMALL), 1, method.kind.rows, prefills)
 
 
 @pytest.mark.parametrize("spec", ["full", "none", "int4", "kvarn2", "unbiased3", "fp8"])
@@ -184,7 +184,7 @@ def test_arms_that_go_through_the_same_batches_find_what_there_is_room_for(model
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
 def test_models_whose_caches_hold_more_than_keys_and_values_prefill_each(model: PreTrainedModel, family: str) -> None:
-    cache = Arm("int4").make(model.config, SMALL)
+    cache = Method("int4").make(model.config, SMALL)
     assert not can_share(model.config, cache)
     prefills = Prefills()
     one = Reader(model, cache, 1, True, prefills)

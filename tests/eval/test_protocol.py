@@ -1,4 +1,4 @@
-"""Prefill, compress, read: the reader against plain loops, and the arms that evict."""
+"""Prefill, compress, read: the reader against plain loops, and the methods that evict."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_kvcache_eval.caches import Arm, held_bytes
+from hf_kvcache_eval.caches import Method, held_bytes
 from hf_kvcache_eval.protocol import Protocol, Reader
 from tests.eval.kept import kept
 from tests.families import VOCABULARY
@@ -23,8 +23,8 @@ def tokens(*lengths: int, seed: int = 0) -> list[list[int]]:
 
 
 def reader(model: PreTrainedModel, spec: str, block: int = 1) -> Reader:
-    arm = Arm(spec)
-    return Reader(model, arm.make(model.config, SMALL), block, arm.kind.rows)
+    method = Method(spec)
+    return Reader(model, method.make(model.config, SMALL), block, method.kind.rows)
 
 
 def one_pass(model: PreTrainedModel, row: list[int]) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_an_evicting_arm_evicts_once_behind_the_prefill(model: PreTrainedModel, 
     contexts, follow = tokens(50, 41), torch.tensor(tokens(5, 5))
     evicting = reader(model, spec)
     evicting.prefill(contexts)
-    cache, budget = evicting.caches[0], Arm(spec).spec.budget
+    cache, budget = evicting.caches[0], Method(spec).spec.budget
     before = kept(cache)
     for layer in before:
         for context, row in zip(contexts, layer, strict=True):
@@ -171,7 +171,7 @@ def test_random_arms_draw_by_the_seed_of_the_protocol(model: PreTrainedModel) ->
     (context,) = tokens(60)
 
     def drawn(seed: int) -> Any:
-        cache = Arm("random@20").make(model.config, Protocol(sink_length=2, tail_length=4, seed=seed))
+        cache = Method("random@20").make(model.config, Protocol(sink_length=2, tail_length=4, seed=seed))
         Reader(model, cache).prefill([context])
         return kept(cache)
 
@@ -198,7 +198,7 @@ def test_skipped_logits_are_not_made_and_the_others_are_the_same(model: PreTrain
 
 def test_bytes_are_those_of_the_tensors_held(model: PreTrainedModel) -> None:
     (context,) = tokens(40)
-    cache = Arm("full").make(model.config, SMALL)
+    cache = Method("full").make(model.config, SMALL)
     Reader(model, cache).prefill([context])
     config = model.config
     expected = 2 * config.num_hidden_layers * config.num_key_value_heads * 40 * config.head_dim * 4

@@ -11,14 +11,19 @@ import pytest
 from matplotlib.image import imread
 
 from hf_kvcache_eval.cells import Cell, Memory, Metric, Series, Store
-from hf_kvcache_eval.report import write_report
+from hf_kvcache_eval.report import publish, write_page, write_report
 from hf_kvcache_eval.report.budgets import budget_sections, budget_table
 from hf_kvcache_eval.report.curves import choice
 from hf_kvcache_eval.report.headline import headline_table
-from hf_kvcache_eval.report.load import load
-from hf_kvcache_eval.report.names import TaskName, family, is_full, is_noise_floor, is_null, kept_share
+from hf_kvcache_eval.report.load import Comparison, load
+from hf_kvcache_eval.report.markdown import render
+from hf_kvcache_eval.report.names import TaskName, family, is_baseline, is_full, is_noise_floor, kept_share
+from hf_kvcache_eval.report.overview import draw_overview, read_speedups
+from hf_kvcache_eval.report.records import read_csv, write_csv
+from hf_kvcache_eval.report.write import content
 from hf_kvcache_eval.statistics import mean_metric
 
+PAGES = Path(__file__).parents[2] / "docs" / "evaluation"
 #: Mean KL and share of bf16's bytes.
 CACHES = {
     "full": (0.0, 2.0),
@@ -122,9 +127,10 @@ def test_files_are_written_and_drawn_on(report: tuple[Path, Path, list[Path]]) -
         "tasks_quote.png",
         "tasks_language.png",
         "lengths.png",
+        "results.csv",
     }
     assert {file.name for file in out.iterdir()} == {file.name for file in files}
-    for file in files[2:]:
+    for file in files[2:-1]:
         pixels = imread(file)
         assert min(pixels.shape[:2]) > 300
         assert ((pixels[..., :3] < 0.9).any(-1)).mean() > 0.005, file
@@ -179,7 +185,8 @@ def test_markdown_tables_keep_their_columns(report: tuple[Path, Path, list[Path]
             columns = len(re.findall(r"(?<!\\)\|", line))
             header = header if before.startswith("|") else columns
             assert columns == header, line
-    assert "| `int2` | `fidelity@4096` | \\<script\\>alert(1)\\</script\\> \\| \\*not\\* 'code' second line |" in lines
+    escaped = r"&lt;script&gt;alert(1)&lt;/script&gt; &#124; \*not\* 'code' second line"
+    assert f"| `int2` | `fidelity@4096` | {escaped} |" in lines
     assert "- `rotated4` on `hellaswag`" in lines
     assert "- `broken.json` is no cell that this version can read" in lines
     assert "No token of this task was compressed" not in "\n".join(lines)
@@ -202,7 +209,7 @@ def test_the_summary_is_sorted_and_marks_what_is_missing(report: tuple[Path, Pat
     order = list(rows)
     assert (order[0], order[-1]) == ("window@8", "int2")  # the cell that has int2's size has failed
     assert rows["full:dtype=bfloat16"][0].text.endswith("(noise floor)")
-    assert rows["random@0.3"][0].text.endswith("(null arm)")
+    assert rows["random@0.3"][0].text.endswith("(baseline)")
     assert rows["int2"][column["KL @4096"]].text == "–" and rows["int2"][column["KL @1024"]].text != "–"
     assert rows["int4"][column["bytes"]].text == "50.0 %"
     assert rows["int4"][column["accuracy"]].text.startswith("0.75")
@@ -257,7 +264,7 @@ def test_what_differs_between_cells_is_told_once(tmp_path: Path) -> None:
     assert "- a tail of 128 (newest tokens in full precision): `passkey@512`" in lines
 
 
-def test_lines_are_those_of_the_front_and_the_arms(report: tuple[Path, Path, list[Path]]) -> None:
+def test_lines_are_those_of_the_front_and_the_baselines(report: tuple[Path, Path, list[Path]]) -> None:
     found = load(report[0])
     chosen = choice(found)
     assert {"full:dtype=bfloat16", "random@0.3", "int8", "int4"} <= set(chosen)
@@ -292,10 +299,10 @@ def test_families_share_a_name_without_digits(cache: str, expected: str) -> None
     assert family(cache) == expected
 
 
-def test_arms_are_told_apart() -> None:
+def test_methods_are_told_apart() -> None:
     assert is_full("full") and not is_full("full:dtype=bfloat16")
     assert is_noise_floor("full:dtype=bfloat16") and not is_noise_floor("full")
-    assert is_null("random@0.3") and is_null("window@8") and not is_null("int4")
+    assert is_baseline("random@0.3") and is_baseline("window@8") and not is_baseline("int4")
 
 
 def test_task_names_have_parts() -> None:
@@ -338,12 +345,12 @@ def test_policies_stand_in_a_table_by_what_they_keep(tmp_path: Path) -> None:
     assert [name.text for name in found.retrieval] == ["needle@1024:forced"]
     table = budget_table(found, task, "exact", [0.5, 0.2])
     assert table.header == ["policy", "50 %", "20 %"]
-    assert [row[0].text for row in table.rows] == ["`full`", "`good`", "`random` (null arm)", "`bad`"]
-    full, good, null, bad = table.rows
+    assert [row[0].text for row in table.rows] == ["`full`", "`good`", "`random` (baseline)", "`bad`"]
+    full, good, baseline, bad = table.rows
     assert full[1].text == full[2].text and full[1].mark == "reference"
     assert {entry.mark for entry in good[1:]} == {"better"} and not good[1].text.endswith(("=", "<"))
     assert {entry.mark for entry in bad[1:]} == {"worse"} and bad[1].text.endswith(" <")
-    assert {entry.mark for entry in null[1:]} == {""}
+    assert {entry.mark for entry in baseline[1:]} == {""}
     text = write_report(tmp_path)[0].read_text()
     assert "## By what is kept" in text and "### needle@1024:forced: exact" in text
 
@@ -353,3 +360,73 @@ def test_a_comparison_without_shares_has_no_such_table(tmp_path: Path) -> None:
     for cache in ("full", "int4", "random@0.3"):
         store.write(fidelity(cache), {})
     assert budget_sections(load(tmp_path)) == []
+
+
+def test_the_csv_gives_the_report_that_the_cells_give(tmp_path: Path) -> None:
+    """Nothing that a report shows is lost on the way through the CSV file."""
+    store = fill(tmp_path / "run")
+    cell = fidelity("int8", 1024)
+    store.write(cell, {"date": "2026-01-02", "commit": "abc1234"})
+    found = load(tmp_path / "run")
+    write_csv(found, tmp_path / "a.csv")
+    again = read_csv(tmp_path / "a.csv")
+    assert render(content(again, [])) == render(content(found, []))
+    assert "- date: 2026-01-02" in render(content(again, [])) and "- commit: abc1234" in render(content(again, []))
+    assert again.done["int8", "fidelity@1024"].series["kl"] == cell.series["kl"]
+    assert again.done["int8", "fidelity@1024"].memory == cell.memory
+    assert again.unreadable == ["broken.json"] and [cell.error for cell in again.failed] == [SCRIPT]
+    write_csv(again, tmp_path / "b.csv")
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+
+
+def test_what_is_published_needs_no_cells_and_is_small(tmp_path: Path) -> None:
+    """A page is made again from its CSV alone; it links to files beside it, and has two small pictures at most."""
+    fill(tmp_path / "mine")
+    files = publish(tmp_path / "mine", tmp_path / "docs")
+    names = [file.name for file in files]
+    assert names == ["mine.csv", "mine.md", "mine_bytes.png", "mine_time.png"]
+    assert all(file.stat().st_size <= 60 * 1024 for file in files[2:])
+    text = files[1].read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\(([^)]*)\)", text)) == set(names) - {"mine.md"}
+    before = [file.read_bytes() for file in files]
+    assert write_page(files[0]) == files[1:]
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_csv_of_another_form_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has not the columns"):
+        write_page(path)
+    write_csv(Comparison(), path)
+    with pytest.raises(ValueError, match="has no cells"):
+        write_page(path)
+
+
+def test_the_overview_is_drawn_from_the_csv_files(tmp_path: Path) -> None:
+    for cache, kl in (("rotated8", 1e-5), ("unbiased4", 2e-3), ("hf-fp8", 0.02), ("full:dtype=bfloat16", 1e-3)):
+        cell = Cell(cache, "fidelity@1024", metrics={"kl": Metric(kl, kl / 5, False)}, memory=Memory(9, 50, 100))
+        Store(tmp_path / "standard").write(cell, {})
+    publish(tmp_path / "standard", tmp_path / "docs" / "evaluation")
+    figures = tmp_path / "docs" / "benchmarks" / "figures.csv"
+    figures.parent.mkdir()
+    header, row = "script,setup,model,tokens,cache,speedup_dynamic\n", "bench_model,,SmolLM2-135M,{},{},{}\n"
+    figures.write_text(header + row.format(512, "DynamicCache", 1))
+    assert read_speedups(figures) == (512, {"DynamicCache": 1.0})
+    figures.write_text(header + "".join(row.format(*of) for of in ((8000, "ours 4-bit", 2.5), (512, "ours 4-bit", 1))))
+    assert read_speedups(figures) == (8000, {"ours 4-bit": 2.5})
+    file = draw_overview(tmp_path / "docs")
+    assert file.relative_to(tmp_path).as_posix() == "docs/assets/overview.png"
+    assert imread(file).shape[1] >= 800 and file.stat().st_size <= 80 * 1024
+    figures.write_text(header)
+    with pytest.raises(ValueError, match="no decoding speed"):
+        draw_overview(tmp_path / "docs")
+
+
+@pytest.mark.parametrize("table", sorted(PAGES.glob("*.csv")), ids=lambda path: path.stem)
+def test_a_tracked_page_is_what_its_csv_gives(table: Path) -> None:
+    """But for its pictures, which no other machine draws to the last pixel."""
+    page = table.with_suffix(".md").read_text(encoding="utf-8")
+    made = render(content(read_csv(table), [])).splitlines()[1:]
+    assert set(made) <= set(page.splitlines()), f"make it again: hf-kvcache-eval report docs/evaluation/{table.name}"
+    assert all((table.parent / link).is_file() for link in re.findall(r"\]\(([^)]*)\)", page))

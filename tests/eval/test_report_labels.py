@@ -51,11 +51,11 @@ def test_what_has_no_room_is_left_out() -> None:
     assert not plot.texts
 
 
-def test_every_cache_of_a_family_has_one_colour_and_marker() -> None:
+def test_every_cache_of_a_family_has_one_color_and_marker() -> None:
     found = styles(["full", "full:dtype=bfloat16", "int2", "int4", "rotated4", "random@0.3", "window@8"])
-    assert (found["int2"].colour, found["int2"].marker) == (found["int4"].colour, found["int4"].marker)
+    assert (found["int2"].color, found["int2"].marker) == (found["int4"].color, found["int4"].marker)
     assert found["int2"].line != found["int4"].line
-    assert found["int2"].colour != found["rotated4"].colour and found["int2"].marker != found["rotated4"].marker
+    assert found["int2"].color != found["rotated4"].color and found["int2"].marker != found["rotated4"].marker
     assert found["random@0.3"].line != found["window@8"].line
 
 

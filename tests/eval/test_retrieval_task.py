@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.protocol import Reader
 from hf_kvcache_eval.retrieval import RetrievalTask, samples
 from hf_kvcache_eval.retrieval.prompts import Prompt, batches, tokenized
@@ -20,7 +20,7 @@ from tests.running import as_cache
 
 LENGTH = 300
 ROUNDING = 1e-4
-ARMS = ("full", "int4", "window@8")
+METHODS = ("full", "int4", "window@8")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def task(kind: str = "quote", query_aware: bool = False, batch: int = 3, count: 
     return RetrievalTask(kind, LENGTH, count, query_aware, batch)
 
 
-def nll(shared: Bench, arm: str, query_aware: bool = False, batch: int = 3) -> list[float]:
-    return task("quote", query_aware, batch).run(shared, Arm(arm)).metrics["nll"].samples
+def nll(shared: Bench, method: str, query_aware: bool = False, batch: int = 3) -> list[float]:
+    return task("quote", query_aware, batch).run(shared, Method(method)).metrics["nll"].samples
 
 
 def test_names() -> None:
@@ -44,21 +44,21 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "arm", "query_aware"),
+    ("kind", "method", "query_aware"),
     [
         *((kind, "int4", False) for kind in ("multikey", "passkey", "vartrack")),
-        *((kind, arm, aware) for kind in ("needle", "quote") for arm in ARMS for aware in (False, True)),
+        *((kind, method, aware) for kind in ("needle", "quote") for method in METHODS for aware in (False, True)),
     ],
 )
-def test_runs(shared: Bench, kind: str, arm: str, query_aware: bool) -> None:
+def test_runs(shared: Bench, kind: str, method: str, query_aware: bool) -> None:
     shares: list[float] = []
     shared.advance = shares.append
-    outcome = task(kind, query_aware, batch=2, count=3).run(shared, Arm(arm))
+    outcome = task(kind, query_aware, batch=2, count=3).run(shared, Method(method))
     assert list(outcome.metrics) == (["nll", "exact", "greedy"] if kind == "quote" else ["recall"])
     assert all(len(metric.samples) == 3 for metric in outcome.metrics.values())
     assert outcome.metrics["nll" if kind == "quote" else "recall"].higher_is_better == (kind != "quote")
     assert shares == sorted(shares) and shares[-1] == 1
-    assert outcome.memory is not None and (outcome.memory.bytes < outcome.memory.bytes_bf16 or arm == "full")
+    assert outcome.memory is not None and (outcome.memory.bytes < outcome.memory.bytes_bf16 or method == "full")
     assert outcome.protocol["query_aware"] is query_aware and outcome.protocol["text"] == "alice.txt"
 
 
@@ -67,15 +67,15 @@ def test_the_full_cache_cannot_tell_the_orders_apart(shared: Bench) -> None:
 
 
 def test_a_compressed_cache_is_read(shared: Bench) -> None:
-    for arm in ("int2", "window@8"):
-        apart = [abs(a - b) for a, b in zip(nll(shared, arm), nll(shared, "full"), strict=True)]
-        assert min(apart) > 10 * ROUNDING, arm
+    for method in ("int2", "window@8"):
+        apart = [abs(a - b) for a, b in zip(nll(shared, method), nll(shared, "full"), strict=True)]
+        assert min(apart) > 10 * ROUNDING, method
 
 
-@pytest.mark.parametrize("arm", ["full", "int2"])
+@pytest.mark.parametrize("method", ["full", "int2"])
 @pytest.mark.parametrize("query_aware", [False, True])
-def test_rows_of_a_batch_score_as_alone(shared: Bench, arm: str, query_aware: bool) -> None:
-    assert nll(shared, arm, query_aware, 1) == pytest.approx(nll(shared, arm, query_aware, 5), abs=ROUNDING)
+def test_rows_of_a_batch_score_as_alone(shared: Bench, method: str, query_aware: bool) -> None:
+    assert nll(shared, method, query_aware, 1) == pytest.approx(nll(shared, method, query_aware, 5), abs=ROUNDING)
 
 
 @pytest.mark.parametrize("query_aware", [False, True])
@@ -98,7 +98,7 @@ def test_rows_of_a_batch_generate_as_alone(shared: Bench, query_aware: bool, mon
         with monkeypatch.context() as patch:
             patch.setattr("hf_kvcache_eval.retrieval.task.batches", noted)
             patch.setattr(Reader, "generate", recorded)
-            task("needle", query_aware, batch).run(shared, Arm("int4"))
+            task("needle", query_aware, batch).run(shared, Method("int4"))
         return found
 
     alone, together = outputs(1), outputs(5)
@@ -119,18 +119,18 @@ def test_nll_is_that_of_one_forward_pass(shared: Bench) -> None:
     assert nll(shared, "full") == pytest.approx(wanted, abs=ROUNDING)
 
 
-@pytest.mark.parametrize("arm", ["full", "window@30", "h2o@0.3"])
+@pytest.mark.parametrize("method", ["full", "window@30", "h2o@0.3"])
 @pytest.mark.parametrize("query_aware", [False, True])
-def test_a_given_answer_in_one_block_scores_as_token_by_token(shared: Bench, arm: str, query_aware: bool) -> None:
+def test_a_given_answer_in_one_block_scores_as_token_by_token(shared: Bench, method: str, query_aware: bool) -> None:
     """Where nothing is packed: neither is what one block read in full precision."""
-    forced = RetrievalTask("quote", LENGTH, 5, query_aware, 3, forced=True).run(shared, Arm(arm)).metrics
-    assert forced["nll"].samples == pytest.approx(nll(shared, arm, query_aware), abs=ROUNDING)
+    forced = RetrievalTask("quote", LENGTH, 5, query_aware, 3, forced=True).run(shared, Method(method)).metrics
+    assert forced["nll"].samples == pytest.approx(nll(shared, method, query_aware), abs=ROUNDING)
 
 
 def test_a_given_answer_is_exact_where_every_token_would_have_been_chosen(shared: Bench) -> None:
     forced = RetrievalTask("needle", LENGTH, 6, forced=True, batch=4)
     assert "every token of the answer" in forced._what()
-    found = forced.run(shared, Arm("full")).metrics
+    found = forced.run(shared, Method("full")).metrics
     assert list(found) == ["exact", "nll", "greedy"]
     model, exact, log_probs = shared.model(), [], []
     for sample in samples("needle", LENGTH, 6, 0, tokenizer()):
@@ -152,9 +152,9 @@ def test_scores_of_an_answer() -> None:
     assert scores_of(log_probs, torch.ones(3, dtype=torch.bool))["exact"] == 1.0
 
 
-@pytest.mark.parametrize("arm", ["full", "window@8"])
-def test_blocks_change_nothing_but_time(shared: Bench, arm: str) -> None:
-    assert nll(bench(block=8), arm) == pytest.approx(nll(shared, arm), abs=ROUNDING)
+@pytest.mark.parametrize("method", ["full", "window@8"])
+def test_blocks_change_nothing_but_time(shared: Bench, method: str) -> None:
+    assert nll(bench(block=8), method) == pytest.approx(nll(shared, method), abs=ROUNDING)
 
 
 def test_both_orders_read_the_same_tokens() -> None:
@@ -202,12 +202,12 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
 
 def test_more_tokens_than_positions(shared: Bench) -> None:
     with pytest.raises(ValueError, match="the model has 600 positions"):
-        RetrievalTask("needle", 1000, 1).run(shared, Arm("full"))
+        RetrievalTask("needle", 1000, 1).run(shared, Method("full"))
 
 
 def test_a_ready_set_without_data(shared: Bench) -> None:
     with pytest.raises(ValueError, match="no data folder was given"):
-        RetrievalTask("longctx_passkey", 512, 1).run(shared, Arm("full"))
+        RetrievalTask("longctx_passkey", 512, 1).run(shared, Method("full"))
 
 
 @pytest.mark.slow
@@ -216,5 +216,5 @@ def test_the_real_model_finds_the_pass_key_unless_it_is_evicted() -> None:
 
     real = Bench(lambda dtype: load_default_model(dtype=dtype))
     passkey = RetrievalTask("passkey", 512, 8)
-    assert passkey.run(real, Arm("full")).metrics["recall"].value >= 0.8
-    assert passkey.run(real, Arm("window@8")).metrics["recall"].value <= 0.1
+    assert passkey.run(real, Method("full")).metrics["recall"].value >= 0.8
+    assert passkey.run(real, Method("window@8")).metrics["recall"].value <= 0.1

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_kvcache import codecs
 from hf_kvcache.eviction import registry
 from hf_kvcache_eval import cli, runner, suites
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Cell, Metric, Store
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.prefills import Prefills
@@ -31,14 +31,14 @@ SMALL = Fidelity(prefix=48, suffix=8, windows=2, batch=2)
 
 
 class Broken(Task):
-    """Fails as told; ``ran`` notes on which arms it was tried."""
+    """Fails as told; ``ran`` notes on which methods it was tried."""
 
     def __init__(self, error: BaseException, name: str = "broken") -> None:
         self.error, self.name = error, name
         self.ran: list[str] = []
 
-    def run(self, bench: Bench, arm: Arm) -> Outcome:
-        self.ran.append(str(arm))
+    def run(self, bench: Bench, method: Method) -> Outcome:
+        self.ran.append(str(method))
         raise self.error
 
 
@@ -98,9 +98,9 @@ def test_a_setting_that_came_later_had_its_default_before(
         cell = json.loads(path.read_text())
         del cell["protocol"]["settings"]["batch"]
         path.write_text(json.dumps(cell))
-    count: list[Arm] = []
+    count: list[Method] = []
     run = Fidelity.run
-    monkeypatch.setattr(Fidelity, "run", lambda self, bench, arm: count.append(arm) or run(self, bench, arm))
+    monkeypatch.setattr(Fidelity, "run", lambda self, bench, method: count.append(method) or run(self, bench, method))
     use(monkeypatch, ("fidelity@48", Entry(replace(SMALL, batch=Fidelity.batch))))
     runner.run(comparison, CONSOLE)
     assert not count
@@ -131,9 +131,9 @@ def test_a_cell_that_was_measured_otherwise_is_measured_again(
     comparison: Comparison, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     runner.run(comparison, CONSOLE)
-    count: list[Arm] = []
+    count: list[Method] = []
     run = Fidelity.run
-    monkeypatch.setattr(Fidelity, "run", lambda self, bench, arm: count.append(arm) or run(self, bench, arm))
+    monkeypatch.setattr(Fidelity, "run", lambda self, bench, method: count.append(method) or run(self, bench, method))
     runner.run(replace(comparison, **change), CONSOLE)
     assert len(count) == 2
 
@@ -229,7 +229,7 @@ def test_every_task_and_cache_of_a_suite_is_known(name: str) -> None:
         assert isinstance(entry, Entry), f"{task}: {entry}"
         assert entry.task.name == task
     for spec in suites.caches(name):
-        Arm(spec)
+        Method(spec)
     assert set(codecs.specs()) <= set(suites.caches("standard"))
 
 

@@ -1,4 +1,4 @@
-"""Cache specs and the arms that are made of them."""
+"""Cache specs and the methods that are made of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, codecs
 from hf_kvcache.eviction import registry
 from hf_kvcache.lowrank.identity import identity
 from hf_kvcache.lowrank.projection import LayerBasis, Projection, SideBasis
-from hf_kvcache_eval.caches import Arm, kinds
+from hf_kvcache_eval.caches import Method, kinds
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.specs import parse, split
 
@@ -74,43 +74,43 @@ def test_an_empty_list_is_refused() -> None:
 )
 def test_an_arm_says_what_is_wrong_with_its_spec(text: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        Arm(text)
+        Method(text)
 
 
 @pytest.mark.parametrize("text", ["full:bits=4", "window@8:x=1", "ada-snapkv@0.3:x=1", "hf-fp8:x=1"])
 def test_options_that_a_cache_does_not_have_are_refused(text: str, model: PreTrainedModel) -> None:
     with pytest.raises((ValueError, TypeError), match=r"no option|unexpected argument"):
-        Arm(text).make(model.config, Protocol())
+        Method(text).make(model.config, Protocol())
 
 
-def test_every_codec_is_an_arm() -> None:
+def test_every_codec_is_a_method() -> None:
     assert set(codecs.specs()) | set(codecs.available()) <= set(kinds())
 
 
-def test_every_policy_is_an_arm_and_every_wrapper_goes_in_front() -> None:
+def test_every_policy_is_a_method_and_every_wrapper_goes_in_front() -> None:
     for policy in registry.available():
         for name in (policy, *(f"{wrapper}-{policy}" for wrapper in registry.wrappers())):
-            kind = Arm(f"{name}@0.3+int4").kind
+            kind = Method(f"{name}@0.3+int4").kind
             assert kind.rows and kind.budget and kind.after_prefill and kind.shares_prefill and kind.queries
-    assert not Arm("int4").kind.queries
+    assert not Method("int4").kind.queries
 
 
 def test_latents_are_found_by_name(model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of ``hf-kvcache calibrate`` by its name, cut to the share that stands where others have a budget."""
     monkeypatch.setenv("HF_KVCACHE_PROJECTIONS", str(tmp_path))
-    arm = Arm("latent@0.5+unbiased4:projection=mine;spread=uniform")
+    method = Method("latent@0.5+unbiased4:projection=mine;spread=uniform")
     with pytest.raises(ValueError, match=r"projection='mine' is not in .*found there: none.*hf-kvcache calibrate"):
-        arm.make(model.config, Protocol())
+        method.make(model.config, Protocol())
     width, layers = model.config.head_dim, model.config.num_hidden_layers
     eye = torch.eye(width).expand(model.config.num_key_value_heads, -1, -1)
     side = SideBasis(eye, eye, torch.full(eye.shape[:2], 1 / width))
     bases = {layer: LayerBasis(side, side, len(eye)) for layer in range(layers)}
     Projection(bases, "svd", {}, identity(model.config)).save(tmp_path / "mine.safetensors")
-    cache = arm.make(model.config, Protocol())
+    cache = method.make(model.config, Protocol())
     assert isinstance(cache, LatentKVCache) and cache.codec.name == "unbiased"
     latents = cache.options.latents
     assert isinstance(latents, dict) and {layer.keys.rank for layer in latents.values()} == {width // 2}
-    whole = Arm("latent:projection=mine").make(model.config, Protocol()).options.latents
+    whole = Method("latent:projection=mine").make(model.config, Protocol()).options.latents
     assert whole[0].keys.rank == width
 
 
@@ -128,7 +128,7 @@ def test_latents_are_found_by_name(model: PreTrainedModel, tmp_path: Path, monke
 def test_an_evicting_arm_has_the_protocols_sinks_and_a_short_tail(
     model: PreTrainedModel, text: str, policy: str, budget: float, sinks: int, tail: int, page: int
 ) -> None:
-    cache = Arm(text).make(model.config, Protocol())
+    cache = Method(text).make(model.config, Protocol())
     eviction = cache.options.eviction
     assert isinstance(cache, HeavyHitterCache) and eviction is not None
     assert (eviction.policy.name, eviction.budget.amount) == (policy, budget)
@@ -138,7 +138,7 @@ def test_an_evicting_arm_has_the_protocols_sinks_and_a_short_tail(
 
 def test_the_spec_says_how_and_when_an_arm_evicts(model: PreTrainedModel) -> None:
     protocol = Protocol(sink_length=2, tail_length=8, page_size=16, seed=3)
-    cache = Arm("snapkv@0.3+unbiased4:window=16;interval=64;evict_prefill=end").make(model.config, protocol)
+    cache = Method("snapkv@0.3+unbiased4:window=16;interval=64;evict_prefill=end").make(model.config, protocol)
     eviction = cache.options.eviction
     assert cache.codec.name == "unbiased" and eviction.policy.window == 16 and eviction.seed == 3
     assert (eviction.interval, eviction.evict_prefill) == (64, "end")
@@ -147,16 +147,16 @@ def test_the_spec_says_how_and_when_an_arm_evicts(model: PreTrainedModel) -> Non
 
 def test_an_arm_follows_the_protocol_and_its_own_options(model: PreTrainedModel) -> None:
     protocol = Protocol(sink_length=2, tail_length=24, page_size=16)
-    cache = Arm("int4:tail_length=40").make(model.config, protocol)
+    cache = Method("int4:tail_length=40").make(model.config, protocol)
     assert isinstance(cache, KVCache)
     assert (cache.options.sink_length, cache.options.tail_length, cache.options.page_size) == (2, 40, 16)
     assert cache.codec.name == "int"
 
 
 def test_the_full_arm_is_transformers_own_cache_in_the_dtype_named(model: PreTrainedModel) -> None:
-    assert type(Arm("full").make(model.config, Protocol())) is DynamicCache
-    assert Arm("full").dtype is None
-    assert Arm("full:dtype=bfloat16").dtype == torch.bfloat16
+    assert type(Method("full").make(model.config, Protocol())) is DynamicCache
+    assert Method("full").dtype is None
+    assert Method("full:dtype=bfloat16").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("field", ["sink_length", "tail_length", "page_size", "block", "seed"])

@@ -80,7 +80,7 @@ def _one(plot: Any, row: int, metric: Metric, look: Style, wide: bool) -> None:
     error = metric.stderr or 0.0
     if wide:
         low = metric.value - max(metric.value - error, metric.value / 3)
-        plot.errorbar([metric.value], [row], xerr=[[low], [error]], fmt=look.marker, color=look.colour, markersize=5)
+        plot.errorbar([metric.value], [row], xerr=[[low], [error]], fmt=look.marker, color=look.color, markersize=5)
         return
-    plot.barh([row], [metric.value], height=0.72, color=look.colour, alpha=0.8, zorder=1)
+    plot.barh([row], [metric.value], height=0.72, color=look.color, alpha=0.8, zorder=1)
     plot.errorbar([metric.value], [row], xerr=[error], fmt="none", ecolor="#333333", elinewidth=0.9, zorder=3)

@@ -10,7 +10,7 @@ from hf_kvcache_eval.report.load import FIDELITY, Comparison
 from hf_kvcache_eval.report.names import FULL, TaskName, kept_share
 
 #: What every policy has to beat at the same share.
-_NULL = "random"
+_BASELINE = "random"
 _REMARKS = {NOISE: " =", WORSE: " <"}
 #: Metrics of fidelity that get a table; of other tasks it is the headline metric.
 _FIDELITY = ("kl", "delta_nll")
@@ -18,13 +18,14 @@ _FIDELITY = ("kl", "delta_nll")
 
 def budget_sections(found: Comparison) -> list[Block]:
     """A table for each task on which a policy was measured at two shares or more; nothing where there is none."""
-    shares = sorted({share for policy in _policies(found).values() for share in policy}, reverse=True)
-    if len(shares) < 2:
+    policies = _policies(found)
+    shares = sorted({share for policy in policies.values() for share in policy}, reverse=True)
+    if len(shares) < 2 or set(policies) == {_BASELINE}:
         return []
     legend = (
         f"Columns are the shares of the prefilled tokens that are kept. ± is one standard error; “=” says that the "
-        f"value is within noise of {code(_NULL)} at the same share (paired differences, two standard errors), “<” that "
-        "it is worse. Best first, by the mean over the shares."
+        f"value is within noise of {code(_BASELINE)} at the same share (paired differences, two standard errors), “<” "
+        "that it is worse. Best first, by the mean over the shares."
     )
     blocks: list[Block] = [Heading(2, "By what is kept"), Text(legend)]
     for task in found.tasks:
@@ -50,8 +51,8 @@ def budget_table(found: Comparison, task: TaskName, name: str, shares: list[floa
         table.add(Entry(code(FULL), "reference"), *([Entry(_number(full), "reference")] * len(shares)))
     for policy in sorted(rows, key=lambda policy: _rank(rows[policy], shares)):
         row = rows[policy]
-        entries = [_entry(row.get(share), rows.get(_NULL, {}).get(share), policy == _NULL) for share in shares]
-        table.add(code(policy) + (" (null arm)" if policy == _NULL else ""), *entries)
+        entries = [_entry(row.get(share), rows.get(_BASELINE, {}).get(share), policy == _BASELINE) for share in shares]
+        table.add(code(policy) + (" (baseline)" if policy == _BASELINE else ""), *entries)
     return table
 
 
@@ -71,12 +72,12 @@ def _rank(row: dict[float, Metric | None], shares: list[float]) -> tuple[bool, f
     return len(metrics) < len(shares), sign * sum(metric.value for metric in metrics) / len(metrics)
 
 
-def _entry(metric: Metric | None, null: Metric | None, is_null: bool) -> Entry:
+def _entry(metric: Metric | None, baseline: Metric | None, is_baseline: bool) -> Entry:
     if metric is None:
         return Entry(BLANK)
-    if null is None or is_null:
+    if baseline is None or is_baseline:
         return Entry(_number(metric))
-    verdict = difference(metric, null).verdict
+    verdict = difference(metric, baseline).verdict
     mark = {NOISE: "noise", WORSE: "worse"}.get(verdict, "better")
     return Entry(_number(metric) + _REMARKS.get(verdict, ""), mark)
 

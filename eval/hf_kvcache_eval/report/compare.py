@@ -56,7 +56,7 @@ def verdict(value: float, stderr: float | None, higher_is_better: bool) -> str:
 
 
 def groups(names: Sequence[str], metric_of: Callable[[str], Metric]) -> list[list[str]]:
-    """Runs of two or more neighbours, best first, of which no two are told apart; a name is in one run at most."""
+    """Runs of two or more neighbors, best first, of which no two are told apart; a name is in one run at most."""
     lower_first = sorted(names, key=lambda name: metric_of(name).value)
     runs: list[list[str]] = []
     for name in lower_first:

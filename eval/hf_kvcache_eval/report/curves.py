@@ -13,7 +13,7 @@ from hf_kvcache_eval.cells import Series
 from hf_kvcache_eval.report.compare import LOSSLESS, pareto_front
 from hf_kvcache_eval.report.document import Picture, code
 from hf_kvcache_eval.report.load import FOUND, Comparison
-from hf_kvcache_eval.report.names import FULL, TaskName, is_full, is_noise_floor, is_null
+from hf_kvcache_eval.report.names import FULL, TaskName, is_baseline, is_full, is_noise_floor
 from hf_kvcache_eval.report.style import Style, figure, log_ticks, save
 
 #: Lines that can be told apart in one plot.
@@ -23,14 +23,16 @@ _WIDE = 4.0
 
 
 def choice(found: Comparison) -> list[str]:
-    """Caches for plots of lines: the noise floor and a null arm, the Pareto front, then what lies evenly between."""
+    """Caches for plots of lines: the noise floor and a baseline, the Pareto front, then what lies evenly between."""
     task = found.fidelity[-1].text if found.fidelity else None
     losses = {cache: kl.value for cache in found.caches if task and (kl := found.metric(cache, task, "kl"))}
     lossy = {cache: kl for cache, kl in losses.items() if kl > LOSSLESS and not is_full(cache)}
     if not lossy:
         return _thinned([cache for cache in found.caches if not is_full(cache)], _LINES)
-    fixed = [cache for cache in lossy if is_noise_floor(cache)][:1] + [cache for cache in lossy if is_null(cache)][:1]
-    plain = {cache: kl for cache, kl in lossy.items() if not (is_noise_floor(cache) or is_null(cache))}
+    fixed = [cache for cache in lossy if is_noise_floor(cache)][:1] + [cache for cache in lossy if is_baseline(cache)][
+        :1
+    ]
+    plain = {cache: kl for cache, kl in lossy.items() if not (is_noise_floor(cache) or is_baseline(cache))}
     chosen = _front(found, plain, task)[: _LINES - len(fixed)]
     others = sorted(plain.keys() - set(chosen), key=lambda cache: (plain[cache], cache))
     chosen += _thinned(others, _LINES - len(fixed) - len(chosen))
@@ -48,7 +50,7 @@ def _front(found: Comparison, losses: Mapping[str, float], task: str | None) -> 
 
 def by_distance(found: Comparison, task: TaskName, style: dict[str, Style], folder: Path) -> Picture | None:
     """KL and ΔNLL over the distance from the prefix; None where no cache has the curves."""
-    caches = [cache for cache in choice(found) if _series(found, cache, task, "kl")]
+    caches = [cache for cache in choice(found) if _series(found, cache, task, "kl").x]
     if not caches:
         return None
     drawn = figure(9.6, 4.4)
@@ -113,7 +115,7 @@ def _panel(plot: Any, found: Comparison, tasks: Sequence[TaskName], caches: Sequ
             [length * shift for length, _ in points],
             [metric.value for _, metric in points],
             yerr=[metric.stderr or 0.0 for _, metric in points],
-            color=look.colour,
+            color=look.color,
             marker=look.marker,
             linestyle=look.line,
             linewidth=1.2,
@@ -147,12 +149,10 @@ def _line(
     series = _series(found, cache, task, name)
     points = [p for p in zip(series.x, series.y, series.stderr, strict=True) if p[1] > 0 or not positive]
     x, y, error = ([p[i] for p in points] for i in range(3))
-    plot.plot(
-        x, y, color=look.colour, marker=look.marker, linestyle=look.line, linewidth=1.3, markersize=4, label=cache
-    )
+    plot.plot(x, y, color=look.color, marker=look.marker, linestyle=look.line, linewidth=1.3, markersize=4, label=cache)
     low = [max(a - e, a / 3) if positive else a - e for a, e in zip(y, error, strict=True)]
     high = [a + e for a, e in zip(y, error, strict=True)]
-    plot.fill_between(x, low, high, color=look.colour, alpha=0.1, linewidth=0)
+    plot.fill_between(x, low, high, color=look.color, alpha=0.1, linewidth=0)
     return len(points) == len(series.x)
 
 
@@ -177,7 +177,10 @@ def _lengths(plot: Any, ticks: Sequence[float]) -> None:
 
 def _legend(drawn: Any, plot: Any) -> None:
     handles, names = plot.get_legend_handles_labels()
-    drawn.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8, frameon=False)
+    # A letter takes about half of the 8 points of the type.
+    room = int(drawn.get_figwidth() * 72 / 4.5)
+    columns = max(1, min(4, len(names), room // (max(map(len, names)) + 8)))
+    drawn.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _thinned(items: Sequence[str], count: int) -> list[str]:

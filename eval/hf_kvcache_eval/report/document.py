@@ -49,7 +49,7 @@ class Entry:
 
     Attributes:
         text: what stands there.
-        mark: a word that HTML colours: ``worse``, ``better``, ``noise`` or ``reference``.
+        mark: a word that HTML colors: ``worse``, ``better``, ``noise`` or ``reference``.
     """
 
     text: str

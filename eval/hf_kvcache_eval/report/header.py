@@ -10,6 +10,7 @@ from typing import Any
 from hf_kvcache_eval.report.document import Block, Bullets, Heading, Table, Text, code, quoted
 from hf_kvcache_eval.report.load import Comparison, distinct
 from hf_kvcache_eval.report.names import FULL
+from hf_kvcache_eval.report.records import RECORDED
 
 #: Distinct commands that are shown; a comparison is made by one or a few.
 _COMMANDS = 5
@@ -30,6 +31,7 @@ def header(found: Comparison) -> list[Block]:
         ("model", _described(cell.model for cell in cells)),
         ("machine", _described(cell.machine for cell in cells)),
         ("versions", _described(cell.versions for cell in cells)),
+        *((name, sorted({times[name] for times in found.timings.values() if name in times})) for name in RECORDED),
         ("seed", [str(seed) for seed in sorted({cell.seed for cell in cells})]),
         ("command", _commands(found)),
     ]
@@ -67,7 +69,7 @@ def how_to_read() -> list[Block]:
                 "negative log-likelihood. KL sees damage first; likelihood and accuracy can even improve under it.",
                 "The noise floor is the full cache with the model in bfloat16: rounding alone. A loss below it is none "
                 "that the usual dtype does not have.",
-                f"The null arms ({code('random@…')}, {code('window@…')}) drop tokens blindly. A method that does not "
+                f"The baselines ({code('random@…')}, {code('window@…')}) drop tokens blindly. A method that does not "
                 "beat them at equal bytes has learnt nothing about which tokens matter.",
                 "± is one standard error over samples. A difference of up to two of its standard errors is called "
                 "within noise; it is taken sample by sample where both caches have the same samples, else "

@@ -9,7 +9,7 @@ from hf_kvcache_eval.cells import Memory, Metric
 from hf_kvcache_eval.report.document import BLANK, Block, Entry, Heading, Table, Text, code
 from hf_kvcache_eval.report.formats import metric_entry, number, percent
 from hf_kvcache_eval.report.load import FOUND, Comparison
-from hf_kvcache_eval.report.names import TaskName, is_full, is_noise_floor, is_null
+from hf_kvcache_eval.report.names import TaskName, is_baseline, is_full, is_noise_floor
 
 #: Fidelity columns after the mean KL.
 _MORE = {"kl_p99": "KL p99", "top1": "top-1", "delta_nll": "ΔNLL"}
@@ -96,8 +96,8 @@ def _share(memory: Memory | None) -> str:
 def _role(cache: str) -> str:
     if is_noise_floor(cache):
         return " (noise floor)"
-    if is_null(cache):
-        return " (null arm)"
+    if is_baseline(cache):
+        return " (baseline)"
     return " (reference)" if is_full(cache) else ""
 
 

@@ -1,6 +1,6 @@
 """Names beside points, placed so that none covers another, a marker, or the plot's edge.
 
-Greedy: points with the most neighbours choose first; each takes the nearest free place around it and a thin line
+Greedy: points with the most neighbors choose first; each takes the nearest free place around it and a thin line
 shows what it belongs to where that is not next to it.
 """
 
@@ -47,7 +47,7 @@ class Label:
     x: float
     y: float
     text: str
-    colour: str
+    color: str
 
 
 def place(axes: Axes, labels: Sequence[Label], lines: Sequence[Box] = ()) -> list[Annotation]:
@@ -142,12 +142,12 @@ def _annotation(axes: Axes, label: Label) -> Annotation:
         (label.x, label.y),
         (0, 0),
         textcoords="offset points",
-        color=label.colour,
+        color=label.color,
         fontsize=8,
         ha="center",
         va="center",
         path_effects=[withStroke(linewidth=2, foreground="white")],
-        arrowprops={"arrowstyle": "-", "color": label.colour, "lw": 0.5, "alpha": 0.7, "shrinkA": 0, "shrinkB": 3},
+        arrowprops={"arrowstyle": "-", "color": label.color, "lw": 0.5, "alpha": 0.7, "shrinkA": 0, "shrinkB": 3},
     )
 
 
@@ -158,7 +158,7 @@ def _text_size(note: Annotation, renderer: Any) -> tuple[float, float]:
 
 
 def _move(note: Annotation, point: tuple[float, float], box: Box, scale: float) -> bool:
-    """Centre the note on ``box``; says whether it needs a line, as it does unless it stands next to its point."""
+    """Center the note on ``box``; says whether it needs a line, as it does unless it stands next to its point."""
     points_per_pixel = 72 / (100 * scale)
     middle = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
     note.set_position(((middle[0] - point[0]) * points_per_pixel, (middle[1] - point[1]) * points_per_pixel))

@@ -1,4 +1,4 @@
-"""A report as Markdown (GitHub's dialect, for its tables)."""
+"""A report as Markdown with tables, which reads the same on GitHub and as a page of mkdocs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from hf_kvcache_eval.report.document import Block, Bullets, Heading, Picture, Table, Text, alternative
 
 #: What would be markup; an underscore inside a word is none.
-_MARKUP = re.compile(r"[\\*\[\]<>|~]|(?<!\w)_|_(?!\w)")
+_MARKUP = re.compile(r"[\\*\[\]]|(?<!\w)_|_(?!\w)")
+#: Markup that only one of GitHub and mkdocs takes with a backslash in front.
+_ENTITIES = str.maketrans({"<": "&lt;", ">": "&gt;", "|": "&#124;", "~": "&#126;"})
 
 
 def render(blocks: Sequence[Block]) -> str:
@@ -20,7 +22,8 @@ def escape(text: str) -> str:
     """Text in which nothing but `code` is markup; a bar would end a table's column in code too."""
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(
-        part.replace("|", r"\|") if index % 2 else _MARKUP.sub(r"\\\g<0>", part) for index, part in enumerate(parts)
+        part.replace("|", r"\|") if index % 2 else _MARKUP.sub(r"\\\g<0>", part).translate(_ENTITIES)
+        for index, part in enumerate(parts)
     )
 
 

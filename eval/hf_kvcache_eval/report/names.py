@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from hf_kvcache_eval.specs import parse
 
 FULL = "full"
-#: Arms that lose tokens without looking at them: what every method has to beat.
-NULL_ARMS = ("random", "window", "streaming")
+#: Methods that lose tokens without looking at them: what every method has to beat.
+BASELINES = ("random", "window", "streaming")
 
 
 def family(cache: str) -> str:
-    """The cache's name without digits, budget, codec and options: what shares a colour and a marker."""
+    """The cache's name without digits, budget, codec and options: what shares a color and a marker."""
     return re.sub(r"\d+", "", _name(cache)).strip("-_") or cache
 
 
@@ -27,9 +27,9 @@ def is_noise_floor(cache: str) -> bool:
     return cache != FULL and _name(cache) == FULL
 
 
-def is_null(cache: str) -> bool:
-    """Whether this arm drops tokens blindly."""
-    return _name(cache) in NULL_ARMS
+def is_baseline(cache: str) -> bool:
+    """Whether this method drops tokens blindly."""
+    return _name(cache) in BASELINES
 
 
 def kept_share(cache: str) -> tuple[str, float] | None:

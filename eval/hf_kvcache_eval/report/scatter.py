@@ -15,12 +15,12 @@ from hf_kvcache_eval.report.document import Picture, code
 from hf_kvcache_eval.report.formats import number
 from hf_kvcache_eval.report.labels import Box, Label, place
 from hf_kvcache_eval.report.load import Comparison
-from hf_kvcache_eval.report.names import FULL, TaskName, is_full, is_noise_floor, is_null
+from hf_kvcache_eval.report.names import FULL, TaskName, is_baseline, is_full, is_noise_floor
 from hf_kvcache_eval.report.style import Style, figure, log_ticks, save
 
 #: The cost axis is logarithmic from this ratio of the largest to the smallest cost.
 _WIDE = 3.0
-#: A null arm whose cost is further than this ratio from all others would squeeze them together.
+#: A baseline whose cost is further than this ratio from all others would squeeze them together.
 _FAR = 4.0
 
 
@@ -116,7 +116,7 @@ class _Drawing:
         # Labels are placed in pixels, so nothing may move after them.
         drawn.draw_without_rendering()
         drawn.set_layout_engine("none")
-        labels = [Label(point.cost, point.kl, point.cache, self.style[point.cache].colour) for point in points]
+        labels = [Label(point.cost, point.kl, point.cache, self.style[point.cache].color) for point in points]
         notes = place(plot, labels, [_in_pixels(plot, line) for line in lines])
         save(drawn, folder / self.file)
         return {point.cache for point in points} - {note.get_text() for note in notes}
@@ -148,7 +148,7 @@ class _Drawing:
             yerr=[[point.kl - low], [point.stderr]],
             xerr=[[point.spread[0]], [point.spread[1]]] if any(point.spread) else None,
             fmt=look.marker,
-            color=look.colour,
+            color=look.color,
             markersize=6,
             elinewidth=1,
             capsize=2,
@@ -166,7 +166,7 @@ class _Drawing:
         return flat + [(x[i + 1], y[i + 1], x[i + 1], y[i]) for i in range(len(x) - 1)]
 
     def _remarks(self, points: Sequence[Point], floor: Metric | None, left_out: set[str]) -> list[str]:
-        told = ["Bars are one standard error; the grey line is the Pareto front."]
+        told = ["Bars are one standard error; the gray line is the Pareto front."]
         if floor is not None:
             told.append(
                 f"The band is the noise floor ({code(self.found.noise_floor or '')}, ± {ERRORS:g} standard errors)."
@@ -193,9 +193,9 @@ def _band(plot: Any, floor: Metric, bottom: float) -> None:
 
 
 def _far(point: Point, points: Sequence[Point]) -> bool:
-    """Whether a null arm's cost is so far from all others that the plot would show little else."""
-    others = [other.cost for other in points if other is not point and not is_null(other.cache)]
-    if not is_null(point.cache) or not others:
+    """Whether a baseline's cost is so far from all others that the plot would show little else."""
+    others = [other.cost for other in points if other is not point and not is_baseline(other.cache)]
+    if not is_baseline(point.cache) or not others:
         return False
     return not min(others) / _FAR <= point.cost <= max(others) * _FAR
 

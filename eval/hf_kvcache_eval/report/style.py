@@ -1,4 +1,4 @@
-"""How plots look: one colour and one marker a family of caches in all of them."""
+"""How plots look: one color and one marker a family of caches in all of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from hf_kvcache_eval.report.names import family, is_full, is_noise_floor, is_null
+from hf_kvcache_eval.report.names import family, is_baseline, is_full, is_noise_floor
 
 DPI = 160
-#: Okabe and Ito's colours, which the common sorts of colour blindness keep apart; without yellow, too pale for lines;
-#: further ones are from Tol's muted set. Markers tell apart what colours do not.
-_COLOURS = (
+#: Okabe and Ito's colors, which the common sorts of color blindness keep apart; without yellow, too pale for lines;
+#: further ones are from Tol's muted set. Markers tell apart what colors do not.
+_COLORS = (
     "#0072B2",
     "#D55E00",
     "#009E73",
@@ -33,7 +33,7 @@ _COLOURS = (
     "#44AA99",
 )
 _MARKERS = "osD^vPX<>ph*"
-_GREY, _BLACK = "#777777", "#000000"
+_GRAY, _BLACK = "#777777", "#000000"
 _LINES = ("-", "--", ":", "-.")
 _SETTINGS: Any = {
     "font.size": 9,
@@ -55,40 +55,40 @@ _SETTINGS: Any = {
 class Style:
     """How one cache is drawn."""
 
-    colour: str
+    color: str
     marker: str
     line: str = "-"
 
 
 def styles(caches: Sequence[str]) -> dict[str, Style]:
-    """A style a cache: families differ in colour and marker, members of one in their line."""
-    plain = [cache for cache in caches if not (is_full(cache) or is_noise_floor(cache) or is_null(cache))]
+    """A style a cache: families differ in color and marker, members of one in their line."""
+    plain = [cache for cache in caches if not (is_full(cache) or is_noise_floor(cache) or is_baseline(cache))]
     families = sorted({family(cache) for cache in plain})
     found: dict[str, Style] = {}
     for cache in caches:
         if cache not in plain:
-            nulls = [name for name in caches if is_null(name)]
+            blind = [name for name in caches if is_baseline(name)]
             found[cache] = (
-                Style(_GREY, "x", _LINES[nulls.index(cache) % len(_LINES)])
-                if is_null(cache)
+                Style(_GRAY, "x", _LINES[blind.index(cache) % len(_LINES)])
+                if is_baseline(cache)
                 else Style(_BLACK, "+", "-" if is_full(cache) else ":")
             )
             continue
         index = families.index(family(cache))
         members = [name for name in plain if family(name) == families[index]]
         line = _LINES[members.index(cache) % len(_LINES)]
-        found[cache] = Style(_COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)], line)
+        found[cache] = Style(_COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)], line)
     return found
 
 
-def settings() -> AbstractContextManager[None]:
-    """The report's look, for everything that is drawn inside."""
-    return mpl.rc_context(_SETTINGS)
+def settings(dpi: int = DPI) -> AbstractContextManager[None]:
+    """The report's look, for everything that is drawn inside; ``dpi`` pixels an inch."""
+    return mpl.rc_context(_SETTINGS | {"figure.dpi": dpi})
 
 
 def figure(width: float, height: float) -> Figure:
     """An empty figure, sizes in inches; not pyplot's, so nothing global keeps it and no display is looked for."""
-    drawn = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    drawn = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(drawn)
     return drawn
 
@@ -105,4 +105,4 @@ def log_ticks(axis: Any, tick: Callable[[float], str] = lambda x: f"{x:g}") -> N
 
 def save(drawn: Figure, path: Path) -> None:
     """Write a PNG; nothing in it depends on the time."""
-    drawn.savefig(path, dpi=DPI, metadata={"Software": None})
+    drawn.savefig(path, dpi="figure", metadata={"Software": None})

@@ -119,7 +119,7 @@ def _remarks(found: Comparison, task: TaskName) -> list[Block]:
     runs = groups([cache for cache in kl if not is_full(cache)], kl.__getitem__)
     if not runs:
         return []
-    start = f"Not told apart in KL ({NOISE} for every two of a line; neighbours in the order of KL):"
+    start = f"Not told apart in KL ({NOISE} for every two of a line; neighbors in the order of KL):"
     return [Text(start), Bullets([", ".join(map(code, run)) for run in runs])]
 
 

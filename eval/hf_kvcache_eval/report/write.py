@@ -1,4 +1,4 @@
-"""From the folder of a comparison to its report."""
+"""From the folder of a comparison to its CSV file, and from that to its report."""
 
 from __future__ import annotations
 
@@ -12,37 +12,45 @@ from hf_kvcache_eval.report.document import Block, Heading, Picture
 from hf_kvcache_eval.report.header import failures, header, how_to_read, title
 from hf_kvcache_eval.report.headline import headline
 from hf_kvcache_eval.report.load import Comparison, load
+from hf_kvcache_eval.report.records import read_csv, write_csv
 from hf_kvcache_eval.report.scatter import against_bytes, against_time
 from hf_kvcache_eval.report.style import settings, styles
 from hf_kvcache_eval.report.tasktables import speed_section, task_sections
 
 #: More caches than this cannot be told apart in a picture.
-_PICTURED = 60
+PICTURED = 60
 
 
 def write_report(folder: Path, out: Path | None = None) -> list[Path]:
-    """Write ``report.md``, ``report.html`` and their PNGs; the same cells give the same files.
+    """Write ``results.csv``, and from it ``report.md``, ``report.html`` and PNGs; the same cells give the same files.
 
     Args:
         folder: of the comparison, with ``cells`` and ``timings``.
         out: where to write; ``folder`` if None. Made where it does not exist.
 
     Returns:
-        The files written: Markdown, HTML, then the pictures.
+        The files written: Markdown, HTML, the pictures, then the CSV.
 
     Raises:
         ValueError: if the folder has no cell that can be read.
     """
-    found = load(folder)
+    measured = load(folder)
     out = out or folder
     out.mkdir(parents=True, exist_ok=True)
+    table = out / "results.csv"
+    write_csv(measured, table)
+    found = read_csv(table)
     with settings():
-        shown = pictures(found, out) if len(found.caches) <= _PICTURED else []
+        shown = pictures(found, out) if len(found.caches) <= PICTURED else []
+    files = _texts(content(found, shown), out, title(found))
+    return [*files, *(out / picture.file for picture in shown), table]
+
+
+def content(found: Comparison, shown: list[Picture]) -> list[Block]:
+    """The whole report, with the pictures ``shown``."""
     blocks = [*header(found), *budget_sections(found), *headline(found)]
     blocks += [Heading(2, "Pictures"), *shown] if shown else []
-    blocks += [*speed_section(found), *task_sections(found), *failures(found), *how_to_read()]
-    files = _texts(blocks, out, title(found))
-    return [*files, *(out / picture.file for picture in shown)]
+    return [*blocks, *speed_section(found), *task_sections(found), *failures(found), *how_to_read()]
 
 
 def pictures(found: Comparison, out: Path) -> list[Picture]:

@@ -1,10 +1,10 @@
-"""Keys that facts are filed under: a colour and an animal."""
+"""Keys that facts are filed under: a color and an animal."""
 
 from __future__ import annotations
 
 from random import Random
 
-_FIRST = ("amber", "black", "blue", "brown", "golden", "green", "grey", "orange", "pink", "purple", "red", "white")
+_FIRST = ("amber", "black", "blue", "brown", "golden", "green", "gray", "orange", "pink", "purple", "red", "white")
 _SECOND = ("badger", "bear", "camel", "crow", "deer", "eagle", "falcon", "fox", "goat", "horse", "lion", "otter")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Memory, Metric
 from hf_kvcache_eval.fidelity import memory_of
 from hf_kvcache_eval.protocol import Reader
@@ -73,12 +73,12 @@ class RetrievalTask(Task):
         """Whether the answer is given and scored, instead of generated."""
         return self.literal or self.forced
 
-    def run(self, bench: Bench, arm: Arm) -> Outcome:
+    def run(self, bench: Bench, method: Method) -> Outcome:
         prompts, text = self.prompts(bench)
-        asking = Asking(bench, arm)
+        asking = Asking(bench, method)
         asking.check_fits(max(prompt.tokens for prompt in prompts))
         found: dict[int, dict[str, float]] = {}
-        for rows in batches(prompts, self.batch if arm.kind.rows else 1):
+        for rows in batches(prompts, self.batch if method.kind.rows else 1):
             scores = asking.score(rows, self.forced) if self.scored else asking.recall(rows)
             found.update(zip((prompt.sample.index for prompt in rows), scores, strict=True))
             bench.advance(len(found) / len(prompts))
@@ -129,11 +129,11 @@ class RetrievalTask(Task):
 
 
 class Asking:
-    """One arm's answers, batch by batch, with what they took."""
+    """One method's answers, batch by batch, with what they took."""
 
-    def __init__(self, bench: Bench, arm: Arm) -> None:
-        self.bench, self.arm = bench, arm
-        self.model = bench.model(arm.dtype)
+    def __init__(self, bench: Bench, method: Method) -> None:
+        self.bench, self.method = bench, method
+        self.model = bench.model(method.dtype)
         self.memory: Memory | None = None
         self.timing: dict[str, Any] = {"decode_seconds": 0.0}
 
@@ -184,7 +184,7 @@ class Asking:
         return [scores_of(log_probs[row, :size], greedy[row, :size]) for row, size in enumerate(sizes)]
 
     def _prefilled(self, rows: Sequence[Prompt]) -> Reader:
-        reader = self.bench.reader(self.arm)
+        reader = self.bench.reader(self.method)
         reader.prefill([prompt.prefilled for prompt in rows])
         tokens = sum(len(prompt.prefilled) for prompt in rows)
         self.memory = memory_of(reader.caches[0], self.model.config, 1, tokens)

@@ -25,7 +25,7 @@ from rich.progress import track
 from hf_kvcache.cli.models import cache_home, load_default_model
 from hf_kvcache.kernels.dispatch import backends
 from hf_kvcache.utils.environment import machine, versions
-from hf_kvcache_eval.caches import Arm
+from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Cell, Memory, Store
 from hf_kvcache_eval.cli import data_folder
 from hf_kvcache_eval.fidelity import full_bytes
@@ -94,7 +94,7 @@ class Peer:
 
     def _records(self, task: RetrievalTask, prompts: list[Prompt]) -> list[dict[str, Any]]:
         """What the worker needs to know of the prompts."""
-        asking = Asking(self.bench, Arm("full"))
+        asking = Asking(self.bench, Method("full"))
         kind = "force" if task.forced else "score" if task.literal else "recall"
         shared = {"kind": kind, "stop": sorted(asking.stop())}
         return [

@@ -11,15 +11,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import compile_report
-from benchmarks.compiling import amd, nvidia
-from benchmarks.compiling.code import loaded_bytes, turns
-from benchmarks.compiling.measured import Measured, Resources, failures, is_tensor, measure
-from benchmarks.compiling.targets import TARGETS
+from benchmarks.compile_report import Result, problems, read_record, stale, worse, write_record
+from benchmarks.machine_code import TARGETS, Compiled, read_amd, read_sass
 from hf_kvcache.kernels.triton.compile_case import ARCHITECTURES, CompileCase
 
 ROOT = Path(__file__).parents[3]
 
-#: A wait without loads, an outer loop, and in it the main loop, a part of which stands behind the end.
 SASS = """
         /*0000*/                   LDG.E R1, desc[UR4][R2.64] ;
 .L_x_0:
@@ -62,38 +59,26 @@ _kernel:
     .vgpr_count:     40
     .vgpr_spill_count: 3
 """
-CASE = CompileCase("made up", None, {}, {}, num_warps=4, num_stages=1, loop_bytes=4 * 32 * 17, tensor_cores=True)
-SOUND = Resources(registers=64, spills=0, stack_bytes=0, shared_bytes=0)
+USAGE = "Function _kernel:\n  REG:40 STACK:8 SHARED:0 LOCAL:16 TEXTURE:0"
+CASE = CompileCase("made up", None, {}, {}, num_warps=4, num_stages=1, tensor_cores=True)
+SOUND = Compiled(registers=64, spills=0, stack=0, shared=0, tensor=8, wide_loads=4, instructions=100)
 
 
 def test_sass() -> None:
-    """The innermost loop that loads, parts of it behind the end included, and how much it loads."""
-    code = nvidia.parse(SASS)
-    loop = code.main_loop()
-    assert [i.name for i in loop if i.loaded_bytes] == ["LDGSTS.E.BYPASS.LTC128B.128", "LDG.E.U8.CONSTANT"]
-    assert len(loop) == 7 and loaded_bytes(loop) == 17 and loaded_bytes(loop, 16) == 16
-    assert [i.name for i in code.instructions if is_tensor(i)] == ["HMMA.16816.F32.BF16"]
-    measured = measure(CASE, TARGETS["sm80"], code, SOUND)
-    assert measured.instructions_per_byte == pytest.approx(7 * 4 / (4 * 32 * 17)) and measured.turns == 1
-    assert measured.wide == pytest.approx(16 / 17) and failures(measured, CASE, None, False) == []
+    """Resources, and instructions by what they are; HFMA2.MMA is no matrix instruction, and NOP none at all."""
+    assert read_sass(SASS, USAGE, 512) == Compiled(40, 0, 24, 512, tensor=1, wide_loads=1, instructions=13)
+    spilling = SASS + "        /*00e0*/                   STL.64 [R1], R2 ;\n        /*00f0*/   @P0 LDL R2, [R1] ;\n"
+    assert read_sass(spilling, USAGE, 512).spills == 2
+    for assembly, usage in ((SASS, ""), ("", USAGE)):
+        with pytest.raises(RuntimeError, match="no resources"):
+            read_sass(assembly, usage, 0)
 
 
 def test_amd_assembly() -> None:
-    """The same of AMD's, where a loop's cost is its vector instructions."""
-    code, resources = amd.read(ASSEMBLY, 512)
-    assert resources == Resources(40, 3, 16, 512)
-    loop = code.main_loop()
-    assert [i.loaded_bytes for i in loop if i.loaded_bytes] == [16, 1, 8]
-    assert sum(i.issued for i in loop) == 2 and sum(map(is_tensor, loop)) == 1
-
-
-def test_unrolled_loops() -> None:
-    """A loop that does everything twice counts as two turns; one that loads twice as much does not."""
-    loop = nvidia.parse(SASS).main_loop()
-    assert turns(loop * 2, wide=2 * 1000, loop_bytes=1000) == 2
-    assert turns(loop * 4, wide=4 * 900, loop_bytes=1000) == 4
-    assert turns(loop, wide=2 * 1000, loop_bytes=1000) == 1
-    assert turns(loop * 2, wide=1000, loop_bytes=1000) == 1
+    """The same of AMD's, up to the end of the function."""
+    assert read_amd(ASSEMBLY, 512) == Compiled(40, 3, 16, 512, tensor=1, wide_loads=1, instructions=10)
+    with pytest.raises(RuntimeError, match="does not name"):
+        read_amd(ASSEMBLY.replace("vgpr_count", "other"), 0)
 
 
 @pytest.mark.parametrize(
@@ -118,48 +103,58 @@ def test_resident_warps(target: str, registers: int, shared: int, num_warps: int
 def test_every_failure_is_named() -> None:
     """Each of the checks fails for its own reason, and nothing else does."""
     assert set(TARGETS) == set(ARCHITECTURES)
-    good = Measured("sm80", "x", None, SOUND, 8, 16, 100, 1, 0.9, 0.1)
-    assert failures(good, CASE, 0.104, True) == []
+    assert problems(SOUND, CASE, "sm80") == []
     for change, reason in [
-        ({"resources": replace(SOUND, spills=2)}, "spills"),
-        ({"resources": replace(SOUND, stack_bytes=8)}, "stack"),
-        ({"resources": replace(SOUND, shared_bytes=164 * 1024)}, "shared memory"),
-        ({"tensor_instructions": 0}, "tensor-core"),
-        ({"warps": 4}, "resident warps"),
-        ({"wide": 0.4}, "128-bit"),
-        ({"instructions_per_byte": 0.12}, "recorded are"),
-        ({"instructions_per_byte": None}, "no loop"),
-        ({"error": "CompilationError: why"}, "why"),
+        ({"spills": 2}, "spills"),
+        ({"stack": 8}, "stack"),
+        ({"shared": 164 * 1024}, "shared memory"),
+        ({"tensor": 0}, "tensor-core"),
+        ({"registers": 255, "shared": 81 * 1024}, "resident warps"),
     ]:
-        found = failures(replace(good, **change), CASE, 0.104, True)
-        assert len(found) == 1 and reason in found[0]
-    assert "--record" in failures(good, CASE, None, True)[0]
-    assert failures(good, CASE, None, False) == []
-    assert failures(replace(good, instructions_per_byte=None), replace(CASE, loop_bytes=None), None, True) == []
+        case = CASE if "registers" not in change else replace(CASE, num_warps=2)
+        found = problems(replace(SOUND, **change), case, "sm80")
+        assert any(reason in text for text in found) and len(found) <= 2
+
+
+def test_what_is_worse_than_recorded_fails() -> None:
+    """Every figure in the direction that is bad, instructions with a margin; not what is better or not recorded."""
+    record = {("sm80", "x"): vars(SOUND)}
+
+    def found(**change: int) -> list[str]:
+        return worse(Result("sm80", "x", replace(SOUND, **change), 4, ()), record)
+
+    assert found() == [] and found(registers=60, tensor=9, instructions=105) == []
+    changes = {"registers": 65, "spills": 1, "stack": 8, "shared": 16, "tensor": 7, "instructions": 106}
+    for name, value in changes.items():
+        assert len(found(**{name: value})) == 1 and found(**{name: value})[0].startswith(name)
+    assert len(found(wide_loads=3)) == 1
+    assert worse(Result("sm90", "x", replace(SOUND, spills=1), 4, ()), record) == []
+
+
+def test_the_record_is_of_one_version_and_keeps_other_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_report, "RECORD", tmp_path / "compiled.csv")
+    monkeypatch.setattr(compile_report, "version", lambda: "3.9.0")
+    first, second = (Result("sm80", name, SOUND, 4, ()) for name in "ab")
+    write_record([first], False)
+    write_record([second], False)
+    assert read_record() == {("sm80", "a"): vars(SOUND), ("sm80", "b"): vars(SOUND)}
+    assert stale([second], read_record()) == [("sm80", "a")]
+    write_record([second], True)
+    assert list(read_record()) == [("sm80", "b")]
+    monkeypatch.setattr(compile_report, "version", lambda: "3.10.0")
+    assert read_record() == {}
 
 
 def test_waivers() -> None:
     """What a case waives is no failure, unless it is met, or is something that cannot be waived on its target."""
-    narrow, spilling = Measured("sm80", "x", None, SOUND, 8, 16, 100, 1, 0.4, 0.1), replace(SOUND, spills=2)
-    waiving = {name: replace(CASE, waived={name: "why"}) for name in ("wide loads", "spills", "shared memory")}
-    assert failures(narrow, waiving["wide loads"], 0.1, True) == []
-    assert "without need" in failures(replace(narrow, wide=0.9), waiving["wide loads"], 0.1, True)[0]
-    for name in ("spills", "shared memory"):
-        assert "cannot be waived" in failures(replace(narrow, wide=0.9), waiving[name], 0.1, True)[0]
-    on_amd = replace(narrow, target="gfx942", resources=spilling, wide=0.9)
-    assert failures(on_amd, waiving["spills"], 0.1, True) == []
-
-
-def test_waivers_are_told() -> None:
-    """The report names what is waived, of which case and why, and marks it in the table."""
-    case = replace(CASE, waived={"wide loads": "rows are short"})
-    measured = Measured("sm80", CASE.name, None, SOUND, 8, 16, 100, 1, 0.4, 0.1)
-    work = [("pack", "sm80", 0, case)]
-    lines = compile_report.waivers(work, [measured])
-    assert lines[0] == "* wide loads waived: rows are short"
-    assert lines[1].strip().startswith("sm80 made up: 40%")
-    columns = compile_report.table(work, [measured], set()).columns
-    assert "40%*" in [cell for column in columns for cell in column.cells]
+    spilling, few = replace(SOUND, spills=2), replace(SOUND, registers=255, shared=81 * 1024)
+    waiving = {name: replace(CASE, num_warps=2, waived={name: "why"}) for name in ("warps", "spills", "shared memory")}
+    assert problems(few, waiving["warps"], "sm80") == []
+    assert "without need" in problems(SOUND, waiving["warps"], "sm80")[0]
+    assert "spills" in problems(spilling, waiving["spills"], "sm80")[0]
+    assert "shared memory" in problems(replace(SOUND, shared=164 * 1024), waiving["shared memory"], "sm80")[0]
+    assert problems(spilling, waiving["spills"], "gfx942") == []
+    assert "without need" in problems(SOUND, waiving["spills"], "gfx942")[0]
 
 
 def test_one_kernel() -> None:

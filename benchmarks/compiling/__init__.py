@@ -1,1 +1,0 @@
-"""What the compile report is made of: building kernels without a GPU, and reading what came out."""

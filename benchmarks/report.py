@@ -1,0 +1,166 @@
+"""The tracked results of the benchmarks: one CSV file with all figures, and the page that is made from it.
+
+    python -m benchmarks.report                                  make the page again from the CSV file
+    python -m benchmarks.report results/benchmarks/*.json        first take over what these runs measured
+
+A row of the CSV file is a row of a script's results; one with ``setup`` is what made a script's rows, as JSON. Numbers
+have six significant digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots
+from benchmarks.tables import views
+from hf_kvcache_eval.report.document import Block, Bullets, Heading, Picture, Table, Text, code
+from hf_kvcache_eval.report.markdown import render
+from hf_kvcache_eval.report.published import reduce_colors
+
+FIGURES = Path("docs/benchmarks/figures.csv")
+#: The two plots of the page: of which script, its file's ending, what it shows.
+_PICTURES = {
+    "decode.png": ("bench_decode", "total_us_32x8x128", "Time of a decode step in one layer of Llama-3-8B's shape."),
+    "model.png": ("bench_model", "SmolLM2_135M", "Milliseconds a token of SmolLM2-135M, by tokens of context."),
+}
+_COLORS, _DPI = 128, 75
+Result = dict[str, Any]
+
+
+def read(path: Path) -> dict[str, Result]:
+    """The results in a CSV file by script, in the form of a script's JSON file; none if there is no file."""
+    results: dict[str, Result] = {}
+    if not path.exists():
+        return results
+    with path.open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            script, setup = line.pop("script"), line.pop("setup")
+            if setup:
+                results[script] = json.loads(setup) | {"script": script, "rows": []}
+            else:
+                results[script]["rows"].append({name: _value(text) for name, text in line.items() if text})
+    return results
+
+
+def write(results: dict[str, Result], path: Path) -> None:
+    """Write the CSV file that :func:`read` reads."""
+    columns = dict.fromkeys(name for result in results.values() for row in result["rows"] for name in row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, ("script", "setup", *columns), restval="", lineterminator="\n")
+        table.writeheader()
+        for script, result in sorted(results.items()):
+            setup = {name: value for name, value in result.items() if name not in ("script", "rows")}
+            table.writerow({"script": script, "setup": json.dumps(setup, ensure_ascii=False)})
+            table.writerows({"script": script} | {k: _text(v) for k, v in row.items()} for row in result["rows"])
+
+
+def page(results: dict[str, Result], table: str) -> str:
+    """The page, with links to the CSV file ``table`` and the pictures beside it."""
+    blocks: list[Block] = [
+        Text(
+            "Every benchmark prints these tables too. Each section says how its script measures, with which command it "
+            "was run, when, on which processor, and with which versions. Speedups compare figures of one run on one "
+            "machine; times of different machines say nothing about each other. From the CSV file alone, "
+            "`python -m benchmarks.report` makes this page again; with JSON files as arguments it takes "
+            "over what `make bench` has measured."
+        )
+    ]
+    blocks += [Picture(file, caption) for file, (script, _, caption) in _PICTURES.items() if script in results]
+    for script, result in sorted(results.items()):
+        blocks += [Heading(2, script), *_described(script), Bullets([*_setup(result), *result["notes"]])]
+        source = f"{code(result['command'])}, {processor(result)}, {result['date'][:10]}"
+        for view in views(script):
+            for title, rows in view.groups(result["rows"]):
+                header, *lines = view.lines(rows)
+                shown = Table(header)
+                for line in lines:
+                    shown.add(*line)
+                blocks += [Heading(3, title), Text(f"{source}."), shown]
+    return f"# Benchmarks: all figures\n\nAll figures: [{table}]({table}).\n\n{render(blocks)}"
+
+
+def _described(script: str) -> list[Text]:
+    """What the script says about itself, without its command."""
+    source = Path(__file__).with_name(f"{script}.py").read_text(encoding="utf-8")
+    paragraphs = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")
+    return [Text(" ".join(text.replace("``", "`").split())) for text in paragraphs if not text.startswith(" ")]
+
+
+def processor(result: Result) -> str:
+    """The processor of a result, with its threads; the GPU if it ran on one."""
+    machine = result["machine"]
+    return str(machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads")
+
+
+def draw(results: dict[str, Result], folder: Path) -> list[Path]:
+    """Draw the page's pictures, small."""
+    drawn: list[Path] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for file, (script, ending, _) in _PICTURES.items():
+            if script not in results:
+                continue
+            found = [
+                path for path in plots.pictures(results[script], Path(scratch, script), _DPI) if ending in path.stem
+            ]
+            for path in found[:1]:
+                reduce_colors(path, _COLORS)
+                drawn.append(folder / file)
+                drawn[-1].write_bytes(path.read_bytes())
+    return drawn
+
+
+def _setup(result: Result) -> list[str]:
+    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    return [f"{code(result['command'])}, {result['date']}", f"machine: {machine}", f"versions: {versions}"]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def update(results: dict[str, Result], files: Iterable[Path]) -> None:
+    """Put the results of JSON files in place of those of the same scripts."""
+    for path in files:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        results[result["script"]] = result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Take over what is given, and make the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="*", help="JSON files of benchmarks")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    results = read(args.figures)
+    update(results, args.results)
+    if not results:
+        parser.error(f"there is no {args.figures} and no JSON file was given")
+    if args.results:
+        write(results, args.figures)
+        results = read(args.figures)
+    path = args.figures.with_name("index.md")
+    path.write_text(page(results, args.figures.name), encoding="utf-8")
+    for file in (path, *draw(results, path.parent)):
+        print(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The tables of every benchmark: which columns a row of figures has, and how they are written.
+
+A script prints them when it has measured; ``benchmarks.report`` writes the same tables into the documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+Writer = Callable[[Any], str]
+
+
+def _digits(count: int, scale: float = 1.0) -> Writer:
+    return lambda value: f"{value * scale:,.{count}f}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}" if value < 0.1 else f"{value:.0%}"
+
+
+def _times(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
+
+
+_MIB, _MB = _digits(2, 2**-20), _digits(2, 1e-6)
+_WHOLE, _TENTHS = _digits(0), _digits(1)
+
+
+@dataclass(frozen=True)
+class View:
+    """One kind of table.
+
+    Attributes:
+        script: whose rows it shows.
+        title: what was measured, with the fields of ``by`` to be filled in.
+        by: columns whose every combination of values gets a table of its own.
+        needed: a column without which a row belongs to another table.
+        columns: title and way of writing of each column of figures.
+        keys: what a row is about, the first columns.
+        where: values that a row must have.
+    """
+
+    script: str
+    title: str
+    by: tuple[str, ...]
+    needed: str
+    columns: dict[str, tuple[str, Writer]]
+    keys: tuple[str, ...] = ("tokens", "cache")
+    where: Row = field(default_factory=dict, hash=False)
+
+    def groups(self, rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+        """Title and rows of each table."""
+        found: dict[str, list[Row]] = {}
+        for row in rows:
+            if self.needed in row and all(row.get(name) == value for name, value in self.where.items()):
+                found.setdefault(self.title.format(**{name: row[name] for name in self.by}), []).append(row)
+        return list(found.items())
+
+    def lines(self, rows: Sequence[Row]) -> list[list[str]]:
+        """The header and a line for each row, without columns that no row has."""
+        shown = [name for name in self.columns if any(row.get(name) not in (None, "") for row in rows)]
+        lines = [[*self.keys, *(self.columns[name][0] for name in shown)]]
+        for row in rows:
+            keys = [f"{row[key]:,}" if isinstance(row[key], int) else str(row[key]) for key in self.keys]
+            if row.get("attention"):
+                keys[-1] += f" ({row['attention']})"
+            lines.append([*keys, *(self.columns[name][1](row[name]) if name in row else "–" for name in shown)])
+        return lines
+
+
+_SPEEDUP = ("× DynamicCache", _times)
+_ERROR = ("error", _short)
+_SHAPE = "{shape} (query heads/KV heads/head_dim)"
+_PREFILL = {"ms": ("ms", _TENTHS), "time_over_dynamic": ("over DynamicCache", _times), "error": _ERROR}
+_EVICTING = {"ms": ("ms", _TENTHS), "evicting_ms": ("of it evicting", _digits(2)), "share": ("of the rest", _percent)}
+
+VIEWS = (
+    View(
+        "bench_decode",
+        f"Decode step, one layer, {_SHAPE}",
+        ("shape",),
+        "total_us",
+        {
+            "total_us": ("µs", _WHOLE),
+            "step_us": ("step µs", _WHOLE),
+            "packing_us": ("packing µs", _WHOLE),
+            "speedup_dynamic": _SPEEDUP,
+            "speedup_dense": ("× dense", _times),
+            "bytes_read": ("MB to read", _MB),
+            "bytes_held": ("MB held", _MB),
+            "gb_per_s": ("GB/s", _TENTHS),
+            "bandwidth_share": ("of bandwidth", _percent),
+            "page_faults": ("page faults", _WHOLE),
+            "error": _ERROR,
+        },
+    ),
+    View(
+        "bench_prefill",
+        f"Prefill, a chunk of {{new_tokens}} tokens over those held, one layer, {_SHAPE}",
+        ("new_tokens", "shape"),
+        "ms",
+        _PREFILL,
+        where={"kind": "chunk"},
+    ),
+    View(
+        "bench_prefill",
+        f"Prefill, the first tokens, one layer, {_SHAPE}",
+        ("shape",),
+        "ms",
+        _PREFILL,
+        where={"kind": "first"},
+    ),
+    View(
+        "bench_append",
+        f"Append of one token, one layer, {_SHAPE}",
+        ("shape",),
+        "append_us",
+        {
+            "append_us": ("µs with packing", _TENTHS),
+            "speedup_dynamic": _SPEEDUP,
+            "median_call_us": ("median call µs", _TENTHS),
+            "slowest_call_us": ("slowest call µs", _TENTHS),
+            "append_allocations": ("allocations", _WHOLE),
+            "append_allocated_bytes": ("bytes allocated", _WHOLE),
+            "step_allocations": ("allocations with attention", _WHOLE),
+            "step_allocated_bytes": ("bytes with attention", _WHOLE),
+        },
+    ),
+    View(
+        "bench_memory",
+        f"Bytes held, one layer, {_SHAPE}",
+        ("shape",),
+        "of_fp32",
+        {
+            "bytes_held": ("MiB", _MIB),
+            "of_bf16": ("of bfloat16", _digits(3)),
+            "of_fp32": ("of float32", _digits(3)),
+            "bits_per_packed_element": ("bits per packed element", _digits(3)),
+        },
+    ),
+    View(
+        "bench_model",
+        "Decoding, {model}",
+        ("model",),
+        "ms",
+        {
+            "ms": ("ms per token", _TENTHS),
+            "packing_ms": ("of it packing", _digits(2)),
+            "speedup_dynamic": _SPEEDUP,
+            "bytes_held": ("MiB held", _digits(1, 2**-20)),
+            "mean_kl": ("mean KL", _short),
+            "top1_agreement": ("top-1", _digits(3)),
+        },
+    ),
+    View(
+        "bench_model",
+        "Prefill, {model}",
+        ("model",),
+        "prefill_ms",
+        {"prefill_ms": ("ms", _WHOLE), "prefill_over_dynamic": ("over DynamicCache", _digits(3))},
+    ),
+    View("bench_eviction", "Evicting in a prefill", (), "ms", _EVICTING, ("tokens", "policy"), {"part": "prefill"}),
+    View("bench_eviction", "Evicting in decoding", (), "ms", _EVICTING, ("tokens", "policy"), {"part": "decoding"}),
+    View(
+        "bench_eviction",
+        "Most bytes in a prefill in chunks",
+        (),
+        "peak_bytes",
+        {
+            "peak_bytes": ("MiB at most", _digits(1, 2**-20)),
+            "held_bytes": ("MiB held", _digits(1, 2**-20)),
+            "full_bytes": ("MiB of the full cache", _digits(1, 2**-20)),
+            "share": ("most of the full cache", _digits(3)),
+        },
+        ("tokens", "policy"),
+    ),
+    View(
+        "bench_eviction",
+        "Generation without end",
+        (),
+        "first_us",
+        {
+            "first_us": ("µs a token at first", _WHOLE),
+            "last_us": ("at last", _WHOLE),
+            "ratio": ("ratio", _digits(3)),
+            "first_bytes": ("bytes at first", _WHOLE),
+            "last_bytes": ("at last", _WHOLE),
+        },
+        ("tokens", "policy"),
+    ),
+    View(
+        "bench_latent",
+        "Decode step of latent attention, {shape} (heads/latent + rotary width, dtype)",
+        ("shape",),
+        "layer_us",
+        {
+            "step_us": ("step µs", _WHOLE),
+            "step_speedup": ("step ×", _times),
+            "layer_us": ("layer µs", _WHOLE),
+            "layer_speedup": ("layer ×", _times),
+            "bytes_held": ("MB held", _MB),
+            "of_bf16": ("of bfloat16 latents", _digits(3)),
+            "bandwidth_share": ("of bandwidth", _percent),
+            "error": _ERROR,
+        },
+    ),
+)
+
+
+def views(script: str) -> list[View]:
+    """The tables of a script."""
+    of = ("bench_decode", "bench_prefill") if script == "gpu" else (script,)
+    return [view for view in VIEWS if view.script in of]
+
+
+def show(script: str, rows: Sequence[Row], console: Console) -> None:
+    """Print the tables that ``rows`` of a script fill."""
+    for view in views(script):
+        for title, own in view.groups(rows):
+            header, *lines = view.lines(own)
+            table = make_table(title, header)
+            for line in lines:
+                table.add_row(*line)
+            console.print(table)
+
+
+def make_table(title: str, columns: Sequence[str]) -> Table:
+    """A table with its numbers to the right."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("cache", "policy", "script") else "right")
+    return table
