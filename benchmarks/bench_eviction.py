@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from hf_kvcache.cache.accounting import tensor_bytes
+from hf_kvcache.cache.memory import tensor_bytes
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
