@@ -605,7 +605,7 @@ class KVCacheLayer(CacheLayerMixin):
             self._movable = device is None
         self._seen, self._unconfirmed, self._kept_from = (progress[k] for k in ("seen", "unconfirmed", "kept_from"))
         if self.storage is not None:
-            self.storage.lost_before = self._kept_from
+            self.storage.writer.lost_before = self._kept_from
 
     def _move(self, device: torch.device) -> None:
         """Let what was restored lie where the first update comes from."""
@@ -622,7 +622,7 @@ class KVCacheLayer(CacheLayerMixin):
 
     def check_take_back(self, length: int) -> None:
         """Raise RuntimeError if tokens that a pass was to add have driven out some of the first ``length``."""
-        if self.storage is not None and self._window_start(length) < self.storage.lost_before:
+        if self.storage is not None and self._window_start(length) < self.storage.writer.lost_before:
             raise RuntimeError(CANNOT_TAKE_BACK.format(self.index, "what has left its sliding window meanwhile"))
 
     def take_back(self, length: int) -> None:

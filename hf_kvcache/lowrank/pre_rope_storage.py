@@ -61,7 +61,7 @@ class UnrotatedStorage(PagedStorage):
         padding, lengths = (state[name].numpy() for name in ("padding", "padding_lengths"))
         self._padding = np.split(padding.copy(), lengths.cumsum()[:-1])
 
-    def unplaced(self, rows: np.ndarray, keys: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
+    def as_packed(self, rows: np.ndarray, keys: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
         return self.known_rope().unrotate(keys, self._rotary(rows, positions).unsqueeze(1))
 
     def decoded(self, side: str, pages: Pages, records: torch.Tensor, first: int) -> torch.Tensor:
@@ -69,7 +69,7 @@ class UnrotatedStorage(PagedStorage):
         if side == "values":
             return tokens
         # Nothing is evicted here: the heads of a sequence hold the same positions.
-        held = pages.positions(first, first + records.shape[0])[:: self.page_heads].flatten(1)
+        held = pages.positions(first, first + records.shape[0])[:: pages.heads].flatten(1)
         positions = self._rotary(np.arange(self.batch), held.cpu().numpy()).unsqueeze(1)
         return self.known_rope().rotate(tokens.unflatten(0, (self.batch, -1)), positions).flatten(0, 1)
 
