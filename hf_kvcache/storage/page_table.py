@@ -221,6 +221,8 @@ class PageTable:
         filled = np.arange(self._ids.shape[1])[None] < self.lengths[:, None]
         if not np.array_equal(self._ids != _NO_PAGE, filled):
             raise IntegrityError("a row has a hole or pages behind its length")
+        if not np.array_equal(self._addresses, self._addresses_of(self._ids)):
+            raise IntegrityError("a page does not lie where the table says")
         if ((self._counts < 1) & filled).any() or (self._counts > page_size).any() or self._counts[~filled].any():
             raise IntegrityError("a page counts fewer than one token or more than fit")
         positions = self.positions(0, self._ids.shape[1], page_size)
