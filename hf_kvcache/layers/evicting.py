@@ -261,7 +261,7 @@ class EvictingLayer(KVCacheLayer):
         if storage is not None and evictor is not None and (undo is None or length < undo.seen):
             storage.truncate_from(length)
             if not attended and new is not None:
-                evictor.seen.block = None  # what else there is of queries, they were to be added to
+                evictor.observations.block = None  # what else there is of queries, they were to be added to
             evictor.return_to(length, storage, observed=attended)
         self._seen = length
         self.padding = self.padding.before(length)
@@ -405,7 +405,7 @@ class EvictingLayer(KVCacheLayer):
         query = self._as_attended(draft.query)
         evictor.observe_queries(query, new.position, new.valid)
         if evictor.policy.needs_accumulated:
-            evictor.observe_first(storage, query, evictor.attended_keys(new.keys, new.values), new.valid)
+            evictor.observe_first(storage, query, new.keys, new.values, new.valid)
 
     def _as_attended(self, query: torch.Tensor) -> torch.Tensor:
         """Queries in the space of the keys that the evictor shows to a policy."""
@@ -421,22 +421,14 @@ class EvictingLayer(KVCacheLayer):
 
     def _flush_block(self) -> None:
         """Evict what the latest update made due, now that nothing of it will be rolled back."""
-        storage, evictor = self.storage, self.evictor
-        if storage is None or evictor is None:
-            return
-        if not evictor.pending:
-            evictor.flush_due(storage, self._seen)
-        elif self.eviction.evict_prefill == "chunk":
-            evictor.evict(storage, np.arange(storage.batch), self._seen)
-        elif self.eviction.evict_prefill is None and not evictor.waits:
-            evictor.pack(storage, np.arange(storage.batch), self._seen)
-            evictor.pending = False
+        if self.storage is not None and self.evictor is not None:
+            self.evictor.flush_update(self.storage, self._seen)
 
     def _flush_prefill(self, new: int) -> None:
         """Evict a prompt of several updates once the first token after it comes, or the first draft."""
         storage, evictor = self.storage, self.evictor
         follows = new == 1 or (self.record_past and self._undo is None)
-        if self.eviction.evict_prefill == "end" and follows and evictor is not None and evictor.pending:
+        if follows and evictor is not None and evictor.schedule.ends_prompt:
             self.flush()
             if self._undo is None and storage is not None:
                 evictor.evict(storage, np.arange(storage.batch), self._seen)

@@ -14,9 +14,9 @@ LENGTH = 60
 def accumulated(toy: Toy) -> list[dict[int, float]]:
     """By head, what each key has received so far, by the key's position."""
     storage, evictor = toy.layer.storage, toy.layer.evictor
-    assert storage is not None and evictor is not None and evictor.seen.accumulated is not None
+    assert storage is not None and evictor is not None and evictor.observations.accumulated is not None
     held = TokenView.of(storage, np.array([0]))
-    found = evictor.seen.accumulated.by_token(held)[0]
+    found = evictor.observations.accumulated.by_token(held)[0]
     return [
         {int(at): float(x) for at, x, real in zip(positions, of_head, exists, strict=True) if real}
         for positions, of_head, exists in zip(held.positions[0], found, held.exists[0], strict=True)
