@@ -21,13 +21,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from hf_kvcache.cache.memory import tensor_bytes
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
 from benchmarks.tables import show
 from benchmarks.timing import cpu_clock
 from hf_kvcache import HeavyHitterCache, KVCache, SlidingWindowCache
+from hf_kvcache.cache.memory import tensor_bytes
 from hf_kvcache.eviction.evictor import Evictor
 from hf_kvcache.integration.versions import with_cache
 

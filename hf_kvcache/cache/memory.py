@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hf_kvcache.layers.base import KVCacheLayer
+from hf_kvcache.storage.memory import bytes_by_part, packed_elements
 
 #: The parts of a report, in the order in which they are printed.
 PARTS = ("codes", "scales", "sinks", "tail", "tables", "other", "slack")
@@ -103,9 +104,9 @@ def _own_report(layer: KVCacheLayer) -> MemoryReport:
     storage = layer.storage
     if storage is None:
         return report
-    report.parts.update(storage.memory())
+    report.parts.update(bytes_by_part(storage))
     report.parts["other"] = tensor_bytes(layer.own_tensors())
-    report.packed_elements = storage.packed_elements()
+    report.packed_elements = packed_elements(storage)
     report.packed_bits = 8 * (report.parts["codes"] + report.parts["scales"])
     tokens = layer.get_seq_length()
     if layer.sliding_window is not None:

@@ -176,12 +176,12 @@ def _watch(
 def _scored(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tuple[Context, torch.Tensor]:
     """What the policy sees of one sequence of a layer, and its scores ``[1, Hkv, T]``."""
     assert layer.storage is not None and layer.evictor is not None
-    held, evictor = TokenView.of(layer.storage, np.array([row])), layer.evictor
-    protected = evictor.protected(held, 0)
-    quota = max(evictor.quota(row), int(protected.sum(-1).max(initial=0)))
-    context = evictor.context(held, quota, protected)
+    held, selection = TokenView.of(layer.storage, np.array([row])), layer.evictor.selection()
+    protected = selection.protected(held, 0)
+    quota = max(selection.quota(row), int(protected.sum(-1).max(initial=0)))
+    context = selection.context(held, quota, protected)
     context.replayed = largest[row : row + 1, :, : held.tokens]
-    return context, evictor.scores(context)
+    return context, selection.scores(context)
 
 
 def _chosen(policy: Policy, found: list[tuple[Context, torch.Tensor]]) -> list[torch.Tensor]:

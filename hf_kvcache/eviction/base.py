@@ -61,13 +61,13 @@ class Policy(ABC):
         """Newest tokens that stay whatever their scores, when a head keeps ``quota`` tokens."""
         return 0
 
-    def layer_quota(self, quota: int, place: int, places: int, least: int, most: int) -> int:
+    def layer_quota(self, quota: int, evicting_index: int, num_evicting: int, least: int, most: int) -> int:
         """Tokens that a head of one layer keeps, when heads keep ``quota`` on average over the layers that evict.
 
         Args:
             quota: the mean.
-            place: of the layer among those that evict, from 0.
-            places: how many of these there are.
+            evicting_index: the layer's number among those that evict, from 0.
+            num_evicting: how many layers evict.
             least: tokens that every layer keeps in any case.
             most: tokens that a layer can hold at all.
         """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+
+from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces, padding_by_sequence
 
 Pin = tuple[int, int] | range | torch.Tensor | None
 
@@ -15,7 +17,7 @@ class Budget:
     """Tokens that a head keeps, on average over heads and layers.
 
     Attributes:
-        amount: a whole number of tokens, or a share below 1 of the real tokens seen.
+        amount: a whole number of tokens, or a share below 1 of the non-padding tokens seen.
         least: tokens that are never evicted (sinks and tail), the least that a budget can be.
 
     Raises:
@@ -36,7 +38,7 @@ class Budget:
             )
 
     def tokens(self, seen: int) -> int:
-        """Tokens that a head of a sequence keeps after ``seen`` real tokens; of a share at least ``least``."""
+        """Tokens that a head of a sequence keeps after ``seen`` non-padding tokens; of a share at least ``least``."""
         if isinstance(self.amount, int):
             return self.amount
         return max(self.least, round(self.amount * seen))
@@ -46,7 +48,7 @@ class Pins:
     """Tokens that stay because the user says so, by position.
 
     Args:
-        pin: ``(start, stop)`` or a range over the real tokens of each sequence, counted from 0; or a bool mask
+        pin: ``(start, stop)`` or a range over the non-padding tokens of each sequence, counted from 0; or a bool mask
             ``[B, n]`` over the first ``n`` tokens seen, padding included; or None.
 
     Raises:
@@ -91,46 +93,51 @@ class Pins:
                 f"pin is a mask of {len(self.mask)} sequences; accepted: {batch}, as many as are generated"
             )
         mask = np.zeros((batch, 0), bool) if self.mask is None else self.mask.copy()
-        return PinnedPositions(self.span, mask, np.zeros(batch, np.int64), [np.zeros(0, np.int64)] * batch)
+        return PinnedPositions(self.span, mask, np.zeros(batch, np.int64))
 
 
 @dataclass
 class PinnedPositions:
-    """Which positions of each sequence are pinned, and which are of real tokens, as far as they have been seen.
+    """Which positions of each sequence are pinned, and which of them padding takes up, as far as they were seen.
 
     Attributes:
-        span: the real tokens that are pinned, if they are given so.
+        span: the non-padding tokens that are pinned, if they are given so.
         mask: bool ``[B, n]``, by position.
-        real: int64 ``[B]``, real tokens that each sequence has seen.
-        padding: int64, by sequence, the positions of padding that it has seen, ascending.
+        counts: int64 ``[B]``, non-padding tokens that each sequence has seen.
+        padding: where padding stood.
+        padded: whether an update said which of its tokens are padding; sequences are then looked at one by one.
     """
 
     span: tuple[int, int] | None
     mask: np.ndarray
-    real: np.ndarray
-    padding: list[np.ndarray]
+    counts: np.ndarray
+    padding: PaddingPlaces = NO_PADDING
+    padded: bool = False
 
     def see(self, position: int, length: int, valid: np.ndarray | None) -> None:
-        """Take note of ``length`` tokens from ``position`` on, of which ``valid [B, length]`` are real."""
-        if valid is not None:
-            new_padding = [position + np.flatnonzero(~row) for row in valid]
-            self.padding = [np.concatenate(both) for both in zip(self.padding, new_padding, strict=True)]
-        if self.span is None or int(self.real.min(initial=0)) >= self.span[1]:
-            self.real = self.real + (length if valid is None else valid.sum(1))
+        """Take note of ``length`` tokens from ``position`` on; ``valid [B, length]`` is False for padding."""
+        self.padding = self.padding.extend(position, valid)
+        self.padded |= valid is not None
+        if self.span is None or int(self.counts.min(initial=0)) >= self.span[1]:
+            self.counts = self.counts + (length if valid is None else valid.sum(1))
             return
-        real = np.ones((len(self.real), length), bool) if valid is None else valid
-        number = self.real[:, None] + real.cumsum(1) - 1
-        new = real & (number >= self.span[0]) & (number < self.span[1])
-        padding = max(0, position - self.mask.shape[1])
-        self.mask = np.concatenate([np.pad(self.mask[:, :position], ((0, 0), (0, padding))), new], 1)
-        self.real = self.real + real.sum(1)
+        counted = np.ones((len(self.counts), length), bool) if valid is None else valid
+        number = self.counts[:, None] + counted.cumsum(1) - 1
+        new = counted & (number >= self.span[0]) & (number < self.span[1])
+        missing = max(0, position - self.mask.shape[1])
+        self.mask = np.concatenate([np.pad(self.mask[:, :position], ((0, 0), (0, missing))), new], 1)
+        self.counts = self.counts + counted.sum(1)
 
     def forget(self, removed: np.ndarray, seen: int) -> None:
-        """Take note that of ``seen`` tokens on, ``removed [B]`` real ones, nothing is left."""
-        self.real = self.real - removed
-        self.padding = [row[row < seen] for row in self.padding]
+        """Take note that the tokens behind the first ``seen`` are gone, ``removed [B]`` of them not padding."""
+        self.counts = self.counts - removed
+        self.padding = self.padding.before(seen)
         if self.span is not None:
             self.mask = self.mask[:, :seen]
+
+    def counts_at(self, seen: int) -> np.ndarray:
+        """Non-padding tokens among the first ``seen`` of each sequence, int64 ``[B]``."""
+        return seen - self.padding.before(seen).counts(len(self.counts))
 
     def at(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Which of ``positions [b, Hkv, T]`` of the sequences ``rows`` are pinned."""
@@ -141,10 +148,28 @@ class PinnedPositions:
         return self.mask[rows[:, None, None], np.where(inside, positions, 0)] & inside
 
     def numbers(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Which of the real tokens of its sequence, from 0, stands at each of ``positions [b, ...]``."""
-        before = [np.searchsorted(self.padding[row], at) for row, at in zip(rows, positions, strict=True)]
-        return positions - np.stack(before)
+        """``positions [b, ...]`` of the sequences ``rows`` as they would be without padding."""
+        return self.padding.numbers(rows, positions)
 
     def select(self, rows: np.ndarray) -> PinnedPositions:
-        """The same for the sequences ``rows`` of these."""
-        return PinnedPositions(self.span, self.mask[rows], self.real[rows], [self.padding[row] for row in rows])
+        """The same for the sequences ``rows`` of these; also a copy."""
+        return replace(self, mask=self.mask[rows], counts=self.counts[rows], padding=self.padding.select(rows))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All of it but the span, and but for whether anything was padded, as tensors by name."""
+        padding, lengths = self.padding.by_sequence(len(self.counts))
+        arrays = {"pinned": self.mask, "real": self.counts, "padding": padding, "padding_lengths": lengths}
+        return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what :meth:`state` returned.
+
+        Raises:
+            ValueError: if the number of places of padding is not what the sequences have together.
+        """
+        mask, counts, padding, lengths = (
+            state[name].numpy().copy() for name in ("pinned", "real", "padding", "padding_lengths")
+        )
+        if int(lengths.sum()) != len(padding):
+            raise ValueError("'evictor.padding' does not go with 'evictor.padding_lengths'")
+        self.mask, self.counts, self.padding = mask, counts, padding_by_sequence(padding, lengths)

@@ -3,6 +3,9 @@
 Everything here is linear algebra on the attention of some observed queries: kept keys get a weight so that their
 exponential scores add up to those of all keys, and values so that the outputs are those of all tokens. What comes out
 is exact for the observed queries only as far as the kept tokens can express it, and a guess for all others.
+
+A cache uses :func:`compensate_values` alone: nothing in the package calls :func:`fit_bias`, :func:`output_error` and
+:func:`compensate` yet.
 """
 
 from __future__ import annotations
@@ -11,10 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.storage.token_view import TokenView
 
+#: Of the values that a cache changes. On SmolLM2 (4 WikiText windows, 30 % kept) a ridge of 10 lowered the mean KL of
+#: all policies tried, 0.1 raised that of random tokens, and 0.001 fitted the observed queries so well that it doubled
+#: two of the three.
+_RIDGE = 10.0
 #: A kept key may count for up to ``e ** 3`` keys, and no less than the inverse.
 LARGEST_BIAS = 3.0
 #: Scores computed at a time, so that no matrix of all queries times all keys is ever held.
@@ -130,6 +139,33 @@ class _Strip:
     def output(self) -> torch.Tensor:
         """What attention over all tokens gives ``[B, Hkv, m, Dv]``."""
         return self.probabilities(self.logits) @ self.of.values.double()
+
+
+def compensate_values(
+    held: TokenView, keep: np.ndarray, fixed: np.ndarray, query: torch.Tensor, at: np.ndarray, scoring: Scoring
+) -> None:
+    """Give kept tokens that are not packed yet new values that make up for the evicted tokens, for these queries.
+
+    The values are written where they lie, before they are packed.
+
+    Args:
+        held: the tokens of some sequences; the values in their dense buffer are changed.
+        keep: bool ``[b, Hkv, T]``, the tokens that stay.
+        fixed: bool ``[b, Hkv, T]``, tokens whose values stay as they are.
+        query: ``[b, Hq, n, Dk]``, not scaled.
+        at: int64 ``[b, n]``, their positions.
+        scoring: how the model scores.
+    """
+    device, dense = query.device, held.storage.dense
+    visible = torch.from_numpy(held.positions[:, :, None] <= at[:, None, :, None]).to(device)
+    kept = torch.from_numpy(keep & held.exists).to(device)
+    observed = Observed(held.states("keys"), held.states("values"), kept, query, scoring, visible)
+    fixed = fixed | (held.slots >= held.used)
+    values = fit_values(observed, None, torch.from_numpy(fixed).to(device), _RIDGE)
+    row, head, token = np.nonzero(keep & held.exists & ~fixed)
+    source = [torch.from_numpy(x).to(device) for x in (row, head, token)]
+    target = [torch.from_numpy(x).to(device) for x in (held.rows[row], head, held.slots[row, head, token])]
+    dense.values[target[0], target[1], target[2]] = values[source[0], source[1], source[2]].to(dense.values.dtype)
 
 
 def fit_bias(observed: Observed, ridge: float = 1e-3) -> torch.Tensor:

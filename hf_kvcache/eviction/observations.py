@@ -7,8 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from hf_kvcache.eviction.base import ALL_QUERIES
+from hf_kvcache.eviction.prompt_sums import prompt_sums
+from hf_kvcache.kernels.inputs import Attention, Scoring
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.token_view import TokenView
+
+#: Latest queries that are remembered while decoding for a policy that wants all of an update's.
+_DECODED_QUERIES = 64
 
 
 @dataclass
@@ -36,17 +42,17 @@ class LatestQueries:
         return cls(ring, np.zeros((batch, window), np.int64), *np.zeros((2, batch), np.int64))
 
     def see(self, query: torch.Tensor, position: int, valid: np.ndarray | None) -> None:
-        """Take in ``query [B, Hq, n, D]`` from ``position`` on, of which ``valid [B, n]`` are of real tokens."""
+        """Take in ``query [B, Hq, n, D]`` from ``position`` on, of which ``valid [B, n]`` is False for padding."""
         window = self.ring.shape[2]
         if valid is None and (self.counts == self.counts[0]).all():
             self._write(slice(None), query[:, :, -window:], np.arange(position, position + query.shape[2])[-window:])
             return
         for row in range(len(self.counts)):
-            real = np.arange(query.shape[2]) if valid is None else np.flatnonzero(valid[row])
-            real = real[-window:]
-            if len(real):
-                index = torch.from_numpy(real).to(query.device)
-                self._write(slice(row, row + 1), query[row : row + 1, :, index], position + real)
+            counted = np.arange(query.shape[2]) if valid is None else np.flatnonzero(valid[row])
+            counted = counted[-window:]
+            if len(counted):
+                index = torch.from_numpy(counted).to(query.device)
+                self._write(slice(row, row + 1), query[row : row + 1, :, index], position + counted)
 
     def latest(self, rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
         """Queries ``[b, Hq, n, D]`` of sequences that have had equally many, oldest first, and positions ``[b, n]``."""
@@ -111,11 +117,10 @@ class AccumulatedAttention:
         self.dense[torch.from_numpy(rows).to(dense.device), :, : dense.shape[2]] += dense
 
     def by_token(self, held: TokenView) -> torch.Tensor:
-        """The accumulated attention of the tokens ``held``, ``[b, Hkv, T]``."""
+        """The accumulated attention of the tokens ``held``, ``[b, Hkv, T]``; changes nothing."""
         rows = torch.from_numpy(held.rows).to(self.dense.device)
-        places = held.columns * held.storage.page_size
-        self._reserve(held.used, places)
-        return held.pick(torch.cat([self.dense[rows, :, : held.used], self.pages[rows, :, :places]], 2))
+        wanted = ((self.dense, held.used), (self.pages, held.columns * held.storage.page_size))
+        return held.pick(torch.cat([_first_places(sums[rows], count) for sums, count in wanted], 2))
 
     def put(self, held: TokenView, accumulated: torch.Tensor) -> None:
         """Set what the tokens ``held`` have received to ``accumulated [b, Hkv, T]``, and what others have to 0."""
@@ -123,13 +128,18 @@ class AccumulatedAttention:
         places = held.columns * held.storage.page_size
         self._reserve(held.used, places)
         both = torch.zeros(*accumulated.shape[:2], held.used + places + 1, device=accumulated.device)
-        # The last place takes what is of no token.
+        # The last place takes what stands where there is no token.
         index = torch.from_numpy(np.where(held.exists, held.slots, both.shape[2] - 1)).to(accumulated.device)
         both.scatter_(2, index, accumulated)
         self.dense[rows] = 0.0
         self.pages[rows] = 0.0
         self.dense[rows, :, : held.used] = both[:, :, : held.used]
         self.pages[rows, :, :places] = both[:, :, held.used : -1]
+
+    def forget_behind(self, slots: np.ndarray) -> None:
+        """Set what lies in the dense buffer behind the first ``slots [B]`` slots of each sequence to 0."""
+        behind = np.arange(self.dense.shape[2]) >= slots[:, None]
+        self.dense.masked_fill_(torch.from_numpy(behind).to(self.dense.device)[:, None], 0.0)
 
     @torch.inference_mode(False)
     def trim(self, slots: int, places: int) -> None:
@@ -152,20 +162,91 @@ class AccumulatedAttention:
                 setattr(self, name, torch.nn.functional.pad(held, (0, extra)))
 
 
+def _first_places(sums: torch.Tensor, count: int) -> torch.Tensor:
+    """The first ``count`` of ``sums [b, Hkv, n]``, zeros behind the last of them."""
+    return torch.nn.functional.pad(sums[:, :, :count], (0, max(0, count - sums.shape[2])))
+
+
 @dataclass
 class Observations:
     """All that a layer remembers of queries.
 
     Attributes:
-        latest: the latest queries; None if the policy wants none.
-        accumulated attention: how all queries so far attended; None if the policy does not want it.
+        wanted: latest queries that are remembered; ``ALL_QUERIES`` for all of an update.
+        latest: the latest queries; None before any was seen that is wanted.
+        accumulated: the attention of all queries so far; None before any was added.
         block: the queries ``[B, Hq, n, D]`` of the latest update of several tokens, its position and validity, until
-            the next choice; None if the policy does not want them all.
+            the next choice; None if not all of them are wanted.
     """
 
+    wanted: int
     latest: LatestQueries | None = None
     accumulated: AccumulatedAttention | None = None
     block: tuple[torch.Tensor, int, np.ndarray | None] | None = None
+
+    def see(self, query: torch.Tensor, position: int, valid: np.ndarray | None, drafted: bool) -> None:
+        """Remember ``query [B, Hq, n, D]`` from ``position`` on, as far as it is wanted."""
+        if not self.wanted:
+            return
+        every, query = self.wanted == ALL_QUERIES, query.detach()
+        if self.latest is None:
+            self.latest = LatestQueries.of(query, _DECODED_QUERIES if every else self.wanted)
+        self.latest.see(query, position, valid)
+        self.block = (query, position, valid) if every and query.shape[2] > 1 and not drafted else None
+
+    def latest_queries(self, rows: np.ndarray, count: int) -> tuple[torch.Tensor, np.ndarray] | None:
+        """The last ``count`` queries ``[b, Hq, n, D]`` of sequences that stand alike, and their positions ``[b, n]``.
+
+        None if nothing is remembered; all that is remembered for a count of ``ALL_QUERIES``.
+        """
+        last = slice(None) if count == ALL_QUERIES else slice(-count, None)
+        if self.block is None:
+            if self.latest is None:
+                return None
+            query, positions = self.latest.latest(rows)
+            return query[:, :, last], positions[:, last]
+        query, position, valid = self.block
+        query = query[torch.from_numpy(rows).to(query.device)]
+        if valid is None:
+            positions = np.tile(position + np.arange(query.shape[2]), (len(rows), 1))
+        else:
+            counted = np.flatnonzero(valid[rows[0]])
+            query, positions = query[:, :, torch.from_numpy(counted).to(query.device)], position + counted[None]
+        return query[:, :, last], positions[:, last]
+
+    def add_attention(self, storage: PagedStorage, attention: Attention, fresh: int, valid: np.ndarray | None) -> None:
+        """Add what one call of attention gave each key; its last ``fresh`` full-precision tokens are not stored yet."""
+        accumulated, dense = self._accumulated(storage), attention.dense_sums
+        assert dense is not None
+        stored = dense.shape[2] - fresh
+        if storage.dense.uniform_length is not None and valid is None:
+            accumulated.add(dense, attention.page_sums)
+            return
+        accumulated.add(dense[:, :, :stored], attention.page_sums)
+        averaged = dense[:, :, stored:].unflatten(1, (storage.heads, -1)).mean(2)
+        for row in range(storage.batch if fresh else 0):
+            counted = np.arange(fresh) if valid is None else np.flatnonzero(valid[row])
+            new = averaged[row : row + 1][:, :, torch.from_numpy(counted).to(dense.device)]
+            empty = new.new_zeros(1, storage.heads, int(storage.dense.lengths[row]))
+            accumulated.add_rows(np.array([row]), torch.cat([empty, new], 2))
+
+    def add_prompt(
+        self,
+        storage: PagedStorage,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        valid: np.ndarray | None,
+        scoring: Scoring,
+    ) -> None:
+        """Add what a first update gave each of its ``keys``, where its attention was computed elsewhere."""
+        accumulated = self._accumulated(storage)
+        for row in range(storage.batch):
+            counted = np.arange(keys.shape[2]) if valid is None else np.flatnonzero(valid[row])
+            if len(counted) == 0:
+                continue  # all of it is padding
+            index = torch.from_numpy(counted).to(keys.device)
+            row_query, row_keys = query[row : row + 1][:, :, index], keys[row : row + 1][:, :, index]
+            accumulated.add_rows(np.array([row]), prompt_sums(row_query, row_keys, scoring))
 
     def state(self) -> dict[str, torch.Tensor]:
         """All of it but the block as tensors, by name; views."""
@@ -178,18 +259,19 @@ class Observations:
             state |= {"mass.dense": self.accumulated.dense, "mass.pages": self.accumulated.pages}
         return state
 
-    @classmethod
-    def of_state(cls, state: dict[str, torch.Tensor], device: torch.device) -> Observations:
-        """What :meth:`state` returned."""
-        observations = cls()
+    def restore(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
+        """Remember what :meth:`state` returned, and nothing else."""
+        self.latest = self.accumulated = self.block = None
         if "latest.ring" in state:
             arrays = [state[f"latest.{name}"].numpy().copy() for name in ("positions", "counts", "lost")]
-            observations.latest = LatestQueries(state["latest.ring"].to(device), *arrays)
+            self.latest = LatestQueries(state["latest.ring"].to(device), *arrays)
         if "mass.dense" in state:
-            observations.accumulated = AccumulatedAttention(
-                state["mass.dense"].to(device), state["mass.pages"].to(device)
-            )
-        return observations
+            self.accumulated = AccumulatedAttention(state["mass.dense"].to(device), state["mass.pages"].to(device))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that are held."""
+        block = [] if self.block is None else [self.block[0]]
+        return [*self.state().values(), *block]
 
     def forget(self, numbers: np.ndarray, slots: np.ndarray) -> None:
         """Forget the last ``numbers [B]`` tokens, of which the dense buffer keeps ``slots [B]`` slots.
@@ -200,10 +282,7 @@ class Observations:
         if self.latest is not None:
             self.latest.forget(numbers)
         if self.accumulated is not None:
-            behind = np.arange(self.accumulated.dense.shape[2]) >= slots[:, None]
-            self.accumulated.dense.masked_fill_(
-                torch.from_numpy(behind).to(self.accumulated.dense.device)[:, None], 0.0
-            )
+            self.accumulated.forget_behind(slots)
 
     def select(self, rows: np.ndarray) -> Observations:
         """The same for the sequences ``rows`` of these; also a copy."""
@@ -217,3 +296,8 @@ class Observations:
             accumulated=None if self.accumulated is None else self.accumulated.select(rows),
             block=block,
         )
+
+    def _accumulated(self, storage: PagedStorage) -> AccumulatedAttention:
+        if self.accumulated is None:
+            self.accumulated = AccumulatedAttention.of(storage)
+        return self.accumulated

@@ -45,19 +45,19 @@ class EvictionOptions:
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Which layer one is.
+    """Which layer of the model one is, and which of the layers that evict.
 
     Attributes:
-        layer: its index in the model.
-        layers: how many layers the model has.
-        place: its number among the layers that evict.
-        places: how many of these there are.
+        layer_index: its index in the model.
+        num_layers: how many layers the model has.
+        evicting_index: its number among the layers that evict, from 0.
+        num_evicting: how many layers evict.
     """
 
-    layer: int
-    layers: int
-    place: int
-    places: int
+    layer_index: int
+    num_layers: int
+    evicting_index: int
+    num_evicting: int
 
 
 class Attending:

@@ -69,5 +69,5 @@ class Wrapper(Policy):
     def recent(self, quota: int) -> int:
         return self.policy.recent(quota)
 
-    def layer_quota(self, quota: int, place: int, places: int, least: int, most: int) -> int:
-        return self.policy.layer_quota(quota, place, places, least, most)
+    def layer_quota(self, quota: int, evicting_index: int, num_evicting: int, least: int, most: int) -> int:
+        return self.policy.layer_quota(quota, evicting_index, num_evicting, least, most)

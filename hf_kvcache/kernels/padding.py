@@ -51,10 +51,29 @@ class PaddingPlaces:
         """How many places each of ``batch`` sequences has, int64 ``[B]``."""
         return np.bincount(self.rows, minlength=batch)
 
+    def numbers(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """``positions [b, ...]`` of the sequences ``rows`` as they would be without padding."""
+        if self is NO_PADDING:
+            return positions
+        # The places of a sequence ascend: each update adds later ones.
+        before = [
+            np.searchsorted(self.positions[self.rows == row], at) for row, at in zip(rows, positions, strict=True)
+        ]
+        return positions - np.stack(before)
+
+    def by_sequence(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The positions, sequence after sequence, and how many of them each of ``batch`` sequences has, ``[B]``."""
+        return self.positions[np.argsort(self.rows, kind="stable")], self.counts(batch)
+
 
 def padding_places(rows: np.ndarray, positions: np.ndarray) -> PaddingPlaces:
     """The places; :data:`NO_PADDING` itself if there are none."""
     return PaddingPlaces(rows, positions) if len(rows) else NO_PADDING
+
+
+def padding_by_sequence(positions: np.ndarray, counts: np.ndarray) -> PaddingPlaces:
+    """The places that :meth:`PaddingPlaces.by_sequence` returned."""
+    return padding_places(np.repeat(np.arange(len(counts)), counts), positions.copy())
 
 
 #: The places of a batch without padding.

@@ -193,7 +193,7 @@ class EvictingLayer(EvictingAttention):
         """Evict a prompt of several updates once the first token after it comes, or the first draft."""
         storage, evictor = self.storage, self.evictor
         follows = new == 1 or (self.rollback.recording and self._undo is None)
-        if self.eviction.evict_prefill == "end" and follows and evictor is not None and evictor.pending:
+        if follows and evictor is not None and evictor.schedule.ends_prompt:
             self.flush()
             if self._undo is None and storage is not None:
                 evictor.evict(storage, np.arange(storage.batch), self._seen)
@@ -222,7 +222,7 @@ class EvictingLayer(EvictingAttention):
         if storage is not None and evictor is not None and (undo is None or length < undo.seen):
             storage.truncate_from(length)
             if not attended and new is not None:
-                evictor.seen.block = None  # what else there is of queries, they were to be added to
+                evictor.observations.block = None  # what else there is of queries, they were to be added to
             evictor.return_to(length, storage, observed=attended)
         self._seen = length
         self.padding = self.padding.before(length)

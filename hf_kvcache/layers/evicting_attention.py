@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from hf_kvcache.eviction.evictor import Evictor
@@ -190,7 +189,7 @@ class EvictingAttention(KVCacheLayer):
         query = self.as_attended(draft.call.queries)
         evictor.observe_queries(query, new.position, new.valid)
         if evictor.policy.needs_accumulated:
-            evictor.observe_first(storage, query, evictor.attended_keys(new.keys, new.values), new.valid)
+            evictor.observe_first(storage, query, new.keys, new.values, new.valid)
 
     def _store(self, new: NewTokens) -> None:
         storage, _ = self._held()
@@ -202,16 +201,8 @@ class EvictingAttention(KVCacheLayer):
 
     def _flush_block(self) -> None:
         """Evict what the latest update made due, now that nothing of it will be taken back."""
-        storage, evictor = self.storage, self.evictor
-        if storage is None or evictor is None:
-            return
-        if not evictor.pending:
-            evictor.flush_due(storage, self._seen)
-        elif self.eviction.evict_prefill == "chunk":
-            evictor.evict(storage, np.arange(storage.batch), self._seen)
-        elif self.eviction.evict_prefill is None and not evictor.waits:
-            evictor.pack(storage, np.arange(storage.batch), self._seen)
-            evictor.pending = False
+        if self.storage is not None and self.evictor is not None:
+            self.evictor.flush_update(self.storage, self._seen)
 
 
 _NOT_DENSE = (

@@ -6,13 +6,14 @@ import torch
 
 from hf_kvcache.eviction import Policy
 from hf_kvcache.eviction.evictor import Evictor
+from hf_kvcache.eviction.layer_selection import LayerSelection
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.layers.mla import LatentLayer, in_latent_space
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.token_view import TokenView
 
 
-class LatentEvictor(Evictor):
+class LatentSelection(LayerSelection):
     """Shows latents to a policy as what they are to queries in latent space: the one KV head of all query heads.
 
     Its keys are latents with their rotary keys behind them, its values are the latents.
@@ -32,7 +33,7 @@ class EvictingLatentLayer(LatentLayer, EvictingLayer):
     """One latent-attention layer's cache within a budget."""
 
     def make_evictor(self, storage: PagedStorage) -> Evictor:
-        return LatentEvictor(self.eviction, self.place, storage)
+        return Evictor(self.eviction, self.place, storage, LatentSelection)
 
     def as_attended(self, query: torch.Tensor) -> torch.Tensor:
         assert self.evictor is not None

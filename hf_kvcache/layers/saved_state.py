@@ -84,7 +84,7 @@ class SavedState(AttentionOverPages):
         self._seen = progress["seen"]
         self.rollback.unconfirmed, self.rollback.kept_from = progress["unconfirmed"], progress["kept_from"]
         if self.storage is not None:
-            self.storage.lost_before = self.rollback.kept_from
+            self.storage.writer.lost_before = self.rollback.kept_from
 
     def _move(self, device: torch.device) -> None:
         """Let what was restored lie where the first update comes from."""

@@ -180,7 +180,7 @@ class LayerState:
 
     def check_take_back(self, length: int) -> None:
         """Raise RuntimeError if tokens that a pass was to add have driven out some of the first ``length``."""
-        if self.storage is not None and self.rollback.start(length) < self.storage.lost_before:
+        if self.storage is not None and self.rollback.start(length) < self.storage.writer.lost_before:
             raise RuntimeError(CANNOT_TAKE_BACK.format(self.index, "what has left its sliding window meanwhile"))
 
     def take_back(self, length: int) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from hf_kvcache.integration.rope import LayerRope
 from hf_kvcache.kernels.inputs import Pages
+from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces, padding_by_sequence
 from hf_kvcache.storage.paged import PagedStorage
 
 
@@ -19,18 +20,17 @@ class UnrotatedStorage(PagedStorage):
 
     Attributes:
         rope: the layer's rotary embedding; None as long as it is not known, and nothing can be packed.
+        padding: where padding stood among the tokens seen.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.rope: LayerRope | None = None
-        self._padding = [np.zeros(0, np.int64)] * self.batch  # positions of padding, ascending, by sequence
+        self.padding: PaddingPlaces = NO_PADDING
 
     def note(self, position: int, valid: np.ndarray | None) -> None:
         """Take note of new tokens from ``position`` on, of which ``valid [B, n]`` are real; None: all."""
-        if valid is not None:
-            new = [position + np.flatnonzero(~row) for row in valid]
-            self._padding = [np.concatenate(both) for both in zip(self._padding, new, strict=True)]
+        self.padding = self.padding.extend(position, valid)
 
     def known_rope(self) -> LayerRope:
         """The layer's rotary embedding; raises RuntimeError as long as it is not known."""
@@ -45,23 +45,21 @@ class UnrotatedStorage(PagedStorage):
 
     def truncate_from(self, position: int) -> None:
         super().truncate_from(position)
-        self._padding = [row[row < position] for row in self._padding]
+        self.padding = self.padding.before(position)
 
     def select(self, rows: np.ndarray) -> None:
         super().select(rows)
-        self._padding = [self._padding[row] for row in rows]
+        self.padding = self.padding.select(rows)
 
     def state(self) -> dict[str, torch.Tensor]:
-        lengths = torch.tensor([len(row) for row in self._padding])
-        padding = torch.from_numpy(np.concatenate(self._padding))
+        padding, lengths = (torch.from_numpy(array) for array in self.padding.by_sequence(self.batch))
         return super().state() | {"padding": padding, "padding_lengths": lengths}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         super().restore(state)
-        padding, lengths = (state[name].numpy() for name in ("padding", "padding_lengths"))
-        self._padding = np.split(padding.copy(), lengths.cumsum()[:-1])
+        self.padding = padding_by_sequence(state["padding"].numpy(), state["padding_lengths"].numpy())
 
-    def unplaced(self, rows: np.ndarray, keys: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
+    def as_packed(self, rows: np.ndarray, keys: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
         return self.known_rope().unrotate(keys, self._rotary(rows, positions).unsqueeze(1))
 
     def decoded(self, side: str, pages: Pages, records: torch.Tensor, first: int) -> torch.Tensor:
@@ -69,14 +67,12 @@ class UnrotatedStorage(PagedStorage):
         if side == "values":
             return tokens
         # Nothing is evicted here: the heads of a sequence hold the same positions.
-        held = pages.positions(first, first + records.shape[0])[:: self.page_heads].flatten(1)
+        held = pages.positions(first, first + records.shape[0])[:: pages.heads].flatten(1)
         positions = self._rotary(np.arange(self.batch), held.cpu().numpy()).unsqueeze(1)
         return self.known_rope().rotate(tokens.unflatten(0, (self.batch, -1)), positions).flatten(0, 1)
 
     def _rotary(self, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Rotary positions ``[b, n]`` of what stands at ``positions [b, n]``; ``[1, n]`` if those are alike."""
-        padding = [self._padding[row] for row in rows]
-        if not any(map(len, padding)) and (positions == positions[0]).all():
+        if not self.padding.counts(self.batch)[rows].any() and (positions == positions[0]).all():
             return torch.from_numpy(positions[:1].copy()).to(self.device)
-        before = [np.searchsorted(skipped, at) for skipped, at in zip(padding, positions, strict=True)]
-        return torch.from_numpy(positions - np.stack(before)).to(self.device)
+        return torch.tensor(self.padding.numbers(rows, positions), device=self.device)

@@ -17,14 +17,14 @@ class DenseBuffer:
         keys: tensor whose batch, heads, width, dtype and device the buffer takes, ``[B, Hkv, T, Dk]``.
         values: the same for values, ``[B, Hkv, T, Dv]``.
         sink_length: slots that are never shifted.
-        capacity: slots to begin with.
+        capacity: slots to begin with, and to return to.
     """
 
     # Buffers made under inference mode could not be written outside of it, wherever a cache is used in both.
     @torch.inference_mode(False)
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, sink_length: int, capacity: int) -> None:
         batch = keys.shape[0]
-        self.sink_length = sink_length
+        self.sink_length, self._least_capacity = sink_length, capacity
         # Zeros, because a masked slot is still multiplied with a probability of zero.
         self.keys = keys.new_zeros(*keys.shape[:2], capacity, keys.shape[3])
         self.values = values.new_zeros(*values.shape[:2], capacity, values.shape[3])
@@ -134,8 +134,9 @@ class DenseBuffer:
         self.positions = np.pad(self.positions, ((0, 0), (0, extra)))
 
     @torch.inference_mode(False)
-    def shrink(self, capacity: int) -> None:
-        """Give back the room beyond ``capacity`` slots, if the content allows."""
+    def shrink(self, capacity: int | None = None) -> None:
+        """Give back the room beyond ``capacity`` slots, by default those to begin with, if the content allows."""
+        capacity = self._least_capacity if capacity is None else capacity
         if self.capacity > capacity >= self.longest:
             self.keys = self.keys[:, :, :capacity].clone()
             self.values = self.values[:, :, :capacity].clone()

@@ -1,7 +1,8 @@
-"""The page table: which pages each row (a KV head of a sequence) holds, in order."""
+"""The page table: which pages each row (the KV heads of a sequence that share a record) holds, in order."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import numpy as np
@@ -9,24 +10,35 @@ import numpy as np
 from hf_kvcache.storage.integrity import IntegrityError
 from hf_kvcache.storage.pool import PagePool
 
+#: The position of a place without a token: later than any.
+NOWHERE = np.iinfo(np.int64).max // 2
 _NO_PAGE = -1
+#: No two states of any two tables have the same version.
+_VERSIONS = itertools.count()
 
 
 class PageTable:
-    """Page ids, token counts and first positions per row, on the host.
+    """Page ids, record addresses, token counts and first positions per row, on the host.
 
     Args:
         pool: where the pages are; the table holds references there.
-        rows: number of rows, sequences times KV heads.
+        sequences: number of sequences.
+        heads: rows of each sequence, side by side.
+
+    Attributes:
+        version: raised by every method that changes the table; other tables never have the same.
+        lengths: int64 ``[rows]``, pages in each row.
     """
 
-    def __init__(self, pool: PagePool, rows: int) -> None:
-        self.pool = pool
-        self.lengths = np.zeros(rows, dtype=np.int64)  # pages in each row
+    def __init__(self, pool: PagePool, sequences: int, heads: int = 1) -> None:
+        self.pool, self.heads = pool, heads
+        rows = sequences * heads
+        self.version = next(_VERSIONS)
+        self.lengths = np.zeros(rows, dtype=np.int64)
         self._ids = np.full((rows, 0), _NO_PAGE, dtype=np.int64)
+        self._addresses = np.zeros((rows, 0), dtype=np.int64)  # of the records
         self._counts = np.zeros((rows, 0), dtype=np.int32)  # tokens of each page that count: fewer after a crop
         self._first = np.zeros((rows, 0), dtype=np.int64)
-        self._addresses: np.ndarray | None = None  # of the records; made when asked for
         pool.add_holder(self)
 
     @property
@@ -37,8 +49,12 @@ class PageTable:
     @property
     def nbytes(self) -> int:
         positions = sum(stored.nbytes for stored in list(self.pool.positions.values()))
-        addresses = 0 if self._addresses is None else self._addresses.nbytes
-        return self._ids.nbytes + self._counts.nbytes + self._first.nbytes + self.lengths.nbytes + positions + addresses
+        arrays = (self._ids, self._addresses, self._counts, self._first, self.lengths)
+        return sum(array.nbytes for array in arrays) + positions
+
+    def rows_of(self, sequences: np.ndarray) -> np.ndarray:
+        """The rows of ``sequences``, those of each sequence side by side."""
+        return (sequences[:, None] * self.heads + np.arange(self.heads)).flatten()
 
     def page_ids(self) -> np.ndarray:
         """All ids in the table, one per reference."""
@@ -53,10 +69,6 @@ class PageTable:
 
         Views, ``[rows, stop]`` each, that later appends do not change.
         """
-        if self._addresses is None:
-            self._addresses = np.zeros(self._ids.shape, dtype=np.int64)
-            held = self._ids != _NO_PAGE
-            self._addresses[held] = self.pool.addresses(self._ids[held])
         return self._addresses[:, :stop], self._counts[:, :stop], self._first[:, :stop]
 
     def ids(self, rows: np.ndarray, columns: int) -> np.ndarray:
@@ -81,11 +93,12 @@ class PageTable:
         stays = (old[:, :, None] == ids[:, None, :]).any(2)
         released = old[~stays & (old != _NO_PAGE)]
         self._reserve(ids.shape[1])
-        for array, new, none in ((self._ids, ids, _NO_PAGE), (self._counts, counts, 0), (self._first, first, 0)):
+        places = ((self._ids, ids, _NO_PAGE), (self._addresses, self._addresses_of(ids), 0))
+        for array, new, none in (*places, (self._counts, counts, 0), (self._first, first, 0)):
             array[rows] = none
             array[rows, : ids.shape[1]] = new
-        self._addresses = None
         self.lengths[rows] = (ids != _NO_PAGE).sum(1)
+        self._changed()
         self.pool.release(released)
 
     def append(self, rows: np.ndarray, ids: np.ndarray, first: np.ndarray, count: int) -> None:
@@ -96,9 +109,9 @@ class PageTable:
         self._ids[rows[:, None], columns] = ids
         self._counts[rows[:, None], columns] = count
         self._first[rows[:, None], columns] = first
-        if self._addresses is not None:
-            self._addresses[rows[:, None], columns] = self.pool.addresses(ids)
+        self._addresses[rows[:, None], columns] = self.pool.addresses(ids)
         self.lengths[rows] += added
+        self._changed()
 
     def truncate_from(self, position: int) -> None:
         """Forget the tokens at ``position`` and after; a page that loses some keeps the others."""
@@ -107,22 +120,26 @@ class PageTable:
         for row, column in self._explicit_cells():
             positions = self.pool.positions[int(self._ids[row, column])]
             kept[row, column] = min(int(counts[row, column]), int(np.searchsorted(positions, position)))
+        if (kept == counts).all():
+            return
         dropped = (kept == 0) & (self._ids != _NO_PAGE)
         released = self._ids[dropped]
         self._counts = kept.astype(np.int32)
         self._ids[dropped] = _NO_PAGE
-        self._addresses = None
+        self._addresses[dropped] = 0
         self.lengths = (self._ids != _NO_PAGE).sum(1)
+        self._changed()
         self.pool.release(released)
 
-    def drop_last(self, rows: np.ndarray, pages: int) -> None:
-        """Forget the last ``pages`` pages of each of ``rows``."""
-        columns = self.lengths[rows, None] - 1 - np.arange(pages)
-        released = self._ids[rows[:, None], columns].flatten()
-        self._ids[rows[:, None], columns] = _NO_PAGE
-        self._counts[rows[:, None], columns] = 0
-        self._addresses = None
-        self.lengths[rows] -= pages
+    def drop_last(self, pages: int) -> None:
+        """Forget the last ``pages`` pages of each row."""
+        last = np.arange(len(self.lengths))[:, None], self.lengths[:, None] - 1 - np.arange(pages)
+        released = self._ids[last].flatten()
+        self._ids[last] = _NO_PAGE
+        self._addresses[last] = 0
+        self._counts[last] = 0
+        self.lengths -= pages
+        self._changed()
         self.pool.release(released)
 
     def drop_before(self, position: int) -> int | None:
@@ -145,27 +162,30 @@ class PageTable:
         valid = columns < self._ids.shape[1]
         source = np.minimum(columns, self._ids.shape[1] - 1)
         self._ids = np.where(valid, np.take_along_axis(self._ids, source, 1), _NO_PAGE)
+        self._addresses = np.where(valid, np.take_along_axis(self._addresses, source, 1), 0)
         self._counts = np.where(valid, np.take_along_axis(self._counts, source, 1), 0).astype(np.int32)
         self._first = np.where(valid, np.take_along_axis(self._first, source, 1), 0)
-        self._addresses = None
         self.lengths = self.lengths - shift
+        self._changed()
         self.pool.release(released)
         return lost
 
-    def select(self, rows: np.ndarray) -> None:
-        """Replace the table's rows by ``rows`` of it, which may repeat."""
-        old = self.page_ids()
-        self._ids, self._counts, self._first = self._ids[rows], self._counts[rows], self._first[rows]
-        self._addresses = None
+    def select(self, sequences: np.ndarray) -> None:
+        """Replace the sequences by ``sequences`` of them, which may repeat."""
+        old, rows = self.page_ids(), self.rows_of(sequences)
+        self._ids, self._addresses = self._ids[rows], self._addresses[rows]
+        self._counts, self._first = self._counts[rows], self._first[rows]
         self.lengths = self.lengths[rows]
+        self._changed()
         # Retain before release, so that pages which stay are never freed in between.
         self.pool.retain(self.page_ids())
         self.pool.release(old)
 
     def fork(self) -> PageTable:
         """A second table over the same pages."""
-        other = PageTable(self.pool, len(self.lengths))
-        other._ids, other._counts, other._first = self._ids.copy(), self._counts.copy(), self._first.copy()
+        other = PageTable(self.pool, len(self.lengths) // self.heads, self.heads)
+        other._ids, other._addresses = self._ids.copy(), self._addresses.copy()
+        other._counts, other._first = self._counts.copy(), self._first.copy()
         other.lengths = self.lengths.copy()
         self.pool.retain(other.page_ids())
         return other
@@ -179,19 +199,11 @@ class PageTable:
         """Fill an empty table with what :meth:`export` returned; freshly allocated pages have one reference so far."""
         unique = np.unique(ids[ids != _NO_PAGE])
         self._ids, self._counts, self._first = ids.copy(), counts.copy(), first.copy()
-        self._addresses = None
+        self._addresses = self._addresses_of(ids)
         self.lengths = (ids != _NO_PAGE).sum(1)
+        self._changed()
         self.pool.retain(self.page_ids())
         self.pool.release(unique)
-
-    def clear(self) -> None:
-        """Drop every page."""
-        self.pool.release(self.page_ids())
-        rows = len(self.lengths)
-        self._ids = np.full((rows, 0), _NO_PAGE, dtype=np.int64)
-        self._counts, self._first = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.int64)
-        self._addresses = None
-        self.lengths = np.zeros(rows, dtype=np.int64)
 
     def positions(self, start: int, stop: int, page_size: int, rows: np.ndarray | None = None) -> np.ndarray:
         """Original positions ``[rows, stop - start, page_size]``; whatever lies behind a page's count is undefined."""
@@ -209,6 +221,8 @@ class PageTable:
         filled = np.arange(self._ids.shape[1])[None] < self.lengths[:, None]
         if not np.array_equal(self._ids != _NO_PAGE, filled):
             raise IntegrityError("a row has a hole or pages behind its length")
+        if not np.array_equal(self._addresses, self._addresses_of(self._ids)):
+            raise IntegrityError("a page does not lie where the table says")
         if ((self._counts < 1) & filled).any() or (self._counts > page_size).any() or self._counts[~filled].any():
             raise IntegrityError("a page counts fewer than one token or more than fit")
         positions = self.positions(0, self._ids.shape[1], page_size)
@@ -222,22 +236,44 @@ class PageTable:
         if not sys.is_finalizing() and hasattr(self, "_ids"):
             self.pool.abandon(self.page_ids())
 
-    def _explicit_cells(self, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
-        """The cells in columns ``[start, stop)`` whose page stores a position per token."""
+    def _changed(self) -> None:
+        self.version = next(_VERSIONS)
+
+    def _addresses_of(self, ids: np.ndarray) -> np.ndarray:
+        """Where the records of ``ids`` lie, 0 where there is no page."""
+        addresses, held = np.zeros(ids.shape, dtype=np.int64), ids != _NO_PAGE
+        addresses[held] = self.pool.addresses(ids[held])
+        return addresses
+
+    def _explicit_cells(self) -> list[tuple[int, int]]:
+        """The cells whose page stores a position per token."""
         if not self.pool.positions:
             return []
-        ids = self._ids[:, start:stop]
-        cells = np.argwhere(np.isin(ids, self.pool.scattered_pages()))
-        return [(int(row), int(column) + start) for row, column in cells]
+        cells = np.argwhere(np.isin(self._ids, self.pool.scattered_pages()))
+        return [(int(row), int(column)) for row, column in cells]
 
     def _reserve(self, columns: int) -> None:
         """Room for ``columns`` columns, growing by half, so that appending costs constant time on average."""
         held = self._ids.shape[1]
         if columns <= held:
             return
-        rows, extra = len(self.lengths), max(columns, held * 3 // 2) - held
-        self._ids = np.concatenate([self._ids, np.full((rows, extra), _NO_PAGE, dtype=np.int64)], 1)
-        self._counts = np.concatenate([self._counts, np.zeros((rows, extra), dtype=np.int32)], 1)
-        self._first = np.concatenate([self._first, np.zeros((rows, extra), dtype=np.int64)], 1)
-        if self._addresses is not None:
-            self._addresses = np.concatenate([self._addresses, np.zeros((rows, extra), dtype=np.int64)], 1)
+        more = ((0, 0), (0, max(columns, held * 3 // 2) - held))
+        self._ids = np.pad(self._ids, more, constant_values=_NO_PAGE)
+        self._addresses, self._counts = np.pad(self._addresses, more), np.pad(self._counts, more)
+        self._first = np.pad(self._first, more)
+
+
+def page_spans(table: PageTable, leave_out: int, page_size: int) -> list[tuple[int, int]]:
+    """First and last position in the pages of each sequence, over its heads; ``(0, -1)`` without pages.
+
+    The last ``leave_out`` pages of each row do not count.
+    """
+    columns = table.columns
+    positions = table.positions(0, columns, page_size)
+    _, counts, _ = table.arrays(columns)
+    first, last = [], []
+    for row, length in enumerate((table.lengths - leave_out).tolist()):
+        first.append(int(positions[row, 0, 0]) if length > 0 else NOWHERE)
+        last.append(int(positions[row, length - 1, counts[row, length - 1] - 1]) if length > 0 else -1)
+    spans = zip(*(np.reshape(x, (-1, table.heads)) for x in (first, last)), strict=True)
+    return [(int(a.min()), int(b.max())) if b.max() >= 0 else (0, -1) for a, b in spans]

@@ -57,18 +57,20 @@ class PagePool:
     @property
     def held_pages(self) -> int:
         """Pages that are allocated, used or free."""
-        with self._locked():
+        with self._lock:
             return self._held()
 
     @property
     def free_pages(self) -> int:
-        with self._locked():
-            return len(self._free)
+        """Pages that are allocated and that no table refers to."""
+        with self._lock:
+            live = np.concatenate([np.zeros(0, np.int64), *self._live_ids()])
+            return int((self._referring()[live] == 0).sum())
 
     def references(self, ids: np.ndarray) -> np.ndarray:
         """How many table entries refer to each of ``ids``."""
-        with self._locked():
-            return self._references[ids]
+        with self._lock:
+            return self._referring()[ids]
 
     def add_holder(self, holder: PageHolder) -> None:
         """Make a table known to :meth:`check`; held weakly."""
@@ -150,11 +152,11 @@ class PagePool:
 
     def check(self) -> None:
         """Raise IntegrityError unless free and used pages add up and the references are those of the tables."""
-        with self._locked():
+        with self._lock:
             self._check()
 
     def _check(self) -> None:
-        held = np.concatenate([np.zeros(0, np.int64), *(i for i in self._live_ids())])
+        held = np.concatenate([np.zeros(0, np.int64), *self._live_ids()])
         used = held[self._references[held] > 0]
         if len(used) + len(self._free) != len(held):
             raise IntegrityError(f"{len(used)} used + {len(self._free)} free pages != {len(held)} held")
@@ -163,7 +165,7 @@ class PagePool:
         counted = np.zeros_like(self._references)
         for holder in self._holders:
             np.add.at(counted, holder.page_ids(), 1)
-        if not np.array_equal(counted, self._references):
+        if not np.array_equal(counted, self._referring()):
             raise IntegrityError("the reference counts are not those of the tables")
         if any(self._references[page] == 0 for page in self.positions):
             raise IntegrityError("positions are stored for a free page")
@@ -197,6 +199,13 @@ class PagePool:
             if not self._references[start:stop].any():
                 self._slabs[index] = None
                 self._free = self._free[(self._free < start) | (self._free >= stop)]
+
+    def _referring(self) -> np.ndarray:
+        """References of each page, without those of tables that are gone and not yet released."""
+        references = self._references.copy()
+        for ids in list(self._abandoned):
+            np.subtract.at(references, ids, 1)
+        return references
 
     def _held(self) -> int:
         return sum(slab.shape[0] for slab in self._slabs if slab is not None)

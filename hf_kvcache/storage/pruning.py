@@ -53,7 +53,7 @@ def _keep_only(held: TokenView, keep: np.ndarray, tail: int) -> None:
     in_pages = held.slots >= used
     leaving = keep & ~in_pages & (held.slots >= sinks) & (held.slots < stop)
     new = _packed(storage, held, leaving)
-    rows, columns = storage.table_rows(held.rows), held.columns
+    rows, columns = storage.table.rows_of(held.rows), held.columns
     if columns and not (keep == held.exists)[in_pages].all():
         kept = _kept_places(storage, held, keep & in_pages, columns)
         _replace(storage, rows, _thinned(storage, rows, columns, kept, new))
@@ -61,7 +61,7 @@ def _keep_only(held: TokenView, keep: np.ndarray, tail: int) -> None:
         _replace(storage, rows, _side_by_side([_existing(storage, rows, columns), _stored(storage, new)]))
     if stop > sinks:
         storage.dense.drop_oldest(held.rows, stop - sinks)
-    storage.changed()
+    storage.dense.shrink()
 
 
 def _packed(storage: PagedStorage, held: TokenView, leaving: np.ndarray) -> PageRun | None:
@@ -85,8 +85,8 @@ def _packed(storage: PagedStorage, held: TokenView, leaving: np.ndarray) -> Page
     if storage.key_mean is not None:
         weights = torch.from_numpy(np.arange(pages * size) < counts[..., None]).to(storage.device)
         mean = (keys.float() * weights.unsqueeze(-1)).sum(2) / weights.sum(2, keepdim=True).clamp_min(1)
-        storage.fix_key_mean(held.rows, storage.encoder.key_mean_of(mean))
-    records = torch.cat([part for _, _, part in storage.encode(held.rows, keys, values)])
+        storage.writer.fix_key_mean(held.rows, storage.encoder.key_mean_of(mean))
+    records = torch.cat([part for _, _, part in storage.writer.encode(held.rows, keys, values)])
     records = records.unflatten(0, (pages, -1)).transpose(0, 1)
     counts = np.clip(counts.reshape(-1, 1) - size * np.arange(pages), 0, size).astype(np.int32)
     positions = np.take_along_axis(held.positions, order, -1).reshape(len(counts), pages, size)

@@ -1,11 +1,47 @@
-"""The pages of a table as tensors, each page once, and back."""
+"""A storage as tensors by name, each page once, and back."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
+from hf_kvcache.storage.dense_buffer import DenseBuffer
 from hf_kvcache.storage.page_table import PageTable
+from hf_kvcache.storage.page_writer import PageWriter
+
+
+def export_storage(table: PageTable, dense: DenseBuffer, writer: PageWriter) -> dict[str, torch.Tensor]:
+    """The contents of a storage: what :func:`export_pages` says, the dense tokens, and what the writer knows.
+
+    Returns:
+        ``dense.keys``, ``dense.values``, ``dense.positions`` and ``dense.lengths`` of the slots in use; ``ahead``, the
+        number of pages packed ahead; ``center`` and ``center_known``, the key mean of each sequence and whether it is
+        fixed, with codecs that subtract one.
+    """
+    held = dense.longest
+    state = export_pages(table) | {
+        "ahead": torch.tensor(writer.ahead),
+        "dense.keys": dense.keys[:, :, :held].clone(),
+        "dense.values": dense.values[:, :, :held].clone(),
+        "dense.positions": torch.from_numpy(dense.positions[:, :held].copy()),
+        "dense.lengths": torch.from_numpy(dense.lengths.copy()),
+    }
+    if writer.key_mean is not None:
+        state["center"] = writer.key_mean.clone()
+        state["center_known"] = torch.from_numpy(writer.key_mean_known.copy())
+    return state
+
+
+def import_storage(table: PageTable, dense: DenseBuffer, writer: PageWriter, state: dict[str, torch.Tensor]) -> None:
+    """Fill the parts of an empty storage with what :func:`export_storage` returned."""
+    import_pages(table, state)
+    writer.ahead = int(state["ahead"])
+    keys, values = (state[name].to(dense.keys.device) for name in ("dense.keys", "dense.values"))
+    dense.store(slice(None), keys, values, state["dense.positions"].numpy())
+    dense.set_lengths(state["dense.lengths"].numpy())
+    if writer.key_mean is not None:
+        writer.key_mean = state["center"].to(writer.key_mean.device)
+        writer.key_mean_known = state["center_known"].numpy().copy()
 
 
 def export_pages(table: PageTable) -> dict[str, torch.Tensor]:
@@ -40,6 +76,6 @@ def import_pages(table: PageTable, state: dict[str, torch.Tensor]) -> None:
     if len(ids):
         pool.write(ids, state["records"].to(pool.device))
         cells = np.where(cells >= 0, ids[cells], -1)
-    table.restore(cells, state["counts"].numpy(), state["first"].numpy())
     for index, positions in zip(state["scattered"].tolist(), state["positions"].numpy(), strict=True):
         pool.note_positions(int(ids[index]), positions.copy())
+    table.restore(cells, state["counts"].numpy(), state["first"].numpy())

@@ -8,10 +8,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from hf_kvcache.storage.page_table import NOWHERE
 from hf_kvcache.storage.paged import PagedStorage
 
-#: The position of a place without a token: later than any.
-NOWHERE = np.iinfo(np.int64).max // 2
 #: Pages that share scales cannot be merged: those with fewer of their tokens than this share are given up.
 _SPARSE = 1 / 4
 
@@ -39,7 +38,7 @@ class TokenView:
         """What the sequences ``rows`` of ``storage`` hold; they use equally many dense slots."""
         used, size, batch = int(storage.dense.lengths[rows[0]]), storage.page_size, len(rows)
         sinks = min(used, storage.sink_length)
-        table_rows = storage.table_rows(rows)
+        table_rows = storage.table.rows_of(rows)
         columns = int(storage.table.lengths[table_rows].max(initial=0))
         counts = storage.table.counts(table_rows, columns)
         paged = np.arange(size) < counts[:, :, None]
@@ -70,7 +69,7 @@ class TokenView:
     @cached_property
     def columns(self) -> int:
         """Pages of the head that has most."""
-        return int(self.storage.table.lengths[self.storage.table_rows(self.rows)].max(initial=0))
+        return int(self.storage.table.lengths[self.storage.table.rows_of(self.rows)].max(initial=0))
 
     @cached_property
     def index(self) -> torch.Tensor:
@@ -121,12 +120,9 @@ class TokenView:
         if columns == 0:
             return None
         # A column of pages at a time, as they are stored, so that they lie side by side.
-        ids = storage.table.ids(storage.table_rows(self.rows), columns).T
+        ids = storage.table.ids(storage.table.rows_of(self.rows), columns).T
         records = storage.pool.read(np.where(ids >= 0, ids, ids.max()).flatten()).unflatten(0, ids.shape)
-        key_mean = None
-        if storage.key_mean is not None:
-            key_mean = storage.key_mean[torch.from_numpy(self.rows).to(storage.device)].flatten(0, 1)
         shape = (*ids.shape, storage.page_size, storage.layout.sides[side].dim)
         buffer = torch.empty(shape, device=storage.device)
-        tokens = storage.encoder.decode(side, records, key_mean, buffer)
+        tokens = storage.encoder.decode(side, records, storage.writer.key_mean_of(self.rows), buffer)
         return tokens.unflatten(0, (len(self.rows), storage.heads))

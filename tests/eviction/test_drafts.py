@@ -32,12 +32,12 @@ def test_prompt_lookup_is_plain_decoding(policy: str) -> None:
 
 
 def test_equal_scores_are_equal_whatever_the_last_bit() -> None:
-    from hf_kvcache.eviction.evictor import _rounded
+    from hf_kvcache.eviction.layer_selection import round_scores
 
     scores = torch.tensor([0.2641665, 0.26416668, -3e-9, 0.0, torch.inf, torch.nan, torch.finfo().max, 1.0, 1.001])
-    rounded = _rounded(scores)
+    rounded = round_scores(scores)
     assert rounded[0] == rounded[1] and rounded[3] == 0 and rounded[4] == torch.inf and rounded[5].isnan()
     assert rounded[7] == 1 and rounded[8] > 1
     torch.testing.assert_close(rounded[[0, 2, 8]], scores[[0, 2, 8]], rtol=1e-4, atol=0)
     order = torch.randn(1000).sort().values
-    assert (_rounded(order).diff() >= 0).all()
+    assert (round_scores(order).diff() >= 0).all()

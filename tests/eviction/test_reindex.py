@@ -112,7 +112,7 @@ def test_distances_stay_short(model: PreTrainedModel) -> None:
     # Layer 0 sees the same hidden states in both: its sinks differ by a rotation over the tokens that were dropped.
     plain = untouched.own_layers[0].storage.dense.keys[:, :, :SINKS]
     dropped = LENGTH - int(storage.tokens()[0])
-    rope = evictor.rope()
+    rope = evictor.selection().rope()
     at = torch.arange(SINKS)
     moved = rope.rotate(rope.unrotate(plain, at), at + dropped)
     torch.testing.assert_close(storage.dense.keys[:, :, :SINKS], moved, rtol=0, atol=1e-5)

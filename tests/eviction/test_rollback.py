@@ -140,14 +140,17 @@ def test_random_drafts(
     ours, theirs = toy.layer.evictor, plain.layer.evictor
     assert ours is not None and theirs is not None
     assert (ours.evictions, ours.evicted_at) == (theirs.evictions, theirs.evicted_at)
-    assert ours.pinned.real.tolist() == theirs.pinned.real.tolist()
-    if theirs.seen.latest is not None:
+    assert ours.pinned.counts.tolist() == theirs.pinned.counts.tolist()
+    if theirs.observations.latest is not None:
         for row in range(batch):
-            mine, other = ours.seen.latest.latest(np.array([row])), theirs.seen.latest.latest(np.array([row]))
+            mine, other = (
+                ours.observations.latest.latest(np.array([row])),
+                theirs.observations.latest.latest(np.array([row])),
+            )
             assert torch.equal(mine[0], other[0]) and np.array_equal(mine[1], other[1])
-    if theirs.seen.accumulated is not None:
+    if theirs.observations.accumulated is not None:
         held = [TokenView.of(each.layer.storage, np.arange(batch)) for each in (toy, plain)]
-        accumulated = ours.seen.accumulated.by_token(held[0]), theirs.seen.accumulated.by_token(held[1])
+        accumulated = ours.observations.accumulated.by_token(held[0]), theirs.observations.accumulated.by_token(held[1])
         torch.testing.assert_close(*accumulated, rtol=0, atol=1e-4)
 
 
@@ -196,5 +199,5 @@ def test_attention_masses_add_up() -> None:
         toy = Toy("h2o", budget=1000)
         toy.run(states(length + 5), [length])
         storage = toy.layer.storage
-        total = toy.layer.evictor.seen.accumulated.by_token(TokenView.of(storage, np.array([0]))).sum(-1)
+        total = toy.layer.evictor.observations.accumulated.by_token(TokenView.of(storage, np.array([0]))).sum(-1)
         torch.testing.assert_close(total, torch.full_like(total, length + 5), rtol=0, atol=1e-3)

@@ -11,6 +11,9 @@ import torch
 
 from hf_kvcache.codecs import specs
 from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.memory import bytes_by_part
+from hf_kvcache.storage.pruning import keep_only
+from hf_kvcache.storage.token_view import TokenView
 from tests.storage.list_model import make_storage, random_tokens, row_records
 
 
@@ -50,6 +53,48 @@ def test_pages_never_change(codec: str) -> None:
             assert {page: before[page] for page in now if page in before} == {p: now[p] for p in now if p in before}
             held.check()
     assert fingerprints(other) == before
+
+
+def test_pages_are_one_object_until_they_change() -> None:
+    """Prepared calls are told by the identity of ``pages()`` that they may go on, and reading changes nothing."""
+    storage = packed()
+    pages = storage.pages()
+    assert pages is not None
+
+    def look() -> None:
+        storage.check()
+        bytes_by_part(storage)
+        storage.state()
+        storage.fork()
+        storage.tokens()
+
+    unchanged = [
+        look,
+        lambda: storage.append_one(*random_tokens(1, 2, 1), 90, None),
+        lambda: storage.truncate_from(90),
+        lambda: storage.pack_due(),
+        lambda: storage.drop_before(0),
+    ]
+    for step in unchanged:
+        step()
+        assert storage.pages() is pages
+
+    def keep() -> np.ndarray:
+        held = TokenView.of(storage, np.arange(2))
+        return held.exists & (held.positions != 24)
+
+    changing = [
+        lambda: storage.append_block(*random_tokens(2, 2, 20), 90, None),
+        lambda: storage.truncate_from(40),
+        lambda: storage.drop_before(20),
+        lambda: storage.select(np.array([1, 0])),
+        lambda: keep_only(TokenView.of(storage, np.arange(2)), keep()),
+    ]
+    for step in changing:
+        before, version = storage.pages(), storage.table.version
+        step()
+        assert storage.pages() is not before and storage.table.version > version
+    assert storage.fork().pages() is not storage.pages()
 
 
 def test_forks_share_pages() -> None:

@@ -93,6 +93,25 @@ def test_an_empty_slab_is_given_back_and_its_ids_used_again() -> None:
     pool.release(np.concatenate([second, again]))
 
 
+def test_looking_at_a_pool_releases_nothing() -> None:
+    """Pages of a table that is gone count as free before the pool has taken them back, and looking does not do so."""
+    pool = PagePool(16, torch.device("cpu"))
+    kept, gone = pool.allocate(3), pool.allocate(2)
+    holder = Holder()
+    holder.pages = kept.tolist()
+    pool.add_holder(holder)
+    with pool._lock:  # as if another thread were at work
+        pool.abandon(gone)
+    for _ in range(2):
+        assert (pool.held_pages, pool.free_pages) == (5, 2)
+        assert pool.references(np.concatenate([kept, gone])).tolist() == [1, 1, 1, 0, 0]
+        pool.check()
+        assert len(pool._abandoned) == 1
+    pool.retain(kept)  # the next change does
+    assert not pool._abandoned and pool.held_pages == 3
+    pool.release(kept.repeat(2))
+
+
 def double_reference(storage: PagedStorage) -> None:
     storage.pool.retain(storage.table.page_ids()[:1])
 
@@ -103,6 +122,10 @@ def free_a_used_page(storage: PagedStorage) -> None:
 
 def lose_a_page(storage: PagedStorage) -> None:
     storage.table._ids[0, -1] = -1
+
+
+def misplace_a_page(storage: PagedStorage) -> None:
+    storage.table._addresses[0, 0] += storage.layout.record_bytes
 
 
 def swap_pages(storage: PagedStorage) -> None:
@@ -137,6 +160,7 @@ def positions_of_no_page(storage: PagedStorage) -> None:
         double_reference,
         free_a_used_page,
         lose_a_page,
+        misplace_a_page,
         swap_pages,
         count_too_much,
         swap_tail,

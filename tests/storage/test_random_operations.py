@@ -213,7 +213,7 @@ class StorageMachine(RuleBasedStateMachine):
         if hasattr(self, "forks"):
             pools = [fork.storage.pool for fork in self.forks]
             for fork in self.forks:
-                fork.storage.table.clear()
+                fork.storage.table.truncate_from(0)
             gc.collect()
             for pool in pools:
                 pool.check()

@@ -19,7 +19,7 @@ class KeepAll(Policy):
     needs_states = False
     needs_values = False
 
-    def layer_quota(self, quota: int, place: int, places: int, least: int, most: int) -> int:
+    def layer_quota(self, quota: int, evicting_index: int, num_evicting: int, least: int, most: int) -> int:
         return _EVERY_TOKEN
 
     def score(self, ctx: Context) -> torch.Tensor:

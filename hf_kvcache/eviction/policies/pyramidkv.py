@@ -27,14 +27,14 @@ class PyramidKV(SnapKV):
         super().__init__(window, kernel)
         self.beta = between("beta", beta, 1, float("inf"))
 
-    def layer_quota(self, quota: int, place: int, places: int, least: int, most: int) -> int:
-        mirrored = places - 1 - place
-        if place == mirrored:
+    def layer_quota(self, quota: int, evicting_index: int, num_evicting: int, least: int, most: int) -> int:
+        mirrored = num_evicting - 1 - evicting_index
+        if evicting_index == mirrored:
             return quota
-        if place > mirrored:
+        if evicting_index > mirrored:
             # What one layer has beyond the mean its counterpart lacks: the sum is exact in spite of rounding.
-            return 2 * quota - self.layer_quota(quota, mirrored, places, least, most)
+            return 2 * quota - self.layer_quota(quota, mirrored, num_evicting, least, most)
         spare = max(quota - max(self.recent(quota), least), 0)
         steepest = min(spare * (1 - 1 / self.beta), max(most - quota, 0))
         # Rounded down, so that the counterpart loses at most what it has.
-        return quota + int(steepest * (1 - 2 * place / (places - 1)))
+        return quota + int(steepest * (1 - 2 * evicting_index / (num_evicting - 1)))

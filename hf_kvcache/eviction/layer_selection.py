@@ -1,0 +1,171 @@
+"""Which tokens one layer keeps: what the policy is shown, the scores it gives, and what is kept by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from hf_kvcache.eviction import Context, Policy
+from hf_kvcache.eviction.budget import PinnedPositions
+from hf_kvcache.eviction.observations import Observations
+from hf_kvcache.eviction.options import Attending, EvictionOptions, LayerPlace
+from hf_kvcache.eviction.selection import choose
+from hf_kvcache.integration.output_projection import output_weight
+from hf_kvcache.integration.rope import LayerRope, rope_of
+from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.gathering import is_tokenwise
+from hf_kvcache.storage.token_view import TokenView
+
+#: Scores are told apart to one in so many.
+_SCORE_STEPS = 1 << 14
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """Chooses among the tokens that a layer holds; made anew for every choice and changes nothing.
+
+    Attributes:
+        options: what the layers share.
+        place: which layer it is.
+        pinned: which tokens are pinned, and where padding stood.
+        observations: what the layer remembers of queries.
+        attending: what attention showed of the model; None if none of ours has run.
+    """
+
+    options: EvictionOptions
+    place: LayerPlace
+    pinned: PinnedPositions
+    observations: Observations
+    attending: Attending | None
+
+    @property
+    def policy(self) -> Policy:
+        return self.options.policy
+
+    def chosen(self, held: TokenView) -> np.ndarray:
+        """The tokens that stay, bool ``[b, Hkv, T]``."""
+        policy, row = self.policy, int(held.rows[0])
+        hard = self.protected(held, 0)
+        most_protected = int(hard.sum(-1).max(initial=0))
+        quota = max(self.quota(row), most_protected)
+        if (held.exists.sum(-1) <= quota).all():
+            return held.exists
+        recent = min(policy.recent(quota), quota - most_protected + held.storage.tail_length)
+        protected = self.protected(held, max(recent, 0))
+        context = self.context(held, quota, protected)
+        scores = self.scores(context)
+        keep = choose(scores, context.protected, context.held, quota, policy.head_floor).cpu().numpy()
+        return keep if is_tokenwise(held.storage.layout) else keep & ~held.in_sparse_pages(keep, hard)
+
+    def quota(self, row: int) -> int:
+        """Tokens that a head of sequence ``row`` keeps on average."""
+        budget, place, seen = self.options.budget, self.place, int(self.pinned.counts[row])
+        return self.policy.layer_quota(
+            budget.tokens(seen), place.evicting_index, place.num_evicting, budget.least, seen
+        )
+
+    def protected(self, held: TokenView, recent: int) -> np.ndarray:
+        """bool ``[b, Hkv, T]``: sinks, tail, pins, and the newest ``recent`` tokens."""
+        storage, used = held.storage, held.used
+        in_buffer = held.slots < used
+        keep = in_buffer & ((held.slots < storage.sink_length) | (held.slots >= used - storage.tail_length))
+        number = np.arange(held.tokens)
+        keep |= number >= held.exists.sum(-1, keepdims=True) - recent
+        return (keep | self.pinned.at(held.rows, held.positions)) & held.exists
+
+    def context(self, held: TokenView, quota: int, protected: np.ndarray) -> Context:
+        """What the policy sees of the tokens ``held``; padding takes up no positions."""
+        policy, device, observations = self.policy, held.storage.device, self.observations
+        # All of it copies: a policy may write where it likes without changing the cache, or what is chosen of it.
+        keys, values = (_apart(held.storage, states) for states in self.states(held))
+        scoring = self.scoring(keys.shape[-1])
+        if scoring.sink_logits is not None:
+            scoring = replace(scoring, sink_logits=scoring.sink_logits.clone())
+        context = Context(
+            keys=keys,
+            values=values,
+            positions=self._numbers(held.rows, held.positions, device),
+            held=None if held.exists.all() else torch.tensor(held.exists, device=device),
+            protected=torch.tensor(protected, device=device),
+            seen=int(self.pinned.counts[held.rows[0]]),
+            quota=quota,
+            scoring=scoring,
+            layer=self.place.layer_index,
+            layers=self.place.num_layers,
+            seed=self.options.seed,
+        )
+        if policy.needs_rope:
+            context.rope = self.rope()
+        if policy.needs_output:
+            context.output_weight = output_weight(self._module, values.shape[-1]).clone()
+        queries = observations.latest_queries(held.rows, policy.observed) if policy.observed else None
+        if queries is not None:
+            context.queries, context.query_positions = queries[0], self._numbers(held.rows, queries[1], device)
+        if observations.accumulated is not None:
+            context.accumulated = observations.accumulated.by_token(held)
+        return context
+
+    def scores(self, context: Context) -> torch.Tensor:
+        """What the policy gives the tokens, rounded; it is shown copies of what the choice is then made by."""
+        absent = None if context.held is None else context.held.clone()
+        scores = self.policy.score(replace(context, protected=context.protected.clone(), held=absent))
+        if scores.shape != context.positions.shape:
+            raise ValueError(
+                f"policy {self.policy.name!r} gave scores of shape {tuple(scores.shape)} for tokens of shape "
+                f"{tuple(context.positions.shape)}"
+            )
+        return round_scores(scores)
+
+    def states(self, held: TokenView) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[b, Hkv, T, D]`` of what is held, as far as the policy looks at them."""
+        keys = held.states("keys") if self.policy.needs_states else _no_states(held, "keys")
+        values = held.states("values") if self.policy.needs_values else _no_states(held, "values")
+        return keys, values
+
+    def attended_keys(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What queries are scored against, of new keys and values ``[B, Hkv, T, D]``."""
+        return keys
+
+    def scoring(self, dim: int) -> Scoring:
+        """How queries are scored; as most models do, where no attention of ours has said it."""
+        return Scoring(dim**-0.5) if self.attending is None else self.attending.scoring
+
+    def rope(self) -> LayerRope:
+        """The layer's rotary embedding; raises ValueError where the attention module is not known."""
+        if self._module is None:
+            raise ValueError(f"policy {self.policy.name!r} needs the attention module, which is not known")
+        return rope_of(self._module)
+
+    @property
+    def _module(self) -> torch.nn.Module | None:
+        return None if self.attending is None else self.attending.module
+
+    def _numbers(self, rows: np.ndarray, positions: np.ndarray, device: torch.device) -> torch.Tensor:
+        """A copy of ``positions [b, ...]`` as they would be without padding."""
+        return torch.tensor(self.pinned.numbers(rows, positions), device=device)
+
+
+def round_scores(scores: torch.Tensor) -> torch.Tensor:
+    """``scores`` to some digits, so that tokens that are equal but for rounding are equal, and the newer one stays.
+
+    In the first layer all occurrences of a token have one key but for its rotation. Which of them stays must not depend
+    on the last bit, which a matrix product of several tokens (a draft) computes otherwise than one of a single token.
+    """
+    mantissa, exponent = torch.frexp(scores.float())
+    return torch.ldexp((mantissa * _SCORE_STEPS).round() / _SCORE_STEPS, exponent)
+
+
+def _no_states(held: TokenView, side: str) -> torch.Tensor:
+    """Zeros ``[b, Hkv, T, D]`` that take no memory, for a policy that does not look at them."""
+    dim = held.storage.layout.sides[side].dim
+    return torch.zeros(1, device=held.storage.device).expand(*held.exists.shape, dim)
+
+
+def _apart(storage: PagedStorage, states: torch.Tensor) -> torch.Tensor:
+    """``states``, copied if they are the dense buffer itself: float32 of which nothing is packed."""
+    buffers = (storage.dense.keys, storage.dense.values)
+    shared = any(states.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() for buffer in buffers)
+    return states.clone() if shared else states

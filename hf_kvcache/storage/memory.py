@@ -1,0 +1,42 @@
+"""What a storage takes up, in bytes of what is actually allocated."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hf_kvcache.storage.paged import PagedStorage
+
+
+def bytes_by_part(storage: PagedStorage) -> dict[str, int]:
+    """Bytes held, by part; pages shared with a fork count in both.
+
+    Returns:
+        ``codes`` and ``scales`` of the pages; ``sinks`` and ``tail``, full-precision tokens; ``tables``, the
+        bookkeeping on the host and the key mean; ``slack``: free pages, alignment of pages, and slots not in use.
+    """
+    layout, dense, key_mean = storage.layout, storage.dense, storage.key_mean
+    pages = _distinct_pages(storage)
+    slot = storage.heads * (dense.keys.shape[3] + dense.values.shape[3]) * storage.dtype.itemsize
+    sinks = int(np.minimum(dense.lengths, dense.sink_length).sum())
+    tail = int(dense.lengths.sum()) - sinks
+    alignment = layout.record_bytes - layout.code_bytes - layout.scale_bytes
+    unused = (storage.batch * dense.capacity - sinks - tail) * slot
+    mean_bytes = 0 if key_mean is None else key_mean.numel() * key_mean.element_size()
+    return {
+        "codes": pages * layout.code_bytes,
+        "scales": pages * layout.scale_bytes,
+        "sinks": sinks * slot,
+        "tail": tail * slot,
+        "tables": storage.table.nbytes + dense.positions.nbytes + dense.lengths.nbytes + mean_bytes,
+        "slack": pages * alignment + storage.pool.free_pages * layout.record_bytes + unused,
+    }
+
+
+def packed_elements(storage: PagedStorage) -> int:
+    """Elements of the model's keys and values that pages stand for, each page once."""
+    elements = storage.page_size * storage.encoder.group * sum(storage.encoder.widths.values())
+    return _distinct_pages(storage) * elements
+
+
+def _distinct_pages(storage: PagedStorage) -> int:
+    return len(np.unique(storage.table.page_ids()))
