@@ -7,9 +7,8 @@ import torch
 from hf_kvcache.codecs.base import Codec, Encoded, SideCodec, side_format
 from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.hadamard import rotate
-from hf_kvcache.kernels.pack import pack_bits
+from hf_kvcache.kernels.pack import decode_side, pack_bits
 from hf_kvcache.kernels.page import PageLayout
-from hf_kvcache.kernels.reference.levels import decode_side
 
 
 class PageEncoder:

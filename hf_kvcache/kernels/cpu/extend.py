@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels.hadamard import rotate
+from hf_kvcache.kernels.attention import read_pages
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.pack import decode_side
 from hf_kvcache.kernels.reference import decode as reference
-from hf_kvcache.kernels.reference.levels import decode_side
+from hf_kvcache.kernels.reference.hadamard import rotate
 from hf_kvcache.kernels.reference.softmax import merge
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
@@ -34,9 +35,12 @@ def attend(
     scoring: Scoring,
     sums: bool = False,
 ) -> Attention:
-    """The twin of :func:`hf_kvcache.kernels.reference.decode.attend`, to which it leaves soft-capping and ``sums``."""
+    """As :func:`hf_kvcache.kernels.reference.decode.attend`.
+
+    The reference does calls with soft-capping or ``sums``, which torch's kernel has no arguments for.
+    """
     if scoring.softcap is not None or sums:
-        return reference.attend(query, pages, dense, visibility, scoring, sums)
+        return reference.attend(query, pages, dense, visibility, scoring, sums, read_pages)
     return reference.attend(query, pages, dense, visibility, scoring, read_pages=_read_pages)
 
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.reference.decode import hide_pages
-from hf_kvcache.kernels.reference.levels import page_scores
+from hf_kvcache.kernels.reference.hadamard import rotate
+from hf_kvcache.kernels.reference.levels import SideDecoder, decode_side, page_scores
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
@@ -39,6 +39,7 @@ def column_sums(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
+    decode: SideDecoder = decode_side,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Probability of each key, summed over the queries (H2O, arXiv:2306.14048; SnapKV, arXiv:2404.14469).
 
@@ -52,6 +53,7 @@ def column_sums(
         dense: the full-precision tokens; their values are not read.
         visibility: what the queries may see.
         scoring: how scores are made; its sink logits are not read.
+        decode: decodes the keys of pages.
 
     Returns:
         Float32 ``[B, Hq, columns * P]`` of the pages (None without pages) and ``[B, Hq, n]`` of the full-precision
@@ -64,7 +66,7 @@ def column_sums(
     shift = log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0.0).reshape(*rows.shape[:3], 1)
     page_sums = None
     if pages is not None:
-        page_sums = _page_sums(rows, shift, pages, visibility, scoring).view(batch, query_heads, -1)
+        page_sums = _page_sums(rows, shift, pages, visibility, scoring, decode).view(batch, query_heads, -1)
     return page_sums, _dense_sums(rows, shift, dense, visibility, scoring).view(batch, query_heads, -1)
 
 
@@ -90,7 +92,12 @@ def _dense_sums(
 
 
 def _page_sums(
-    rows: torch.Tensor, shift: torch.Tensor, pages: Pages, visibility: Visibility, scoring: Scoring
+    rows: torch.Tensor,
+    shift: torch.Tensor,
+    pages: Pages,
+    visibility: Visibility,
+    scoring: Scoring,
+    decode: SideDecoder,
 ) -> torch.Tensor:
     """``[B * Hkv, g, columns * P]``, as :func:`_dense_sums`."""
     layout = pages.layout
@@ -106,7 +113,7 @@ def _page_sums(
         last = _last_position(pages, start, stop)
         for queries in _blocks(rows, step * layout.page_size):
             block = rotated[:, :, queries].flatten(1, 2)
-            scores = page_scores(layout, records, block, buffer)
+            scores = page_scores(layout, records, block, buffer, decode)
             if pages.key_mean is not None:
                 scores += block @ pages.key_mean.unsqueeze(-1)
             if scoring.softcap is not None:

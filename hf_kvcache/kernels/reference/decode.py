@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import PageLayout
-from hf_kvcache.kernels.reference.levels import page_output, page_scores
+from hf_kvcache.kernels.reference.hadamard import rotate
+from hf_kvcache.kernels.reference.levels import SideDecoder, decode_side, page_output, page_scores
 from hf_kvcache.kernels.reference.softmax import OnlineSoftmax, dense_attention, merge
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
@@ -19,7 +19,7 @@ CHUNK_TOKENS = 2048
 #: Scores computed at a time; a longer block of queries is cut.
 _SCORE_ELEMENTS = 1 << 24
 
-#: Attention of the scaled queries of all rows over pages: see :func:`_attend_pages`.
+#: Attention of the scaled queries of all rows over pages, as :func:`attend_pages` does it.
 PageReader = Callable[
     [torch.Tensor, Pages, Visibility, Scoring, slice, "list[torch.Tensor] | None"], tuple[torch.Tensor, torch.Tensor]
 ]
@@ -43,7 +43,7 @@ def attend(
         visibility: what the queries may see.
         scoring: how scores are made.
         sums: whether to return the probability of each key as well.
-        read_pages: does the attention over the pages in place of the one here.
+        read_pages: does the attention over the pages, in place of :func:`attend_pages`.
 
     Returns:
         See :class:`~hf_kvcache.kernels.inputs.Attention`. A query that sees nothing has output 0 and log-sum-exp
@@ -102,7 +102,7 @@ def _attend_block(
     page_scores: list[torch.Tensor] | None = [] if sums else None
     output, log_sum_exp = dense_attention(rows, dense.keys, dense.values, bias, scoring.softcap, dense_scores)
     if pages is not None and pages.columns:
-        packed = (read_pages or _attend_pages)(rows, pages, visibility, scoring, queries, page_scores)
+        packed = (read_pages or attend_pages)(rows, pages, visibility, scoring, queries, page_scores)
         output, log_sum_exp = merge((output, log_sum_exp), packed)
     if scoring.sink_logits is not None:
         sinks = scoring.sink_logits.float().reshape(1, heads, -1, 1).expand(batch, -1, -1, length)
@@ -129,14 +129,29 @@ def _sums(
     return probabilities.view(*shape, -1).sum(2)
 
 
-def _attend_pages(
+def attend_pages(
     rows: torch.Tensor,
     pages: Pages,
     visibility: Visibility,
     scoring: Scoring,
     queries: slice,
     kept_scores: list[torch.Tensor] | None,
+    decode: SideDecoder = decode_side,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over pages alone.
+
+    Args:
+        rows: float32 ``[B * Hkv, M, Dk]``, the scaled queries of each row in the model's basis.
+        pages: the pages.
+        visibility: what the queries may see.
+        scoring: how scores are made.
+        queries: which of the queries of ``visibility`` these are.
+        kept_scores: where to append the scores ``[rows, M, n]``, if they are wanted.
+        decode: decodes the sides of pages whose scales are not folded.
+
+    Returns:
+        Output ``[B * Hkv, M, Dv]`` and log-sum-exp ``[B * Hkv, M]``.
+    """
     layout = pages.layout
     keys_format, values_format = layout.sides["keys"], layout.sides["values"]
     rotated = rotate(rows, keys_format)
@@ -144,11 +159,11 @@ def _attend_pages(
     shift = None if pages.key_mean is None else rotated @ pages.key_mean.unsqueeze(-1)
 
     def score(records: torch.Tensor) -> torch.Tensor:
-        scores = page_scores(layout, records, rotated, side_buffer(layout, "keys", records))
+        scores = page_scores(layout, records, rotated, side_buffer(layout, "keys", records), decode)
         return scores if shift is None else scores.add_(shift)
 
     def combine(records: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return page_output(layout, records, weights, side_buffer(layout, "values", records))
+        return page_output(layout, records, weights, side_buffer(layout, "values", records), decode)
 
     state = OnlineSoftmax(rows.shape[0], rows.shape[1], values_format.dim, rows.device)
     walk_pages(state, pages, visibility, scoring, queries, kept_scores, score, combine)
