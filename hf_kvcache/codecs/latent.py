@@ -7,14 +7,12 @@ from math import gcd
 from typing import Any
 
 from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.best import LATENTS
 from hf_kvcache.codecs.bf16 import BFloat16Side
 from hf_kvcache.codecs.none import DenseSide
 from hf_kvcache.codecs.registry import option_names, resolve
 
-#: Codecs of latents, and of the rotary keys beside them, by bits of the latents. Rotary keys are one in nine of the
-#: numbers and decide scores alone, so they get more bits.
-BY_BITS: dict[int, tuple[str, str]] = {8: ("rotated8", "bf16"), 4: ("rotated4", "int8")}
-#: Channels of a 4-bit latent that share a scale: with fewer the scales weigh more than the error they spare.
+#: Channels of a 4-bit latent that share a scale. With fewer, scales cost more bytes than they save.
 _GROUP = 64
 
 
@@ -43,7 +41,7 @@ class LatentCodec(Codec):
 def latent_option_names(codec: str | Codec | None, bits: int | None) -> list[str]:
     """The ``options`` that :func:`latent_codec` takes."""
     if codec is None:
-        codec = BY_BITS[bits][0] if bits in BY_BITS else "none"
+        codec = LATENTS[bits].codec if bits in LATENTS else "none"
     return option_names(codec)
 
 
@@ -69,12 +67,14 @@ def latent_codec(
     rotary = None if rotary_codec is None else resolve(rotary_codec)
     if codec is not None or bits is None:
         return LatentCodec(resolve("none" if codec is None else codec, bits=bits, **options), rotary)
-    if bits not in BY_BITS:
-        raise ValueError(f"bits={bits!r} is no width of latents; accepted: {sorted(BY_BITS)}, or a codec by name")
-    name, beside = BY_BITS[bits]
+    if bits not in LATENTS:
+        raise ValueError(f"bits={bits!r} is no width of latents; accepted: {sorted(LATENTS)}, or a codec by name")
+    best = LATENTS[bits]
     if bits < 8:
         options = {"group_size": gcd(_GROUP, *ranks)} | options
-    return LatentCodec(resolve(name, **options), rotary or resolve(beside))
+    if rotary is None and best.rotary is not None:
+        rotary = resolve(best.rotary)
+    return LatentCodec(resolve(best.codec, bits=bits, **(best.options | options)), rotary)
 
 
 def native_option_names(codec: str | Codec, widths: dict[str, int]) -> list[str]:
