@@ -1,4 +1,4 @@
-"""Finding codecs by name: a new codec is one file in this folder whose class carries ``@register``."""
+"""Codecs by name. A new codec is one file in this folder whose class has the decorator ``@register``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def resolve(
     """Build a codec from a name such as ``"auto"``, ``"rotated"`` or ``"kvarn3"``.
 
     Args:
-        codec: a registered name, with or without bits behind it, ``"auto"``, or a ready codec.
+        codec: a registered name, with or without bits (``"kvarn3"``), ``"auto"``, or a ready codec.
         bits: width of both sides.
         key_bits: width of the keys, in place of ``bits``.
         value_bits: width of the values, in place of ``bits``.
@@ -65,7 +65,7 @@ def resolve(
 def option_names(
     codec: str | Codec, bits: int | None = None, key_bits: int | None = None, value_bits: int | None = None
 ) -> list[str]:
-    """The options that :func:`resolve` takes beside the widths; raises as it does. Of a ready codec, those it has."""
+    """The names of the options of a codec, without the widths. Raises as :func:`resolve` does."""
     return _options(type(codec) if isinstance(codec, Codec) else _chosen(codec, bits, key_bits, value_bits)[0])
 
 
@@ -102,7 +102,8 @@ def _best(key_bits: int, value_bits: int) -> str:
         if width not in KEYS_AND_VALUES:
             argument = "bits" if key_bits == value_bits else "key_bits" if width == key_bits else "value_bits"
             raise ValueError(f"{argument}={width!r} has no codec; accepted: {sorted(KEYS_AND_VALUES)}")
-    # One page has one codec: of mixed widths the narrower loses most, so it chooses, if the codec has the wider too.
+    # Both sides of a page have one codec. The narrower side loses most, so its best codec is taken if it has both
+    # widths.
     for width in sorted(widths):
         if widths <= set(_CODECS.all()[KEYS_AND_VALUES[width].codec].supported_bits):
             return KEYS_AND_VALUES[width].codec

@@ -1,7 +1,7 @@
 """The kernels as operators of torch (``torch.ops.hf_kvcache.*``), so that compiled code can call them.
 
-An operator takes tensors and plain numbers only: pages come as their slabs and tables, a layout as a string. In eager
-code the functions of the folders are called as they are; what happens here only flattens and rebuilds their arguments.
+An operator takes only tensors and plain numbers: pages are passed as their slabs and tables, a layout as a string. The
+operators rebuild the arguments and call the functions of this package, which eager code calls directly.
 """
 
 from __future__ import annotations

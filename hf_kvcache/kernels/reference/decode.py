@@ -1,4 +1,4 @@
-"""Attention over pages and full-precision tokens in plain torch: the definition of every faster twin."""
+"""Attention over pages and full-precision tokens in plain torch: the definition for every backend."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attend(
     Args:
         query: ``[B, Hq, q, Dk]``, in the model's basis.
         pages: the packed tokens, or None.
-        dense: the full-precision tokens, the queries' own last; there may be none beside pages.
+        dense: the full-precision tokens, those of the queries last; there may be none if there are pages.
         visibility: what the queries may see.
         scoring: how scores are made.
         sums: whether to return the probability of each key as well.
@@ -57,7 +57,7 @@ def attend(
     parts = []
     for start in range(0, length, block):
         queries = slice(start, min(start + block, length))
-        # The queries' own tokens come last: those behind the last query of this block are of no use to it.
+        # The tokens of the queries come last. Under causality, this block sees none behind its last query.
         seen = max(0, slots - (length - queries.stop)) if visibility.causal and not sums else slots
         parts.append(
             _attend_block(
@@ -89,7 +89,7 @@ def _attend_block(
 ) -> Attention:
     batch, query_heads, length, _ = query.shape
     heads = dense.keys.shape[1]
-    # All the queries that read the same KV head are one matrix: [B * Hkv, g * q, Dk].
+    # All queries that read the same KV head form one matrix: [B * Hkv, g * q, Dk].
     rows = query.float().reshape(batch * heads, -1, query.shape[-1]) * scoring.inner
     bias = None
     if dense.positions is not None:
@@ -155,7 +155,7 @@ def attend_pages(
     layout = pages.layout
     keys_format, values_format = layout.sides["keys"], layout.sides["values"]
     rotated = rotate(rows, keys_format)
-    # The mean that was taken out of the packed keys shifts all their scores of a query alike.
+    # The mean that was subtracted from the packed keys changes all scores of a query alike.
     shift = None if pages.key_mean is None else rotated @ pages.key_mean.unsqueeze(-1)
 
     def score(records: torch.Tensor) -> torch.Tensor:
@@ -182,18 +182,18 @@ def walk_pages(
     combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     tokens: int = CHUNK_TOKENS,
 ) -> None:
-    """Give all pages to ``state``, ``tokens`` of each row at a time.
+    """Compute attention over all pages in ``state``, ``tokens`` of each row at a time.
 
     Args:
-        state: takes in scores and weighted values.
+        state: the softmax, which takes scores and weighted values.
         pages: the pages.
         visibility: what the queries may see.
         scoring: how scores are made.
         queries: which of the queries.
         kept_scores: where to append the scores ``[rows, M, n]``, if they are wanted.
         score: gives the scores ``[C, rows, M, P]`` of records ``[C, rows, record_bytes]``.
-        combine: gives their values ``[C, rows, M, Dv]``, summed by weights ``[C, rows, M, P]``.
-        tokens: how many of each row at a time.
+        combine: gives the sums of their values ``[C, rows, M, Dv]`` by weights ``[C, rows, M, P]``.
+        tokens: how many tokens of each row to take at a time.
     """
     step = max(1, tokens // pages.layout.page_size)
     for start in range(0, pages.columns, step):
@@ -204,7 +204,7 @@ def walk_pages(
             scores = scores.tanh_().mul_(scoring.softcap)
         hide_pages(scores, pages, start, stop, visibility, queries)
         if kept_scores is not None:
-            # A copy even of a single page, where flatten alone would give a view: the scores are overwritten next.
+            # A copy, since the scores are overwritten next; of a single page, flatten alone would give a view.
             kept_scores.append(scores.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format).flatten(2))
         state.add(combine(records, state.weigh(scores)))
 
@@ -221,8 +221,8 @@ def hide_pages(
     """Set the scores ``[C, B * Hkv, g * q, P]`` of page columns that the queries may not see to ``-inf``.
 
     Args:
-        earlier: whether no token of these pages comes after a query. In attention it is so: what a query's own call
-            brings is packed after it.
+        earlier: whether no token of these pages comes after a query. This is so in attention, since the tokens of the
+            queries are packed after it.
     """
     unused = pages.unused(start, stop)
     held = pages.first[:, start:stop][pages.counts[:, start:stop] > 0]

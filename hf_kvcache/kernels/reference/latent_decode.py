@@ -1,4 +1,4 @@
-"""Absorbed multi-head latent attention in plain torch: the definition of every faster twin."""
+"""Absorbed multi-head latent attention in plain torch: the definition for every backend."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def latent_attend(
 ) -> Attention:
     """Attention over latents that all heads share (DeepSeek-V2, arXiv:2405.04434, in the absorbed form).
 
-    The score of a token is ``scaling * (query[:r] . latent + query[r:] . rotary_key)``, its value is its latent. What
-    the cache calls keys are latents here, what it calls values are rotary keys.
+    The score of a token is ``scaling * (query[:r] . latent + query[r:] . rotary_key)``, its value is its latent. In the
+    pages and in the full-precision tokens, keys are latents here and values are rotary keys.
 
     Args:
-        query: ``[B, H, q, r + dr]``: the query in latent space first, its rotary part last; ``dr`` may be 0.
+        query: ``[B, H, q, r + dr]``: the query in latent space, then its rotary part; ``dr`` may be 0.
         pages: the packed tokens, of one KV head and without a key mean; or None.
-        dense: the full-precision tokens, the queries' own among them: latents ``[B, 1, n, r]`` as keys, rotary keys
+        dense: the full-precision tokens, including those of the queries: latents ``[B, 1, n, r]`` as keys, rotary keys
             ``[B, 1, n, dr]`` as values.
         visibility: what the queries may see.
         scoring: how scores are made.
@@ -62,7 +62,7 @@ def _attend_pages(
     latent_format, rotary_format = layout.sides["keys"], layout.sides["values"]
     rank = latent_format.dim
     wide, turned = rotate(rows[..., :rank], latent_format), rotate(rows[..., rank:], rotary_format)
-    # Read as keys and then as values: decoded once.
+    # Latents are keys and values: `score` decodes them, and `combine` uses them again.
     latents = torch.empty(0)
 
     def score(records: torch.Tensor) -> torch.Tensor:

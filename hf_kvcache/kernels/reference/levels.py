@@ -60,8 +60,8 @@ def page_scores(
 ) -> torch.Tensor:
     """Dot products of queries with the keys of pages.
 
-    For few queries the scales never touch an element: those per channel fold into the query, those per token into the
-    scores, and a zero point is one more dot product.
+    For few queries no scale is applied to an element. Scales per channel are multiplied with the query, scales per
+    token with the scores, and a zero point is one more dot product.
 
     Args:
         layout: the layout of the records.
@@ -95,7 +95,7 @@ def page_output(
     buffer: torch.Tensor,
     decode: SideDecoder = decode_side,
 ) -> torch.Tensor:
-    """Weighted sums of the values of each page, with the scales folded as in :func:`page_scores`.
+    """Weighted sums of the values of each page, with the scales folded as by :func:`page_scores`.
 
     Args:
         layout: the layout of the records.
@@ -123,7 +123,7 @@ def page_output(
     return output if channel is None else output.mul_(channel)
 
 
-#: Queries of a row up to which folding the scales is less work than applying them to the page.
+#: Queries of a row up to which folding the scales is less work than applying them to the elements.
 _MOST_FOLDED_QUERIES = 32
 
 
@@ -135,7 +135,7 @@ def _folds(fmt: SideFormat, page_size: int, queries: int) -> bool:
 def _factors(
     layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Levels ``[..., P, D]``, the scale per channel ``[..., 1, D]``, that per token ``[..., 1, P]``, and zero points.
+    """Levels ``[..., P, D]``, scales per channel ``[..., 1, D]``, scales per token ``[..., 1, P]``, and zero points.
 
     Zero points are ``[..., 1, D]`` under axis "channel" and ``[..., P, 1]`` under axis "token".
     """
@@ -153,7 +153,7 @@ def _float(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _grouping(fmt: SideFormat, dims: int) -> tuple[int, tuple[int, int]]:
-    """The arguments that unflatten the axis whose neighbours share a scale into (groups, members)."""
+    """The arguments of ``unflatten`` for the axis along which neighbors share a scale: (groups, members)."""
     return (dims - 2 if fmt.axis == "channel" else dims - 1), (-1, fmt.group)
 
 

@@ -1,7 +1,7 @@
-"""The Triton twins of bit packing and page decoding, and encoding of asymmetric integers in one launch.
+"""Bit packing, page decoding, and encoding of asymmetric integers in one launch, by Triton kernels.
 
-Only the codecs of asymmetric integers without a second scale (``int``, ``rotated``) round here; the others round in
-torch, and of theirs only the bits are packed by a kernel.
+The codecs of asymmetric integers without a second scale (``int``, ``rotated``) round in a kernel. All others round in
+torch, and a kernel packs their bits.
 
 A row is read in eighths of ``D / 8`` elements. A plane of ``w`` bits has ``w`` eighths of bytes, and the bytes of its
 eighth ``r`` hold the elements of the eighths ``r``, ``r + w``, ``r + 2 w``, ..., the first in the lowest bits. Rows of
@@ -99,12 +99,12 @@ def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch
 
 
 def supports_decoding(layout: PageLayout, records: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether :func:`decode_side` can do it."""
+    """Whether :func:`decode_side` can decode such records."""
     return out.is_contiguous()
 
 
 def supports_encoding(layout: PageLayout, side: str, method: str | None, x: torch.Tensor) -> bool:
-    """Whether :func:`encode_side` can do it."""
+    """Whether :func:`encode_side` can encode such pages."""
     return method == "integer" and can_encode(layout.sides[side])
 
 
@@ -114,12 +114,12 @@ def encode_side(
     side: str,
     method: str,
     x: torch.Tensor,
-    center: torch.Tensor | None,
+    key_mean: torch.Tensor | None,
     records: torch.Tensor,
 ) -> None:
-    """Rotate and centre float32 vectors ``x [N, P, D]`` of the model's basis, and encode them into ``records``."""
+    """Rotate float32 vectors ``x [N, P, D]``, subtract the mean ``[N, D]``, and encode them into ``records``."""
     x = rotate(x, layout.sides[side])
-    encode_asymmetric(layout, side, x if center is None else x - center.unsqueeze(1), records)
+    encode_asymmetric(layout, side, x if key_mean is None else x - key_mean.unsqueeze(1), records)
 
 
 def can_encode(fmt: SideFormat) -> bool:
@@ -137,7 +137,7 @@ def encode_asymmetric(layout: PageLayout, side: str, x: torch.Tensor, records: t
     Args:
         layout: the layout of the records.
         side: ``"keys"`` or ``"values"``, of a format that :func:`can_encode`.
-        x: float32 ``[N, P, D]``, rotated and centred as the format says.
+        x: float32 ``[N, P, D]``, rotated and without the key mean, as the format says.
         records: uint8 ``[N, record_bytes]``; the side's fields are written.
     """
     fmt = layout.sides[side]
