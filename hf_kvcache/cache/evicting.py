@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.model_config import decoder_config
 from hf_kvcache.codecs import Codec, resolve
+from hf_kvcache.codecs.best import WITH_EVICTION, Choice
 from hf_kvcache.codecs.latent import latent_codec, latent_option_names
 from hf_kvcache.codecs.registry import option_names as codec_option_names
 from hf_kvcache.eviction import Policy
@@ -20,12 +21,6 @@ from hf_kvcache.integration import mla
 from hf_kvcache.utils.checks import whole
 from hf_kvcache.utils.validation import given_only, refuse_unknown
 
-#: Codecs whose tokens can move between pages, by bits: those of equal bits with scales per page would leave holes. All
-#: of them take a mean out of the keys, whose biases would else take up the few levels that there are.
-TOKENWISE: dict[int, tuple[str, dict[str, Any]]] = {
-    **{bits: ("rotated", {"key_axis": "token"}) for bits in (3, 4, 8)},
-    **{bits: ("turboquant", {"center": True}) for bits in (1, 2)},
-}
 _AUTO: Literal["auto"] = "auto"
 
 
@@ -220,25 +215,26 @@ def _codec(codec: str | Codec | None, bits: int | None, options: dict[str, Any])
     """
     own: dict[str, Any] = {}
     if codec is None:
-        codec, own = _tokenwise(bits, options)
+        best = _best(bits, options)
+        codec, own = best.codec, best.options
     return resolve(codec, bits=bits, **(own | options))
 
 
 def _codec_option_names(codec: str | Codec | None, bits: int | None, widths: dict[str, int]) -> list[str]:
     if codec is None:
-        codec = _tokenwise(bits, widths)[0]
+        codec = _best(bits, widths).codec
     return codec_option_names(codec, bits, **widths)
 
 
-def _tokenwise(bits: int | None, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The best codec for these widths, and its options; one that stores no codes where none is given."""
+def _best(bits: int | None, options: dict[str, Any]) -> Choice:
+    """The best codec for these widths; ``"none"`` if no width is given."""
     widths = [options.get(name, bits) for name in ("key_bits", "value_bits")]
     if widths == [None, None]:
-        return "none", {}
+        return Choice("none")
     for name, width in zip(("key_bits", "value_bits"), widths, strict=True):
-        if width not in TOKENWISE or isinstance(width, bool):
-            raise ValueError(f"{name if name in options else 'bits'}={width!r}; accepted: {sorted(TOKENWISE)}")
-    return TOKENWISE[min(width for width in widths if width is not None)]
+        if width not in WITH_EVICTION or isinstance(width, bool):
+            raise ValueError(f"{name if name in options else 'bits'}={width!r}; accepted: {sorted(WITH_EVICTION)}")
+    return WITH_EVICTION[min(width for width in widths if width is not None)]
 
 
 def _evict_prefill(value: str | None, policy: Policy) -> Literal["chunk", "end"] | None:

@@ -1,4 +1,4 @@
-"""What a codec is: two side codecs, each an ``encode`` and a few constants that describe its page."""
+"""The base classes of codecs. A codec has two side codecs, each an ``encode`` with the constants of its page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from hf_kvcache.kernels.page import SideFormat
 
-#: Scales and zero points are stored in half precision; values beyond it could not be represented.
+#: Scales and zero points are stored in half precision, within its range.
 SCALE_DTYPE = torch.float16
 _SCALE_MAX = torch.finfo(SCALE_DTYPE).max
 #: Smallest scale: below it, half precision has too few bits left for a useful grid.
@@ -35,7 +35,8 @@ class Encoded(NamedTuple):
 class SideCodec(ABC):
     """Encodes one side (keys or values) of pages.
 
-    ``method`` names the same encoding in the kernels' twins, where there is one: they rotate, round and pack in one go.
+    ``method`` is the name of this encoding in the kernels, for backends that rotate, round and pack in one call; None
+    if no kernel has this encoding.
     """
 
     method: ClassVar[str | None] = None
@@ -50,7 +51,7 @@ class SideCodec(ABC):
 
     @abstractmethod
     def encode(self, x: torch.Tensor) -> Encoded:
-        """Encode float32 pages ``x [N, P, D]``, already rotated and centred as the format says."""
+        """Encode float32 pages ``x [N, P, D]``, rotated and without their mean, as the format says."""
 
 
 class Codec:
@@ -79,7 +80,7 @@ class Codec:
 
 
 def side_format(side: SideCodec, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:
-    """The format of vectors of width ``dim`` under ``side``; without a width there is nothing for it to encode."""
+    """The format of vectors of width ``dim``. Vectors of width 0 (no rotary keys) are not encoded by ``side``."""
     if dim == 0:
         return SideFormat(0, 8 * dtype.itemsize, level="dense", zero=False, dense_dtype=dtype)
     return side.format(dim, page_size, dtype)
@@ -103,7 +104,7 @@ def check_divides(argument: str, group: int, whole: int, what: str) -> None:
 
 
 def check_packable(bits: int, dim: int) -> None:
-    """Raise ValueError where a row of ``dim`` codes of ``bits`` bits does not fill whole bytes plane by plane."""
+    """Raise ValueError if rows of ``dim`` codes of ``bits`` bits do not fill whole bytes in every bit plane."""
     if bits != 8 and dim % 8:
         raise ValueError(f"head_dim={dim} cannot be packed at {bits} bits; accepted: multiples of 8 (or 8 bits)")
 
@@ -113,8 +114,8 @@ def asymmetric(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round-to-nearest integer codes with a scale and a zero point shared over ``dims`` (KIVI, arXiv:2402.02750).
 
-    The zero point is rounded to half precision before the scale is chosen and both before the codes are, so that the
-    codes absorb their rounding errors.
+    The zero point is rounded to half precision before the scale is chosen, and both are rounded before the codes are
+    chosen, so that the codes absorb the rounding errors.
 
     Args:
         x: float32, any shape.
@@ -137,10 +138,10 @@ def asymmetric(
 def clipped_range(
     x: torch.Tensor, dims: tuple[int, ...], low: torch.Tensor, high: torch.Tensor, bits: int, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``low`` and ``high`` less what lies beyond the magnitude below which a share ``clip`` of the elements lies.
+    """The range from ``low`` to ``high``, clipped to the magnitude that covers a share ``clip`` of the elements.
 
-    OSCAR (arXiv:2605.17757) clips there, whatever it cuts off. Here neither end moves by more than half a step of the
-    whole range: so no element is off by more than it could be without clipping, outliers included.
+    OSCAR (arXiv:2605.17757) clips at that magnitude. Here neither end moves by more than half a step of the whole
+    range, so that the error of no element, outliers included, exceeds what it could be without clipping.
 
     Args:
         x: float32, any shape.
@@ -160,5 +161,5 @@ def clipped_range(
 
 
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
-    """``scale`` in the dtype in which scales are stored, saturating instead of overflowing."""
+    """``scale`` in the dtype of stored scales. Values beyond its range become its largest number."""
     return scale.clamp(-_SCALE_MAX, _SCALE_MAX).to(SCALE_DTYPE)

@@ -21,7 +21,7 @@ class BFloat16Side(SideCodec):
 
 @register("bf16")
 class BFloat16Codec(Codec):
-    """bfloat16 keys and values, whatever the model's dtype."""
+    """bfloat16 keys and values, for models of any dtype."""
 
     def __init__(self, key_bits: int | None = None, value_bits: int | None = None) -> None:
         super().__init__(key_bits, value_bits)

@@ -1,4 +1,4 @@
-"""Asymmetric integers per token whose range leaves the largest few channels out (OSCAR, arXiv:2605.17757)."""
+"""Asymmetric integers per token with a range that excludes the few largest channels (OSCAR, arXiv:2605.17757)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from hf_kvcache.codecs.registry import register
 
 
 class ClippedSide(IntegerSide):
-    """Integers per token with a clipped range. The kernels' twins know no such encoding."""
+    """Integers per token with a clipped range. No kernel has this encoding."""
 
     method = None
 
 
 @register("clipped")
 class ClippedCodec(Codec):
-    """Keys and values per token over the channels, clipped, in the basis in which they come.
+    """Keys and values per token over the channels, clipped, without a rotation.
 
-    It has no rotation of its own and is meant for latents that have one (``hf-kvcache calibrate --method oscar``). With
-    few levels, the largest channels of a token cost more by stretching its scale than by being clipped.
+    This codec is meant for low-rank coefficients, whose basis has a rotation (``hf-kvcache calibrate --method oscar``).
+    With few levels, a wide scale for the largest channels of a token costs more accuracy than clipping them.
 
     Args:
         key_bits: width of the keys' codes.

@@ -19,9 +19,9 @@ class IntegerSide(SideCodec):
         axis: the axis that has a scale of its own.
         group_size: tokens or channels that share a scale; None for the whole page or row.
         rotation: rotation of the vectors before encoding.
-        centered: whether the sequence's mean is subtracted first.
+        centered: whether a key mean is subtracted first.
         clip: share of the elements whose magnitudes the range covers. A subclass that clips must set ``method`` to
-            None, for the kernels' twins do not.
+            None, because the kernels do not clip.
     """
 
     method: ClassVar[str | None] = "integer"

@@ -1,4 +1,4 @@
-"""Variance-normalised pages (KVarN, arXiv:2606.03458)."""
+"""Variance-normalized pages (KVarN, arXiv:2606.03458)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STD_RANGE = (1e-3, 1e3)
 _LOG_SCALE_RANGE = (-0.3, 10.0)
 
 
-def normalise_variance(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normalize_variance(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and column scales that even out the standard deviations of each page.
 
     Alternates between columns (channels) and rows (tokens), dividing by the standard deviation on a log scale, and
@@ -52,14 +52,15 @@ def _column_std(x: torch.Tensor, squares: torch.Tensor, rows: torch.Tensor, colu
 
 def _row_std(x: torch.Tensor, squares: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Standard deviations ``[N, P, 1]`` of the rows of ``x * rows * columns``."""
-    # Not a matrix product: for one page that rounds otherwise than for several, on which a page shall not depend.
+    # Not a matrix product, which would round one page in another way than several: a page must not depend on the
+    # others.
     mean = (x * columns).sum(2, keepdim=True) / x.shape[2]
     power = (squares * columns.square()).sum(2, keepdim=True) / x.shape[2]
     return (rows * (power - mean.square()).clamp_min(0).sqrt()).clamp(*_STD_RANGE)
 
 
-class VarianceNormalisedSide(SideCodec):
-    """Asymmetric integers along one axis of a page whose rows and columns were normalised.
+class VarianceNormalizedSide(SideCodec):
+    """Asymmetric integers along one axis of a page whose rows and columns have been normalized.
 
     Args:
         bits: width of a code.
@@ -75,16 +76,16 @@ class VarianceNormalisedSide(SideCodec):
         return SideFormat(dim, self.bits, axis=self.axis, group=group, other=True, rotation="hadamard")
 
     def encode(self, x: torch.Tensor) -> Encoded:
-        rows, columns = normalise_variance(x)
-        # The scale along the axis of `scale` is absorbed by it; only the other one is stored.
+        rows, columns = normalize_variance(x)
+        # The normalization along the axis of `scale` becomes part of `scale`; only the other one is stored.
         other = round_scale(rows if self.axis == "channel" else columns)
         codes, scale, zero = asymmetric(x / other.float(), (1 if self.axis == "channel" else 2,), self.bits)
         return Encoded(codes, scale, zero, other)
 
 
 @register("kvarn")
-class VarianceNormalisedCodec(Codec):
-    """KVarN: keys with scales per channel, values per token, each with a second scale across.
+class VarianceNormalizedCodec(Codec):
+    """KVarN: keys with scales per channel, values with scales per token, each with a second scale along the other axis.
 
     Args:
         key_bits: width of the keys' codes.
@@ -97,5 +98,5 @@ class VarianceNormalisedCodec(Codec):
     def __init__(self, key_bits: int | None = None, value_bits: int | None = None) -> None:
         super().__init__(key_bits, value_bits)
         assert self.key_bits and self.value_bits
-        self.keys = VarianceNormalisedSide(self.key_bits, "channel")
-        self.values = VarianceNormalisedSide(self.value_bits, "token")
+        self.keys = VarianceNormalizedSide(self.key_bits, "channel")
+        self.values = VarianceNormalizedSide(self.value_bits, "token")

@@ -1,4 +1,4 @@
-"""The codec of latent pages: one side codec for latents, one for the rotary keys beside them."""
+"""The codec of pages of latents: one side codec for the latents, one for the rotary keys beside them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from math import gcd
 from typing import Any
 
 from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.best import LATENTS
 from hf_kvcache.codecs.bf16 import BFloat16Side
 from hf_kvcache.codecs.none import DenseSide
 from hf_kvcache.codecs.registry import option_names, resolve
 
-#: Codecs of latents, and of the rotary keys beside them, by bits of the latents. Rotary keys are one in nine of the
-#: numbers and decide scores alone, so they get more bits.
-BY_BITS: dict[int, tuple[str, str]] = {8: ("rotated8", "bf16"), 4: ("rotated4", "int8")}
-#: Channels of a 4-bit latent that share a scale: with fewer the scales weigh more than the error they spare.
+#: Channels of a 4-bit latent that share a scale. With fewer, scales cost more bytes than they save.
 _GROUP = 64
 
 
 class LatentCodec(Codec):
-    """Stores latents as another codec stores values: token by token, since they are values too.
+    """Stores latents as another codec stores values: with scales per token, since latents are values too.
 
     Args:
         latents: codec whose side for values stores the latents.
-        rotary: codec whose side for values stores the rotary keys; None for 16 bits, or for what the model gives where
-            the latents stay dense.
+        rotary: codec whose side for values stores the rotary keys. None for bfloat16, or, if the latents stay dense,
+            for the model's dtype.
     """
 
     name = "latent"
@@ -41,9 +39,9 @@ class LatentCodec(Codec):
 
 
 def latent_option_names(codec: str | Codec | None, bits: int | None) -> list[str]:
-    """The ``options`` that :func:`latent_codec` takes."""
+    """The names of the ``options`` of :func:`latent_codec`."""
     if codec is None:
-        codec = BY_BITS[bits][0] if bits in BY_BITS else "none"
+        codec = LATENTS[bits].codec if bits in LATENTS else "none"
     return option_names(codec)
 
 
@@ -54,14 +52,14 @@ def latent_codec(
     ranks: Collection[int],
     options: dict[str, Any],
 ) -> LatentCodec:
-    """The codec of latent pages from what a user says.
+    """The codec of pages of latents from the arguments of a user.
 
     Args:
-        codec: of the latents; None for the one that ``bits`` name, or for none.
-        bits: of the latents.
-        rotary_codec: of the rotary keys; None for the one that goes with the latents'.
-        ranks: widths of latents that it has to store.
-        options: of the latents' codec.
+        codec: codec of the latents. None for the best codec of ``bits``, or for ``"none"`` if there are no bits.
+        bits: bits of the latents.
+        rotary_codec: codec of the rotary keys; None for the one that :data:`~hf_kvcache.codecs.best.LATENTS` names.
+        ranks: widths of the latents to be stored.
+        options: options of the codec of the latents.
 
     Raises:
         ValueError: naming the argument, its value and the accepted ones.
@@ -69,28 +67,30 @@ def latent_codec(
     rotary = None if rotary_codec is None else resolve(rotary_codec)
     if codec is not None or bits is None:
         return LatentCodec(resolve("none" if codec is None else codec, bits=bits, **options), rotary)
-    if bits not in BY_BITS:
-        raise ValueError(f"bits={bits!r} is no width of latents; accepted: {sorted(BY_BITS)}, or a codec by name")
-    name, beside = BY_BITS[bits]
+    if bits not in LATENTS:
+        raise ValueError(f"bits={bits!r} is no width of latents; accepted: {sorted(LATENTS)}, or a codec by name")
+    best = LATENTS[bits]
     if bits < 8:
         options = {"group_size": gcd(_GROUP, *ranks)} | options
-    return LatentCodec(resolve(name, **options), rotary or resolve(beside))
+    if rotary is None and best.rotary is not None:
+        rotary = resolve(best.rotary)
+    return LatentCodec(resolve(best.codec, bits=bits, **(best.options | options)), rotary)
 
 
 def native_option_names(codec: str | Codec, widths: dict[str, int]) -> list[str]:
-    """The ``options`` that :func:`native_codec` takes beside the widths."""
+    """The names of the ``options`` of :func:`native_codec`, without the widths."""
     if codec == "auto":
         return latent_option_names(None, next(iter(widths.values()), 4))
     return latent_option_names(codec, None)
 
 
 def native_codec(codec: str | Codec, options: dict[str, Any], ranks: Collection[int]) -> Codec:
-    """The codec of latent pages from the arguments of a cache that is not asked for latents by name.
+    """The codec of pages of latents from the arguments of a cache of keys and values.
 
     Args:
-        codec: as a cache of keys and values takes it.
-        options: of the codec, ``bits`` or equal ``key_bits`` and ``value_bits`` among them.
-        ranks: widths of latents that it has to store.
+        codec: the argument ``codec`` of such a cache.
+        options: options of the codec, including ``bits``, or equal ``key_bits`` and ``value_bits``.
+        ranks: widths of the latents to be stored.
 
     Raises:
         ValueError: naming the argument, its value and the accepted ones.

@@ -1,4 +1,4 @@
-"""Lloyd-Max levels of the standard normal distribution: the scalar quantizer of least mean squared error."""
+"""Lloyd-Max levels of the standard normal distribution: the scalar quantizer with the least mean squared error."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LARGEST_BYTE = 127
 
 @lru_cache(maxsize=8)
 def normal_levels(bits: int) -> tuple[float, ...]:
-    """The ``2**bits`` levels that codes stand for: the Lloyd-Max levels on a grid of signed bytes, ascending.
+    """The ``2**bits`` levels of codes, ascending: the Lloyd-Max levels, rounded to a grid of signed bytes.
 
-    As multiples of 1/127 of the largest they take part in integer dot products exactly; being next to an optimum, they
-    cost some 0.1 % of the mean squared error.
+    They are multiples of 1/127 of the largest level, so that integer dot products are exact. The rounding raises the
+    mean squared error by some 0.1 %.
     """
     exact = lloyd_max_levels(bits)
     step = exact[-1] / _LARGEST_BYTE
@@ -43,21 +43,21 @@ def lloyd_max_levels(bits: int) -> tuple[float, ...]:
 
 
 def normal_format(dim: int, bits: int, **constants: Any) -> SideFormat:
-    """The format of a side whose codes stand for these levels; ``constants`` are the rest of :class:`SideFormat`."""
+    """The format of a side with these levels; ``constants`` are the other attributes of :class:`SideFormat`."""
     check_packable(bits, dim)
     return SideFormat(dim, bits, level="table", table=normal_levels(bits), **constants)
 
 
-#: Cells of the lookup grid per unit, and where it ends; beyond lies nothing but the outermost levels.
+#: Cells of the lookup grid per unit, and the end of the grid, beyond which only the outermost levels are nearest.
 _CELLS = 512
 _EDGE = 4
 
 
 def nearest_level(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes (uint8) of the levels nearest to ``x`` (ties within 1/1024 go either way), and those levels."""
+    """The codes (uint8) of the levels nearest to ``x``, up to ties within 1/1024, and the levels themselves."""
     codes, levels = _grid(bits, x.device)
-    # A lookup on a fine grid costs the same for any number of levels, and a fraction of a binary search.
-    # Clamped as integers, so that even NaN falls in some cell.
+    # A lookup on a fine grid takes the same time for any number of levels, and a fraction of that of a binary search.
+    # Cells are clamped as integers, so that even NaN falls in some cell.
     cells = x.mul(_CELLS).add_(_EDGE * _CELLS + 0.5).to(torch.int32).clamp_(0, 2 * _EDGE * _CELLS).view(-1)
     return torch.index_select(codes, 0, cells).view(x.shape), torch.index_select(levels, 0, cells).view(x.shape)
 

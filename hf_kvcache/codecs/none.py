@@ -1,4 +1,4 @@
-"""Dense pages: the null codec and the baseline of every comparison."""
+"""Dense pages: the codec that stores vectors as they are, the baseline of every comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_kvcache.kernels.page import SideFormat
 
 
 class DenseSide(SideCodec):
-    """Stores the vectors as they come."""
+    """Stores the vectors as they are."""
 
     def format(self, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:
         return SideFormat(dim, 8 * dtype.itemsize, level="dense", zero=False, dense_dtype=dtype)

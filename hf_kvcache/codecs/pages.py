@@ -1,4 +1,4 @@
-"""From vectors to page records: rotation, centring, the codec's rounding, and bit packing."""
+"""Encoding of vectors into page records: rotation, subtraction of the key mean, rounding by the codec, bit packing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import torch
 from hf_kvcache.codecs.base import Codec, Encoded, SideCodec, side_format
 from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.hadamard import rotate
-from hf_kvcache.kernels.pack import pack_bits
+from hf_kvcache.kernels.pack import decode_side, pack_bits
 from hf_kvcache.kernels.page import PageLayout
-from hf_kvcache.kernels.reference.levels import decode_side
 
 
 class PageEncoder:
@@ -40,25 +39,25 @@ class PageEncoder:
 
     @property
     def group(self) -> int:
-        """KV heads whose tokens share a record."""
+        """The number of KV heads that share a record."""
         return 1
 
     @property
     def widths(self) -> dict[str, int]:
-        """Width of a KV head's key and value in the model, by side."""
+        """The widths of a key and of a value of a KV head in the model, by side."""
         return {side: fmt.dim for side, fmt in self.layout.sides.items()}
 
     def key_mean_of(self, mean: torch.Tensor) -> torch.Tensor:
-        """What to subtract from keys whose mean is ``mean [b, Hkv, Dk]``: ``[b, Hkv / group, dim]`` of the key side."""
+        """The key mean ``[b, Hkv / group, dim]`` in the rotated basis, from ``mean [b, Hkv, Dk]`` in the model's basis."""
         return rotate(mean, self.layout.sides["keys"])
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None) -> torch.Tensor:
         """Encode ``N`` pages.
 
         Args:
-            keys: ``[N, P, Dk]`` in the model's basis; the KV heads of a sequence side by side.
+            keys: ``[N, P, Dk]`` in the model's basis, with the KV heads of a sequence side by side.
             values: ``[N, P, Dv]``.
-            key mean: what to subtract from each record's rotated keys, ``[N / group, dim]``, or None.
+            key_mean: what to subtract from the rotated keys of each record, ``[N / group, dim]``; or None.
 
         Returns:
             uint8 records ``[N / group, record_bytes]``.
@@ -71,12 +70,13 @@ class PageEncoder:
     def decode(
         self, side: str, records: torch.Tensor, key_mean: torch.Tensor | None, out: torch.Tensor
     ) -> torch.Tensor:
-        """The vectors of one side of pages, in the model's basis: what :meth:`encode` was given, but for rounding.
+        """The vectors of one side of pages in the model's basis, as :meth:`encode` has rounded them.
 
         Args:
             side: ``"keys"`` or ``"values"``.
-            records: uint8 ``[C, R, record_bytes]``, ``C`` pages of each of ``R`` rows; a sequence's side by side.
-            key mean: what was subtracted from each row's rotated keys, ``[R, dim]``, or None.
+            records: uint8 ``[C, R, record_bytes]``, ``C`` pages of each of ``R`` rows; the rows of a sequence side by
+                side.
+            key_mean: what was subtracted from the rotated keys of each row, ``[R, dim]``; or None.
             out: float32 ``[C, R, P, dim]``, overwritten.
 
         Returns:

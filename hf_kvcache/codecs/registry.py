@@ -1,4 +1,4 @@
-"""Finding codecs by name: a new codec is one file in this folder whose class carries ``@register``."""
+"""Codecs by name. A new codec is one file in this folder whose class has the decorator ``@register``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.best import KEYS_AND_VALUES
 from hf_kvcache.utils.registry import Named, Registry, registers
 
 _CODECS: Registry[type[Codec]] = Registry("hf_kvcache.codecs")
-
-#: The best measured codec for the bits asked, which ``codec="auto"`` takes; the README's table shows the measurements.
-BEST_MEASURED = {8: "rotated", 4: "unbiased", 3: "unbiased", 2: "unbiased", 1: "unbiased"}
 
 
 def register(name: str) -> Callable[[Named], Named]:
@@ -41,7 +39,7 @@ def resolve(
     """Build a codec from a name such as ``"auto"``, ``"rotated"`` or ``"kvarn3"``.
 
     Args:
-        codec: a registered name, with or without bits behind it, ``"auto"``, or a ready codec.
+        codec: a registered name, with or without bits (``"kvarn3"``), ``"auto"``, or a ready codec.
         bits: width of both sides.
         key_bits: width of the keys, in place of ``bits``.
         value_bits: width of the values, in place of ``bits``.
@@ -67,7 +65,7 @@ def resolve(
 def option_names(
     codec: str | Codec, bits: int | None = None, key_bits: int | None = None, value_bits: int | None = None
 ) -> list[str]:
-    """The options that :func:`resolve` takes beside the widths; raises as it does. Of a ready codec, those it has."""
+    """The names of the options of a codec, without the widths. Raises as :func:`resolve` does."""
     return _options(type(codec) if isinstance(codec, Codec) else _chosen(codec, bits, key_bits, value_bits)[0])
 
 
@@ -88,7 +86,7 @@ def _chosen(
         bits = named_bits
     for argument, value in (("bits", bits), ("key_bits", key_bits), ("value_bits", value_bits)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{argument}={value!r} is not a whole number; accepted: {sorted(BEST_MEASURED)}")
+            raise ValueError(f"{argument}={value!r} is not a whole number; accepted: {sorted(KEYS_AND_VALUES)}")
     key_bits = bits if key_bits is None else key_bits
     value_bits = bits if value_bits is None else value_bits
     if name == "auto":
@@ -101,13 +99,14 @@ def _chosen(
 def _best(key_bits: int, value_bits: int) -> str:
     widths = {key_bits, value_bits}
     for width in widths:
-        if width not in BEST_MEASURED:
+        if width not in KEYS_AND_VALUES:
             argument = "bits" if key_bits == value_bits else "key_bits" if width == key_bits else "value_bits"
-            raise ValueError(f"{argument}={width!r} has no codec; accepted: {sorted(BEST_MEASURED)}")
-    # One page has one codec: of mixed widths the narrower loses most, so it chooses, if the codec has the wider too.
+            raise ValueError(f"{argument}={width!r} has no codec; accepted: {sorted(KEYS_AND_VALUES)}")
+    # Both sides of a page have one codec. The narrower side loses most, so its best codec is taken if it has both
+    # widths.
     for width in sorted(widths):
-        if widths <= set(_CODECS.all()[BEST_MEASURED[width]].supported_bits):
-            return BEST_MEASURED[width]
+        if widths <= set(_CODECS.all()[KEYS_AND_VALUES[width].codec].supported_bits):
+            return KEYS_AND_VALUES[width].codec
     raise ValueError(
         f"key_bits={key_bits!r} with value_bits={value_bits!r} is in no one codec; name one: {', '.join(specs())}"
     )

@@ -1,4 +1,4 @@
-"""Grouped asymmetric integers in a Hadamard-rotated basis, keys per channel or per token with a fixed mean removed."""
+"""Grouped asymmetric integers in a Hadamard-rotated basis; keys per channel, or per token less their mean."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class RotatedCodec(Codec):
     """KIVI's integers after an orthonormal Hadamard over the head dimension of keys and values.
 
     The query is rotated once per step and the output rotated back once, so a rotation costs nothing per cached token.
-    Per-token keys are centred: each head's mean key, taken in the rotated basis from the first tokens that are packed
-    (attention sinks never among them), shifts all scores of a query alike, which softmax does not see.
+    From per-token keys a key mean is subtracted, one for each head. It is the mean of the first tokens that are packed,
+    without attention sinks. It changes all scores of a query alike, so it does not change the softmax.
 
     Args:
         key_bits: width of the keys' codes.

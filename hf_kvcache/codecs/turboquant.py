@@ -1,6 +1,6 @@
-"""TurboQuant's MSE variant (arXiv:2504.19874): norm, random-sign Hadamard, Lloyd-Max levels, norm-corrected.
+"""The MSE variant of TurboQuant (arXiv:2504.19874): a norm, a random-sign Hadamard rotation, and Lloyd-Max levels.
 
-The paper's QJL residual is left out: softmax amplifies its variance.
+The QJL residual of the paper is left out, because softmax amplifies its variance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class TurboQuantSide(SideCodec):
 
     Args:
         bits: width of a code, 1 to 4.
-        centered: whether the sequence's mean is subtracted first.
+        centered: whether a key mean is subtracted first.
     """
 
     method = "norm"
@@ -53,7 +53,7 @@ class TurboQuantCodec(Codec):
     Args:
         key_bits: width of the keys' codes.
         value_bits: width of the values' codes.
-        center: whether to subtract each head's mean key first, for models with large key biases.
+        center: whether to subtract the key mean of each head first, for models with large key biases.
     """
 
     supported_bits = (1, 2, 3, 4)

@@ -1,9 +1,9 @@
-"""Normal levels with an unbiased gain per token: this package's own codec for few bits.
+"""Normal levels with an unbiased gain per token: a codec of this package for few bits.
 
-Rounding to the nearest level, or to least squares, shrinks a vector towards zero: its dot product with the original
-comes out smaller than the original's own. Softmax then prefers the exact tokens (sinks, tail) to the packed ones. Here
-the last scale of every token is chosen so that ``<x, x_hat> = <x, x>``, which costs no bits and nothing at decode, and
-which is most of what this codec gains over the others (the README has the table).
+Rounding to the nearest level, or to least squares, shrinks a vector: the dot product of the vector with its
+approximation is smaller than that with itself. Softmax then prefers the exact tokens (sinks, recent window) to the
+packed ones. Here the last scale of every token is chosen so that ``<x, x_hat> = <x, x>``. That costs no bits and no
+time at decoding, and most of this codec's gain over the others is due to it (the README has the table).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _POOR = 0.75
 def unbiased_gain(x: torch.Tensor, approximation: torch.Tensor) -> torch.Tensor:
     """The factor per token that makes ``<x, factor * approximation>`` equal ``<x, x>``.
 
-    Where the approximation is poor that factor would blow up its error, so below a cosine of 0.75 it falls off again,
-    in proportion to the factor of least squares: no token is ever worse off than at zero.
+    For a poor approximation this factor would make the error large. So below a cosine of 0.75 the factor falls in
+    proportion to the factor of least squares, and no token has a larger error than an approximation by zero.
 
     Args:
         x: ``[N, P, D]``.
@@ -41,7 +41,7 @@ def unbiased_gain(x: torch.Tensor, approximation: torch.Tensor) -> torch.Tensor:
 
 
 class UnbiasedKeys(SideCodec):
-    """Keys: a scale and a zero point per channel, and a gain per token, in the rotated and centred basis.
+    """Keys: a scale and a zero point per channel, and a gain per token, in the rotated basis, less the key mean.
 
     Args:
         bits: width of a code.
@@ -64,7 +64,7 @@ class UnbiasedKeys(SideCodec):
         )
 
     def encode(self, x: torch.Tensor) -> Encoded:
-        gain, scale, zero = _normalise(x)
+        gain, scale, zero = _normalize(x)
         _, levels = nearest_level((x / gain - zero) / scale, self.bits)
         scale, zero = _fit_line(levels, x / gain)
         fitted = levels * scale + zero
@@ -73,7 +73,8 @@ class UnbiasedKeys(SideCodec):
         stored_scale, stored_zero = round_scale(scale), round_scale(zero)
         codes, levels = nearest_level((x / gain - stored_zero.float()) / _nonzero(stored_scale), self.bits)
         stored_scale, stored_zero = (round_scale(t) for t in _fit_line(levels, x / gain))
-        # The gain is fitted last, to what will be decoded, and so takes up the rounding of the other two.
+        # The gain is fitted last, to the vectors as they will be decoded, and so corrects the rounding of the other
+        # two.
         gain = unbiased_gain(x, levels * stored_scale.float() + stored_zero.float())
         return Encoded(codes, stored_scale, stored_zero, round_scale(gain))
 
@@ -81,7 +82,8 @@ class UnbiasedKeys(SideCodec):
 class UnbiasedValues(SideCodec):
     """Values: a scale per token in the rotated basis.
 
-    The rotation has random signs, since a plain Hadamard would gather an offset that all channels share in one of them.
+    The rotation has random signs. A plain Hadamard matrix would gather an offset that all channels share in one
+    channel.
 
     Args:
         bits: width of a code.
@@ -131,8 +133,8 @@ class UnbiasedCodec(Codec):
         self.values = UnbiasedValues(self.value_bits)
 
 
-def _normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gain per token, scale and mean per channel that make a page's entries close to N(0, 1)."""
+def _normalize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A gain per token, and a scale and a mean per channel, that make the entries of a page close to N(0, 1)."""
     gain = torch.ones_like(x[:, :, :1])
     for last in (False, False, True):
         relative = x / gain
@@ -153,5 +155,5 @@ def _fit_line(levels: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def _nonzero(stored: torch.Tensor) -> torch.Tensor:
-    """A stored scale to divide by: half precision may have rounded it to zero."""
+    """A stored scale as a divisor, which must not be 0 although half precision may have rounded it to 0."""
     return stored.float().clamp_min(_TINY)

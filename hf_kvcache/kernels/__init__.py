@@ -1,4 +1,6 @@
-"""Numeric kernels, one folder per operation; each imports nothing above this package.
+"""Numeric kernels. This package imports nothing of the packages above it.
 
-``reference.py`` in each folder is the definition in plain torch. Faster twins stand beside it and pass the same tests.
+``reference/`` defines every operation in plain torch. ``cpu/`` and ``triton/`` are the faster backends: they have a
+module of the same name for each operation that they implement, and pass the same tests. The modules here choose between
+them.
 """

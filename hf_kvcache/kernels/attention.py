@@ -1,18 +1,26 @@
-"""Attention over what a layer holds: few queries are a matter of reading memory, many a matter of arithmetic."""
+"""Attention over the pages and the full-precision tokens of a layer, by the backend of their device.
+
+For few queries the time is that of reading memory, for many that of arithmetic. So there are two operations: ``decode``
+for few queries and ``extend`` for many.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.pack import decode_side
 from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.visibility import Visibility
 
-#: Query tokens up to which it is a decoding step: one, a draft to verify, a small chunk.
+#: Query tokens up to which the operation is ``decode``: one token, a draft to verify, a small chunk.
 MOST_DECODED_QUERIES = 16
+#: The reference's attention over pages, with their sides decoded by the backend of their device.
+read_pages = partial(reference.attend_pages, decode=decode_side)
 
 
 def attend(
@@ -23,15 +31,18 @@ def attend(
     scoring: Scoring,
     sums: bool = False,
 ) -> Attention:
-    """Attention of new queries, by the twin for their number and device.
+    """Attention of new queries.
 
-    :func:`hf_kvcache.kernels.reference.decode.attend` tells what it takes and gives. A twin says with ``supports`` what
-    it can do; the reference does the rest (masks that say more than causality, windows and padding). None of them has a
-    gradient: asking for it raises RuntimeError.
+    :func:`hf_kvcache.kernels.reference.decode.attend` says what the arguments and the result are. A backend's
+    ``supports`` says which calls it can do. The reference does all others, such as those with a mask that says more
+    than causality, windows and padding. No backend computes a gradient: asking for one raises RuntimeError.
     """
     faster = implementation("decode" if query.shape[2] <= MOST_DECODED_QUERIES else "extend", query.device)
-    use = faster if faster is not None and faster.supports(query, pages, dense, visibility) else reference
-    return without_gradient(query, use.attend(query.detach(), pages, dense, visibility, scoring, sums))
+    if faster is not None and faster.supports(query, pages, dense, visibility):
+        result = faster.attend(query.detach(), pages, dense, visibility, scoring, sums)
+    else:
+        result = reference.attend(query.detach(), pages, dense, visibility, scoring, sums, read_pages)
+    return without_gradient(query, result)
 
 
 def without_gradient(query: torch.Tensor, result: Attention) -> Attention:
@@ -54,7 +65,7 @@ NO_GRADIENT = (
 
 
 class _NoGradient(torch.autograd.Function):
-    """Hands an output on; going backwards through it is an error, not a gradient of zero."""
+    """Returns an output as it is. Its backward pass raises an error, where autograd would give a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The probability that each key got, summed over the queries, in a second pass over the keys."""
+"""The probability of each key, summed over the queries, by the backend of their device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.pack import decode_side
 from hf_kvcache.kernels.reference import column_sums as reference
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -20,8 +21,8 @@ def column_sums(
     visibility: Visibility,
     scoring: Scoring,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Probability of each key, by the twin for its device; :func:`reference.column_sums` tells what it takes."""
+    """See :func:`hf_kvcache.kernels.reference.column_sums.column_sums`."""
     faster = implementation("column_sums", query.device)
     if faster is not None and faster.supports(query, pages, dense, visibility):
         return faster.column_sums(query, log_sum_exp, pages, dense, visibility, scoring)
-    return reference.column_sums(query, log_sum_exp, pages, dense, visibility, scoring)
+    return reference.column_sums(query, log_sum_exp, pages, dense, visibility, scoring, decode_side)

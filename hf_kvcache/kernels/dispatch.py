@@ -1,10 +1,12 @@
-"""Which implementation of an operation runs: by device, or the backend that ``HF_KVCACHE_BACKEND`` names."""
+"""The choice of a backend: native on a CPU, triton elsewhere, or the one that ``HF_KVCACHE_BACKEND`` names.
+
+Each backend is a package, :data:`FOLDERS`, which is imported when it is asked for. It has a function ``reason_missing``
+and one module for each of its :data:`OPERATIONS`.
+"""
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
 import logging
 import os
 from functools import lru_cache
@@ -17,11 +19,9 @@ logger = logging.getLogger(__name__)
 #: Environment variable that forces a backend.
 VARIABLE = "HF_KVCACHE_BACKEND"
 BACKENDS = ("reference", "triton", "native")
-#: What torch 2.11 brings. pyproject.toml states the same for the extra `gpu`.
-OLDEST_TRITON = (3, 6)
-#: The folder with the kernels of each backend.
+#: The package of each backend.
 FOLDERS = {"reference": "reference", "triton": "triton", "native": "cpu"}
-#: The operations that a backend has kernels for; all others run in plain torch.
+#: The operations that a backend has kernels for. The reference does all others.
 OPERATIONS = {
     "triton": ("decode", "extend", "column_sums", "latent_decode", "hadamard", "pack"),
     "native": ("decode", "extend", "latent_decode", "pack"),
@@ -41,7 +41,7 @@ def implementation(op: str, device: torch.device) -> ModuleType | None:
 
 def module_of(op: str, backend: str) -> ModuleType:
     """The module of an operation that a backend has, whether or not it can run here."""
-    return importlib.import_module(f"hf_kvcache.kernels.{FOLDERS[backend]}.{op}")
+    return importlib.import_module(f"{__package__}.{FOLDERS[backend]}.{op}")
 
 
 def backends(device: str | torch.device = "cpu") -> dict[str, str]:
@@ -53,29 +53,9 @@ def backends(device: str | torch.device = "cpu") -> dict[str, str]:
 
 def reason_missing(backend: str, device_type: str) -> str | None:
     """Why ``backend`` cannot run on a device of this type; None if it can."""
-    if backend == "native":
-        from hf_kvcache.kernels.cpu import library
-
-        return (
-            library.reason_missing() if device_type == "cpu" else f"native kernels are for the CPU, not {device_type}"
-        )
-    if backend == "triton":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if device_type == "cpu" and not interpreted:
-            return "triton runs on a CPU only with TRITON_INTERPRET=1"
-        return _reason_against_triton()
-    return None
-
-
-@lru_cache(maxsize=1)
-def _reason_against_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    # Not by importing it: that costs a second, and whoever only asks may not need it.
-    installed = importlib.metadata.version("triton")
-    if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST_TRITON:
-        return f"triton {installed} is installed, {'.'.join(map(str, OLDEST_TRITON))} is the oldest that compiles them"
-    return None
+    if backend == "reference":
+        return None
+    return importlib.import_module(f"{__package__}.{FOLDERS[backend]}").reason_missing(device_type)
 
 
 @lru_cache(maxsize=128)

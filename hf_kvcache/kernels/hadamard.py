@@ -1,4 +1,4 @@
-"""Orthonormal Hadamard rotations of the head dimension."""
+"""Orthonormal Hadamard rotations of the head dimension, by the backend of their device."""
 
 from __future__ import annotations
 

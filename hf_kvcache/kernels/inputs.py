@@ -1,4 +1,4 @@
-"""What the attention kernels take: pages, full-precision tokens, what queries may see, and how scores are made."""
+"""The arguments and results of the attention kernels: pages, full-precision tokens, scoring, and prepared calls."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from hf_kvcache.kernels.workspace import scratch
 class Pages:
     """The pages of a layer, row by row; a row is a KV head of a sequence, ``row = sequence * Hkv + head``.
 
-    The arrays are on the host and may be views of larger ones (rows apart by more than ``columns``). A page's tokens
-    stand in the order of their positions, and the pages of a row too, so positions ascend along a row.
+    The arrays are on the host and may be views of larger arrays, whose rows are further apart than ``columns``. The
+    tokens of a page are in the order of their positions, and so are the pages of a row: positions ascend along a row.
 
     Attributes:
         layout: what the bytes of a record mean.
-        slabs: uint8 ``[n, record_bytes]`` tensors in which the records lie.
+        slabs: the uint8 tensors ``[n, record_bytes]`` that hold the records.
         addresses: int64 ``[rows, columns]``, the byte address of each record; 0 where a row has no page.
-        counts: int32 ``[rows, columns]``, tokens of each page that count (the first ones); 0 where there is no page.
+        counts: int32 ``[rows, columns]``, how many tokens of each page count, from the first one on; 0 without a page.
         first: int64 ``[rows, columns]``, original position of each page's first token.
-        scattered: positions ``[P]`` of the pages whose tokens do not stand side by side, by ``(row, column)``.
-        key mean: float32 ``[rows, Dk]``, the mean that was taken out of the rotated keys; None if none was.
+        scattered: positions ``[P]`` of the pages whose positions have gaps, by ``(row, column)``.
+        key_mean: float32 ``[rows, Dk]``, the mean that was subtracted from the rotated keys; None if there is none.
         heads: number of KV heads.
-        prepared: what twins have made of these pages for the calls to come, by the twin's name.
+        prepared: what a backend has computed of these pages for later calls, by the name of the backend.
     """
 
     layout: PageLayout
@@ -57,11 +57,11 @@ class Pages:
 
     @cached_property
     def full(self) -> bool:
-        """Whether every place of every page holds a token that counts."""
+        """Whether every row has a page in every column, and all tokens of these pages count."""
         return bool((self.counts == self.layout.page_size).all())
 
     def until(self, columns: int) -> Pages:
-        """The first so many columns."""
+        """The pages of the first ``columns`` columns."""
         if columns >= self.columns:
             return self
         return replace(
@@ -74,7 +74,7 @@ class Pages:
         )
 
     def positions(self, start: int, stop: int) -> torch.Tensor:
-        """Original positions ``[rows, stop - start, P]``, int64; undefined behind a page's count."""
+        """Original positions ``[rows, stop - start, P]``, int64; undefined behind the count of a page."""
         positions = self.first[:, start:stop, None] + np.arange(self.layout.page_size)
         for (row, column), stored in self.scattered.items():
             if start <= column < stop:
@@ -82,16 +82,17 @@ class Pages:
         return torch.from_numpy(positions).to(self.device)
 
     def unused(self, start: int, stop: int) -> torch.Tensor | None:
-        """bool ``[rows, stop - start, P]``, True where there is no token; None if there is one everywhere."""
+        """bool ``[rows, stop - start, P]``, True where there is no token; None if there is a token everywhere."""
         counts = self.counts[:, start:stop]
         if self.full or (counts == self.layout.page_size).all():
             return None
         return torch.from_numpy(np.arange(self.layout.page_size) >= counts[:, :, None]).to(self.device)
 
     def records(self, start: int, stop: int) -> torch.Tensor:
-        """uint8 ``[stop - start, rows, record_bytes]``: a view where they lie side by side, else a gather.
+        """The records of some columns, uint8 ``[stop - start, rows, record_bytes]``.
 
-        Where a row has no page, another one's bytes stand. Valid until the next call on this thread.
+        The result is valid until the next call on this thread. It is a view if the records lie side by side, else a
+        copy. Where a row has no page, the result holds the bytes of some other page.
         """
         addresses = np.ascontiguousarray(self.addresses[:, start:stop].T).reshape(-1)
         missing = addresses == 0
@@ -108,14 +109,14 @@ class Pages:
         for index in np.unique(owner).tolist():
             where = torch.from_numpy(np.flatnonzero(owner == index)).to(self.device)
             picked = torch.from_numpy(slots[owner == index]).to(self.device)
-            # Eight bytes at a time (records are aligned to 16): torch gathers elements, however small they are.
+            # Eight bytes at a time (records are aligned to 16): torch gathers element by element.
             out.view(torch.int64)[where] = self.slabs[index].view(torch.int64).index_select(0, picked)
         return out.view(shape)
 
 
 @dataclass
 class DenseTokens:
-    """Full-precision tokens that take part in one attention call.
+    """The full-precision tokens of one attention call.
 
     Attributes:
         keys: ``[B, Hkv, n, Dk]``; the last dimension is contiguous.
@@ -130,7 +131,7 @@ class DenseTokens:
     unused: torch.Tensor | None = None
 
     def until(self, slots: int) -> DenseTokens:
-        """The first so many."""
+        """The tokens of the first ``slots`` slots."""
         return DenseTokens(
             self.keys[:, :, :slots],
             self.values[:, :, :slots],
@@ -161,7 +162,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class UpProjections:
-    """What turns latents into the keys and values of each head, as views of the model's own weight.
+    """The projections from latents to the keys and the values of each head, as views of the model's own weight.
 
     Attributes:
         keys: ``[H, dn, r]``.
@@ -174,13 +175,13 @@ class UpProjections:
 
 @dataclass
 class Slots:
-    """The buffer of full-precision tokens that a step puts one more token into: the next slot of every sequence.
+    """The buffer of full-precision tokens. A prepared call stores a new token in the next slot of every sequence.
 
     Attributes:
-        keys: ``[B, Hkv, slots, Dk]``, the slots that are not in use yet too.
+        keys: ``[B, Hkv, slots, Dk]``, including the slots that are not in use yet.
         values: ``[B, Hkv, slots, Dv]``.
         positions: int64 ``[B, slots]`` on the host.
-        lengths: int64 ``[B]`` on the host, slots in use.
+        lengths: int64 ``[B]`` on the host, the number of slots in use.
     """
 
     keys: torch.Tensor
@@ -191,17 +192,17 @@ class Slots:
 
 @dataclass
 class CallInputs:
-    """What a step of plain decoding is made for: a token, and what stays as it is for the tokens behind it.
+    """What a prepared call is made for: the layout of a new token, and what stays the same for the tokens after it.
 
     Attributes:
         query: ``[B, Hq, 1, Dk]``.
-        keys: of the new token, ``[B, Hkv, 1, Dk]``, none of them padding; or its latents.
-        values: of the new token, ``[B, Hkv, 1, Dv]``; or its rotary keys.
+        keys: of the new token, ``[B, Hkv, 1, Dk]``, or its latents. No sequence has padding here.
+        values: of the new token, ``[B, Hkv, 1, Dv]``, or its rotary keys.
         pages: the pages; None if there are none.
-        slots: where full-precision tokens lie, equally many in every sequence.
+        slots: the buffer of full-precision tokens, of which every sequence has equally many.
         scoring: how scores are made.
         window: tokens a query sees (sliding windows); None for all.
-        up: what turns latents into keys and values; None if keys and values are stored.
+        up: the up-projections, if latents are stored; None if keys and values are.
     """
 
     query: torch.Tensor
@@ -215,12 +216,12 @@ class CallInputs:
 
 
 class Attention(NamedTuple):
-    """What attention gives.
+    """The result of attention.
 
     Attributes:
         output: ``[B, q, Hq, Dv]`` in the dtype of the query.
         log_sum_exp: float32 ``[B, Hq, q]``, of the scores of all visible keys, sink logits included.
-        page_sums: float32 ``[B, Hq, columns * P]`` on request: probability of each key, summed over the queries;
+        page_sums: float32 ``[B, Hq, columns * P]`` on request: the probability of each key, summed over the queries;
             0 where there is no token.
         dense_sums: float32 ``[B, Hq, n]`` on request.
     """

@@ -1,4 +1,4 @@
-"""Absorbed multi-head latent attention of new queries over pages and full-precision tokens (arXiv:2405.04434)."""
+"""Absorbed multi-head latent attention (arXiv:2405.04434) and its projections, by the backend of their device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.pack import decode_side
 from hf_kvcache.kernels.reference import latent_decode as reference
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -20,11 +21,11 @@ def latent_attend(
     scoring: Scoring,
     sums: bool = False,
 ) -> Attention:
-    """Attention over latents, by the twin for their device; :func:`reference.latent_attend` tells what it takes."""
+    """Attention over latents; see :func:`hf_kvcache.kernels.reference.latent_decode.latent_attend`."""
     faster = implementation("latent_decode", query.device)
     if faster is not None and faster.supports(query, pages, dense, visibility, scoring, sums):
         return faster.latent_attend(query, pages, dense, visibility, scoring, sums)
-    return reference.latent_attend(query, pages, dense, visibility, scoring, sums)
+    return reference.latent_attend(query, pages, dense, visibility, scoring, sums, decode_side)
 
 
 def absorb(query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

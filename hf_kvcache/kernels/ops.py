@@ -1,7 +1,7 @@
 """The kernels as operators of torch (``torch.ops.hf_kvcache.*``), so that compiled code can call them.
 
-An operator takes tensors and plain numbers only: pages come as their slabs and tables, a layout as a string. In eager
-code the functions of the folders are called as they are; what happens here only flattens and rebuilds their arguments.
+An operator takes only tensors and plain numbers: pages are passed as their slabs and tables, a layout as a string. The
+operators rebuild the arguments and call the functions of this package, which eager code calls directly.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from hf_kvcache.kernels.column_sums import column_sums as column_sums_kernel
 from hf_kvcache.kernels.hadamard import rotate as rotate_kernel
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.latent_decode import latent_attend as latent_attend_kernel
+from hf_kvcache.kernels.pack import decode_side as decode_side_kernel
 from hf_kvcache.kernels.page import PageLayout, Rotation, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -181,11 +182,9 @@ def _(x: Tensor, rotation: str, inverse: bool) -> Tensor:
 @torch.library.custom_op("hf_kvcache::decode_side", mutates_args=())
 def decode_side(records: Tensor, layout: str, values: bool) -> Tensor:
     """Keys or values of page records ``[N, record_bytes]`` as float32 ``[N, P, D]``, in the rotated basis."""
-    from hf_kvcache.kernels.reference.levels import decode_side as kernel
-
     side, page_layout = "values" if values else "keys", layout_of(layout)
     out = records.new_empty(*_decoded_shape(records, page_layout, side), dtype=torch.float32)
-    decoded = kernel(page_layout, side, records, out)
+    decoded = decode_side_kernel(page_layout, side, records, out)
     return decoded if decoded is out else out.copy_(decoded)
 
 

@@ -1,4 +1,4 @@
-"""Where the padding of a batch stands: tokens that were seen and of which nothing is stored."""
+"""The positions of padding in a batch. Padding tokens are counted as seen, but nothing is stored of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 
 
 class PaddingPlaces:
-    """Positions of padding by sequence; never changes, so that the layers of a model can share one.
+    """The positions of padding of each sequence. Instances never change, so that the layers of a model can share them.
 
     Args:
         rows: int64 ``[n]``, the sequence of each place.
-        positions: int64 ``[n]``, its position among the tokens seen.
+        positions: int64 ``[n]``, the position of each place among the tokens seen.
     """
 
     def __init__(self, rows: np.ndarray, positions: np.ndarray) -> None:
@@ -20,27 +20,28 @@ class PaddingPlaces:
         self._next: tuple[np.ndarray, int, PaddingPlaces] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return padding_places, (self.rows, self.positions)  # none at all are always the same object
+        return padding_places, (self.rows, self.positions)  # without padding there is only one object, NO_PADDING
 
     def extend(self, position: int, valid: np.ndarray | None) -> PaddingPlaces:
-        """The places once tokens from ``position`` on were seen, of which ``valid [B, T]`` are no padding."""
+        """The places after more tokens, from ``position`` on, which are padding where ``valid [B, T]`` is False."""
         if valid is None:
             return self
         known = self._next
         if known is None or known[0] is not valid or known[1] != position:
-            # Layers that read one mask ask for the same: they get the same, and compare it with a mask once.
+            # Layers with the same mask ask for the same places. They get one object, which is compared with a mask
+            # once.
             rows, columns = np.nonzero(~valid)
             both = np.concatenate([self.rows, rows]), np.concatenate([self.positions, position + columns])
             known = self._next = valid, position, padding_places(*both)
         return known[2]
 
     def before(self, length: int) -> PaddingPlaces:
-        """Those among the first ``length`` tokens."""
+        """The places among the first ``length`` tokens."""
         keep = self.positions < length
         return self if keep.all() else padding_places(self.rows[keep], self.positions[keep])
 
     def select(self, rows: np.ndarray) -> PaddingPlaces:
-        """The same for the sequences ``rows`` of these."""
+        """The places of the sequences ``rows``, which are numbered anew in this order."""
         if self is NO_PADDING:
             return self
         where = [np.flatnonzero(self.rows == row) for row in rows]
@@ -48,7 +49,7 @@ class PaddingPlaces:
         return padding_places(new, self.positions[np.concatenate(where)] if where else np.zeros(0, np.int64))
 
     def counts(self, batch: int) -> np.ndarray:
-        """How many places each of ``batch`` sequences has, int64 ``[B]``."""
+        """The number of places of each of ``batch`` sequences, int64 ``[B]``."""
         return np.bincount(self.rows, minlength=batch)
 
     def numbers(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -67,7 +68,7 @@ class PaddingPlaces:
 
 
 def padding_places(rows: np.ndarray, positions: np.ndarray) -> PaddingPlaces:
-    """The places; :data:`NO_PADDING` itself if there are none."""
+    """The places as an object; :data:`NO_PADDING` itself if there are none."""
     return PaddingPlaces(rows, positions) if len(rows) else NO_PADDING
 
 

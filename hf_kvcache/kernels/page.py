@@ -1,12 +1,12 @@
-"""The one page format: how the bytes of a page are laid out and what they mean.
+"""The page format: how the bytes of a page are laid out and what they mean.
 
 A page holds ``page_size`` tokens of one KV head as a single record of bytes. Each side (keys, values) decodes as
 
     x_hat[t, c] = (level(code[t, c]) * scale + zero) * other
 
-in a rotated basis, where ``scale`` and ``zero`` live on one axis (per channel or per token), ``other`` is an optional
-second scale on the other axis, and ``level`` is the identity, a table or a cast. Every codec is a choice of these
-constants plus an ``encode``, so that one decode kernel serves all of them.
+in a rotated basis. ``scale`` and ``zero`` have one axis, per channel or per token. ``other`` is an optional second
+scale on the other axis. ``level`` is the identity, a table or a cast. Every codec is a choice of these constants with
+an ``encode``, so that one decode kernel serves all codecs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SideFormat:
         zero: whether a zero point is stored beside the scale.
         other: whether a second scale along the other axis is stored.
         rotation: orthonormal map applied to the vectors before encoding.
-        centered: whether a fixed mean of the sequence is subtracted first (keys only; softmax does not see it).
+        centered: whether a key mean is subtracted first. It changes all scores of a query alike, so softmax ignores it.
         table: the levels when ``level="table"``, ascending, ``2**bits`` of them.
         dense_dtype: the element type when ``level="dense"``.
     """

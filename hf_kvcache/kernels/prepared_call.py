@@ -1,4 +1,4 @@
-"""Prepared calls: attention of one new token a sequence, whose arguments are filled in once for many tokens."""
+"""Prepared calls: attention of one new token a sequence, with arguments that are filled in once for many tokens."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hf_kvcache.kernels.inputs import CallInputs, Pages, Scoring, Slots, UpProje
 
 
 class PreparedCall(Protocol):
-    """Attention of one new token a sequence, made once and called for one token after the other.
+    """Attention of one new token a sequence, prepared once and called for one token after the other.
 
-    What it is called for has to be what it was made for: the same pages, slots and up-projections, and what
-    :meth:`fits`.
+    The pages, the slots and the up-projections have to be those for which it was prepared, and :meth:`fits` has to
+    accept the token.
 
     Attributes:
         pages: the pages it reads; None if there are none.
-        slots: where full-precision tokens lie, and the new one goes.
-        up: the up-projections, if what is stored are latents.
+        slots: the buffer of full-precision tokens, in which it stores the new token.
+        up: the up-projections, if latents are stored.
     """
 
     pages: Pages | None
@@ -27,12 +27,12 @@ class PreparedCall(Protocol):
     up: UpProjections | None
 
     def fits(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> bool:
-        """Whether a token lies in memory, and is to be scored, like the one it was made for."""
+        """Whether a token has the layout and the scoring for which the call was prepared."""
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
     ) -> torch.Tensor:
-        """Put the token into ``slot``, note its position and count it, and attend to it and to all before it.
+        """Store the token in ``slot`` with its position, count it, and attend to it and to all tokens before it.
 
         Returns:
             ``[B, 1, Hq, Dv]``.
@@ -43,7 +43,7 @@ class PreparedCall(Protocol):
 
 
 def prepare(inputs: CallInputs) -> PreparedCall | None:
-    """A call for tokens like these, by the backend of their device; None if it has none that can do it."""
+    """A prepared call for such tokens by the backend of their device; None if the backend has no such call."""
     op = "decode" if inputs.up is None else "latent_decode"
     make = getattr(implementation(op, inputs.query.device), "PreparedCall", None)
     return make(inputs) if make is not None and make.supports(inputs) else None

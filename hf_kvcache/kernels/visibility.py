@@ -8,12 +8,12 @@ import torch
 
 
 def visible(mask: torch.Tensor) -> torch.Tensor:
-    """Where a boolean or additive mask lets a query see."""
+    """A boolean mask of what queries see, from a boolean or additive one."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def additive(mask: torch.Tensor) -> torch.Tensor:
-    """A boolean or additive mask as float32 to be added to scores, ``-inf`` where nothing is to be seen."""
+    """A float32 mask to be added to scores, ``-inf`` where a query does not see, from a boolean or additive one."""
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
     return mask.float().masked_fill(~visible(mask), -torch.inf)
@@ -26,9 +26,9 @@ class Visibility:
     Attributes:
         start: position of the first query.
         length: number of queries.
-        mask: boolean or additive mask ``[B, 1 or Hq, 1 or length, T]`` to obey; None if causality says it all.
+        mask: boolean or additive mask ``[B, 1 or Hq, 1 or length, T]``; None if causality and the window say it all.
         mask_start: position of the mask's first column.
-        causal: whether a query sees no later token, apart from what the mask says.
+        causal: whether a query sees no later token. The mask can hide more.
         window: tokens a query sees, itself included (sliding windows); None for all.
     """
 
@@ -40,7 +40,7 @@ class Visibility:
     window: int | None
 
     def part(self, queries: slice) -> Visibility:
-        """The same for some of the queries."""
+        """The visibility of some of the queries."""
         mask = self.mask
         if mask is not None and mask.shape[2] > 1:
             mask = mask[:, :, queries]
@@ -52,7 +52,7 @@ class Visibility:
         return self.mask is None and in_window
 
     def bias(self, positions: torch.Tensor, unused: torch.Tensor | None, heads: int, queries: slice) -> torch.Tensor:
-        """What to add to the scores of keys at ``positions``.
+        """A mask to be added to the scores of keys at ``positions``.
 
         Args:
             positions: int64 ``[B, H', n]``, ``H'`` 1 or the number of KV heads.

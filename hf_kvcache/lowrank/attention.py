@@ -15,6 +15,7 @@ import torch
 from hf_kvcache.kernels.attention import attend, without_gradient
 from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.pack import decode_side
 from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.reference.levels import page_output
 from hf_kvcache.kernels.reference.softmax import OnlineSoftmax, merge
@@ -154,7 +155,7 @@ def _read_tiles(
         return scores.permute(2, 0, 1, 3).contiguous()
 
     def combine(records: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return page_output(layout, records, weights, reference.side_buffer(layout, "values", records))
+        return page_output(layout, records, weights, reference.side_buffer(layout, "values", records), decode_side)
 
     kept: list[torch.Tensor] | None = None if kept_scores is None else []
     state = OnlineSoftmax(pages.rows, sharing * per_head, layout.sides["values"].dim, rows.device)

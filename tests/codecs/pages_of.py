@@ -7,7 +7,7 @@ import torch
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels.hadamard import rotation_matrix
-from hf_kvcache.kernels.reference.levels import decode_side
+from hf_kvcache.kernels.pack import decode_side
 
 SIDES = ("keys", "values")
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from hf_kvcache.kernels.pack import decode_side
 from hf_kvcache.kernels.page import PageLayout, SideFormat
-from hf_kvcache.kernels.reference.levels import decode_side
+from hf_kvcache.kernels.reference import levels
+from hf_kvcache.kernels.reference.levels import SideDecoder
 from tests.kernels.bytes_by_hand import bytes_by_hand
 from tests.tolerances import assert_near
 
@@ -79,15 +81,16 @@ def random_records(layout: PageLayout, side: str, count: int) -> tuple[torch.Ten
     return torch.from_numpy(records), torch.tensor(pages, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("decode", [decode_side, levels.decode_side], ids=["dispatched", "reference"])
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_formula(name: str, side: str) -> None:
+def test_formula(name: str, side: str, decode: SideDecoder) -> None:
     """``(level * scale + zero) * other`` for every kind of format, into memory full of NaN."""
     fmt, filler = FORMATS[name], SideFormat(48, 3, group=48)
     layout = PageLayout(*((fmt, filler) if side == "keys" else (filler, fmt)), PAGE)
     records, expected = random_records(layout, side, 4)
     out = torch.full(expected.shape, float("nan"))
-    decoded = decode_side(layout, side, records, out)
+    decoded = decode(layout, side, records, out)
     assert decoded.data_ptr() == out.data_ptr()
     assert_near(decoded, expected)
 

@@ -134,7 +134,7 @@ SCRIPT = """
 import logging, os, sys, torch
 logging.basicConfig(format="%(message)s")
 from hf_kvcache.kernels.attention import attend
-from hf_kvcache.kernels.decode import reference
+from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels import dispatch

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_kvcache.kernels.pack import pack_bits, unpack_bits
+from hf_kvcache.kernels.pack import pack_bits
+from hf_kvcache.kernels.reference.pack import unpack_bits
 from tests.choosing import pairwise
 from tests.kernels.bytes_by_hand import bytes_by_hand
 

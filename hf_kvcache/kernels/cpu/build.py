@@ -63,9 +63,9 @@ def build(output: Path = LIBRARY, sanitize: bool = False) -> Path:
     flags = _COMMON + _WARNINGS + ([*SANITIZER, "-O1"] if sanitize else [])
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    units: dict[str, list[str]] = {"dispatch": ["-DHFKV_X86"] if x86 else [], "isa_portable": []}
+    units: dict[str, list[str]] = {"dispatch": ["-DHFKV_X86"] if x86 else [], "kernels_portable": []}
     if x86:
-        units |= {f"isa_{name}": extra for name, extra in _X86.items()}
+        units |= {f"kernels_{name}": extra for name, extra in _X86.items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
 

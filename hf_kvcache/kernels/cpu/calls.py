@@ -1,4 +1,4 @@
-"""What calls of the attention kernels have in common: pages, places of full-precision tokens, scoring, being made."""
+"""The arguments that the calls of both attention kernels share: pages, positions of full-precision tokens, scoring."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ Call = library.Attend | library.Latent
 
 
 def run(function: Callable[[Any], int], call: Any, purpose: str = "for the partial results") -> None:
-    """Make a call, given by reference; raises MemoryError if it found no memory for its ``purpose``."""
+    """Make a call, given by reference; raises MemoryError if it finds no memory for its ``purpose``."""
     if function(call):
         raise MemoryError(f"attention over a KVCache: no memory left {purpose}")
 
 
 def set_pages(call: Call, pages: Pages) -> np.ndarray | None:
-    """Fill in where the pages lie; returns an array to be kept as long as the call, which has its address only."""
+    """Fill in where the pages lie.
+
+    Returns:
+        An array that has to live as long as the call, which holds only its address; None if there is none.
+    """
     addresses, counts, first = pages.addresses, pages.counts, pages.first
     call.addresses, call.counts, call.first = (a.ctypes.data for a in (addresses, counts, first))
     call.row_stride, call.columns = addresses.strides[0] // addresses.itemsize, addresses.shape[1]
@@ -32,7 +36,7 @@ def set_pages(call: Call, pages: Pages) -> np.ndarray | None:
 
 
 def _scattered_positions(pages: Pages, row_stride: int) -> np.ndarray | None:
-    """Address of the positions of each page that stores them, 0 for the others; None if none does."""
+    """Address of the positions of each page that stores positions, 0 for all other pages; None if no page does."""
     if not pages.scattered:
         return None
     stored = np.zeros((pages.rows, row_stride), dtype=np.int64)
@@ -42,7 +46,7 @@ def _scattered_positions(pages: Pages, row_stride: int) -> np.ndarray | None:
 
 
 def set_places(call: Call, dense: DenseTokens) -> None:
-    """Fill in which slots of the full-precision tokens are used, and for which positions."""
+    """Fill in the positions of the full-precision slots, and which of the slots are unused."""
     if dense.positions is not None:
         call.dense_positions, call.positions_batch = dense.positions.data_ptr(), dense.positions.stride(0)
     if dense.unused is not None:
@@ -50,7 +54,11 @@ def set_places(call: Call, dense: DenseTokens) -> None:
 
 
 def set_scoring(call: Call, scoring: Scoring) -> torch.Tensor | None:
-    """Fill in how scores are made; returns a tensor to be kept as long as the call, which has its address only."""
+    """Fill in how scores are made.
+
+    Returns:
+        The sink logits, which have to live as long as the call, since the call holds only their address; or None.
+    """
     call.inner_scale, call.softcap = scoring.inner, scoring.softcap or 0.0
     if scoring.sink_logits is None:
         return None

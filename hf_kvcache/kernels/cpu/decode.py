@@ -1,4 +1,4 @@
-"""Attention over pages and full-precision tokens by the C++ kernels: one call a layer and step."""
+"""Attention of few queries over pages and full-precision tokens by the C++ kernels, in one call."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from hf_kvcache.kernels.cpu import library
 from hf_kvcache.kernels.cpu.calls import run, set_pages, set_places, set_scoring
 from hf_kvcache.kernels.cpu.layouts import DENSE, make_layout, native_layout
-from hf_kvcache.kernels.cpu.prepared_call import NativeCall, all_slots, can_keep, set_token, sight
+from hf_kvcache.kernels.cpu.prepared_call import CpuPreparedCall, all_slots, can_prepare, set_token, visibility_of
 from hf_kvcache.kernels.inputs import Attention, CallInputs, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
-    """Whether the kernels can do it: masks that say more than causality, windows and padding they cannot."""
+    """Whether the kernels can do a call: no mask that says more than causality, windows and padding."""
     return (
         visibility.mask is None
         and dense.keys.dtype in DENSE
@@ -36,7 +36,7 @@ def attend(
     scoring: Scoring,
     sums: bool = False,
 ) -> Attention:
-    """The twin of :func:`hf_kvcache.kernels.reference.decode.attend`, for a query on the CPU."""
+    """As :func:`hf_kvcache.kernels.reference.decode.attend`."""
     batch, query_heads, length, _ = query.shape
     floats = _floats(query)
     keys, values = dense.keys, dense.values
@@ -48,7 +48,7 @@ def attend(
     call.batch, call.query_heads, call.heads, call.length = batch, query_heads, keys.shape[1], length
     _set_dense(call, dense)
     call.start, call.window, call.causal = visibility.start, visibility.window or 0, visibility.causal
-    _kept = set_scoring(call, scoring)
+    _sinks = set_scoring(call, scoring)  # lives until the call has been made
     page_sums = dense_sums = None
     if sums:
         dense_sums = torch.empty(batch, query_heads, keys.shape[2])
@@ -61,8 +61,8 @@ def attend(
     return Attention(output.to(query.dtype), log_sum_exp, page_sums, dense_sums)
 
 
-class PreparedCall(NativeCall):
-    """Attention over keys and values of one new token a sequence, again and again."""
+class PreparedCall(CpuPreparedCall):
+    """Prepared attention of one new token a sequence over keys and values."""
 
     def __init__(self, inputs: CallInputs) -> None:
         super().__init__(inputs)
@@ -83,8 +83,8 @@ class PreparedCall(NativeCall):
 
     @staticmethod
     def supports(inputs: CallInputs) -> bool:
-        """Whether there can be a step for such tokens."""
-        return can_keep(inputs) and supports(inputs.query, inputs.pages, all_slots(inputs), sight(inputs))
+        """Whether a call can be prepared for such tokens."""
+        return can_prepare(inputs) and supports(inputs.query, inputs.pages, all_slots(inputs), visibility_of(inputs))
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
@@ -107,12 +107,12 @@ def _template(pages: Pages | None, key_dim: int, value_dim: int) -> library.Atte
 
 
 def _with_pages(pages: Pages) -> library.Attend:
-    """A call in which the pages are filled in; made once for as long as they stay the same."""
+    """A call in which the pages are filled in, made once for each :class:`Pages`."""
     prepared = pages.prepared.get("native")
     if prepared is None:
         call = library.Attend(layout=pointer(native_layout(pages.layout)))
         if pages.key_mean is not None:
-            call.center = pages.key_mean.data_ptr()
+            call.key_mean = pages.key_mean.data_ptr()
         prepared = pages.prepared["native"] = (call, set_pages(call, pages))
     return prepared[0]
 

@@ -1,28 +1,29 @@
-"""Long blocks of queries on the CPU: pages decoded by the C++ kernels, attention over them by torch's flash kernel.
+"""Attention of long blocks of queries on the CPU, by torch's flash kernel over pages that the C++ kernels decode.
 
-Many queries are a matter of arithmetic, which torch's kernel does well. It is given dense keys, a chunk of pages at a
-time, and returns the log-sum-exp by which chunks and full-precision tokens are merged.
+For many queries the time is that of arithmetic, which torch's kernel does well. The pages are decoded and attended to
+one chunk after the other. The log-sum-exp of each chunk merges it with the others and with the full-precision tokens.
 """
 
 from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels.hadamard import rotate
+from hf_kvcache.kernels.attention import read_pages
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.pack import decode_side
 from hf_kvcache.kernels.reference import decode as reference
-from hf_kvcache.kernels.reference.levels import decode_side
+from hf_kvcache.kernels.reference.hadamard import rotate
 from hf_kvcache.kernels.reference.softmax import merge
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
-#: Tokens of each row that are dense at a time.
+#: Tokens of each row that are decoded at a time.
 _CHUNK_TOKENS = 4096
 _flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
-    """Whether every query sees every token in pages, and torch has the kernel."""
+    """Whether every query sees every token in pages, and this torch has the flash kernel."""
     return _flash is not None and visibility.mask is None and visibility.window is None
 
 
@@ -34,9 +35,12 @@ def attend(
     scoring: Scoring,
     sums: bool = False,
 ) -> Attention:
-    """The twin of :func:`hf_kvcache.kernels.reference.decode.attend`, to which it leaves soft-capping and ``sums``."""
+    """As :func:`hf_kvcache.kernels.reference.decode.attend`.
+
+    The reference does calls with soft-capping or ``sums``, which torch's kernel has no arguments for.
+    """
     if scoring.softcap is not None or sums:
-        return reference.attend(query, pages, dense, visibility, scoring, sums)
+        return reference.attend(query, pages, dense, visibility, scoring, sums, read_pages)
     return reference.attend(query, pages, dense, visibility, scoring, read_pages=_read_pages)
 
 
@@ -52,7 +56,7 @@ def _read_pages(
     assert _flash is not None
     layout = pages.layout
     rotated = rotate(rows, layout.sides["keys"])
-    # The kernel takes keys and values of one width: zeros add nothing to scores, and to outputs what is cut off again.
+    # The kernel takes keys and values of one width. Zeros add nothing to scores, and the output is cut to its width.
     width = max(fmt.dim for fmt in layout.sides.values())
     wide = _widened(rotated, width)[:, None]
     result = None
@@ -69,26 +73,26 @@ def _read_pages(
     assert result is not None
     output, log_sum_exp = result
     empty = torch.from_numpy(pages.counts.sum(1) == 0)
-    if empty.any():  # rows that have no page, beside rows that have some
+    if empty.any():  # some rows have pages and others have none
         output, log_sum_exp = (
             output.masked_fill(empty[:, None, None], 0.0),
             log_sum_exp.masked_fill(empty[:, None], -torch.inf),
         )
     if pages.key_mean is not None:
-        # The mean that was taken out of the packed keys shifts all their scores of a query alike.
+        # The mean that was subtracted from the packed keys changes all scores of a query alike.
         log_sum_exp = log_sum_exp + (rotated @ pages.key_mean.unsqueeze(-1)).squeeze(-1)
     return rotate(output, layout.sides["values"], inverse=True), log_sum_exp
 
 
 def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
-    """``x [..., D]`` with zeros behind it up to ``width``."""
+    """``x [..., D]`` padded with zeros to ``width``."""
     return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 def _hidden(unused: torch.Tensor) -> torch.Tensor:
-    """``unused [rows, n]`` as what is added to scores, ``[rows, 1, 1, n]``.
+    """What hides the ``unused [rows, n]`` places when it is added to scores, ``[rows, 1, 1, n]``.
 
-    Not ``-inf``: a row without a token would become NaN; so it gets a log-sum-exp far below that of any token.
+    It is not ``-inf``, by which a row without any token would become NaN. Such a row gets a very low log-sum-exp.
     """
     return torch.zeros(unused.shape, device=unused.device).masked_fill_(unused, -1e30)[:, None, None]
 

@@ -1,4 +1,7 @@
-"""Absorbed latent attention and its projections by the C++ kernels: three calls a layer and step."""
+"""Absorbed latent attention and its projections by the C++ kernels.
+
+A prepared call makes one call of the library a layer and step; without it there are three.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ import torch
 from hf_kvcache.kernels.cpu import library
 from hf_kvcache.kernels.cpu.calls import run, set_pages, set_places, set_scoring
 from hf_kvcache.kernels.cpu.layouts import DENSE, make_layout, native_layout
-from hf_kvcache.kernels.cpu.prepared_call import NativeCall, all_slots, can_keep, set_token, sight
+from hf_kvcache.kernels.cpu.prepared_call import CpuPreparedCall, all_slots, can_prepare, set_token, visibility_of
 from hf_kvcache.kernels.inputs import Attention, CallInputs, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.visibility import Visibility
 
-#: Queries up to which each is taken on its own vectors; for more, a matrix product of the whole is better.
+#: Queries up to which the kernels are used; for more, matrix products are faster.
 _MOST_QUERIES = 16
 _LARGEST_RANK = 1024
 
@@ -29,7 +32,7 @@ def supports(
     scoring: Scoring,
     sums: bool = False,
 ) -> bool:
-    """Whether :func:`latent_attend` can do this; the reference does the rest."""
+    """Whether :func:`latent_attend` can do a call. The reference does all others."""
     rank, rotary = dense.keys.shape[3], dense.values.shape[3]
     mask = visibility.mask
     return (
@@ -57,7 +60,7 @@ def latent_attend(
     scoring: Scoring,
     sums: bool = False,
 ) -> Attention:
-    """The twin of :func:`hf_kvcache.kernels.reference.latent_decode.latent_attend`, for what :func:`supports` says."""
+    """As :func:`hf_kvcache.kernels.reference.latent_decode.latent_attend`, for calls that :func:`supports` accepts."""
     batch, heads, length, _ = query.shape
     latents, rotary = dense.keys, dense.values
     rank = latents.shape[3]
@@ -67,14 +70,14 @@ def latent_attend(
     _set_query(call, query, output, log_sum_exp)
     _set_dense(call, dense)
     _set_visibility(call, visibility)
-    _kept = set_scoring(call, scoring)
+    _sinks = set_scoring(call, scoring)  # lives until the call has been made
     call.threads = torch.get_num_threads()
     run(library.load().hfkv_latent_attend, byref(call))
     return Attention(output, log_sum_exp)
 
 
-class PreparedCall(NativeCall):
-    """Absorbed attention over latents of one new token a sequence, again and again, projections included."""
+class PreparedCall(CpuPreparedCall):
+    """Prepared absorbed attention of one new token a sequence over latents, with both projections."""
 
     def __init__(self, inputs: CallInputs) -> None:
         super().__init__(inputs)
@@ -89,30 +92,30 @@ class PreparedCall(NativeCall):
         attend = library.Latent.from_buffer_copy(_template(inputs.pages, rank, rotary))
         _set_query(attend, self._query, self._latents, self._log_sum_exp)
         _set_dense(attend, all_slots(inputs))
-        _set_visibility(attend, sight(inputs))
+        _set_visibility(attend, visibility_of(inputs))
         set_scoring(attend, inputs.scoring)
         set_token(attend.token, inputs.keys, inputs.values, slots)
         sizes = batch, heads, 1
-        inner, outer = self._latents, torch.empty(self._sizes, dtype=dtype)  # of the first token
-        self._call = library.LatentStep(
+        inner, outer = self._latents, torch.empty(self._sizes, dtype=dtype)  # outer: every call brings its own
+        self._call = library.LatentCall(
             _projection(False, query, query.stride()[:3], up.keys, self._query, self._query.stride()[:3], sizes),
             attend,
             _projection(True, inner, _by_head(inner), up.values, outer, _by_head(outer), sizes),
         )
-        # Parts of the call, not copies.
+        # References to parts of the call, not copies.
         self._absorb, self._attend, self._expand = self._call.absorb, self._call.attend, self._call.expand
         self._token = self._attend.token
         self._run, self._reference = library.load().hfkv_latent_step, byref(self._call)
 
     @staticmethod
     def supports(inputs: CallInputs) -> bool:
-        """Whether there can be a step for such tokens."""
+        """Whether a call can be prepared for such tokens."""
         query, up = inputs.query, inputs.up
         assert up is not None
         latents = query.new_empty(1, 1, query.shape[1], inputs.slots.keys.shape[3])  # as attention will give them
         return (
-            can_keep(inputs)
-            and supports(query, inputs.pages, all_slots(inputs), sight(inputs), inputs.scoring)
+            can_prepare(inputs)
+            and supports(query, inputs.pages, all_slots(inputs), visibility_of(inputs), inputs.scoring)
             and supports_projection(query[..., : up.keys.shape[1]], up.keys)
             and supports_projection(latents, up.values)
         )
@@ -148,7 +151,7 @@ def _template(pages: Pages | None, rank: int, rotary: int) -> library.Latent:
 
 
 def _with_pages(pages: Pages) -> library.Latent:
-    """A call in which the pages are filled in; made once for as long as they stay the same."""
+    """A call in which the pages are filled in, made once for each :class:`Pages`."""
     prepared = pages.prepared.get("native latents")
     if prepared is None:
         call = library.Latent(layout=pointer(native_layout(pages.layout)))
@@ -182,7 +185,7 @@ def _set_visibility(call: library.Latent, visibility: Visibility) -> None:
 
 
 def supports_projection(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether :func:`absorb` and :func:`expand` can do this: few vectors, of the weight's dtype.
+    """Whether :func:`absorb` and :func:`expand` can do a projection: few vectors, of the weight's dtype.
 
     ``x`` is ``[B, H, q, dn]`` or ``[B, q, H, r]``, ``weight`` ``[H, dn or dv, r]``.
     """
@@ -197,7 +200,7 @@ def supports_projection(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def absorb(query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The twin of :func:`hf_kvcache.kernels.reference.latent_decode.absorb`, for what is supported."""
+    """As :func:`hf_kvcache.kernels.reference.latent_decode.absorb`."""
     batch, heads, length, _ = query.shape
     out = torch.empty(batch, heads, length, weight.shape[2], dtype=query.dtype)
     _project(False, query, query.stride()[:3], weight, out, out.stride()[:3], (batch, heads, length))
@@ -205,7 +208,7 @@ def absorb(query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def expand(latents: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The twin of :func:`hf_kvcache.kernels.reference.latent_decode.expand`, for what is supported."""
+    """As :func:`hf_kvcache.kernels.reference.latent_decode.expand`."""
     batch, length, heads, _ = latents.shape
     out = torch.empty(batch, length, heads, weight.shape[1], dtype=latents.dtype)
     _project(True, latents, _by_head(latents), weight, out, _by_head(out), (batch, heads, length))
@@ -227,8 +230,8 @@ def _projection(
     out_strides: tuple[int, ...],
     sizes: tuple[int, int, int],
 ) -> library.Project:
-    """The call but for its threads; strides and sizes are those of sequences, heads and queries."""
-    # By position: a struct is filled at once, which by name takes as long as all the rest of the call.
+    """A call without its number of threads. Strides and sizes are those of sequences, heads and queries."""
+    # By position: to fill the struct by name takes as long as all the rest of the call.
     return library.Project(
         x.data_ptr(),
         weight.data_ptr(),

@@ -1,4 +1,4 @@
-"""Page layouts as the CPU kernels take them."""
+"""Page layouts as C structs for the CPU kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_kvcache.kernels.reference.hadamard import rotation_matrix, rotation_sign
 
 CODES, FLOAT8 = 0, 1
 DENSE = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
-#: The byte of level 0: the kernels subtract it.
+#: The byte of level 0, which the kernels subtract.
 _CENTER = 128
 _BY_MATRIX, _FAST = 1, 2
 
@@ -63,7 +63,7 @@ def _side(layout: PageLayout, name: str) -> Side | None:
 
 
 def _grid(fmt: SideFormat) -> tuple[int, int, float, list[int]] | None:
-    """Kind of level, offset, step and the byte of each code; None where levels are no multiples of one step."""
+    """Kind of level, offset, step and the byte of each code; None if levels are no multiples of one step."""
     if fmt.level == "dense":
         assert fmt.dense_dtype is not None
         return (DENSE[fmt.dense_dtype], 0, 1.0, []) if fmt.dense_dtype in DENSE else None
@@ -80,19 +80,19 @@ def _grid(fmt: SideFormat) -> tuple[int, int, float, list[int]] | None:
 
 
 def _rotation(fmt: SideFormat) -> tuple[int, int | None, int | None]:
-    """Kind of rotation, and the address of its matrix or its signs, which are cached for good."""
+    """The kind of rotation, and the addresses of its matrix and of its signs, which are never freed."""
     if fmt.rotation == "none":
         return 0, None, None
     if fmt.dim & (fmt.dim - 1) == 0:
-        return _FAST, None, _kept(fmt, rotation_signs(fmt.dim, fmt.rotation)).data_ptr()
+        return _FAST, None, _never_freed(fmt, rotation_signs(fmt.dim, fmt.rotation)).data_ptr()
     matrix = rotation_matrix(fmt.dim, fmt.rotation, torch.float32, torch.device("cpu"))
     assert matrix is not None
-    return _BY_MATRIX, _kept(fmt, matrix).data_ptr(), None
+    return _BY_MATRIX, _never_freed(fmt, matrix).data_ptr(), None
 
 
-#: Matrices and signs whose addresses the structs have: never given up.
+#: Matrices and signs whose addresses the structs hold; never freed.
 _constants: dict[tuple[int, str], torch.Tensor] = {}
 
 
-def _kept(fmt: SideFormat, constant: torch.Tensor) -> torch.Tensor:
+def _never_freed(fmt: SideFormat, constant: torch.Tensor) -> torch.Tensor:
     return _constants.setdefault((fmt.dim, fmt.rotation), constant.contiguous())

@@ -59,7 +59,7 @@ class Attend(Structure):
         *((name, c_void_p) for name in ("addresses", "counts", "first", "positions")),
         ("row_stride", c_int64),
         ("columns", c_int32),
-        ("center", c_void_p),
+        ("key_mean", c_void_p),
         *((name, c_void_p) for name in ("dense_keys", "dense_values")),
         *((name, c_int32) for name in ("dense_level", "slots")),
         *((name, c_int64) for name in ("keys_batch", "keys_head", "keys_token")),
@@ -116,8 +116,8 @@ class Project(Structure):
     )
 
 
-class LatentStep(Structure):
-    """``HfkvLatentStep``."""
+class LatentCall(Structure):
+    """``HfkvLatentStep``: the projections and the attention of one decode step."""
 
     _fields_ = (("absorb", Project), ("attend", Latent), ("expand", Project))
 
@@ -135,7 +135,7 @@ class Encode(Structure):
         ("layout", POINTER(Layout)),
         *((name, c_int32) for name in ("values", "method")),
         ("grid", Grid),
-        *((name, c_void_p) for name in ("x", "center")),
+        *((name, c_void_p) for name in ("x", "key_mean")),
         ("pages", c_int64),
         ("records", c_void_p),
         ("threads", c_int32),
@@ -208,7 +208,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.hfkv_latent_attend.restype = c_int32
     library.hfkv_project.argtypes = [POINTER(Project)]
     library.hfkv_project.restype = c_int32
-    library.hfkv_latent_step.argtypes = [POINTER(LatentStep)]
+    library.hfkv_latent_step.argtypes = [POINTER(LatentCall)]
     library.hfkv_latent_step.restype = c_int32
     library.hfkv_decode_side.argtypes = [POINTER(Layout), c_int32, c_void_p, c_int64, c_void_p, c_int32]
     library.hfkv_decode_side.restype = None

@@ -13,12 +13,12 @@ from hf_kvcache.kernels.cpu import library
 from hf_kvcache.kernels.cpu.layouts import native_layout
 from hf_kvcache.kernels.page import PageLayout
 
-#: The methods of encoding that the kernels know, by the names that side codecs give.
+#: The methods of encoding that the kernels know, by their names in the codecs' ``method``.
 METHODS = {"integer": 0, "unbiased_keys": 1, "unbiased_values": 2, "norm": 3}
 
 
 def supports_decoding(layout: PageLayout, records: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether :func:`decode_side` can do it."""
+    """Whether :func:`decode_side` can decode such records."""
     return (
         native_layout(layout) is not None
         and out.dtype == torch.float32
@@ -29,7 +29,7 @@ def supports_decoding(layout: PageLayout, records: torch.Tensor, out: torch.Tens
 
 
 def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The twin of :func:`hf_kvcache.kernels.reference.levels.decode_side_in_torch`, on the CPU."""
+    """As :func:`hf_kvcache.kernels.reference.levels.decode_side`."""
     count = records.numel() // layout.record_bytes
     addresses = records.data_ptr() + np.arange(count, dtype=np.int64) * layout.record_bytes
     known = native_layout(layout)
@@ -46,7 +46,7 @@ def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch
 
 
 def supports_encoding(layout: PageLayout, side: str, method: str | None, x: torch.Tensor) -> bool:
-    """Whether :func:`encode_side` can do it."""
+    """Whether :func:`encode_side` can encode such pages."""
     return method in METHODS and x.dtype == torch.float32 and native_layout(layout) is not None
 
 
@@ -55,37 +55,37 @@ def encode_side(
     side: str,
     method: str,
     x: torch.Tensor,
-    center: torch.Tensor | None,
+    key_mean: torch.Tensor | None,
     records: torch.Tensor,
 ) -> None:
-    """Rotate, centre, quantize and pack one side of pages.
+    """Rotate one side of pages, subtract the mean, quantize and pack it.
 
     Args:
         layout: the layout of the records.
         side: ``"keys"`` or ``"values"``.
         method: one of :data:`METHODS`.
         x: float32 ``[N, P, D]`` in the model's basis.
-        center: float32 ``[N, D]``, what to subtract from each page's rotated vectors, or None.
+        key_mean: float32 ``[N, D]``, what to subtract from the rotated vectors of each page; or None.
         records: uint8 ``[N, record_bytes]``; only the fields of this side are written.
 
     Raises:
         MemoryError: if there is no memory for the work.
     """
     x = x.contiguous()
-    center = None if center is None else center.float().contiguous()
+    key_mean = None if key_mean is None else key_mean.float().contiguous()
     call = library.Encode(
         layout=pointer(native_layout(layout)),
         values=side == "values",
         method=METHODS[method],
         grid=_grid(layout.sides[side].table),
         x=x.data_ptr(),
-        center=None if center is None else center.data_ptr(),
+        key_mean=None if key_mean is None else key_mean.data_ptr(),
         pages=x.shape[0],
         records=records.data_ptr(),
         threads=torch.get_num_threads(),
     )
     if library.load().hfkv_encode(byref(call)):
-        raise MemoryError("packing of a KVCache: no memory left for the pages in work")
+        raise MemoryError("packing of a KVCache: no memory left for the pages that are packed")
 
 
 @lru_cache(maxsize=16)

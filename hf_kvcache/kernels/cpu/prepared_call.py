@@ -1,4 +1,4 @@
-"""What steps of the C++ kernels have in common."""
+"""The common part of the prepared calls of the C++ kernels."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from hf_kvcache.kernels.inputs import CallInputs, DenseTokens, Scoring, Slots, U
 from hf_kvcache.kernels.visibility import Visibility
 
 
-class NativeCall:
-    """A call that stays filled in: only what changes from token to token is set.
+class CpuPreparedCall:
+    """A call whose C struct stays filled in; each token sets only the fields that change.
 
-    :class:`hf_kvcache.kernels.prepared_call.PreparedCall` says what it takes and gives.
+    :class:`hf_kvcache.kernels.prepared_call.PreparedCall` describes the interface.
     """
 
     def __init__(self, inputs: CallInputs) -> None:
         self.pages, self.slots = inputs.pages, inputs.slots
-        # Views of the model's weight, which whoever makes the call holds: a step is kept longer than that.
+        # A weak reference: these are views of the model's weight, and a prepared call may outlive the model.
         self._up = None if inputs.up is None else ref(inputs.up)
         self._scoring, self._kind = inputs.scoring, _kind(inputs.query, inputs.keys, inputs.values)
 
     @property
     def up(self) -> UpProjections | None:
-        """The up-projections; None without any, or if they are gone."""
+        """The up-projections; None if there are none, or if the model is gone."""
         return None if self._up is None else self._up()
 
     def fits(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> bool:
-        """Whether a token lies in memory, and is to be scored, like the one it was made for."""
+        """Whether a token has the layout and the scoring for which the call was prepared."""
         own = self._scoring
         return (
             own.sink_logits is scoring.sink_logits
@@ -40,28 +40,28 @@ class NativeCall:
         )
 
 
-def can_keep(inputs: CallInputs) -> bool:
-    """Whether a call for such tokens can be kept."""
+def can_prepare(inputs: CallInputs) -> bool:
+    """Whether a call can be prepared for tokens of such a layout and scoring."""
     keys, values, sinks = inputs.keys, inputs.values, inputs.scoring.sink_logits
-    # Other sink logits are converted, and what was converted would not follow when they change.
+    # Other sink logits would be converted, and the copy would not follow when they change.
     plain = sinks is None or (sinks.dtype == torch.float32 and sinks.is_contiguous())
     return plain and keys.stride(-1) == 1 and (values.stride(-1) == 1 or values.shape[-1] == 0)
 
 
 def all_slots(inputs: CallInputs) -> DenseTokens:
-    """All slots, with their positions where a window asks for them."""
+    """All slots, with their positions if there is a window."""
     slots = inputs.slots
     positions = None if inputs.window is None else torch.from_numpy(slots.positions)
     return DenseTokens(slots.keys, slots.values, positions)
 
 
-def sight(inputs: CallInputs) -> Visibility:
-    """What the query sees; its position is set from token to token."""
+def visibility_of(inputs: CallInputs) -> Visibility:
+    """What the query sees. Each token sets its position in the C struct."""
     return Visibility(0, 1, None, 0, True, inputs.window)
 
 
 def set_token(token: library.Token, keys: torch.Tensor, values: torch.Tensor, slots: Slots) -> None:
-    """Fill in how a new token lies in memory, and where it is noted."""
+    """Fill in the strides of a new token, and where its position and the number of slots in use are noted."""
     token.first_batch, token.first_head, _, _ = keys.stride()
     token.second_batch, token.second_head, _, _ = values.stride()
     token.positions, token.lengths = slots.positions.ctypes.data, slots.lengths.ctypes.data

@@ -1,4 +1,4 @@
-"""How much probability each key got, from a second pass over the scores: the definition of every faster twin."""
+"""The probability of each key, summed over the queries, in plain torch: the definition for every backend."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 import torch
 
-from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.reference.decode import hide_pages
-from hf_kvcache.kernels.reference.levels import page_scores
+from hf_kvcache.kernels.reference.hadamard import rotate
+from hf_kvcache.kernels.reference.levels import SideDecoder, decode_side, page_scores
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
 
 class Tile(NamedTuple):
-    """How much is computed at a time.
+    """The amount that is computed at a time.
 
     Attributes:
         keys: keys of each row.
@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     scores: int
 
 
-#: Scores that stay in a core's cache on a CPU; enough to fill any other device.
+#: On a CPU, so many scores that they stay in the cache of a core; elsewhere, enough of them to fill the device.
 TILES = {"cpu": Tile(256, 32, 1 << 18), "other": Tile(2048, 128, 1 << 24)}
 
 
@@ -39,19 +39,21 @@ def column_sums(
     dense: DenseTokens,
     visibility: Visibility,
     scoring: Scoring,
+    decode: SideDecoder = decode_side,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Probability of each key, summed over the queries (H2O, arXiv:2306.14048; SnapKV, arXiv:2404.14469).
 
-    The sum over the queries of ``exp(score - log_sum_exp)``, tile by tile, so that no matrix of queries times keys is
-    ever held. For an observation window, pass its queries only, with ``visibility.start`` at the first of them.
+    The sum over the queries of ``exp(score - log_sum_exp)`` is computed tile by tile, so that no matrix of queries
+    times keys is ever held. For an observation window, pass its queries alone, with ``visibility.start`` at the first.
 
     Args:
         query: ``[B, Hq, q, Dk]``, in the model's basis.
-        log_sum_exp: float32 ``[B, Hq, q]``, what attention returned for these queries, sink logits included.
+        log_sum_exp: float32 ``[B, Hq, q]``, from the attention of these queries, sink logits included.
         pages: the packed tokens, or None.
         dense: the full-precision tokens; their values are not read.
         visibility: what the queries may see.
         scoring: how scores are made; its sink logits are not read.
+        decode: decodes the keys of pages.
 
     Returns:
         Float32 ``[B, Hq, columns * P]`` of the pages (None without pages) and ``[B, Hq, n]`` of the full-precision
@@ -64,14 +66,14 @@ def column_sums(
     shift = log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0.0).reshape(*rows.shape[:3], 1)
     page_sums = None
     if pages is not None:
-        page_sums = _page_sums(rows, shift, pages, visibility, scoring).view(batch, query_heads, -1)
+        page_sums = _page_sums(rows, shift, pages, visibility, scoring, decode).view(batch, query_heads, -1)
     return page_sums, _dense_sums(rows, shift, dense, visibility, scoring).view(batch, query_heads, -1)
 
 
 def _dense_sums(
     rows: torch.Tensor, shift: torch.Tensor, dense: DenseTokens, visibility: Visibility, scoring: Scoring
 ) -> torch.Tensor:
-    """``[B * Hkv, g, n]`` from queries ``[B * Hkv, g, q, D]`` and what to subtract, ``[B * Hkv, g, q, 1]``."""
+    """``[B * Hkv, g, n]`` from queries ``[B * Hkv, g, q, D]`` and the shift of their scores ``[B * Hkv, g, q, 1]``."""
     batch, heads, slots, _ = dense.keys.shape
     sums, tile = torch.zeros(*rows.shape[:2], slots, device=rows.device), _tile(rows)
     for start in range(0, slots, tile.keys):
@@ -90,7 +92,12 @@ def _dense_sums(
 
 
 def _page_sums(
-    rows: torch.Tensor, shift: torch.Tensor, pages: Pages, visibility: Visibility, scoring: Scoring
+    rows: torch.Tensor,
+    shift: torch.Tensor,
+    pages: Pages,
+    visibility: Visibility,
+    scoring: Scoring,
+    decode: SideDecoder,
 ) -> torch.Tensor:
     """``[B * Hkv, g, columns * P]``, as :func:`_dense_sums`."""
     layout = pages.layout
@@ -106,7 +113,7 @@ def _page_sums(
         last = _last_position(pages, start, stop)
         for queries in _blocks(rows, step * layout.page_size):
             block = rotated[:, :, queries].flatten(1, 2)
-            scores = page_scores(layout, records, block, buffer)
+            scores = page_scores(layout, records, block, buffer, decode)
             if pages.key_mean is not None:
                 scores += block @ pages.key_mean.unsqueeze(-1)
             if scoring.softcap is not None:
@@ -123,14 +130,14 @@ def _tile(rows: torch.Tensor) -> Tile:
 
 
 def _blocks(rows: torch.Tensor, keys: int) -> list[slice]:
-    """The queries of ``rows [B * Hkv, g, q, D]``, so many at a time that the scores of ``keys`` keys stay few."""
+    """The queries of ``rows [B * Hkv, g, q, D]`` in blocks, small enough for the scores of ``keys`` keys to be few."""
     length, tile = rows.shape[2], _tile(rows)
     block = max(tile.queries, tile.scores // (rows.shape[0] * rows.shape[1] * keys))
     return [slice(start, min(start + block, length)) for start in range(0, length, block)]
 
 
 def _extent(dense: DenseTokens, part: slice) -> tuple[int, int] | None:
-    """The first and the last position of the tokens ``part``; None without positions."""
+    """The first and the last position of the slots ``part``; None without positions."""
     if dense.positions is None:
         return None
     positions = dense.positions[:, part]
@@ -138,7 +145,7 @@ def _extent(dense: DenseTokens, part: slice) -> tuple[int, int] | None:
 
 
 def _some_seen(extent: tuple[int, int] | None, visibility: Visibility, queries: slice) -> bool:
-    """Whether positions and window leave anything of a tile to be seen by any of the queries."""
+    """Whether any of the queries sees anything of a tile, by positions and window."""
     if extent is None:
         return True
     if visibility.causal and extent[0] > visibility.start + queries.stop - 1:
@@ -147,7 +154,7 @@ def _some_seen(extent: tuple[int, int] | None, visibility: Visibility, queries: 
 
 
 def _hide(scores: torch.Tensor, dense: DenseTokens, part: slice, visibility: Visibility, queries: slice) -> None:
-    """Set the scores ``[B, Hkv, g, q, n]`` of the tokens ``part`` that are not to be seen to ``-inf``."""
+    """Set the scores ``[B, Hkv, g, q, n]`` of the slots ``part`` to ``-inf`` where a query does not see them."""
     unused = None if dense.unused is None else dense.unused[:, None, part]
     if dense.positions is not None:
         scores.add_(visibility.bias(dense.positions[:, None, part], unused, scores.shape[1], queries))
@@ -158,7 +165,7 @@ def _hide(scores: torch.Tensor, dense: DenseTokens, part: slice, visibility: Vis
 def _last_position(pages: Pages, start: int, stop: int) -> int:
     """The last position in page columns ``[start, stop)``; -1 without tokens.
 
-    Unlike attention, which runs before its queries' own tokens are packed, this may find them in pages.
+    Attention runs before the tokens of its queries are packed. Column sums may run later, and find them in pages.
     """
     positions, unused = pages.positions(start, stop), pages.unused(start, stop)
     used = positions if unused is None else positions[~unused]

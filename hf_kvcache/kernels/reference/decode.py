@@ -1,4 +1,4 @@
-"""Attention over pages and full-precision tokens in plain torch: the definition of every faster twin."""
+"""Attention over pages and full-precision tokens in plain torch: the definition for every backend."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import PageLayout
-from hf_kvcache.kernels.reference.levels import page_output, page_scores
+from hf_kvcache.kernels.reference.hadamard import rotate
+from hf_kvcache.kernels.reference.levels import SideDecoder, decode_side, page_output, page_scores
 from hf_kvcache.kernels.reference.softmax import OnlineSoftmax, dense_attention, merge
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
@@ -19,7 +19,7 @@ CHUNK_TOKENS = 2048
 #: Scores computed at a time; a longer block of queries is cut.
 _SCORE_ELEMENTS = 1 << 24
 
-#: Attention of the scaled queries of all rows over pages: see :func:`_attend_pages`.
+#: Attention of the scaled queries of all rows over pages, as :func:`attend_pages` does it.
 PageReader = Callable[
     [torch.Tensor, Pages, Visibility, Scoring, slice, "list[torch.Tensor] | None"], tuple[torch.Tensor, torch.Tensor]
 ]
@@ -39,11 +39,11 @@ def attend(
     Args:
         query: ``[B, Hq, q, Dk]``, in the model's basis.
         pages: the packed tokens, or None.
-        dense: the full-precision tokens, the queries' own last; there may be none beside pages.
+        dense: the full-precision tokens, those of the queries last; there may be none if there are pages.
         visibility: what the queries may see.
         scoring: how scores are made.
         sums: whether to return the probability of each key as well.
-        read_pages: does the attention over the pages in place of the one here.
+        read_pages: does the attention over the pages, in place of :func:`attend_pages`.
 
     Returns:
         See :class:`~hf_kvcache.kernels.inputs.Attention`. A query that sees nothing has output 0 and log-sum-exp
@@ -57,7 +57,7 @@ def attend(
     parts = []
     for start in range(0, length, block):
         queries = slice(start, min(start + block, length))
-        # The queries' own tokens come last: those behind the last query of this block are of no use to it.
+        # The tokens of the queries come last. Under causality, this block sees none behind its last query.
         seen = max(0, slots - (length - queries.stop)) if visibility.causal and not sums else slots
         parts.append(
             _attend_block(
@@ -89,7 +89,7 @@ def _attend_block(
 ) -> Attention:
     batch, query_heads, length, _ = query.shape
     heads = dense.keys.shape[1]
-    # All the queries that read the same KV head are one matrix: [B * Hkv, g * q, Dk].
+    # All queries that read the same KV head form one matrix: [B * Hkv, g * q, Dk].
     rows = query.float().reshape(batch * heads, -1, query.shape[-1]) * scoring.inner
     bias = None
     if dense.positions is not None:
@@ -102,7 +102,7 @@ def _attend_block(
     page_scores: list[torch.Tensor] | None = [] if sums else None
     output, log_sum_exp = dense_attention(rows, dense.keys, dense.values, bias, scoring.softcap, dense_scores)
     if pages is not None and pages.columns:
-        packed = (read_pages or _attend_pages)(rows, pages, visibility, scoring, queries, page_scores)
+        packed = (read_pages or attend_pages)(rows, pages, visibility, scoring, queries, page_scores)
         output, log_sum_exp = merge((output, log_sum_exp), packed)
     if scoring.sink_logits is not None:
         sinks = scoring.sink_logits.float().reshape(1, heads, -1, 1).expand(batch, -1, -1, length)
@@ -129,26 +129,41 @@ def _sums(
     return probabilities.view(*shape, -1).sum(2)
 
 
-def _attend_pages(
+def attend_pages(
     rows: torch.Tensor,
     pages: Pages,
     visibility: Visibility,
     scoring: Scoring,
     queries: slice,
     kept_scores: list[torch.Tensor] | None,
+    decode: SideDecoder = decode_side,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over pages alone.
+
+    Args:
+        rows: float32 ``[B * Hkv, M, Dk]``, the scaled queries of each row in the model's basis.
+        pages: the pages.
+        visibility: what the queries may see.
+        scoring: how scores are made.
+        queries: which of the queries of ``visibility`` these are.
+        kept_scores: where to append the scores ``[rows, M, n]``, if they are wanted.
+        decode: decodes the sides of pages whose scales are not folded.
+
+    Returns:
+        Output ``[B * Hkv, M, Dv]`` and log-sum-exp ``[B * Hkv, M]``.
+    """
     layout = pages.layout
     keys_format, values_format = layout.sides["keys"], layout.sides["values"]
     rotated = rotate(rows, keys_format)
-    # The mean that was taken out of the packed keys shifts all their scores of a query alike.
+    # The mean that was subtracted from the packed keys changes all scores of a query alike.
     shift = None if pages.key_mean is None else rotated @ pages.key_mean.unsqueeze(-1)
 
     def score(records: torch.Tensor) -> torch.Tensor:
-        scores = page_scores(layout, records, rotated, side_buffer(layout, "keys", records))
+        scores = page_scores(layout, records, rotated, side_buffer(layout, "keys", records), decode)
         return scores if shift is None else scores.add_(shift)
 
     def combine(records: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return page_output(layout, records, weights, side_buffer(layout, "values", records))
+        return page_output(layout, records, weights, side_buffer(layout, "values", records), decode)
 
     state = OnlineSoftmax(rows.shape[0], rows.shape[1], values_format.dim, rows.device)
     walk_pages(state, pages, visibility, scoring, queries, kept_scores, score, combine)
@@ -167,18 +182,18 @@ def walk_pages(
     combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     tokens: int = CHUNK_TOKENS,
 ) -> None:
-    """Give all pages to ``state``, ``tokens`` of each row at a time.
+    """Compute attention over all pages in ``state``, ``tokens`` of each row at a time.
 
     Args:
-        state: takes in scores and weighted values.
+        state: the softmax, which takes scores and weighted values.
         pages: the pages.
         visibility: what the queries may see.
         scoring: how scores are made.
         queries: which of the queries.
         kept_scores: where to append the scores ``[rows, M, n]``, if they are wanted.
         score: gives the scores ``[C, rows, M, P]`` of records ``[C, rows, record_bytes]``.
-        combine: gives their values ``[C, rows, M, Dv]``, summed by weights ``[C, rows, M, P]``.
-        tokens: how many of each row at a time.
+        combine: gives the sums of their values ``[C, rows, M, Dv]`` by weights ``[C, rows, M, P]``.
+        tokens: how many tokens of each row to take at a time.
     """
     step = max(1, tokens // pages.layout.page_size)
     for start in range(0, pages.columns, step):
@@ -189,7 +204,7 @@ def walk_pages(
             scores = scores.tanh_().mul_(scoring.softcap)
         hide_pages(scores, pages, start, stop, visibility, queries)
         if kept_scores is not None:
-            # A copy even of a single page, where flatten alone would give a view: the scores are overwritten next.
+            # A copy, since the scores are overwritten next; of a single page, flatten alone would give a view.
             kept_scores.append(scores.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format).flatten(2))
         state.add(combine(records, state.weigh(scores)))
 
@@ -206,8 +221,8 @@ def hide_pages(
     """Set the scores ``[C, B * Hkv, g * q, P]`` of page columns that the queries may not see to ``-inf``.
 
     Args:
-        earlier: whether no token of these pages comes after a query. In attention it is so: what a query's own call
-            brings is packed after it.
+        earlier: whether no token of these pages comes after a query. This is so in attention, since the tokens of the
+            queries are packed after it.
     """
     unused = pages.unused(start, stop)
     held = pages.first[:, start:stop][pages.counts[:, start:stop] > 0]

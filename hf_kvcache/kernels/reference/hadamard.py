@@ -8,7 +8,7 @@ import torch
 
 from hf_kvcache.kernels.page import Rotation, SideFormat
 
-# The signs of a signed Hadamard rotation are part of the page format: a saved page can only be read with the same ones.
+# The signs of a signed Hadamard rotation are part of the page format: saved pages can be read with these signs only.
 _SIGN_SEED = 0x5EED
 
 
@@ -43,17 +43,17 @@ def rotate(x: torch.Tensor, fmt: SideFormat, inverse: bool = False) -> torch.Ten
 
 
 def _orthonormal(dim: int) -> torch.Tensor:
-    """A float64 orthonormal matrix with entries +-1/sqrt(dim), or block-diagonal where none is at hand."""
+    """A float64 orthonormal matrix with entries +-1/sqrt(dim), or a block-diagonal one where there is none."""
     hadamard = _hadamard(dim)
     if hadamard is not None:
         return hadamard / dim**0.5
-    # No Hadamard matrix of this order is built here (72, say): the largest power of two, then the rest.
+    # There is no construction here for this dimension (72, say): a block of the largest power of two, then the rest.
     block = 1 << (dim.bit_length() - 1)
     return torch.block_diag(_orthonormal(block), _orthonormal(dim - block))
 
 
 def _hadamard(dim: int) -> torch.Tensor | None:
-    """A Hadamard matrix of order ``dim``: Sylvester's doubling of order 1, or of Paley's orders 12 and 20 (80, 96)."""
+    """A Hadamard matrix of order ``dim``, by Sylvester's doubling of order 1, or of Paley's 12 and 20 (80, 96)."""
     order, doublings = dim, 0
     while order % 2 == 0 and order not in (12, 20):
         order, doublings = order // 2, doublings + 1

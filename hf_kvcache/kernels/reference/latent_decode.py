@@ -1,14 +1,16 @@
-"""Absorbed multi-head latent attention in plain torch: the definition of every faster twin."""
+"""Absorbed multi-head latent attention in plain torch: the definition for every backend."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.reference.decode import side_buffer, walk_pages
-from hf_kvcache.kernels.reference.levels import decode_side
+from hf_kvcache.kernels.reference.hadamard import rotate
+from hf_kvcache.kernels.reference.levels import SideDecoder, decode_side
 from hf_kvcache.kernels.reference.softmax import OnlineSoftmax
 from hf_kvcache.kernels.visibility import Visibility
 
@@ -23,26 +25,28 @@ def latent_attend(
     visibility: Visibility,
     scoring: Scoring,
     sums: bool = False,
+    decode: SideDecoder = decode_side,
 ) -> Attention:
     """Attention over latents that all heads share (DeepSeek-V2, arXiv:2405.04434, in the absorbed form).
 
-    The score of a token is ``scaling * (query[:r] . latent + query[r:] . rotary_key)``, its value is its latent. What
-    the cache calls keys are latents here, what it calls values are rotary keys.
+    The score of a token is ``scaling * (query[:r] . latent + query[r:] . rotary_key)``, its value is its latent. In the
+    pages and in the full-precision tokens, keys are latents here and values are rotary keys.
 
     Args:
-        query: ``[B, H, q, r + dr]``: the query in latent space first, its rotary part last; ``dr`` may be 0.
-        pages: the packed tokens, of one KV head and without a center; or None.
-        dense: the full-precision tokens, the queries' own among them: latents ``[B, 1, n, r]`` as keys, rotary keys
+        query: ``[B, H, q, r + dr]``: the query in latent space, then its rotary part; ``dr`` may be 0.
+        pages: the packed tokens, of one KV head and without a key mean; or None.
+        dense: the full-precision tokens, including those of the queries: latents ``[B, 1, n, r]`` as keys, rotary keys
             ``[B, 1, n, dr]`` as values.
         visibility: what the queries may see.
         scoring: how scores are made.
         sums: whether to return the probability of each token as well.
+        decode: decodes the sides of pages.
 
     Returns:
         See :class:`~hf_kvcache.kernels.inputs.Attention`; the output is the weighted latents ``[B, q, H, r]``.
     """
     joined = DenseTokens(torch.cat([dense.keys, dense.values], -1), dense.keys, dense.positions, dense.unused)
-    return reference.attend(query, pages, joined, visibility, scoring, sums, _attend_pages)
+    return reference.attend(query, pages, joined, visibility, scoring, sums, partial(_attend_pages, decode=decode))
 
 
 def _attend_pages(
@@ -52,20 +56,21 @@ def _attend_pages(
     scoring: Scoring,
     queries: slice,
     kept_scores: list[torch.Tensor] | None,
+    decode: SideDecoder,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = pages.layout
     latent_format, rotary_format = layout.sides["keys"], layout.sides["values"]
     rank = latent_format.dim
     wide, turned = rotate(rows[..., :rank], latent_format), rotate(rows[..., rank:], rotary_format)
-    # Read as keys and then as values: decoded once.
+    # Latents are keys and values: `score` decodes them, and `combine` uses them again.
     latents = torch.empty(0)
 
     def score(records: torch.Tensor) -> torch.Tensor:
         nonlocal latents
-        latents = decode_side(layout, "keys", records, side_buffer(layout, "keys", records))
+        latents = decode(layout, "keys", records, side_buffer(layout, "keys", records))
         scores = torch.matmul(wide, latents.transpose(-1, -2))
         if rotary_format.dim:
-            rotary = decode_side(layout, "values", records, side_buffer(layout, "values", records))
+            rotary = decode(layout, "values", records, side_buffer(layout, "values", records))
             scores.add_(torch.matmul(turned, rotary.transpose(-1, -2)))
         return scores
 

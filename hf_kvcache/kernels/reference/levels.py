@@ -1,15 +1,22 @@
-"""Page records decoded in plain torch, whole or with their scales folded into queries and weights."""
+"""Decoding of page records in plain torch.
+
+:func:`decode_side` decodes a side of whole records. :func:`page_scores` and :func:`page_output` apply the scales to the
+queries and to the weights instead, where that is less work than applying them to every element.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 
-from hf_kvcache.kernels.dispatch import implementation
-from hf_kvcache.kernels.pack import unpack_bits
 from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.reference.pack import unpack_bits
 from hf_kvcache.kernels.workspace import scratch
+
+#: Decodes one side of page records, as :func:`decode_side` does.
+SideDecoder = Callable[[PageLayout, str, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -24,15 +31,6 @@ def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch
     Returns:
         ``out``, or for dense pages already of its dtype a view of the records.
     """
-    if layout.sides[side].level != "dense":
-        faster = implementation("pack", records.device)
-        if faster is not None and faster.supports_decoding(layout, records, out):
-            return faster.decode_side(layout, side, records, out)
-    return decode_side_in_torch(layout, side, records, out)
-
-
-def decode_side_in_torch(layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """:func:`decode_side` in plain torch: its definition."""
     fmt = layout.sides[side]
     codes = layout.view(records, f"{side}.codes")
     assert codes is not None
@@ -53,24 +51,31 @@ def decode_side_in_torch(layout: PageLayout, side: str, records: torch.Tensor, o
     return out
 
 
-def page_scores(layout: PageLayout, records: torch.Tensor, query: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+def page_scores(
+    layout: PageLayout,
+    records: torch.Tensor,
+    query: torch.Tensor,
+    buffer: torch.Tensor,
+    decode: SideDecoder = decode_side,
+) -> torch.Tensor:
     """Dot products of queries with the keys of pages.
 
-    For few queries the scales never touch an element: those per channel fold into the query, those per token into the
-    scores, and a zero point is one more dot product.
+    For few queries no scale is applied to an element. Scales per channel are multiplied with the query, scales per
+    token with the scores, and a zero point is one more dot product.
 
     Args:
         layout: the layout of the records.
         records: uint8 ``[C, rows, record_bytes]``.
         query: float32 ``[rows, M, D]`` in the rotated basis.
         buffer: float32 ``[C, rows, P, D]``, overwritten.
+        decode: decodes the keys where the scales are not folded.
 
     Returns:
         float32 ``[C, rows, M, P]``.
     """
     fmt = layout.sides["keys"]
     if not _folds(fmt, layout.page_size, query.shape[1]):
-        return torch.matmul(query, decode_side(layout, "keys", records, buffer).transpose(-1, -2))
+        return torch.matmul(query, decode(layout, "keys", records, buffer).transpose(-1, -2))
     levels, channel, token, zero = _factors(layout, "keys", records, buffer)
     scaled = query if channel is None else query * channel
     scores = torch.matmul(scaled, levels.transpose(-1, -2))
@@ -83,21 +88,28 @@ def page_scores(layout: PageLayout, records: torch.Tensor, query: torch.Tensor, 
     return scores if zero is None else scores.addcmul_(scaled.sum(-1, keepdim=True), zero.transpose(-1, -2))
 
 
-def page_output(layout: PageLayout, records: torch.Tensor, weights: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """Weighted sums of the values of each page, with the scales folded as in :func:`page_scores`.
+def page_output(
+    layout: PageLayout,
+    records: torch.Tensor,
+    weights: torch.Tensor,
+    buffer: torch.Tensor,
+    decode: SideDecoder = decode_side,
+) -> torch.Tensor:
+    """Weighted sums of the values of each page, with the scales folded as by :func:`page_scores`.
 
     Args:
         layout: the layout of the records.
         records: uint8 ``[C, rows, record_bytes]``.
         weights: float32 ``[C, rows, M, P]``; may be overwritten.
         buffer: float32 ``[C, rows, P, D]``, overwritten.
+        decode: decodes the values where the scales are not folded.
 
     Returns:
         float32 ``[C, rows, M, D]`` in the rotated basis.
     """
     fmt = layout.sides["values"]
     if not _folds(fmt, layout.page_size, weights.shape[2]):
-        return torch.matmul(weights, decode_side(layout, "values", records, buffer))
+        return torch.matmul(weights, decode(layout, "values", records, buffer))
     levels, channel, token, zero = _factors(layout, "values", records, buffer)
     if fmt.axis == "channel":
         assert channel is not None
@@ -111,7 +123,7 @@ def page_output(layout: PageLayout, records: torch.Tensor, weights: torch.Tensor
     return output if channel is None else output.mul_(channel)
 
 
-#: Queries of a row up to which folding the scales is less work than applying them to the page.
+#: Queries of a row up to which folding the scales is less work than applying them to the elements.
 _MOST_FOLDED_QUERIES = 32
 
 
@@ -123,7 +135,7 @@ def _folds(fmt: SideFormat, page_size: int, queries: int) -> bool:
 def _factors(
     layout: PageLayout, side: str, records: torch.Tensor, out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Levels ``[..., P, D]``, the scale per channel ``[..., 1, D]``, that per token ``[..., 1, P]``, and zero points.
+    """Levels ``[..., P, D]``, scales per channel ``[..., 1, D]``, scales per token ``[..., 1, P]``, and zero points.
 
     Zero points are ``[..., 1, D]`` under axis "channel" and ``[..., P, 1]`` under axis "token".
     """
@@ -141,7 +153,7 @@ def _float(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _grouping(fmt: SideFormat, dims: int) -> tuple[int, tuple[int, int]]:
-    """The arguments that unflatten the axis whose neighbours share a scale into (groups, members)."""
+    """The arguments of ``unflatten`` for the axis along which neighbors share a scale: (groups, members)."""
     return (dims - 2 if fmt.axis == "channel" else dims - 1), (-1, fmt.group)
 
 

@@ -1,8 +1,8 @@
 """Bit packing in plain torch: the definition of the byte layout of codes.
 
-A width is split into planes of 1, 2, 4 or 8 bits (3 = 2 + 1), so nothing is wasted. Inside a plane of ``w`` bits the
-row is cut in ``8 / w`` equal segments; byte ``j`` holds element ``j`` of each segment, the first in the lowest bits:
-all elements that leave a byte by the same shift are neighbours, which is what vector units want.
+A width is split into planes of 1, 2, 4 or 8 bits (3 = 2 + 1), so that no bit is wasted. In a plane of ``w`` bits a row
+is cut into ``8 / w`` equal segments, and byte ``j`` holds element ``j`` of each segment, the first one in the lowest
+bits. So all elements that one shift extracts from the bytes are neighbors, as vector instructions need them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def unpack_bits(packed: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Ten
 
 
 def _unpack_segments(plane: torch.Tensor, width: int, out: torch.Tensor) -> None:
-    """Unpack a plane segment by segment: fastest where segments are few and long."""
+    """Unpack a plane segment by segment, which is fastest for few and long segments."""
     last = 8 // width - 1
     for i, segment in enumerate(out.chunk(last + 1, dim=-1)):
         codes = plane >> (i * width) if i else plane
@@ -58,16 +58,16 @@ def _unpack_segments(plane: torch.Tensor, width: int, out: torch.Tensor) -> None
 
 
 def _unpack_lanes(plane: torch.Tensor, width: int) -> torch.Tensor:
-    """The codes of a plane as uint8 ``[..., D]``, up to eight bytes at a time: fastest where segments are short."""
+    """The codes of a plane as uint8 ``[..., D]``, up to eight bytes at a time, which is fastest for short segments."""
     lanes = plane.view(_lane_type(plane)).unsqueeze(-2)
-    # One shift for each segment; what comes down from the byte above is masked out.
+    # One shift for each segment. The mask removes the bits that come from the byte above.
     shifts = torch.arange(0, 8, width, dtype=lanes.dtype, device=lanes.device).unsqueeze(-1)
     mask = int.from_bytes(bytes([(1 << width) - 1]) * lanes.dtype.itemsize, "little")
     return torch.bitwise_right_shift(lanes, shifts).bitwise_and_(mask).view(torch.uint8).flatten(-2)
 
 
 def _lane_type(plane: torch.Tensor) -> torch.dtype:
-    """The widest integer as which rows of bytes can be read."""
+    """The widest integer type as which the rows of bytes can be read."""
     places = (plane.shape[-1], plane.storage_offset(), *plane.stride()[:-1])
     for lane in (torch.int64, torch.int32, torch.int16):
         if all(place % lane.itemsize == 0 for place in places):

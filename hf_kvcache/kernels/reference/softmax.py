@@ -1,4 +1,4 @@
-"""Softmax over keys that arrive in parts, and attention over full-precision keys."""
+"""Softmax over keys that come in parts, and attention over full-precision keys, in plain torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class OnlineSoftmax:
-    """Softmax-weighted sum of values over keys that arrive in chunks, in float32.
+    """Softmax-weighted sum of values over keys that come in chunks, in float32.
 
     Args:
         rows: independent attention problems (sequences times KV heads).
@@ -21,16 +21,16 @@ class OnlineSoftmax:
         self._out = torch.zeros(rows, queries, value_dim, device=device)
 
     def weigh(self, scores: torch.Tensor) -> torch.Tensor:
-        """Take in the scores of ``C`` blocks of ``n`` keys; their weighted values are due next, in :meth:`add`.
+        """Turn the scores of ``C`` blocks of ``n`` keys into weights. :meth:`add` takes their weighted values next.
 
         Args:
             scores: ``[C, rows, queries, n]`` float32, ``-inf`` where masked; overwritten.
 
         Returns:
-            The weights of the values, in place of the scores.
+            The weights of the values, in the memory of the scores.
         """
         peak = torch.maximum(self._max, scores.amax((0, 3)))
-        # A query that has seen no visible key yet keeps a maximum of -inf, and -inf - -inf is not a number.
+        # Before its first visible key a query has a maximum of -inf, and -inf - -inf is not a number.
         shift = peak.masked_fill(peak == -torch.inf, 0.0)
         probs = scores.sub_(shift[None, :, :, None]).exp_()
         decay = (self._max - shift).exp_()
@@ -40,7 +40,7 @@ class OnlineSoftmax:
         return probs
 
     def add(self, weighted: torch.Tensor) -> None:
-        """Take in the weighted values of the blocks, ``[C, rows, queries, value_dim]`` float32."""
+        """Add the weighted values of the blocks, ``[C, rows, queries, value_dim]`` float32."""
         self._out.add_(weighted.sum(0) if weighted.shape[0] > 1 else weighted[0])
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.reference.levels import decode_side
+from hf_kvcache.kernels.pack import decode_side
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.device import on_their_device
 from hf_kvcache.kernels.visibility import Visibility

@@ -1,7 +1,7 @@
-"""The Triton twins of bit packing and page decoding, and encoding of asymmetric integers in one launch.
+"""Bit packing, page decoding, and encoding of asymmetric integers in one launch, by Triton kernels.
 
-Only the codecs of asymmetric integers without a second scale (``int``, ``rotated``) round here; the others round in
-torch, and of theirs only the bits are packed by a kernel.
+The codecs of asymmetric integers without a second scale (``int``, ``rotated``) round in a kernel. All others round in
+torch, and a kernel packs their bits.
 
 A row is read in eighths of ``D / 8`` elements. A plane of ``w`` bits has ``w`` eighths of bytes, and the bytes of its
 eighth ``r`` hold the elements of the eighths ``r``, ``r + w``, ``r + 2 w``, ..., the first in the lowest bits. Rows of
@@ -25,15 +25,12 @@ from hf_kvcache.kernels.triton.sides import (
     channels,
     describe_side,
     level_tables,
-    load_codes,
     load_elements,
     load_table,
 )
 
 #: Tokens that a program encodes or decodes.
 _TOKENS = 32
-#: Rows that a program unpacks: of 128 codes of 2 bits, 16 bytes for each thread of four warps of 32.
-_UNPACKED_ROWS = 64
 #: 1.5 * 2**23: adding and subtracting it rounds to the nearest whole number, ties to even, as torch does.
 _ROUNDER = tl.constexpr(12582912.0)
 _SCALE_MIN = tl.constexpr(2.0**-14)
@@ -64,21 +61,6 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
             rows, rows.stride(0), packed, len(rows), DIM=dim, BITS=bits, PAD=_pad(dim // 8), ROWS=block, num_warps=1
         )
     return packed
-
-
-@on_their_device
-def unpack_bits(packed: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Tensor:
-    """Unpack uint8 ``packed [..., D * bits / 8]`` into ``out [..., D]`` of any numeric dtype, which is returned."""
-    if bits == 8:
-        return out.copy_(packed)
-    dim = out.shape[-1]
-    side = _bare_side(dim, bits)
-    rows = packed.reshape(-1, packed.shape[-1]).contiguous()
-    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    if rows.numel():
-        grid = (triton.cdiv(len(rows), _UNPACKED_ROWS),)
-        _unpack_kernel[grid](rows, target, len(rows), SIDE=side, ROWS=_UNPACKED_ROWS)
-    return out if target is out else out.copy_(target)
 
 
 @on_their_device
@@ -117,12 +99,12 @@ def decode_side(layout: PageLayout, side: str, records: torch.Tensor, out: torch
 
 
 def supports_decoding(layout: PageLayout, records: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether :func:`decode_side` can do it."""
+    """Whether :func:`decode_side` can decode such records."""
     return out.is_contiguous()
 
 
 def supports_encoding(layout: PageLayout, side: str, method: str | None, x: torch.Tensor) -> bool:
-    """Whether :func:`encode_side` can do it."""
+    """Whether :func:`encode_side` can encode such pages."""
     return method == "integer" and can_encode(layout.sides[side])
 
 
@@ -132,12 +114,12 @@ def encode_side(
     side: str,
     method: str,
     x: torch.Tensor,
-    center: torch.Tensor | None,
+    key_mean: torch.Tensor | None,
     records: torch.Tensor,
 ) -> None:
-    """Rotate and centre float32 vectors ``x [N, P, D]`` of the model's basis, and encode them into ``records``."""
+    """Rotate float32 vectors ``x [N, P, D]``, subtract the mean ``[N, D]``, and encode them into ``records``."""
     x = rotate(x, layout.sides[side])
-    encode_asymmetric(layout, side, x if center is None else x - center.unsqueeze(1), records)
+    encode_asymmetric(layout, side, x if key_mean is None else x - key_mean.unsqueeze(1), records)
 
 
 def can_encode(fmt: SideFormat) -> bool:
@@ -155,7 +137,7 @@ def encode_asymmetric(layout: PageLayout, side: str, x: torch.Tensor, records: t
     Args:
         layout: the layout of the records.
         side: ``"keys"`` or ``"values"``, of a format that :func:`can_encode`.
-        x: float32 ``[N, P, D]``, rotated and centred as the format says.
+        x: float32 ``[N, P, D]``, rotated and without the key mean, as the format says.
         records: uint8 ``[N, record_bytes]``; the side's fields are written.
     """
     fmt = layout.sides[side]
@@ -181,12 +163,6 @@ def _encode_constants(side: Side, tokens: int, block: int) -> dict[str, object]:
 
 def _pad(size: int) -> int:
     return int(triton.next_power_of_2(size))
-
-
-def _bare_side(dim: int, bits: int) -> Side:
-    """Rows of codes that are no part of a page."""
-    fmt = SideFormat(dim, bits, group=dim, zero=False)
-    return describe_side(PageLayout(fmt, fmt, 1), "keys", tl.float32, fold=False)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -215,18 +191,6 @@ def _pack_plane(source, target, j, mask, shift: tl.constexpr, width: tl.constexp
             code = tl.load(source + ((s * width + r) * EIGHTH + j)[None, :], mask=mask, other=0)
             byte = byte | (((code >> shift) & ((1 << width) - 1)) << (s * width))
         tl.store(target + (r * EIGHTH + j)[None, :], byte, mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _unpack_kernel(packed, out, rows, SIDE: tl.constexpr, ROWS: tl.constexpr):
-    """Unpack rows of codes ``[rows, dim * bits / 8]`` into ``out [rows, dim]``."""
-    first = tl.program_id(0) * ROWS
-    row = (first + tl.arange(0, ROWS)).to(tl.int64)
-    channel, there = channels(SIDE)
-    base = packed + tl.cast(first, tl.int64) * (SIDE.dim * SIDE.bits // 8)
-    codes = load_codes(base, 0, rows - first, SIDE, ROWS, True)
-    mask = (row < rows)[:, None] & there[None, :]
-    tl.store(out + row[:, None] * SIDE.dim + channel[None, :], codes.to(tl.float32).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -358,12 +322,6 @@ def _encode_plane(
         tl.store(target + (r * PART + j)[None, :], byte, mask=mask)
 
 
-_UNPACKED_ON_AMD = {
-    "wide loads": "16 bytes are 64 codes of 2 bits. To be stored as fp32 side by side they pass through 256 bytes of "
-    "shared memory for each thread: of 64 KiB, that leaves 4 waves on a compute unit."
-}
-
-
 def compile_cases(architecture: str) -> list[CompileCase]:
     """Specialisations for the compile report."""
     page, dim = 64, 128
@@ -407,18 +365,6 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 num_warps=1,
                 num_stages=1,
                 aligned=("codes", "stride", "packed"),
-            )
-        )
-        cases.append(
-            CompileCase(
-                name=f"unpack_bits {bits} D={dim}",
-                kernel=_unpack_kernel,
-                signature={"packed": "*u8", "out": "*fp32", "rows": "i32"},
-                constants={"SIDE": _bare_side(dim, bits), "ROWS": _UNPACKED_ROWS},
-                num_warps=4,
-                num_stages=1,
-                aligned=("packed", "out"),
-                waived=_UNPACKED_ON_AMD if bits < 4 and architecture.startswith("gfx") else {},
             )
         )
     return cases

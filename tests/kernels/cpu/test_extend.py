@@ -8,6 +8,7 @@ import torch
 
 from hf_kvcache.codecs import resolve
 from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.kernels.attention import read_pages
 from hf_kvcache.kernels.cpu import extend as native
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
 from hf_kvcache.kernels.reference import decode as reference
@@ -75,7 +76,9 @@ def test_pages_with_holes_and_rows_without(codec: str, monkeypatch: pytest.Monke
     query, visibility = random(5, 2, 6, 20, 32), Visibility(150, 20, None, 0, True, None)
     assert native.supports(query, pages, dense, visibility)
     ours = native.attend(query, pages, dense, visibility, Scoring(0.2))
-    theirs = reference.attend(query, pages, dense, visibility, Scoring(0.2))
+    # Decoded alike: the few tokens of a page have let its scales grow, so that two orders of rounding differ by more
+    # than the tolerance.
+    theirs = reference.attend(query, pages, dense, visibility, Scoring(0.2), read_pages=read_pages)
     assert_near(ours.output, theirs.output)
     assert_near(ours.log_sum_exp, theirs.log_sum_exp)
 

@@ -15,7 +15,7 @@ from hf_kvcache.kernels import dispatch
 from hf_kvcache.kernels.cpu import library
 from hf_kvcache.kernels.cpu import pack as native
 from hf_kvcache.kernels.reference.hadamard import rotation_matrix
-from hf_kvcache.kernels.reference.levels import decode_side_in_torch
+from hf_kvcache.kernels.reference.levels import decode_side
 
 SIDES = ("keys", "values")
 GUARD = 64
@@ -126,7 +126,7 @@ def rotated(encoder: PageEncoder, side: str, given: Input) -> torch.Tensor:
 def decoded(encoder: PageEncoder, side: str, records: torch.Tensor) -> torch.Tensor:
     """What the records hold, in the same basis, in float64."""
     shape = (len(records), encoder.layout.page_size, encoder.layout.sides[side].dim)
-    return decode_side_in_torch(encoder.layout, side, records, torch.full(shape, torch.nan, dtype=torch.float64))
+    return decode_side(encoder.layout, side, records, torch.full(shape, torch.nan, dtype=torch.float64))
 
 
 def squared_error(encoder: PageEncoder, side: str, given: Input, records: torch.Tensor) -> float:

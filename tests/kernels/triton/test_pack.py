@@ -27,36 +27,24 @@ def random_codes(bits: int, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("bits", BITS)
 def test_bits_by_hand(bits: int, dim: int, device: torch.device) -> None:
-    """Every byte is where python integers put it, for a number of rows that is odd; unpacking gives the codes back."""
+    """Every byte is where python integers put it, for a number of rows that is odd."""
     codes = random_codes(bits, 35, dim)
     packed = pack.pack_bits(codes.to(device), bits)
     assert [bytes(row.tolist()) for row in packed.cpu()] == [bytes_by_hand(row.tolist(), bits) for row in codes]
-    out = torch.full(codes.shape, float("nan"), device=device)
-    assert pack.unpack_bits(packed, bits, out) is out
-    assert torch.equal(out.cpu(), codes.float())
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
-def test_strides_and_dtypes(bits: int, dtype: torch.dtype, device: torch.device) -> None:
-    """A field inside larger records is unpacked as it is, into a strided output of any dtype."""
-    codes = random_codes(bits, 2, 3, 5, 64).to(device)
-    packed = pack.pack_bits(codes.transpose(0, 1), bits).transpose(0, 1)
-    width = packed.shape[-1]
-    records = torch.full((2, 6, 5, 16 + width + 16), 255, dtype=torch.uint8, device=device)
-    records[:, ::2, :, 16 : 16 + width] = packed
-    out = torch.full((2, 3, 5, 128), 77, dtype=dtype, device=device)
-    pack.unpack_bits(records[:, ::2, :, 16 : 16 + width], bits, out[..., 32:96])
-    assert torch.equal(out[..., 32:96], codes.to(dtype))
-    assert (out[..., :32] == 77).all() and (out[..., 96:] == 77).all()
+def test_strided_codes(bits: int, device: torch.device) -> None:
+    """Codes whose rows do not lie side by side are packed as they would be in order."""
+    codes = random_codes(bits, 2, 3, 5, 64)
+    packed = pack.pack_bits(codes.to(device).transpose(0, 1), bits).transpose(0, 1).cpu()
+    assert torch.equal(packed, pack.pack_bits(codes.to(device), bits).cpu())
 
 
 def test_nothing_at_all(device: torch.device) -> None:
     """No row, no work."""
     codes = torch.empty(0, 64, dtype=torch.uint8, device=device)
-    packed = pack.pack_bits(codes, 4)
-    assert packed.shape == (0, 32)
-    assert pack.unpack_bits(packed, 4, torch.empty(0, 64, device=device)).shape == (0, 64)
+    assert pack.pack_bits(codes, 4).shape == (0, 32)
 
 
 @pytest.mark.parametrize("side", ["keys", "values"])

@@ -1,5 +1,5 @@
-// The C interface of the CPU kernels. hf_kvcache/kernels/cpu/library.py mirrors these structs with ctypes; ABI_VERSION
-// changes with every change here, and the loader refuses a library of another version.
+// The C interface of the CPU kernels: the structs of their arguments and the functions of the library. library.py mirrors the
+// structs with ctypes. Every change of a struct changes HFKV_ABI_VERSION, and library.py refuses a library of another version.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
-    HFKV_CODES = 0,    // bytes, after a look-up below 8 bits; see HfkvSide.levels
+    HFKV_CODES = 0,    // codes; those below 8 bits become bytes by a look-up in HfkvSide.levels
     HFKV_FLOAT8 = 1,   // e4m3
-    HFKV_FLOAT32 = 2,  // dense
+    HFKV_FLOAT32 = 2,  // this and the next two are elements in full precision
     HFKV_BFLOAT16 = 3,
     HFKV_FLOAT16 = 4,
 };
@@ -21,11 +21,11 @@ enum HfkvAxis : int32_t { HFKV_CHANNEL = 0, HFKV_TOKEN = 1 };
 struct HfkvSide {
     int32_t dim, bits, level, axis, group;
     int32_t has_zero, has_other;
-    int32_t offset;        // level = step * (byte - 128 + offset); codes of 8 bits are bytes as they are
+    int32_t offset;        // level = step * (byte - 128 + offset); a code of 8 bits is its own byte
     float step;
-    uint8_t levels[64];    // the byte of each code of up to 4 bits, in 16 bytes, four times
+    uint8_t levels[64];    // the byte of each code of up to 4 bits: a table of 16 bytes, four times
     int64_t codes, scale, zero, other;  // byte offsets in a record
-    int32_t rotation;      // 0 none, 1 by `matrix`, 2 fast Walsh-Hadamard after multiplying with `signs`
+    int32_t rotation;      // 0: none; 1: by `matrix`; 2: fast Walsh-Hadamard transform after multiplication by `signs`
     const float* matrix;   // [dim, dim]: rotated = x @ matrix
     const float* signs;    // [dim]
 };
@@ -36,34 +36,36 @@ struct HfkvLayout {
     int64_t record_bytes;
 };
 
-// One new token of each sequence, at the position of the query, which is first put into the last of the full-precision
-// slots that the call attends to. Its sides [B, H, D] are of the slots' level, by strides in elements; first null: no token.
+// One new token of each sequence, at the position of the query. The call first stores it in the last full-precision slot and
+// then attends to it too. Its sides, `first` and `second` [B, H, D], have the level of the slots; strides are in elements.
+// Without a new token `first` is null.
 struct HfkvToken {
     const void* first;
     const void* second;
     int64_t first_batch, first_head, second_batch, second_head;
-    int64_t* positions;  // [B, slots] of the slots, rows apart by positions_batch
+    int64_t* positions;  // [B, slots], the positions of the slots; sequences are positions_batch apart
     int64_t positions_batch;
-    int64_t* lengths;    // [B], slots in use; set once nothing can fail any more
+    int64_t* lengths;    // [B], the number of slots in use; set once nothing can fail any more
 };
 
 struct HfkvAttend {
     const HfkvLayout* layout;
-    // float32 query [B, Hq, q, Dk] by strides in elements; output [B, q, Hq, Dv]; log_sum_exp [B, Hq, q].
+    // Query float32 [B, Hq, q, Dk], strides in elements; output [B, q, Hq, Dv]; log_sum_exp [B, Hq, q].
     const float* query;
     int64_t query_batch, query_head, query_token;
     float* output;
     float* log_sum_exp;
     int32_t batch, query_heads, heads, length;
-    // Pages: [rows, columns] arrays whose rows are row_stride apart; positions: address of a page's int64 [P], or 0.
+    // Pages: arrays [rows, columns] whose rows are row_stride apart. A row is a KV head of a sequence. positions: the address
+    // of the int64 positions [P] of a page, or 0 where its tokens stand side by side from `first` on.
     const int64_t* addresses;
     const int32_t* counts;
     const int64_t* first;
     const int64_t* positions;
     int64_t row_stride;
     int32_t columns;
-    const float* center;  // [rows, Dk] rotated, or null
-    // Full-precision tokens: [B, Hkv, n, D] by strides in elements; positions and unused [B, n].
+    const float* key_mean;  // [rows, Dk], subtracted from the packed keys in the rotated basis; or null
+    // Full-precision tokens [B, Hkv, n, D], strides in elements; positions and unused [B, n].
     const void* dense_keys;
     const void* dense_values;
     int32_t dense_level, slots;
@@ -71,22 +73,22 @@ struct HfkvAttend {
     const int64_t* dense_positions;
     const uint8_t* dense_unused;
     int64_t positions_batch, unused_batch;
-    HfkvToken token;  // its sides are keys and values
+    HfkvToken token;  // first: keys, second: values
     // What the queries may see, and how scores are made.
     int64_t start, window;  // window 0: none
     int32_t causal;
-    float inner_scale, softcap;  // softcap 0: none
+    float inner_scale, softcap;  // factor of the dot products; softcap 0: none
     const float* sink_logits;    // [Hq] or null
-    // Probability of each key, summed over the queries, or null: [B, Hq, columns * P] and [B, Hq, n].
+    // Probability of each key, summed over the queries: [B, Hq, columns * P] and [B, Hq, n]; or null.
     float* page_sums;
     float* dense_sums;
     int32_t threads;
 };
 
-// Absorbed latent attention: what pages and dense tokens have as keys are latents, their values are rotary keys.
+// Absorbed latent attention: the keys of pages and of full-precision tokens are latents, their values are rotary keys.
 struct HfkvLatent {
     const HfkvLayout* layout;
-    // Query [B, H, q, r + dr] by strides in elements; output [B, q, H, r], both of query_level; log_sum_exp [B, H, q].
+    // Query [B, H, q, r + dr], strides in elements, and output [B, q, H, r] are of query_level; log_sum_exp [B, H, q].
     const void* query;
     int32_t query_level;
     int64_t query_batch, query_head, query_token;
@@ -100,7 +102,7 @@ struct HfkvLatent {
     const int64_t* positions;
     int64_t row_stride;
     int32_t columns;
-    // Full-precision tokens: [B, n, r] and [B, n, dr] by strides in elements; positions and unused [B, n].
+    // Full-precision tokens [B, n, r] and [B, n, dr], strides in elements; positions and unused [B, n].
     const void* dense_latents;
     const void* dense_rotary;
     int32_t dense_level, slots;
@@ -108,8 +110,8 @@ struct HfkvLatent {
     const int64_t* dense_positions;
     const uint8_t* dense_unused;
     int64_t positions_batch, unused_batch;
-    HfkvToken token;  // its sides are latents and rotary keys, of one head
-    // What the queries may see: mask [B, H, q, mask_width] by strides, 0 where all have the same; null: none.
+    HfkvToken token;  // first: latents, second: rotary keys; of one head
+    // What the queries may see. mask [B, H, q, mask_width], or null; a stride is 0 where all share one mask.
     int64_t start, window;  // window 0: none
     int32_t causal;
     const uint8_t* mask;
@@ -119,10 +121,10 @@ struct HfkvLatent {
     int32_t threads;
 };
 
-// A projection of few vectors by a matrix for each head: weight [H, n, width] by strides in elements, width a multiple of
-// 16. Either out [width] = sum of rows of the weight by x [n], or, transposed, out [n] = products of its rows with x [width].
+// A projection of few vectors by a matrix of each head. weight: [H, n, width], strides in elements; width is a multiple of 16.
+// out [width] is the sum of the weight's rows by x [n]; if transposed, out [n] are the products of its rows with x [width].
 struct HfkvProject {
-    const void* x;  // [B, H, q, n or width] by strides in elements, as is out; all of one level
+    const void* x;  // [B, H, q, n or width], strides in elements, as out; x, weight and out are of one level
     const void* weight;
     void* out;
     int32_t level, transposed;
@@ -131,31 +133,32 @@ struct HfkvProject {
     int32_t threads;
 };
 
-// A decode step of latent attention: queries [B, H, dn + dr] at absorb.x become attend.query (their first dn elements
-// projected, the others as they are), attend.output becomes expand.out. Length 1; all of one level.
+// A whole decode step of latent attention, with one query a sequence and everything of one level. The first dn elements of
+// the queries [B, H, dn + dr] at absorb.x are projected to attend.query, and the other dr are copied behind them. attend.output
+// is then projected to expand.out.
 struct HfkvLatentStep {
     HfkvProject absorb;
     HfkvLatent attend;
     HfkvProject expand;
 };
 
-// How a side is encoded: hf_kvcache/codecs.
+// How a side is encoded; the codecs of hf_kvcache/codecs define the methods.
 enum HfkvMethod : int32_t { HFKV_INTEGER = 0, HFKV_UNBIASED_KEYS = 1, HFKV_UNBIASED_VALUES = 2, HFKV_NORM = 3 };
 
 struct HfkvGrid {
     int32_t count;     // levels
     float levels[16];
-    float edges[16];   // count - 1 numbers half-way between neighbours
+    float edges[16];   // count - 1 numbers half-way between neighboring levels
 };
 
 struct HfkvEncode {
     const HfkvLayout* layout;
-    int32_t values, method;  // values: which side
+    int32_t values, method;  // values: whether the side is that of the values
     HfkvGrid grid;
     const float* x;       // [pages, P, D] in the model's basis
-    const float* center;  // [pages, D] rotated, or null
+    const float* key_mean;  // [pages, D], to be subtracted from the rotated vectors; or null
     int64_t pages;
-    uint8_t* records;     // [pages, record_bytes]; only the fields of this side are written
+    uint8_t* records;     // [pages, record_bytes]; the fields of this side are written
     int32_t threads;
 };
 
@@ -172,11 +175,11 @@ int32_t hfkv_set_isa(const char* name);
 int32_t hfkv_attend(const HfkvAttend* call);
 // Absorbed latent attention of a few queries; returns 0, or 1 if memory ran out (nothing is written then).
 int32_t hfkv_latent_attend(const HfkvLatent* call);
-// Project a few vectors; returns 0, or 1 if memory ran out.
+// Projection of a few vectors; returns 0, or 1 if memory ran out.
 int32_t hfkv_project(const HfkvProject* call);
-// A decode step; returns 0, or 1 if memory ran out (the token is not counted then).
+// A whole decode step of latent attention; returns 0, or 1 if memory ran out (the token is not counted then).
 int32_t hfkv_latent_step(const HfkvLatentStep* call);
-// Decode one side of n records (their addresses) into float32 [n, P, D], in the rotated basis, without the mean.
+// Decode one side of the n records at `addresses` into float32 [n, P, D], in the rotated basis and without the key mean.
 void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out,
                       int32_t threads);
 // Encode one side of pages; returns 0, or 1 if memory ran out.

@@ -1,4 +1,5 @@
-// Chooses the kernels for the CPU that runs, once, and exports the C interface.
+// Chooses the instruction set for the CPU at hand when the library is loaded, and exports the C interface (api.h). Each call
+// goes to the functions that kernels.inc defines for that instruction set.
 #include <cstring>
 
 #include "api.h"
@@ -52,7 +53,7 @@ bool has_avx512() {
 }
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-// Tiles are 8 KiB of state a thread, which Linux gives only to processes that ask for it.
+// Linux gives the 8 KiB of state of the tiles only to processes that ask for them.
 bool has_amx() {
 #if defined(__linux__)
     constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25, kBFloat16 = 1u << 22;

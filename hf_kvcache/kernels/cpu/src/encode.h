@@ -1,5 +1,6 @@
-// Packing: pages of float32 vectors to records, page by page. The methods are those of hf_kvcache/codecs, where they are
-// explained; here are the same sums in another order, so a code on the edge between two levels may come out the other way.
+// Packing of pages: rotates, quantizes and packs one side of pages into records, hfkv_encode. kernels.inc exports it; the codecs in
+// hf_kvcache/codecs define and explain the methods. Sums run in another order than in torch, so a number on the edge between two
+// levels may get the other code.
 #pragma once
 
 #include <cstdlib>
@@ -20,7 +21,7 @@ inline uint16_t to_half(float x) {
     std::memcpy(&bits, &x, 4);
     const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000);
     bits &= 0x7fffffff;
-    if (bits < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded units of 2^-24 in the low bits
+    if (bits < 0x38800000) {  // subnormal: after adding 0.5, the low bits are x in units of 2^-24, rounded
         float magnitude;
         std::memcpy(&magnitude, &bits, 4);
         magnitude += 0.5f;
@@ -32,7 +33,7 @@ inline uint16_t to_half(float x) {
 #endif
 }
 
-// x in half precision as it will be read, and stored.
+// Stores x in half precision and returns it as it will be read.
 inline float stored(float x, uint8_t* field, int index) {
     const uint16_t h = to_half(x);
     std::memcpy(field + 2 * index, &h, 2);
@@ -44,14 +45,14 @@ inline float at_least(float x, float least) { return x > least ? x : least; }
 // A page being packed: `tokens` vectors of `dim` floats.
 struct Page {
     int tokens, dim;
-    float* x;        // [tokens, dim], rotated and centred
+    float* x;        // [tokens, dim], rotated, less the key mean
     float* levels;   // [tokens, dim]
     uint8_t* codes;  // [tokens, dim]
     float* by_token;
     float* by_channel[6];
 };
 
-// Codes of the nearest of 2^bits levels: how many of the edges between them lie below.
+// Levels nearest to x, and their codes: a code is the number of edges between levels that lie below x.
 inline void nearest_levels(const float* x, int n, const HfkvGrid& grid, float* levels, uint8_t* codes) {
     int i = 0;
 #if defined(__AVX512F__)
@@ -85,7 +86,7 @@ inline void quantize_page(Page& p, const float* gain, const float* zero, const f
     }
 }
 
-// Scale and zero per channel that bring levels * scale + zero closest to x / gain.
+// Finds the scale and the zero point of each channel that bring levels * scale + zero closest to x / gain.
 inline void fit_line(const Page& p, const float* gain, float* scale, float* zero) {
     float* level_mean = p.by_channel[4];
     float* mean = p.by_channel[5];
@@ -112,8 +113,8 @@ inline void fit_line(const Page& p, const float* gain, float* scale, float* zero
     }
 }
 
-// Gain per token, mean and scale per channel that make the entries of a page close to N(0, 1).
-inline void normalise(const Page& p, float* gain, float* scale, float* mean) {
+// Finds a gain of each token, and a mean and a scale of each channel, that make the entries of a page close to N(0, 1).
+inline void normalize(const Page& p, float* gain, float* scale, float* mean) {
     for (int t = 0; t < p.tokens; t++) gain[t] = 1;
     for (int round = 0; round < 3; round++) {
         for (int c = 0; c < p.dim; c++) mean[c] = scale[c] = 0;
@@ -171,7 +172,7 @@ inline void encode_unbiased_keys(const HfkvSide& side, const HfkvGrid& grid, Pag
     float* zero = p.by_channel[1];
     float* fitted_scale = p.by_channel[2];
     float* fitted_zero = p.by_channel[3];
-    normalise(p, gain, scale, zero);
+    normalize(p, gain, scale, zero);
     quantize_page(p, gain, zero, scale, grid);
     fit_line(p, gain, fitted_scale, fitted_zero);
     for (int t = 0; t < p.tokens; t++) {
@@ -219,7 +220,7 @@ inline void encode_unbiased_values(const HfkvSide& side, const HfkvGrid& grid, P
     }
 }
 
-// TurboQuant: the norm, corrected so that the decoded vector has the length of the original one.
+// TurboQuant: the scale is the norm, corrected so that the decoded vector is as long as the original one.
 inline void encode_norm(const HfkvSide& side, const HfkvGrid& grid, Page& p, uint8_t* record) {
     for (int t = 0; t < p.tokens; t++) {
         const float* x = p.x + t * p.dim;
@@ -234,12 +235,12 @@ inline void encode_norm(const HfkvSide& side, const HfkvGrid& grid, Page& p, uin
     }
 }
 
-// KIVI: scale and zero point over a group of tokens or channels; both are rounded before the codes are chosen.
+// KIVI: a scale and a zero point for each group of tokens or channels, both rounded before the codes are chosen.
 inline void encode_integer(const HfkvSide& side, Page& p, uint8_t* record) {
     const bool by_channel = side.axis == HFKV_CHANNEL;
     const float most = (float)((1 << side.bits) - 1);
     const int groups = by_channel ? p.tokens / side.group : p.dim / side.group;
-    const int lanes = by_channel ? p.dim : 1;  // neighbours that have scales of their own
+    const int lanes = by_channel ? p.dim : 1;  // neighboring elements that have scales of their own
     float* low = p.by_channel[0];
     float* high = p.by_channel[1];
     for (int outer = 0; outer < (by_channel ? groups : p.tokens); outer++) {
@@ -268,7 +269,7 @@ inline void encode_integer(const HfkvSide& side, Page& p, uint8_t* record) {
     }
 }
 
-// Codes of a byte each to planes of 1, 2, 4 or 8 bits, widest first; hf_kvcache/kernels/pack/reference.py.
+// Packs codes of a byte each to planes of 1, 2, 4 or 8 bits, the widest first; hf_kvcache/kernels/reference/pack.py defines this.
 inline void pack_row(const uint8_t* codes, int bits, int dim, uint8_t* out) {
     int shift = 0;
     for (int width = 8; width; width /= 2) {
@@ -284,7 +285,7 @@ inline void pack_row(const uint8_t* codes, int bits, int dim, uint8_t* out) {
 
 inline void encode_page(const HfkvEncode& call, const HfkvSide& side, int64_t index, Page& p, float* raw) {
     uint8_t* record = call.records + index * call.layout->record_bytes;
-    const float* center = call.center ? call.center + index * side.dim : nullptr;
+    const float* key_mean = call.key_mean ? call.key_mean + index * side.dim : nullptr;
     for (int t = 0; t < p.tokens; t++) {
         const float* from = call.x + (index * p.tokens + t) * side.dim;
         float* to = p.x + t * side.dim;
@@ -294,8 +295,8 @@ inline void encode_page(const HfkvEncode& call, const HfkvSide& side, int64_t in
             std::memcpy(raw, from, sizeof(float) * side.dim);
             rotate(side, raw, false, to);
         }
-        if (center)
-            for (int c = 0; c < side.dim; c++) to[c] -= center[c];
+        if (key_mean)
+            for (int c = 0; c < side.dim; c++) to[c] -= key_mean[c];
     }
     switch (call.method) {
         case HFKV_INTEGER: encode_integer(side, p, record); break;

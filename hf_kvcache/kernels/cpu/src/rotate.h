@@ -1,8 +1,9 @@
-// Rotation of queries into the basis of a side, and of outputs back.
+// Rotation of vectors into the basis of a side of a page, and back. attention.h and latent_attention.h rotate queries and
+// outputs, encode.h rotates the vectors that it packs.
 #pragma once
 
 #include "api.h"
-#include "vec.h"
+#include "vectors.h"
 
 namespace {
 
@@ -16,7 +17,7 @@ inline Vec mirrored(Vec v, int distance) {
     return out;
 }
 
-// In place, unnormalised, in the order of Sylvester's construction; dim is a power of two.
+// The Walsh-Hadamard transform in place, not normalized, in the order of Sylvester's construction; dim is a power of two.
 inline void walsh_hadamard(float* x, int dim) {
     int h = 1;
     if (dim % kLanes == 0) {
@@ -58,7 +59,7 @@ inline void rotate_by_matrix(const float* x, const float* matrix, int dim, bool 
     }
 }
 
-// out = x in the rotated basis, or x back from it; x and out do not overlap.
+// out = x in the rotated basis, or, if inverse, x back from it; x and out do not overlap.
 inline void rotate(const HfkvSide& side, const float* x, bool inverse, float* out) {
     const int dim = side.dim;
     if (side.rotation == 1) {

@@ -1,5 +1,6 @@
-// Memory for partial results that a thread keeps from call to call: what is freed may go back to the system, and every page
-// of what comes from there costs a fault.
+// Memory for the partial results of a call, which each thread reuses from call to call. attention.h, latent_attention.h,
+// latent_projection.h and encode.h allocate by it: freed memory may go back to the system, and every page of new memory costs a
+// page fault.
 #pragma once
 
 #include <cstdint>
@@ -7,37 +8,37 @@
 
 namespace {
 
-constexpr size_t kMostKept = 64 << 20;  // larger pieces are given back
+constexpr size_t kMostReused = 64 << 20;  // more than this is freed after the call
 
-struct Kept {
+struct ThreadMemory {
     char* memory = nullptr;
     size_t bytes = 0;
-    ~Kept() { std::free(memory); }
+    ~ThreadMemory() { std::free(memory); }
 };
 
-inline Kept& kept_memory() {
-    static thread_local Kept kept;
-    return kept;
+inline ThreadMemory& thread_memory() {
+    static thread_local ThreadMemory own;
+    return own;
 }
 
 // Room for a call, aligned to a cache line; one at a time in a thread.
 class Workspace {
 public:
     explicit Workspace(size_t bytes) {
-        Kept& kept = kept_memory();
+        ThreadMemory& own = thread_memory();
         bytes += kLine;
-        if (kept.bytes < bytes) {
-            std::free(kept.memory);
-            kept.memory = (char*)std::malloc(bytes);
-            kept.bytes = kept.memory ? bytes : 0;
+        if (own.bytes < bytes) {
+            std::free(own.memory);
+            own.memory = (char*)std::malloc(bytes);
+            own.bytes = own.memory ? bytes : 0;
         }
-        at_ = kept.memory ? (char*)(((uintptr_t)kept.memory + kLine - 1) & ~(uintptr_t)(kLine - 1)) : nullptr;
+        at_ = own.memory ? (char*)(((uintptr_t)own.memory + kLine - 1) & ~(uintptr_t)(kLine - 1)) : nullptr;
     }
     ~Workspace() {
-        Kept& kept = kept_memory();
-        if (kept.bytes <= kMostKept) return;
-        std::free(kept.memory);
-        kept.memory = nullptr, kept.bytes = 0;
+        ThreadMemory& own = thread_memory();
+        if (own.bytes <= kMostReused) return;
+        std::free(own.memory);
+        own.memory = nullptr, own.bytes = 0;
     }
     Workspace(const Workspace&) = delete;
     Workspace& operator=(const Workspace&) = delete;

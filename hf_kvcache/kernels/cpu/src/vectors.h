@@ -1,4 +1,5 @@
-// Vectors of floats by GCC's and Clang's vector extensions: one source for SSE2, NEON, AVX2 and AVX-512.
+// Vectors of floats by the vector extensions of GCC and Clang, so that one source serves SSE2, NEON, AVX2 and AVX-512; and
+// the prefetch of the next record. All other headers build on this one.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,8 @@
 #define HFKV_LANES 4
 #endif
 
-// Every translation unit is compiled for another instruction set, so nothing in it may have external linkage: the linker
-// would keep one of the copies for all of them.
+// Nothing here may have external linkage. Every translation unit is compiled for another instruction set, and the linker would
+// keep one copy of a function for all of them.
 namespace {
 
 constexpr int kLanes = HFKV_LANES;
@@ -55,17 +56,17 @@ inline float sum(Vec v) {
     return total;
 }
 
-// The record that is computed with next, fetched a few cache lines at a time beside the work on this one: a core's own
-// prefetcher stops at every 4 KiB, and the core would wait for memory in one place and leave it idle in another. A core has
-// few lines under way at a time: asked for faster than memory gives them, they would hold up the work too. They go to the
-// second-level cache: the first has no room for two pages and what is made of one.
+// Prefetches the next record, a few cache lines at a time, while the current one is computed with. A core's own prefetcher
+// stops at every 4 KiB; without this the core would wait for memory at the start of a record and leave memory idle at its end.
+// A core can have few lines under way, so requests that come faster than memory answers would hold up the work. The lines go to
+// the second-level cache: the first level has no room for two pages and the levels of one.
 struct Stream {
     const uint8_t* at = nullptr;
-    const uint8_t* goal = nullptr;  // what is behind it is left for later work
+    const uint8_t* goal = nullptr;  // how far to fetch for the work done so far
     const uint8_t* end = nullptr;
-    int64_t share = 0;  // bytes for a unit of work
+    int64_t share = 0;  // bytes to fetch for a unit of work
 
-    // Scores and weighted values of a page are 48 units each; softmax, which is left, is four for each query.
+    // Units of work of a page: 48 for the scores, 48 for the weighted values, and four for the softmax of each query.
     static constexpr int kUnits = 108;
 
     void begin(const uint8_t* record, int64_t bytes) {
@@ -74,7 +75,7 @@ struct Stream {
     }
     void work(int units) {
         if (at >= end) return;
-        // A line behind the record may be asked for too; that is harmless, wherever it lies.
+        // The last prefetch may be of a line behind the record, which is harmless wherever it lies.
         for (goal += units * share; at < goal; at += 64) __builtin_prefetch(at, 0, 2);
     }
 };
@@ -92,7 +93,7 @@ inline float larger(float a, float b) { return a > b ? a : b; }
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// e^x for x <= 88, relative error below 2e-7; 0 where x < -87 (-inf too).
+// e^x for x <= 88 with a relative error below 2e-7, and 0 for x < -87, -inf included.
 inline Vec exponential(Vec x) {
 #if !defined(__AVX512F__)
     const VecInt vanishes = x < splat(-87.0f);
@@ -132,7 +133,7 @@ inline float from_half(uint16_t h) {
     uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
     float x;
     std::memcpy(&x, &bits, 4);
-    x *= 0x1p112f;  // the exponents' biases differ by 112; subnormal halves come out right too
+    x *= 0x1p112f;  // the biases of the exponents differ by 112; this is right for subnormal halves too
     if ((h & 0x7c00) == 0x7c00) x = (h & 0x3ff) ? __builtin_nanf("") : __builtin_inff();
     return (h & 0x8000) ? -x : x;
 #endif
@@ -152,7 +153,7 @@ inline void halves(const uint8_t* p, int n, float* out) {
     }
 }
 
-// e4m3 (no infinities; the codec stores no NaN) by way of half precision, which has the same layout but for the bias.
+// e4m3 by way of half precision, which has the same layout with another bias. e4m3 has no infinities, and codecs store no NaN.
 inline float from_float8(uint8_t x) {
     return 256.0f * from_half((uint16_t)(((x & 0x80) << 8) | ((x & 0x7f) << 7)));
 }

@@ -1,15 +1,15 @@
-// Packed codes on their way to levels, a byte each, without a detour over memory: a vector of bytes has a code of every segment
-// of a row, to be had by a shift and a look-up.
+// Looks packed codes up in registers, for AVX512-VNNI and AMX, so that levels take no detour over memory. A vector of bytes holds
+// one code of every segment of a row, and a shift and a look-up give its levels. dot_vnni.h and dot_amx.h read pages by it.
 #pragma once
 
 #include "api.h"
-#include "expand.h"
+#include "unpack.h"
 
 #if defined(__AVX512VNNI__)
 
 namespace {
 
-// The levels of codes of kBits: a vector of bytes has one code of every segment of a row.
+// The look-up of the levels of codes of kBits bits.
 template <int kBits>
 struct Lookup {
     static constexpr int kSegments = 8 / kBits;
@@ -17,7 +17,7 @@ struct Lookup {
 
     explicit Lookup(const HfkvSide& side) : table(_mm512_loadu_si512(side.levels)) {
 #if defined(__AVX512VBMI__)
-        // It heeds six bits of a byte: those above the code find the same level.
+        // The instruction heeds six bits of a byte, so the table repeats itself for all values of the bits above the code.
         alignas(64) uint8_t place[64];
         for (int i = 0; i < 64; i++) place[i] = (uint8_t)(i & ((1 << kBits) - 1));
         table = _mm512_permutexvar_epi8(_mm512_load_si512(place), table);
@@ -44,7 +44,7 @@ struct CodeRows {
 
     CodeRows(const HfkvSide& side, const uint8_t* bytes, int row_bytes, int rows)
         : data(bytes), length(row_bytes), n(rows), levels(side) {}
-    // Rows from t on, `count` of them: those behind the last are 0, in `room`.
+    // `count` rows from t on. If some lie behind the last row, a copy in `room`, in which these are 0.
     const uint8_t* from(int t, int count, uint8_t* room) const {
         const uint8_t* rows = data + (int64_t)t * length;
         if (t + count <= n) return rows;
@@ -54,17 +54,17 @@ struct CodeRows {
     }
 };
 
-// Rows in vectors of 64 levels: 64 bytes of one make a vector for each segment; a shorter one is repeated to fill a vector, every
-// lane of which is shifted to the segment that its channels belong to.
+// Rows as vectors of 64 levels. Where a row has 64 bytes or more, 64 of them make a vector for each segment. A shorter row is
+// repeated to fill a vector, and every lane is shifted by the segment that its channels belong to.
 template <int kBits_, int kLength>
-struct Wide {
+struct LevelVectors {
     static constexpr int kBits = kBits_;
     static constexpr int kOutputs = 8 / kBits * kLength / 64;  // vectors of 64 levels from one of bytes
     static_assert(kOutputs > 0, "a vector of bytes must hold the codes of 64 channels");
     CodeRows<kBits> rows;
     __m512i shifts[kOutputs];
 
-    explicit Wide(const CodeRows<kBits>& given) : rows(given) {
+    explicit LevelVectors(const CodeRows<kBits>& given) : rows(given) {
         const __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         for (int k = 0; k < kOutputs; k++)  // lane i holds bytes 4 i to 4 i + 3 of a vector
             shifts[k] = _mm512_mullo_epi32(_mm512_set1_epi32(kBits * 0x10001),
@@ -75,7 +75,7 @@ struct Wide {
         if (kLength == 32) return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)from));
         return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from));
     }
-    // The bytes of a row of a page from c on; those behind the last row are some that are there.
+    // 64 bytes of row t of a page from c on. Behind the last row that counts, the record holds bytes that may be read.
     __m512i load(int64_t t, int c) const { return row(rows.data + t * rows.length + c, ~0ull); }
     __m512i level(__m512i bytes, int k) const {
         if (kBits == 8) return bytes;
@@ -89,20 +89,20 @@ private:
     static constexpr int kShift = kLength == 64 ? 4 : kLength == 32 ? 3 : 2;
 };
 
-// Calls op with the first n rows of a side. `bytes` is room for a page of levels, for packings that do not come in whole vectors.
+// Calls op with the first n rows of a side. bytes: room for a page of levels, for codes that do not fill whole vectors.
 template <class Op>
-void with_wide(const HfkvSide& side, const uint8_t* codes, int n, uint8_t* bytes, Stream& next, const Op& op) {
+void with_level_vectors(const HfkvSide& side, const uint8_t* codes, int n, uint8_t* bytes, Stream& next, const Op& op) {
     const int length = side.dim * side.bits / 8;
-    if (side.bits == 8) return op(Wide<8, 64>(CodeRows<8>(side, codes, length, n)));
+    if (side.bits == 8) return op(LevelVectors<8, 64>(CodeRows<8>(side, codes, length, n)));
     if (side.dim % 64 == 0) {
-        if (side.bits == 4 && length % 64 == 0) return op(Wide<4, 64>(CodeRows<4>(side, codes, length, n)));
-        if (side.bits == 4 && length == 32) return op(Wide<4, 32>(CodeRows<4>(side, codes, length, n)));
-        if (side.bits == 2 && length == 64) return op(Wide<2, 64>(CodeRows<2>(side, codes, length, n)));
-        if (side.bits == 2 && length == 32) return op(Wide<2, 32>(CodeRows<2>(side, codes, length, n)));
-        if (side.bits == 2 && length == 16) return op(Wide<2, 16>(CodeRows<2>(side, codes, length, n)));
+        if (side.bits == 4 && length % 64 == 0) return op(LevelVectors<4, 64>(CodeRows<4>(side, codes, length, n)));
+        if (side.bits == 4 && length == 32) return op(LevelVectors<4, 32>(CodeRows<4>(side, codes, length, n)));
+        if (side.bits == 2 && length == 64) return op(LevelVectors<2, 64>(CodeRows<2>(side, codes, length, n)));
+        if (side.bits == 2 && length == 32) return op(LevelVectors<2, 32>(CodeRows<2>(side, codes, length, n)));
+        if (side.bits == 2 && length == 16) return op(LevelVectors<2, 16>(CodeRows<2>(side, codes, length, n)));
     }
-    expand(codes, side.bits, n, side.dim, side.levels, bytes, next);
-    op(Wide<8, 64>(CodeRows<8>(side, bytes, side.dim, n)));
+    unpack(codes, side.bits, n, side.dim, side.levels, bytes, next);
+    op(LevelVectors<8, 64>(CodeRows<8>(side, bytes, side.dim, n)));
 }
 
 }  // namespace

@@ -1,12 +1,13 @@
-// Products of bytes on the tile unit (AMX): the same 16-bit split of the float side as in bytes.h, the same exact sums.
+// Dot products and weighted sums of more than four queries with the codes of a page, by AMX: the same split of the float side and
+// the same exact sums as in byte_rows.h. page_side.h calls `dot_tiles`, `weave` and `weigh_tiles`.
 //
-// A page's rows of bytes are a tile as they lie, and so are queries by two bytes each: scores need no transposing. Four
-// queries, a high and a low byte each, are a quad: eight columns of a product with keys, eight rows of one with values.
-// A tile has room for two of them; where there is one only, the rest is computed for nothing.
+// The rows of bytes of a page are a tile as they lie, and queries of two bytes each are one too, so scores need no transposition.
+// Four queries with a high and a low byte each are a quad: eight columns of a product with keys, or eight rows of a product with
+// values. A tile has room for two quads; the room of a missing one is computed in vain.
 #pragma once
 
-#include "bytes.h"
-#include "wide.h"
+#include "byte_rows.h"
+#include "unpack_vnni.h"
 
 #if defined(__AMX_INT8__)
 
@@ -14,9 +15,9 @@ namespace {
 
 constexpr int kQuad = 4;
 constexpr int kTileBytes = 16 * 64;
-constexpr int kBlock = 64;  // tokens that pages have a multiple of here: no tile reaches behind the record
+constexpr int kBlock = 64;  // pages here have a multiple of so many tokens, so that no tile reaches behind a record
 
-// All tiles are 16 rows of 64 bytes: an instruction on fewer takes as long.
+// All tiles have 16 rows of 64 bytes; instructions on fewer rows take as long.
 inline void configure_tiles() {
     struct alignas(64) {
         uint8_t palette, start_row, reserved[14];
@@ -25,7 +26,7 @@ inline void configure_tiles() {
     } config = {};
     config.palette = 1;
     for (int i = 0; i < 8; i++) config.rows[i] = 16, config.row_bytes[i] = 64;
-    // GCC takes the instruction for one that reads only the first bytes, and might leave out what is written to the others.
+    // GCC takes it that the instruction reads the first bytes only, and might drop the writes to the others.
     asm volatile("" : : "m"(config));
     _tile_loadconfig(&config);
 }
@@ -37,7 +38,7 @@ inline bool tiles_fit(const HfkvSide& side, int page_size) {
         && page_size <= kLargestExactTokens;
 }
 
-// Up to four rows of a multiple of 16 floats as multiples of a unit each.
+// Up to four rows of floats, each as multiples of a unit. Their length is a multiple of 16.
 struct Quad {
     const float* rows[kQuad];
     int n;
@@ -46,7 +47,7 @@ struct Quad {
 
     Quad(const float* x, int pitch, int count, int length) : n(length) {
         for (int m = 0; m < kQuad; m++) {
-            // A row that is not there is the first one times zero.
+            // A missing row is the first one times zero.
             rows[m] = x + (m < count ? (int64_t)m * pitch : 0);
             units[m] = 0, inverses[m] = 0, totals[m] = 0, sums[m] = _mm512_setzero_si512();
             if (m >= count) continue;
@@ -69,14 +70,14 @@ struct Quad {
         sums[m] = _mm512_add_epi32(sums[m], v);
         return v;
     }
-    // start: what takes the bias of the bytes out of a total, when all multiples have been asked for.
+    // start: what takes the bias of the bytes out of a total; call this after `multiples` of all columns.
     void copy(float* to_units, int32_t* start) const {
         std::memcpy(to_units, units, sizeof units);
         _mm_storeu_si128((__m128i*)start, _mm_mullo_epi32(four_sums(sums), _mm_set1_epi32(-kBias)));
     }
 };
 
-// A quad of queries as columns: row c / 4 of the tiles has four channels of the high byte of each, then of the low byte.
+// A quad of queries as columns: row c / 4 of the tiles has the high bytes of four channels of each query, then the low bytes.
 inline void split_queries(Quad& quad, int8_t* columns, Stream& next) {
     const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     for (int c = 0; c < quad.n; c += 16) {
@@ -94,7 +95,7 @@ inline void split_queries(Quad& quad, int8_t* columns, Stream& next) {
     }
 }
 
-// A quad of weights as eight rows of a tile for every 64 tokens, high bytes first. The tokens are in the order of split_bytes.
+// A quad of weights as eight rows of a tile for every 64 tokens, the high bytes first. Tokens are in the order of split_bytes.
 inline void split_weights(Quad& quad, int8_t* rows, Stream& next) {
     for (int t = 0; t < quad.n; t += kBlock, rows += kTileBytes)
 #pragma GCC unroll 4
@@ -109,13 +110,13 @@ inline void split_weights(Quad& quad, int8_t* rows, Stream& next) {
         }
 }
 
-// Rows i and i + 4 of sums: high and low bytes of four queries each.
+// Rows i and i + 4 of sums, each of the high and the low bytes of four queries.
 inline __m512i two_rows(const int32_t* sums, int i) {
     const __m256i a = _mm256_loadu_si256((const __m256i*)(sums + 16 * i));
     return _mm512_inserti64x4(_mm512_castsi256_si512(a), _mm256_loadu_si256((const __m256i*)(sums + 16 * (i + 4))), 1);
 }
 
-// The totals of 16 tokens by query. sums: eight columns of 16 rows.
+// The totals of 16 tokens, a vector for each query of a quad. sums: eight columns of 16 rows.
 inline void by_query(const int32_t* sums, __m512i totals[kQuad]) {
     __m512i v[4];
 #pragma GCC unroll 4
@@ -130,9 +131,9 @@ inline void by_query(const int32_t* sums, __m512i totals[kQuad]) {
     totals[2] = _mm512_unpacklo_epi64(c, d), totals[3] = _mm512_unpackhi_epi64(c, d);
 }
 
-constexpr int kStep = 64;  // tokens whose levels are looked up and multiplied at a time
+constexpr int kStep = 64;  // tokens that are looked up and multiplied at a time
 
-// Tiles 0 to 3 hold sums, 4 to 7 what is multiplied.
+// Tiles 0 to 3 hold sums, tiles 4 to 7 the factors.
 inline void zero_sums() {
     _tile_zero(0);
     _tile_zero(1);
@@ -170,26 +171,26 @@ inline void multiply_keys(const uint8_t* rows, int dim, const int8_t* columns, i
     store_sums(sums);
 }
 
-template <class Wide>
-void look_up(const Wide& wide, int start, int dim, uint8_t* levels, Stream& next) {
-    for (int c = 0; c < wide.rows.length; c += 64)
+template <class LevelVectors>
+void look_up(const LevelVectors& vectors, int start, int dim, uint8_t* levels, Stream& next) {
+    for (int c = 0; c < vectors.rows.length; c += 64)
         for (int t = 0; t < kStep; t += 4) {
             if (t % 8 == 0 && c == 0) next.work(1);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
-                const __m512i bytes = wide.load(start + t + i, c);
+                const __m512i bytes = vectors.load(start + t + i, c);
 #pragma GCC unroll 4
-                for (int k = 0; k < Wide::kOutputs; k++)
-                    _mm512_store_si512(levels + (t + i) * dim + 64 * wide.block(k, c), wide.level(bytes, k));
+                for (int k = 0; k < LevelVectors::kOutputs; k++)
+                    _mm512_store_si512(levels + (t + i) * dim + 64 * vectors.block(k, c), vectors.level(bytes, k));
             }
         }
 }
 
-// scores[m, t] of up to two quads of queries and n rows of codes. levels: room for kStep rows of them.
-template <class Wide>
-void dot_tiles(const Wide& given, int n, int dim, const float* query, int query_pitch, int count, float* scores, int pitch,
+// scores[m, t] of up to two quads of queries with n rows of codes. levels: room for kStep rows of levels.
+template <class LevelVectors>
+void dot_tiles(const LevelVectors& given, int n, int dim, const float* query, int query_pitch, int count, float* scores, int pitch,
                uint8_t* levels, int8_t* tiles, Stream& next) {
-    const Wide wide = given;  // bytes are written below, which could be any object's but a local one's
+    const LevelVectors vectors = given;  // a local copy: the bytes written below could, to the compiler, belong to any other object
     alignas(64) int32_t sums[kStep * 16];
     float units[2 * kQuad];
     int32_t start[2 * kQuad];
@@ -199,10 +200,10 @@ void dot_tiles(const Wide& given, int n, int dim, const float* query, int query_
         quad.copy(units + m, start + m);
     }
     for (int t = 0; t < n; t += kStep) {
-        if (Wide::kBits == 8) {
-            multiply_keys(wide.rows.data + (int64_t)t * dim, dim, tiles, sums, next);
+        if (LevelVectors::kBits == 8) {
+            multiply_keys(vectors.rows.data + (int64_t)t * dim, dim, tiles, sums, next);
         } else {
-            look_up(wide, t, dim, levels, next);
+            look_up(vectors, t, dim, levels, next);
             multiply_keys(levels, dim, tiles, sums, next);
         }
         for (int half = 0; half < kStep && t + half < n; half += 16) {
@@ -224,29 +225,29 @@ void dot_tiles(const Wide& given, int n, int dim, const float* query, int query_
     }
 }
 
-// Levels of n tokens, four tokens side by side, as tiles [64 channels, 64 tokens, part]: lane i of part p is channel
-// 16 (i / 4) + 4 p + i % 4. The groups of four tokens stand in the order of split_bytes.
-template <class Wide>
-void weave(const Wide& given, int n, uint8_t* tiles, Stream& next) {
-    const Wide wide = given;  // as above
+// Levels of n tokens, with the bytes of four tokens side by side, as tiles [64 channels, 64 tokens, part]. Lane i of part p is
+// channel 16 (i / 4) + 4 p + i % 4. The groups of four tokens are in the order of split_bytes.
+template <class LevelVectors>
+void weave(const LevelVectors& given, int n, uint8_t* tiles, Stream& next) {
+    const LevelVectors vectors = given;  // as above
     const int steps = padded(n) / kBlock;
     for (int step = 0; step < steps; step++)
         for (int group = 0; group < 16; group++) {
             const int64_t t = kBlock * step + 4 * (group / 4 + group % 4 * 4);
             if (group % 2 == 0) next.work(1);
-            for (int c = 0; c < wide.rows.length; c += 64) {
-                const __m512i row0 = wide.load(t, c), row1 = wide.load(t + 1, c);
-                const __m512i row2 = wide.load(t + 2, c), row3 = wide.load(t + 3, c);
+            for (int c = 0; c < vectors.rows.length; c += 64) {
+                const __m512i row0 = vectors.load(t, c), row1 = vectors.load(t + 1, c);
+                const __m512i row2 = vectors.load(t + 2, c), row3 = vectors.load(t + 3, c);
                 const __m512i ab_low = _mm512_unpacklo_epi8(row0, row1), ab_high = _mm512_unpackhi_epi8(row0, row1);
                 const __m512i cd_low = _mm512_unpacklo_epi8(row2, row3), cd_high = _mm512_unpackhi_epi8(row2, row3);
                 const __m512i parts[4] = {_mm512_unpacklo_epi16(ab_low, cd_low), _mm512_unpackhi_epi16(ab_low, cd_low),
                                           _mm512_unpacklo_epi16(ab_high, cd_high), _mm512_unpackhi_epi16(ab_high, cd_high)};
 #pragma GCC unroll 4
-                for (int k = 0; k < Wide::kOutputs; k++) {
-                    uint8_t* to = tiles + (wide.block(k, c) * steps + step) * 4 * kTileBytes + 64 * group;
+                for (int k = 0; k < LevelVectors::kOutputs; k++) {
+                    uint8_t* to = tiles + (vectors.block(k, c) * steps + step) * 4 * kTileBytes + 64 * group;
 #pragma GCC unroll 4
                     for (int p = 0; p < 4; p++)
-                        _mm512_store_si512(to + p * kTileBytes, wide.level(parts[p], k));
+                        _mm512_store_si512(to + p * kTileBytes, vectors.level(parts[p], k));
                 }
             }
         }
@@ -273,7 +274,7 @@ inline void multiply_values(const uint8_t* woven, const int8_t* weights, int ste
     store_sums(sums);
 }
 
-// output [64] += unit * totals + lift of one query, whose high bytes' sums are given, out of the order of weave.
+// output [64] += unit * totals + lift of one query, in the order of channels. sums: the row of the query's high bytes.
 inline void add_channels(const int32_t* sums, int32_t start, float unit, float lift, float* output) {
     __m512i total[4];
 #pragma GCC unroll 4
@@ -292,7 +293,7 @@ inline void add_channels(const int32_t* sums, int32_t start, float unit, float l
                                                           _mm512_add_ps(_mm512_loadu_ps(output + 16 * q), _mm512_set1_ps(lift))));
 }
 
-// output[m, c] += the sums of n rows of levels, woven, by up to two quads of weights. These go on as zeros up to a multiple
+// output[m, c] += the sums of n rows of woven levels by up to two quads of weights. Behind the n-th, weights are 0 up to a multiple
 // of 64. offset: as in HfkvSide.
 inline void weigh_tiles(const uint8_t* woven, int n, int dim, int offset, const float* weights, int pitch, int count,
                         float* output, int output_pitch, int8_t* tiles, Stream& next) {

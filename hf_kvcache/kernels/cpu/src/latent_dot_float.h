@@ -1,16 +1,17 @@
-// Latents against 16 queries at a time in float32, on every instruction set.
+// Dot products and weighted sums of latents with 16 queries at a time in float32, on every instruction set; and the decoding of
+// latents. latent_attention.h calls it where AMX does not apply.
 //
-// Scores stand token by token, the 16 queries of a token side by side: no sum and no maximum runs across lanes, and what
-// is known of a token (its scale, whether it is seen) meets a whole vector.
+// Scores are stored token by token, with the 16 queries of a token side by side. So no sum and no maximum runs across lanes, and
+// whatever depends on the token alone (a scale, whether it is seen) applies to a whole vector.
 #pragma once
 
-#include "attend.h"
+#include "attention.h"
 
 namespace {
 
-constexpr int kQueries = 16;     // taken together: heads times query tokens, padded
+constexpr int kQueries = 16;     // heads times query tokens that are computed together, padded
 constexpr int kQueryVectors = kQueries / kLanes;
-constexpr int kLatentChunk = 64; // tokens taken at a time
+constexpr int kLatentChunk = 64; // tokens that are computed at a time
 
 // The float32 rows of some tokens, `stride` bytes apart.
 struct FloatRows {
@@ -44,7 +45,7 @@ inline void dot_tokens(const FloatRows& rows, int start, int dim, const float* q
         for (int p = 0; p < kQueryVectors; p++) store(scores + (start + t) * kQueries + p * kLanes, total[t][p]);
 }
 
-// scores [n, 16] += products of n rows with 16 queries, which stand channel by channel [dim, 16].
+// scores [n, 16] += products of n rows with 16 queries. query: [dim, 16].
 inline void dot_rows(const FloatRows& rows, int n, int dim, const float* query, float* scores, Stream& next) {
     constexpr int kMany = 12 / kQueryVectors, kSome = 4 / kQueryVectors;
     int t = 0;
@@ -81,7 +82,7 @@ inline void weigh_channels(const FloatRows& rows, int n, int c, const float* wei
         for (int v = 0; v < V; v++) store(output + m * pitch + c + v * kLanes, total[m][v]);
 }
 
-// output [16, dim] += weights [n, 16] transposed times n rows, of the first `count` queries. dim: a multiple of 16.
+// output [16, dim] += weights [n, 16], transposed, times n rows, for the first `count` queries. dim: a multiple of 16.
 inline void weigh_rows(const FloatRows& rows, int n, int dim, const float* weights, int count, float* output, Stream& next) {
     constexpr int kVectors = kLanes == 16 ? 4 : 2;
     int c = 0;
@@ -93,7 +94,7 @@ inline void weigh_rows(const FloatRows& rows, int n, int dim, const float* weigh
         for (int m = 0; m < count; m += 4) weigh_channels<1>(rows, n, c, weights + m, output + m * dim, dim);
 }
 
-// n rows of elements to float32 rows of `dim` side by side.
+// Converts n rows of elements to float32 rows of `dim`, side by side.
 template <class Element>
 inline void widen(const uint8_t* data, int64_t stride, int n, int dim, float* out) {
     for (int t = 0; t < n; t++) {
@@ -105,7 +106,7 @@ inline void widen(const uint8_t* data, int64_t stride, int n, int dim, float* ou
     }
 }
 
-// Rows of a dense dtype in float32: where they lie, or widened in `out` [n, dim].
+// Full-precision rows in float32: where they lie, or converted in `out` [n, dim].
 inline FloatRows dense_floats(int level, const uint8_t* data, int64_t stride, int n, int dim, float* out) {
     if (level == HFKV_FLOAT32) return {data, stride};
     if (level == HFKV_BFLOAT16) widen<BFloat16>(data, stride, n, dim, out);
@@ -113,20 +114,20 @@ inline FloatRows dense_floats(int level, const uint8_t* data, int64_t stride, in
     return {(const uint8_t*)out, 4 * (int64_t)dim};
 }
 
-// What takes levels to numbers: level * scale + zero, by token and group of channels [n, groups], or by group of tokens and
-// channel [groups, dim].
+// Scales and zero points, level * scale + zero: of each token and group of channels, [n, groups], or of each group of tokens and
+// channel, [groups, dim].
 struct Factors {
     float* scale;
     float* zero;
 };
 
-// Room for the scales of a chunk.
+// The number of scales of a chunk, at most.
 inline int factor_count(const HfkvSide& side) {
     if (side.level >= HFKV_FLOAT32) return 0;
     return side.axis == HFKV_CHANNEL ? (kLatentChunk / side.group + 2) * side.dim : kLatentChunk * (side.dim / side.group);
 }
 
-// The factors of tokens `start` on, with the step of the levels and their offset from the byte's centre worked in.
+// The factors of n tokens from `start` on. They include the step of the levels and their offset from the center of the bytes.
 inline Factors read_factors(const HfkvSide& side, const uint8_t* record, int start, int n, float* room) {
     const bool by_channel = side.axis == HFKV_CHANNEL;
     const int groups = by_channel ? side.dim : side.dim / side.group;
@@ -144,7 +145,7 @@ inline Factors read_factors(const HfkvSide& side, const uint8_t* record, int sta
     return f;
 }
 
-// x [n, dim] = levels * scale + zero, by token and group of channels.
+// x [n, dim] = levels * scale + zero, with factors of each token and group of channels.
 inline void scale_tokens(float* x, int n, int dim, int group, const Factors& f) {
     const int groups = dim / group;
     for (int t = 0; t < n; t++)
@@ -155,7 +156,7 @@ inline void scale_tokens(float* x, int n, int dim, int group, const Factors& f) 
         }
 }
 
-// The same by channel and group of tokens; f begins at the group of token `start`.
+// The same with factors of each group of tokens and channel; f begins at the group of token `start`.
 inline void scale_channels(float* x, int start, int n, int dim, int group, const Factors& f) {
     for (int t = 0; t < n; t++) {
         const int64_t at = (int64_t)((start + t) / group - start / group) * dim;
@@ -163,7 +164,7 @@ inline void scale_channels(float* x, int start, int n, int dim, int group, const
     }
 }
 
-// The second scale, along the other axis.
+// Multiplies by the second scale, along the other axis.
 inline void scale_again(const HfkvSide& side, const uint8_t* record, int start, int n, float* room, float* x) {
     const bool by_channel = side.axis == HFKV_CHANNEL;
     halves(record + side.other + (by_channel ? 2 * start : 0), by_channel ? n : side.dim, room);
@@ -171,22 +172,22 @@ inline void scale_again(const HfkvSide& side, const uint8_t* record, int start, 
         for (int c = 0; c < side.dim; c++) x[(int64_t)t * side.dim + c] *= room[by_channel ? t : c];
 }
 
-// Codes of tokens `start` on as bytes: as they lie, or looked up in `bytes` [n, dim].
+// The codes of n tokens from `start` on as bytes: where they lie, or unpacked in `bytes` [n, dim].
 inline const uint8_t* code_bytes(const HfkvSide& side, const uint8_t* record, int start, int n, uint8_t* bytes, Stream& next) {
     const uint8_t* codes = record + side.codes + (int64_t)start * (side.dim * side.bits / 8);
     if (side.bits == 8) return codes;
-    expand(codes, side.bits, n, side.dim, side.levels, bytes, next);
+    unpack(codes, side.bits, n, side.dim, side.levels, bytes, next);
     return bytes;
 }
 
-// Buffers of one thread for the rows of one side of a chunk.
+// The buffers of one thread for one side of a chunk.
 struct LatentRoom {
     float* floats;   // [kLatentChunk, dim]
     float* factors;  // twice factor_count, or a second scale
-    uint8_t* bytes;  // [kLatentChunk, dim], and a vector
+    uint8_t* bytes;  // [kLatentChunk, dim], and one more vector
 };
 
-// Tokens of a page in float32, in the rotated basis.
+// One side of n tokens of a page from `start` on, in float32 and in the rotated basis.
 inline FloatRows page_floats(const HfkvSide& side, const uint8_t* record, int start, int n, const LatentRoom& room, Stream& next) {
     const int64_t row = (int64_t)side.dim * width_of(side.level);
     if (side.level >= HFKV_FLOAT32) return dense_floats(side.level, record + side.codes + start * row, row, n, side.dim, room.floats);

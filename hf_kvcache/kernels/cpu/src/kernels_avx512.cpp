@@ -1,2 +1,2 @@
 #define HFKV_ISA avx512
-#include "isa.inc"
+#include "kernels.inc"

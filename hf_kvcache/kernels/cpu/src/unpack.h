@@ -1,7 +1,8 @@
-// Codes of 1 to 4 bits to one byte each, by a table of 16 bytes; hf_kvcache/kernels/pack/reference.py defines the layout.
+// Unpacks codes of 1 to 4 bits to one byte each, by a table of 16 bytes. page_side.h and latent_dot_float.h call `unpack` where
+// codes are not looked up in registers; hf_kvcache/kernels/reference/pack.py defines the layout of the codes.
 #pragma once
 
-#include "vec.h"
+#include "vectors.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -11,8 +12,8 @@
 
 namespace {
 
-// A vector of bytes whose lanes of 16 look up the same table. `shifted` may leave bits of the neighbour in the upper bits
-// (x86 shifts no bytes): whoever calls it masks them out.
+// A vector of bytes whose lanes of 16 look up the same table. x86 shifts no bytes, so `shifted` may leave bits of the
+// neighboring byte in the upper bits, which the caller masks out.
 struct Bytes16 {
     static constexpr int kBytes = 16;
     typedef uint8_t Type __attribute__((vector_size(16)));
@@ -85,10 +86,10 @@ inline typename Bytes::Type load_bytes(const uint8_t* p) {
     return out;
 }
 
-// n rows whose planes of `kWidth` bits are `length` bytes: byte j holds element j of each of its 8 / kWidth segments.
-// `levels` are the bytes of the codes, repeated to 64.
+// Unpacks n rows of `length` bytes. Byte j of a row holds element j of each of the 8 / kWidth segments of the row.
+// levels: the bytes of the codes, repeated to 64.
 template <int kWidth, class Bytes>
-inline void expand_plane(const uint8_t* codes, int n, int length, const uint8_t* levels, uint8_t* out, Stream& next) {
+inline void unpack_plane(const uint8_t* codes, int n, int length, const uint8_t* levels, uint8_t* out, Stream& next) {
     typedef typename Bytes::Type Type;
     const Type table = load_bytes<Bytes>(levels);
     for (int t = 0; t < n; t++) {
@@ -108,9 +109,9 @@ inline void expand_plane(const uint8_t* codes, int n, int length, const uint8_t*
 
 typedef uint64_t Words __attribute__((vector_size(16)));
 
-// The same where rows are no multiple of a vector: eight bytes at a time, then one.
+// The same for rows whose length is no multiple of a vector: eight bytes at a time, then one.
 template <int kWidth>
-inline void expand_uneven_plane(const uint8_t* codes, int n, int length, const uint8_t* levels, uint8_t* out,
+inline void unpack_uneven_plane(const uint8_t* codes, int n, int length, const uint8_t* levels, uint8_t* out,
                                 Stream& next) {
     const Bytes16::Type table = load_bytes<Bytes16>(levels);
     for (int t = 0; t < n; t++) {
@@ -137,20 +138,21 @@ inline void expand_uneven_plane(const uint8_t* codes, int n, int length, const u
 }
 
 template <int kWidth>
-inline void expand_one_plane(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out, Stream& next) {
+inline void unpack_one_plane(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out, Stream& next) {
     const int length = dim * kWidth / 8;
     if (length % 64 == 0)
-        expand_plane<kWidth, Bytes64>(codes, n, length, levels, out, next);
+        unpack_plane<kWidth, Bytes64>(codes, n, length, levels, out, next);
     else if (length % 32 == 0)
-        expand_plane<kWidth, Bytes32>(codes, n, length, levels, out, next);
+        unpack_plane<kWidth, Bytes32>(codes, n, length, levels, out, next);
     else if (length % 16 == 0)
-        expand_plane<kWidth, Bytes16>(codes, n, length, levels, out, next);
+        unpack_plane<kWidth, Bytes16>(codes, n, length, levels, out, next);
     else
-        expand_uneven_plane<kWidth>(codes, n, length, levels, out, next);
+        unpack_uneven_plane<kWidth>(codes, n, length, levels, out, next);
 }
 
-// Three bits are a plane of two and a plane of one: the third bits of half h of segment s of the first stand in segment
-// 2s + h of the second. Here a segment of the first fills a vector, and the second is loaded twice over.
+// Codes of three bits are a plane of two bits and a plane of one bit. The third bits of half h of segment s of the first plane
+// are segment 2 s + h of the second. Where a segment of the first plane fills a vector, the second plane is loaded twice, side by
+// side in one vector.
 template <class Bytes>
 inline typename Bytes::Type twice(const uint8_t* half) {
     typename Bytes::Type out;
@@ -180,7 +182,7 @@ inline Bytes16::Type twice<Bytes16>(const uint8_t* half) {
 #endif
 
 template <class Bytes>
-inline void expand_three_bits(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out, Stream& next) {
+inline void unpack_three_bits(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out, Stream& next) {
     typedef typename Bytes::Type Type;
     constexpr int kSegment = Bytes::kBytes;
     const Type table = load_bytes<Bytes>(levels);
@@ -201,7 +203,7 @@ inline void expand_three_bits(const uint8_t* codes, int n, const uint8_t* levels
     }
 }
 
-inline void expand_three_bits_row(const uint8_t* row, int dim, const uint8_t* levels, uint8_t* out) {
+inline void unpack_three_bits_row(const uint8_t* row, int dim, const uint8_t* levels, uint8_t* out) {
     const int quarter = dim / 4, eighth = dim / 8;
     for (int c = 0; c < dim; c++) {
         const int low = (row[c % quarter] >> (2 * (c / quarter))) & 3;
@@ -210,16 +212,16 @@ inline void expand_three_bits_row(const uint8_t* row, int dim, const uint8_t* le
     }
 }
 
-// n rows of packed codes to n rows of `dim` bytes each. levels: the byte of each code, repeated to 64.
-inline void expand(const uint8_t* codes, int bits, int n, int dim, const uint8_t* levels, uint8_t* out,
+// Unpacks n rows of codes to n rows of `dim` bytes. levels: the byte of each code, repeated to 64.
+inline void unpack(const uint8_t* codes, int bits, int n, int dim, const uint8_t* levels, uint8_t* out,
                    Stream& next) {
-    if (bits == 4) return expand_one_plane<4>(codes, n, dim, levels, out, next);
-    if (bits == 2) return expand_one_plane<2>(codes, n, dim, levels, out, next);
-    if (bits == 1) return expand_one_plane<1>(codes, n, dim, levels, out, next);
-    if (dim == 64) return expand_three_bits<Bytes16>(codes, n, levels, out, next);
-    if (dim == 128) return expand_three_bits<Bytes32>(codes, n, levels, out, next);
-    if (dim == 256) return expand_three_bits<Bytes64>(codes, n, levels, out, next);
-    for (int t = 0; t < n; t++) expand_three_bits_row(codes + (int64_t)t * (dim * 3 / 8), dim, levels, out + (int64_t)t * dim);
+    if (bits == 4) return unpack_one_plane<4>(codes, n, dim, levels, out, next);
+    if (bits == 2) return unpack_one_plane<2>(codes, n, dim, levels, out, next);
+    if (bits == 1) return unpack_one_plane<1>(codes, n, dim, levels, out, next);
+    if (dim == 64) return unpack_three_bits<Bytes16>(codes, n, levels, out, next);
+    if (dim == 128) return unpack_three_bits<Bytes32>(codes, n, levels, out, next);
+    if (dim == 256) return unpack_three_bits<Bytes64>(codes, n, levels, out, next);
+    for (int t = 0; t < n; t++) unpack_three_bits_row(codes + (int64_t)t * (dim * 3 / 8), dim, levels, out + (int64_t)t * dim);
 }
 
 }  // namespace

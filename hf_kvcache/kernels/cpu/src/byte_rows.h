@@ -1,11 +1,13 @@
-// Products with rows of bytes (levels or codes of 8 bits), whose values are `byte - kBias`: centred, because what is left of
-// rounding is proportional to them, and a mean that all channels share would gather in one when it is rotated back.
+// Rows of bytes (levels, or codes of 8 bits) as numbers, and the split of floats into bytes for integer products with them.
+// page_side.h reads rows as floats by `Byte`; dot_vnni.h and dot_amx.h use the split.
 //
-// With AVX512-VNNI the float side is split in two signed bytes, 16 bits in all: x = unit * (256 * high + low). The sums are
-// exact in int32, so the error is that of the split: at most 2^-16 of the largest |x|.
+// The value of a byte is `byte - kBias`, centered: rounding errors are proportional to the values, and the rotation back would
+// gather the error of a mean that all channels share in one channel. For integer products the float side is split in two signed
+// bytes, 16 bits in all: x = unit * (256 * high + low). The sums are exact in int32, so the error is that of the split: at most
+// 2^-16 of the largest |x|.
 #pragma once
 
-#include "elements.h"
+#include "dot_float.h"
 
 namespace {
 
@@ -14,7 +16,7 @@ constexpr int kBias = 128;
 struct Byte {
     static constexpr int kBytes = 1;
     static Vec load_vec(const uint8_t* p) {
-// GCC widens a vector byte by byte.
+// GCC would convert a vector byte by byte.
 #if defined(__AVX512F__)
         const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
         return (Vec)_mm512_cvtepi32_ps(_mm512_sub_epi32(x, _mm512_set1_epi32(kBias)));
@@ -40,7 +42,7 @@ constexpr int kLargestUnits = 32512;  // 127 * 256: the high byte stays within 1
 
 inline int padded(int n) { return (n + 63) & ~63; }
 
-// Sums of each of four vectors.
+// The sum of the lanes of each of four vectors.
 inline __m128i four_sums(const __m512i v[4]) {
     const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
     const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
@@ -49,7 +51,7 @@ inline __m128i four_sums(const __m512i v[4]) {
     return _mm_add_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1));
 }
 
-// The high and the low bytes of 64 numbers, four to a lane of 16 bytes in turn: byte 16 r + 4 j + i is of v[j][4 r + i].
+// The high and the low bytes of the 64 numbers of four vectors: byte 16 r + 4 j + i belongs to v[j][4 r + i].
 inline void split_bytes(const __m512i v[4], __m512i& high, __m512i& low) {
     const __m512i a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]);
     const __m512i half = _mm512_set1_epi16(128), mask = _mm512_set1_epi16(255);
@@ -57,8 +59,9 @@ inline void split_bytes(const __m512i v[4], __m512i& high, __m512i& low) {
     low = _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
 }
 
-// What rounding leaves of a row of factors, total - unit * sum, multiplies the mean of all codes in all channels alike, and a
-// rotation back would gather that in one: so it is added again. offset: as in HfkvSide; start: -kBias times the sum.
+// What to add to the sums of a row of factors because of its rounding. The rounding error of the row, total - unit * sum,
+// multiplies the mean of the codes in all channels alike, and the rotation back would gather these errors in one channel.
+// offset: as in HfkvSide; start: -kBias times the sum.
 inline float rest_of_mean(int offset, float total, float unit, int32_t start) {
     const float mean = offset ? -0.5f : 0.0f;  // of the bytes less the bias; tables are symmetric
     return mean * (total - unit * (float)(start / -kBias));

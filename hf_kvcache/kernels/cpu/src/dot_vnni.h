@@ -1,25 +1,26 @@
-// Up to four queries against the codes of a page, by AVX512-VNNI and in registers: codes become levels on their way from
-// memory to the products. More queries are for the tile unit (amx.h), which takes eight in the time of one.
+// Dot products and weighted sums of up to four queries with the codes of a page, by AVX512-VNNI. Codes become levels in registers,
+// between memory and the products. page_side.h calls `dot_codes` and `weigh_codes`; more queries are for AMX (dot_amx.h), which
+// multiplies eight in the time of one.
 #pragma once
 
-#include "bytes.h"
-#include "wide.h"
+#include "byte_rows.h"
+#include "unpack_vnni.h"
 
 #if defined(__AVX512VNNI__)
 
 namespace {
 
-constexpr int kFew = 4;
+constexpr int kVnniQueries = 4;
 
 typedef int32_t __attribute__((may_alias)) FourBytes;
 
-// sums += four products each: of the bytes of x with the four signed ones that `four` points to.
+// Adds to each lane of sums four products: of its bytes of x with the four signed bytes at `four`.
 inline void multiply(__m512i& sums, __m512i x, const int8_t* four) {
-    // As an intrinsic, GCC 12 loads what it multiplies by with an instruction of its own.
+    // From the intrinsic, GCC 12 makes an instruction of its own that loads the four bytes.
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(x), "m"(*(const FourBytes*)four));
 }
 
-// What op makes of the lanes of each of four vectors.
+// Reduces the lanes of each of four vectors by op.
 template <class Op>
 inline __m128 fold_four(const __m512 v[4], const Op& op) {
     const __m512 a = op(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
@@ -35,40 +36,42 @@ inline __m512 sum_of_lanes(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 inline __mmask16 first_lanes(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1 << n) - 1); }
 inline __mmask64 first_bytes(int n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 
-// Half precision at p to float, 16 lanes; 0 where not `in`, and 1 everywhere without p.
+// 16 numbers of half precision at p as floats, 0 in lanes that are not `in`; 1 everywhere if p is null.
 inline __m512 factors(const uint8_t* p, __mmask16 in) {
     return p ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(in, p)) : _mm512_set1_ps(1.0f);
 }
 
-// Rows of floats as multiples of a unit each, in two signed bytes: unit * (256 * high + low). `start` is what takes the bias
-// out of a row's sums with levels.
+// Rows of floats, each as multiples of a unit, in two signed bytes: unit * (256 * high + low). Sums of a row with levels begin
+// with `start`, which takes the bias of the bytes out of them.
 struct Split {
-    // Groups of four columns; of each the high bytes and the low bytes of one row after the other, so that all that a vector
-    // of levels is multiplied by lies side by side.
+    // Groups of four columns. A group holds, row by row, the high bytes and the low bytes of its columns: all the factors of a
+    // vector of levels lie side by side.
     const int8_t* bytes;
-    float units[kFew];
-    int32_t start[kFew];
+    float units[kVnniQueries];
+    int32_t start[kVnniQueries];
 
-    // What the products with levels have to be raised by, for rows that add up to `total`; levels as HfkvSide.offset says.
+    // What to add to the products of row m with levels; `total` is the sum of the row, and offset is as in HfkvSide.
     float lift(int m, int offset, float total) const {
         return (float)offset * total + rest_of_mean(offset, total, units[m], start[m]);
     }
 
-    static constexpr int kGroupBytes = 4 * 2 * kFew;
+    static constexpr int kGroupBytes = 4 * 2 * kVnniQueries;
     const int8_t* group(int column) const { return bytes + kGroupBytes / 4 * column; }
 };
 
-// What page_scores and page_output make of their rows: the rows times a factor for each column, and sums over the columns.
+// Results of scale_rows, for each row.
 struct Scaled {
-    float tops[kFew], totals[kFew], zeros[kFew];  // of the magnitudes, of the products, and of the rows times `zero`
+    float tops[kVnniQueries];    // largest magnitude of the products
+    float totals[kVnniQueries];  // sum of the products
+    float zeros[kVnniQueries];   // sum of the row times `zero`
 };
 
-// out[m, c] = x[m, c] * factor[c] * step for c < n. factor and zero are in half precision, or null.
+// out[m, c] = x[m, c] * factor[c] * step for c < n. factor and zero are in half precision; null stands for 1 and for 0.
 template <int M>
 inline Scaled scale_rows(const float* x, int pitch, int n, const uint8_t* factor, const uint8_t* zero, float step, float* out,
                          int out_pitch) {
-    __m512 tops[kFew], totals[kFew], zeros[kFew];
-    for (int m = 0; m < kFew; m++) tops[m] = totals[m] = zeros[m] = _mm512_setzero_ps();
+    __m512 tops[kVnniQueries], totals[kVnniQueries], zeros[kVnniQueries];
+    for (int m = 0; m < kVnniQueries; m++) tops[m] = totals[m] = zeros[m] = _mm512_setzero_ps();
     for (int c = 0; c < n; c += 16) {
         const __mmask16 in = first_lanes(n - c);
         const __m512 scale = _mm512_mul_ps(factors(factor ? factor + 2 * c : nullptr, in), _mm512_set1_ps(step));
@@ -89,8 +92,8 @@ inline Scaled scale_rows(const float* x, int pitch, int n, const uint8_t* factor
     return s;
 }
 
-// Puts the bytes of 64 columns, a vector for each of eight rows of bytes, one group of four columns after the other. Group g is
-// element g / 4 of lane g % 4, as packing leaves them.
+// Stores the bytes of 64 columns, given as a vector for each of eight rows, group by group of four columns. Group g is element
+// g / 4 of lane g % 4, which is the order of split_bytes.
 inline void store_groups(const __m512i rows[8], int8_t* to) {
     __m512i pairs[8], quads[8];
 #pragma GCC unroll 4
@@ -112,13 +115,13 @@ inline void store_groups(const __m512i rows[8], int8_t* to) {
     }
 }
 
-// n: columns; as many as make a multiple of 64 are written, the rest of them as 0. tops: the largest magnitudes.
+// Splits n columns of M rows; up to the next multiple of 64, zeros are written. tops: the largest magnitude of each row.
 template <int M>
 inline Split split_rows(const float* x, int pitch, int n, const float* tops, int8_t* bytes) {
     Split s{bytes, {}, {}};
-    __m512i sums[kFew];
+    __m512i sums[kVnniQueries];
     float inverses[M];
-    for (int m = 0; m < kFew; m++) sums[m] = _mm512_setzero_si512();
+    for (int m = 0; m < kVnniQueries; m++) sums[m] = _mm512_setzero_si512();
     for (int m = 0; m < M; m++) {
         // A subnormal peak would have an infinite inverse.
         s.units[m] = tops[m] > 1e-30f ? tops[m] / kLargestUnits : 1.0f;
@@ -126,7 +129,7 @@ inline Split split_rows(const float* x, int pitch, int n, const float* tops, int
     }
     for (int c = 0; c < n; c += 64) {
         __m512i rows[8];
-        for (int m = M; m < kFew; m++) rows[2 * m] = rows[2 * m + 1] = _mm512_setzero_si512();
+        for (int m = M; m < kVnniQueries; m++) rows[2 * m] = rows[2 * m + 1] = _mm512_setzero_si512();
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) {
             __m512i v[4];
@@ -145,8 +148,8 @@ inline Split split_rows(const float* x, int pitch, int n, const float* tops, int
     return s;
 }
 
-// Transposes 16 rows of 32 bytes: lane i of v[g] becomes group g, of four bytes, of row i. v[j] and v[4 + j] hold rows j and
-// 4 + j, 8 + j and 12 + j.
+// Transposes 16 rows of 32 bytes: lane i of v[g] becomes group g of row i, four bytes. Before, v[j] holds rows j and 4 + j, and
+// v[4 + j] holds rows 8 + j and 12 + j.
 inline void transpose_halves(__m512i v[8]) {
     __m512i w[8];
 #pragma GCC unroll 2
@@ -163,7 +166,7 @@ inline void transpose_halves(__m512i v[8]) {
     }
 }
 
-// The same of 16 bytes: v[j] holds rows j, 4 + j, 8 + j and 12 + j.
+// The same for 16 rows of 16 bytes: before, v[j] holds rows j, 4 + j, 8 + j and 12 + j.
 inline void transpose_quarters(__m512i v[4]) {
     const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
     const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
@@ -175,7 +178,7 @@ inline __m512i two_halves(const uint8_t* a, const uint8_t* b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a)), _mm256_loadu_si256((const __m256i*)b), 1);
 }
 
-// Sums of 16 tokens with M queries. Two of each: a sum waits for the one before, and there are two units to keep busy.
+// Sums of 16 tokens with M queries. There are two of each, since an addition waits for the one before and the core has two units.
 template <int M>
 struct TokenSums {
     __m512i high[2][M], low[2][M];
@@ -186,7 +189,7 @@ struct TokenSums {
             low[0][m] = _mm512_set1_epi32(start[m]);
         }
     }
-    // Adds the products of groups of four channels, `groups` of them from channel c of every segment on.
+    // Adds the products of kGroups groups of four channels, from channel c of every segment on.
     template <int kGroups, int kBits>
     void add(const __m512i* groups, const CodeRows<kBits>& rows, const Split& queries, int c) {
         constexpr int kSegments = Lookup<kBits>::kSegments;
@@ -210,7 +213,7 @@ struct TokenSums {
     }
 };
 
-// Sums of rows with queries, handed to put(t, totals) for the 16 tokens from t on.
+// Computes the sums of rows with queries, and calls put(t, totals) for every 16 tokens from t on.
 template <int M, int kBits, class Put>
 inline void dot_codes(const CodeRows<kBits>& rows, const Split& queries, Stream& next, const Put& put) {
     uint8_t room[16 * kLargestExactDim];
@@ -242,41 +245,41 @@ inline void dot_codes(const CodeRows<kBits>& rows, const Split& queries, Stream&
             transpose_quarters(v);
             sums.template add<4>(v, rows, queries, c);
         }
-        // A copy, for what others know the address of is kept in memory.
+        // A copy: the compiler leaves in memory what `put` gets the address of.
         __m512 totals[M];
         for (int m = 0; m < M; m++) totals[m] = sums.total(m);
         put(t, totals);
     }
 }
 
-// Part p of four rows side by side, token by token: lane i has channel 16 (i / 4) + 4 p + i % 4.
+// Part p of four rows, with the bytes of the four tokens side by side: lane i holds channel 16 (i / 4) + 4 p + i % 4.
 inline __m512i weave_part(const __m512i row[4], int p) {
     const __m512i ab = p / 2 ? _mm512_unpackhi_epi8(row[0], row[1]) : _mm512_unpacklo_epi8(row[0], row[1]);
     const __m512i cd = p / 2 ? _mm512_unpackhi_epi8(row[2], row[3]) : _mm512_unpacklo_epi8(row[2], row[3]);
     return p % 2 ? _mm512_unpackhi_epi16(ab, cd) : _mm512_unpacklo_epi16(ab, cd);
 }
 
-// Sums of all rows, for each of M rows of weights, in two vectors of 16 channels: of parts p and p + 1 of output k, or, where a
-// vector of bytes has several outputs, of part p of outputs k and k + 1. They are handed to put(block, part, totals).
+// Sums of all rows by each of M rows of weights, for two vectors of 16 channels, which put(block, part, totals) receives. They are
+// parts kPart and kPart + 1 of output k, or part kPart of outputs k and k + 1 where a vector of bytes has several outputs.
 template <int M, int kPart, class Rows, class Put>
-inline void weigh_part(const Rows& wide, int c, int k, const Split& weights, Stream& next, const Put& put) {
+inline void weigh_part(const Rows& vectors, int c, int k, const Split& weights, Stream& next, const Put& put) {
     constexpr bool kParts = Rows::kOutputs == 1;
-    const __mmask64 in = first_bytes(wide.rows.length - c);
+    const __mmask64 in = first_bytes(vectors.rows.length - c);
     __m512i high[2][M], low[2][M];
     for (int i = 0; i < 2; i++)
         for (int m = 0; m < M; m++) high[i][m] = _mm512_setzero_si512(), low[i][m] = _mm512_set1_epi32(weights.start[m]);
-    const int units = 6 * 64 / (wide.rows.length * Lookup<Rows::kBits>::kSegments);
+    const int units = 6 * 64 / (vectors.rows.length * Lookup<Rows::kBits>::kSegments);
     uint8_t room[4 * kLargestExactDim];
-    for (int t = 0; t < wide.rows.n; t += 4) {
+    for (int t = 0; t < vectors.rows.n; t += 4) {
         if (t % 32 == 0) next.work(units);
-        const uint8_t* from = wide.rows.from(t, 4, room) + c;
+        const uint8_t* from = vectors.rows.from(t, 4, room) + c;
         const int8_t* by = weights.group(t);
         __m512i row[4], x[2];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) row[i] = wide.row(from + (int64_t)i * wide.rows.length, in);
+        for (int i = 0; i < 4; i++) row[i] = vectors.row(from + (int64_t)i * vectors.rows.length, in);
         const __m512i part = weave_part(row, kPart);
-        x[0] = wide.level(part, k);
-        x[1] = kParts ? wide.level(weave_part(row, kPart + 1), k) : wide.level(part, k + 1);
+        x[0] = vectors.level(part, k);
+        x[1] = kParts ? vectors.level(weave_part(row, kPart + 1), k) : vectors.level(part, k + 1);
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
@@ -289,25 +292,26 @@ inline void weigh_part(const Rows& wide, int c, int k, const Split& weights, Str
     for (int i = 0; i < 2; i++)
         for (int m = 0; m < M; m++)
             totals[i][m] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[i][m], 8), low[i][m]));
-    put(wide.block(k, c), kPart, totals[0]);
-    put(wide.block(kParts ? k : k + 1, c), kParts ? kPart + 1 : kPart, totals[1]);
+    put(vectors.block(k, c), kPart, totals[0]);
+    put(vectors.block(kParts ? k : k + 1, c), kParts ? kPart + 1 : kPart, totals[1]);
 }
 
 template <int M, class Rows, class Put>
 inline void weigh_codes(const Rows& given, const Split& weights, Stream& next, const Put& put) {
-    const Rows wide = given;  // bytes are written below, which could be any object's but a local one's
-    for (int c = 0; c < wide.rows.length; c += 64)
+    const Rows vectors = given;  // a local copy: the bytes written below could, to the compiler, belong to any other object
+    for (int c = 0; c < vectors.rows.length; c += 64)
         for (int k = 0; k < Rows::kOutputs; k += 2) {
-            weigh_part<M, 0>(wide, c, k, weights, next, put);
-            weigh_part<M, 2>(wide, c, k, weights, next, put);
+            weigh_part<M, 0>(vectors, c, k, weights, next, put);
+            weigh_part<M, 2>(vectors, c, k, weights, next, put);
             if constexpr (Rows::kOutputs > 1) {
-                weigh_part<M, 1>(wide, c, k, weights, next, put);
-                weigh_part<M, 3>(wide, c, k, weights, next, put);
+                weigh_part<M, 1>(vectors, c, k, weights, next, put);
+                weigh_part<M, 3>(vectors, c, k, weights, next, put);
             }
         }
 }
 
-// output[m, c] += (unit * total + shift) * other for the 16 channels of a part of a block; `other` null: 1. dim: all channels.
+// output[m, c] += (unit * total + shift) * other for the 16 channels of a part of a block. other: null stands for 1; dim: the
+// number of all channels.
 template <int M>
 inline void add_part(const Split& weights, const float* shifts, const float* other, int block, int part, const __m512* totals,
                      int dim, float* output, int pitch) {

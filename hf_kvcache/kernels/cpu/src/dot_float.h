@@ -1,7 +1,8 @@
-// Rows of elements as float vectors: dense dtypes and e4m3.
+// Dot products and weighted sums of rows of elements in float32, on every instruction set, and the types of elements: float32,
+// bfloat16, float16 and e4m3. page_side.h and attention.h use it wherever integer products do not apply.
 #pragma once
 
-#include "vec.h"
+#include "vectors.h"
 
 namespace {
 
@@ -18,7 +19,7 @@ struct Float32 {
 struct BFloat16 {
     static constexpr int kBytes = 2;
     static Vec load_vec(const uint8_t* p) {
-// GCC widens a vector in halves, of which it makes a whole again.
+// GCC would convert the vector in two halves and join them again.
 #if defined(__AVX512F__)
         return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 #elif defined(__AVX2__)
@@ -102,7 +103,7 @@ void dot_elements(const uint8_t* rows, int64_t stride, int n, int dim, const flo
     }
 }
 
-// output[m * dim + c] += sum over t of weights[m * pitch + t] * element[t][c], vectors of channels kept in registers.
+// output[m * output_pitch + c] += sum over t of weights[m * pitch + t] * element[t][c]; the sums stay in registers.
 template <class Element, int M>
 void weigh_elements(const uint8_t* rows, int64_t stride, int n, int dim, const float* weights, int pitch, float* output,
                     int output_pitch, Stream& next) {

@@ -1,18 +1,19 @@
-// One side of a page against all the queries of a row: scores from keys, weighted sums of values.
+// One side of a page and all the queries of a row: `page_scores` gives their scores with the keys, `page_output` the weighted
+// sums of the values, and `decode` the elements. attention.h calls them; they choose between float32, VNNI and AMX.
 //
-// With x_hat = (level * scale + zero) * other, scales per channel fold into the query (or the output), scales per token
-// into the scores (or the weights), and a zero point is one more dot product. Nothing is applied to an element, save where
-// a scale is shared by less than the page or the row.
+// With x_hat = (level * scale + zero) * other, scales per channel fold into the query (or the output), scales per token into the
+// scores (or the weights), and a zero point is one more dot product. Scales are applied to elements only where they are shared
+// by less than a page or a row.
 #pragma once
 
-#include "amx.h"
+#include "dot_amx.h"
 #include "api.h"
-#include "expand.h"
-#include "few.h"
+#include "unpack.h"
+#include "dot_vnni.h"
 
 namespace {
 
-// Buffers of one thread.
+// The buffers of one thread.
 struct Scratch {
     float* queries;  // [M, key pitch], scaled for a page
     float* scores;   // [M, page pitch]
@@ -23,11 +24,12 @@ struct Scratch {
     float* third;
     float* decoded;  // [P, D]
     uint8_t* bytes;  // [P, D]
-    uint8_t* woven;  // [P, D] levels on their way to a tile, in the room of `decoded`: a page needs the one or the other
-    int8_t* split;
+    uint8_t* woven;  // [P, D] levels in the order of tiles, in the memory of `decoded`: a page needs only one of the two
+    int8_t* split;   // queries or weights in two bytes each
     Stream next;
 };
 
+// Whether all tokens of a page (scales per channel), or all channels of a row (scales per token), share a scale.
 inline bool whole(const HfkvSide& side, int page_size) {
     return side.group == (side.axis == HFKV_CHANNEL ? page_size : side.dim);
 }
@@ -36,7 +38,7 @@ inline int scale_count(const HfkvSide& side, int page_size) {
     return side.axis == HFKV_CHANNEL ? page_size / side.group * side.dim : page_size * (side.dim / side.group);
 }
 
-// Calls op with the number of queries, at most four at a time, as a constant.
+// Runs op for the queries from 0 to count, at most four at a time, with their number as a constant.
 template <class Op>
 void by_fours(int count, const Op& op) {
     for (int m = 0; m < count; m += 4) {
@@ -52,10 +54,10 @@ void by_fours(int count, const Op& op) {
     }
 }
 
-// Bytes of an element that is not looked up.
+// Bytes of an element, or of a code of 8 bits.
 inline int width_of(int level) { return level == HFKV_FLOAT32 ? 4 : level >= HFKV_BFLOAT16 ? 2 : 1; }
 
-// The elements of tokens before scaling, `stride` bytes apart.
+// The elements of tokens before scaling; tokens are `stride` bytes apart.
 struct Rows {
     int level, offset, dim;
     const uint8_t* data;
@@ -111,7 +113,7 @@ struct WeighOp {
 inline Rows page_rows(const HfkvSide& side, const uint8_t* record, int n, Scratch& s) {
     const uint8_t* codes = record + side.codes;
     if (side.level == HFKV_CODES && side.bits < 8) {
-        expand(codes, side.bits, n, side.dim, side.levels, s.bytes, s.next);
+        unpack(codes, side.bits, n, side.dim, side.levels, s.bytes, s.next);
         codes = s.bytes;
     }
     return {side.level, side.offset, side.dim, codes, (int64_t)width_of(side.level) * side.dim};
@@ -155,7 +157,7 @@ inline void decode(const HfkvSide& side, int page_size, const uint8_t* record, i
     }
 }
 
-// Rows that need no scaling: full-precision ones as they lie, others decoded.
+// Rows that need no scaling: elements in full precision as they lie, all others decoded.
 inline Rows plain_rows(const HfkvSide& side, int page_size, const uint8_t* record, int n, Scratch& s) {
     if (side.level >= HFKV_FLOAT32) return page_rows(side, record, n, s);
     decode(side, page_size, record, n, s, s.decoded);
@@ -182,16 +184,17 @@ inline float total(const float* x, int n) {
 
 #if defined(__AVX512VNNI__)
 
-// Wider rows and longer pages are for floats; more queries for tiles, where there are any.
-inline bool few_fit(const HfkvSide& side, int page_size, int count) {
+// Whether dot_vnni.h computes a page: wider rows and longer pages are computed in float32, and more queries by AMX if there is
+// any.
+inline bool vnni_fits(const HfkvSide& side, int page_size, int count) {
 #if defined(__AMX_INT8__)
-    if (count > kFew && tiles_fit(side, page_size)) return false;
+    if (count > kVnniQueries && tiles_fit(side, page_size)) return false;
 #endif
     (void)count;
     return side.level == HFKV_CODES && side.dim <= kLargestExactDim && page_size <= kLargestExactTokens;
 }
 
-struct FewScores {
+struct VnniScores {
     const HfkvSide& side;
     const uint8_t* record;
     int n;
@@ -212,7 +215,7 @@ struct FewScores {
         const Scaled sums = scale_rows<M>(query + (int64_t)m * query_pitch, query_pitch, side.dim, channel,
                                           field(by_channel && side.has_zero, side.zero), side.step, s.queries, query_pitch);
         const Split split = split_rows<M>(s.queries, query_pitch, side.dim, sums.tops, s.split);
-        __m512 before[M], lifts[M];  // what the centring of the bytes left out, and what zero points per token multiply
+        __m512 before[M], lifts[M];  // what centering the bytes left out, and the factors of zero points per token
         for (int i = 0; i < M; i++) {
             before[i] = _mm512_set1_ps(split.lift(i, side.offset, sums.totals[i]) + sums.zeros[i]);
             lifts[i] = _mm512_set1_ps(sums.totals[i] / side.step);
@@ -233,12 +236,12 @@ struct FewScores {
         if (side.bits == 8) return dot_codes<M>(CodeRows<8>(side, codes, length, n), split, s.next, put);
         if (side.bits == 4 && length % 16 == 0) return dot_codes<M>(CodeRows<4>(side, codes, length, n), split, s.next, put);
         if (side.bits == 2 && length % 16 == 0) return dot_codes<M>(CodeRows<2>(side, codes, length, n), split, s.next, put);
-        expand(codes, side.bits, n, side.dim, side.levels, s.bytes, s.next);
+        unpack(codes, side.bits, n, side.dim, side.levels, s.bytes, s.next);
         dot_codes<M>(CodeRows<8>(side, s.bytes, side.dim, n), split, s.next, put);
     }
 };
 
-struct FewOutput {
+struct VnniOutput {
     const HfkvSide& side;
     const uint8_t* record;
     int n;
@@ -260,8 +263,8 @@ struct FewOutput {
             add_part<M>(split, shifts, side.has_other ? s.third : nullptr, block, part, totals, side.dim,
                         output + (int64_t)m * output_pitch, output_pitch);
         };
-        with_wide(side, record + side.codes, n, s.bytes, s.next,
-                  [&](const auto& wide) { weigh_codes<M>(wide, split, s.next, put); });
+        with_level_vectors(side, record + side.codes, n, s.bytes, s.next,
+                  [&](const auto& vectors) { weigh_codes<M>(vectors, split, s.next, put); });
     }
 };
 
@@ -272,9 +275,9 @@ inline void code_scores(const HfkvSide& side, int page_size, const uint8_t* reco
                         int pitch) {
 #if defined(__AMX_INT8__)
     if (tiles_fit(side, page_size)) {
-        with_wide(side, record + side.codes, n, s.bytes, s.next, [&](const auto& wide) {
+        with_level_vectors(side, record + side.codes, n, s.bytes, s.next, [&](const auto& vectors) {
             for (int m = 0; m < count; m += 2 * kQuad)
-                dot_tiles(wide, n, side.dim, s.queries + (int64_t)m * query_pitch, query_pitch,
+                dot_tiles(vectors, n, side.dim, s.queries + (int64_t)m * query_pitch, query_pitch,
                           count - m < 2 * kQuad ? count - m : 2 * kQuad, s.scores + (int64_t)m * pitch, pitch, s.woven, s.split,
                           s.next);
         });
@@ -291,8 +294,8 @@ inline void code_output(const HfkvSide& side, int page_size, const uint8_t* reco
                         float* output, int output_pitch) {
 #if defined(__AMX_INT8__)
     if (tiles_fit(side, page_size)) {
-        with_wide(side, record + side.codes, n, s.bytes, s.next,
-                  [&](const auto& wide) { weave(wide, n, s.woven, s.next); });
+        with_level_vectors(side, record + side.codes, n, s.bytes, s.next,
+                  [&](const auto& vectors) { weave(vectors, n, s.woven, s.next); });
         for (int m = 0; m < count; m += 2 * kQuad)
             weigh_tiles(s.woven, n, side.dim, side.offset, s.weights + (int64_t)m * pitch, pitch,
                         count - m < 2 * kQuad ? count - m : 2 * kQuad, output + (int64_t)m * output_pitch, output_pitch, s.split, s.next);
@@ -304,7 +307,7 @@ inline void code_output(const HfkvSide& side, int page_size, const uint8_t* reco
     by_fours(count, WeighOp{rows, n, s.weights, pitch, output, output_pitch, s.next});
 }
 
-// x = (x + before) * scale + after, n numbers and what is left of the last vector; scale may be null.
+// x = (x + before) * scale + after, for n numbers rounded up to whole vectors; scale may be null.
 inline void adjust(float* x, int n, float before, const float* scale, float after) {
     for (int t = 0; t < n; t += kLanes) {
         const Vec y = load(x + t) + splat(before);
@@ -312,7 +315,8 @@ inline void adjust(float* x, int n, float before, const float* scale, float afte
     }
 }
 
-// scores[m, t] of the first n tokens of a page. query: [M, query_pitch], rotated and scaled; shifts [M] are added to the scores.
+// s.scores[m, t] of the first n tokens of a page. query: [M, query_pitch], rotated and scaled; shifts [M] are added to the
+// scores.
 inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* record, int n, const float* query, int count,
                         int query_pitch, const float* shifts, Scratch& s, int pitch) {
     const int dim = side.dim;
@@ -323,14 +327,14 @@ inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* reco
         return;
     }
 #if defined(__AVX512VNNI__)
-    if (few_fit(side, page_size, count)) {
-        by_fours(count, FewScores{side, record, n, query, query_pitch, shifts, s, pitch});
+    if (vnni_fits(side, page_size, count)) {
+        by_fours(count, VnniScores{side, record, n, query, query_pitch, shifts, s, pitch});
         return;
     }
 #endif
     const bool by_channel = side.axis == HFKV_CHANNEL;
     const float step = side.level == HFKV_CODES ? side.step : 1.0f;
-    // `first` per channel (null: none), `token` per token (null: none).
+    // The scales per channel and per token; null: none.
     const float* channel = nullptr;
     const float* token = nullptr;
     halves(record + side.scale, by_channel ? dim : page_size, s.first);
@@ -351,7 +355,7 @@ inline void page_scores(const HfkvSide& side, int page_size, const uint8_t* reco
         s.next.work(1);
         float* to = s.scores + (int64_t)m * pitch;
         const float* from = query + (int64_t)m * query_pitch;
-        // What the centring of the bytes left out.
+        // What centering the bytes left out.
         float shift = side.offset ? (float)side.offset * total(s.queries + (int64_t)m * query_pitch, dim) : 0.0f;
         if (by_channel && side.has_zero) shift += dot(from, s.second, dim);
         adjust(to, n, shift, token, shifts[m]);
@@ -372,8 +376,8 @@ inline void page_output(const HfkvSide& side, int page_size, const uint8_t* reco
         return;
     }
 #if defined(__AVX512VNNI__)
-    if (few_fit(side, page_size, count)) {
-        by_fours(count, FewOutput{side, record, n, weights, pitch, s, output, output_pitch});
+    if (vnni_fits(side, page_size, count)) {
+        by_fours(count, VnniOutput{side, record, n, weights, pitch, s, output, output_pitch});
         return;
     }
 #endif
@@ -381,7 +385,7 @@ inline void page_output(const HfkvSide& side, int page_size, const uint8_t* reco
     if (side.has_zero) halves(record + side.zero, page_size, s.second);
     if (side.has_other) halves(record + side.other, dim, s.third);
     const float step = side.level == HFKV_CODES ? side.step : 1.0f;
-    // A scale per channel is applied to the page's own sum; without one the sum goes on in the output.
+    // A scale per channel applies to the sum of this page alone; without one, the page is added to the output directly.
     float* to = side.has_other ? s.output : output;
     if (side.has_other) std::memset(s.output, 0, sizeof(float) * count * output_pitch);
     for (int m = 0; m < count; m++) {

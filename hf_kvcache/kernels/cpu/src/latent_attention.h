@@ -1,29 +1,30 @@
-// Absorbed latent attention of a few queries (DeepSeek-V2, arXiv:2405.04434): latents are keys and values in one, shared by
-// all heads; a rotary part adds to the scores. Split over the tokens, merged by log-sum-exp.
+// Absorbed latent attention of a few queries (DeepSeek-V2, arXiv:2405.04434), hfkv_latent_attend: latents are keys and values in
+// one, which all heads share, and a rotary part adds to the scores. As in attention.h, the tokens are split into tasks and their
+// partial results merged by log-sum-exp. kernels.inc exports it, and latent_projection.h calls it.
 #pragma once
 
 #include <cstdlib>
 
-#include "attend.h"
+#include "attention.h"
 #include "encode.h"
-#include "latent_float.h"
-#include "latent_tiles.h"
+#include "latent_dot_float.h"
+#include "latent_dot_amx.h"
 
 namespace {
 
-constexpr int kMostBlocks = 4;  // of 16 queries, that a task takes a chunk of tokens for
+constexpr int kMostBlocks = 4;  // blocks of 16 queries that a task computes for a chunk of tokens
 constexpr int kLeastLatentPages = 2;
 
-// Queries in one basis, a block of 16: float rows, and what the two ways of multiplying need of them.
+// A block of 16 queries in one basis: as float rows, as columns for float32, and as tiles for AMX.
 struct LatentQuery {
     float* rows;     // [16, width]: latents first
     float* columns;  // [width, 16]
-    float* sums;     // [groups of latents, 16], [groups of rotary, 16]
+    float* sums;     // over each group of channels: [groups of latents, 16], then [groups of rotary, 16]
     uint8_t* tiles;  // of the latents, then of the rotary part
-    int* parts;      // of each
+    int* parts;      // number of bfloat16 parts of the latents, then of the rotary part
 };
 
-// How a side is read: by tiles or in float32, and in how many groups.
+// How a side is read: by tiles or in float32, and how many channels share a scale.
 struct LatentSide {
     int dim, group;
     bool tiles;
@@ -34,8 +35,8 @@ struct LatentBasis {
     LatentSide latents, rotary;
 };
 
-// Softmax over the tokens seen so far, of a task's queries: largest score, sum of exponentials, weighted latents, and what
-// zero points add to each group of them.
+// The softmax over the tokens so far, for a block of queries of a task: largest score, sum of exponentials, weighted sum of the
+// latents, and what zero points add to each group of channels.
 struct LatentPartial {
     float* top;     // [16]
     float* total;   // [16]
@@ -47,12 +48,12 @@ struct LatentScratch {
     LatentRoom latents, rotary;
     float* scores;    // [blocks, 64, 16]
     uint8_t* weights; // [blocks, groups, steps, parts] tiles
-    uint8_t* woven;   // 64 channels of a chunk
-    uint8_t* seen;    // [heads or 1, q, 64]
+    uint8_t* woven;   // 64 channels of a chunk, in the order of tiles
+    uint8_t* seen;    // [heads or 1, q, 64], whether a query sees a token
     Stream next;
 };
 
-// Takes pieces out of one allocation, each from a multiple of 64 bytes on.
+// Divides one allocation into pieces that begin at multiples of 64 bytes.
 struct Arena {
     char* at;
     template <class T>
@@ -79,12 +80,13 @@ inline LatentSide page_side(const HfkvSide& side) {
     return {side.dim, side.dim, false};
 }
 
+// Sizes of a call, and where its queries, partial results and buffers lie.
 struct LatentRun {
     const HfkvLatent& call;
     const HfkvSide& latents;
     const HfkvSide& rotary;
     LatentBasis packed, dense;
-    int rank, width, queries, blocks, bundles;  // blocks of 16 queries, bundles of up to kMostBlocks of them
+    int rank, width, queries, blocks, bundles;  // blocks have 16 queries, bundles up to kMostBlocks blocks
     int page_splits, dense_splits, tasks, weight_parts;
     bool by_head;  // whether heads see different tokens
     char* memory = nullptr;
@@ -94,7 +96,7 @@ struct LatentRun {
         rank = latents.dim, width = rank + rotary.dim, queries = c.heads * c.length;
         packed = {page_side(latents), page_side(rotary)};
         dense = {dense_side(c.dense_level, rank), dense_side(c.dense_level, rotary.dim)};
-        // A row of output is taken 64 channels at a time.
+        // Tiles write 64 channels of the output at a time.
         if (rank % 64) packed.latents = dense.latents = {rank, rank, false};
         blocks = (queries + kQueries - 1) / kQueries;
         bundles = (blocks + kMostBlocks - 1) / kMostBlocks;
@@ -156,7 +158,7 @@ struct LatentRun {
     int most_groups() const { return larger_int(packed.latents.groups(), dense.latents.groups()); }
     int most_rotary_groups() const { return larger_int(packed.rotary.groups(), dense.rotary.groups()); }
 
-    // basis: 0 that of the pages, 1 the model's.
+    // basis: 0 for that of the pages, 1 for the model's.
     LatentQuery query(int sequence, int block, int basis) const {
         Arena a{memory + ((size_t)(sequence * blocks + block) * 2 + basis) * query_bytes};
         return query_at(a);
@@ -203,7 +205,7 @@ inline void store_elements(int level, const float* from, int n, uint8_t* to) {
     }
 }
 
-// One half of a block of queries: its columns, or its tiles and the sums over its groups.
+// Prepares one side of a block of queries: columns for float32, or tiles and the sums over groups for AMX.
 inline void prepare_side(const LatentRun& run, const LatentSide& side, const float* rows, int pitch, float* columns, float* sums,
                          uint8_t* tiles, int* parts) {
     *parts = 0;
@@ -221,7 +223,7 @@ inline void prepare_side(const LatentRun& run, const LatentSide& side, const flo
 #endif
 }
 
-// The queries of a block in one basis; query m is head m % H of token m / H.
+// Prepares the queries of a block in one basis; query m is head m % H of token m / H.
 inline void prepare_block(const LatentRun& run, int sequence, int block, int basis) {
     const HfkvLatent& c = run.call;
     const LatentQuery q = run.query(sequence, block, basis);
@@ -238,7 +240,7 @@ inline void prepare_block(const LatentRun& run, int sequence, int block, int bas
                             + width * (sequence * c.query_batch + m % c.heads * c.query_head + m / c.heads * c.query_token);
         load_elements(c.query_level, from, run.width, to);
         if (basis) continue;
-        // The columns' room is free until the rows are done.
+        // The columns are written after the rows, so until then their memory is free.
         if (run.latents.rotation) rotate(run.latents, to, false, q.columns), std::memcpy(to, q.columns, sizeof(float) * run.rank);
         if (run.rotary.rotation && dr)
             rotate(run.rotary, to + run.rank, false, q.columns), std::memcpy(to + run.rank, q.columns, sizeof(float) * dr);
@@ -249,25 +251,26 @@ inline void prepare_block(const LatentRun& run, int sequence, int block, int bas
                  q.sums + kQueries * run.most_groups(), q.tiles + skipped, q.parts + 1);
 }
 
-// Some tokens of one side, as one of the two ways of multiplying takes them.
+// One side of some tokens, for float32 or for tiles.
 struct LatentRows {
     LatentSide side;
     FloatRows floats;
-    const Factors* factors;  // of tiles; null: none
+    const Factors* factors;  // scales and zero points of the rows of tiles; null: none
 };
 
-// Tokens of a page or of full precision.
+// Some tokens of a page, or some full-precision tokens.
 struct LatentTokens {
     int n;
     LatentRows latents, rotary;
     Factors latent_factors, rotary_factors;
 };
 
+// What the queries of a call see of some tokens.
 enum class Sight { kNothing, kSome, kAll };
 
-// Which tokens each query sees, `seen` [heads or 1, q, 64], by their positions (null: all) and the mask.
+// Finds which tokens each query sees, `seen` [heads or 1, q, 64], by the tokens' positions (null: all are seen) and the mask.
 template <class Position>
-Sight look(const LatentRun& run, int sequence, int n, bool causal, const Position* at, const uint8_t* unused, uint8_t* seen) {
+Sight find_seen(const LatentRun& run, int sequence, int n, bool causal, const Position* at, const uint8_t* unused, uint8_t* seen) {
     const HfkvLatent& c = run.call;
     int count = 0;
     const int heads = run.by_head ? c.heads : 1;
@@ -308,7 +311,8 @@ inline void scale_scores(const LatentRun& run, int n, float* scores) {
     }
 }
 
-// Scores of a chunk to weights, in place, 0 behind the last token; the partial result is scaled down to the new maximum.
+// Turns the scores of a chunk into weights, in place and 0 behind the last token, and scales the partial result down to the new
+// maximum.
 inline void weigh_chunk(const LatentRun& run, int n, int count, int groups, float* scores, const LatentPartial& p) {
     alignas(64) float decays[kQueries];
     bool higher = false;
@@ -316,7 +320,7 @@ inline void weigh_chunk(const LatentRun& run, int n, int count, int groups, floa
         const Vec before = load(p.top + lane);
         Vec top = before;
         for (int t = 0; t < n; t++) top = max(top, load(scores + t * kQueries + lane));
-        // While nothing is visible the maximum is -inf, and -inf - -inf is not a number.
+        // Before the first visible key the maximum is -inf, and -inf - -inf is not a number.
         const Vec shift = select(top == splat(kMinusInfinity), splat(0.0f), top);
         Vec sums = splat(0.0f);
         for (int t = 0; t < n; t++) {
@@ -367,7 +371,7 @@ inline void score_block(const LatentRun& run, const LatentTokens& tokens, const 
 
 #if defined(__AMX_BF16__)
 
-// What zero points add, and the weights of a block as tiles, for each group of channels.
+// Packs the weights of a block as tiles and sums what zero points add, for each group of channels.
 inline void pack_block(const LatentRun& run, const LatentTokens& tokens, int steps, const float* weights, uint8_t* tiles,
                        const LatentPartial& p) {
     const int groups = tokens.latents.side.groups();
@@ -402,7 +406,7 @@ inline void add_block_latents(const LatentRun& run, const LatentTokens& tokens, 
 
 #endif
 
-// All that a task does with some tokens. sight: what the table s.seen says, if not all is seen.
+// Attention of a bundle of queries over some tokens. If sight is kSome, the table s.seen says which tokens are seen.
 inline void attend_chunk(const LatentRun& run, int task, int sequence, int bundle, int basis, const LatentTokens& tokens,
                          Sight sight, LatentScratch& s) {
     const int first = bundle * kMostBlocks, count = run.bundle_blocks(bundle);
@@ -451,7 +455,7 @@ inline void attend_latent_page(const LatentRun& run, int task, int sequence, int
     const int64_t* positions = c.positions ? (const int64_t*)c.positions[cell] : nullptr;
     const int64_t from = c.first[cell];
     const auto position = [&](int t) { return positions ? positions[t] : from + t; };
-    // The oldest query sees furthest back: what has left its window has left every one.
+    // The first query sees furthest back. A page that has left its window has left the windows of all.
     if (c.window && position(held - 1) <= c.start - c.window) return;
     const bool all = !c.mask && !(c.window && position(0) <= c.start + c.length - 1 - c.window);
     const uint8_t* record = (const uint8_t*)c.addresses[cell];
@@ -461,7 +465,7 @@ inline void attend_latent_page(const LatentRun& run, int task, int sequence, int
         Sight sight = Sight::kAll;
         if (!all) {
             const auto at = [&](int t) { return position(start + t); };
-            sight = look(run, sequence, n, false, &at, nullptr, s.seen);
+            sight = find_seen(run, sequence, n, false, &at, nullptr, s.seen);
         }
         if (sight == Sight::kNothing) continue;
         LatentTokens tokens;
@@ -489,7 +493,7 @@ inline void attend_dense_latents(const LatentRun& run, int task, int sequence, i
     const int64_t* positions = c.dense_positions ? c.dense_positions + sequence * c.positions_batch + start : nullptr;
     const auto position = [&](int t) { return positions[t]; };
     const uint8_t* unused = c.dense_unused ? c.dense_unused + sequence * c.unused_batch + start : nullptr;
-    const Sight sight = look(run, sequence, n, c.causal, positions ? &position : nullptr, unused, s.seen);
+    const Sight sight = find_seen(run, sequence, n, c.causal, positions ? &position : nullptr, unused, s.seen);
     if (sight == Sight::kNothing) return;
     s.next.begin(nullptr, 0);
     LatentTokens tokens;
@@ -509,7 +513,7 @@ inline void begin_latents(const LatentRun& run, const LatentPartial& p) {
     std::memset(p.output, 0, sizeof(float) * kQueries * run.rank);
 }
 
-// Brings the sums of tiles in order and adds what zero points make.
+// Restores the order of the channels that tiles have summed, and adds what zero points add.
 inline void end_latents(const LatentRun& run, const LatentSide& side, int count, const LatentPartial& p) {
     if (!side.tiles) return;
 #if defined(__AMX_BF16__)
@@ -544,7 +548,7 @@ inline void run_latent_task(const LatentRun& run, int task, LatentScratch& s) {
                     run.partial(task, b));
 }
 
-// Adds the sums of some parts of a query to `sums` and gives their total, both relative to the maximum.
+// Adds the weighted latents of some parts of a query to `sums` and returns the sum of their weights, both relative to `top`.
 inline float merge_latents(const LatentRun& run, int first, int count, int block, int m, float top, float* sums) {
     float total = 0;
     for (int part = first; part < first + count; part++) {
@@ -558,7 +562,7 @@ inline float merge_latents(const LatentRun& run, int first, int count, int block
     return total;
 }
 
-// Brings the parts of a query together; one that has seen nothing has output 0 and log-sum-exp -inf. buffer: [2, rank].
+// Merges the partial results of a query. A query that sees nothing has output 0 and log-sum-exp -inf. buffer: [2, rank].
 inline void finish_latent_query(const LatentRun& run, int sequence, int query, float* buffer) {
     const HfkvLatent& c = run.call;
     const int block = query / kQueries, m = query % kQueries, head = query % c.heads, at = query / c.heads, rank = run.rank;
@@ -593,7 +597,8 @@ inline int64_t bytes_read(const HfkvLatent& c) {
     return c.batch * (c.columns * c.layout->record_bytes + dense);
 }
 
-inline void take_in(const HfkvLatent& c) {
+// Stores the new token in the last slot, as in attention.h.
+inline void store_token(const HfkvLatent& c) {
     const HfkvToken& t = c.token;
     if (!t.first) return;
     const int64_t width = width_of(c.dense_level), slot = width * (c.slots - 1);
@@ -604,7 +609,7 @@ inline void take_in(const HfkvLatent& c) {
     note_position(t, c.batch, c.slots, c.start);
 }
 
-// The token is taken in, but not counted yet.
+// Stores the new token, if there is one, and attends. The caller counts the token.
 inline int attend_latents(const HfkvLatent& given) {
     HfkvLatent call = given;
     if (bytes_read(call) < kOneThreadBytes) call.threads = 1;
@@ -612,7 +617,7 @@ inline int attend_latents(const HfkvLatent& given) {
     const Workspace workspace(run.bytes());
     if (!workspace.at()) return 1;
     run.memory = workspace.at();
-    take_in(call);
+    store_token(call);
     const int prepared = call.batch * run.blocks, first = run.page_splits ? 0 : 1, bases = (run.page_splits > 0) + (run.dense_splits > 0);
 #pragma omp parallel num_threads(call.threads)
     {

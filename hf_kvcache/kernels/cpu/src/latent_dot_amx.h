@@ -1,18 +1,19 @@
-// Latents against 16 queries at a time on the tile unit (AMX): products of bfloat16 with float32 sums.
+// Dot products and weighted sums of latents with 16 queries at a time by AMX: products of bfloat16 with float32 sums.
+// latent_attention.h calls it for pages and full-precision tokens that are bfloat16 or become it without rounding.
 //
-// What pages hold is bfloat16 or becomes it without rounding: codes, levels and e4m3 have at most eight significant bits.
-// Their scales are worked in afterwards, by token and group of channels. The float side (queries, weights) is the sum of up
-// to three bfloat16 parts, each what truncation leaves of the one before: three are float32 again.
+// Codes, levels and e4m3 have at most eight significant bits, so bfloat16 holds them exactly. Their scales are applied to the sums,
+// by token and group of channels. The float side (queries, weights) is a sum of up to three bfloat16 parts, each the remainder
+// of truncating the one before; three of them are float32 again.
 #pragma once
 
-#include "amx.h"
-#include "latent_float.h"
+#include "dot_amx.h"
+#include "latent_dot_float.h"
 
 #if defined(__AMX_BF16__)
 
 namespace {
 
-// Transposes 16 rows of 16 groups of four bytes: afterwards lane i of v[g] is group g of row i.
+// Transposes 16 rows of 16 groups of four bytes: lane i of v[g] becomes group g of row i.
 inline void transpose(__m512i v[16]) {
     __m512i w[16];
 #pragma GCC unroll 8
@@ -42,10 +43,10 @@ inline void transpose(__m512i v[16]) {
     for (int i = 0; i < 16; i++) v[i] = w[i];
 }
 
-constexpr int kTileChannels = 32;  // of a tile of 16 rows
+constexpr int kTileChannels = 32;  // channels of a tile of 16 rows
 constexpr int kMostParts = 3;
 
-// Tiles are loaded from memory that the compiler may not have written yet: it is not told what the instruction reads.
+// Makes the compiler write memory before tiles are loaded, since it does not know what the load instruction reads.
 inline void write_out() { asm volatile("" : : : "memory"); }
 
 inline bool side_fits_tiles(const HfkvSide& side) {
@@ -55,7 +56,7 @@ inline bool side_fits_tiles(const HfkvSide& side) {
     return levels && side.axis == HFKV_TOKEN && !side.has_other && side.group % kTileChannels == 0;
 }
 
-// The upper halves of two vectors of float32, as bfloat16 in their order.
+// The upper halves of two vectors of float32: bfloat16, in the same order.
 inline __m512i upper_halves(__m512i a, __m512i b) {
     alignas(64) static const struct Odd {
         uint16_t index[32];
@@ -68,7 +69,7 @@ inline __m512i upper_halves(__m512i a, __m512i b) {
 
 inline __m512i truncated(__m512 x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32((int)0xffff0000)); }
 
-// What is left of x after so many parts.
+// What remains of x after kBefore parts.
 template <int kBefore>
 inline __m512 remainder(__m512 x) {
 #pragma GCC unroll 3
@@ -76,8 +77,8 @@ inline __m512 remainder(__m512 x) {
     return x;
 }
 
-// One part of 16 queries, `pitch` floats apart, as tiles of 32 channels: row i has channels 2 i and 2 i + 1 of each query.
-// Returns whether a part is left.
+// Part kPart of 16 queries, `pitch` floats apart, as tiles of 32 channels: row i has channels 2 i and 2 i + 1 of each query.
+// Returns whether anything remains for another part.
 template <int kPart>
 bool pack_query_part(const float* rows, int pitch, int dim, uint8_t* tiles) {
     __m512 left = _mm512_setzero_ps();
@@ -97,7 +98,7 @@ bool pack_query_part(const float* rows, int pitch, int dim, uint8_t* tiles) {
     return _mm512_cmp_ps_mask(left, _mm512_setzero_ps(), _CMP_NEQ_UQ) != 0;
 }
 
-// Returns the number of parts, each dim / 32 tiles: as many as the queries need, at most `most`.
+// Packs as many parts as the queries need, at most `most`, each of dim / 32 tiles; returns their number.
 inline int pack_query(const float* rows, int pitch, int dim, int most, uint8_t* tiles) {
     const int64_t size = (int64_t)dim / kTileChannels * kTileBytes;
     if (!pack_query_part<0>(rows, pitch, dim, tiles) || most == 1) return 1;
@@ -113,8 +114,8 @@ void narrow(const uint8_t* bytes, int64_t count, uint8_t* out) {
                             upper_halves((__m512i)Element::load_vec(bytes + i), (__m512i)Element::load_vec(bytes + i + 16)));
 }
 
-// Codes of 4 bits, whose rows are a multiple of 32 bytes, by a look-up of words, which heeds five bits of its index only:
-// in a table that repeats itself, what stands above a code changes nothing.
+// Levels of 4-bit codes whose rows are a multiple of 32 bytes, as bfloat16, by a look-up of words. The instruction heeds five bits
+// of an index, and the table repeats itself, so bits above the code change nothing.
 inline void look_up_words(const HfkvSide& side, const uint8_t* codes, int n, uint8_t* out, Stream& next) {
     alignas(64) uint16_t words[32];
     for (int i = 0; i < 32; i++) {
@@ -135,7 +136,7 @@ inline void look_up_words(const HfkvSide& side, const uint8_t* codes, int n, uin
     }
 }
 
-// The bfloat16 rows of some tokens; rows up to a multiple of 16 can be read.
+// The bfloat16 rows of some tokens; memory can be read up to a multiple of 16 rows.
 struct TileRows {
     const uint8_t* data;
     int64_t stride;
@@ -152,7 +153,7 @@ inline TileRows dense_tiles(const uint8_t* data, int64_t stride, int n, int dim,
     return n % 16 ? copied_rows(data, stride, n, dim, (uint8_t*)room.floats) : TileRows{data, stride};
 }
 
-// Levels of tokens of a page, without their scales.
+// The levels of n tokens of a page from `start` on, without their scales.
 inline TileRows page_tiles(const HfkvSide& side, int page_size, const uint8_t* record, int start, int n, const LatentRoom& room,
                            Stream& next) {
     const int64_t row = 2 * (int64_t)side.dim;
@@ -168,7 +169,7 @@ inline TileRows page_tiles(const HfkvSide& side, int page_size, const uint8_t* r
         if (side.level == HFKV_FLOAT8) narrow<Float8>(bytes, (int64_t)n * side.dim, out);
         else narrow<Byte>(bytes, (int64_t)n * side.dim, out);
     }
-    // Products with the rows behind the last one are thrown away, but not before they were computed.
+    // The rows behind the last one are multiplied too, although nothing uses the products.
     for (int t = n; t % 16; t++) std::memset(out + t * row, 0, row);
     return {out, row};
 }
@@ -182,7 +183,7 @@ inline TileRows page_tiles(const HfkvSide& side, int page_size, const uint8_t* r
         next.work(1);                                                          \
     } while (0)
 
-// sums [64, 16]: products of up to 64 rows with 16 queries over some steps of 32 channels. size: bytes of a part.
+// sums [64, 16]: products of up to 64 rows with 16 queries over steps of 32 channels. size: bytes of a part of the queries.
 template <int kCount>
 void multiply_latents(const TileRows& rows, int n, int first, int last, const uint8_t* query, int64_t size, float* sums,
                       Stream& next) {
@@ -202,7 +203,7 @@ void multiply_latents(const TileRows& rows, int n, int first, int last, const ui
     store_sums((int32_t*)sums);
 }
 
-// Queries as tiles: parts of dim / 32 tiles, and the sum of each query over each group of channels, [groups, 16].
+// 16 queries as tiles, dim / 32 for each part, and the sum of each query over each group of channels, [groups, 16].
 struct TileQuery {
     const uint8_t* tiles;
     const float* sums;
@@ -232,7 +233,7 @@ inline void dot_latent_tiles(const TileRows& rows, int n, int dim, int group, co
     }
 }
 
-// One part of weights [64, 16], times a scale of each token (`stride` apart; null: none), as tiles of 32 tokens.
+// Part kPart of weights [64, 16] as tiles of 32 tokens. Weights are multiplied by a scale of each token, `stride` apart (null: 1).
 template <int kPart>
 void pack_weight_part(const float* weights, const float* scale, int stride, int steps, int64_t size, uint8_t* tiles) {
     for (int step = 0; step < steps; step++, tiles += size) {
@@ -254,7 +255,7 @@ void pack_weight_part(const float* weights, const float* scale, int stride, int 
     }
 }
 
-// Weights as tiles [steps, parts]. The tokens behind the last one have weight and scale 0.
+// Weights as tiles [steps, parts]. Tokens behind the last one have weight and scale 0.
 inline void pack_weights(const float* weights, const float* scale, int stride, int steps, int parts, uint8_t* tiles) {
     const int64_t size = (int64_t)parts * kTileBytes;
     pack_weight_part<0>(weights, scale, stride, steps, size, tiles);
@@ -262,8 +263,8 @@ inline void pack_weights(const float* weights, const float* scale, int stride, i
     if (parts == 3) pack_weight_part<2>(weights, scale, stride, steps, size, tiles + 2 * kTileBytes);
 }
 
-// 64 channels of n rows as four tiles for every 32 tokens, two tokens side by side. Of 32 channels the first tile has the
-// first four of every eight, the second one the others.
+// 64 channels of n rows as four tiles for every 32 tokens, with two tokens side by side. Of every 32 channels, the first tile has
+// the first four of every eight and the second tile the others.
 inline void weave_latents(const TileRows& rows, int c, int n, int steps, uint8_t* woven, Stream& next) {
     const __m512i none = _mm512_setzero_si512();
     for (int i = 0; i < 16 * steps; i++) {
@@ -281,7 +282,7 @@ inline void weave_latents(const TileRows& rows, int c, int n, int steps, uint8_t
     }
 }
 
-// output [16, 64] += weights times woven latents. left, right: weights of the first and of the other 32 channels.
+// output [16, 64] += weights times woven latents. left, right: the weights for the first and for the other 32 channels.
 template <int kCount>
 void add_latents(const uint8_t* woven, const uint8_t* left, const uint8_t* right, int steps, float* output, int pitch) {
     const int64_t row = 4 * (int64_t)pitch;
@@ -312,7 +313,7 @@ void add_latents(const uint8_t* woven, const uint8_t* left, const uint8_t* right
     _tile_stored(3, output + 48, row);
 }
 
-// A row of sums out of the order of weave_latents.
+// Restores the order of the channels of a row of sums that weave_latents has changed.
 inline void in_order(float* row, int dim) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));

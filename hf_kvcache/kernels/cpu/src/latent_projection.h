@@ -1,14 +1,16 @@
-// Few vectors times a matrix for each head: the weights are read once, row by row, which is all that takes time.
+// Products of a few vectors with a matrix of each head, hfkv_project, and the whole decode step of latent attention,
+// hfkv_latent_step. The time is that of reading the weights, so each of their rows is read once for all vectors. kernels.inc
+// exports both.
 #pragma once
 
-#include "latent.h"
+#include "latent_attention.h"
 
 namespace {
 
-constexpr int kRowsAtOnce = 8;  // of a weight
+constexpr int kRowsAtOnce = 8;  // rows of a weight
 constexpr int kLineBytes = 64;
 
-// out [n] += sum of R rows of weights, `stride` bytes apart, by x [R]; the R rows behind them are asked for.
+// out [n] += sum of R rows of weights, `stride` bytes apart, by x [R]; prefetches the next rows.
 template <class Element, int R>
 inline void add_rows(const uint8_t* weight, int64_t stride, const float* x, int n, float* out) {
     Vec by[R];
@@ -45,7 +47,7 @@ inline void multiply_rows(const uint8_t* weight, int64_t stride, const float* x,
     for (int i = 0; i < R; i++) out[i] = sum(total[i]);
 }
 
-// One head: x and out are [vectors, n or width] in float32; first to last: of the width, or of n if transposed.
+// One head. x and out: float32 [vectors, n or width]; first, last: the part of the width, or of n if transposed, to compute.
 template <class Element>
 void project_head(const HfkvProject& c, const uint8_t* weight, const float* x, int first, int last, float* out) {
     const int64_t stride = Element::kBytes * c.weight_row;
@@ -68,7 +70,7 @@ void project_head(const HfkvProject& c, const uint8_t* weight, const float* x, i
     }
 }
 
-// One part of a head. buffer: [vectors, n + width].
+// Loads x, projects one part of a head, and stores it. buffer: [vectors, n + width].
 inline void project_part(const HfkvProject& c, int head, int first, int last, float* buffer) {
     const int bytes = width_of(c.level), vectors = c.batch * c.length;
     const int inner = c.transposed ? c.width : c.n, outer = c.transposed ? c.n : c.width;
@@ -95,7 +97,7 @@ inline int project(const HfkvProject& call) {
     const Workspace workspace(sizeof(float) * floats * threads);
     float* buffers = (float*)workspace.at();
     if (!buffers) return 1;
-    // Heads are split where there are few of them; a part is a multiple of 16 of what is computed.
+    // If there are few heads, each is split into parts, which are multiples of 16 outputs.
     const int outer = call.transposed ? call.n : call.width, sixteens = (outer + 15) / 16;
     const int wanted = threads == 1 ? 1 : (2 * threads + call.heads - 1) / call.heads, parts = wanted < sixteens ? wanted : sixteens;
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -1,29 +1,31 @@
-// Attention of a few queries over pages and full-precision tokens: split over the length, merged by log-sum-exp.
+// Attention of a few queries over pages and full-precision tokens, hfkv_attend; and decoding of pages, hfkv_decode_side. The tokens
+// are split into tasks, whose partial results are merged by their log-sum-exp. kernels.inc exports both.
 #pragma once
 
 #include <cstdlib>
 
 #include "rotate.h"
-#include "side.h"
+#include "page_side.h"
 #include "workspace.h"
 
 namespace {
 
-constexpr int kDenseTile = 128;       // full-precision tokens taken at a time, as a page would be
+constexpr int kDenseTile = 128;       // full-precision tokens that are taken at a time
 constexpr int kLeastPagesPerTask = 4;
-constexpr int kTasksPerThread = 4;    // uneven tasks then still end together
-constexpr int64_t kOneThreadBytes = 48 << 10;  // reading fewer takes less time than waking a thread
+constexpr int kTasksPerThread = 4;    // so that threads end together although tasks are uneven
+constexpr int64_t kOneThreadBytes = 48 << 10;  // reading fewer bytes takes less time than waking a thread
 
 inline int rounded(int n) { return (n + 15) & ~15; }
 inline int larger_int(int a, int b) { return a > b ? a : b; }
 
-// What softmax knows of the keys seen so far, for each query of a row: largest score, sum of exponentials, weighted values.
+// The softmax over the keys so far, for each query of a row: largest score, sum of exponentials, weighted sum of values.
 struct Partial {
     float* top;
     float* total;
     float* output;  // [M, value pitch]
 };
 
+// Sizes of a call, and where its partial results and buffers lie.
 struct Run {
     const HfkvAttend& call;
     const HfkvSide& keys;
@@ -51,7 +53,7 @@ struct Run {
         const size_t longest = larger_int(rounded(larger_int(keys.dim, values.dim)), page_pitch);
         const size_t widest = larger_int(keys.dim, values.dim);
         thread_bytes = sizeof(float) * (queries * (key_pitch + 2 * page_pitch + value_pitch) + page_size * widest)
-                     + sizeof(float) * 3 * (page_size * widest + longest)  // a scale for every element is the most there can be
+                     + sizeof(float) * 3 * (page_size * widest + longest)  // at most, every element has a scale
                      + page_size * widest + 64 + 16 * (longest + 64) + 256;
         thread_bytes = (thread_bytes + 63) & ~(size_t)63;
     }
@@ -89,7 +91,8 @@ struct Run {
     }
 };
 
-// The queries of a row, scaled, in both bases, and what the mean taken out of the packed keys adds to their scores.
+// Scales the queries of a row, rotates them, and computes what the mean that was subtracted from the packed keys adds to their
+// scores.
 inline void prepare_row(const Run& run, int row) {
     const HfkvAttend& c = run.call;
     const int b = row / c.heads, head = row % c.heads, group = c.query_heads / c.heads;
@@ -101,7 +104,7 @@ inline void prepare_row(const Run& run, int row) {
         if (run.splits == 0) continue;
         float* rotated = run.rotated_queries(row) + (size_t)m * run.key_pitch;
         rotate(run.keys, to, false, rotated);
-        run.shifts(row)[m] = c.center ? dot(rotated, c.center + (size_t)row * run.keys.dim, run.keys.dim) : 0.0f;
+        run.shifts(row)[m] = c.key_mean ? dot(rotated, c.key_mean + (size_t)row * run.keys.dim, run.keys.dim) : 0.0f;
     }
 }
 
@@ -110,7 +113,7 @@ inline void begin(const Run& run, Partial& p) {
     std::memset(p.output, 0, sizeof(float) * run.queries * run.value_pitch);
 }
 
-// Scales what has been summed up for a query down to a new maximum.
+// Scales the sums of a query down to a new maximum.
 inline void lower_sums(const Run& run, int m, float top, Partial& p) {
     const float decay = exponential(splat(p.top[m] - top))[0];
     p.total[m] *= decay;
@@ -119,10 +122,10 @@ inline void lower_sums(const Run& run, int m, float top, Partial& p) {
     p.top[m] = top;
 }
 
-// Scores to weights, in place, and the partial result scaled down to the new maximum. Hidden scores are -inf. Queries take
-// turns: to bring a vector together takes long, but waits for nothing of another query.
+// Turns scores into weights, in place, and scales the partial result down to the new maximum. Hidden scores are -inf. Four queries
+// take turns, since a reduction over the lanes of a vector takes long but depends on no other query.
 inline void weigh_scores(const Run& run, float* scores, int n, Partial& p, Stream& next) {
-    const int stop = (n + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);  // within the pitch, which has a vector to spare
+    const int stop = (n + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);  // within the pitch, which has room for one more vector
     const int pitch = run.page_pitch;
     for (int first = 0; first < run.queries; first += 4) {
         const int count = run.queries - first < 4 ? run.queries - first : 4;
@@ -138,7 +141,7 @@ inline void weigh_scores(const Run& run, float* scores, int n, Partial& p, Strea
             if (tops[m] > p.top[first + m]) lower_sums(run, first + m, tops[m], p);
         for (int m = 0; m < count; m++) {
             float* s = scores + (size_t)(first + m) * pitch;
-            // While nothing is visible the maximum is -inf, and -inf - -inf is not a number.
+            // Before the first visible key the maximum is -inf, and -inf - -inf is not a number.
             const float top = p.top[first + m];
             const Vec shift = splat(top == kMinusInfinity ? 0.0f : top);
             Vec even = splat(0.0f), odd = splat(0.0f);
@@ -164,7 +167,7 @@ inline void cap_scores(const Run& run, float* scores, int n) {
         }
 }
 
-// Hides keys by their positions: `at(t)`; those after a query if causal, those that have left its window.
+// Hides keys by their positions at(t): if causal those after a query, and those that have left its window.
 template <class Positions>
 void hide_by_position(const Run& run, float* scores, int n, bool causal, const Positions& at) {
     const HfkvAttend& c = run.call;
@@ -178,14 +181,14 @@ void hide_by_position(const Run& run, float* scores, int n, bool causal, const P
     }
 }
 
-inline void keep_scores(const Run& run, const float* scores, int n, int row, int64_t key, int64_t keys, float* mass) {
-    if (!mass) return;
-    float* to = mass + (size_t)row * run.queries * keys + key;
+inline void copy_scores(const Run& run, const float* scores, int n, int row, int64_t key, int64_t keys, float* sums) {
+    if (!sums) return;
+    float* to = sums + (size_t)row * run.queries * keys + key;
     for (int m = 0; m < run.queries; m++)
         std::memcpy(to + (size_t)m * keys, scores + (size_t)m * run.page_pitch, sizeof(float) * n);
 }
 
-inline void attend_page(const Run& run, int row, int column, bool last, float* kept, Scratch& s, Partial& p) {
+inline void attend_page(const Run& run, int row, int column, bool last, float* all_scores, Scratch& s, Partial& p) {
     const HfkvAttend& c = run.call;
     const int64_t cell = row * c.row_stride + column;
     const int n = c.counts[cell];
@@ -194,7 +197,7 @@ inline void attend_page(const Run& run, int row, int column, bool last, float* k
     const int64_t* positions = c.positions ? (const int64_t*)c.positions[cell] : nullptr;
     const int64_t first = c.first[cell];
     const auto at = [&](int t) { return positions ? positions[t] : first + t; };
-    // The oldest query sees furthest back: what has left its window has left every one.
+    // The first query sees furthest back. A page that has left its window has left the windows of all.
     if (c.window && at(n - 1) <= c.start - c.window) return;
     const uint8_t* record = (const uint8_t*)c.addresses[cell];
     s.next.begin(last ? nullptr : (const uint8_t*)c.addresses[cell + 1], c.layout->record_bytes);
@@ -202,18 +205,18 @@ inline void attend_page(const Run& run, int row, int column, bool last, float* k
                 run.page_pitch);
     if (c.softcap > 0) cap_scores(run, s.scores, n);
     if (c.window && at(0) <= c.start + c.length - 1 - c.window) hide_by_position(run, s.scores, n, false, at);
-    keep_scores(run, s.scores, n, row, (int64_t)column * run.page_size, keys, kept);
+    copy_scores(run, s.scores, n, row, (int64_t)column * run.page_size, keys, all_scores);
     weigh_scores(run, s.scores, n, p, s.next);
     page_output(run.values, run.page_size, record, n, s.scores, run.queries, run.page_pitch, s, p.output, run.value_pitch);
 }
 
-// A vector for each row, some bytes apart.
+// A vector of each sequence and head, with strides in bytes.
 struct Vectors {
     const void* at;
     int64_t batch, head;
 };
 
-// Puts one side of a new token, `bytes` long, where `to` says.
+// Copies one side of a new token, vectors of so many bytes.
 inline void store_side(const Vectors& from, const Vectors& to, int batches, int heads, int64_t bytes) {
     if (bytes == 0) return;
     for (int b = 0; b < batches; b++)
@@ -230,7 +233,8 @@ inline void count_token(const HfkvToken& token, int batches, int slots) {
     for (int b = 0; b < batches; b++) token.lengths[b] = slots;
 }
 
-inline void take_in(const HfkvAttend& c) {
+// Stores the new token in the last slot. It is counted only once nothing can fail any more.
+inline void store_token(const HfkvAttend& c) {
     const HfkvToken& t = c.token;
     if (!t.first) return;
     const int64_t width = width_of(c.dense_level), slot = width * (c.slots - 1);
@@ -243,7 +247,7 @@ inline void take_in(const HfkvAttend& c) {
     note_position(t, c.batch, c.slots, c.start);
 }
 
-inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Partial& p) {
+inline void attend_dense(const Run& run, int row, float* all_scores, Scratch& s, Partial& p) {
     const HfkvAttend& c = run.call;
     const int b = row / c.heads, head = row % c.heads;
     const int64_t width = width_of(c.dense_level);
@@ -263,7 +267,7 @@ inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Parti
                 if (unused[t])
                     for (int m = 0; m < run.queries; m++) s.scores[(size_t)m * run.page_pitch + t] = kMinusInfinity;
         }
-        keep_scores(run, s.scores, n, row, start, c.slots, kept);
+        copy_scores(run, s.scores, n, row, start, c.slots, all_scores);
         weigh_scores(run, s.scores, n, p, s.next);
         const uint8_t* values =
             (const uint8_t*)c.dense_values + width * (b * c.values_batch + head * c.values_head + start * c.values_token);
@@ -274,7 +278,7 @@ inline void attend_dense(const Run& run, int row, float* kept, Scratch& s, Parti
 
 inline float exp_of(float x) { return exponential(splat(x))[0]; }
 
-// Brings the parts of a row together; returns nothing visible as output 0 and log-sum-exp -inf.
+// Merges the partial results of a row. A query that sees nothing has output 0 and log-sum-exp -inf.
 inline void finish_row(const Run& run, int row, float* buffer) {
     const HfkvAttend& c = run.call;
     const int b = row / c.heads, head = row % c.heads, group = c.query_heads / c.heads, dim = run.values.dim;
@@ -313,15 +317,15 @@ inline void finish_row(const Run& run, int row, float* buffer) {
     }
 }
 
-// Kept scores [Hq, q, keys] of a row's queries to probabilities summed over the query tokens, [Hq, keys].
-inline void add_sums(const Run& run, int row, const float* kept, int64_t keys, float* mass) {
+// Turns the scores [Hq, q, keys] of the queries of a row into probabilities, summed over the query tokens: sums [Hq, keys].
+inline void add_sums(const Run& run, int row, const float* all_scores, int64_t keys, float* sums) {
     const HfkvAttend& c = run.call;
     const int b = row / c.heads, head = row % c.heads, group = c.query_heads / c.heads;
     for (int g = 0; g < group; g++) {
         const size_t query_head = (size_t)b * c.query_heads + head * group + g;
-        float* to = mass + query_head * keys;
+        float* to = sums + query_head * keys;
         for (int i = 0; i < c.length; i++) {
-            const float* from = kept + ((size_t)row * run.queries + g * c.length + i) * keys;
+            const float* from = all_scores + ((size_t)row * run.queries + g * c.length + i) * keys;
             const float log_sum_exp = c.log_sum_exp[query_head * c.length + i];
             for (int64_t t = 0; t < keys; t++) {
                 const float p = log_sum_exp == kMinusInfinity ? 0.0f : exp_of(from[t] - log_sum_exp);
@@ -331,13 +335,13 @@ inline void add_sums(const Run& run, int row, const float* kept, int64_t keys, f
     }
 }
 
-inline float* room_for_scores(const Run& run, int64_t keys, const float* mass) {
-    if (!mass) return nullptr;
+inline float* room_for_scores(const Run& run, int64_t keys, const float* sums) {
+    if (!sums) return nullptr;
     const size_t n = (size_t)run.rows * run.queries * keys;
-    float* kept = (float*)std::malloc(sizeof(float) * (n ? n : 1));
-    if (kept)
-        for (size_t i = 0; i < n; i++) kept[i] = kMinusInfinity;
-    return kept;
+    float* all_scores = (float*)std::malloc(sizeof(float) * (n ? n : 1));
+    if (all_scores)
+        for (size_t i = 0; i < n; i++) all_scores[i] = kMinusInfinity;
+    return all_scores;
 }
 
 inline int attend(const HfkvAttend& given) {
@@ -353,7 +357,7 @@ inline int attend(const HfkvAttend& given) {
     const bool failed = !workspace.at() || (call.page_sums && !page_scores) || (call.dense_sums && !dense_scores);
     if (!failed) {
         run.memory = workspace.at();
-        take_in(call);
+        store_token(call);
 #pragma omp parallel num_threads(call.threads)
         {
 #if defined(_OPENMP)
@@ -376,7 +380,7 @@ inline int attend(const HfkvAttend& given) {
                 } else {
                     const int64_t first = (int64_t)call.columns * part / run.splits;
                     const int64_t stop = (int64_t)call.columns * (part + 1) / run.splits;
-                    for (int64_t column = first; column < stop; column++) 
+                    for (int64_t column = first; column < stop; column++)
                         attend_page(run, row, (int)column, column + 1 == stop, page_scores, s, p);
                 }
             }

@@ -1,2 +1,2 @@
 #define HFKV_ISA portable
-#include "isa.inc"
+#include "kernels.inc"

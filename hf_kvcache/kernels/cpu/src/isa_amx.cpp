@@ -1,2 +1,0 @@
-#define HFKV_ISA amx
-#include "isa.inc"

@@ -1,2 +1,0 @@
-#define HFKV_ISA avx2
-#include "isa.inc"

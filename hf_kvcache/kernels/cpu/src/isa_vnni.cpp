@@ -1,2 +1,0 @@
-#define HFKV_ISA vnni
-#include "isa.inc"

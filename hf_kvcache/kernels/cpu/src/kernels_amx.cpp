@@ -1,0 +1,2 @@
+#define HFKV_ISA amx
+#include "kernels.inc"

@@ -1,0 +1,2 @@
+#define HFKV_ISA avx2
+#include "kernels.inc"

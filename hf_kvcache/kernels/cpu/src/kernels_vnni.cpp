@@ -1,0 +1,2 @@
+#define HFKV_ISA vnni
+#include "kernels.inc"
