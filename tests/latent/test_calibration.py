@@ -16,11 +16,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from hf_kvcache import LatentKVCache
 from hf_kvcache.cli import main as cli
 from hf_kvcache.integration.binding import IMPLEMENTATION
+from hf_kvcache.integration.model_identity import check_weights, sample_weights
 from hf_kvcache.lowrank import Projection, calibrate
 from hf_kvcache.lowrank.calibration import solve
-from hf_kvcache.lowrank.identity import check_weights, weights_sketch
 from hf_kvcache.lowrank.methods import available
-from hf_kvcache.lowrank.moments import LayerMoments, States, collect
+from hf_kvcache.lowrank.moment_collection import collect
+from hf_kvcache.lowrank.moments import LayerMoments, States
 from tests import families
 from tests.running import as_cache, forward
 
@@ -213,7 +214,7 @@ def test_one_call(model: PreTrainedModel, method: str, tmp_path: Path) -> None:
     made.save(tmp_path / "file")
     read = Projection.load(tmp_path / "file")
     assert (read.method, list(read.texts), read.tokens) == (method, ["a", "b"], 60 - 4)
-    assert read.weights == weights_sketch(model) and list(read.weights) == [0, 1]
+    assert read.weights == sample_weights(model) and list(read.weights) == [0, 1]
     for layer in read.for_config(model.config, ratio=1.0).values():
         for side in (layer.keys, layer.values):
             eye = torch.eye(side.rank).expand(layer.groups, -1, -1)
@@ -239,21 +240,21 @@ def test_wrong_options_are_found_before_the_model_runs(model: PreTrainedModel) -
 def test_weights_tell_models_apart() -> None:
     """Of other weights, but not of another dtype."""
     model = families.build("llama")
-    sketch, attention = weights_sketch(model), [layer.self_attn for layer in model.model.layers]
-    assert sketch == weights_sketch(families.build("llama")) and list(sketch) == [0, 1]
+    samples, attention = sample_weights(model), [layer.self_attn for layer in model.model.layers]
+    assert samples == sample_weights(families.build("llama")) and list(samples) == [0, 1]
     for dtype in (torch.bfloat16, torch.float16):
         for index, layer in enumerate(families.build("llama", dtype=dtype).model.layers):
-            check_weights(layer.self_attn, index, sketch[index])
+            check_weights("projection", samples[index], layer.self_attn, index)
     with pytest.raises(ValueError, match=r"other weights: those of the keys in layer 1 differ by \d+%; accepted"):
-        check_weights(attention[0], 1, sketch[1])
+        check_weights("projection", samples[1], attention[0], 1)
     with torch.no_grad():
         attention[1].k_proj.weight *= 1.01
-        check_weights(attention[1], 1, sketch[1])
+        check_weights("projection", samples[1], attention[1], 1)
         attention[1].k_proj.weight *= 1.5
     with pytest.raises(ValueError, match=r"layer 1 differ by 5[12]%"):
-        check_weights(attention[1], 1, sketch[1])
-    assert weights_sketch(torch.nn.Linear(2, 2)) == weights_sketch(families.build("llama").to("meta")) == {}
-    check_weights(torch.nn.Linear(2, 2), 0, sketch[0])
+        check_weights("projection", samples[1], attention[1], 1)
+    assert sample_weights(torch.nn.Linear(2, 2)) == sample_weights(families.build("llama").to("meta")) == {}
+    check_weights("projection", samples[0], torch.nn.Linear(2, 2), 0)
 
 
 def test_a_cache_knows_the_model_by_its_weights(model: PreTrainedModel, tmp_path: Path) -> None:

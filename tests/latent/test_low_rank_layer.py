@@ -19,7 +19,7 @@ from hf_kvcache.kernels.dispatch import reason_missing
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
 from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.visibility import Visibility
-from hf_kvcache.lowrank.encoder import ProjectingEncoder
+from hf_kvcache.lowrank.encoder import LowRankEncoder
 from hf_kvcache.lowrank.projection import LayerProjection, SideProjection
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.dense_read import dense_side
@@ -456,7 +456,7 @@ def test_a_page_does_not_depend_on_others(groups: int) -> None:
     """The same bytes, whether a page is encoded alone or with others."""
     projection = oblique(groups, (8, 16))
     for spec in ("none", "unbiased4", "kvarn4"):
-        encoder = ProjectingEncoder(resolve(spec), projection, PAGE, torch.float32)
+        encoder = LowRankEncoder(resolve(spec), projection, PAGE, torch.float32)
         keys, values = (torch.randn(6 * HEADS, PAGE, DIM, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
         together = encoder.encode(keys, values, None)
         pairs = zip(keys.split(HEADS), values.split(HEADS), strict=True)

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from hf_kvcache.kernels.hadamard import rotation_matrix
-from hf_kvcache.lowrank.bases import beside, cheapest_basis
-from hf_kvcache.lowrank.distances import over_distances
+from hf_kvcache.lowrank.basis import LayerBasis, SideBasis, bit_reversal
+from hf_kvcache.lowrank.basis_solvers import block_diagonal, least_error_basis
+from hf_kvcache.lowrank.distances import average_over_distances
 from hf_kvcache.lowrank.methods import Method, available, resolve
-from hf_kvcache.lowrank.methods.oscar import bit_reversal
-from hf_kvcache.lowrank.projection import LayerBasis, SideBasis
 from tests.eviction.rope_contexts import rope
 from tests.latent.structured import SCALING, TOKENS, Layer, make, moments_of
 
@@ -147,8 +146,8 @@ def test_a_shared_latent_loses_less_than_one_per_head() -> None:
 
 def test_palu_groups_up_to_four_heads() -> None:
     palu = resolve("palu")
-    assert [palu.beside(heads) for heads in (1, 2, 3, 4, 5, 6, 8, 14)] == [1, 2, 3, 4, 1, 3, 4, 2]
-    assert palu.before_rope and palu.most == 4
+    assert [palu.group_size(heads) for heads in (1, 2, 3, 4, 5, 6, 8, 14)] == [1, 2, 3, 4, 1, 3, 4, 2]
+    assert palu.before_rope and palu.largest_group == 4
 
 
 #: What each method says that its energies are errors of.
@@ -231,9 +230,9 @@ def test_at_full_rank_nothing_is_lost(name: str) -> None:
     basis = method.solve(moments_of(layer))
     for side in ("keys", "values"):
         solved: SideBasis = getattr(basis, side)
-        done = method.finish(solved.cut(solved.width))
+        down, up = solved.cut(solved.width, basis.hadamard)
         eye = torch.eye(solved.width, dtype=torch.float64).expand(len(solved.down), -1, -1)
-        torch.testing.assert_close(done.down.double() @ done.up.double(), eye, rtol=0, atol=2e-4)
+        torch.testing.assert_close(down.double() @ up.double(), eye, rtol=0, atol=2e-4)
 
 
 def test_centred_keys_leave_attention_as_it_is() -> None:
@@ -305,18 +304,20 @@ def test_queries_over_distances(family: str) -> None:
             expected += turned.mT @ turned
             pairs += 1
     scale = layer_rope.scale**2
-    torch.testing.assert_close(over_distances(second, layer_rope, 20), expected / pairs / scale, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        average_over_distances(second, layer_rope, 20), expected / pairs / scale, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("rank", [8, 16, 24, 32, 40, 64])
 def test_oscar_spreads_what_is_left_evenly(rank: int) -> None:
     """After truncation and Hadamard each latent of the weighted values is as large as the others."""
     layer = make(heads=2, ratio=1, dim=64)
-    moments, method = moments_of(layer), resolve("oscar")
-    basis = method.solve(moments).values
-    cut, done = basis.cut(rank), method.finish(basis.cut(rank))
-    torch.testing.assert_close(done.down @ done.up, cut.down @ cut.up, rtol=0, atol=1e-5)
-    second = done.down.double().mT @ moments.scored.second @ done.down.double()
+    moments = moments_of(layer)
+    basis = resolve("oscar").solve(moments)
+    (down, up), (mixed_down, mixed_up) = basis.values.cut(rank), basis.values.cut(rank, basis.hadamard)
+    torch.testing.assert_close(mixed_down @ mixed_up, down @ up, rtol=0, atol=1e-5)
+    second = mixed_down.double().mT @ moments.scored.second @ mixed_down.double()
     sizes = second.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(sizes, sizes.mean(1, keepdim=True).expand_as(sizes), rtol=1e-4, atol=1e-6)
 
@@ -351,15 +352,15 @@ def test_fewer_heads_side_by_side_are_blocks_of_more() -> None:
 
 def test_blocks_beside_each_other() -> None:
     blocks = torch.arange(16.0).view(4, 2, 2)
-    wide = beside(blocks, 2)
+    wide = block_diagonal(blocks, 2)
     assert wide.shape == (2, 4, 4)
     assert torch.equal(wide[1, 2:, 2:], blocks[3]) and not wide[1, :2, 2:].any()
 
 
 def test_a_metric_that_is_a_multiple_of_the_identity_changes_nothing() -> None:
     second = moments_of(make()).keys.grouped(1, 2, True)[0]
-    plain = cheapest_basis(second)
-    scaled = cheapest_basis(second, metric=1e6 * torch.eye(16, dtype=torch.float64).expand(2, -1, -1))
+    plain = least_error_basis(second)
+    scaled = least_error_basis(second, metric=1e6 * torch.eye(16, dtype=torch.float64).expand(2, -1, -1))
     torch.testing.assert_close(plain.energy, scaled.energy)
     torch.testing.assert_close(plain.down.abs(), scaled.down.abs(), rtol=1e-4, atol=1e-5)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kvcache.lowrank.projection import LayerBasis, SideBasis
+from hf_kvcache.lowrank.basis import LayerBasis, SideBasis
 from hf_kvcache.lowrank.ranks import SCORE_WEIGHT, choose_ranks
 
 
