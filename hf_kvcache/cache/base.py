@@ -40,7 +40,7 @@ from hf_kvcache.integration.versions import RELEASE
 from hf_kvcache.layers.base import KVCacheLayer, LayerOptions
 from hf_kvcache.layers.cross_attention import cross_attention_layers
 from hf_kvcache.lowrank.projection import LayerProjection
-from hf_kvcache.utils.validation import given_only, refuse_unknown
+from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +98,7 @@ class KVCache(Cache):
             ("tail_length", tail_length, 0),
             ("page_size", page_size, 8),
         ):
-            check_count(name, value, least)
+            whole(name, value, least)
         if page_size % 8:
             raise ValueError(f"page_size={page_size!r}; accepted: multiples of 8")
         if ranks:
@@ -284,7 +284,7 @@ class KVCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times, copies side by side."""
-        check_count("repeats", repeats, 1)
+        whole("repeats", repeats, 1)
         super().batch_repeat_interleave(repeats)
 
     def compress(
@@ -513,10 +513,3 @@ class QuantizedKVCache(KVCache):
             value_bits=value_bits,
             **codec_options,
         )
-
-
-def check_count(name: str, value: Any, least: int) -> int:
-    """``value``, if it is a whole number from ``least`` on; else raises ValueError naming the argument ``name``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}; accepted: whole numbers from {least}")
-    return value

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from hf_kvcache.cache.base import KVCache, check_count
+from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.model_config import decoder_config
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.latent import latent_codec, latent_option_names
@@ -17,7 +17,7 @@ from hf_kvcache.eviction.budget import Budget, Pin, Pins
 from hf_kvcache.eviction.options import EvictionOptions
 from hf_kvcache.eviction.registry import option_names
 from hf_kvcache.integration import mla
-from hf_kvcache.utils.validation import given_only, refuse_unknown
+from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
 
 #: Codecs whose tokens can move between pages, by bits: those of equal bits with scales per page would leave holes. All
 #: of them take a mean out of the keys, whose biases would else take up the few levels that there are.
@@ -103,7 +103,7 @@ class HeavyHitterCache(KVCache):
             refuse_unknown(type(self), options, {f"policy {policy!r}": sorted(names), stored: of_codec})
         chosen = resolve_policy(policy, **{name: options.pop(name) for name in names & set(options)})
         for name, count in (("sink_length", sink_length), ("tail_length", tail_length)):
-            check_count(name, count, 0)
+            whole(name, count, 0)
         if compensate and chosen.needs_replay:
             raise ValueError(
                 f"compensate={compensate!r}: policy {chosen.name!r} looks at no latest queries; accepted: 0"
@@ -115,8 +115,8 @@ class HeavyHitterCache(KVCache):
             pins=pins,
             evict_prefill=_evict_prefill(evict_prefill, chosen),
             interval=_interval(interval, chosen),
-            seed=check_count("seed", seed, 0),
-            compensate=check_count("compensate", compensate, 0),
+            seed=whole("seed", seed, 0),
+            compensate=whole("compensate", compensate, 0),
         )
         self.policy, self.budget = chosen, budget
         options |= widths
@@ -184,8 +184,8 @@ class SlidingWindowCache(HeavyHitterCache):
                 raise TypeError(
                     f"{name}={codec_options[name]!r}; a SlidingWindowCache takes window and sinks in its place"
                 )
-        check_count("sinks", sinks, 0)
-        check_count("window", window, max(1, check_count("tail_length", tail_length, 0)))
+        whole("sinks", sinks, 0)
+        whole("window", window, max(1, whole("tail_length", tail_length, 0)))
         super().__init__(
             config,
             window + sinks,
@@ -256,7 +256,7 @@ def _interval(value: int | str | None, policy: Policy) -> int | None:
     if value is None:
         return None
     _check_waits("interval", value, policy)
-    return check_count("interval", value, 1)
+    return whole("interval", value, 1)
 
 
 def _check_waits(name: str, value: Any, policy: Policy) -> None:
