@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache
-from hf_kvcache.integration.masks import padding_of
+from hf_kvcache.integration.padding import padding_of
 from hf_kvcache.kernels.dispatch import reason_missing
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
