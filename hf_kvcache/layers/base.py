@@ -16,7 +16,8 @@ from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.eviction.options import EvictionOptions
 from hf_kvcache.integration.handle import HeldStates, KVHandle, carrying_gradient
-from hf_kvcache.integration.masks import Padding, check_hidden, expect_mask, latest_padding, padding_of, valid_in
+from hf_kvcache.integration.masks import expect_mask, latest_padding
+from hf_kvcache.integration.padding import Padding, check_hidden, padding_of, valid_in
 from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces, padding_places
