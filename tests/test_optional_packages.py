@@ -1,4 +1,4 @@
-"""The library and its calibration need none of the packages of the extras; the demo says which it needs."""
+"""The library and its calibration run without the packages of the extras; the demo says which package it needs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ find = PathFinder.find_spec
 PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in MISSING else find(name, *rest))
 
 import hf_kvcache
-from hf_kvcache import cli, models
-from hf_kvcache.lowrank import moments
+from hf_kvcache.cli import main, models
+from hf_kvcache.lowrank import moment_collection
 
-with models._status("waiting"), moments._bar(8) as advance:
+with models._status("waiting"), moment_collection._bar(8) as advance:
     advance(8)
     print("waited")
 assert not MISSING & {name.split(".")[0] for name, module in sys.modules.items() if module is not None}
-sys.exit(cli.main(["demo"]))
+sys.exit(main.main(["demo"]))
 """
 
 
-def test_what_only_the_extras_have_is_not_needed() -> None:
+def test_packages_of_the_extras_are_not_needed() -> None:
     said = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True)
     assert said.stdout.splitlines() == ["waited"], said.stderr
     assert said.returncode == 1

@@ -15,7 +15,8 @@ from hf_kvcache.utils.validation import flag, one_of
 
 #: Heads of a group where no number is given (Palu's, arXiv:2407.21118).
 DEFAULT_GROUP = 4
-_CENTERS = ("none", "keys", "values", "both")
+#: Sides whose mean can be subtracted.
+CENTERS = ("none", "keys", "values", "both")
 
 
 class Method(ABC):
@@ -40,7 +41,7 @@ class Method(ABC):
             raise ValueError(f"group={group!r}; accepted: whole numbers from 1 that divide the KV heads")
         self.group = group
         self.before_rope = flag("before_rope", before_rope)
-        self.center = one_of("center", center, _CENTERS)
+        self.center = one_of("center", center, CENTERS)
 
     @abstractmethod
     def solve(self, moments: LayerMoments) -> LayerBasis:
