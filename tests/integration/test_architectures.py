@@ -18,8 +18,9 @@ from hf_kvcache.integration.architecture import architecture, modeling_file
 from hf_kvcache.integration.attention import check_reached
 from hf_kvcache.integration.output_projection import output_weight
 from hf_kvcache.layers.mla import LatentLayer
-from tests import families, mla_families
-from tests.families_outside import OUTSIDE, build, known
+from tests import families
+from tests.integration.families_outside import OUTSIDE, build, known
+from tests.mla import families as mla_families
 from tests.running import (
     as_cache,
     assert_packed,

@@ -17,7 +17,8 @@ from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
 from hf_kvcache.layers.decode_step import PreparedDecoding
 from hf_kvcache.layers.new_tokens import NewTokens
-from tests import families, mla_families
+from tests import families
+from tests.mla import families as mla_families
 from tests.running import ROUNDING, forward, full_cache, left_padded, prompt
 from tests.storage.list_model import (
     HEADS,

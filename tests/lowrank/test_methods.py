@@ -1,4 +1,4 @@
-"""What the methods solve, against singular value decompositions of the products themselves in float64."""
+"""The solutions of the methods, against singular value decompositions of the products in float64."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kvcache.kernels.hadamard import rotation_matrix
-from hf_kvcache.lowrank.basis import LayerBasis, SideBasis, bit_reversal
-from hf_kvcache.lowrank.basis_solvers import block_diagonal, least_error_basis
-from hf_kvcache.lowrank.distances import average_over_distances
+from hf_kvcache.lowrank.basis import SideBasis
 from hf_kvcache.lowrank.methods import Method, available, resolve
-from tests.eviction.rope_contexts import rope
-from tests.latent.structured import SCALING, TOKENS, Layer, make, moments_of
+from tests.lowrank.structured import SCALING, TOKENS, Layer, make, moments_of
 
 #: Bases are stored in float32: their products are off by some 1e-6 of the largest direction, squared in an error.
 NEAR = {"rtol": 1e-3, "atol": 1e-7}
+
+
 SHAPES = [{}, {"heads": 1, "ratio": 1}, {"heads": 3, "ratio": 2, "dim": 24, "value_dim": 16}, {"heads": 4, "ratio": 1}]
+
+
 RANKS = (1, 8, 13)
 
 
@@ -287,123 +287,3 @@ def test_latents_of_kq_svd_all_weigh_the_same() -> None:
     basis = resolve("kq_svd").solve(moments_of(layer)).keys
     costs = (basis.up[0].double() @ layer.asked(0).T).square().sum(1)
     torch.testing.assert_close(costs, costs.mean().expand_as(costs), rtol=1e-2, atol=0)
-
-
-@pytest.mark.parametrize("family", ["llama", "glm"])
-def test_queries_over_distances(family: str) -> None:
-    """The mean over all pairs of a text of 20 tokens, pair by pair."""
-    layer_rope = rope(family)
-    dim = 2 * len(layer_rope.first)
-    generator = torch.Generator().manual_seed(1)
-    queries = torch.randn(2, 7, dim, generator=generator)
-    second = torch.stack([q.double().T @ q.double() for q in queries])
-    expected, pairs = torch.zeros_like(second), 0
-    for at in range(20):
-        for key in range(at + 1):
-            turned = layer_rope.rotate(queries, torch.full((7,), at - key)).double()
-            expected += turned.mT @ turned
-            pairs += 1
-    scale = layer_rope.scale**2
-    torch.testing.assert_close(
-        average_over_distances(second, layer_rope, 20), expected / pairs / scale, rtol=1e-4, atol=1e-4
-    )
-
-
-@pytest.mark.parametrize("rank", [8, 16, 24, 32, 40, 64])
-def test_oscar_spreads_what_is_left_evenly(rank: int) -> None:
-    """After truncation and Hadamard each latent of the weighted values is as large as the others."""
-    layer = make(heads=2, ratio=1, dim=64)
-    moments = moments_of(layer)
-    basis = resolve("oscar").solve(moments)
-    (down, up), (mixed_down, mixed_up) = basis.values.cut(rank), basis.values.cut(rank, basis.hadamard)
-    torch.testing.assert_close(mixed_down @ mixed_up, down @ up, rtol=0, atol=1e-5)
-    second = mixed_down.double().mT @ moments.scored.second @ mixed_down.double()
-    sizes = second.diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(sizes, sizes.mean(1, keepdim=True).expand_as(sizes), rtol=1e-4, atol=1e-6)
-
-
-def test_bit_reversal_deals_axes_to_blocks() -> None:
-    assert bit_reversal(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
-    assert bit_reversal(1).tolist() == [0]
-    for count in range(2, 130):
-        assert sorted(bit_reversal(count).tolist()) == list(range(count))
-    # 56 = 32 + 16 + 8 has no Hadamard matrix here: each block gets its share of important axes.
-    matrix = rotation_matrix(56, "hadamard", torch.float64, torch.device("cpu"))
-    assert matrix is not None
-    importance = torch.logspace(0, -3, 56, dtype=torch.float64)
-    spread = {
-        name: (matrix.T @ torch.diag(importance[order]) @ matrix).diagonal()
-        for name, order in (("ordered", torch.arange(56)), ("reversed", bit_reversal(56)))
-    }
-    ratio = {name: float(sizes.max() / sizes.min()) for name, sizes in spread.items()}
-    assert ratio["reversed"] < 2 < 20 < ratio["ordered"]
-
-
-def test_fewer_heads_side_by_side_are_blocks_of_more() -> None:
-    layer = make(heads=4, ratio=1)
-    for group in (1, 2, 4):
-        for name in ("kq_svd", "palu"):
-            method = resolve(name, group=group, before_rope=False)
-            first, second = (method.solve(moments_of(layer, together)).keys for together in (group, 4))
-            torch.testing.assert_close(first.energy, second.energy)
-    with pytest.raises(ValueError, match="group=4: the moments are of 2 heads"):
-        resolve("palu", group=4, before_rope=False).solve(moments_of(layer, 2))
-
-
-def test_blocks_beside_each_other() -> None:
-    blocks = torch.arange(16.0).view(4, 2, 2)
-    wide = block_diagonal(blocks, 2)
-    assert wide.shape == (2, 4, 4)
-    assert torch.equal(wide[1, 2:, 2:], blocks[3]) and not wide[1, :2, 2:].any()
-
-
-def test_a_metric_that_is_a_multiple_of_the_identity_changes_nothing() -> None:
-    second = moments_of(make()).keys.grouped(1, 2, True)[0]
-    plain = least_error_basis(second)
-    scaled = least_error_basis(second, metric=1e6 * torch.eye(16, dtype=torch.float64).expand(2, -1, -1))
-    torch.testing.assert_close(plain.energy, scaled.energy)
-    torch.testing.assert_close(plain.down.abs(), scaled.down.abs(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
-        ("pca", {}, ["method='pca'", "kq_svd", "oscar", "palu", "svd"]),
-        (None, {}, ["method=None", "kq_svd"]),
-        ("svd", {"group": 2}, ["svd", "'group'", "none"]),
-        ("oscar", {"before_rope": True}, ["oscar", "'before_rope'", "center"]),
-        ("kq_svd", {"groups": 2}, ["kq_svd", "'groups'", "group", "before_rope", "center"]),
-        ("kq_svd", {"group": 0}, ["group=0"]),
-        ("kq_svd", {"group": True}, ["group=True"]),
-        ("kq_svd", {"before_rope": 1}, ["before_rope=1", "True"]),
-        ("palu", {"center": "all"}, ["center='all'", "none", "keys", "values", "both"]),
-    ],
-)
-def test_bad_options(name: Any, options: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ValueError) as error:
-        resolve(name, **options)
-    assert all(word in str(error.value) for word in words), error.value
-
-
-def test_what_a_layer_lacks() -> None:
-    layer = make(heads=3, ratio=1)
-    moments = moments_of(layer)
-    with pytest.raises(ValueError, match=r"group=2 does not divide 3 KV heads; accepted: \[1, 3\]"):
-        resolve("kq_svd", group=2).solve(moments)
-    for name in ("kq_svd", "palu"):
-        with pytest.raises(ValueError, match=r"before_rope=True.*cannot be undone"):
-            resolve(name, before_rope=True).solve(moments)
-    object.__setattr__(moments, "output", None)
-    with pytest.raises(ValueError, match="needs the plain weight"):
-        resolve("kq_svd").solve(moments)
-    assert isinstance(resolve("svd").solve(moments), LayerBasis)
-
-
-def test_ready_made() -> None:
-    method = resolve("palu", group=2)
-    assert resolve(method) is method
-    assert method.options() == {"group": 2, "before_rope": True, "center": "none"}
-    assert resolve("svd").options() == {}
-    with pytest.raises(ValueError, match="ready-made"):
-        resolve(method, group=2)
-    assert TOKENS > 16  # fewer tokens than directions would make every method exact

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache.lowrank.projection import LayerProjection, SideProjection
-from tests.latent.low_rank import rotated_cache, rotation, with_projections
+from tests.lowrank.one_layer import rotated_cache, rotation, with_projections
 from tests.running import (
     ROUNDING,
     Generated,

@@ -15,7 +15,7 @@ from hf_kvcache.integration.model_identity import model_identity
 from hf_kvcache.lowrank.methods import resolve
 from hf_kvcache.lowrank.projection import Projection
 from tests import families
-from tests.latent.structured import make, moments_of
+from tests.lowrank.structured import make, moments_of
 
 
 def projection(method: str = "kq_svd", family: str = "llama", **options: Any) -> Projection:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -235,3 +236,22 @@ def turn(x: torch.Tensor, position: int) -> torch.Tensor:
     real, imaginary = x[..., :half], x[..., half:]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
+
+
+#: Of outputs of order 1 after a rotary embedding in float32, whose angles are of order 100.
+ROTARY = 2e-4
+FORMS = {
+    "each head": oblique(2),
+    "both heads": oblique(1),
+    "no mean": oblique(2, mean=False),
+    "before rope": oblique(2, before_rope=True),
+    "both heads before rope": oblique(1, before_rope=True),
+}
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = ROTARY) -> None:
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=tolerance)
+
+
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)

@@ -15,8 +15,8 @@ from hf_kvcache.eviction import available, resolve
 from hf_kvcache.integration.attention import attention_function
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.layers.evicting_mla import EvictingLatentLayer
-from tests import mla_families
 from tests.eviction.toys import small_options
+from tests.mla import families as mla_families
 from tests.running import assert_same, forward, full_cache, generate, left_padded, prompt
 
 HEADS, NOPE, ROPE, VALUE, RANK = 4, 16, 8, 24, 32

@@ -11,8 +11,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_kvcache import LatentKVCache
-from tests import mla_families
-from tests.mla_families import BROKEN, STATEFUL, names, shared
+from tests.mla import families as mla_families
+from tests.mla.configs import INDEX_TOPK
+from tests.mla.families import BROKEN, STATEFUL, names, shared
 from tests.running import ROUNDING, forward, full_cache, generate, left_padded, prompt, set_binding
 
 
@@ -53,8 +54,8 @@ def test_indexer_selects(name: str) -> None:
         if hasattr(module, "index_topk"):
             module.index_topk = 64
     difference = (model(prompt(50)).logits - chosen).abs().amax((0, 2))
-    assert difference[: mla_families.INDEX_TOPK].max() < ROUNDING
-    assert difference[mla_families.INDEX_TOPK + 4 :].median() > 0.1
+    assert difference[:INDEX_TOPK].max() < ROUNDING
+    assert difference[INDEX_TOPK + 4 :].median() > 0.1
 
 
 @pytest.mark.parametrize("name", names())
