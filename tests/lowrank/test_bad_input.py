@@ -20,7 +20,7 @@ from tests.running import PAGE, SINKS, TAIL
 
 
 def test_another_model() -> None:
-    """Keys of another number of heads or width than the projection's are refused before anything is held."""
+    """Keys with other heads or widths than the projection's are refused before anything is stored."""
     layer = OneLayer("full", rotation(HEADS, (DIM, DIM), 2)).layer
     for heads, key_dim, value_dim in ((4, DIM, DIM), (HEADS, 8, DIM), (HEADS, DIM, 8)):
         with pytest.raises(ValueError, match="accepted by its projection: 2 of widths"):
@@ -29,7 +29,7 @@ def test_another_model() -> None:
 
 
 def test_a_rank_that_the_codec_cannot_store() -> None:
-    """Ten latents of 4 bits do not fill whole bytes."""
+    """Ten coefficients of 4 bits do not fill whole bytes."""
     layer = OneLayer("full", oblique(2, (8, 10)), "int4").layer
     with pytest.raises(ValueError, match="10"):
         layer.update(torch.zeros(1, HEADS, 3, DIM), torch.zeros(1, HEADS, 3, DIM))
@@ -37,7 +37,7 @@ def test_a_rank_that_the_codec_cannot_store() -> None:
 
 
 def test_an_embedding_that_cannot_be_undone() -> None:
-    """Where the layer has no rotary embedding, latents from before it are refused at the first attention."""
+    """Where the layer has no rotary embedding, a basis of keys before it is refused at the first attention."""
     layer, tokens = OneLayer("full", FORMS["before rope"]), states(60)
     module: Any = torch.nn.Identity()
     module.is_causal, module.num_key_value_groups, layer.attention = True, 2, module
@@ -48,7 +48,7 @@ def test_an_embedding_that_cannot_be_undone() -> None:
 
 
 def test_a_module_that_is_not_known() -> None:
-    """What reads dense tensors shows no module: as long as nothing is packed it need not."""
+    """An implementation that reads dense tensors shows no module, which is no error until something is packed."""
     own, tokens = OneLayer("full", FORMS["before rope"]).layer, states(60)
     room = SINKS + TAIL + PAGE - 1
     first = tokens.at(0, room)

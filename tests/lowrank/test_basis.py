@@ -16,7 +16,7 @@ from tests.lowrank.structured import make, moments_of
 
 @pytest.mark.parametrize("family", ["llama", "glm"])
 def test_queries_over_distances(family: str) -> None:
-    """The mean over all pairs of a text of 20 tokens, pair by pair."""
+    """They equal the mean over all pairs of a text of 20 tokens, pair by pair."""
     layer_rope = rope(family)
     dim = 2 * len(layer_rope.first)
     generator = torch.Generator().manual_seed(1)
@@ -35,8 +35,8 @@ def test_queries_over_distances(family: str) -> None:
 
 
 @pytest.mark.parametrize("rank", [8, 16, 24, 32, 40, 64])
-def test_oscar_spreads_what_is_left_evenly(rank: int) -> None:
-    """After truncation and Hadamard each latent of the weighted values is as large as the others."""
+def test_oscar_spreads_the_coefficients_evenly(rank: int) -> None:
+    """After the cut and the Hadamard matrix, all coefficients of the weighted values are equally large on average."""
     layer = make(heads=2, ratio=1, dim=64)
     moments = moments_of(layer)
     basis = resolve("oscar").solve(moments)
@@ -48,11 +48,12 @@ def test_oscar_spreads_what_is_left_evenly(rank: int) -> None:
 
 
 def test_bit_reversal_deals_axes_to_blocks() -> None:
+    """It is a permutation, and each block of the Hadamard matrix gets its share of the important axes."""
     assert bit_reversal(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
     assert bit_reversal(1).tolist() == [0]
     for count in range(2, 130):
         assert sorted(bit_reversal(count).tolist()) == list(range(count))
-    # 56 = 32 + 16 + 8 has no Hadamard matrix here: each block gets its share of important axes.
+    # The matrix for 56 = 32 + 16 + 8 has three blocks.
     matrix = rotation_matrix(56, "hadamard", torch.float64, torch.device("cpu"))
     assert matrix is not None
     importance = torch.logspace(0, -3, 56, dtype=torch.float64)
@@ -75,7 +76,7 @@ def test_fewer_heads_side_by_side_are_blocks_of_more() -> None:
         resolve("palu", group=4, before_rope=False).solve(moments_of(layer, 2))
 
 
-def test_blocks_beside_each_other() -> None:
+def test_block_diagonal() -> None:
     blocks = torch.arange(16.0).view(4, 2, 2)
     wide = block_diagonal(blocks, 2)
     assert wide.shape == (2, 4, 4)

@@ -1,4 +1,4 @@
-"""What is measured while a model reads, against its own projections and against transformers' own cache."""
+"""Moments of a model that reads texts, against its own projections and transformers' own cache, and the command."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SINKS, LENGTH = 2, 15
 
 
 class Letters:
-    """A tokenizer: a letter is a token."""
+    """A tokenizer whose tokens are letters."""
 
     def __call__(self, text: str, return_tensors: str) -> Any:
         ids = torch.tensor([[3 + ord(letter) % 90 for letter in text]], dtype=torch.long)
@@ -50,7 +50,7 @@ def chunks() -> list[torch.Tensor]:
 
 
 def assert_moments(found: States, parts: list[torch.Tensor], weights: list[torch.Tensor] | None = None) -> None:
-    """``parts`` are states ``[W, n]`` token by token, without the sinks; here summed one by one in float64."""
+    """The moments are those of the states ``parts [W, n]`` without sinks, summed here one by one in float64."""
     x = torch.cat(parts, 1).double()
     share = torch.ones(x.shape[1], dtype=torch.float64) if weights is None else torch.cat(weights).double()
     share = share / share.sum()
@@ -67,7 +67,7 @@ def row(states: States, group: int) -> States:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gemma3", "gpt_oss", "llava"])
 @torch.no_grad()
 def test_keys_and_values_are_those_of_a_dynamic_cache(model: PreTrainedModel) -> None:
-    """Whatever a family does to its keys, the moments are of what it caches; heads side by side, without sinks."""
+    """Whatever a family does to its keys, the moments are those of the keys that it caches, without sinks."""
     found = measure(model)
     caches = []
     for chunk in chunks():
@@ -118,7 +118,7 @@ def test_moments_of_llama_by_hand(model: PreTrainedModel, group: int) -> None:
         tokens = sum(len(x) for x in asked) / 2
         expected = sum(torch.outer(q, q) for x in asked for q in x) / tokens
         torch.testing.assert_close(found.queries[head], expected, rtol=1e-4, atol=1e-4)
-        # Each token as heavy as the mean over its chunk's queries of its squared scores.
+        # A token's weight is the mean of its squared scores over the queries of its chunk.
         keys = [x[head, SINKS:].double() for x in turned["k"]]
         weights = [(k @ q.T).square().mean(1) for k, q in zip(keys, asked, strict=True)]
         assert_moments(row(found.scored, head), [x[head, SINKS:].T for x in plain["v"]], weights)
@@ -129,8 +129,8 @@ def test_moments_of_llama_by_hand(model: PreTrainedModel, group: int) -> None:
 
 
 @torch.no_grad()
-def test_what_is_asked_of_keys_before_their_rotation(model: PreTrainedModel) -> None:
-    """With a chunk of one counted token and distances of none, it is what the queries are before theirs."""
+def test_queries_of_keys_before_their_rotation(model: PreTrainedModel) -> None:
+    """With one counted token and no distance, their moments are those of the queries before their own rotation."""
     layer = measure(model, texts=["ab"], length=2, sinks=1)[0]
     seen: list[torch.Tensor] = []
     hook = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, __, out: seen.append(out))
@@ -167,7 +167,7 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("family", ["jamba"])
 def test_layers_without_keys_or_rotary_embedding(model: PreTrainedModel) -> None:
-    """Only attention layers are measured, and what cannot be un-rotated is left out."""
+    """Only attention layers are measured, without moments of keys whose rotation cannot be undone."""
     found = measure(model)
     assert sorted(found) == [1]
     assert found[1].keys_before is None and found[1].queries_before is None and found[1].output is not None
@@ -182,7 +182,7 @@ def test_latent_attention_is_refused(model: PreTrainedModel) -> None:
 
 
 def test_tokens_chunks_and_sinks(model: PreTrainedModel) -> None:
-    """Sinks of each chunk do not count, and chunks of nothing else neither."""
+    """Sinks of each chunk do not count, and neither do chunks that are all sinks."""
     counted = collect(model, TEXTS, Letters(), tokens=60, length=15, sinks=2, progress=False).tokens
     assert counted == sum(max(0, chunk.shape[1] - 2) for chunk in chunks()) == 60 - 2 * 5
     assert collect(model, ["ab", "abcdef"], Letters(), tokens=60, sinks=4, progress=False).tokens == 2
@@ -209,7 +209,7 @@ def test_calibrating_on_nothing_is_refused(model: PreTrainedModel, arguments: di
 
 @pytest.mark.parametrize("method", available())
 def test_one_call(model: PreTrainedModel, method: str, tmp_path: Path) -> None:
-    """From texts to a file to the layers of a cache, whose full rank gives back any state."""
+    """From texts to a file to the layers of a cache, which reconstruct any state at full rank."""
     made = calibrate(model, TEXTS, Letters(), method, tokens=60, sinks=2, names=["a", "b"], progress=False)
     made.save(tmp_path / "file")
     read = Projection.load(tmp_path / "file")
@@ -238,7 +238,7 @@ def test_wrong_options_are_found_before_the_model_runs(model: PreTrainedModel) -
 
 
 def test_weights_tell_models_apart() -> None:
-    """Of other weights, but not of another dtype."""
+    """Other weights are told apart, but not another dtype."""
     model = families.build("llama")
     samples, attention = sample_weights(model), [layer.self_attn for layer in model.model.layers]
     assert samples == sample_weights(families.build("llama")) and list(samples) == [0, 1]
@@ -258,7 +258,7 @@ def test_weights_tell_models_apart() -> None:
 
 
 def test_a_cache_knows_the_model_by_its_weights(model: PreTrainedModel, tmp_path: Path) -> None:
-    """A file of other weights is refused at the first forward pass; one of the same weights in any dtype is not."""
+    """A file of other weights is refused at the first forward pass; the same weights in any dtype are accepted."""
     calibrate(model, TEXTS, Letters(), "svd", tokens=60, sinks=2, progress=False).save(tmp_path / "file")
     other = families.build("llama")
     with torch.no_grad():
@@ -295,7 +295,7 @@ def test_command(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_command_on_a_data_set(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are streamed, and no more of them than are needed."""
+    """Rows are streamed, and no more of them than needed."""
     asked: list[Any] = []
 
     def rows(*arguments: Any, **options: Any) -> Iterable[dict[str, str]]:

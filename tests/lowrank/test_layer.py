@@ -38,7 +38,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 def compare(layer: OneLayer, by_hand: ByHand, tokens: States, cuts: list[int], real: torch.Tensor | None) -> None:
-    """Both take the tokens in the same parts and give the same."""
+    """Both get the tokens in the same parts and give the same outputs."""
     for a, b in pairwise(cuts):
         so_far = None if real is None else real[:, :b]
         ours, theirs = layer(tokens.at(a, b), so_far), by_hand(tokens.at(a, b), so_far, **layer.call)
@@ -51,7 +51,7 @@ def compare(layer: OneLayer, by_hand: ByHand, tokens: States, cuts: list[int], r
 
 
 def padding(batch: int, length: int) -> torch.Tensor:
-    """bool ``[batch, length]``: the first sequence has no padding, the others at ends of updates (``CUTS``)."""
+    """bool ``[batch, length]``: the first sequence has no padding, others have some at ends of updates (``CUTS``)."""
     real = torch.ones(batch, length, dtype=torch.bool)
     for row in range(1, batch):
         real[row, : 9 * row] = False
@@ -60,7 +60,7 @@ def padding(batch: int, length: int) -> torch.Tensor:
     return real
 
 
-#: Ends of the updates behind a prompt: steps, a small and a large chunk, and steps again.
+#: Ends of the updates after a prompt: steps, a small and a large chunk, and steps again.
 CUTS = [50, 51, 52, 57, 90, *range(91, 131, 3)]
 
 
@@ -76,7 +76,7 @@ def test_against_attention_by_hand(kind: str, form: str, call: str, padded: bool
     layer = OneLayer(kind, FORMS[form], masks=masks, **CALLS[call])
     by_hand = ByHand(kind, FORMS[form], 3)
     by_hand(tokens.at(0, 50), real, **CALLS[call])
-    layer(tokens.at(0, 50), None if real is None else real[:, :50])  # attention of the first tokens is not ours
+    layer(tokens.at(0, 50), None if real is None else real[:, :50])  # the first tokens have transformers' attention
     compare(layer, by_hand, tokens, CUTS, real)
 
 
@@ -88,7 +88,7 @@ def test_one_sequence_token_by_token() -> None:
 
 
 def test_a_chunk_after_a_single_token() -> None:
-    """Several tokens of several sequences, of which one token is held: each sees itself and what is before it."""
+    """Several tokens of several sequences, after a single token: each sees itself and the tokens before it."""
     for chunk in (2, 3, 7):
         tokens = states(1 + chunk, 2)
         layer, by_hand = OneLayer("full", FORMS["each head"]), ByHand("full", FORMS["each head"], 2)
@@ -112,7 +112,7 @@ STEPS = st.lists(
 
 
 class Run:
-    """A layer and its derivation by hand, the padding so far, and the forks that were left behind."""
+    """A layer and the same layer by hand, the padding so far, and forks that are continued later."""
 
     def __init__(self, form: str) -> None:
         self.pair = OneLayer("full", FORMS[form]), ByHand("full", FORMS[form], 2)
@@ -132,7 +132,7 @@ class Run:
         real = None if self.real.all() else self.real
         tokens = states(length, batch, seed=seen)
         ours, theirs = layer(tokens, real), by_hand(tokens, real)
-        if seen:  # attention of the first tokens is not ours
+        if seen:  # the first tokens have transformers' attention
             assert_close(ours[new], theirs[new])
         layer.cache.integrity()
 
@@ -172,7 +172,7 @@ class Run:
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
 def test_operations(form: str, steps: list[tuple[str, Any, Any]]) -> None:
-    """Updates, crops, moved rows, forks and saving in any order; forks left behind go on from where they were."""
+    """Updates, crops, moved rows, forks and saving in any order; forks continue from where they were made."""
     run = Run(form)
     for name, first, second in steps:
         getattr(run, name)(first, second)
@@ -185,7 +185,7 @@ def test_operations(form: str, steps: list[tuple[str, Any, Any]]) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_drafts_equal_plain_decoding(kind: str, form: str) -> None:
-    """Drafts that are cropped leave no trace, and read pages packed ahead as plain decoding would."""
+    """Drafts that are cropped change nothing, and read pages packed ahead as plain decoding does."""
     tokens = states(110)
     layer, by_hand = OneLayer(kind, FORMS[form]), ByHand(kind, FORMS[form], 1)
     layer(tokens.at(0, 40))
@@ -212,13 +212,13 @@ def test_half_precision(form: str, dtype: torch.dtype) -> None:
     by_hand(tokens.at(0, 80))
     output = layer(tokens.at(80, 81))
     assert output.dtype == dtype
-    # The scores of these keys are of order 10, and what is off in them is off in the weights in proportion.
+    # The scores of these keys are of order 10, and their errors are relative errors of the weights.
     assert_close(output, by_hand(tokens.at(80, 81)), 16 * TOLERANCES[dtype].absolute)
 
 
 @pytest.mark.parametrize("form", ["both heads", "both heads before rope"])
 def test_dense_fallback(form: str) -> None:
-    """Handles decode to what is read: sinks and tail as they came, pages through the projection, zeros for padding."""
+    """Handles decode to full-precision sinks and tail, pages projected back, and zeros for padding."""
     tokens, real = states(90, 2), padding(2, 90)
     layer, by_hand = OneLayer("full", FORMS[form]), ByHand("full", FORMS[form], 2)
     for start, stop in pairwise([0, *CUTS[:4], 89]):
@@ -263,7 +263,7 @@ def test_probabilities(form: str, queries: int) -> None:
 
 @pytest.mark.parametrize("form", ["each head", "before rope"])
 def test_no_gradient(form: str) -> None:
-    """Going backwards through the cache is an error, not a wrong gradient."""
+    """A backward pass through the cache is an error, not a wrong gradient."""
     tokens, layer = states(90), OneLayer("full", FORMS[form])
     with torch.no_grad():
         layer(tokens.at(0, 89))

@@ -31,7 +31,7 @@ def test_bad_options(name: Any, options: dict[str, Any], words: list[str]) -> No
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_what_a_layer_lacks() -> None:
+def test_layers_that_a_method_is_not_for() -> None:
     layer = make(heads=3, ratio=1)
     moments = moments_of(layer)
     with pytest.raises(ValueError, match=r"group=2 does not divide 3 KV heads; accepted: \[1, 3\]"):

@@ -12,18 +12,14 @@ from hf_kvcache.lowrank.basis import SideBasis
 from hf_kvcache.lowrank.methods import Method, available, resolve
 from tests.lowrank.structured import SCALING, TOKENS, Layer, make, moments_of
 
-#: Bases are stored in float32: their products are off by some 1e-6 of the largest direction, squared in an error.
+#: Bases are stored in float32. Their products differ by some 1e-6 of the largest direction, squared in an error.
 NEAR = {"rtol": 1e-3, "atol": 1e-7}
-
-
 SHAPES = [{}, {"heads": 1, "ratio": 1}, {"heads": 3, "ratio": 2, "dim": 24, "value_dim": 16}, {"heads": 4, "ratio": 1}]
-
-
 RANKS = (1, 8, 13)
 
 
 def reconstructed(x: torch.Tensor, basis: SideBasis, group: int, rank: int) -> torch.Tensor:
-    """``x [n, W]`` as its first ``rank`` latents give it back."""
+    """``x [n, W]``, reconstructed from its first ``rank`` coefficients."""
     mean = 0 if basis.mean is None else basis.mean[group].double()
     return mean + (x - mean) @ basis.down[group, :, :rank].double() @ basis.up[group, :rank].double()
 
@@ -34,7 +30,7 @@ def truncated(product: torch.Tensor, rank: int) -> float:
 
 
 def errors(layer: Layer, basis: SideBasis, side: str, group: int, rank: int, metric: str) -> list[float]:
-    """Squared errors of what becomes of the states of each group of heads: themselves, or scores, or outputs."""
+    """Squared errors of each group of heads: of its states, of their scores, or of their outputs."""
     found = []
     for index, x in enumerate(layer.side_by_side(side, group)):
         off = (x - reconstructed(x, basis, index, rank)).split(x.shape[1] // group, 1)
@@ -53,7 +49,7 @@ def maps(layer: Layer, head: int, metric: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kq_svd_is_the_truncated_svd_of_the_products(shape: dict[str, int]) -> None:
-    """No approximation of that rank of ``K Q^T`` and of ``V W_O`` is nearer."""
+    """No approximation of ``K Q^T`` and of ``V W_O`` of that rank has a smaller error."""
     layer = make(**shape)
     basis = resolve("kq_svd", center="none").solve(moments_of(layer))
     for rank in RANKS:
@@ -64,18 +60,20 @@ def test_kq_svd_is_the_truncated_svd_of_the_products(shape: dict[str, int]) -> N
 
 
 def rounding_cost(layer: Layer, basis: SideBasis, side: str, metric: str) -> float:
-    """Squared error of what becomes of the states, if each latent is off by as much as all are on average."""
+    """Squared error of scores or outputs, if each coefficient has an error as large as the mean coefficient."""
     total = 0.0
     for head, x in enumerate(getattr(layer, side)):
         mean = 0 if basis.mean is None else basis.mean[head].double()
-        latents = (x - mean) @ basis.down[head].double()
-        total += float(latents.square().mean() * (basis.up[head].double() @ maps(layer, head, metric)).square().sum())
+        coefficients = (x - mean) @ basis.down[head].double()
+        total += float(
+            coefficients.square().mean() * (basis.up[head].double() @ maps(layer, head, metric)).square().sum()
+        )
     return total
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_balanced_latents_cost_least_to_round(shape: dict[str, int]) -> None:
-    """Less than any other scaling, KQ-SVD's own and plain axes among them: the square of the sum of singular values."""
+def test_balanced_coefficients_cost_least_to_round(shape: dict[str, int]) -> None:
+    """They cost the square of the sum of singular values, less than KQ-SVD's own scaling, plain axes or any other."""
     layer = make(**shape)
     moments, generator = moments_of(layer), torch.Generator().manual_seed(3)
     basis = resolve("balanced", group=1, before_rope=False, center="none").solve(moments)
@@ -95,7 +93,7 @@ def test_balanced_latents_cost_least_to_round(shape: dict[str, int]) -> None:
 
 
 def test_balanced_keeps_the_directions() -> None:
-    """Cut to a rank, what is left out is what KQ-SVD leaves out, with the same energies."""
+    """Cut to a rank, it leaves out what KQ-SVD leaves out, with the same energies."""
     layer = make(heads=4)
     moments = moments_of(layer)
     for chosen in ({"group": 2, "center": "keys"}, {"group": 4, "center": "both"}):
@@ -132,8 +130,8 @@ def test_palu_is_the_truncated_svd_of_the_heads_of_a_group(group: int) -> None:
             torch.testing.assert_close(found, [truncated(x, rank) for x in layer.side_by_side(side, group)], **NEAR)
 
 
-def test_a_shared_latent_loses_less_than_one_per_head() -> None:
-    """At the same numbers per token, heads that have something in common are better stored together."""
+def test_shared_coefficients_lose_less_than_one_set_per_head() -> None:
+    """With as many numbers per token, heads that have something in common lose less when they are stored together."""
     layer = make(heads=4, ratio=2)
     moments = moments_of(layer)
     for name, metrics in (("palu", ("keys", "values")), ("kq_svd", ("scores", "outputs"))):
@@ -150,7 +148,7 @@ def test_palu_groups_up_to_four_heads() -> None:
     assert palu.before_rope and palu.largest_group == 4
 
 
-#: What each method says that its energies are errors of.
+#: The errors that the energies of each method are said to be.
 METRICS: dict[str, tuple[str, str]] = {
     "svd": ("keys", "values"),
     "palu": ("keys", "values"),
@@ -161,7 +159,7 @@ METRICS: dict[str, tuple[str, str]] = {
 
 
 def after_rope(name: str) -> Method:
-    """The method, for the moments here, of which none are from before the rotary embedding."""
+    """The method with options for the moments here, none of which are from before the rotary embedding."""
     return resolve(name, before_rope=False) if name in ("palu", "balanced") else resolve(name)
 
 
@@ -172,7 +170,7 @@ def test_the_metrics_name_all_methods() -> None:
 @pytest.mark.parametrize("center", ["none", "both"])
 @pytest.mark.parametrize("name", METRICS)
 def test_energies_are_the_measured_errors(name: str, center: str) -> None:
-    """What is left behind any rank is the sum of the energies behind it, as a share of what is left behind rank 0."""
+    """The error at any rank is the sum of the energies after that rank, as a share of the error at rank 0."""
     layer = make(heads=4, ratio=2)
     options: dict[str, Any] = {} if name == "svd" else {"center": center}
     if name in ("palu", "kq_svd", "balanced"):
@@ -211,14 +209,14 @@ def measured(layer: Layer, basis: SideBasis, side: str, group: int, rank: int, m
         ("palu", {"before_rope": False}, (16,)),
     ],
 )
-def test_what_an_energy_means_for_the_scores(name: str, options: dict[str, Any], ranks: tuple[int, ...]) -> None:
-    """The mean squared error of all scores of all heads, of all queries with all keys."""
+def test_the_score_of_a_basis(name: str, options: dict[str, Any], ranks: tuple[int, ...]) -> None:
+    """Times an energy it is the mean squared error of all scores of all heads, of all queries with all keys."""
     layer = make(heads=2, ratio=3)
     basis = resolve(name, **options).solve(moments_of(layer))
     group = layer.heads // len(basis.keys.down)
     for rank in ranks:
         found = sum(errors(layer, basis.keys, "keys", group, rank, "scores"))
-        # The queries of the tests come divided by the root of the tokens.
+        # The queries here are divided by the root of the number of tokens.
         found *= SCALING**2 / TOKENS / len(layer.queries)
         assert basis.score * float(basis.keys.energy[:, rank:].double().sum()) == pytest.approx(found, rel=1e-3)
 
@@ -235,8 +233,8 @@ def test_at_full_rank_nothing_is_lost(name: str) -> None:
         torch.testing.assert_close(down.double() @ up.double(), eye, rtol=0, atol=2e-4)
 
 
-def test_centred_keys_leave_attention_as_it_is() -> None:
-    """The error of centred keys is one of scores about their mean: what softmax sees."""
+def test_centered_keys_leave_attention_as_it_is() -> None:
+    """The error of centered keys is the error of the scores about their mean, which is what softmax sees."""
     layer = make()
     basis = resolve("kq_svd", center="keys").solve(moments_of(layer)).keys
     x, mean = layer.keys[0], layer.keys[0].mean(0)
@@ -244,7 +242,7 @@ def test_centred_keys_leave_attention_as_it_is() -> None:
     torch.testing.assert_close(basis.mean[0].double(), mean, rtol=1e-6, atol=1e-6)
     best = truncated((x - mean) @ layer.asked(0).T, 8)
     assert errors(layer, basis, "keys", 1, 8, "scores")[0] == pytest.approx(best, rel=1e-3)
-    # A latent without the mean gives scores that differ by one number per query.
+    # Without the mean, the scores of a query all differ by the same number.
     scores = ((x - mean) @ basis.down[0].double() @ basis.up[0].double()) @ layer.asked(0).T
     exact = x @ layer.asked(0).T
     torch.testing.assert_close(scores.softmax(0), exact.softmax(0), rtol=1e-3, atol=1e-6)
@@ -252,7 +250,7 @@ def test_centred_keys_leave_attention_as_it_is() -> None:
 
 @pytest.mark.parametrize("dead", ["queries", "keys", "values", "output"])
 def test_degenerate_states(dead: str) -> None:
-    """Directions that nobody asks for, or states that are all zero, give finite bases that lose nothing else."""
+    """Directions that no query reads, and states that are all zero, lead to finite bases that lose nothing else."""
     layer = make(heads=2, ratio=1)
     part = getattr(layer, dead)
     if dead == "output":
@@ -270,8 +268,8 @@ def test_degenerate_states(dead: str) -> None:
             assert ((solved.down.double() @ solved.up.double()) - eye).abs().max() < 1e-2
 
 
-def test_queries_of_low_rank_need_no_more() -> None:
-    """Where queries lie in 5 directions, 5 latents give all scores; a plain SVD of the keys does not."""
+def test_queries_of_low_rank_need_few_coefficients() -> None:
+    """Where queries have only 5 directions, 5 coefficients give all scores, but not with a plain SVD of the keys."""
     layer = make(heads=1, ratio=1)
     layer.queries[0, :, 5:] = 0
     moments = moments_of(layer)
@@ -281,8 +279,8 @@ def test_queries_of_low_rank_need_no_more() -> None:
     assert lost["kq_svd"] < 1e-4 * lost["svd"]
 
 
-def test_latents_of_kq_svd_all_weigh_the_same() -> None:
-    """Noise of one size in the latents costs the scores the same in each of them, but for what the floor changes."""
+def test_coefficients_of_kq_svd_weigh_the_same() -> None:
+    """The same noise in any coefficient costs the scores the same, up to the floor of the eigenvalues."""
     layer = make(heads=1, ratio=2)
     basis = resolve("kq_svd").solve(moments_of(layer)).keys
     costs = (basis.up[0].double() @ layer.asked(0).T).square().sum(1)

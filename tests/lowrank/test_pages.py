@@ -36,7 +36,7 @@ from tests.lowrank.one_layer import (
 from tests.running import PAGE, SINKS, TAIL, one_of_each_codec
 from tests.tolerances import SPLIT_IN_16_BITS, assert_near, assert_within
 
-#: Latents of each head as they are, and of both heads before their rotary embedding.
+#: Coefficients of each head, and of both heads together before their rotary embedding.
 TWO_FORMS = ["each head", "both heads before rope"]
 
 
@@ -46,8 +46,8 @@ TWO_FORMS = ["each head", "both heads before rope"]
     specs(),
     fast=[(TWO_FORMS[place % 2], spec) for place, spec in enumerate(one_of_each_codec())],
 )
-def test_codecs_store_latents(form: str, spec: str) -> None:
-    """Pages hold what a plain storage of the same latents would hold, whatever rounds them, and are read as decoded."""
+def test_codecs_store_coefficients(form: str, spec: str) -> None:
+    """Pages hold what a plain storage of the same coefficients holds, with any codec, and are read as they decode."""
     given_form = oblique(HEADS, (8, 16)) if form == "each head" else oblique(1, (24, 8), before_rope=True)
     tokens, layer = states(100), OneLayer("full", given_form, spec)
     layer(tokens.at(0, 92))
@@ -64,7 +64,7 @@ def test_codecs_store_latents(form: str, spec: str) -> None:
 
 
 def _through(projection: LayerProjection, spec: str, side: str, x: torch.Tensor) -> torch.Tensor:
-    """``x [1, Hkv, T, D]`` after projecting, storing with the codec, and back: what a layer should hold of it."""
+    """``x [1, Hkv, T, D]`` after it was projected, stored with the codec, and projected back."""
     maps: SideProjection = getattr(projection, side)
     turns = projection.before_rope and side == "keys"
 
@@ -74,10 +74,10 @@ def _through(projection: LayerProjection, spec: str, side: str, x: torch.Tensor)
     groups = len(maps.down)
     together = turned(x, -1).unflatten(1, (groups, -1)).transpose(2, 3).flatten(3)
     mean = 0 if maps.mean is None else maps.mean[:, None].double()
-    latents = ((together - mean) @ maps.down.double()).float()
+    coefficients = ((together - mean) @ maps.down.double()).float()
     encoder = PageEncoder(resolve(spec), maps.rank, maps.rank, PAGE, torch.float32)
-    storage = PagedStorage(encoder, latents, latents, SINKS, TAIL)
-    storage.append_block(latents, latents, 0, None)
+    storage = PagedStorage(encoder, coefficients, coefficients, SINKS, TAIL)
+    storage.append_block(coefficients, coefficients, 0, None)
     back = dense_side(storage, side, 0, x.shape[2]).double() @ maps.up.double() + mean
     back = turned(back.unflatten(3, (HEADS // groups, -1)).transpose(2, 3).flatten(1, 2), 1)
     loose = [*range(SINKS), *range(SINKS + storage.table.columns * PAGE, x.shape[2])]
@@ -86,22 +86,22 @@ def _through(projection: LayerProjection, spec: str, side: str, x: torch.Tensor)
 
 
 def assert_mostly_near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Near, but for the few tokens where a last bit has tipped a code or a scale to its neighbour."""
+    """Near, except for a few tokens in which a rounding error changed a code or a scale to the next one."""
     off = (ours.double() - theirs).abs().amax((1, 3)) > ROTARY
     assert off.double().mean() <= 0.2
     assert (ours.double() - theirs).abs().mean() < 0.02 * theirs.abs().mean()
 
 
 @pytest.mark.parametrize("codec", ["rotated4", "turboquant4"])
-def test_centred_keys(codec: str) -> None:
-    """A codec that takes out the keys' mean takes out the latents' mean, in their width, and it comes back."""
+def test_centered_keys(codec: str) -> None:
+    """A codec that subtracts the keys' mean subtracts that of the coefficients, in their width, and adds it back."""
     option: dict[str, Any] = {"key_axis": "token"} if codec == "rotated4" else {"center": True}
     form = oblique(HEADS, (8, 16))
     layer = OneLayer("full", form, resolve(codec, **option))
     tokens = states(90)
     layer(tokens.at(0, 80))
-    center = layer.layer.storage.key_mean if layer.layer.storage else None
-    assert center is not None and center.shape == (1, HEADS, 8) and center.any()
+    mean = layer.layer.storage.key_mean if layer.layer.storage else None
+    assert mean is not None and mean.shape == (1, HEADS, 8) and mean.any()
     by_hand = ByHand("full", form, 1)
     by_hand(tokens.at(0, 80))
     for softcap in (None, 3.0):  # with the keys' own mean under soft-capping they are decoded
@@ -113,7 +113,7 @@ def test_centred_keys(codec: str) -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_states_in_the_span_are_exact(groups: int) -> None:
-    """Keys and values of a subspace about a mean come through a projection onto it unharmed."""
+    """Keys and values within a subspace about a mean lose nothing by a projection onto that subspace."""
     full = rotation(HEADS, (DIM, DIM), groups)
     rank = 8 * HEADS // groups
     cut = [SideProjection(s.down[:, :, :rank], s.up[:, :rank], s.mean) for s in (full.keys, full.values)]
@@ -136,7 +136,7 @@ def test_states_in_the_span_are_exact(groups: int) -> None:
 
 
 def test_what_is_counted() -> None:
-    """Pages are as small as their latents; what a full cache would hold is counted in the model's widths."""
+    """Pages are as small as their coefficients; a full cache is counted in the model's own widths."""
     for groups, ranks in ((2, (8, 4)), (1, (24, 8))):
         layer = OneLayer("full", oblique(groups, ranks))
         layer(states(SINKS + TAIL + 5 * PAGE))
@@ -165,7 +165,7 @@ RANKS = [rank if rank in (8, 40, 512) else slow(rank) for rank in range(8, 513, 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("spec", ["none", "unbiased4", "rotated3", "kvarn2", "fp8"])
 def test_pages_without_full_precision_tokens(spec: str, rank: int) -> None:
-    """Every kernel reads pages of any rank alone, beside no full-precision tokens at all."""
+    """Every kernel reads pages of any rank without any full-precision tokens beside them."""
     other = max(8, rank - 8)
     encoder = PageEncoder(resolve(spec), rank, other, PAGE, torch.float32)
     draw = torch.Generator().manual_seed(rank)
@@ -186,7 +186,7 @@ def test_pages_without_full_precision_tokens(spec: str, rank: int) -> None:
 
 
 def test_a_long_block_of_queries_over_pages_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cutting the queries of a block never cuts tokens that are not there."""
+    """A block of queries that is cut in parts can be without full-precision tokens."""
     encoder = PageEncoder(resolve("none"), 8, 8, PAGE, torch.float32)
     keys = states(48).key[..., :8]
     storage = PagedStorage(encoder, keys, keys, 0, 0)

@@ -1,4 +1,4 @@
-"""What a calibration writes and what comes back, for which models, and at which ranks."""
+"""The file of a calibration: what it holds, which models it is for, and the ranks it can be cut to."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def test_any_rank_is_cut_from_one_file() -> None:
             assert layer.keys.down.is_contiguous() and layer.keys.up.is_contiguous()
 
 
-def test_oscar_is_finished_at_every_rank() -> None:
-    """The Hadamard matrix mixes what is left, and only that."""
+def test_oscar_is_mixed_after_every_cut() -> None:
+    """The Hadamard matrix mixes the directions that are left, and only these."""
     made = projection("oscar")
     layers = made.layers(rank=8, spread="uniform")
     for index, basis in made.bases.items():
@@ -77,16 +77,16 @@ def test_oscar_is_finished_at_every_rank() -> None:
 
 
 @pytest.mark.parametrize("method", ["oscar", "svd"])
-def test_files_from_before_say_nothing_of_the_hadamard_matrix(method: str, tmp_path: Path) -> None:
-    """In such a file the bases of OSCAR, and only these, are mixed after the cut."""
+def test_earlier_files_that_do_not_name_the_hadamard_matrix(method: str, tmp_path: Path) -> None:
+    """In an earlier file the bases of OSCAR, and only these, are mixed after the cut."""
     made = projection(method)
     made.save(tmp_path / "file")
     with safe_open(tmp_path / "file", "pt") as file:
         metadata = file.metadata()
     about = json.loads(metadata["about"])
     about["layers"] = {index: settings[:3] for index, settings in about["layers"].items()}
-    save_file(load_file(tmp_path / "file"), tmp_path / "before", {**metadata, "about": json.dumps(about)})
-    read, expected = (side.layers(rank=8) for side in (Projection.load(tmp_path / "before"), made))
+    save_file(load_file(tmp_path / "file"), tmp_path / "earlier", {**metadata, "about": json.dumps(about)})
+    read, expected = (side.layers(rank=8) for side in (Projection.load(tmp_path / "earlier"), made))
     for index, layer in expected.items():
         for name in ("keys", "values"):
             ours, theirs = getattr(read[index], name), getattr(layer, name)
@@ -127,7 +127,7 @@ def test_ranks_out_of_range(arguments: dict[str, Any]) -> None:
         projection().layers(**arguments)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing' cannot be read"):
         Projection.load(tmp_path / "missing")
     with pytest.raises(ValueError, match="cannot be read"):

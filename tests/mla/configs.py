@@ -14,12 +14,8 @@ from tests.families import VOCABULARY, WINDOW
 
 #: Keys that a sparse indexer lets a query read: fewer than the tests' sequences have, so that it really selects.
 INDEX_TOPK = 16
-
-
 #: Enough heads that hardly a key scores zero in all: between such keys, their number decides which are chosen.
 _INDEX_HEADS = 12
-
-
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {}
 
 

@@ -22,12 +22,8 @@ from tests.mla.configs import CONFIGS
 
 #: Families with layers of linear attention, whose recurrent states know no tokens.
 RECURRENT = ("kimi_linear", "glm5_next", "bailing_hybrid")
-
-
 #: Families whose models remember positions from one call to the next: only ``generate`` can be called, as it comes.
 STATEFUL = ("hy_v4_vl",)
-
-
 #: What transformers cannot do itself with a ``DynamicCache`` of a family: by operation and name, a part of its message.
 BROKEN: dict[str, dict[str, str]] = {
     "draft": dict.fromkeys(RECURRENT, "assisted generation is not supported with stateful models"),
@@ -125,7 +121,5 @@ def _weights(name: str) -> dict[str, torch.Tensor]:
 
 #: Where the usual seed makes two tokens about as likely, so that rounding would choose.
 _SEEDS = {"mistral_large4-sharing": 2}
-
-
 #: Parameters whose scale means something: what they map to is squashed or iterated.
 _OWN_INITIALISATION = ("hc", "conv1d", "vision")

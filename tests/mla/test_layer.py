@@ -16,8 +16,6 @@ from tests.mla import families as mla_families
 from tests.running import as_cache, assert_same, forward, full_cache, generate, prompt
 
 SIZES: dict[str, Any] = {"page_size": 16, "tail_length": 16, "sink_length": 4}
-
-
 #: More than attention takes into latent space in these models, whose latents are 32 wide.
 LONG = 80
 
@@ -162,8 +160,6 @@ def test_no_gradient(length: int) -> None:
 
 
 LLAMA = families.build("llama").config
-
-
 ERRORS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "bits": (lambda config: LatentKVCache(config, bits=5), r"bits=5.*accepted: \[4, 8\]"),
     "projection": (
