@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from tests.generation.layers import states
-from tests.lowrank.one_layer import (
-    DIM,
-    FORMS,
-    HEADS,
-    OneLayer,
-    oblique,
-    rotation,
-)
+from tests.lowrank.one_layer import DIM, FORMS, HEADS, OneLayer, oblique, rotation
 from tests.running import PAGE, SINKS, TAIL
 
 

@@ -16,16 +16,7 @@ from hf_kvcache.kernels.inputs import DenseTokens, Scoring
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.storage.dense_read import dense_side
 from tests.generation.layers import KINDS, States, states
-from tests.lowrank.one_layer import (
-    DIM,
-    FORMS,
-    HEADS,
-    ByHand,
-    OneLayer,
-    assert_close,
-    seen_by,
-    slow,
-)
+from tests.lowrank.one_layer import DIM, FORMS, HEADS, ByHand, OneLayer, assert_close, seen_by, slow
 from tests.running import SINKS
 from tests.tolerances import TOLERANCES
 

@@ -21,18 +21,7 @@ from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.dense_read import dense_side
 from tests.choosing import chosen
 from tests.generation.layers import States, states
-from tests.lowrank.one_layer import (
-    DIM,
-    HEADS,
-    ROTARY,
-    ByHand,
-    OneLayer,
-    assert_close,
-    oblique,
-    rotation,
-    slow,
-    turn,
-)
+from tests.lowrank.one_layer import DIM, HEADS, ROTARY, ByHand, OneLayer, assert_close, oblique, rotation, slow, turn
 from tests.running import PAGE, SINKS, TAIL, one_of_each_codec
 from tests.tolerances import SPLIT_IN_16_BITS, assert_near, assert_within
 

@@ -6,15 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers
-from transformers import (
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
 from tests.families import VOCABULARY, WINDOW
 
-#: Keys that a sparse indexer lets a query read: fewer than the tests' sequences have, so that it really selects.
+#: Keys that a sparse indexer lets a query read: fewer than the tests' sequences have, so that it has to select.
 INDEX_TOPK = 16
-#: Enough heads that hardly a key scores zero in all: between such keys, their number decides which are chosen.
+#: Enough heads that few keys have a score of zero in all of them: ties between such keys are broken by position.
 _INDEX_HEADS = 12
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {}
 
@@ -25,7 +23,7 @@ def _family(build_config: Callable[[], PreTrainedConfig]) -> Callable[[], PreTra
 
 
 def _shape(**others: Any) -> dict[str, Any]:
-    """Arguments that all configs share: 4 heads on a latent of rank 32 and 8 rotary channels."""
+    """Arguments that all configs share: 4 heads with a latent of rank 32 and 8 rotary channels."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -165,7 +163,7 @@ def _minicpm3() -> PreTrainedConfig:
 
 @_family
 def _mistral4() -> PreTrainedConfig:
-    # Queries beyond the original length are scaled up, and half the rotary share of a head is rotated.
+    # Queries beyond the original length are scaled up, and half of the rotary channels of a head are rotated.
     rope = {**_YARN, "llama_4_scaling_beta": 0.3, "max_position_embeddings": 1024}
     return transformers.Mistral4Config(**_moe(rope_parameters=rope))
 
@@ -289,6 +287,6 @@ def _hy_v4_vl() -> PreTrainedConfig:
 
 
 def _no_images() -> dict[str, Any]:
-    """Ids outside the vocabulary, so that no random prompt asks for an image."""
+    """Ids outside the vocabulary, so that no random prompt contains an image token."""
     kinds = ("image", "video", "image_start", "image_end", "video_start", "video_end")
     return {f"{kind}_token_id": VOCABULARY + index for index, kind in enumerate(kinds)}

@@ -20,11 +20,11 @@ from transformers import (
 
 from tests.mla.configs import CONFIGS
 
-#: Families with layers of linear attention, whose recurrent states know no tokens.
+#: Families with layers of linear attention, whose recurrent states cannot be cropped.
 RECURRENT = ("kimi_linear", "glm5_next", "bailing_hybrid")
-#: Families whose models remember positions from one call to the next: only ``generate`` can be called, as it comes.
+#: Families whose models keep positions from one call to the next, so that tests can only call ``generate``.
 STATEFUL = ("hy_v4_vl",)
-#: What transformers cannot do itself with a ``DynamicCache`` of a family: by operation and name, a part of its message.
+#: Operations that fail with ``DynamicCache`` itself: by operation and family, a part of the error message.
 BROKEN: dict[str, dict[str, str]] = {
     "draft": dict.fromkeys(RECURRENT, "assisted generation is not supported with stateful models"),
     "crop": dict.fromkeys(RECURRENT, "the current layer does not track past states")
@@ -35,14 +35,14 @@ BROKEN: dict[str, dict[str, str]] = {
 
 
 def names(*, without: Iterable[str] = ()) -> list[str]:
-    """All families that are installed and their variants (``family-variant``), but those ``without``."""
+    """The installed families and their variants (``family-variant``), except those in ``without``."""
     skipped = (*without, *STATEFUL)
     return [name for name in CONFIGS if name not in skipped and family(name) in installed() and _is_known(name)]
 
 
 @cache
 def _is_known(name: str) -> bool:
-    """Whether layers with an indexer, if ``name`` has some, cache latents: before 5.19, under another name, keys."""
+    """Whether layers with an indexer cache latents; before transformers 5.19 they cached keys, under another name."""
     try:
         return "deepseek_sparse_attention" not in (layer_types(name) or [])
     except StrictDataclassError:  # the name of today is none then
@@ -50,7 +50,7 @@ def _is_known(name: str) -> bool:
 
 
 def written() -> set[str]:
-    """The families that there is a model of here."""
+    """The families that have a config here."""
     return {family(name) for name in CONFIGS}
 
 
@@ -60,13 +60,13 @@ def family(name: str) -> str:
 
 
 def layer_types(name: str) -> list[str] | None:
-    """What the config of ``name`` calls its layers; None: all of them attend to all tokens."""
+    """The types of layers in the config of ``name``; None if all layers attend to all tokens."""
     return getattr(CONFIGS[name]().get_text_config(decoder=True), "layer_types", None)
 
 
 @cache
 def installed() -> set[str]:
-    """The families with latent attention in the installed transformers: those with a class that has ``expand_kv``."""
+    """The families of the installed transformers that have a class with the method ``expand_kv``."""
     sources = Path(transformers.models.__path__[0]).glob("*/modeling_*.py")
     return {source.parent.name for source in sources if "def expand_kv(" in source.read_text(encoding="utf-8")}
 
@@ -91,7 +91,7 @@ def build(name: str, attention: str | None = None, dtype: torch.dtype = torch.fl
 
 @cache
 def shared(name: str) -> PreTrainedModel:
-    """The same in float32, built once: for tests that leave the model as it is."""
+    """The same model in float32, built once, for tests that do not change it."""
     return build(name)
 
 
@@ -105,7 +105,7 @@ def _initialised(config: PreTrainedConfig) -> PreTrainedModel:
 
 @cache
 def _weights(name: str) -> dict[str, torch.Tensor]:
-    """Weights that make logits differ clearly from token to token, and no norm a multiplication by one."""
+    """Weights with which logits differ clearly from token to token, and norms do not multiply by one."""
     model = _initialised(CONFIGS[name]())
     generator = torch.Generator().manual_seed(_SEEDS.get(name, 1))
     for path, weight in model.named_parameters():

@@ -10,14 +10,9 @@ from transformers import Cache, PreTrainedModel
 
 from hf_kvcache import LatentKVCache, unbind
 from tests.mla.families import names
-from tests.running import (
-    Generated,
-    assert_packed,
-    full_cache,
-    generate,
-)
+from tests.running import Generated, assert_packed, full_cache, generate
 
-#: Families that differ most in what they ask of a cache: scaled scores, an indexer, shared latents, sliding windows.
+#: Families that use a cache most differently: scaled scores, an indexer, shared latents, sliding windows.
 FEW = [name for name in ("deepseek_v3", "deepseek_v32", "mistral_large4-sharing", "dots3_note") if name in names()]
 
 
@@ -27,6 +22,7 @@ def some(fast: list[str] = FEW, without: Iterable[str] = ()) -> list[Any]:
 
 
 def unbind_model(model: PreTrainedModel) -> None:
+    """Unbind the text part of a model."""
     unbind(model.config.get_text_config(decoder=True))
 
 
@@ -41,12 +37,13 @@ def expanding(model: PreTrainedModel) -> list[Any]:
 
 
 def assert_absorbed(cache: Cache, model: PreTrainedModel, steps: int) -> None:
-    """All layers that cache latents attended to them as they are in at least ``steps`` forward calls."""
+    """All layers that cache latents read them without expanding them in at least ``steps`` forward passes."""
     assert isinstance(cache, LatentKVCache)
     assert cache.absorbed_steps >= steps * len(expanding(model))
 
 
 def both(model: PreTrainedModel, inputs: Any, new: int = 24, **options: Any) -> tuple[Generated, Generated]:
+    """Generated with a cache of latents, and with transformers' own cache."""
     theirs = generate(model, inputs, full_cache(model), new, **options)
     ours = generate(model, inputs, latent(model), new, **options)
     assert_packed(ours.cache)

@@ -14,21 +14,12 @@ from transformers import PreTrainedModel
 from hf_kvcache import LatentKVCache, bind
 from tests.mla import families as mla_families
 from tests.mla.running import FEW, assert_absorbed, both, expanding, latent, some, unbind_model
-from tests.running import (
-    ROUNDING,
-    as_cache,
-    assert_same,
-    forward,
-    full_cache,
-    generate,
-    prompt,
-    teacher_forced,
-)
+from tests.running import ROUNDING, as_cache, assert_same, forward, full_cache, generate, prompt, teacher_forced
 
 
 @pytest.mark.parametrize("family", some())
 def test_decoding_expands_nothing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without trust in the counter: in a step of decoding the up-projection is not called at all."""
+    """In a decoding step the up-projection is not called at all, whatever the counter says."""
     projections = {module.kv_b_proj for module in expanding(model)}
     plain, calls = nn.Linear.forward, []
 
@@ -41,6 +32,7 @@ def test_decoding_expands_nothing(model: PreTrainedModel, monkeypatch: pytest.Mo
     cache = latent(model)
     forward(model, prompt(60), cache)
     assert len(calls) >= len(projections)
+    forward(model, prompt(1, seed=2), cache)  # the first step checks, once a model, that the projection is a matrix
     calls.clear()
     for token in prompt(5, seed=1).split(1, 1):
         forward(model, token, cache)
@@ -48,14 +40,14 @@ def test_decoding_expands_nothing(model: PreTrainedModel, monkeypatch: pytest.Mo
 
 
 def _own_expansion(cls: Any) -> Any:
-    """The method of the class, which has to be the one that its file defines."""
+    """The method of the class, which has to be the one that the class's file defines."""
     assert cls.expand_kv.__code__.co_filename == inspect.getfile(cls), "another test left the class bound"
     return cls.expand_kv
 
 
 @pytest.mark.parametrize("family", some())
 def test_unbind(model: PreTrainedModel) -> None:
-    """The class has its own method back, and transformers' cache gives the same before, while and after it is bound."""
+    """The class gets its own method back; transformers' cache gives the same before, during and after the binding."""
     (cls,) = {type(module) for module in expanding(model)}
     own = _own_expansion(cls)
     before = generate(model, prompt(40), full_cache(model), 8)
@@ -63,7 +55,7 @@ def test_unbind(model: PreTrainedModel) -> None:
     generate(model, prompt(40), latent(model), 8)
     with torch.no_grad():
         steps = [prompt(40), *before.tokens[:, :-1].split(1, 1)]
-        bound_full = full_cache(model)  # with `forward` of the helpers the model would be unbound
+        bound_full = full_cache(model)  # the helper `forward` would unbind the model
         logits = [model(input_ids=x, **as_cache(bound_full), use_cache=True).logits[:, -1] for x in steps]
     torch.testing.assert_close(torch.stack(logits, 1), before.logits, rtol=0, atol=ROUNDING)
     unbind_model(model)
@@ -75,7 +67,7 @@ def test_unbind(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("family", some())
 @torch.no_grad()
 def test_unbound_in_use(model: PreTrainedModel) -> None:
-    """A cache whose model is unbound goes on, expanding; bound again, it goes on without."""
+    """A cache whose model is unbound continues by expanding latents, and without expanding once it is bound again."""
     ids = prompt(60)
     expected = teacher_forced(model, ids, full_cache(model), 50)
     cache = latent(model)
@@ -91,7 +83,7 @@ def test_unbound_in_use(model: PreTrainedModel) -> None:
 
 
 def test_weights_that_change() -> None:
-    """A weight that is changed in place, as merged adapters do it, counts from then on."""
+    """A weight that is changed in place, as by merging an adapter, is used from then on."""
     model = mla_families.build("deepseek_v3")
     generate(model, prompt(40), latent(model), 4)
     with torch.no_grad():
@@ -104,7 +96,7 @@ def test_weights_that_change() -> None:
 
 
 def test_two_models() -> None:
-    """Unbinding one model of a class leaves another one of it as it is."""
+    """Unbinding one model of a class leaves another model of the class bound."""
     one, other = (mla_families.build("deepseek_v3") for _ in range(2))
     cls = type(expanding(one)[0])
     own = _own_expansion(cls)
@@ -113,7 +105,7 @@ def test_two_models() -> None:
     for model, cache in zip((one, other), caches, strict=True):
         forward(model, prompt(60)[:, :50], cache)
     unbind_model(one)
-    with torch.no_grad():  # not by the helper, which would bind it again
+    with torch.no_grad():  # the helper `forward` would bind the model again
         steps = [other(x, **as_cache(caches[1]), use_cache=True).logits for x in prompt(60)[:, 50:].split(1, 1)]
     logits = torch.cat(steps, 1)
     torch.testing.assert_close(logits, expected[:, 50:], rtol=0, atol=ROUNDING)
@@ -123,7 +115,7 @@ def test_two_models() -> None:
 
 
 class _Adapted(nn.Module):
-    """A linear layer with something added to it, as an adapter of low rank does."""
+    """A linear layer with a low-rank adapter."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -137,7 +129,7 @@ class _Adapted(nn.Module):
 
 
 class _Coded(nn.Linear):
-    """A linear layer whose ``weight`` is not what it multiplies with, as quantized ones have it."""
+    """A linear layer that does not multiply with its ``weight``, like a quantized layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return -0.5 * super().forward(x)
@@ -156,14 +148,14 @@ def _hooked(base: nn.Linear) -> nn.Module:
 
 def _instance_forward(base: nn.Linear) -> nn.Module:
     own = base.forward
-    vars(base)["forward"] = lambda x: 0.5 * own(x)  # as is done to move weights under a device map
+    vars(base)["forward"] = lambda x: 0.5 * own(x)  # as a device map does to move weights
     return base
 
 
 @pytest.mark.parametrize("family", [name for name in FEW if name != "dots3_note"])
 @pytest.mark.parametrize("changed", [_Adapted, _coded, _hooked, _instance_forward])
 def test_up_projection_that_is_no_matrix(family: str, changed: Callable[[nn.Linear], nn.Module]) -> None:
-    """Where ``kv_b_proj`` does more than its weight says, latents are expanded with it."""
+    """Where ``kv_b_proj`` does more than multiply with its weight, latents are expanded by calling it."""
     model = mla_families.build(family)
     plain = generate(model, prompt(40), full_cache(model), 12)
     for module in expanding(model):

@@ -1,4 +1,4 @@
-"""A cache that decodes without expanding latents gives what ``DynamicCache`` gives, in every family that has them."""
+"""A cache that decodes without expanding latents equals ``DynamicCache``, in every family that has latents."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.running import (
 
 @pytest.mark.parametrize("family", names())
 def test_greedy(model: PreTrainedModel) -> None:
-    """One sequence, past a page boundary; nothing is expanded in any step but the first."""
+    """One sequence, past a page boundary; nothing is expanded after the first step."""
     ours, theirs = both(model, prompt(40))
     assert_same(ours, theirs)
     assert_absorbed(ours.cache, model, 23)
@@ -62,7 +62,7 @@ def test_beam_search(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("family", some(without=BROKEN["draft"]))
 def test_prompt_lookup(model: PreTrainedModel) -> None:
-    """Drafts out of the prompt, read several at once and most of them rolled back."""
+    """Drafts come from the prompt; several are read at once, and most are rolled back."""
     inputs = prompt(20).repeat(1, 2)
     theirs = generate(model, inputs, full_cache(model), 24)
     ours = generate(model, inputs, latent(model), 24, prompt_lookup_num_tokens=3)
@@ -73,7 +73,7 @@ def test_prompt_lookup(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("family", some([], without=BROKEN["draft"]))
 def test_assisted(family: str, model: PreTrainedModel) -> None:
-    """An assistant drafts; it agrees often, because it is the model itself with a little noise."""
+    """The assistant is the model itself with a little noise, so that it often agrees."""
     assistant, noise = mla_families.build(family), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in assistant.parameters():
@@ -87,7 +87,7 @@ def test_assisted(family: str, model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("family", some(FEW[:2]))
 def test_second_turn(model: PreTrainedModel) -> None:
-    """The second turn of a padded batch is padded too: padding then stands between the turns."""
+    """The second turn of a padded batch is padded too, so that there is padding between the turns."""
     first = left_padded([prompt(20), prompt(47)])
     second = left_padded([prompt(25, seed=1), prompt(7, seed=1)])
 
@@ -106,7 +106,7 @@ def test_second_turn(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("family", some())
 def test_prefill_in_chunks(model: PreTrainedModel) -> None:
-    """Parts that fit no page come one after another, one of them long enough to be expanded; then single tokens."""
+    """The prompt comes in parts that do not fit the pages, one long enough to be expanded; then single tokens."""
     steps = prompt(117).split([20, 7, 60, 13, 15, 1, 1], 1)
     full = full_cache(model)
     expected = torch.cat([forward(model, step, full) for step in steps], 1)
@@ -120,7 +120,7 @@ def test_prefill_in_chunks(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("family", some())
 @pytest.mark.parametrize("size", [13, 45])
 def test_padded_prefill_in_chunks(model: PreTrainedModel, size: int) -> None:
-    """The same by ``generate``, of a batch of which a row is nothing but padding in the first parts."""
+    """The same by ``generate``, with a batch in which the first parts of a row are all padding."""
     inputs = left_padded([prompt(61), prompt(110), prompt(83)])
     ours, theirs = both(model, inputs, 8, prefill_chunk_size=size)
     assert_same(ours, theirs)
@@ -147,7 +147,7 @@ def _exact(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("family", some(FEW[:1]))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_half_precision(family: str, dtype: torch.dtype) -> None:
-    """Not further from float32 than transformers' own cache, but for chance."""
+    """The error against float32 is about that of transformers' own cache."""
     model = mla_families.build(family, dtype=dtype)
     ids = prompt(80, 4)
     expected = _exact(model, ids)
@@ -160,7 +160,7 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
     assert_absorbed(cache, model, 30)
 
 
-#: Median error of a logit allowed, in standard deviations of logits: about twice the largest of any family.
+#: Accepted median error of a logit, in standard deviations of logits: about twice the largest of any family.
 _CODECS = [
     pytest.param({"bits": 8}, 0.02, id="bits=8"),
     pytest.param({"codec": "int8"}, 0.02, id="int8", marks=pytest.mark.slow),
@@ -172,7 +172,7 @@ _CODECS = [
 @pytest.mark.parametrize("family", some())
 @pytest.mark.parametrize(("options", "tolerance"), _CODECS)
 def test_codecs(model: PreTrainedModel, options: dict[str, Any], tolerance: float) -> None:
-    """Quantized latents change the logits, but little."""
+    """Quantized latents change the logits, within the tolerance of the codec."""
     ids = prompt(100)
     expected = teacher_forced(model, ids, full_cache(model), 80)[:, 80:]
     cache = latent(model, **options)

@@ -26,7 +26,7 @@ def small(config: Any, **options: Any) -> LatentKVCache:
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_indexer_keys_against_a_list(data: st.DataObject) -> None:
-    """Any sequence of operations, against plain lists of rows; buffers that grow keep what they held."""
+    """Any sequence of operations, against plain lists of rows; buffers that grow keep their contents."""
     held, model = IndexerKeys(), [np.zeros((0, 3)) for _ in range(2)]
     for step in range(data.draw(st.integers(1, 12))):
         match data.draw(st.sampled_from(["append", "drop", "select", "fork"])):
@@ -54,7 +54,7 @@ def test_indexer_keys_against_a_list(data: st.DataObject) -> None:
 
 
 def test_indexer_keys_that_do_not_go_together() -> None:
-    """Another batch, width or dtype is refused, and what was held stays."""
+    """Another batch, width or dtype is refused, and the keys stay."""
     held = IndexerKeys()
     held.append(torch.ones(2, 3, 4))
     for wrong in (torch.ones(1, 1, 4), torch.ones(2, 1, 5), torch.ones(2, 1, 4).double()):
@@ -65,7 +65,7 @@ def test_indexer_keys_that_do_not_go_together() -> None:
 
 
 def test_indexed_layers_count_their_keys() -> None:
-    """The indexer's keys are in the bytes held."""
+    """The bytes held include the indexer's keys."""
     model = mla_families.shared("glm_moe_dsa")
     cache = small(model.config)
     forward(model, prompt(30), cache)

@@ -13,20 +13,13 @@ from transformers import Cache, PreTrainedModel
 from hf_kvcache import LatentKVCache
 from tests.mla.families import BROKEN, names
 from tests.mla.running import FEW, assert_absorbed, latent, some
-from tests.running import (
-    ROUNDING,
-    assert_packed,
-    forward,
-    full_cache,
-    generate,
-    prompt,
-)
+from tests.running import ROUNDING, assert_packed, forward, full_cache, generate, prompt
 
 _STEPS = (20, 7, *[1] * 15)
 
 
 def _after(model: PreTrainedModel, held: torch.Tensor) -> torch.Tensor:
-    """Logits ``[B, T, V]`` of more tokens after ``held`` ``[B, T]`` with transformers' own cache."""
+    """Logits ``[B, T, V]`` of more tokens after the tokens ``held [B, T]``, with transformers' own cache."""
     cache = full_cache(model)
     forward(model, held, cache)
     return _go_on(model, cache, len(held))
@@ -38,7 +31,7 @@ def _go_on(model: PreTrainedModel, cache: Cache, batch: int) -> torch.Tensor:
 
 
 def _assert_goes_on(model: PreTrainedModel, cache: Cache, expected: torch.Tensor) -> None:
-    """A cache goes on with the logits ``expected`` of what it should hold."""
+    """A cache continues with the logits ``expected``."""
     torch.testing.assert_close(_go_on(model, cache, len(expected)), expected, rtol=0, atol=ROUNDING)
     assert_packed(cache)
     assert_absorbed(cache, model, _STEPS.count(1))
@@ -47,7 +40,7 @@ def _assert_goes_on(model: PreTrainedModel, cache: Cache, expected: torch.Tensor
 @pytest.mark.parametrize("family", some(without=BROKEN["crop"]))
 @pytest.mark.parametrize("remove", [3, 29, pytest.param(58, marks=pytest.mark.slow)])
 def test_crop(model: PreTrainedModel, remove: int) -> None:
-    """What is left after a crop into the tail, a page or the sinks is the shorter sequence, exactly."""
+    """After a crop into the tail, a page or the sinks, the cache holds the shorter sequence."""
     expected = _after(model, prompt(60)[:, : 60 - remove])
     cache = latent(model)
     forward(model, prompt(60), cache)
@@ -59,7 +52,7 @@ def test_crop(model: PreTrainedModel, remove: int) -> None:
 @pytest.mark.parametrize("family", some())
 @pytest.mark.parametrize("copied", [LatentKVCache.fork, pytest.param(copy.deepcopy, marks=pytest.mark.slow)])
 def test_fork(model: PreTrainedModel, copied: Callable[[LatentKVCache], LatentKVCache]) -> None:
-    """A cache and its copy go on with other tokens, and neither disturbs the other."""
+    """A cache and its copy continue with different tokens, and neither changes the other."""
     more = prompt(19, seed=5)
     expected = _after(model, prompt(50)), _after(model, torch.cat([prompt(50), more], 1))
     cache = latent(model)
@@ -96,7 +89,7 @@ def _changes_of_rows() -> list[Any]:
 
 @pytest.mark.parametrize(("change", "family"), _changes_of_rows())
 def test_rows(model: PreTrainedModel, change: Callable[[Cache], list[int]]) -> None:
-    """A batch whose rows are exchanged, left out or repeated."""
+    """Rows of a batch are exchanged, left out or repeated."""
     ids = prompt(50, 3)
     full = full_cache(model)
     forward(model, ids, full)
@@ -110,7 +103,7 @@ def test_rows(model: PreTrainedModel, change: Callable[[Cache], list[int]]) -> N
 
 @pytest.mark.parametrize("family", some())
 def test_reset(model: PreTrainedModel) -> None:
-    """After a reset a cache takes another batch and behaves like a new one."""
+    """After a reset a cache accepts another batch and behaves like a new one."""
     expected = _after(model, prompt(41))
     cache = latent(model)
     generate(model, prompt(50, 3), cache, 5)
