@@ -82,7 +82,7 @@ def build(name: str, attention: str | None = None, dtype: torch.dtype = torch.fl
     config = CONFIGS[name]()
     if attention is not None:
         config._attn_implementation = attention
-    model: Any = _initialised(config)
+    model: Any = _initialized(config)
     model.load_state_dict(_weights(name))
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -95,7 +95,7 @@ def shared(name: str) -> PreTrainedModel:
     return build(name)
 
 
-def _initialised(config: PreTrainedConfig) -> PreTrainedModel:
+def _initialized(config: PreTrainedConfig) -> PreTrainedModel:
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     cls = AutoModelForCausalLM if known else AutoModelForImageTextToText  # some exist with a vision tower only
     with torch.random.fork_rng(devices=[]):
@@ -106,14 +106,14 @@ def _initialised(config: PreTrainedConfig) -> PreTrainedModel:
 @cache
 def _weights(name: str) -> dict[str, torch.Tensor]:
     """Weights with which logits differ clearly from token to token, and norms do not multiply by one."""
-    model = _initialised(CONFIGS[name]())
+    model = _initialized(CONFIGS[name]())
     generator = torch.Generator().manual_seed(_SEEDS.get(name, 1))
     for path, weight in model.named_parameters():
         if "norm" in path and path.endswith("weight"):
             torch.nn.init.uniform_(weight, 0.5, 1.5, generator=generator)
         elif path.endswith("sinks"):
             torch.nn.init.normal_(weight, generator=generator)
-        elif weight.dim() >= 2 and not any(part in path for part in _OWN_INITIALISATION):
+        elif weight.dim() >= 2 and not any(part in path for part in _OWN_INITIALIZATION):
             std = 1.0 if "embed_tokens" in path else 1.5 * weight.shape[-1] ** -0.5
             torch.nn.init.normal_(weight, std=std, generator=generator)
     return model.state_dict()
@@ -122,4 +122,4 @@ def _weights(name: str) -> dict[str, torch.Tensor]:
 #: Where the usual seed makes two tokens about as likely, so that rounding would choose.
 _SEEDS = {"mistral_large4-sharing": 2}
 #: Parameters whose scale means something: what they map to is squashed or iterated.
-_OWN_INITIALISATION = ("hc", "conv1d", "vision")
+_OWN_INITIALIZATION = ("hc", "conv1d", "vision")
