@@ -1,4 +1,4 @@
-"""Every benchmark runs at tiny sizes, its numbers are finite and positive, and its caches agree."""
+"""Every benchmark runs at tiny sizes, its numbers are finite and positive, and its arms agree."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from benchmarks import (
 from benchmarks.arms import DENSE32, DYNAMIC, PLAIN, STATIC, Shape, filled_arm
 from benchmarks.session import Report
 
-#: Columns that may be zero: nothing was mapped, packed or allocated, or the caches agree to the last bit.
+#: Columns that may be zero: nothing was mapped, packed or allocated, or the arms agree to the last bit.
 MAY_BE_ZERO = ("page_faults", "packing", "error", "allocations", "allocated_bytes", "mean_kl", "top1_agreement")
 ARMS = (DYNAMIC, STATIC, "fp8 QuantizedCache", DENSE32, "ours none", "ours 8-bit", "ours 4-bit")
 SHAPE = "4/2/16"
@@ -70,7 +70,7 @@ def test_decode(tmp_path: Path) -> None:
     assert {row["cache"]: row["bytes_read"] for row in rows}[DYNAMIC] == 2 * 2 * (512 + 41) * 16 * 4
 
 
-def test_decode_refuses_a_cache_that_is_wrong() -> None:
+def test_decode_refuses_an_arm_that_is_wrong() -> None:
     shape = Shape.parse(SHAPE)
     keys, values = shape.tokens(300)
     arm = filled_arm("ours 8-bit", shape, keys, values + 1, shape.queries(1), 8)
@@ -87,7 +87,7 @@ def test_prefill(tmp_path: Path) -> None:
 def test_append(tmp_path: Path) -> None:
     argv = ["--no-plots", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "300", "--blocks", "1"]
     rows = {row["cache"]: row for row in rows_of(bench_append.main([*argv, "--dynamic-calls", "2"]))}
-    # The appended token copies keys and values of the 302 tokens into new memory.
+    # 300 tokens, then one of each counted kind before: both sides are copied into new memory.
     assert rows[DYNAMIC]["append_allocations"] == 2
     assert rows[DYNAMIC]["append_allocated_bytes"] == 2 * 2 * 302 * 16 * 4
     assert rows["ours 4-bit"]["append_allocations"] == 0
@@ -109,7 +109,7 @@ def test_model(model: PreTrainedModel, tmp_path: Path) -> None:
     check_numbers(report.rows)
     decode = [row for row in report.rows if "ms" in row]
     assert [row["cache"] for row in decode] == 2 * names
-    # A page fills only at 260 tokens (4 sinks, a tail of 128 and a page), so packing is measured at 300 tokens.
+    # A page fills at 260 tokens only (4 sinks, a tail of 128 and a page): what it costs is taken over from there.
     packing = [row["packing_ms"] for row in decode if row["cache"] == "ours 4-bit"]
     assert packing[0] == packing[1]
 
@@ -165,4 +165,4 @@ def test_latent(tmp_path: Path) -> None:
     rows = rows_of(bench_latent.main(["--quick", "--no-plots", "--out", str(tmp_path), "--tokens", "300"]))
     assert [row["cache"] for row in rows] == [DYNAMIC, *bench_latent.CODECS]
     held = [row["bytes_held"] for row in rows]
-    assert held[0] < held[1] and held[3] < held[2] < held[1]  # slack, and fewer bits in fewer bytes
+    assert held[0] < held[1] and held[3] < held[2] < held[1]  # slack, and few bits in fewer bytes

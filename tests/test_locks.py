@@ -51,6 +51,6 @@ def test_libraries_of_torch_are_not_locked() -> None:
     assert [line for line in lines(FOLDER / "lock.txt") if line.startswith(("nvidia", "cuda"))] == []
 
 
-def test_compiled_kernels_are_recorded_with_the_locked_triton() -> None:
+def test_kernels_are_compared_with_what_this_triton_compiled() -> None:
     recorded = json.loads((ROOT / "benchmarks" / "compiled.json").read_text())
     assert recorded["triton"] in pinned("triton")
