@@ -18,7 +18,7 @@ class PreRopeStorage(PagedStorage):
     A key's rotary position is the number of non-padding tokens before it, as ``generate`` counts them.
 
     Attributes:
-        rope: the layer's rotary embedding; None as long as it is not known. Nothing can be packed until it is.
+        rope: the layer's rotary embedding; None as long as it is not known, and nothing can be packed.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -68,13 +68,13 @@ class PreRopeStorage(PagedStorage):
         tokens = super().decoded(side, pages, records, first)
         if side == "values":
             return tokens
-        # Nothing is evicted from this storage, so the heads of a sequence hold the same positions.
+        # Nothing is evicted here: the heads of a sequence hold the same positions.
         held = pages.positions(first, first + records.shape[0])[:: self.page_heads].flatten(1)
         positions = self._rotary(np.arange(self.batch), held.cpu().numpy()).unsqueeze(1)
         return self.known_rope().rotate(tokens.unflatten(0, (self.batch, -1)), positions).flatten(0, 1)
 
     def _rotary(self, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        """Rotary positions ``[b, n]`` of the tokens at ``positions [b, n]``; ``[1, n]`` if all rows are the same."""
+        """Rotary positions ``[b, n]`` of what stands at ``positions [b, n]``; ``[1, n]`` if those are alike."""
         padding = [self._padding[row] for row in rows]
         if not any(map(len, padding)) and (positions == positions[0]).all():
             return torch.from_numpy(positions[:1].copy()).to(self.device)
