@@ -37,7 +37,8 @@ BENCH_STAMP := $(VENV)/.bench-$(TORCH)
 # stored, which meets no transformers.
 RELEASE_TESTS := tests/integration tests/generation --ignore=tests/generation/test_layer_consistency.py \
 	--ignore=tests/generation/test_quantized.py $(addprefix tests/eviction/test_,generation.py reindex.py replay.py) \
-	$(addprefix tests/latent/test_,calibration.py low_rank_generation.py mla_generation.py)
+	$(addprefix tests/lowrank/test_,calibration.py generation.py) \
+	$(addprefix tests/mla/test_,generation.py operations.py binding.py)
 
 .PHONY: help install demo test test-slow test-releases lock newer sanitize lint format bench eval families kernels clean
 .DEFAULT_GOAL := help

@@ -1,4 +1,4 @@
-"""Which cases of a large product are fast tests; the others are ``slow``."""
+"""Choosing the cases of a large product that are fast tests; the others are ``slow``."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any
 
 import pytest
 
-#: A case has some features; by default its own values.
+#: Computes the features of a case from its values.
 Features = Callable[..., tuple[Hashable, ...]]
 
 
 def chosen(names: str, *axes: Iterable[Any], fast: Sequence[tuple[Any, ...]]) -> pytest.MarkDecorator:
-    """Parametrize over the product of ``axes``, of which the cases ``fast`` are fast and all others ``slow``.
+    """Parametrize over the product of ``axes``; the cases in ``fast`` are fast, all others ``slow``.
 
     Args:
-        names: of the parameters, as in ``pytest.mark.parametrize``.
-        *axes: their values.
-        fast: cases that can each fail for a reason of their own.
+        names: names of the parameters, as in ``pytest.mark.parametrize``.
+        *axes: the values of each parameter.
+        fast: cases each of which can fail for a reason that no other case has.
     """
     cases = list(itertools.product(*axes))
     return _marked(names, cases, {cases.index(case) for case in fast})
 
 
 def pairwise(names: str, *axes: Iterable[Any], of: Features | None = None) -> pytest.MarkDecorator:
-    """Parametrize over the product of ``axes``, of which few cases are fast and all others ``slow``.
+    """Parametrize over the product of ``axes``; a few cases are fast, all others ``slow``.
 
-    Most faults show with one value, or with two that meet; all pairs meet in a small part of the product. The choice
-    depends on the values only: it is the same in every process.
+    Most faults show with one value or with a pair of values, and a small part of the product has all pairs. The choice
+    depends only on the values, so that it is the same in every process.
 
     Args:
-        names: of the parameters, as in ``pytest.mark.parametrize``.
-        *axes: their values.
-        of: the features of a case, whose pairs are to occur, where those are coarser than its values: a codec's name
-            for each of its widths, say. Single values occur in any case.
+        names: names of the parameters, as in ``pytest.mark.parametrize``.
+        *axes: the values of each parameter.
+        of: the features of a case, if not pairs of values but pairs of features have to occur: a feature may be the
+            name of a codec, whatever its width. Every single value occurs too.
     """
     cases = list(itertools.product(*axes))
     return _marked(names, cases, covering(cases, of))
@@ -48,7 +48,7 @@ def _marked(names: str, cases: list[tuple[Any, ...]], fast: set[int]) -> pytest.
 
 
 def covering(cases: Sequence[tuple[Any, ...]], of: Features | None = None) -> set[int]:
-    """Which of ``cases`` to take so that every pair of features that some case has, and every value, occurs."""
+    """Indices of ``cases`` that together have every pair of features and every value that any case has."""
     places: dict[Hashable, int] = {}
     wanted: list[set[int]] = []
     for case in cases:
@@ -56,7 +56,7 @@ def covering(cases: Sequence[tuple[Any, ...]], of: Features | None = None) -> se
         features = values if of is None else list(enumerate(of(*case)))
         marks = [*(("value", at, _name(x)) for at, x in values), *itertools.combinations(_named(features), 2)]
         wanted.append({places.setdefault(mark, len(places)) for mark in marks})
-    # What a case adds never grows, so that only the one that seems best has to be counted again.
+    # The number of pairs that a case adds never grows, so only the best case so far has to be counted again.
     missing, taken = set(range(len(places))), set()
     waiting = [(-len(marks), index) for index, marks in enumerate(wanted)]
     heapq.heapify(waiting)
@@ -76,7 +76,7 @@ def _named(features: Iterable[tuple[int, Any]]) -> list[tuple[int, Hashable]]:
 
 
 def _name(value: Any) -> Hashable:
-    """The value, or its text where it has no hash."""
+    """The value and its type, or its text where it has no hash."""
     try:
         hash(value)
     except TypeError:

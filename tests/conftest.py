@@ -1,4 +1,4 @@
-"""Set-up that all tests share."""
+"""Fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_kvcache import unbind
 from hf_kvcache.integration import mla
 from tests import families
 
-# Tiny tensors: more threads only wait for each other, and pytest-xdist runs a process per core.
+# For tiny tensors more threads only wait for each other, and pytest-xdist runs a process per core.
 torch.set_num_threads(1)
 
 MODELS: dict[str, PreTrainedModel] = {}
@@ -20,7 +20,7 @@ MODELS: dict[str, PreTrainedModel] = {}
 
 @pytest.fixture(autouse=True)
 def nothing_stays_bound() -> Iterator[None]:
-    """No test finds a config or an attention class bound by an earlier one."""
+    """Unbind every config and attention class after each test."""
     yield
     for _, release in list(mla._bound.values()):
         if (alive := release.peek()) is not None:

@@ -1,4 +1,4 @@
-"""A pytest plugin: after a deadline no further test begins, and those that did not run are named at the end.
+"""A pytest plugin: after a deadline no further test starts, and the tests that did not run are named at the end.
 
 python -m pytest -p tests.deadline --deadline 600
 """
@@ -9,15 +9,15 @@ import time
 
 import pytest
 
-#: Starts the reason of a skip, by which it is found again.
+#: The reason of the skips, by which they are found at the end.
 _REASON = "the deadline had passed"
 
-#: The clock's time at which it passes.
+#: The time of the clock at which the deadline passes.
 EXPIRY = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--deadline", type=float, metavar="SECONDS", help="begin no test later than this; name the others")
+    parser.addoption("--deadline", type=float, metavar="SECONDS", help="start no test later than this; name the others")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models of many families, built from their configs: for testing the generation contract."""
+"""Tiny random models of many families, built from their configs, for tests of generation."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 101
-#: Smaller than most test prompts, so that tokens leave it.
+#: Window of sliding layers: smaller than most test prompts, so that tokens leave the window.
 WINDOW = 24
 
 _BUILDERS: dict[str, Callable[[], PreTrainedConfig]] = {}
 
-#: Families with linear-attention layers: their states cannot be rolled back by more than what was recorded.
+#: Families with linear-attention layers, whose states cannot be rolled back beyond what was recorded.
 RECURRENT = ("qwen3_next", "lfm2", "jamba")
-#: Families that ask of a cache what another one in the list asks already.
+#: Families that use a cache as another family in the list does.
 _ALIKE = ("llama_mha", "phi", "qwen3", "jamba", "lfm2", "gemma3n", "gemma3_vlm")
 
 
 def names(*, without: tuple[str, ...] = ()) -> list[Any]:
-    """All families but ``without``, for parametrization; those that resemble another one are ``slow``."""
+    """All families except ``without``, for parametrization; those that resemble another one are ``slow``."""
     return [
         pytest.param(name, marks=pytest.mark.slow) if name in _ALIKE else name
         for name in _BUILDERS
@@ -60,7 +60,7 @@ def build(name: str, attention: str | None = None, dtype: torch.dtype = torch.fl
 
 @cache
 def _weights(name: str) -> dict[str, torch.Tensor]:
-    """Weights that make logits differ clearly from token to token: the usual initialisation hardly does."""
+    """Weights with which logits differ clearly from token to token, unlike with the usual initialization."""
     config = _BUILDERS[name]()
     cls = _model_class(config)
     with torch.random.fork_rng(devices=[]):

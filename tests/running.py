@@ -28,7 +28,7 @@ def small_cache(model: PreTrainedModel, codec: str = "none", **options: Any) -> 
 
 
 def quantized(model: PreTrainedModel, codec: str, **options: Any) -> QuantizedKVCache:
-    """The same for a quantizing codec."""
+    """The same with a quantizing codec."""
     return QuantizedKVCache(model.config, codec=codec, **{**_SIZES, **options})
 
 
@@ -44,16 +44,16 @@ def all_codecs() -> list[Any]:
 
 
 def one_of_each_codec() -> list[str]:
-    """Those that :func:`all_codecs` does not call slow."""
+    """The codec specs that :func:`all_codecs` does not mark as slow."""
     return [spec for spec in all_codecs() if isinstance(spec, str)]
 
 
 def _order(spec: str) -> bool:
-    return not spec.endswith("3")  # three bits straddle bytes: the width that is easiest to get wrong
+    return not spec.endswith("3")  # codes of three bits cross bytes, which makes this width the easiest to get wrong
 
 
 def as_cache(cache: Any) -> dict[str, Any]:
-    """``cache`` as the keyword argument that this release of transformers names it by."""
+    """``cache`` as a keyword argument, by the name that this release of transformers uses."""
     return {CACHE_ARGUMENT: cache}
 
 
@@ -63,7 +63,7 @@ def full_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def set_binding(model: PreTrainedModel, cache: Cache | None) -> None:
-    """Bind the model for a KVCache and unbind it for others: the reference owes us nothing."""
+    """Bind the model for a KVCache and unbind it for others, so that the reference does not depend on this package."""
     (bind if isinstance(cache, KVCache) else unbind)(model.config.get_text_config(decoder=True))
 
 
@@ -115,7 +115,7 @@ def teacher_forced(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, pref
 
 
 def assert_packed(cache: Cache) -> None:
-    """The test read packed pages, and the storage is sound."""
+    """The cache has packed pages, and its checks pass."""
     assert isinstance(cache, KVCache)
     assert cache.memory().packed_elements > 0, "nothing was packed: the test is vacuous"
     cache.integrity()

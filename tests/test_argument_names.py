@@ -1,4 +1,4 @@
-"""Names of arguments: what nobody takes is named at once, with what was probably meant."""
+"""Unknown arguments are errors that name the argument and the one that was probably meant."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ MAKE: dict[str, Callable[..., KVCache]] = {
 
 
 @pytest.mark.parametrize("cache", MAKE)
-def test_a_misspelt_argument_is_named(cache: str) -> None:
-    """Not as an option of the codec, and before the config is bound."""
+def test_a_misspelled_argument_is_named(cache: str) -> None:
+    """The error does not take it for an option of the codec, and comes before the config is bound."""
     name = cache.split()[0].rstrip(",")
     message = rf"{name} got an unexpected argument 'tail_lenght'; did you mean 'tail_length'\? Accepted: .*page_size"
     for config in (CONFIG, MLA):
@@ -52,21 +52,21 @@ def test_a_misspelt_argument_is_named(cache: str) -> None:
         (lambda: LatentKVCache(MLA, rotary_code="none"), r"did you mean 'rotary_codec'"),
     ],
 )
-def test_what_is_accepted_is_listed(make: Callable[[], Any], message: str) -> None:
+def test_accepted_arguments_are_listed(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         make()
 
 
 @pytest.mark.parametrize("cls", [QuantizedKVCache, HeavyHitterCache, SlidingWindowCache, LatentKVCache])
-def test_constructors_say_what_they_take(cls: type[KVCache]) -> None:
-    """For editors and type checkers: what every cache has is in every signature, with the type that it has there."""
+def test_signatures_list_the_common_arguments(cls: type[KVCache]) -> None:
+    """For editors and type checkers, the arguments of every cache are in every signature, with the same types."""
     common, own = inspect.signature(KVCache).parameters, inspect.signature(cls).parameters
     for name in ("tail_length", "page_size", "validate", "bind"):
         assert own[name].annotation == common[name].annotation
     assert "sink_length" in own or "sinks" in own
 
 
-def test_options_of_codec_and_policy_still_arrive() -> None:
+def test_options_reach_the_codec_and_the_policy() -> None:
     assert repr(KVCache(CONFIG, "int4", group_size=8).codec) == repr(resolve("int4", group_size=8))
     assert repr(QuantizedKVCache(CONFIG, key_bits=4, value_bits=2).codec) == repr(
         resolve("auto", key_bits=4, value_bits=2)

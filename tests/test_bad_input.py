@@ -1,4 +1,4 @@
-"""Bad input: a clear error that names argument, value and accepted values, before anything is changed."""
+"""Bad input is an error that names the argument, its value and accepted values, before anything is changed."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ ARGUMENTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_arguments(case: str) -> None:
-    """A cache that cannot be is refused when it is built, and binds no config."""
+    """Bad arguments are refused when the cache is built, and no config is bound."""
     build, error, message = ARGUMENTS[case]
     with pytest.raises(error, match=message):
         build()
@@ -106,14 +106,14 @@ def test_arguments(case: str) -> None:
     ],
 )
 def test_group_size_that_does_not_divide(model: PreTrainedModel, options: dict[str, int], message: str) -> None:
-    """Refused when the cache is built, since the config tells the head dimension; the config stays unbound."""
+    """Refused when the cache is built, since the config has the head dimension; the config stays unbound."""
     with pytest.raises(ValueError, match=message):
         small_cache(model, "int4", **options)
     assert str(model.config._attn_implementation) != "hf_kvcache"
 
 
 def test_group_size_refused_at_the_first_update(model: PreTrainedModel) -> None:
-    """Where the config does not tell the head dimension, the first update refuses, and the cache then holds nothing."""
+    """Where the config has no head dimension, the first update is refused, and the cache stays empty."""
     cache = small_cache(model, resolve("int4", group_size=16))
     with pytest.raises(ValueError, match=r"group_size=16.*head_dim=24.*accepted"):
         cache.layers[0].update(torch.randn(1, 2, 3, 24), torch.randn(1, 2, 3, 24))
@@ -140,7 +140,7 @@ CALLS: dict[str, tuple[Callable[[KVCache], Any], type[Exception], str]] = {
     "another head dim": (lambda c: c.update(_keys(dim=8), _keys(dim=8), 0), ValueError, r"key_states.*dim 16"),
     "another value dim": (lambda c: c.update(_keys(), _keys(dim=8), 0), ValueError, r"value_states.*dim 16"),
     "another dtype": (lambda c: c.update(_keys().half(), _keys().half(), 0), ValueError, r"float16.*float32"),
-    "a dtype that is none": (
+    "values of another dtype": (
         lambda c: c.update(_keys(), _keys().int(), 0),
         ValueError,
         r"float32.*int32.*accepted: one",
@@ -182,7 +182,7 @@ CALLS: dict[str, tuple[Callable[[KVCache], Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("case", CALLS)
 def test_calls(model: PreTrainedModel, case: str) -> None:
-    """A refused call leaves the cache as it was: sound, as long as before, with the same next logits."""
+    """A refused call does not change the cache: it passes its checks, has the same length and gives the same logits."""
     call, error, message = CALLS[case]
     cache = small_cache(model, validate=True)
     forward(model, prompt(60, 2), cache)
@@ -207,26 +207,26 @@ def test_cache_of_another_model(model: PreTrainedModel, other: str) -> None:
 
 
 def test_new_cache_of_another_model(model: PreTrainedModel) -> None:
-    """So is an empty one whose model has fewer layers than the one that runs."""
+    """An empty cache is refused by a model with more layers than it was built for."""
     cache = small_cache(model)
     with pytest.raises(ValueError, match=r"'llama' model.*built for|built for a 'llama' model"):
         forward(families.build("gemma3"), prompt(3), cache)
 
 
-def test_nan_is_not_looked_for_by_default(model: PreTrainedModel) -> None:
-    """The check stalls a GPU at every step, so it is made under ``validate=True`` only."""
+def test_nan_is_not_checked_by_default(model: PreTrainedModel) -> None:
+    """The check would stall a GPU at every step, so it is made only with ``validate=True``."""
     small_cache(model).update(_nan(), _keys(), 0)
 
 
 def test_legacy_tuple_is_refused_by_generate(model: PreTrainedModel) -> None:
-    """transformers says so itself; a bound model still does."""
+    """A bound model still raises transformers' own error."""
     small_cache(model)
     with pytest.raises(ValueError, match="Passing a tuple"):
         model.generate(prompt(5), **as_cache(((torch.zeros(1), torch.zeros(1)),)), max_new_tokens=2)
 
 
 def test_dropout_is_refused(model: PreTrainedModel) -> None:
-    """Attention dropout on packed pages does not exist."""
+    """Attention over packed pages has no dropout."""
     from hf_kvcache.integration.attention import attention_function
 
     cache = small_cache(model)

@@ -1,4 +1,4 @@
-"""The choice of fast cases: every pair occurs, the same way every time."""
+"""The choice of fast cases: every pair of values occurs, and the choice is always the same."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def test_every_pair_of_values_occurs_in_few_cases() -> None:
     for (i, one), (j, other) in itertools.combinations(enumerate(AXES), 2):
         for a, b in itertools.product(one, other):
             assert any(case[i] == a and type(case[i]) is type(a) and case[j] == b for case in taken), (a, b)
-    assert len(taken) <= 16 < len(cases)  # no fewer than 4 times 3 can have all pairs of the longest axes
+    assert len(taken) <= 16 < len(cases)  # all pairs of the two longest axes need 4 times 3
     assert covering(cases) == covering(list(cases))
 
 
 def test_features_may_be_coarser_than_values() -> None:
-    """Each spec occurs, but only each name with every kind."""
+    """Each spec occurs, and each name, but not each spec, occurs with every kind."""
     specs, kinds = [f"{name}{bits}" for name in "abc" for bits in range(4)], list("uvwx")
     cases = list(itertools.product(specs, kinds))
     taken = [cases[i] for i in covering(cases, lambda spec, kind: (spec[0], kind))]

@@ -1,4 +1,4 @@
-"""Tests that a deadline leaves no time for are named, whether pytest runs them in one process or in several."""
+"""Tests that do not run before a deadline are named, with one process of pytest and with several."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-#: The deadline passes in the middle of the first.
+#: The deadline passes in the first test.
 _TESTS = """
 from tests import deadline
 
@@ -24,7 +24,7 @@ def test_late():
 
 
 @pytest.mark.parametrize("workers", [[], ["-p", "xdist", "-n", "1"]], ids=["alone", "xdist"])
-def test_what_did_not_run_is_named(tmp_path: Path, workers: list[str]) -> None:
+def test_tests_that_did_not_run_are_named(tmp_path: Path, workers: list[str]) -> None:
     (tmp_path / "test_two.py").write_text(_TESTS)
     command = [
         sys.executable,

@@ -12,20 +12,22 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from hf_kvcache import codecs, eviction
-from hf_kvcache.cli.demo import FULL, build_table, build_texts, mean_kl, measure, top1_agreement
+from hf_kvcache.cli.demo import QUESTION, mean_kl, measure, top1_agreement
+from hf_kvcache.cli.demo_caches import FULL
+from hf_kvcache.cli.demo_display import build_table, build_texts
 from hf_kvcache.cli.main import main
 from tests.running import prompt
 
 
 class _Tokenizer:
-    """Spells a token as its number."""
+    """A tokenizer that decodes a token as its number."""
 
     def decode(self, tokens: torch.Tensor, **_: object) -> str:
         return " ".join(str(token) for token in tokens.tolist())
 
 
 def test_measure(model: PreTrainedModel) -> None:
-    """Every cache is compared with the full one; dense pages agree with it, fewer bits hold less and differ more."""
+    """Caches are compared with the full one. Dense pages agree with it; fewer bits hold fewer bytes and differ more."""
     with Progress(console=Console(quiet=True)) as progress, torch.no_grad():
         rows = measure(model, _Tokenizer(), prompt(600), ["none", "8-bit", "2-bit"], 6, progress)
     full, dense, eight, two = rows
@@ -35,7 +37,7 @@ def test_measure(model: PreTrainedModel) -> None:
     assert 0 < eight.kl < two.kl
     assert two.bytes_held < eight.bytes_held < dense.bytes_held
     console = Console(width=100, file=io.StringIO())
-    console.print(build_table(rows), build_texts(rows))
+    console.print(build_table(rows), build_texts(QUESTION, rows))
     assert "2-bit" in console.file.getvalue()
 
 
@@ -60,6 +62,6 @@ def test_info_lists_codecs_and_policies(capsys: pytest.CaptureFixture[str]) -> N
     [(["--caches", "5-bit"], "5-bit.*accepted"), (["--max-new-tokens", "0"], "max_new_tokens.*0")],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A cache or a length that does not exist is refused before a model is loaded."""
+    """An unknown cache, or a length below 1, is refused before a model is loaded."""
     assert main(["demo", *arguments]) == 1
     assert re.search(message, capsys.readouterr().err)

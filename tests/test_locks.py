@@ -1,4 +1,4 @@
-"""The locks hold what the table of tested versions says, and can be installed from any index."""
+"""The lock files match the table of tested versions, and can be installed from any index."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_line_is_a_pin_and_nothing_else(path: Path) -> None:
     assert [line for line in lines(path) if not PIN.fullmatch(line)] == []
 
 
-def test_what_is_locked_was_tested() -> None:
+def test_locked_versions_were_tested() -> None:
     assert pinned("torch") == [versions("torch")[-1]]
     assert set(pinned("transformers")) <= set(versions("transformers"))
     assert versions("transformers")[-1] in pinned("transformers")
@@ -47,7 +47,7 @@ def test_every_tested_release_is_locked_here_or_in_a_file_of_its_own() -> None:
     assert others == {f"transformers-{release}.txt": [release] for release in own}
 
 
-def test_torch_may_bring_the_libraries_of_its_own_build() -> None:
+def test_libraries_of_torch_are_not_locked() -> None:
     assert [line for line in lines(FOLDER / "lock.txt") if line.startswith(("nvidia", "cuda"))] == []
 
 

@@ -1,4 +1,4 @@
-"""``cache.memory()``: the bytes really allocated, the bits per element, and how both grow."""
+"""``cache.memory()``: the bytes that are allocated, the bits per element, and how both grow."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _UNCOUNTED = ("_references", "_free", "_starts")
 
 
 def _allocated(value: Any, seen: dict[int, int]) -> None:
-    """Collect the bytes of every tensor storage and array that ``value`` leads to, each once."""
+    """Collect the bytes of every tensor storage and array that ``value`` refers to, each once."""
     if isinstance(value, torch.Tensor):
         seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     elif isinstance(value, np.ndarray):
@@ -60,18 +60,18 @@ def _walk(storage: PagedStorage | None) -> int:
 @pytest.mark.parametrize("codec", ["none", "int3", "kvarn2", "turboquant1", "fp8"])
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "left-padded"])
 def test_total_is_what_is_allocated(model: PreTrainedModel, codec: str, padded: bool) -> None:
-    """Found by walking over every tensor and array that the storage holds."""
+    """The total is the sum over every tensor and array that the storage refers to."""
     cache = small_cache(model, codec)
     inputs = left_padded([prompt(33), prompt(140)]) if padded else prompt(140, 2)
     generate(model, inputs, cache, 6)
     assert_packed(cache)
     report = cache.memory()
     for layer, part in zip(cache.own_layers, report.layers, strict=True):
-        assert part.total == pytest.approx(_walk(layer.storage), abs=64 * 8)  # the row index of boolean masks
+        assert part.total == pytest.approx(_walk(layer.storage), abs=64 * 8)  # for the row index of boolean masks
     assert report.total == sum(part.total for part in report.layers) == sum(report.parts.values())
 
 
-#: Bits per element of a page of 16 tokens and 16 channels: code, and 16 bits for each scale, by hand.
+#: Bits per element of a page of 16 tokens and 16 channels, by hand: the code, and 16 bits for each scale.
 BITS = {
     "none": 32.0,
     "fp8": 8 + 16 / 16,  # a scale per token
@@ -87,7 +87,7 @@ BITS = {
 
 @pytest.mark.parametrize("codec", BITS)
 def test_bits_per_element(model: PreTrainedModel, codec: str) -> None:
-    """Codes and scales of the pages over the elements in them."""
+    """They are the bits of codes and scales divided by the elements of the pages."""
     cache = small_cache(model, codec)
     forward(model, prompt(100), cache)
     assert_packed(cache)
@@ -101,7 +101,7 @@ def test_bits_per_element(model: PreTrainedModel, codec: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
 def test_full_is_a_dynamic_cache(model: PreTrainedModel, family: str) -> None:
-    """What the report compares with is what DynamicCache holds for the same tokens, sliding layers included."""
+    """The report compares with the bytes of a DynamicCache for the same tokens, sliding layers included."""
     full, ours = full_cache(model), small_cache(model)
     for cache in (full, ours):
         forward(model, prompt(60, 2), cache)
@@ -113,7 +113,7 @@ def test_full_is_a_dynamic_cache(model: PreTrainedModel, family: str) -> None:
 
 
 def test_states_of_other_layers_count() -> None:
-    """The linear-attention states of a hybrid model are in the report."""
+    """The report includes the linear-attention states of a hybrid model."""
     from tests import families
 
     model = families.build("qwen3_next")
@@ -129,7 +129,7 @@ def test_states_of_other_layers_count() -> None:
 
 
 def test_ratio_at_long_context(model: PreTrainedModel) -> None:
-    """At 4,096 tokens, slack and all, 4 bits with scale and zero per 16 elements are little over 6/32 of float32."""
+    """At 4,096 tokens with slack, 4 bits with scale and zero per 16 elements take little more than 6/32 of float32."""
     cache = KVCache(model.config, "int4", page_size=16, tail_length=8)
     keys = torch.randn(1, 2, 4096, 16)
     for layer in range(2):
@@ -140,7 +140,7 @@ def test_ratio_at_long_context(model: PreTrainedModel) -> None:
 
 
 def test_grows_by_pages_only(model: PreTrainedModel) -> None:
-    """Away from page boundaries a token allocates nothing; at one it takes the bytes of the new pages."""
+    """A token allocates nothing, except at page boundaries, where it allocates the new pages."""
     cache = small_cache(model, "int4")
     forward(model, prompt(28), cache)
     totals, packed = [], []
@@ -152,7 +152,7 @@ def test_grows_by_pages_only(model: PreTrainedModel) -> None:
     growth = [b - a for a, b in pairwise(totals)]
     boundary = [b > a for a, b in pairwise(packed)]
     assert sum(boundary) == 6
-    # In the step after a boundary the new pages are read for the first time: an index of them is made and kept.
+    # The step after a boundary makes an index of the new pages, which are then read for the first time.
     quiet = [not (page or before) for page, before in zip(boundary, [True, *boundary], strict=False)]
     assert all(grown == 0 for grown, still in zip(growth, quiet, strict=True) if still)
     record = cache.layers[0].storage.layout.record_bytes
@@ -160,7 +160,7 @@ def test_grows_by_pages_only(model: PreTrainedModel) -> None:
 
 
 def test_reset_frees(model: PreTrainedModel) -> None:
-    """An empty cache holds nothing, before the first token and after a reset."""
+    """An empty cache holds no bytes, before the first token and after a reset."""
     cache = small_cache(model, "int4")
     assert cache.memory().total == 0
     forward(model, prompt(90), cache)
@@ -170,7 +170,7 @@ def test_reset_frees(model: PreTrainedModel) -> None:
 
 
 def test_printed(model: PreTrainedModel) -> None:
-    """The printed report names the parts, the total, the ratios and the bits."""
+    """The printed report lists the parts, the total, the ratios and the bits."""
     cache = small_cache(model, "int4")
     forward(model, prompt(90), cache)
     text = str(cache.memory())
@@ -182,7 +182,7 @@ def test_printed(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(("bits", "most"), [(4, 0.31), (3, 0.25), (2, 0.19)])
 @pytest.mark.parametrize("step", [8192, 1000], ids=["at once", "in blocks"])
 def test_share_of_a_bfloat16_cache(bits: int, most: float, step: int) -> None:
-    """At 8,192 tokens in bfloat16 and SmolLM2's shape, slack included, the default codecs keep to what is promised."""
+    """The sizes of the default codecs at 8,192 tokens in bfloat16 and SmolLM2's shape, slack included."""
     config = LlamaConfig(
         hidden_size=576, num_hidden_layers=1, num_attention_heads=9, num_key_value_heads=3, head_dim=64
     )

@@ -16,9 +16,9 @@ PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[
 import hf_kvcache
 from hf_kvcache.cli import main as cli
 from hf_kvcache.cli import models
-from hf_kvcache.lowrank import moments
+from hf_kvcache.lowrank import moment_collection
 
-with models._status("waiting"), moments._bar(8) as advance:
+with models._status("waiting"), moment_collection._bar(8) as advance:
     advance(8)
     print("waited")
 assert not MISSING & {name.split(".")[0] for name, module in sys.modules.items() if module is not None}

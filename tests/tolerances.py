@@ -1,4 +1,4 @@
-"""The one table of tolerances: how far a result may lie from its float64 reference, by its dtype."""
+"""The table of tolerances: how far a result may be from its float64 reference, by its dtype."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ TOLERANCES = {
     torch.bfloat16: Tolerance(3.2e-2, 1.6e-2),
 }
 
-#: For the CPU kernels' integer products, whose float side (scaled queries, weights) is split in 16 bits: each of its
-#: elements is off by up to 2^-16 of the largest. Over the 64 to 256 products with levels that make a score of normal
-#: vectors that is some 1e-4, by which a probability is then off in proportion, and outputs by as much of the values.
-#: The worst output of some 1700 calls was off by 1.4e-4.
+#: For the CPU kernels' integer products, whose float side (scaled queries, weights) is split in 16 bits. Each of its
+#: elements has an error of up to 2^-16 of the largest. A score of normal vectors sums 64 to 256 products with levels,
+#: so its error is some 1e-4, which is the relative error of a probability, and of the outputs in units of the values.
+#: The largest error of an output in some 1700 calls was 1.4e-4.
 SPLIT_IN_16_BITS = {
     "output": Tolerance(1e-5, 3e-4),
     "log_sum_exp": Tolerance(1e-5, 2.5e-4),
@@ -34,12 +34,12 @@ SPLIT_IN_16_BITS = {
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-    """Fail unless ``actual`` is ``expected`` within the tolerance of ``dtype`` (its own by default)."""
+    """Fail unless ``actual`` equals ``expected`` within the tolerance of ``dtype`` (its own by default)."""
     assert_within(actual, expected, TOLERANCES[dtype or actual.dtype])
 
 
 def assert_within(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> None:
-    """Fail unless ``actual`` is ``expected`` within a tolerance of one's own choice."""
+    """Fail unless ``actual`` equals ``expected`` within the ``tolerance``."""
     torch.testing.assert_close(
         actual.double(), expected.double(), rtol=tolerance.relative, atol=tolerance.absolute, equal_nan=False
     )

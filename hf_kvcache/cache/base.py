@@ -29,8 +29,7 @@ from hf_kvcache.integration.binding import bind as bind_config
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.lowrank.projection import LayerProjection
-from hf_kvcache.utils.checks import whole
-from hf_kvcache.utils.validation import given_only, refuse_unknown
+from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
 
 
 class KVCache(CacheContract):

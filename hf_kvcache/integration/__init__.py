@@ -1,1 +1,1 @@
-"""What the package knows of transformers' own code."""
+"""Everything that depends on transformers' own model code."""

@@ -1,7 +1,8 @@
-"""What the classes of a model do with a cache, read from their code: only the config is there when a cache is built.
+"""What the classes of a model do with a cache, read from their code, since a cache is built from a config alone.
 
-A model's modules are followed from the ``__init__`` of its class, by the names of the classes that it makes. Of a model
-that transformers does not know (code of its own beside its weights) nothing is found out, and nothing is refused.
+A model's modules are found from the ``__init__`` of its class, by the names of the classes that it uses. Nothing is
+found out about a model that transformers does not know (with code of its own beside its weights), and nothing is
+refused for it.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-#: The method of a cache that takes in keys and values.
+#: Name of the method by which a cache is given keys and values.
 _STORES = "update"
-#: What a module asks for the attention function that is set.
+#: Name of the registry in which a module looks up the attention function that is set.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _CACHE_ANNOTATION = re.compile(r"\bCache\b")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The classes of a model.
+    """The classes of a model's modules.
 
     Attributes:
         model: the model's own class.
-        storing: classes of its modules that hand keys and values to a cache.
-        outside: those of them that attend by themselves, not by the attention function that is set.
-        takes_cache: whether any of its classes takes a cache of transformers.
+        storing: classes of modules that give keys and values to a cache.
+        outside: classes among these that compute attention by themselves, not by the attention function that is set.
+        takes_cache: whether any class takes a cache of transformers.
     """
 
     model: type
@@ -51,14 +52,15 @@ def architecture(config: PreTrainedConfig) -> Architecture | None:
 
 
 def model_class(config: PreTrainedConfig) -> type | None:
-    """The class of models with this ``config``: with a language head where transformers says which one that is."""
+    """The class of models with this ``config``, with a language head where transformers names such a class."""
     from transformers.models.auto import modeling_auto
 
     for mapping in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_MAPPING):
         found = mapping.get(type(config), None)
         if found is not None:
             return found[0] if isinstance(found, (tuple, list)) else found
-    # Part of another model (the text part of many vision-language models): the largest class in the file beside it.
+    # The config is that of a part of another model, such as the text part of a vision-language model. Its class is the
+    # largest class with this config in the modeling file beside the config's.
     names = vars(sys.modules.get(_file_beside(type(config).__module__), object))
     own = [
         cls for cls in names.values() if isinstance(cls, type) and getattr(cls, "config_class", None) is type(config)
@@ -67,14 +69,14 @@ def model_class(config: PreTrainedConfig) -> type | None:
 
 
 def modeling_file(config: PreTrainedConfig) -> str:
-    """The module that models with this ``config`` are written in, which can be that of another family."""
+    """Name of the Python module that models with this ``config`` are written in; it can be one of another family."""
     model, config_class = model_class(config), cast(Any, type(config))
     return _file_beside(config_class) if model is None else model.__module__
 
 
 @cache
 def _file_beside(config_file: str) -> str:
-    """The modeling file that belongs to a config's file by its name."""
+    """Name of the modeling file that belongs to a config's file, by the names of both."""
     package, _, name = config_file.rpartition(".")
     file = f"{package}.{name.replace('configuration_', 'modeling_', 1)}"
     with suppress(ImportError):
@@ -83,12 +85,12 @@ def _file_beside(config_file: str) -> str:
 
 
 def recomputing(config: PreTrainedConfig) -> tuple[int, CodeType] | None:
-    """Where ``generate`` drops the cache of models with this ``config`` and reads everything again; None: nowhere.
+    """The length after which ``generate`` drops the cache of such models and reads everything again.
 
-    Phi-3 and its kin do it once the frequencies of their rotary embedding change with the length.
+    Phi-3 and related models do so when the frequencies of their rotary embedding change with the length.
 
     Returns:
-        The length behind which it happens, and the code that asks the cache for its length and then drops it.
+        The length, and the code that asks the cache for its length and then drops it; None where no cache is dropped.
     """
     name = "original_max_position_embeddings"
     limit, model = getattr(config, name, None), model_class(config)
@@ -111,7 +113,7 @@ def _read(model: Any) -> Architecture:
 
 @cache
 def _made_by(root: Any) -> tuple[type, ...]:
-    """``root`` and every class of modules that it, or one of these, makes in its ``__init__``."""
+    """``root``, the classes of modules that its ``__init__`` makes, the classes that these make, and so on."""
     found: dict[Any, None] = {root: None}
     waiting = [root]
     while waiting:
@@ -125,20 +127,20 @@ def _made_by(root: Any) -> tuple[type, ...]:
 
 
 def _classes(named: Any) -> list[type]:
-    """The class of modules that a global name stands for, or all of a table of them."""
+    """The class of modules that a global name stands for, or all classes of a table."""
     several = named.values() if isinstance(named, dict) else [named]
     return [cls for cls in several if isinstance(cls, type) and issubclass(cls, torch.nn.Module)]
 
 
 def _making(cls: type) -> Iterator[FunctionType]:
-    """The functions that make the modules of a ``cls``: its ``__init__`` and methods that this calls."""
+    """The functions that make the modules of a ``cls``: its ``__init__``, and the methods that ``__init__`` calls."""
     called = {name for function in _functions(cls, "__init__") for name in _names_in(function.__code__)}
     for name in ("__init__", *called):
         yield from _functions(cls, name)
 
 
 def _functions(cls: type, name: str | None = None) -> Iterator[FunctionType]:
-    """The methods of ``cls`` and its bases, or those of that ``name``; without torch's and PreTrainedModel's."""
+    """The methods of ``cls`` and its bases, except torch's and PreTrainedModel's; with ``name`` only those."""
     for base in cls.__mro__:
         if base.__module__.startswith("torch.") or base in PreTrainedModel.__mro__:
             continue

@@ -1,4 +1,4 @@
-"""Binding a model's config to the attention of this package, and remembering which one was set before."""
+"""Binding a model's config to the attention of this package, and remembering which implementation was set before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_kvcache.integration import mla
 #: The name under which the attention and mask functions are registered.
 IMPLEMENTATION = "hf_kvcache"
 _DEFAULT_PREVIOUS = "sdpa"
-#: Implementations whose masks are not tensors: their masks would not reach our attention in a form it can read.
+#: Implementations whose masks are not tensors, so that this package's attention could not read them.
 _UNREADABLE_MASKS = ("flex_attention",)
 
 
@@ -30,7 +30,7 @@ class _Bound(str):
         return bound
 
     def __eq__(self, other: object) -> bool:
-        # Models that ask for the implementation by name (Gemma 4, Falcon) are to decide as if they were not bound.
+        # Models that compare the implementation's name (Gemma 4, Falcon) behave as if they were not bound.
         return str.__eq__(self, other) or self.previous == other
 
     def __ne__(self, other: object) -> bool:
@@ -46,13 +46,13 @@ class _Bound(str):
 
 
 def bind(config: PreTrainedConfig) -> None:
-    """Make models with this ``config`` use the attention of this package; for other caches nothing changes.
+    """Make models with this ``config`` use the attention of this package. For other caches nothing changes.
 
     Args:
         config: the config object that the model holds (for vision-language models its text part).
 
     Raises:
-        ValueError: if the implementation set now builds masks that are not tensors (flex attention).
+        ValueError: if the current implementation builds masks that are not tensors (flex attention).
     """
     current = config._attn_implementation
     current = _DEFAULT_PREVIOUS if current is None else current
@@ -67,9 +67,9 @@ def bind(config: PreTrainedConfig) -> None:
 
 
 def unbind(config: PreTrainedConfig) -> None:
-    """Undo :func:`bind`: set the implementation that was set before. Caches in use go on with dense tensors.
+    """Undo :func:`bind`: set the implementation that was set before. Caches in use continue with dense tensors.
 
-    Latent-attention classes that no other bound model needs get their own ``expand_kv`` back.
+    Latent-attention classes get their own ``expand_kv`` back, unless another bound model needs them.
     """
     mla.unbind(config.get_text_config(decoder=True))
     if config._attn_implementation == IMPLEMENTATION:

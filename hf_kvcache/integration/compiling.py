@@ -1,4 +1,4 @@
-"""What ``torch.compile`` is to leave alone: the cache's own code, which is Python over packed memory."""
+"""Keeping the cache's own code, which is Python over packed memory, out of ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
-    """``function``, which breaks the graph of a compiled model and runs as it is.
+    """``function``, which breaks the graph of a compiled model and is not compiled itself.
 
-    ``torch.compiler.disable`` alone would cost a microsecond of eager code at every call. What is called once a layer
-    and token asks by itself, which costs less still.
+    ``torch.compiler.disable`` alone would cost a microsecond at every call of eager code. Functions that are called
+    once a layer and token ask ``is_dynamo_compiling`` themselves, which costs less still.
     """
     disabled = torch.compiler.disable(function)
 

@@ -1,10 +1,10 @@
-"""The output projection of an attention module, for policies that look at what a value does behind it."""
+"""The output projection of an attention module, for methods that weigh a value by its effect on the output."""
 
 from __future__ import annotations
 
 import torch
 
-#: What models call it.
+#: Names that models give the output projection.
 _NAMES = ("o_proj", "dense", "out_proj", "wo", "Wo", "c_proj")
 
 
@@ -12,13 +12,13 @@ def output_weight(module: torch.nn.Module | None, value_dim: int) -> torch.Tenso
     """The weight ``[hidden, Hq * Dv]`` of the projection behind the attention of ``module``.
 
     Raises:
-        ValueError: if the module is not known, or has no such projection with a plain weight.
+        ValueError: if the module is None, or has no output projection with a plain weight.
     """
     if module is not None:
         for name in _NAMES:
             weight = getattr(getattr(module, name, None), "weight", None)
             if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_floating_point():
-                # transformers' Conv1D (GPT-2) keeps its weight the other way round.
+                # transformers' Conv1D (GPT-2) stores its weight transposed.
                 weight = weight.T if type(getattr(module, name)).__name__ == "Conv1D" else weight
                 if weight.shape[1] % value_dim == 0:
                     return weight.detach()

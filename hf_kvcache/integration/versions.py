@@ -1,7 +1,7 @@
-"""What differs between the releases of transformers that this package supports; no other module lists such names.
+"""Differences between the releases of transformers that this package supports. No other module lists such names.
 
-Everything is found by asking transformers (a signature, an attribute), never by comparing version numbers, so that a
-release that nobody has tried yet is treated by what it does.
+Everything is found from signatures and attributes of transformers, never by comparing version numbers. So a release
+that was not tested is treated by what it does.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from transformers.utils.output_capturing import _active_collector as _collector
 #: The release that is installed.
 RELEASE: str = transformers.__version__
 
-#: What `generate` and the models have called the argument that takes a cache, the newest name first.
+#: Names that `generate` and the models have had for the argument that takes a cache, the newest first.
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
-#: What this release calls it: ``"cache"`` from 5.24 on, ``"past_key_values"`` before.
+#: The name in this release: ``"cache"`` from 5.24 on, ``"past_key_values"`` before.
 CACHE_ARGUMENT: str = next(name for name in _CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
 
 
 def cache_argument(model: Any) -> str:
     """The name under which a model's ``forward`` takes its cache.
 
-    A model from outside of transformers may still have an older name than the release's own models.
+    A model from outside of transformers may still use an older name than the release's own models.
     """
     return _cache_argument(type(model).forward)
 
@@ -43,21 +43,21 @@ def _cache_argument(forward: Callable[..., Any]) -> str:
 
 
 def with_cache(model: Any, held: Any) -> dict[str, Any]:
-    """The keyword argument that hands the cache ``held`` to a model: ``model(ids, **with_cache(model, held))``."""
+    """The keyword argument that gives a model the cache ``held``: ``model(ids, **with_cache(model, held))``."""
     return {cache_argument(model): held}
 
 
 def cache_of(output: Any) -> Any:
-    """The cache that a model's or ``generate``'s output carries; None if it carries none."""
+    """The cache in the output of a model or of ``generate``; None if there is none."""
     return getattr(output, CACHE_ARGUMENT, None)
 
 
-#: Types of layers whose cache takes a ``sliding_window``; of chunked attention it is the length of a chunk.
+#: Types of layers whose cache takes a ``sliding_window``. For chunked attention this is the length of a chunk.
 _WINDOWED = ("sliding_attention", "hybrid_sliding", "chunked_attention")
 
 
 def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
-    """Type and constructor arguments of each layer, as transformers' own caches would have them."""
+    """Type and constructor arguments of each layer, as transformers' own caches use them."""
     types, arguments = get_layer_types_and_kwargs(config)
     if isinstance(arguments, dict):  # before 5.19: one set of arguments for all layers
         arguments = [
@@ -77,20 +77,20 @@ _asked: WeakKeyDictionary[type, str] = WeakKeyDictionary()
 
 
 def ask_with_cache(module: Any, given: dict[str, Any], stand_in: Any, answer: type[BaseException]) -> None:
-    """Call ``module.forward`` with ``stand_in`` for its cache, by whatever name it takes one.
+    """Call ``module.forward`` with ``stand_in`` in place of its cache, whatever the parameter is called.
 
-    The parameter is found by trying: it is the one whose object's ``update`` is called.
+    The parameter is found by trying all candidates: it is the one whose object's ``update`` is called.
 
     Args:
         module: an attention module.
-        given: the other arguments, those that the module does not take included.
+        given: the other arguments; those that the module does not have are left out.
         stand_in: an object whose ``update`` raises ``answer``.
-        answer: which this function raises, as soon as a parameter is found.
+        answer: the exception that this function passes on when the parameter is found.
 
     Raises:
         RuntimeError: if the module calls ``update`` on none of its arguments.
     """
-    # Not by calling the module: hooks that watch it would see states that nobody sent.
+    # The module itself is not called: its hooks would see states that are not the model's.
     forward: Callable[..., Any] = module.forward
     takes = inspect.signature(forward).parameters
     arguments = {name: value for name, value in given.items() if name in takes}
@@ -101,7 +101,7 @@ def ask_with_cache(module: Any, given: dict[str, Any], stand_in: Any, answer: ty
         except answer:
             _asked[type(module)] = name
             raise
-        except Exception as error:  # a parameter that takes something else, or what else ails the module
+        except Exception as error:  # the parameter takes something else, or the module fails for another reason
             failed = failed or error
     if failed is not None:
         raise failed
@@ -109,7 +109,7 @@ def ask_with_cache(module: Any, given: dict[str, Any], stand_in: Any, answer: ty
 
 
 def _candidates(cls: type, takes: Any, arguments: dict[str, Any]) -> Iterator[str]:
-    """Parameters that may take the cache: the one found before, those with a name that one has had, all others."""
+    """Parameters that may take the cache: the one found before, or first those with known names, then all others."""
     if cls in _asked:
         yield _asked[cls]
         return

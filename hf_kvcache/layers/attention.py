@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.integration.attention_call import AttentionCall
-from hf_kvcache.integration.masks import Padding, check_hidden, padding_of, valid_in
+from hf_kvcache.integration.padding import Padding, check_hidden, padding_of, valid_in
 from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages
 from hf_kvcache.kernels.padding import NO_PADDING

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_kvcache.integration.masks import Padding
+from hf_kvcache.integration.padding import Padding
 from hf_kvcache.layers.base import KVCacheLayer
 
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 import torch
 
 from hf_kvcache.integration.attention_call import AttentionCall
+from hf_kvcache.integration.model_identity import check_weights
 from hf_kvcache.integration.rope import rope_of
 from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.options import LayerOptions
-from hf_kvcache.lowrank.attention import HeadMaps, attend_latents, attend_tiles
-from hf_kvcache.lowrank.encoder import ProjectingEncoder
-from hf_kvcache.lowrank.identity import check_weights
-from hf_kvcache.lowrank.pre_rope_storage import UnrotatedStorage
+from hf_kvcache.lowrank.attention import HeadMaps, attend_coefficients, attend_tiles
+from hf_kvcache.lowrank.encoder import LowRankEncoder
+from hf_kvcache.lowrank.pre_rope_storage import PreRopeStorage
 from hf_kvcache.lowrank.projection import LayerProjection
 from hf_kvcache.storage import PagedStorage
 
@@ -50,7 +50,7 @@ class LowRankLayer(KVCacheLayer):
         """As :meth:`KVCacheLayer.make_storage`; raises ValueError for tensors that the projection is not for."""
         options = self.options
         projection = _on_device(self.projection, key_states.device)
-        encoder = ProjectingEncoder(options.codec, projection, options.page_size, key_states.dtype)
+        encoder = LowRankEncoder(options.codec, projection, options.page_size, key_states.dtype)
         shape = key_states.shape[1], {"keys": key_states.shape[3], "values": value_states.shape[3]}
         if shape != (projection.heads, encoder.widths):
             raise ValueError(
@@ -58,7 +58,7 @@ class LowRankLayer(KVCacheLayer):
                 f"{projection.heads} of widths {encoder.widths}. Use a projection calibrated on the model that runs."
             )
         self._maps = HeadMaps.of(projection)
-        storage = UnrotatedStorage if projection.before_rope else PagedStorage
+        storage = PreRopeStorage if projection.before_rope else PagedStorage
         return storage(encoder, key_states, value_states, sink_length, options.tail_length, spare)
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -86,11 +86,11 @@ class LowRankLayer(KVCacheLayer):
         shifted_cap = scoring.softcap is not None and maps.key_mean is not None
         if self.projection.before_rope or shifted_cap or sums:
             return attend_tiles(query, pages, dense, visibility, scoring, maps, storage, sums)
-        return attend_latents(query, pages, dense, visibility, scoring, maps)
+        return attend_coefficients(query, pages, dense, visibility, scoring, maps)
 
     def flush(self) -> None:
         new, storage = self._new, self.storage
-        if new is not None and isinstance(storage, UnrotatedStorage):
+        if new is not None and isinstance(storage, PreRopeStorage):
             real = new.length if new.valid is None else new.valid.sum(1)
             if (storage.due(storage.dense.lengths + (0 if new.stored else real)) > 0).any():
                 storage.known_rope()  # raises now what packing would raise midway
@@ -100,9 +100,9 @@ class LowRankLayer(KVCacheLayer):
     def _know_module(self, module: torch.nn.Module | None) -> None:
         storage = self.storage
         if not self._recognised and module is not None and self.projection.weights is not None:
-            check_weights(module, self.index, self.projection.weights)
+            check_weights("projection", self.projection.weights, module, self.index)
             self._recognised = True
-        if module is None or not isinstance(storage, UnrotatedStorage) or storage.rope is not None:
+        if module is None or not isinstance(storage, PreRopeStorage) or storage.rope is not None:
             return
         try:
             storage.rope = rope_of(module)

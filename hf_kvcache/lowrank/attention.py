@@ -1,9 +1,9 @@
-"""Attention over pages of latents and full-precision tokens.
+"""Attention over pages of low-rank coefficients and full-precision tokens.
 
-With ``x = latent up + mean``, a score ``q . x`` is ``(q up^T) . latent + q . mean``, and an average of values is that
-of their latents, times ``up``, plus ``mean``: the query is projected once and the output un-projected once, and nothing
-is done per cached token. Where that does not hold (keys from before their rotary embedding; a mean under soft-capping),
-keys are decoded a tile of pages at a time.
+With ``x = coefficients up + mean``, a score ``q . x`` is ``(q up^T) . coefficients + q . mean``. An average of values
+is the average of their coefficients, times ``up``, plus ``mean``. So the query is projected once, the output is
+projected back once, and no cached token needs any computation of its own. Where that does not hold (keys stored before
+their rotary embedding, or a mean under soft-capping), keys are decoded a tile of pages at a time.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from hf_kvcache.storage import PagedStorage
 
 @dataclass(frozen=True)
 class HeadMaps:
-    """A layer's projection head by head, as reading takes it; all float32.
+    """A layer's projection as one map per head, in the form that attention needs; all float32.
 
     Attributes:
-        query: ``[Hkv, Dk, rk]``, takes queries to where their scores with latents are those with keys.
-        output: ``[Hkv, rv, Dv]``, takes sums of latents to sums of values.
+        query: ``[Hkv, Dk, rk]``, maps queries so that their scores with coefficients are their scores with keys.
+        output: ``[Hkv, rv, Dv]``, maps sums of coefficients to sums of values.
         key_mean: ``[Hkv, Dk, 1]``, or None.
         value_mean: ``[Hkv, 1, Dv]``, or None.
-        groups: latents of a token.
+        groups: number of groups of heads that share coefficients.
     """
 
     query: torch.Tensor
@@ -44,7 +44,7 @@ class HeadMaps:
 
     @classmethod
     def of(cls, projection: LayerProjection) -> HeadMaps:
-        """The maps of a layer's heads, which may share latents."""
+        """The maps of a layer's heads, which may share coefficients."""
         group = projection.heads // projection.groups
         keys, values = (side.up.unflatten(2, (group, -1)) for side in (projection.keys, projection.values))
         key_mean, value_mean = (
@@ -59,13 +59,16 @@ class HeadMaps:
             groups=projection.groups,
         )
 
-    def values(self, latents: torch.Tensor) -> torch.Tensor:
-        """Sums of latents, their weights adding up to 1, ``[B, Hkv, M, rv]``, as sums of values ``[B, Hkv, M, Dv]``."""
-        values = latents @ self.output
+    def values(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of values ``[B, Hkv, M, Dv]`` from those of coefficients ``[B, Hkv, M, rv]``.
+
+        The weights of each sum add up to 1.
+        """
+        values = coefficients @ self.output
         return values if self.value_mean is None else values + self.value_mean
 
 
-def attend_latents(
+def attend_coefficients(
     query: torch.Tensor,
     pages: Pages,
     dense: DenseTokens,
@@ -73,30 +76,30 @@ def attend_latents(
     scoring: Scoring,
     maps: HeadMaps,
 ) -> Attention:
-    """Attention over pages in the width of the latents, merged with that over full-precision tokens.
+    """Attention over pages in the width of the coefficients, merged with attention over full-precision tokens.
 
     Args:
         query: ``[B, Hq, q, Dk]``.
-        pages: latents; a row is what some heads of a sequence share.
+        pages: pages of coefficients; a row of the table belongs to the heads of a sequence that share coefficients.
         dense: the full-precision tokens, in the model's basis.
         visibility: what the queries may see.
         scoring: how scores are made; without soft-capping, if keys have a mean.
-        maps: the bases.
+        maps: the layer's maps.
     """
-    # The CPU's kernels take queries in float32 anyway: so nothing is rounded between the steps.
+    # The CPU's kernels convert queries to float32 anyway. Converted here, nothing is rounded between the steps.
     wide = query.float() if query.device.type == "cpu" else query
-    loose = attend(wide, None, dense, visibility, scoring)
+    dense_part = attend(wide, None, dense, visibility, scoring)
     per_head = wide.detach().unflatten(1, (len(maps.query), -1)).flatten(2, 3).float()
-    latent = (per_head @ maps.query).view(*query.shape[:3], -1).to(wide.dtype)
-    # Sink logits are in the softmax's denominator once: with the full-precision tokens.
-    packed = attend(latent, pages, _no_tokens(latent, pages), visibility, replace(scoring, sink_logits=None))
+    projected = (per_head @ maps.query).view(*query.shape[:3], -1).to(wide.dtype)
+    # Sink logits enter the softmax's denominator once, with the full-precision tokens.
+    packed = attend(projected, pages, _no_tokens(projected, pages), visibility, replace(scoring, sink_logits=None))
     log_sum_exp = packed.log_sum_exp
     if maps.key_mean is not None:
         log_sum_exp = log_sum_exp + (per_head @ maps.key_mean).view(log_sum_exp.shape) * scoring.scaling
     sums = packed.output.transpose(1, 2).unflatten(1, (len(maps.query), -1)).flatten(2, 3)
     values = maps.values(sums.float()).view(*query.shape[:3], -1).transpose(1, 2)
     output, total = merge(
-        (values, log_sum_exp.transpose(1, 2)), (loose.output.float(), loose.log_sum_exp.transpose(1, 2))
+        (values, log_sum_exp.transpose(1, 2)), (dense_part.output.float(), dense_part.log_sum_exp.transpose(1, 2))
     )
     return Attention(output.to(query.dtype), total.transpose(1, 2))
 
@@ -111,10 +114,10 @@ def attend_tiles(
     storage: PagedStorage,
     sums: bool = False,
 ) -> Attention:
-    """Attention over keys that ``storage`` decodes from its ``pages``, a tile at a time, and over latents of values.
+    """Attention over keys that ``storage`` decodes from its ``pages`` a tile at a time, and coefficients of values.
 
-    The other arguments are those of :func:`attend_latents`; any scoring will do. With ``sums`` the probability of each
-    key is returned as well.
+    The other arguments are those of :func:`attend_coefficients`; any scoring is accepted. With ``sums`` the probability
+    of each key is returned as well.
     """
 
     def read_pages(
@@ -163,12 +166,12 @@ def _read_tiles(
     if kept_scores is not None and kept is not None:
         kept_scores += [scores.view(*rows.shape[:2], -1) for scores in kept]
     sums, log_sum_exp = state.result()
-    latents = rotate(sums, layout.sides["values"], inverse=True).view(-1, heads, per_head, sums.shape[-1])
-    return maps.values(latents).flatten(0, 1), log_sum_exp.view(rows.shape[:2])
+    coefficients = rotate(sums, layout.sides["values"], inverse=True).view(-1, heads, per_head, sums.shape[-1])
+    return maps.values(coefficients).flatten(0, 1), log_sum_exp.view(rows.shape[:2])
 
 
-def _no_tokens(latent: torch.Tensor, pages: Pages) -> DenseTokens:
-    """No full-precision tokens, in the widths of the latents."""
+def _no_tokens(query: torch.Tensor, pages: Pages) -> DenseTokens:
+    """No full-precision tokens, in the widths of the coefficients."""
     return DenseTokens(
-        *(latent.new_empty(len(latent), pages.heads, 0, pages.layout.sides[s].dim) for s in ("keys", "values"))
+        *(query.new_empty(len(query), pages.heads, 0, pages.layout.sides[s].dim) for s in ("keys", "values"))
     )

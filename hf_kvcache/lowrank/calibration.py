@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hf_kvcache.lowrank.identity import identity
+from hf_kvcache.integration.model_identity import model_identity
 from hf_kvcache.lowrank.methods import Method, resolve
-from hf_kvcache.lowrank.moments import Moments, collect
+from hf_kvcache.lowrank.moment_collection import collect
+from hf_kvcache.lowrank.moments import Moments
 from hf_kvcache.lowrank.projection import Projection
 
 
@@ -30,25 +31,25 @@ def calibrate(
         texts: of the kind that the model will read, from the first one on until there are enough tokens.
         tokenizer: the model's.
         method: a registered name (``"balanced"``, ``"kq_svd"``, ``"oscar"``, ``"palu"``, ``"svd"``), or a ready method.
-        tokens: how many are read.
-        length: tokens that are read at a time.
-        sinks: first tokens of each chunk that do not count; see :func:`~hf_kvcache.lowrank.moments.collect`.
-        names: of the texts, kept in the file.
-        progress: draw a bar on stderr.
-        **options: of the method: ``group``, ``before_rope``, ``center``.
+        tokens: number of tokens that are read.
+        length: number of tokens that are read at a time.
+        sinks: first tokens of each chunk that do not count; see :func:`~hf_kvcache.lowrank.moment_collection.collect`.
+        names: names of the texts, which are saved with the bases.
+        progress: show a progress bar on stderr.
+        **options: options of the method: ``group``, ``before_rope``, ``center``.
 
     Raises:
         ValueError: for a method, an option or a number that is not accepted, texts without tokens, or a model without
             layers that cache keys and values.
     """
     solver = resolve(method, **options)
-    solver.beside(identity(model.config)["key_value_heads"])
-    moments = collect(model, texts, tokenizer, tokens, length, sinks, solver.most, progress)
+    solver.group_size(model_identity(model.config)["key_value_heads"])
+    moments = collect(model, texts, tokenizer, tokens, length, sinks, solver.largest_group, progress)
     return solve(moments, solver, names)
 
 
 def solve(moments: Moments, method: str | Method, names: Sequence[str] = (), **options: Any) -> Projection:
-    """The bases of a method from moments that are there already; arguments as for :func:`calibrate`."""
+    """The bases of a method from moments that were measured before; the arguments are those of :func:`calibrate`."""
     solver = resolve(method, **options)
     return Projection(
         bases={index: solver.solve(layer) for index, layer in moments.layers.items()},

@@ -1,4 +1,4 @@
-"""What queries ask of keys before their rotary embedding."""
+"""Second moments of queries as keys before their rotary embedding see them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import torch
 from hf_kvcache.integration.rope import LayerRope
 
 
-def over_distances(second: torch.Tensor, rope: LayerRope, length: int) -> torch.Tensor:
-    """Second moments of queries as keys of all distances see them.
+def average_over_distances(second: torch.Tensor, rope: LayerRope, length: int) -> torch.Tensor:
+    """The average of the queries' second moments over their distances from the keys.
 
-    A query ``d`` tokens behind a key scores it with ``(R^d q) . k``, both before their rotary embedding. So an error of
-    ``k`` costs, on average over the distances, ``E[R^d Sq R^-d]``. In a text of ``length`` tokens there are
-    ``length - d`` pairs at distance ``d``.
+    A query ``d`` tokens behind a key has the score ``(R^d q) . k``, with both before their rotary embedding. So the
+    metric of an error of ``k`` is ``E[R^d Sq R^-d]``, on average over the distances. In a text of ``length`` tokens
+    there are ``length - d`` pairs at distance ``d``.
 
     Args:
-        second: float64 ``[H, D, D]``, of the queries before their rotary embedding.
-        rope: of the layer.
-        length: distances are below it.
+        second: float64 ``[H, D, D]``, second moments of the queries before their rotary embedding.
+        rope: the rotary embedding of the layer.
+        length: distances are below this number.
 
     Returns:
         Float64 ``[H, D, D]``.

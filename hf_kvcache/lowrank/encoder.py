@@ -1,4 +1,4 @@
-"""Page records of latents: keys and values in a calibrated basis, then whatever codec rounds them."""
+"""Page records of low-rank coefficients: keys and values in a calibrated basis, packed by any codec."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.lowrank.projection import LayerProjection, SideProjection
 
 
-class ProjectingEncoder(PageEncoder):
-    """A codec for the latents of keys and values; the codec sees vectors of a latent's width.
+class LowRankEncoder(PageEncoder):
+    """Projects keys and values and packs the coefficients; the codec sees vectors whose width is the rank.
 
     Args:
-        codec: how latents are stored.
+        codec: how coefficients are stored.
         projection: the bases, on the device of the pages.
         page_size: tokens a page holds.
         dtype: dtype of the model's keys and values.
 
     Raises:
-        ValueError: if the codec cannot store latents of that width.
+        ValueError: if the codec cannot store vectors of that width.
     """
 
     def __init__(self, codec: Codec, projection: LayerProjection, page_size: int, dtype: torch.dtype) -> None:
@@ -35,8 +35,8 @@ class ProjectingEncoder(PageEncoder):
         return {side: getattr(self.projection, side).down.shape[1] // self.group for side in ("keys", "values")}
 
     def key_mean_of(self, mean: torch.Tensor) -> torch.Tensor:
-        latent = self._project(self.projection.keys, mean.flatten(0, 1).unsqueeze(1))
-        return super().key_mean_of(latent.view(mean.shape[0], self.projection.groups, -1))
+        coefficients = self._project(self.projection.keys, mean.flatten(0, 1).unsqueeze(1))
+        return super().key_mean_of(coefficients.view(mean.shape[0], self.projection.groups, -1))
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None) -> torch.Tensor:
         projection = self.projection
@@ -46,14 +46,17 @@ class ProjectingEncoder(PageEncoder):
         self, side: str, records: torch.Tensor, key_mean: torch.Tensor | None, out: torch.Tensor
     ) -> torch.Tensor:
         projection: SideProjection = getattr(self.projection, side)
-        latents = super().decode(side, records, key_mean, out).unflatten(0, (-1, self.projection.groups))
-        vectors = latents @ projection.up
+        coefficients = super().decode(side, records, key_mean, out).unflatten(0, (-1, self.projection.groups))
+        vectors = coefficients @ projection.up
         if projection.mean is not None:
             vectors += projection.mean.unsqueeze(1)
         return vectors.unflatten(3, (self.group, -1)).transpose(2, 3).flatten(0, 2)
 
     def _project(self, projection: SideProjection, x: torch.Tensor) -> torch.Tensor:
-        """``x [N, P, D]``, the KV heads of a sequence side by side, as latents ``[N / group, P, r]``, float32."""
+        """Coefficients ``[N / group, P, r]``, float32, of ``x [N, P, D]``.
+
+        The KV heads of a sequence are neighbours in ``x``.
+        """
         together = x.float().unflatten(0, (-1, self.projection.groups, self.group)).transpose(2, 3).flatten(3)
         if projection.mean is not None:
             together = together - projection.mean.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""A storage whose pages hold keys as they were before their rotary embedding."""
+"""A storage whose pages hold keys as they are before their rotary embedding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces, padding_by_seq
 from hf_kvcache.storage.paged import PagedStorage
 
 
-class UnrotatedStorage(PagedStorage):
-    """Keys are un-rotated when they are packed and rotated when they are read; in full precision they stay as they are.
+class PreRopeStorage(PagedStorage):
+    """Rotates keys back when they are packed, and forward when they are read. Full-precision keys stay as they are.
 
-    A key's rotary position is the number of real tokens before it, as ``generate`` counts them: padding has none.
+    A key's rotary position is the number of non-padding tokens before it, as ``generate`` counts them.
 
     Attributes:
         rope: the layer's rotary embedding; None as long as it is not known, and nothing can be packed.

@@ -1,4 +1,4 @@
-"""The bases in which the layers of a model store keys and values."""
+"""The bases in which the layers of a model store keys and values, and the file that holds them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hf_kvcache.integration.recording import check_model, load_file
-from hf_kvcache.lowrank.identity import identity
+from hf_kvcache.integration.model_identity import check_identity
+from hf_kvcache.lowrank.basis import LayerBasis, SideBasis
 from hf_kvcache.lowrank.ranks import Spread, choose_ranks
+from hf_kvcache.utils.safetensors import load_file
 
 _FORMAT = "hf_kvcache projection 1"
 _SIDES = ("keys", "values")
+#: The method whose files, before they said so themselves, meant bases with a Hadamard matrix after the cut.
+_ALWAYS_HADAMARD = "oscar"
 
 
 @dataclass(frozen=True)
 class SideProjection:
-    """Keys or values of one layer as latents: ``latent = (x - mean) @ down``, ``x ~ mean + latent @ up``.
+    """Keys or values of one layer as low-rank coefficients.
 
-    ``g`` neighbouring KV heads share a latent: ``x`` is their vectors side by side. With ``g = 1`` each head has one of
-    its own.
+    ``coefficients = (x - mean) @ down``, and ``x ~ mean + coefficients @ up``. The vectors of ``g`` neighbouring KV
+    heads, side by side, are one ``x``. With ``g = 1`` each head has coefficients of its own.
 
     Attributes:
         down: float32 ``[G, g * D, r]``, ``G = Hkv / g``.
         up: float32 ``[G, r, g * D]``.
-        mean: float32 ``[G, g * D]``, what is taken out first; None for nothing.
+        mean: float32 ``[G, g * D]``, what is subtracted first; None for nothing.
     """
 
     down: torch.Tensor
@@ -38,8 +41,13 @@ class SideProjection:
 
     @property
     def rank(self) -> int:
-        """Width of a latent."""
+        """Number of coefficients, ``r``."""
         return self.down.shape[2]
+
+    @classmethod
+    def of(cls, basis: SideBasis, rank: int, hadamard: bool) -> SideProjection:
+        """``basis`` cut to ``rank``; see :meth:`~hf_kvcache.lowrank.basis.SideBasis.cut`."""
+        return cls(*basis.cut(rank, hadamard), basis.mean)
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,11 @@ class LayerProjection:
     """How one layer's keys and values are stored.
 
     Attributes:
-        keys: of the keys.
-        values: of the values.
-        heads: number of KV heads, ``Hkv``; the same number of them share a latent on both sides.
+        keys: projection of the keys.
+        values: projection of the values.
+        heads: number of KV heads, ``Hkv``. Keys and values have the same number of heads per group.
         before_rope: whether the basis is one of keys before their rotary embedding.
-        weights: some numbers of the layer's weights, to know the model by; None where there are none.
+        weights: samples of the layer's weights, by which the model is recognized; None where there are none.
     """
 
     keys: SideProjection
@@ -62,70 +70,23 @@ class LayerProjection:
 
     @property
     def groups(self) -> int:
-        """Latents of a token, ``G``."""
+        """Number of groups of heads, ``G``, each of which has coefficients of its own."""
         return self.keys.down.shape[0]
 
 
 @dataclass(frozen=True)
-class SideBasis:
-    """All directions of the keys or values of one layer: ``x = mean + ((x - mean) @ down) @ up``.
-
-    Attributes:
-        down: float32 ``[G, W, W]``, ``W = g * D``, the most important direction first.
-        up: float32 ``[G, W, W]``, its inverse.
-        energy: float32 ``[G, W]``, the error that dropping a direction causes, as a share of what dropping all of the
-            layer's would.
-        mean: float32 ``[G, W]``, or None.
-    """
-
-    down: torch.Tensor
-    up: torch.Tensor
-    energy: torch.Tensor
-    mean: torch.Tensor | None = None
-
-    @property
-    def width(self) -> int:
-        """Number of directions, ``W``."""
-        return self.down.shape[2]
-
-    def cut(self, rank: int) -> SideProjection:
-        """The first ``rank`` directions."""
-        return SideProjection(self.down[:, :, :rank].contiguous(), self.up[:, :rank].contiguous(), self.mean)
-
-
-@dataclass(frozen=True)
-class LayerBasis:
-    """The bases of one layer.
-
-    Attributes:
-        keys: of the keys.
-        values: of the values.
-        heads: KV heads.
-        before_rope: whether the keys' basis is one of keys before their rotary embedding.
-        score: mean squared error of the scores, scaled as softmax sees them, per unit of the keys' energy. Where the
-            energies are errors of scores it is the mean squared score; elsewhere it is measured at half of the width.
-    """
-
-    keys: SideBasis
-    values: SideBasis
-    heads: int
-    before_rope: bool = False
-    score: float = 1.0
-
-
-@dataclass(frozen=True)
 class Projection:
-    """What a calibration has found: the bases of a model's layers, to be cut to any rank.
+    """The result of a calibration: the bases of a model's layers, which can be cut to any rank.
 
     Attributes:
         bases: by index of the layer; only layers that cache keys and values.
-        method: by which they were solved for.
+        method: name of the method that solved for them.
         options: of the method.
-        fingerprint: of the model's config.
-        weights: some numbers of the model's weights by layer, which are compared when the cache is first used; without
-            the layers where they were not at hand.
-        texts: names of what the model read.
-        tokens: how many counted.
+        fingerprint: what the model's config says of the model.
+        weights: samples of the model's weights by layer, which are compared when the cache is first used. Layers whose
+            weights were not loaded are left out.
+        texts: names of the texts that the model read.
+        tokens: number of tokens that were counted.
     """
 
     bases: dict[int, LayerBasis] = field(repr=False)
@@ -139,24 +100,21 @@ class Projection:
     def layers(
         self, rank: int | None = None, ratio: float | None = None, spread: Spread = "energy"
     ) -> dict[int, LayerProjection]:
-        """The bases cut to ranks that are multiples of 8, as many bits are packed.
+        """The bases cut to ranks that are multiples of 8, since codes are packed in whole bytes.
 
         Args:
-            rank: width of a latent per KV head, on average over layers, keys and values.
+            rank: coefficients per KV head, on average over layers, keys and values.
             ratio: the same as a share of the full width, above 0 and up to 1.
-            spread: ``"energy"`` gives layers and sides the ranks that lose least, ``"uniform"`` all the same.
+            spread: ``"energy"`` gives layers and sides the ranks that lose least, ``"uniform"`` the same to all.
 
         Raises:
             ValueError: unless there is either a rank or a ratio, within its range.
         """
-        from hf_kvcache.lowrank.methods import resolve  # solves for bases, and so imports this file
-
-        method = resolve(self.method, **self.options)
         ranks = choose_ranks(self.bases, rank, ratio, spread)
         return {
             index: LayerProjection(
-                method.finish(basis.keys.cut(ranks[index].keys)),
-                method.finish(basis.values.cut(ranks[index].values)),
+                SideProjection.of(basis.keys, ranks[index].keys, basis.hadamard),
+                SideProjection.of(basis.values, ranks[index].values, basis.hadamard),
                 basis.heads,
                 basis.before_rope,
                 self.weights.get(index),
@@ -173,7 +131,7 @@ class Projection:
 
     def check(self, config: Any) -> None:
         """Raise a ValueError unless a model with this config is of the kind that was calibrated."""
-        check_model("projection", self.fingerprint, identity(config))
+        check_identity("projection", self.fingerprint, config)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
@@ -186,30 +144,42 @@ class Projection:
                         tensors[f"{index}.{side}.{name}"] = part.clone(memory_format=torch.contiguous_format)
         about = {name: getattr(self, name) for name in ("method", "options", "fingerprint", "weights", "tokens")}
         about["texts"] = list(self.texts)
-        about["layers"] = {index: [basis.heads, basis.before_rope, basis.score] for index, basis in self.bases.items()}
+        about["layers"] = {
+            index: [basis.heads, basis.before_rope, basis.score, basis.hadamard] for index, basis in self.bases.items()
+        }
         save_file(tensors, path, {"format": _FORMAT, "about": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> Projection:
-        """Read what :meth:`save` has written.
+        """Read a file that :meth:`save` has written.
 
         Raises:
-            ValueError: if the file is missing, is none of these, or lacks a part.
+            ValueError: if the file is missing, is of another kind, or lacks a part.
         """
         accepted = "bases; accepted: what Projection.save() and `hf-kvcache calibrate` write"
         tensors, known = load_file(path, "projection", _FORMAT, accepted)
         try:
             about = json.loads(known["about"])
             bases = {
-                int(index): LayerBasis(_side(tensors, f"{index}.keys"), _side(tensors, f"{index}.values"), *others)
-                for index, others in about.pop("layers").items()
+                int(index): _layer(tensors, index, settings, about["method"])
+                for index, settings in about.pop("layers").items()
             }
-            # Files of before have a hash here, which other dtypes of the same weights do not have.
+            # Earlier files have a hash here. It would not match the same weights in another dtype, so it is dropped.
             weights = about.pop("weights") or {}
-            sketch = {} if isinstance(weights, str) else {int(index): part for index, part in weights.items()}
-            return cls(bases, weights=sketch, **about)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            samples = {} if isinstance(weights, str) else {int(index): part for index, part in weights.items()}
+            return cls(bases, weights=samples, **about)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"projection={str(path)!r} is damaged: {error}") from error
+
+
+def _layer(tensors: dict[str, torch.Tensor], index: str, settings: list[Any], method: str) -> LayerBasis:
+    """The basis of one layer from a file, with what the file says beside the tensors."""
+    heads, before_rope, score, *hadamard = settings
+    # Earlier files do not have the fourth setting.
+    mixed = hadamard[0] if hadamard else method == _ALWAYS_HADAMARD
+    return LayerBasis(
+        _side(tensors, f"{index}.keys"), _side(tensors, f"{index}.values"), heads, before_rope, score, mixed
+    )
 
 
 def _side(tensors: dict[str, torch.Tensor], prefix: str) -> SideBasis:

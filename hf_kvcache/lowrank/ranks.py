@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
-if TYPE_CHECKING:
-    from hf_kvcache.lowrank.projection import LayerBasis, SideBasis
+from hf_kvcache.lowrank.basis import LayerBasis, SideBasis
+from hf_kvcache.utils.validation import one_of
 
 Spread = Literal["energy", "uniform"]
 
 #: Ranks are multiples of this: codes of any number of bits then fill whole bytes.
 STEP = 8
 
-
-#: What the squared error of a score counts for beside that of a value as a share of its square. Measured: at half of
-#: the width, SmolLM2's predictions have the least KL divergence about here.
+#: Weight of the squared error of a score, beside the squared error of a value as a share of its square. Measured: at
+#: half of the width, SmolLM2's predictions have the least KL divergence at about this weight.
 SCORE_WEIGHT = 0.3
 
 
 class LayerRanks(NamedTuple):
-    """Widths of a layer's latents."""
+    """Ranks of a layer's keys and values."""
 
     keys: int
     values: int
@@ -30,28 +29,27 @@ class LayerRanks(NamedTuple):
 def choose_ranks(
     bases: Mapping[int, LayerBasis], rank: int | None = None, ratio: float | None = None, spread: Spread = "energy"
 ) -> dict[int, LayerRanks]:
-    """Ranks of all layers, multiples of 8 from 8 up to the width, which together hold no more than was asked for.
+    """Ranks of all layers, multiples of 8 from 8 up to the width, which together are no more than was asked for.
 
     Args:
         bases: by index of the layer.
-        rank: numbers per token, KV head and side, on average.
+        rank: coefficients per token, KV head and side, on average.
         ratio: the same as a share of the full width.
-        spread: ``"uniform"``: every layer and side has the same share. ``"energy"``: 8 directions at a time, where they
-            save the most per number held: of the values' squared error as a share of their squares, and of the
-            scores' squared error times :data:`SCORE_WEIGHT`.
+        spread: ``"uniform"`` gives every layer and side the same share. ``"energy"`` gives out 8 directions at a time,
+            to the side where they save the most error per number stored. The error is the values' squared error as a
+            share of their squares, and the scores' squared error times :data:`SCORE_WEIGHT`.
 
     Raises:
         ValueError: unless there is either a rank or a ratio, within its range, or for another spread.
     """
-    if spread not in get_args(Spread):
-        raise ValueError(f"spread={spread!r}; accepted: {', '.join(get_args(Spread))}")
+    one_of("spread", spread, get_args(Spread))
     sides = [_Side(index, name, basis, getattr(basis, name)) for index, basis in bases.items() for name in _NAMES]
     ratios = _ratios(sides, rank, ratio)
     if spread == "uniform":
         for side, share in zip(sides, ratios, strict=True):
-            side.rank = _floor(share * side.basis.width)
+            side.rank = _round_down(share * side.basis.width)
     else:
-        _spread(sides, sum(share * side.full for side, share in zip(sides, ratios, strict=True)))
+        _give_by_energy(sides, sum(share * side.full for side, share in zip(sides, ratios, strict=True)))
     found = {(side.index, side.name): side.rank for side in sides}
     return {index: LayerRanks(*(found[index, name] for name in _NAMES)) for index in bases}
 
@@ -60,22 +58,22 @@ _NAMES = ("keys", "values")
 
 
 class _Side:
-    """One side of one layer while ranks are handed out."""
+    """One side of one layer while ranks are given out."""
 
     def __init__(self, index: int, name: str, layer: LayerBasis, basis: SideBasis) -> None:
         self.index, self.name, self.basis = index, name, basis
-        self.latents = basis.down.shape[0]
-        self.head_dim = basis.width * self.latents // layer.heads
-        self.full = self.latents * basis.width
+        self.groups = basis.down.shape[0]
+        self.head_dim = basis.width * self.groups // layer.heads
+        self.full = self.groups * basis.width
         self.rank = STEP
         steps = basis.width // STEP
         saved = basis.energy.sum(0)[: steps * STEP].reshape(steps, STEP).sum(1)
         weight = SCORE_WEIGHT * layer.score if name == "keys" else 1.0
-        self.saved = (weight * saved / (STEP * self.latents)).tolist()
+        self.saved = (weight * saved / (STEP * self.groups)).tolist()
 
     @property
     def gain(self) -> float | None:
-        """Error that the next directions save per number held; None if there are none."""
+        """Error that the next directions save per number stored; None if there are no more."""
         step = self.rank // STEP
         return self.saved[step] if step < len(self.saved) else None
 
@@ -97,23 +95,24 @@ def _ratios(sides: list[_Side], rank: int | None, ratio: float | None) -> list[f
     return [float(ratio)] * len(sides)
 
 
-def _spread(sides: list[_Side], budget: float) -> None:
-    """Hand out ranks one step at a time to whoever gains most, as long as ``budget`` numbers per token are not full."""
-    left = budget - sum(side.latents * STEP for side in sides)
-    # The place in the list breaks ties, so that the outcome does not depend on the order of comparison.
-    waiting = [(-side.gain, place) for place, side in enumerate(sides) if side.gain is not None]
+def _give_by_energy(sides: list[_Side], budget: float) -> None:
+    """Give ranks one step at a time to the side that gains most, up to ``budget`` numbers per token."""
+    left = budget - sum(side.groups * STEP for side in sides)
+    # The index in the list breaks ties, so that the outcome does not depend on the order of comparison.
+    waiting = [(-side.gain, number) for number, side in enumerate(sides) if side.gain is not None]
     heapq.heapify(waiting)
     while waiting:
-        _, place = heapq.heappop(waiting)
-        side = sides[place]
-        # Half a number of slack: shares of widths are floats.
-        if side.latents * STEP > left + 0.5:
+        _, number = heapq.heappop(waiting)
+        side = sides[number]
+        # Shares of widths are floats, hence half a number of slack.
+        if side.groups * STEP > left + 0.5:
             continue
         side.rank += STEP
-        left -= side.latents * STEP
+        left -= side.groups * STEP
         if side.gain is not None:
-            heapq.heappush(waiting, (-side.gain, place))
+            heapq.heappush(waiting, (-side.gain, number))
 
 
-def _floor(width: float) -> int:
+def _round_down(width: float) -> int:
+    """The largest multiple of the step up to ``width``, with some room for rounding errors."""
     return int(width + 1e-6) // STEP * STEP

@@ -1,4 +1,4 @@
-"""Texts for a calibration: files, or a data set of the hub as it comes in."""
+"""Texts for a calibration: files, or a data set of the hub that is streamed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def from_files(paths: Sequence[str | Path]) -> list[str]:
 
 
 def from_dataset(name: str, split: str = "train", column: str = "text") -> Iterator[str]:
-    """The texts of a data set, one after another, without storing it.
+    """The texts of a data set, streamed one after another.
 
     Args:
-        name: hub id, or id and configuration with a colon between them.
-        split: of the data set.
-        column: that holds the text.
+        name: hub id, or hub id and configuration with a colon between them.
+        split: split of the data set.
+        column: column that holds the text.
 
     Raises:
         RuntimeError: if the package ``datasets`` is not installed.

@@ -1,1 +1,1 @@
-"""What knows nothing of caches: registries, checks of arguments, files, the machine."""
+"""Parts that know nothing of caches: registries, checks of arguments, files, the machine."""

@@ -1,4 +1,4 @@
-"""Where a measurement ran: the machine and the versions, for the files of results."""
+"""The machine and the versions with which a measurement was made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGES = ("hf-kvcache", "torch", "transformers", "numpy", "lm-eval", "hqq", "
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """The processor, its last cache, the threads of torch, and the GPU if one is used."""
+    """The processor, its last-level cache, the threads of torch, and the GPU if one is used."""
     found = {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
@@ -27,18 +27,24 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter here, as far as they are installed."""
+    """Versions of Python and of the packages that a measurement depends on, where they are installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        if (version := package_version(package)) is not None:
+            found[package] = version
     return found
 
 
+def package_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def cpu_model() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, or the architecture where the system does not name the processor."""
     path = Path("/proc/cpuinfo")
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -48,7 +54,7 @@ def cpu_model() -> str:
 
 
 def last_level_cache() -> int | None:
-    """Bytes of the largest cache of the first core; None where the system does not tell."""
+    """Bytes of the largest cache of the first core; None where the system does not say."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):

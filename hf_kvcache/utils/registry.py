@@ -1,4 +1,4 @@
-"""Classes by name: a new one is one file in a package, whose class carries a decorator."""
+"""Registries of classes by name. A new class is one file in a package, with a decorator."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Named = TypeVar("Named", bound=type)
 
 
 class Registry(Generic[Entry]):
-    """What the modules of one package have registered. They are imported when the registry is first asked.
+    """Entries that the modules of one package register. The modules are imported when the registry is first read.
 
     Args:
-        package: its dotted name.
+        package: dotted name of the package.
     """
 
     def __init__(self, package: str) -> None:
@@ -24,11 +24,11 @@ class Registry(Generic[Entry]):
         self._imported = False
 
     def add(self, name: str, entry: Entry) -> None:
-        """Make ``entry`` known under ``name``."""
+        """Register ``entry`` under ``name``."""
         self._entries[name] = entry
 
     def all(self) -> dict[str, Entry]:
-        """Every entry by its name, sorted."""
+        """All entries by name, sorted."""
         if not self._imported:
             # By name, so that a registry does not depend on the modules that depend on it.
             for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
@@ -38,7 +38,7 @@ class Registry(Generic[Entry]):
 
 
 def registers(registry: Registry[type], name: str) -> Callable[[Named], Named]:
-    """Class decorator: set the attribute ``name`` of a class, and make the class known under it."""
+    """Class decorator that sets the attribute ``name`` of a class and registers the class under it."""
 
     def decorate(cls: Named) -> Named:
         cls.name = name  # type: ignore[attr-defined]

@@ -12,8 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, codecs
 from hf_kvcache.eviction import registry
-from hf_kvcache.lowrank.identity import identity
-from hf_kvcache.lowrank.projection import LayerBasis, Projection, SideBasis
+from hf_kvcache.integration.model_identity import model_identity
+from hf_kvcache.lowrank.basis import LayerBasis, SideBasis
+from hf_kvcache.lowrank.projection import Projection
 from hf_kvcache_eval.caches import Method, kinds
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.specs import parse, split
@@ -105,7 +106,7 @@ def test_latents_are_found_by_name(model: PreTrainedModel, tmp_path: Path, monke
     eye = torch.eye(width).expand(model.config.num_key_value_heads, -1, -1)
     side = SideBasis(eye, eye, torch.full(eye.shape[:2], 1 / width))
     bases = {layer: LayerBasis(side, side, len(eye)) for layer in range(layers)}
-    Projection(bases, "svd", {}, identity(model.config)).save(tmp_path / "mine.safetensors")
+    Projection(bases, "svd", {}, model_identity(model.config)).save(tmp_path / "mine.safetensors")
     cache = method.make(model.config, Protocol())
     assert isinstance(cache, LatentKVCache) and cache.codec.name == "unbiased"
     latents = cache.options.latents

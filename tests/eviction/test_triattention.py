@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache.eviction import Context, resolve
-from hf_kvcache.eviction.calibration import LayerStatistics, QueryStatistics, calibrate, fingerprint
+from hf_kvcache.eviction.calibration import LayerStatistics, QueryStatistics, calibrate, model_identity
 from tests import families
 from tests.eviction.brute_force import Head, heads_of
 from tests.eviction.contexts import SHAPES
@@ -197,7 +197,7 @@ def test_a_file_for_another_model_is_refused(tmp_path: Path) -> None:
         other = families.build("llama").config
         other.rope_parameters = {**other.rope_parameters, "rope_theta": 5e5}
         QueryStatistics.load(tmp_path / "file", other)
-    assert fingerprint(model.config)["layers"] == 2
+    assert model_identity(model.config)["layers"] == 2
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [({"tokens": 0}, "tokens=0"), ({"length": 0}, "length=0")])

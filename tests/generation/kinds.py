@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, SlidingWindowCache
-from tests import families, mla_families
-from tests.latent.low_rank import rotated_cache
+from tests import families
+from tests.lowrank.one_layer import rotated_cache
+from tests.mla import families as mla_families
 from tests.running import forward, prompt, small_cache
 
 _EVICTING: dict[str, Any] = {"tail_length": 4, "page_size": 8, "interval": 8}

@@ -1,4 +1,4 @@
-"""What models do with a cache, beyond what most of them do: it works, or is refused before it could be wrong."""
+"""Models that use a cache in unusual ways: they work, or they are refused."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from hf_kvcache.integration.architecture import architecture, modeling_file
 from hf_kvcache.integration.attention import check_reached
 from hf_kvcache.integration.output_projection import output_weight
 from hf_kvcache.layers.mla import LatentLayer
-from tests import families, mla_families
-from tests.families_outside import OUTSIDE, build, known
+from tests import families
+from tests.integration.families_outside import OUTSIDE, build, known
+from tests.mla import families as mla_families
 from tests.running import (
     as_cache,
     assert_packed,
@@ -40,7 +41,7 @@ _SIZES = {"page_size": 16, "tail_length": 8, "sink_length": 4}
     "name", ["gpt2", "gpt_bigcode", "gptj", "codegen", "ctrl", "dbrx", "jetmoe", *OUTSIDE, "diffllama", "doge"]
 )
 def test_equals_dynamic_cache(name: str) -> None:
-    """Whatever a config calls its heads and widths, and whoever attends: logits are those of a DynamicCache."""
+    """Logits are those of a DynamicCache, with other names in the config and with attention outside the interface."""
     model = build(name)
     ids = prompt(60)
     expected = teacher_forced(model, ids, full_cache(model), 45)
@@ -51,7 +52,7 @@ def test_equals_dynamic_cache(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*OUTSIDE, "diffllama", "deepseek_v3"])
 def test_padded_rows_equal_solo(name: str) -> None:
-    """Padding is no token for models that read dense tensors either: a row of a batch is rounded as it is alone."""
+    """Padding is not stored for models that read dense tensors either: a row of a batch is packed as it is alone."""
     model = families.build(name) if name == "deepseek_v3" else build(name)
     rows = [prompt(40, seed=1), prompt(25, seed=2)]
     batch = generate(model, left_padded(rows), QuantizedKVCache(model.config, bits=4, **_SIZES), 8)
@@ -63,7 +64,7 @@ def test_padded_rows_equal_solo(name: str) -> None:
 @pytest.mark.parametrize("name", OUTSIDE)
 @pytest.mark.parametrize("cache", [lambda c: HeavyHitterCache(c, 64), lambda c: SlidingWindowCache(c, 64)])
 def test_eviction_is_refused_when_built(name: str, cache: Any) -> None:
-    """A model that attends by itself gives no queries: said at once, with what works."""
+    """A model that attends by itself shows no queries. The error names a cache that works."""
     config = build(name).config
     with pytest.raises(ValueError, match=rf"'{name}'.*attends by itself.*QuantizedKVCache\(config, bits=4\)"):
         cache(config)
@@ -72,7 +73,7 @@ def test_eviction_is_refused_when_built(name: str, cache: Any) -> None:
 
 @pytest.mark.parametrize("name", ["diffllama", "doge"])
 def test_eviction_is_refused_at_the_first_forward(name: str) -> None:
-    """What their code does not show is noticed before anything is generated."""
+    """Where the model's code does not show it, the first forward pass does."""
     model = build(name)
     with pytest.raises(RuntimeError, match=r"layer 0: .*ForCausalLM of transformers.*QuantizedKVCache"):
         forward(model, prompt(20), HeavyHitterCache(model.config, 64))
@@ -103,13 +104,13 @@ def test_eviction_with_an_indexer_is_refused() -> None:
 )
 @pytest.mark.parametrize("cache", [KVCache, lambda config: HeavyHitterCache(config, 64)])
 def test_models_without_a_cache_are_refused(config: Any, cache: Any) -> None:
-    """No cache is built that would hold nothing without a word."""
+    """A cache that would stay empty is not built."""
     with pytest.raises(ValueError, match=r"config of '.*accepted: models"):
         cache(config())
 
 
-def test_latents_by_themselves() -> None:
-    """Any cache of a model with multi-head latent attention holds latents; bits mean theirs."""
+def test_any_cache_of_a_model_with_latents_holds_latents() -> None:
+    """Any cache of a model with multi-head latent attention holds latents, and ``bits`` are those of the latents."""
     model = families.build("deepseek_v3")
     quantized, plain = QuantizedKVCache(model.config, **_SIZES), KVCache(model.config, **_SIZES)
     for cache in (quantized, plain):
@@ -122,7 +123,7 @@ def test_latents_by_themselves() -> None:
 
 @pytest.mark.skipif(not known("sarvam_mla"), reason="this transformers has no Sarvam")
 def test_class_of_another_family() -> None:
-    """The file of a model is that of its class, not one named after its config: Sarvam runs DeepSeek V3's."""
+    """The modeling file is that of the model's class, not one named after its config: Sarvam uses DeepSeek V3's."""
     model = build("sarvam_mla")
     assert modeling_file(model.config).endswith("modeling_deepseek_v3")
     cache = LatentKVCache(model.config, **_SIZES)
@@ -134,7 +135,7 @@ def test_class_of_another_family() -> None:
 @pytest.mark.parametrize("bits", [None, 8])
 @torch.no_grad()
 def test_attention_weights(name: str, bits: int | None) -> None:
-    """``output_attentions=True`` gives the weights at every step, as a DynamicCache does, and the same logits."""
+    """``output_attentions=True`` gives the weights at every step, as with a DynamicCache."""
     model = families.build(name, "eager") if name in families.every_name() else build(name, "eager")
     cache = small_cache(model) if bits is None else QuantizedKVCache(model.config, bits=bits, **_SIZES)
     inputs, seen = left_padded([prompt(50), prompt(40)]), 0
@@ -156,14 +157,14 @@ def test_attention_weights(name: str, bits: int | None) -> None:
 
 
 def test_attention_weights_of_evicting_caches() -> None:
-    """They are refused at the first forward: tokens that are gone have none."""
+    """They are refused at the first forward pass, since evicted tokens have no weights."""
     model = families.build("llama", "eager")
     with pytest.raises(ValueError, match=r"output_attentions=True.*accepted: caches that keep every token"):
         forward(model, prompt(20), HeavyHitterCache(model.config, 64), output_attentions=True)
 
 
-def test_dropped_caches_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    """Phi-3 goes on without the cache at the length where its frequencies change: with a warning."""
+def test_a_warning_when_generate_drops_the_cache(caplog: pytest.LogCaptureFixture) -> None:
+    """Phi-3 drops the cache at the length where its frequencies change."""
     model = build("phi3")
     transformers.logging.get_logger("transformers").propagate = True
     with caplog.at_level(logging.WARNING):
@@ -177,7 +178,7 @@ def test_dropped_caches_are_told(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_long_prompt_keeps_the_cache() -> None:
-    """A prompt that is longer than that length from the start stays in the cache that was given."""
+    """A prompt that is longer than that length from the start stays in the cache."""
     model = build("phi3")
     ours = generate(model, prompt(100), small_cache(model))
     assert ours.cache.get_seq_length() == 119
@@ -187,8 +188,8 @@ def test_a_long_prompt_keeps_the_cache() -> None:
 
 @pytest.mark.skipif(not known("dory"), reason="this transformers has no Dory")
 @pytest.mark.parametrize("mode", ["per_loop", "last_loop"])
-def test_layers_gone_through_twice(mode: str) -> None:
-    """Dory's turns have keys of their own, or share those of the last: sizes, states and copies know them."""
+def test_layers_that_run_twice(mode: str) -> None:
+    """Dory's repeated layers have keys for each run or share the last ones; sizes, states and copies are right."""
     model = build("dory", recurrent_kv_cache_mode=mode)
     expected = generate(model, prompt(60), full_cache(model))
     cache = small_cache(model)
@@ -202,19 +203,19 @@ def test_layers_gone_through_twice(mode: str) -> None:
 
 
 def test_output_projection_of_modernbert() -> None:
-    """Policies that look behind a value find the projection by any of its names."""
+    """The output projection is found by any of its names."""
     model = build("modernbert_decoder")
     module = model.model.layers[0].attn
     assert output_weight(module, 16).shape == (64, 64)
 
 
-def test_handles_that_nobody_reads() -> None:
-    """A model that takes handles and attends to something else is told at its second forward, by name and release."""
+def test_handles_that_are_not_read() -> None:
+    """A model that does not read the handles gets an error at the second forward pass, with its name and release."""
     model = families.build("llama")
     cache = small_cache(model)
-    AttentionInterface.register("deaf", lambda module, query, *args, **kwargs: (query.transpose(1, 2), None))
-    AttentionMaskInterface.register("deaf", sdpa_mask)
-    model.config._attn_implementation = "deaf"
+    AttentionInterface.register("ignores_keys", lambda module, query, *args, **kwargs: (query.transpose(1, 2), None))
+    AttentionMaskInterface.register("ignores_keys", sdpa_mask)
+    model.config._attn_implementation = "ignores_keys"
     ids = prompt(20)
     with torch.no_grad(), pytest.raises(RuntimeError, match=rf"layer 0.*LlamaForCausalLM.*{transformers.__version__}"):
         for part in ids.split([18, 1, 1], 1):
@@ -222,7 +223,7 @@ def test_handles_that_nobody_reads() -> None:
 
 
 def test_every_architecture_is_found() -> None:
-    """The classes that store are found for all families of the other tests, and none is called an outsider wrongly."""
+    """For all families of the other tests the storing classes are found, and all attend through the interface."""
     for name in families.every_name():
         model: PreTrainedModel = families.build(name)
         found = architecture(model.config.get_text_config(decoder=True))
@@ -232,7 +233,7 @@ def test_every_architecture_is_found() -> None:
 
 
 def test_functions_that_are_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A release whose models look for the functions elsewhere is told when the cache is built, by its number."""
+    """If a release's models do not find the registered functions, building the cache fails and names the release."""
     config, modeling = families.build("qwen2").config, sys.modules["transformers.models.qwen2.modeling_qwen2"]
     check_reached.cache_clear()
     monkeypatch.setattr(AttentionInterface, "get_interface", lambda self, name, default: default)

@@ -1,4 +1,4 @@
-"""Binding a config: what it leaves alone, what it refuses, and what follows it."""
+"""Binding a config: what changes, what stays, and what is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_nothing_leaks_into_saved_files(family: str, tmp_path: Path) -> None:
 
 
 def test_implementation_by_name(model: PreTrainedModel, tmp_path: Path) -> None:
-    """``from_pretrained(attn_implementation="hf_kvcache")`` works with our caches and with others."""
+    """``from_pretrained(attn_implementation="hf_kvcache")`` works with this package's caches and with others."""
     expected = generate(model, prompt(60), full_cache(model))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="hf_kvcache").eval()
@@ -46,7 +46,7 @@ def test_implementation_by_name(model: PreTrainedModel, tmp_path: Path) -> None:
 
 
 def test_vision_tower_is_left_alone() -> None:
-    """Of a vision-language model only the text part is bound."""
+    """Only the text part of a vision-language model is bound."""
     model = families.build("llava")
     KVCache(model.config)
     assert str(model.config.text_config._attn_implementation) == "hf_kvcache"
@@ -55,7 +55,7 @@ def test_vision_tower_is_left_alone() -> None:
 
 
 def test_binding_twice(model: PreTrainedModel) -> None:
-    """The implementation remembered is the one before the first binding."""
+    """Unbinding sets the implementation that was set before the first binding."""
     bind(model.config)
     bind(model.config)
     KVCache(model.config)
@@ -66,7 +66,7 @@ def test_binding_twice(model: PreTrainedModel) -> None:
 
 
 def test_pickled_config(model: PreTrainedModel) -> None:
-    """A bound config that went through pickle still knows what was set before."""
+    """A bound config that was pickled can be unbound."""
     bind(model.config)
     config = pickle.loads(pickle.dumps(model.config))
     assert str(config._attn_implementation) == "hf_kvcache"
@@ -75,7 +75,7 @@ def test_pickled_config(model: PreTrainedModel) -> None:
 
 
 def test_flex_attention_is_refused() -> None:
-    """Its masks are no tensors; the error says what to call, and the config stays as it was."""
+    """Its masks are not tensors. The error says what to call, and the config is unchanged."""
     config = families.build("llama").config
     config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match=r"attn_implementation='flex_attention'.*set_attn_implementation\('sdpa'\)"):
@@ -97,7 +97,7 @@ def test_without_binding(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("change", ["update", "crop", "reorder", "reset"])
 def test_stale_handles(model: PreTrainedModel, change: str) -> None:
-    """A handle from before a change of the cache raises instead of showing something else."""
+    """A handle from before a change of the cache raises an error when it is read."""
     cache = small_cache(model)
     keys = torch.randn(2, 2, 30, 16)
     handle, _ = cache.update(keys, keys, 0)

@@ -1,4 +1,4 @@
-"""Masks of every kind give what they give with ``DynamicCache``, or an error; padding is only what surely is."""
+"""Masks of every kind give the same as with ``DynamicCache``, or an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tests.running import ROUNDING, forward, full_cache, left_padded, prompt, sm
 
 #: Tokens of the prompt: enough for pages, and for the window of families that have one.
 LENGTH = 60
-PreparedDecoding = list[dict[str, torch.Tensor]]
+#: The arguments of the model for some forward passes.
+Passes = list[dict[str, torch.Tensor]]
 
 
 def evicting(model: PreTrainedModel) -> KVCache:
@@ -36,11 +37,11 @@ def ones(length: int, hidden: slice | None = None) -> torch.Tensor:
 
 
 def causal(queries: int, keys: int, offset: int = 0) -> torch.Tensor:
-    """A 4D boolean mask of causality, with ``offset`` a token does not see itself."""
+    """A 4D boolean mask of causality; with ``offset=1`` a token does not see itself."""
     return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries - offset)[None, None].clone()
 
 
-def last_logits(model: PreTrainedModel, cache: Cache, steps: PreparedDecoding) -> torch.Tensor:
+def last_logits(model: PreTrainedModel, cache: Cache, steps: Passes) -> torch.Tensor:
     """Logits of the last step's last token."""
     for inputs in steps:
         rest = {name: x for name, x in inputs.items() if name != "input_ids"}
@@ -52,9 +53,9 @@ def at(*positions: int) -> torch.Tensor:
     return torch.tensor([positions])
 
 
-def two_steps(first: torch.Tensor | None, second: torch.Tensor | None, new: int = 1) -> PreparedDecoding:
-    """A prompt under one mask and ``new`` tokens under another, with the positions that no mask has changed."""
-    steps: PreparedDecoding = [
+def two_steps(first: torch.Tensor | None, second: torch.Tensor | None, new: int = 1) -> Passes:
+    """A prompt with one mask and ``new`` tokens with another; positions do not depend on the masks."""
+    steps: Passes = [
         {"input_ids": prompt(LENGTH), "position_ids": torch.arange(LENGTH)[None]},
         {"input_ids": prompt(new), "position_ids": torch.arange(LENGTH, LENGTH + new)[None]},
     ]
@@ -71,14 +72,14 @@ def strictly_causal() -> torch.Tensor:
 
 
 def block_diagonal() -> torch.Tensor:
-    """Two texts side by side, neither of which sees the other."""
+    """Two texts in one sequence, neither of which sees the other."""
     mask = causal(LENGTH, LENGTH)
     mask[:, :, 30:, :30] = False
     return mask
 
 
 def tree() -> torch.Tensor:
-    """Five new tokens: two branches behind one root."""
+    """Five new tokens: two branches after one root."""
     mask = causal(5, LENGTH + 5)
     mask[0, 0, 3, LENGTH + 1 : LENGTH + 3] = False
     mask[0, 0, 4, LENGTH + 1 : LENGTH + 3] = False
@@ -86,14 +87,14 @@ def tree() -> torch.Tensor:
 
 
 def by_head() -> torch.Tensor:
-    """Each head sees other tokens of the prompt."""
+    """Each head sees different tokens of the prompt."""
     mask = causal(1, LENGTH + 1).repeat(1, 4, 1, 1)
     for head in range(4):
         mask[0, head, 0, 10 * head : 10 * head + 8] = False
     return mask
 
 
-HELD: dict[str, PreparedDecoding] = {
+HELD: dict[str, Passes] = {
     "strictly causal": two_steps(strictly_causal(), None),
     "two texts, then both": two_steps(block_diagonal(), None),
     "two texts, then one": two_steps(block_diagonal(), ones(LENGTH + 1, slice(0, 30))[:, None, None].bool()),
@@ -109,8 +110,8 @@ HELD: dict[str, PreparedDecoding] = {
 }
 
 
-def additive(steps: PreparedDecoding) -> PreparedDecoding:
-    """The same 4D masks as numbers to be added to scores, as eager attention takes them."""
+def additive(steps: Passes) -> Passes:
+    """The same with 4D masks of numbers that are added to scores, as eager attention takes them."""
     lowest, out = torch.finfo(torch.float32).min, []
     for step in steps:
         mask = step.get("attention_mask")
@@ -124,7 +125,7 @@ def additive(steps: PreparedDecoding) -> PreparedDecoding:
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("name", HELD)
 def test_like_dynamic_cache(name: str, kind: str, attention: str) -> None:
-    """What a mask hides once is held, unless it is padding, and shown when a later mask shows it."""
+    """Tokens that a mask hides are stored, unless they are padding, and are seen when a later mask shows them."""
     model = families.build("llama", attention)
     steps = HELD[name] if attention == "sdpa" else additive(HELD[name])
     expected = last_logits(model, full_cache(model), steps)
@@ -140,7 +141,7 @@ def test_windows(name: str) -> None:
     torch.testing.assert_close(last_logits(model, small_cache(model), HELD[name]), expected, rtol=0, atol=ROUNDING)
 
 
-REFUSED: dict[str, tuple[PreparedDecoding, str]] = {
+REFUSED: dict[str, tuple[Passes, str]] = {
     "left padding, then shown": (
         two_steps(ones(LENGTH, slice(0, 9)), ones(LENGTH + 1)),
         "token 0 of sequence 0, which was padding",
@@ -164,7 +165,7 @@ REFUSED: dict[str, tuple[PreparedDecoding, str]] = {
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str, kind: str) -> None:
-    """Where a mask shows what is not held, or has no place for a token, nothing is computed from what is left."""
+    """A mask that shows padding, which is not stored, or that is too short for the tokens, is an error."""
     steps, message = REFUSED[name]
     model = families.build("llama")
     with pytest.raises((ValueError, RuntimeError), match=message if name != "too short at once" else None):
@@ -172,7 +173,7 @@ def test_refused(name: str, kind: str) -> None:
 
 
 def test_padding_between_turns_is_not_stored() -> None:
-    """Each turn is padded at its own left end: a row holds what it would hold alone."""
+    """Each turn is padded at its left end, and a row holds what it holds alone."""
     model = families.build("llama")
     cache = small_cache(model)
     first, second = left_padded([prompt(20), prompt(33)]), left_padded([prompt(9), prompt(4)])
@@ -192,7 +193,7 @@ def test_padding_between_turns_is_not_stored() -> None:
 
 
 def test_saved_padding_is_still_padding() -> None:
-    """A restored cache refuses what the saved one refuses."""
+    """A restored cache refuses the masks that the saved one refuses."""
     model = families.build("llama")
     cache, other = small_cache(model), small_cache(model)
     steps = REFUSED["left padding, then shown"][0]
@@ -224,7 +225,7 @@ def _random(model: Any) -> Any:
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("build", [_gemma, _doge], ids=["attention not causal by itself", "mask made of values"])
 def test_families_with_masks_of_their_own(build: Callable[[], Any], kind: str) -> None:
-    """Blocks behind a prompt do not see their own future; a mask of the model's own hides no token for good."""
+    """Blocks after a prompt are causal, and a token that the model's own mask hides may be seen later."""
     if build is _doge and kind == "evicting":
         pytest.skip("refused: it reads values before attention does (tests/integration/test_architectures.py)")
     model = build()
@@ -236,7 +237,7 @@ def test_families_with_masks_of_their_own(build: Callable[[], Any], kind: str) -
 
 @torch.no_grad()
 def test_a_mask_without_the_window_that_the_cache_has() -> None:
-    """Each query of a block sees all that ``DynamicCache`` shows, where the mask does not say window (Moshi's)."""
+    """Where a mask has no window (Moshi's), each query of a block sees all tokens that ``DynamicCache`` shows."""
     model = families.build("mistral")
     expected, got = full_cache(model), small_cache(model)
     ids, offset = prompt(LENGTH), families.WINDOW - 1

@@ -1,4 +1,4 @@
-"""A bound config changes nothing for any other cache: bit for bit the result of the implementation set before."""
+"""For other caches a bound model gives bit for bit what it gives unbound."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ def _stepwise(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_vlm"])
 def test_copied_model(family: str) -> None:
-    """A copy of a bound model is bound to a config of its own, and unbound alone."""
+    """A copy of a bound model is bound by a config of its own, and can be unbound alone."""
     model = families.build(family)
     KVCache(model.config)
-    twin = copy.deepcopy(model)
-    configs = [m.config.get_text_config(decoder=True) for m in (model, twin)]
+    other = copy.deepcopy(model)
+    configs = [m.config.get_text_config(decoder=True) for m in (model, other)]
     assert [c._attn_implementation for c in configs] == ["hf_kvcache"] * 2
-    for one, two in zip(_logits(model, "dynamic", True), _logits(twin, "dynamic", True), strict=True):
+    for one, two in zip(_logits(model, "dynamic", True), _logits(other, "dynamic", True), strict=True):
         assert torch.equal(one, two)
     unbind(configs[1])
     assert [str(c._attn_implementation) for c in configs] == ["hf_kvcache", "sdpa"]

@@ -1,4 +1,4 @@
-"""Releases of transformers differ in names: both spellings work, and what is not known by name is found by asking."""
+"""Releases of transformers differ in names: both names work, and unknown ones are found by trying."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.running import as_cache, full_cache, prompt, small_cache
 
 
 def test_both_spellings(model: PreTrainedModel) -> None:
-    """``generate`` takes a cache under the release's own name and under the one that all releases before 6 know."""
+    """``generate`` takes a cache by the release's own name, and by the name of all releases before 6."""
     expected = model.generate(prompt(40), **as_cache(full_cache(model)), max_new_tokens=8, do_sample=False)
     for name in {versions.CACHE_ARGUMENT, "past_key_values"}:
         cache = small_cache(model)
@@ -26,8 +26,8 @@ def test_both_spellings(model: PreTrainedModel) -> None:
         assert cache.get_seq_length() == 47
 
 
-def test_nothing_of_ours_is_deprecated() -> None:
-    """What we call of transformers, by generating and by forward passes, gives no warning of its."""
+def test_no_deprecation_warnings() -> None:
+    """Generating and forward passes use nothing that transformers warns about."""
     model = families.build("llama")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -48,15 +48,15 @@ class _NewModel:
     def forward(self, input_ids: torch.Tensor, cache: Any = None, **kwargs: Any) -> None: ...
 
 
-class _Swallower:
+class _TakesAnything:
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> None: ...
 
 
 def test_models_of_older_code() -> None:
-    """A model from outside of transformers is asked for the name it knows itself."""
+    """A model from outside of transformers gets its cache by the name that its own code uses."""
     assert versions.with_cache(_OldModel(), 1) == {"past_key_values": 1}
     assert versions.with_cache(_NewModel(), 1) == {"cache": 1}
-    assert versions.cache_argument(_Swallower()) == versions.CACHE_ARGUMENT
+    assert versions.cache_argument(_TakesAnything()) == versions.CACHE_ARGUMENT
 
 
 class _Found(Exception):
@@ -69,7 +69,7 @@ class _StandIn:
 
 
 class _Attention:
-    """An attention module whose cache has a name that no release has given it."""
+    """An attention module whose cache parameter has a name that no release uses."""
 
     def forward(self, hidden: int, dropout: float = 0.0, memory: Any = None, flag: bool = False) -> None:
         1.0 + dropout
@@ -77,21 +77,21 @@ class _Attention:
             memory.update(hidden)
 
 
-class _Forgetful:
+class _WithoutUpdate:
     def forward(self, hidden: int, memory: Any = None) -> None: ...
 
 
-def test_the_cache_argument_of_a_module_is_found_by_asking() -> None:
-    """It is the parameter whose object's ``update`` is called; where there is none, that is said."""
-    for _ in range(2):  # found, then known
+def test_the_cache_argument_of_a_module_is_found_by_trying() -> None:
+    """It is the parameter whose object's ``update`` is called; an error says if there is none."""
+    for _ in range(2):  # found by trying, then remembered
         with pytest.raises(_Found):
             versions.ask_with_cache(_Attention(), {"hidden": 1, "unknown": 2}, _StandIn(), _Found)
     with pytest.raises(RuntimeError, match="writes nothing to a cache"):
-        versions.ask_with_cache(_Forgetful(), {"hidden": 1}, _StandIn(), _Found)
+        versions.ask_with_cache(_WithoutUpdate(), {"hidden": 1}, _StandIn(), _Found)
 
 
 def test_only_one_module_lists_names() -> None:
-    """No other source of the package has a name that releases have changed, apart from what it tells a reader."""
+    """No other file of the package uses a name that releases have changed, except in docstrings."""
     root = Path(hf_kvcache.__file__).parent
     names = re.compile(r"(?<!`)\b(past_key_values?|layer_past)\b(?!=cache``)")
     found = {

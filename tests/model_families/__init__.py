@@ -1,1 +1,1 @@
-"""Every model family of transformers, tiny, tried in every mode with every cache: `make families`."""
+"""`make families`: tiny models of every family of transformers, tried in every mode with every cache."""

@@ -1,4 +1,4 @@
-"""``python -m tests.model_families``: try every family and write what came of it to docs/models.md."""
+"""``python -m tests.model_families``: try every family and write the results to docs/models.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tests.model_families.caches import KINDS, Kind
-from tests.model_families.catalogue import Family, families
+from tests.model_families.catalog import Family, families
 from tests.model_families.runner import Plan, read, result_file, run
 from tests.model_families.summary import cells, is_built
 from tests.model_families.verdicts import CRASHED, WRONG
@@ -36,14 +36,14 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.model_families", description=__doc__)
-    parser.add_argument("--only", help="model types, separated by commas; the table is not written then")
+    parser.add_argument("--only", help="only these model types, separated by commas; no table is written")
     parser.add_argument("--quick", action="store_true", help=f"only the caches {', '.join(_QUICK)}")
     parser.add_argument("--caches", help=f"only these of {', '.join(kind.name for kind in KINDS)}")
-    parser.add_argument("--fresh", action="store_true", help="try again what has a result")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
-    parser.add_argument("--timeout", type=float, default=Plan._field_defaults["timeout"], help="seconds a family")
-    parser.add_argument("--results", type=Path, default=_ROOT / "build" / "families", help="where results are kept")
-    parser.add_argument("--out", type=Path, default=_ROOT / "docs" / "models.md", help="the table")
+    parser.add_argument("--fresh", action="store_true", help="try families again that have a result")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes")
+    parser.add_argument("--timeout", type=float, default=Plan._field_defaults["timeout"], help="seconds per family")
+    parser.add_argument("--results", type=Path, default=_ROOT / "build" / "families", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=_ROOT / "docs" / "models.md", help="file of the table")
     return parser.parse_args()
 
 

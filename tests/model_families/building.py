@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tests.model_families.catalogue import Family
+from tests.model_families.catalog import Family
 from tests.model_families.shrinking import tiny_config
 
 
 class NotBuilt(Exception):
-    """There is no tiny model of this family: something that it needs is missing, or nothing makes it small."""
+    """There is no tiny model of this family, because something that it needs is missing or it cannot be made small."""
 
 
 def build(family: Family, seed: int = 1) -> PreTrainedModel:
@@ -37,7 +37,7 @@ def build(family: Family, seed: int = 1) -> PreTrainedModel:
 
 
 def _config_for(family: Family) -> PreTrainedConfig:
-    """The config that the family's class takes: the text part of a composed one, if the class is a text model."""
+    """The config for the family's class: the text part of a composed config, if the class is a text model."""
     config = tiny_config(family.model_type)
     wanted: Any = family.model_class().config_class
     if not isinstance(config, wanted):
@@ -47,12 +47,12 @@ def _config_for(family: Family) -> PreTrainedConfig:
         if hasattr(part, "is_decoder"):
             part.is_decoder = True
         if getattr(part, "attn_logit_softcapping", None):
-            part._attn_implementation = "eager"  # in older releases sdpa leaves it out
+            part._attn_implementation = "eager"  # in older releases sdpa ignores it
     return config
 
 
 def _sharpen(model: PreTrainedModel) -> None:
-    """The usual initialisation hardly lets logits differ: draw embeddings and projections wider."""
+    """Draw larger weights: with the usual initialization logits hardly differ."""
     for path, module in model.named_modules():
         if "vision" in path or "audio" in path:
             continue

@@ -15,7 +15,7 @@ from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCach
 _PAGES: dict[str, Any] = {"page_size": 16, "tail_length": 8}
 _SIZES: dict[str, Any] = {**_PAGES, "sink_length": 4}
 INTERVAL = 16
-#: More than any sequence has: nothing is dropped, and an evicting cache gives what one does that keeps everything.
+#: More tokens than any sequence has: an evicting cache drops nothing, and has to equal one that keeps everything.
 ROOMY = 1000
 #: Fewer tokens than the prompts have.
 BUDGET = 32
@@ -29,14 +29,15 @@ class Kind:
 
     Attributes:
         name: column of the table.
-        make: the cache from a model's config, of which everything is kept.
-        bound: how far logits may be from those of ``DynamicCache``, as a share of their spread; 0 for rounding only.
-        edge: how far they may be from those of the same cache where sums run in another order: a code or a scale on
-            the edge between two values may get the other one.
-        small: the same with a budget that a prompt exceeds; None for caches that keep everything.
-        waits: whether it evicts only when ``compress(model, input_ids)`` is called.
-        modes: the modes it is tried in; all if empty.
-        pointless: what the refusal says for a model that has no use for it.
+        make: makes a cache from a model's config that keeps every token.
+        bound: largest difference of logits from those of ``DynamicCache``, as a share of their spread; 0 for rounding
+            errors only.
+        edge: largest difference from the same cache with sums in another order: rounding may change a code or a scale
+            to the next value.
+        small: makes the same cache with a budget that a prompt exceeds; None for caches that keep every token.
+        waits: whether the cache evicts only when ``compress(model, input_ids)`` is called.
+        modes: the modes that the cache is tried in; all if empty.
+        pointless: text of the error for models that have no use for the cache.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Kind:
     pointless: str | None = None
 
 
-#: What tells caches of one mechanism apart; the whole list is tried with ``none``.
+#: Modes in which evicting caches differ; all modes are tried with ``none``.
 _EVICTING_MODES = (
     "greedy",
     "image",
@@ -81,7 +82,9 @@ def _evicting(policy: str, name: str, waits: bool = False) -> Kind:
     def make(budget: int) -> Make:
         return lambda config: HeavyHitterCache(config, budget, policy, **options)
 
-    modes = tuple(mode for mode in _EVICTING_MODES if not (waits and mode == "state dict"))  # it waits for compress()
+    modes = tuple(
+        mode for mode in _EVICTING_MODES if not (waits and mode == "state dict")
+    )  # such a cache waits for compress()
     return Kind(name, make(ROOMY), small=make(BUDGET), waits=waits, modes=modes)
 
 
@@ -108,5 +111,5 @@ KINDS: tuple[Kind, ...] = (
 
 
 def dynamic(model: PreTrainedModel) -> Cache:
-    """transformers' own cache, which is right by definition."""
+    """transformers' own cache, which is the reference."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))

@@ -16,7 +16,7 @@ PROMPT = 60
 
 
 class Outcome(NamedTuple):
-    """Tokens that were chosen ``[B, n]`` and the logits ``[B, n, V]``; without choices, ``tokens`` is None."""
+    """Generated tokens ``[B, n]`` and logits ``[B, n, V]``; ``tokens`` is None if they were given."""
 
     tokens: torch.Tensor | None
     logits: torch.Tensor
@@ -37,7 +37,7 @@ def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def prepare(model: PreTrainedModel, cache: Cache) -> None:
-    """Bind the model for a cache of ours and unbind it for others: the reference owes us nothing."""
+    """Bind the model for a KVCache and unbind it for others, so that the reference does not depend on this package."""
     (bind if isinstance(cache, KVCache) else unbind)(model.config.get_text_config(decoder=True))
 
 
@@ -61,10 +61,10 @@ def forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Te
 
 @torch.no_grad()
 def read(model: Any, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """The same with the model bound or not, as it is."""
+    """The same without binding or unbinding the model."""
     return model(input_ids=ids, use_cache=True, **with_cache(model, cache)).logits.float()
 
 
 def steps(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """Logits of the tokens given one after the other."""
+    """Logits of the tokens ``ids``, one forward pass for each."""
     return torch.cat([forward(model, token, cache) for token in ids.split(1, 1)], 1)

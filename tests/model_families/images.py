@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 from tests.model_families.generating import prompt
 
 Tensors = dict[str, torch.Tensor]
-#: Patches of an image in each direction, for models that take them in a row.
+#: Patches of an image in each direction, for models that take a list of patches.
 _PATCHES = 4
 
 
 def image_inputs(model: PreTrainedModel) -> Tensors:
-    """Ids with a place for each feature of an image, the image, and which ids stand for it.
+    """Ids with an image token for each feature of an image, the image, and the types of the tokens.
 
-    Raises whatever a family raises that wants its images otherwise.
+    Families that take images in another form raise errors of their own.
     """
     image = _image(model)
     count = _features(model, image)
@@ -28,19 +28,19 @@ def image_inputs(model: PreTrainedModel) -> Tensors:
 
 
 def image_token(model: Any) -> int:
-    """The id that stands for a feature of an image."""
+    """The id of the image token."""
     token = getattr(model.config, "image_token_id", None)
     return model.config.image_token_index if token is None else token
 
 
 def token_types(model: PreTrainedModel, is_image: torch.Tensor) -> Tensors:
-    """What tells a model which tokens are of an image, where it takes that."""
+    """The types of the tokens, under the names that the model takes."""
     takes = inspect.signature(model.forward).parameters
     return {name: is_image.long() for name in ("token_type_ids", "mm_token_type_ids") if name in takes}
 
 
 def _image(model: Any) -> Tensors:
-    """Pixels, and what else a family wants to know of them."""
+    """Pixels, and the sizes that a family takes with them."""
     takes, generator = inspect.signature(model.get_image_features).parameters, torch.Generator().manual_seed(5)
     vision = model.config.vision_config
     if "image_grid_thw" in takes:
@@ -56,7 +56,7 @@ def _image(model: Any) -> Tensors:
 
 @torch.no_grad()
 def _features(model: Any, image: Tensors) -> int:
-    """How many tokens the image becomes."""
+    """Number of tokens that the image becomes."""
     features = model.get_image_features(**image)
     features = getattr(features, "pooler_output", features)
     parts = features if isinstance(features, (list, tuple)) else [features]

@@ -1,7 +1,7 @@
-"""The ways of using a cache that every family is tried in.
+"""The modes of using a cache that every family is tried in.
 
-A mode runs a model with the caches that it gets from ``new`` and returns logits. The right value is what the same mode
-gives with ``DynamicCache``, or what its ``plain`` form does: the same tokens fed to a fresh cache, and nothing else.
+A mode runs a model with caches that ``new`` makes, and returns logits. The reference is the same mode with
+``DynamicCache``, or the mode's ``plain`` form, in which a new cache gets the same tokens and nothing else.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Mode:
     Attributes:
         name: row of the results.
         run: the mode itself.
-        plain: another way to the right value.
-        loose: whether small changes of logits lead to other tokens at once (beams, draws).
-        alike: whether a cache of few bits gives what its plain form gives, since it packs the same pages.
-        images: whether it needs a model that takes images.
+        plain: another way to compute the reference.
+        loose: whether small changes of logits lead to other tokens at once (beams, sampling).
+        alike: whether a quantized cache equals its plain form, since it packs the same pages.
+        images: whether the mode needs a model that takes images.
     """
 
     name: str
@@ -52,7 +52,7 @@ def _greedy(model: PreTrainedModel, new: New) -> Outcome:
 
 def _check_length(cache: Cache, expected: int) -> None:
     seen = int(cache.get_seq_length())
-    if isinstance(cache, KVCache) and seen < expected:  # some families put tokens of their own in front
+    if isinstance(cache, KVCache) and seen < expected:  # some families add tokens of their own
         raise CacheNotUsed(f"the cache saw {seen} tokens of {expected}")
 
 
@@ -97,7 +97,7 @@ def _assisted_plain(model: PreTrainedModel, new: New) -> Outcome:
 
 
 def _assistant(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, with an output that makes it err now and then."""
+    """The model itself, with noise in the output layer, so that some drafts are wrong."""
     unbind(model.config.get_text_config(decoder=True))
     other = deepcopy(model)
     head = other.get_output_embeddings()
@@ -190,7 +190,7 @@ def _state_plain(model: PreTrainedModel, new: New) -> Outcome:
 
 
 def _unbound(model: PreTrainedModel, new: New) -> Outcome:
-    """A cache that goes on densely after the model was unbound."""
+    """A cache that is read as dense tensors after the model was unbound."""
     cache = new()
     forward(model, prompt(50), cache)
     unbind(model.config.get_text_config(decoder=True))

@@ -1,4 +1,4 @@
-"""What generic shrinking does not get right, by the name of the config's class."""
+"""Sizes that generic shrinking does not get right, by the name of the config's class."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _YARN = {
 }
 
 OVERRIDES: dict[str, dict[str, Any]] = {
-    # where the default of a size is None, and the model cannot do with that
+    # sizes whose default is None, with which the model does not run
     "HunYuanDenseV1Config": {"head_dim": HEAD_DIM},
     "HunYuanMoEV1Config": {"head_dim": HEAD_DIM},
     "HunYuanVLTextConfig": {"head_dim": HEAD_DIM},
@@ -57,7 +57,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hc_lowrank": 8,
     },
     "Step3p7TextConfig": {"sliding_window": WINDOW},
-    # which layers are of which kind
+    # kinds of layers
     "BambaConfig": {"num_hidden_layers": 3, "attn_layer_indices": [1, 2]},
     "JambaConfig": dict(_PERIODIC, num_experts=2, num_experts_per_tok=1),
     "GraniteMoeHybridConfig": dict(_RECURRENT_THEN_FULL),
@@ -101,7 +101,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "mlp_layer_types": _DENSE_THEN_SPARSE,
         "q_lora_rank": None,
     },
-    # sizes that hang together
+    # sizes that depend on each other
     "DbrxAttentionConfig": {"rope_theta": 10000.0},
     "DbrxConfig": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 10000.0}},
     "Dots3NoteVisionConfig": {"adapter_in_dim": HIDDEN},

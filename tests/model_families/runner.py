@@ -1,4 +1,4 @@
-"""Tries families in processes of their own, a few at a time, and keeps what came of each in a file of its own."""
+"""Tries each family in a process of its own, a few at a time, and writes the results of each to a file."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ import torch
 import transformers
 
 from tests.model_families.caches import KINDS, Kind
-from tests.model_families.catalogue import Family
+from tests.model_families.catalog import Family
 from tests.model_families.trial import Results, try_family
 from tests.model_families.verdicts import CRASHED, Verdict
 
-#: What families would else import each for itself, which takes longer than trying most of them.
+#: Modules that are imported before the processes are forked: importing takes longer than trying most families.
 _IMPORTED_LATE = (
     "transformers.generation.candidate_generator",
     "transformers.masking_utils",
     "sklearn.metrics",
     "torch._dynamo",
 )
-#: What is kept of a family: verdicts, or why there is no model to try.
+#: Key of the results of a family that has no model to try.
 BUILDING = "building"
-#: Seconds between two looks at the processes.
+#: Seconds between two checks of the processes.
 _PAUSE = 0.05
 
 
 class Plan(NamedTuple):
-    """How a run goes: where results lie, how many processes at once, and seconds that a family may take."""
+    """The settings of a run: folder of the results, number of processes, seconds per family, caches."""
 
     folder: Path
     jobs: int = 2
@@ -44,14 +44,14 @@ class Plan(NamedTuple):
 
 @dataclass
 class Trial:
-    """A family that is being tried, and for how many seconds; not those in which all of this was suspended."""
+    """A family that is being tried, and the seconds that it has run while the machine was not suspended."""
 
     family: Family
     seconds: float = 0.0
 
 
 def run(families: list[Family], plan: Plan) -> None:
-    """Try all families that have no result yet; one that hangs or dies gets a verdict and stops nothing."""
+    """Try all families that have no result yet. A family that hangs or crashes gets a verdict, and others follow."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     for module in _IMPORTED_LATE:
         importlib.import_module(module)
@@ -72,12 +72,12 @@ def _missing(family: Family, plan: Plan) -> tuple[Kind, ...]:
 
 
 def result_file(family: Family, folder: Path) -> Path:
-    """Where the result of a family lies."""
+    """The file with the results of a family."""
     return folder / f"{family.task}-{family.model_type}.json"
 
 
 def read(family: Family, folder: Path) -> Results | None:
-    """The result of a family, if there is one."""
+    """The results of a family; None if it has none."""
     file = result_file(family, folder)
     if not file.exists():
         return None
@@ -86,7 +86,7 @@ def read(family: Family, folder: Path) -> Results | None:
 
 
 def _start(family: Family, plan: Plan) -> int:
-    """A process that tries a family. It is forked, since importing takes longer than most families do."""
+    """Start a process that tries a family. It is forked, since importing takes longer than trying most families."""
     child = os.fork()
     if child:
         return child

@@ -1,4 +1,4 @@
-"""Tiny configs of any model family: every size that is known gets a small value, at every depth."""
+"""Tiny configs of any model family: every known size gets a small value, in sub-configs too."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _ORDINARY_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "de
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
-    """A config of family ``model_type`` with two layers, or as many as show each kind of layer."""
+    """A config of family ``model_type`` with two layers, or more if it has more kinds of layers."""
     return shrunk(CONFIG_MAPPING[model_type])
 
 
 def shrunk(cls: type[PreTrainedConfig], start: PreTrainedConfig | None = None) -> PreTrainedConfig:
-    """A config of ``cls`` whose known sizes are small; what is not known keeps the value of ``start``."""
+    """A config of ``cls`` whose known sizes are small; other fields have the values of ``start``."""
     default = cls() if start is None else start
     values = {**_sizes(default), **_layers(default), **_parts(default), **_tokens(default)}
     known = {field.name for field in dataclasses.fields(cls)}
@@ -29,7 +29,7 @@ def shrunk(cls: type[PreTrainedConfig], start: PreTrainedConfig | None = None) -
     if values.get("kv_lora_rank"):
         values["num_key_value_heads"] = values["num_attention_heads"]
     if "tie_word_embeddings" in known:
-        values["tie_word_embeddings"] = False  # tied random embeddings repeat one token for ever
+        values["tie_word_embeddings"] = False  # with tied random embeddings a model repeats one token
     return cls(**{**values, **OVERRIDES.get(cls.__name__, {})})
 
 
@@ -52,7 +52,7 @@ def _sections(cls: type[PreTrainedConfig]) -> bool:
 
 
 def _rope(parameters: dict[str, Any], width: int | None) -> dict[str, Any]:
-    """Rotary parameters that fit heads of ``width`` channels, of which ``width`` is None if they have no sections."""
+    """Rotary parameters for heads of ``width`` channels; ``width`` is None if the channels have no sections."""
     small = {name: _rope(value, width) if isinstance(value, dict) else value for name, value in parameters.items()}
     if width is not None and "rope_type" in parameters:
         half = int(width * (parameters.get("partial_rotary_factor") or 1.0)) // 2
@@ -63,7 +63,7 @@ def _rope(parameters: dict[str, Any], width: int | None) -> dict[str, Any]:
 
 
 def _layers(default: PreTrainedConfig) -> dict[str, Any]:
-    """How many layers, and for each list with an item a layer those of the layers that stay."""
+    """The number of layers, and the lists with an item per layer, cut to the layers that stay."""
     name = next((name for name in LAYERS if isinstance(_own(default, name), int)), None)
     if name is None:
         return {}
@@ -92,7 +92,7 @@ def _is_per_layer(value: Any, count: int) -> bool:
 
 
 def _kinds_shown(items: list[tuple[Any, ...]]) -> list[int]:
-    """Places of the first layer of each kind, in order; at least two, the second of the commonest kind."""
+    """Indices of the first layer of each kind, in order; with one kind, those of the first and the last layer."""
     first: dict[tuple[Any, ...], int] = {}
     for index, item in enumerate(items):
         first.setdefault(item, index)
@@ -113,7 +113,7 @@ def _parts(default: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _tokens(default: PreTrainedConfig) -> dict[str, Any]:
-    """Ids of special tokens: within the vocabulary, and beyond what prompts consist of."""
+    """Ids of special tokens: within the vocabulary, above the ids of prompts."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(default):
         value = _value(default, field.name)

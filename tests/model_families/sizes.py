@@ -1,19 +1,19 @@
-"""Small values for the sizes that transformers' configs have, by the names that they have there."""
+"""Small values for the sizes in transformers' configs, by their names there."""
 
 from __future__ import annotations
 
 VOCABULARY = 128
-#: Prompts draw from the ids up to here; those that stand for images and the like lie above.
+#: Prompts consist of ids below this number; ids of image tokens and the like are above.
 ORDINARY = 100
 HIDDEN = 64
 HEADS = 4
 KV_HEADS = 2
 HEAD_DIM = 16
-#: Shorter than the prompts, so that tokens leave it.
+#: Window of sliding layers: shorter than the prompts, so that tokens leave it.
 WINDOW = 24
 POSITIONS = 512
 
-#: Taken where a config has the name and a number for it; what is None there stays None.
+#: Used where a config has the field with a number; None stays None.
 SIZES: dict[str, int] = {
     "vocab_size": VOCABULARY,
     "decoder_vocab_size": VOCABULARY,
@@ -180,5 +180,5 @@ SIZES: dict[str, int] = {
     "max_num_tiles": 2,
 }
 
-#: Attributes by which a config tells how many layers it has, in the order in which they are asked.
+#: Names of the number of layers in configs, in the order in which they are tried.
 LAYERS = ("num_hidden_layers", "decoder_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")

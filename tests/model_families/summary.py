@@ -1,4 +1,4 @@
-"""From verdicts of modes to one cell of the table."""
+"""Summarizes the verdicts of all modes in one cell of the table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.model_families.verdicts import CRASHED, DENSE, NOT_TRIED, REFUSED, WO
 
 
 class Cell(NamedTuple):
-    """What a cache does for a family: a status, the modes that it refuses although it works, and the reason."""
+    """How a cache works with a family: a status, the modes that are refused although it works, and the reason."""
 
     status: str
     refused: tuple[str, ...] = ()
@@ -19,7 +19,7 @@ class Cell(NamedTuple):
 
 
 def cell(modes: dict[str, Verdict]) -> Cell:
-    """The worst verdict that matters, over all modes."""
+    """The worst verdict over all modes."""
     for status in (CRASHED, WRONG):
         bad = {name: verdict for name, verdict in modes.items() if verdict.status == status}
         if bad:
@@ -36,17 +36,17 @@ def cell(modes: dict[str, Verdict]) -> Cell:
 
 
 def cells(results: Results) -> dict[str, Cell]:
-    """A cell for each cache; one for all where the model could not be built."""
+    """A cell for each cache, or a single cell if the model could not be built."""
     return {kind: cell(modes) for kind, modes in results.items()}
 
 
 def is_built(results: Results) -> bool:
-    """Whether there was a model to try."""
+    """Whether the model could be built."""
     return BUILDING not in results
 
 
 def short(note: str) -> str:
-    """A reason without what is particular to a family, so that the same one is counted once."""
+    """A reason without names of the family, so that equal reasons are counted once."""
     note = re.sub(r"config of '[^']*'", "config", note)
     note = re.sub(r"the '[^']*' model whose", "the model whose", note)
     note = re.sub(

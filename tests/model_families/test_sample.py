@@ -1,4 +1,4 @@
-"""A sample of ``make families``: what docs/models.md says of these families is still so, and the tool sees faults."""
+"""A sample of ``make families``: docs/models.md is right for these families, and the tool notices faults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 from hf_kvcache import HeavyHitterCache, KVCache
 from tests.model_families.building import NotBuilt, build
 from tests.model_families.caches import KINDS, Kind
-from tests.model_families.catalogue import IMAGES, TEXT, Family, families
+from tests.model_families.catalog import IMAGES, TEXT, Family, families
 from tests.model_families.generating import Outcome, generate, prompt
 from tests.model_families.modes import MODES
 from tests.model_families.shrinking import tiny_config
@@ -51,7 +51,7 @@ def _parameters() -> list[object]:
 
 @pytest.mark.parametrize("family", _parameters())
 def test_nothing_is_wrong(family: Family) -> None:
-    """Caches of three kinds are right or refuse, and refuse no more than the table says."""
+    """Caches of three kinds are right or refused, and nothing is refused that works in the table."""
     try:
         found = cells(try_family(family, tuple(_KINDS), _MODES))
     except NotBuilt as error:
@@ -64,7 +64,7 @@ def test_nothing_is_wrong(family: Family) -> None:
 
 
 def _recorded(family: Family) -> dict[str, str]:
-    """The statuses of the table, if it was made with the release of transformers that is installed."""
+    """The statuses of the table, if it was made with the installed release of transformers."""
     if not _TABLE.exists():
         return {}
     lines = _TABLE.read_text().splitlines()
@@ -75,7 +75,7 @@ def _recorded(family: Family) -> dict[str, str]:
 
 
 def test_every_class_is_found() -> None:
-    """Families come from transformers' own mappings, and configs of most of them become small."""
+    """transformers' mappings have many families, and the configs of the sample become small."""
     found = families()
     assert sum(family.task == TEXT for family in found) > 150
     assert sum(family.task == IMAGES for family in found) > 60
@@ -84,13 +84,13 @@ def test_every_class_is_found() -> None:
 
 
 def test_models_of_several_stacks_are_refused() -> None:
-    """A byte-level model has an encoder, a global model and a decoder, and its config no number of layers."""
+    """A byte-level model has an encoder, a global model and a decoder, and its config has no number of layers."""
     with pytest.raises(ValueError, match=r"'blt' says nothing of its layers \(num_hidden_layers\); accepted"):
         KVCache(tiny_config("blt"))
 
 
 def test_positions_end_with_the_models_table() -> None:
-    """GPT-J looks its angles up in a table: a policy that undoes them asks for none behind its end."""
+    """GPT-J reads its angles from a table, beyond whose end a policy that undoes rotations must not read."""
     (family,) = (family for family in families() if family.model_type == "gptj")
     model = build(family)
     with pytest.raises(ValueError, match=r"GPTJAttention (cannot be undone: its keys are not a|of transformers)"):
@@ -134,13 +134,13 @@ class _Unused(KVCache):
         (_Refusing, "state dict", REFUSED),
     ],
 )
-def test_faults_are_seen(cache: type[KVCache], mode: str, status: str) -> None:
-    """A cache that is slightly wrong, is not used, crashes or refuses gets the verdict that it deserves."""
+def test_faults_are_noticed(cache: type[KVCache], mode: str, status: str) -> None:
+    """A cache that is slightly wrong, not used, crashes or refuses gets that verdict."""
     assert _llama(cache)[mode] == status
 
 
-def test_comparison_ends_where_rows_part() -> None:
-    """With few bits, what follows another choice of token is not compared; without loss, it is."""
+def test_comparison_ends_where_tokens_differ() -> None:
+    """For quantized caches, logits after the first different token are not compared; for exact caches they are."""
     right = Outcome(torch.tensor([[1, 2, 3]]), torch.randn(1, 3, 8))
     logits = right.logits.clone()
     logits[0, 2] += 9.0

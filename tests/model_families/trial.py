@@ -1,4 +1,4 @@
-"""One family, tried: a verdict for each cache and mode."""
+"""Trying one family: a verdict for each cache and mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_kvcache import KVCache, unbind
 from tests.model_families.building import build
 from tests.model_families.caches import BUDGET, INTERVAL, KINDS, Kind, Make, dynamic
-from tests.model_families.catalogue import Family
+from tests.model_families.catalog import Family
 from tests.model_families.generating import Outcome, forward, generate, left_padded, prompt, steps
 from tests.model_families.modes import MODES, Mode
 from tests.model_families.verdicts import (
@@ -28,11 +28,11 @@ from tests.model_families.verdicts import (
     of_error,
 )
 
-#: Verdicts by cache and mode; ``construction`` stands for all modes where the cache cannot be built.
+#: Verdicts by cache and mode; ``construction`` is the only mode where the cache cannot be built.
 Results = dict[str, dict[str, Verdict]]
 CONSTRUCTION, SMALL_BUDGET, AFTERWARDS = "construction", "small budget", "afterwards"
 _IMPLEMENTATION = "hf_kvcache"
-#: Families that make a mask within the model, so that nobody hears which tokens are padding.
+#: Families that make their mask within the model, so that a cache does not know which tokens are padding.
 _HIDE_PADDING = ("cpmant",)
 
 
@@ -43,29 +43,29 @@ def _forward_passes(model: PreTrainedModel, new: Callable[[], Any]) -> Outcome:
     )
 
 
-#: What a trial with a small budget needs of a family.
+#: A mode that has to run before a small budget is tried.
 _STEPS = Mode("steps", _forward_passes)
 
 
 def try_family(family: Family, kinds: tuple[Kind, ...] = KINDS, modes: tuple[Mode, ...] = MODES) -> Results:
     """All verdicts of a family."""
     model = build(family)
-    rights = Rights(model)
+    references = References(model)
     modes = tuple(mode for mode in modes if not mode.images or hasattr(model, "get_image_features"))
-    return {kind.name: _try_kind(model, kind, modes, rights) for kind in kinds}
+    return {kind.name: _try_kind(model, kind, modes, references) for kind in kinds}
 
 
-class Rights:
-    """The right values of each mode, computed once, by transformers' own cache."""
+class References:
+    """The reference outcomes of each mode, computed once with transformers' own cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._known: dict[str, list[Outcome] | Exception] = {}
-        #: Modes that transformers' own cache cannot do, although their plain form may give a right value.
+        #: Modes that fail with transformers' own cache, although their plain form may give a reference.
         self.impossible: set[str] = set()
 
     def of(self, mode: Mode) -> list[Outcome]:
-        """What the mode gives with ``DynamicCache`` and what its plain form does; raises if neither runs."""
+        """The outcomes of the mode and of its plain form with ``DynamicCache``; raises if neither runs."""
         if mode.name not in self._known:
             self._known[mode.name] = self._find(mode)
         known = self._known[mode.name]
@@ -87,7 +87,9 @@ class Rights:
         return found or error
 
 
-def _try_kind(model: PreTrainedModel, kind: Kind, modes: tuple[Mode, ...], rights: Rights) -> dict[str, Verdict]:
+def _try_kind(
+    model: PreTrainedModel, kind: Kind, modes: tuple[Mode, ...], references: References
+) -> dict[str, Verdict]:
     try:
         kind.make(model.config)
     except Exception as error:
@@ -96,18 +98,18 @@ def _try_kind(model: PreTrainedModel, kind: Kind, modes: tuple[Mode, ...], right
     finally:
         unbind(model.config.get_text_config(decoder=True))
     with suppress(Exception):
-        rights.of(_STEPS)
+        references.of(_STEPS)
     chosen = [mode for mode in modes if not kind.modes or mode.name in kind.modes]
-    verdicts = {mode.name: _try_mode(model, kind, mode, rights) for mode in chosen}
+    verdicts = {mode.name: _try_mode(model, kind, mode, references) for mode in chosen}
     if (small := kind.small) is not None:
-        verdicts[SMALL_BUDGET] = _no_better_than(rights, _STEPS, _guarded(lambda: _try_budget(model, kind, small)))
-    verdicts[AFTERWARDS] = _guarded(lambda: _afterwards(model, rights))
+        verdicts[SMALL_BUDGET] = _no_better_than(references, _STEPS, _guarded(lambda: _try_budget(model, kind, small)))
+    verdicts[AFTERWARDS] = _guarded(lambda: _afterwards(model, references))
     return verdicts
 
 
-def _try_mode(model: PreTrainedModel, kind: Kind, mode: Mode, rights: Rights) -> Verdict:
+def _try_mode(model: PreTrainedModel, kind: Kind, mode: Mode, references: References) -> Verdict:
     try:
-        right = rights.of(mode)
+        right = references.of(mode)
     except Exception as error:
         return Verdict(NOT_TRIED, f"transformers' own cache: {of_error(error).note}"[:200])
 
@@ -123,38 +125,38 @@ def _try_mode(model: PreTrainedModel, kind: Kind, mode: Mode, rights: Rights) ->
             verdict = itself if itself.status == WORKS else verdict
         return Verdict(DENSE) if verdict.status == WORKS and not calls else verdict
 
-    return _no_better_than(rights, mode, _guarded(run))
+    return _no_better_than(references, mode, _guarded(run))
 
 
 def _ours(model: PreTrainedModel, make: Make) -> KVCache:
-    """A new cache, for a model that remembers nothing of the sequence before."""
+    """A new cache of this package, after the model has forgotten the sequence before."""
     _forget(model)
     return make(model.config)
 
 
 def _theirs(model: PreTrainedModel) -> Cache:
-    """The same with transformers' own cache."""
+    """A new cache of transformers' own, after the model has forgotten the sequence before."""
     _forget(model)
     return dynamic(model)
 
 
 def _forget(model: Any) -> None:
-    """Models with positions in several dimensions keep how far those of the last prompt differ from its length."""
+    """Reset the offset of positions that models with positions in several dimensions keep from the last prompt."""
     for module in model.modules():
         if getattr(module, "rope_deltas", None) is not None:
             module.rope_deltas = None
 
 
-def _no_better_than(rights: Rights, mode: Mode, verdict: Verdict) -> Verdict:
-    """A crash is none of ours where transformers' own cache cannot do it either."""
-    theirs = verdict.status == CRASHED and mode.name in rights.impossible
+def _no_better_than(references: References, mode: Mode, verdict: Verdict) -> Verdict:
+    """A crash does not count if the mode crashes with transformers' own cache too."""
+    theirs = verdict.status == CRASHED and mode.name in references.impossible
     return Verdict(NOT_TRIED, verdict.note) if theirs else verdict
 
 
 def _as_plain(model: PreTrainedModel, kind: Kind, mode: Mode, ours: Outcome, right: list[Outcome]) -> Verdict:
-    """However few bits there are, a row of a batch, a copy and a loaded state say what they would say by themselves.
+    """A row of a batch, a copy and a loaded state of a quantized cache equal the plain form.
 
-    Not so where rows depend on each other with transformers' own cache too, or are other ones to any cache.
+    This is not tried where rows depend on each other with transformers' own cache too, or have other keys in a batch.
     """
     if len(right) < 2 or compare(right[0], right[1:]).status != WORKS:
         return Verdict(WORKS)
@@ -167,7 +169,7 @@ def _as_plain(model: PreTrainedModel, kind: Kind, mode: Mode, ours: Outcome, rig
 
 
 def _rows_alike(model: PreTrainedModel) -> bool:
-    """Whether a row has the same keys beside a longer one as alone; not where its positions count padding."""
+    """Whether a row has the same keys beside a longer row as alone; it has not where positions count padding."""
     row = prompt(37, seed=1)
     both: Any = _theirs(model)
     alone: Any = _theirs(model)
@@ -184,7 +186,7 @@ def _has_keys(layer: Any) -> bool:
 
 
 def _try_budget(model: PreTrainedModel, kind: Kind, small: Make) -> Verdict:
-    """It runs twice alike, and holds no more than its budget and what comes between two evictions."""
+    """Two runs are alike, and the cache holds no more than its budget and the tokens between two evictions."""
     runs = []
     for _ in range(2):
         cache = _ours(model, small)
@@ -202,15 +204,15 @@ def _try_budget(model: PreTrainedModel, kind: Kind, small: Make) -> Verdict:
 
 
 def _held(layer: Any) -> tuple[int, float]:
-    """Heads of a layer, and tokens that they hold on average."""
+    """The number of heads of a layer, and the average number of tokens that they hold."""
     held = (layer.kept_positions() >= 0).sum(-1).float()
     return held.numel(), float(held.mean())
 
 
-def _afterwards(model: PreTrainedModel, rights: Rights) -> Verdict:
-    """Unbound again, the model does with transformers' own cache exactly what it did."""
+def _afterwards(model: PreTrainedModel, references: References) -> Verdict:
+    """The unbound model gives with transformers' own cache exactly what it gave before."""
     try:
-        right = rights.of(_STEPS)
+        right = references.of(_STEPS)
     except Exception:
         return Verdict(NOT_TRIED)
     unbind(model.config.get_text_config(decoder=True))
@@ -227,7 +229,7 @@ def _guarded(run: Callable[[], Verdict]) -> Verdict:
 
 @contextmanager
 def _attention_calls() -> Iterator[list[None]]:
-    """Collects an item for each call of this package's attention with keys that come from a cache of ours."""
+    """Collects an item for each call of this package's attention with keys from a KVCache."""
     function = ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION]
     calls: list[None] = []
 

@@ -1,4 +1,4 @@
-"""What came of a trial: it worked, was refused, was wrong or crashed."""
+"""The verdict of a trial: it works, is refused, is wrong or crashes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from tests.model_families.generating import Outcome
 from tests.model_families.modes import CacheNotUsed
 
 WORKS, DENSE, REFUSED, WRONG, CRASHED, NOT_TRIED = "works", "dense", "refused", "wrong", "crashed", "not tried"
-#: Rounding between two orders of summation in float32, for logits of a spread of 1 to 2.
+#: Rounding errors between two orders of summation in float32, for logits with a spread of 1 to 2.
 ROUNDING = 1e-4
 _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 _PACKAGE = str(Path(hf_kvcache.__file__).parent)
 
 
 class Verdict(NamedTuple):
-    """One cell: a status and, where it is not plainly good, why in a few words."""
+    """A status, and the reason in a few words where it is not ``works``."""
 
     status: str
     note: str = ""
 
 
 def of_error(error: BaseException) -> Verdict:
-    """A refusal is an error that this package raises in so many words; anything else is a crash."""
+    """The verdict of an error: a refusal if a ``raise`` of this package raised it, else a crash."""
     message = " ".join(f"{error}".split())[:400]
     if isinstance(error, CacheNotUsed):
         return Verdict(WRONG, message)
@@ -40,12 +40,12 @@ def of_error(error: BaseException) -> Verdict:
 
 
 def compare(
-    ours: Outcome, rights: list[Outcome], bound: float = 0.0, loose: bool = False, rounding: float = ROUNDING
+    ours: Outcome, references: list[Outcome], bound: float = 0.0, loose: bool = False, rounding: float = ROUNDING
 ) -> Verdict:
-    """Against the nearest of the right values: to ``rounding``, or within a share ``bound`` of the logits' spread."""
+    """Compare with the references: within ``rounding``, or within a share ``bound`` of the spread of the logits."""
     if not torch.isfinite(ours.logits).all():
         return Verdict(WRONG, "logits that are not finite")
-    verdicts = [_against(ours, right, bound, loose, rounding) for right in rights]
+    verdicts = [_against(ours, right, bound, loose, rounding) for right in references]
     return next((verdict for verdict in verdicts if verdict.status == WORKS), verdicts[0])
 
 
@@ -54,7 +54,7 @@ def _against(ours: Outcome, right: Outcome, bound: float, loose: bool, rounding:
         return Verdict(WRONG, f"shape {list(ours.logits.shape)}, not {list(right.logits.shape)}")
     if bound and loose:
         return Verdict(WORKS)
-    alike = _until_they_part(ours, right)
+    alike = _until_tokens_differ(ours, right)
     difference = (ours.logits - right.logits)[alike]
     if not bound:
         error = float(difference.abs().max())
@@ -64,8 +64,8 @@ def _against(ours: Outcome, right: Outcome, bound: float, loose: bool, rounding:
     return Verdict(WORKS if error <= bound else WRONG, f"off by {error:.2g} of the spread")
 
 
-def _until_they_part(ours: Outcome, right: Outcome) -> torch.Tensor:
-    """Steps ``[B, n]`` whose tokens so far are the same; the logits of the first other choice are still comparable."""
+def _until_tokens_differ(ours: Outcome, right: Outcome) -> torch.Tensor:
+    """Steps ``[B, n]`` up to the first different token, whose own logits can still be compared."""
     everything = torch.ones(ours.logits.shape[:2], dtype=torch.bool)
     if ours.tokens is None or right.tokens is None or ours.tokens.shape != everything.shape:
         return everything

@@ -1,4 +1,4 @@
-"""docs/models.md and docs/models.csv: which cache works with which family."""
+"""Writes docs/models.md and docs/models.csv: which cache works with which family."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import transformers
 
 from tests.model_families.caches import BUDGET, KINDS
-from tests.model_families.catalogue import IMAGES, TEXT, Family, families
+from tests.model_families.catalog import IMAGES, TEXT, Family, families
 from tests.model_families.runner import BUILDING, read
 from tests.model_families.summary import Cell, cells, short
 from tests.model_families.trial import Results
@@ -94,13 +94,13 @@ def _table(rows: list[Row], notes: _Notes) -> str:
 
 
 class _Notes:
-    """The reasons of refusals, numbered in the order in which they come."""
+    """The reasons of refusals, numbered in the order in which they appear."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
 
     def sign(self, cell: Cell) -> str:
-        """What stands in the table for a cell."""
+        """The text of a cell in the table."""
         if cell.status == REFUSED:
             return f"no {self._number(short(cell.note))}"
         if cell.status in (WRONG, CRASHED):
@@ -110,7 +110,7 @@ class _Notes:
         return _SIGNS[cell.status]
 
     def listed(self) -> str:
-        """All of them."""
+        """The list of all reasons."""
         lines = [f"{number}. {note.replace('|', '/')}" for note, number in self.numbers.items()]
         return "\n".join(lines or ["Nothing is refused."]) + "\n"
 

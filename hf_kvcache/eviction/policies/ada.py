@@ -5,7 +5,7 @@ from __future__ import annotations
 from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.registry import register
 from hf_kvcache.eviction.wrapper import Wrapper
-from hf_kvcache.utils.checks import between
+from hf_kvcache.utils.validation import between
 
 
 @register("ada", wraps=True)

@@ -10,7 +10,7 @@ from hf_kvcache.eviction.attended import pool_mean
 from hf_kvcache.eviction.base import ALL_QUERIES, Policy
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.registry import register
-from hf_kvcache.utils.checks import between, flag, odd, whole
+from hf_kvcache.utils.validation import between, flag, odd, whole
 
 #: Share of the mean squared key (and of the mean leverage) below which differences are rounding.
 _ROUNDING = 1e-6

@@ -9,7 +9,7 @@ from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.registry import register
 from hf_kvcache.eviction.selection import highest
 from hf_kvcache.eviction.wrapper import Wrapper
-from hf_kvcache.utils.checks import between
+from hf_kvcache.utils.validation import between
 
 #: Output elements computed at a time.
 _BLOCK_ELEMENTS = 1 << 22

@@ -7,7 +7,7 @@ import torch
 from hf_kvcache.eviction.base import ALL_QUERIES, Policy
 from hf_kvcache.eviction.context import Context, Rope
 from hf_kvcache.eviction.registry import register
-from hf_kvcache.utils.checks import between, flag, whole
+from hf_kvcache.utils.validation import between, flag, whole
 
 #: Probabilities are taken relative to those of other tokens and may exceed 1, but not float32.
 _LARGEST_LOGARITHM = 60.0

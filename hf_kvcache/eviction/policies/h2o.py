@@ -7,7 +7,7 @@ import torch
 from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.registry import register
-from hf_kvcache.utils.checks import flag
+from hf_kvcache.utils.validation import flag
 
 
 @register("h2o")

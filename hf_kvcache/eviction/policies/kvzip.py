@@ -8,7 +8,7 @@ from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.policies.critical import output_lengths
 from hf_kvcache.eviction.registry import register
-from hf_kvcache.utils.checks import flag
+from hf_kvcache.utils.validation import flag
 
 
 @register("kvzip")

@@ -7,7 +7,7 @@ import torch
 from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.registry import register
-from hf_kvcache.utils.checks import flag, whole
+from hf_kvcache.utils.validation import flag, whole
 
 #: Of tokens that are not judged: far above any judged one, yet finite, since others may multiply scores.
 _NOT_JUDGED = 1e6

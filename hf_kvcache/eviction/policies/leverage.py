@@ -8,7 +8,7 @@ from hf_kvcache.eviction.attended import pool_mean
 from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.registry import register
-from hf_kvcache.utils.checks import between, odd
+from hf_kvcache.utils.validation import between, odd
 
 
 @register("leverage")

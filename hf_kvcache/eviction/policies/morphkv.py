@@ -7,7 +7,7 @@ import torch
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.registry import register
 from hf_kvcache.eviction.window import WindowPolicy
-from hf_kvcache.utils.checks import one_of, whole
+from hf_kvcache.utils.validation import one_of, whole
 
 
 @register("morphkv")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hf_kvcache.eviction.policies.snapkv import SnapKV
 from hf_kvcache.eviction.registry import register
-from hf_kvcache.utils.checks import between
+from hf_kvcache.utils.validation import between
 
 
 @register("pyramidkv")

@@ -9,7 +9,7 @@ from hf_kvcache.eviction.attended import before_queries, mean_attention, pool_ma
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.registry import register
 from hf_kvcache.eviction.window import WindowPolicy
-from hf_kvcache.utils.checks import between, odd, whole
+from hf_kvcache.utils.validation import between, odd, whole
 
 #: Similarities computed at a time, so that no matrix of all keys times all keys is ever held.
 _BLOCK_ELEMENTS = 1 << 22

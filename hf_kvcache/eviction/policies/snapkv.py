@@ -8,7 +8,7 @@ from hf_kvcache.eviction.attended import before_queries, mean_attention, pool_me
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.registry import register
 from hf_kvcache.eviction.window import WindowPolicy
-from hf_kvcache.utils.checks import odd, whole
+from hf_kvcache.utils.validation import odd, whole
 
 
 @register("snapkv")

@@ -10,7 +10,7 @@ from hf_kvcache.eviction.base import ALL_QUERIES, Policy
 from hf_kvcache.eviction.calibration import LayerStatistics, QueryStatistics
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.registry import register
-from hf_kvcache.utils.checks import one_of, whole
+from hf_kvcache.utils.validation import one_of, whole
 
 _SMALLEST_DEVIATION = 1e-6
 

@@ -1,4 +1,4 @@
-"""Methods that solve for the bases of keys and values. One file a method; see ``base.py`` for what one is."""
+"""Methods that solve for the bases of keys and values: one file a method, whose class derives from ``base.Method``."""
 
 from hf_kvcache.lowrank.methods.base import Method
 from hf_kvcache.lowrank.methods.registry import available, register, resolve

@@ -1,4 +1,4 @@
-"""Finding methods by name: a new one is one file in this folder whose class carries ``@register``."""
+"""Finding methods by name. A new method is one file in this folder, whose class is decorated with ``@register``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _METHODS: Registry[type[Method]] = Registry("hf_kvcache.lowrank.methods")
 
 
 def register(name: str) -> Callable[[Named], Named]:
-    """Class decorator: make a method known under ``name``."""
+    """Class decorator that registers a method under ``name``."""
     return registers(_METHODS, name)
 
 
@@ -26,8 +26,8 @@ def resolve(method: str | Method, **options: Any) -> Method:
     """A method by its name.
 
     Args:
-        method: a registered name, or a ready method.
-        **options: those that it takes.
+        method: a registered name, or a method that has been made.
+        **options: options of the method.
 
     Raises:
         ValueError: for a method or an option that does not exist, or an option out of range.

@@ -1,12 +1,12 @@
-"""Truncated SVD of keys and of values: what the other methods are measured against."""
+"""Truncated SVD of keys and of values: the baseline for the other methods."""
 
 from __future__ import annotations
 
-from hf_kvcache.lowrank.bases import cheapest_basis
+from hf_kvcache.lowrank.basis import LayerBasis
+from hf_kvcache.lowrank.basis_solvers import least_error_basis
 from hf_kvcache.lowrank.methods.base import Method
 from hf_kvcache.lowrank.methods.registry import register
 from hf_kvcache.lowrank.moments import LayerMoments
-from hf_kvcache.lowrank.projection import LayerBasis
 
 
 @register("svd")
@@ -17,5 +17,5 @@ class SVD(Method):
         super().__init__()
 
     def solve(self, moments: LayerMoments) -> LayerBasis:
-        keys, values = cheapest_basis(*self.keys_of(moments)), cheapest_basis(*self.values_of(moments))
-        return self.basis(moments, keys, values)
+        keys, values = least_error_basis(*self.keys_of(moments)), least_error_basis(*self.values_of(moments))
+        return self.layer_basis(moments, keys, values)

@@ -1,4 +1,4 @@
-"""What the methods solve, against singular value decompositions of the products themselves in float64."""
+"""The solutions of the methods, against singular value decompositions of the products in float64."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kvcache.kernels.hadamard import rotation_matrix
-from hf_kvcache.lowrank.bases import beside, cheapest_basis
-from hf_kvcache.lowrank.distances import over_distances
+from hf_kvcache.lowrank.basis import SideBasis
 from hf_kvcache.lowrank.methods import Method, available, resolve
-from hf_kvcache.lowrank.methods.oscar import bit_reversal
-from hf_kvcache.lowrank.projection import LayerBasis, SideBasis
-from tests.eviction.rope_contexts import rope
-from tests.latent.structured import SCALING, TOKENS, Layer, make, moments_of
+from tests.lowrank.structured import SCALING, TOKENS, Layer, make, moments_of
 
-#: Bases are stored in float32: their products are off by some 1e-6 of the largest direction, squared in an error.
+#: Bases are stored in float32. Their products differ by some 1e-6 of the largest direction, squared in an error.
 NEAR = {"rtol": 1e-3, "atol": 1e-7}
 SHAPES = [{}, {"heads": 1, "ratio": 1}, {"heads": 3, "ratio": 2, "dim": 24, "value_dim": 16}, {"heads": 4, "ratio": 1}]
 RANKS = (1, 8, 13)
 
 
 def reconstructed(x: torch.Tensor, basis: SideBasis, group: int, rank: int) -> torch.Tensor:
-    """``x [n, W]`` as its first ``rank`` latents give it back."""
+    """``x [n, W]``, reconstructed from its first ``rank`` coefficients."""
     mean = 0 if basis.mean is None else basis.mean[group].double()
     return mean + (x - mean) @ basis.down[group, :, :rank].double() @ basis.up[group, :rank].double()
 
@@ -35,7 +30,7 @@ def truncated(product: torch.Tensor, rank: int) -> float:
 
 
 def errors(layer: Layer, basis: SideBasis, side: str, group: int, rank: int, metric: str) -> list[float]:
-    """Squared errors of what becomes of the states of each group of heads: themselves, or scores, or outputs."""
+    """Squared errors of each group of heads: of its states, of their scores, or of their outputs."""
     found = []
     for index, x in enumerate(layer.side_by_side(side, group)):
         off = (x - reconstructed(x, basis, index, rank)).split(x.shape[1] // group, 1)
@@ -54,7 +49,7 @@ def maps(layer: Layer, head: int, metric: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kq_svd_is_the_truncated_svd_of_the_products(shape: dict[str, int]) -> None:
-    """No approximation of that rank of ``K Q^T`` and of ``V W_O`` is nearer."""
+    """No approximation of ``K Q^T`` and of ``V W_O`` of that rank has a smaller error."""
     layer = make(**shape)
     basis = resolve("kq_svd", center="none").solve(moments_of(layer))
     for rank in RANKS:
@@ -65,18 +60,20 @@ def test_kq_svd_is_the_truncated_svd_of_the_products(shape: dict[str, int]) -> N
 
 
 def rounding_cost(layer: Layer, basis: SideBasis, side: str, metric: str) -> float:
-    """Squared error of what becomes of the states, if each latent is off by as much as all are on average."""
+    """Squared error of scores or outputs, if each coefficient has an error as large as the mean coefficient."""
     total = 0.0
     for head, x in enumerate(getattr(layer, side)):
         mean = 0 if basis.mean is None else basis.mean[head].double()
-        latents = (x - mean) @ basis.down[head].double()
-        total += float(latents.square().mean() * (basis.up[head].double() @ maps(layer, head, metric)).square().sum())
+        coefficients = (x - mean) @ basis.down[head].double()
+        total += float(
+            coefficients.square().mean() * (basis.up[head].double() @ maps(layer, head, metric)).square().sum()
+        )
     return total
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_balanced_latents_cost_least_to_round(shape: dict[str, int]) -> None:
-    """Less than any other scaling, KQ-SVD's own and plain axes among them: the square of the sum of singular values."""
+def test_balanced_coefficients_cost_least_to_round(shape: dict[str, int]) -> None:
+    """They cost the square of the sum of singular values, less than KQ-SVD's own scaling, plain axes or any other."""
     layer = make(**shape)
     moments, generator = moments_of(layer), torch.Generator().manual_seed(3)
     basis = resolve("balanced", group=1, before_rope=False, center="none").solve(moments)
@@ -96,7 +93,7 @@ def test_balanced_latents_cost_least_to_round(shape: dict[str, int]) -> None:
 
 
 def test_balanced_keeps_the_directions() -> None:
-    """Cut to a rank, what is left out is what KQ-SVD leaves out, with the same energies."""
+    """Cut to a rank, it leaves out what KQ-SVD leaves out, with the same energies."""
     layer = make(heads=4)
     moments = moments_of(layer)
     for chosen in ({"group": 2, "center": "keys"}, {"group": 4, "center": "both"}):
@@ -133,8 +130,8 @@ def test_palu_is_the_truncated_svd_of_the_heads_of_a_group(group: int) -> None:
             torch.testing.assert_close(found, [truncated(x, rank) for x in layer.side_by_side(side, group)], **NEAR)
 
 
-def test_a_shared_latent_loses_less_than_one_per_head() -> None:
-    """At the same numbers per token, heads that have something in common are better stored together."""
+def test_shared_coefficients_lose_less_than_one_set_per_head() -> None:
+    """With as many numbers per token, heads that have something in common lose less when they are stored together."""
     layer = make(heads=4, ratio=2)
     moments = moments_of(layer)
     for name, metrics in (("palu", ("keys", "values")), ("kq_svd", ("scores", "outputs"))):
@@ -147,11 +144,11 @@ def test_a_shared_latent_loses_less_than_one_per_head() -> None:
 
 def test_palu_groups_up_to_four_heads() -> None:
     palu = resolve("palu")
-    assert [palu.beside(heads) for heads in (1, 2, 3, 4, 5, 6, 8, 14)] == [1, 2, 3, 4, 1, 3, 4, 2]
-    assert palu.before_rope and palu.most == 4
+    assert [palu.group_size(heads) for heads in (1, 2, 3, 4, 5, 6, 8, 14)] == [1, 2, 3, 4, 1, 3, 4, 2]
+    assert palu.before_rope and palu.largest_group == 4
 
 
-#: What each method says that its energies are errors of.
+#: The errors that the energies of each method are said to be.
 METRICS: dict[str, tuple[str, str]] = {
     "svd": ("keys", "values"),
     "palu": ("keys", "values"),
@@ -162,7 +159,7 @@ METRICS: dict[str, tuple[str, str]] = {
 
 
 def after_rope(name: str) -> Method:
-    """The method, for the moments here, of which none are from before the rotary embedding."""
+    """The method with options for the moments here, none of which are from before the rotary embedding."""
     return resolve(name, before_rope=False) if name in ("palu", "balanced") else resolve(name)
 
 
@@ -173,7 +170,7 @@ def test_the_metrics_name_all_methods() -> None:
 @pytest.mark.parametrize("center", ["none", "both"])
 @pytest.mark.parametrize("name", METRICS)
 def test_energies_are_the_measured_errors(name: str, center: str) -> None:
-    """What is left behind any rank is the sum of the energies behind it, as a share of what is left behind rank 0."""
+    """The error at any rank is the sum of the energies after that rank, as a share of the error at rank 0."""
     layer = make(heads=4, ratio=2)
     options: dict[str, Any] = {} if name == "svd" else {"center": center}
     if name in ("palu", "kq_svd", "balanced"):
@@ -212,14 +209,14 @@ def measured(layer: Layer, basis: SideBasis, side: str, group: int, rank: int, m
         ("palu", {"before_rope": False}, (16,)),
     ],
 )
-def test_what_an_energy_means_for_the_scores(name: str, options: dict[str, Any], ranks: tuple[int, ...]) -> None:
-    """The mean squared error of all scores of all heads, of all queries with all keys."""
+def test_the_score_of_a_basis(name: str, options: dict[str, Any], ranks: tuple[int, ...]) -> None:
+    """Times an energy it is the mean squared error of all scores of all heads, of all queries with all keys."""
     layer = make(heads=2, ratio=3)
     basis = resolve(name, **options).solve(moments_of(layer))
     group = layer.heads // len(basis.keys.down)
     for rank in ranks:
         found = sum(errors(layer, basis.keys, "keys", group, rank, "scores"))
-        # The queries of the tests come divided by the root of the tokens.
+        # The queries here are divided by the root of the number of tokens.
         found *= SCALING**2 / TOKENS / len(layer.queries)
         assert basis.score * float(basis.keys.energy[:, rank:].double().sum()) == pytest.approx(found, rel=1e-3)
 
@@ -231,13 +228,13 @@ def test_at_full_rank_nothing_is_lost(name: str) -> None:
     basis = method.solve(moments_of(layer))
     for side in ("keys", "values"):
         solved: SideBasis = getattr(basis, side)
-        done = method.finish(solved.cut(solved.width))
+        down, up = solved.cut(solved.width, basis.hadamard)
         eye = torch.eye(solved.width, dtype=torch.float64).expand(len(solved.down), -1, -1)
-        torch.testing.assert_close(done.down.double() @ done.up.double(), eye, rtol=0, atol=2e-4)
+        torch.testing.assert_close(down.double() @ up.double(), eye, rtol=0, atol=2e-4)
 
 
-def test_centred_keys_leave_attention_as_it_is() -> None:
-    """The error of centred keys is one of scores about their mean: what softmax sees."""
+def test_centered_keys_leave_attention_as_it_is() -> None:
+    """The error of centered keys is the error of the scores about their mean, which is what softmax sees."""
     layer = make()
     basis = resolve("kq_svd", center="keys").solve(moments_of(layer)).keys
     x, mean = layer.keys[0], layer.keys[0].mean(0)
@@ -245,7 +242,7 @@ def test_centred_keys_leave_attention_as_it_is() -> None:
     torch.testing.assert_close(basis.mean[0].double(), mean, rtol=1e-6, atol=1e-6)
     best = truncated((x - mean) @ layer.asked(0).T, 8)
     assert errors(layer, basis, "keys", 1, 8, "scores")[0] == pytest.approx(best, rel=1e-3)
-    # A latent without the mean gives scores that differ by one number per query.
+    # Without the mean, the scores of a query all differ by the same number.
     scores = ((x - mean) @ basis.down[0].double() @ basis.up[0].double()) @ layer.asked(0).T
     exact = x @ layer.asked(0).T
     torch.testing.assert_close(scores.softmax(0), exact.softmax(0), rtol=1e-3, atol=1e-6)
@@ -253,7 +250,7 @@ def test_centred_keys_leave_attention_as_it_is() -> None:
 
 @pytest.mark.parametrize("dead", ["queries", "keys", "values", "output"])
 def test_degenerate_states(dead: str) -> None:
-    """Directions that nobody asks for, or states that are all zero, give finite bases that lose nothing else."""
+    """Directions that no query reads, and states that are all zero, lead to finite bases that lose nothing else."""
     layer = make(heads=2, ratio=1)
     part = getattr(layer, dead)
     if dead == "output":
@@ -271,8 +268,8 @@ def test_degenerate_states(dead: str) -> None:
             assert ((solved.down.double() @ solved.up.double()) - eye).abs().max() < 1e-2
 
 
-def test_queries_of_low_rank_need_no_more() -> None:
-    """Where queries lie in 5 directions, 5 latents give all scores; a plain SVD of the keys does not."""
+def test_queries_of_low_rank_need_few_coefficients() -> None:
+    """Where queries have only 5 directions, 5 coefficients give all scores, but not with a plain SVD of the keys."""
     layer = make(heads=1, ratio=1)
     layer.queries[0, :, 5:] = 0
     moments = moments_of(layer)
@@ -282,127 +279,9 @@ def test_queries_of_low_rank_need_no_more() -> None:
     assert lost["kq_svd"] < 1e-4 * lost["svd"]
 
 
-def test_latents_of_kq_svd_all_weigh_the_same() -> None:
-    """Noise of one size in the latents costs the scores the same in each of them, but for what the floor changes."""
+def test_coefficients_of_kq_svd_weigh_the_same() -> None:
+    """The same noise in any coefficient costs the scores the same, up to the floor of the eigenvalues."""
     layer = make(heads=1, ratio=2)
     basis = resolve("kq_svd").solve(moments_of(layer)).keys
     costs = (basis.up[0].double() @ layer.asked(0).T).square().sum(1)
     torch.testing.assert_close(costs, costs.mean().expand_as(costs), rtol=1e-2, atol=0)
-
-
-@pytest.mark.parametrize("family", ["llama", "glm"])
-def test_queries_over_distances(family: str) -> None:
-    """The mean over all pairs of a text of 20 tokens, pair by pair."""
-    layer_rope = rope(family)
-    dim = 2 * len(layer_rope.first)
-    generator = torch.Generator().manual_seed(1)
-    queries = torch.randn(2, 7, dim, generator=generator)
-    second = torch.stack([q.double().T @ q.double() for q in queries])
-    expected, pairs = torch.zeros_like(second), 0
-    for at in range(20):
-        for key in range(at + 1):
-            turned = layer_rope.rotate(queries, torch.full((7,), at - key)).double()
-            expected += turned.mT @ turned
-            pairs += 1
-    scale = layer_rope.scale**2
-    torch.testing.assert_close(over_distances(second, layer_rope, 20), expected / pairs / scale, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("rank", [8, 16, 24, 32, 40, 64])
-def test_oscar_spreads_what_is_left_evenly(rank: int) -> None:
-    """After truncation and Hadamard each latent of the weighted values is as large as the others."""
-    layer = make(heads=2, ratio=1, dim=64)
-    moments, method = moments_of(layer), resolve("oscar")
-    basis = method.solve(moments).values
-    cut, done = basis.cut(rank), method.finish(basis.cut(rank))
-    torch.testing.assert_close(done.down @ done.up, cut.down @ cut.up, rtol=0, atol=1e-5)
-    second = done.down.double().mT @ moments.scored.second @ done.down.double()
-    sizes = second.diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(sizes, sizes.mean(1, keepdim=True).expand_as(sizes), rtol=1e-4, atol=1e-6)
-
-
-def test_bit_reversal_deals_axes_to_blocks() -> None:
-    assert bit_reversal(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
-    assert bit_reversal(1).tolist() == [0]
-    for count in range(2, 130):
-        assert sorted(bit_reversal(count).tolist()) == list(range(count))
-    # 56 = 32 + 16 + 8 has no Hadamard matrix here: each block gets its share of important axes.
-    matrix = rotation_matrix(56, "hadamard", torch.float64, torch.device("cpu"))
-    assert matrix is not None
-    importance = torch.logspace(0, -3, 56, dtype=torch.float64)
-    spread = {
-        name: (matrix.T @ torch.diag(importance[order]) @ matrix).diagonal()
-        for name, order in (("ordered", torch.arange(56)), ("reversed", bit_reversal(56)))
-    }
-    ratio = {name: float(sizes.max() / sizes.min()) for name, sizes in spread.items()}
-    assert ratio["reversed"] < 2 < 20 < ratio["ordered"]
-
-
-def test_fewer_heads_side_by_side_are_blocks_of_more() -> None:
-    layer = make(heads=4, ratio=1)
-    for group in (1, 2, 4):
-        for name in ("kq_svd", "palu"):
-            method = resolve(name, group=group, before_rope=False)
-            first, second = (method.solve(moments_of(layer, together)).keys for together in (group, 4))
-            torch.testing.assert_close(first.energy, second.energy)
-    with pytest.raises(ValueError, match="group=4: the moments are of 2 heads"):
-        resolve("palu", group=4, before_rope=False).solve(moments_of(layer, 2))
-
-
-def test_blocks_beside_each_other() -> None:
-    blocks = torch.arange(16.0).view(4, 2, 2)
-    wide = beside(blocks, 2)
-    assert wide.shape == (2, 4, 4)
-    assert torch.equal(wide[1, 2:, 2:], blocks[3]) and not wide[1, :2, 2:].any()
-
-
-def test_a_metric_that_is_a_multiple_of_the_identity_changes_nothing() -> None:
-    second = moments_of(make()).keys.grouped(1, 2, True)[0]
-    plain = cheapest_basis(second)
-    scaled = cheapest_basis(second, metric=1e6 * torch.eye(16, dtype=torch.float64).expand(2, -1, -1))
-    torch.testing.assert_close(plain.energy, scaled.energy)
-    torch.testing.assert_close(plain.down.abs(), scaled.down.abs(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
-        ("pca", {}, ["method='pca'", "kq_svd", "oscar", "palu", "svd"]),
-        (None, {}, ["method=None", "kq_svd"]),
-        ("svd", {"group": 2}, ["svd", "'group'", "none"]),
-        ("oscar", {"before_rope": True}, ["oscar", "'before_rope'", "center"]),
-        ("kq_svd", {"groups": 2}, ["kq_svd", "'groups'", "group", "before_rope", "center"]),
-        ("kq_svd", {"group": 0}, ["group=0"]),
-        ("kq_svd", {"group": True}, ["group=True"]),
-        ("kq_svd", {"before_rope": 1}, ["before_rope=1", "True"]),
-        ("palu", {"center": "all"}, ["center='all'", "none", "keys", "values", "both"]),
-    ],
-)
-def test_bad_options(name: Any, options: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ValueError) as error:
-        resolve(name, **options)
-    assert all(word in str(error.value) for word in words), error.value
-
-
-def test_what_a_layer_lacks() -> None:
-    layer = make(heads=3, ratio=1)
-    moments = moments_of(layer)
-    with pytest.raises(ValueError, match=r"group=2 does not divide 3 KV heads; accepted: \[1, 3\]"):
-        resolve("kq_svd", group=2).solve(moments)
-    for name in ("kq_svd", "palu"):
-        with pytest.raises(ValueError, match=r"before_rope=True.*cannot be undone"):
-            resolve(name, before_rope=True).solve(moments)
-    object.__setattr__(moments, "output", None)
-    with pytest.raises(ValueError, match="needs the plain weight"):
-        resolve("kq_svd").solve(moments)
-    assert isinstance(resolve("svd").solve(moments), LayerBasis)
-
-
-def test_ready_made() -> None:
-    method = resolve("palu", group=2)
-    assert resolve(method) is method
-    assert method.options() == {"group": 2, "before_rope": True, "center": "none"}
-    assert resolve("svd").options() == {}
-    with pytest.raises(ValueError, match="ready-made"):
-        resolve(method, group=2)
-    assert TOKENS > 16  # fewer tokens than directions would make every method exact

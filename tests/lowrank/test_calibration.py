@@ -1,4 +1,4 @@
-"""What is measured while a model reads, against its own projections and against transformers' own cache."""
+"""Moments of a model that reads texts, against its own projections and transformers' own cache, and the command."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from hf_kvcache import LatentKVCache
 from hf_kvcache.cli import main as cli
 from hf_kvcache.integration.binding import IMPLEMENTATION
+from hf_kvcache.integration.model_identity import sample_weights
 from hf_kvcache.lowrank import Projection, calibrate
 from hf_kvcache.lowrank.calibration import solve
-from hf_kvcache.lowrank.identity import check_weights, weights_sketch
 from hf_kvcache.lowrank.methods import available
-from hf_kvcache.lowrank.moments import LayerMoments, States, collect
+from hf_kvcache.lowrank.moment_collection import collect
+from hf_kvcache.lowrank.moments import LayerMoments, States
 from tests import families
 from tests.running import as_cache, forward
 
@@ -29,7 +30,7 @@ SINKS, LENGTH = 2, 15
 
 
 class Letters:
-    """A tokenizer: a letter is a token."""
+    """A tokenizer whose tokens are letters."""
 
     def __call__(self, text: str, return_tensors: str) -> Any:
         ids = torch.tensor([[3 + ord(letter) % 90 for letter in text]], dtype=torch.long)
@@ -49,7 +50,7 @@ def chunks() -> list[torch.Tensor]:
 
 
 def assert_moments(found: States, parts: list[torch.Tensor], weights: list[torch.Tensor] | None = None) -> None:
-    """``parts`` are states ``[W, n]`` token by token, without the sinks; here summed one by one in float64."""
+    """The moments are those of the states ``parts [W, n]`` without sinks, summed here one by one in float64."""
     x = torch.cat(parts, 1).double()
     share = torch.ones(x.shape[1], dtype=torch.float64) if weights is None else torch.cat(weights).double()
     share = share / share.sum()
@@ -66,7 +67,7 @@ def row(states: States, group: int) -> States:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gemma3", "gpt_oss", "llava"])
 @torch.no_grad()
 def test_keys_and_values_are_those_of_a_dynamic_cache(model: PreTrainedModel) -> None:
-    """Whatever a family does to its keys, the moments are of what it caches; heads side by side, without sinks."""
+    """Whatever a family does to its keys, the moments are those of the keys that it caches, without sinks."""
     found = measure(model)
     caches = []
     for chunk in chunks():
@@ -117,7 +118,7 @@ def test_moments_of_llama_by_hand(model: PreTrainedModel, group: int) -> None:
         tokens = sum(len(x) for x in asked) / 2
         expected = sum(torch.outer(q, q) for x in asked for q in x) / tokens
         torch.testing.assert_close(found.queries[head], expected, rtol=1e-4, atol=1e-4)
-        # Each token as heavy as the mean over its chunk's queries of its squared scores.
+        # A token's weight is the mean of its squared scores over the queries of its chunk.
         keys = [x[head, SINKS:].double() for x in turned["k"]]
         weights = [(k @ q.T).square().mean(1) for k, q in zip(keys, asked, strict=True)]
         assert_moments(row(found.scored, head), [x[head, SINKS:].T for x in plain["v"]], weights)
@@ -128,8 +129,8 @@ def test_moments_of_llama_by_hand(model: PreTrainedModel, group: int) -> None:
 
 
 @torch.no_grad()
-def test_what_is_asked_of_keys_before_their_rotation(model: PreTrainedModel) -> None:
-    """With a chunk of one counted token and distances of none, it is what the queries are before theirs."""
+def test_queries_of_keys_before_their_rotation(model: PreTrainedModel) -> None:
+    """With one counted token and no distance, their moments are those of the queries before their own rotation."""
     layer = measure(model, texts=["ab"], length=2, sinks=1)[0]
     seen: list[torch.Tensor] = []
     hook = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, __, out: seen.append(out))
@@ -166,7 +167,7 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("family", ["jamba"])
 def test_layers_without_keys_or_rotary_embedding(model: PreTrainedModel) -> None:
-    """Only attention layers are measured, and what cannot be un-rotated is left out."""
+    """Only attention layers are measured, without moments of keys whose rotation cannot be undone."""
     found = measure(model)
     assert sorted(found) == [1]
     assert found[1].keys_before is None and found[1].queries_before is None and found[1].output is not None
@@ -181,7 +182,7 @@ def test_latent_attention_is_refused(model: PreTrainedModel) -> None:
 
 
 def test_tokens_chunks_and_sinks(model: PreTrainedModel) -> None:
-    """Sinks of each chunk do not count, and chunks of nothing else neither."""
+    """Sinks of each chunk do not count, and neither do chunks that are all sinks."""
     counted = collect(model, TEXTS, Letters(), tokens=60, length=15, sinks=2, progress=False).tokens
     assert counted == sum(max(0, chunk.shape[1] - 2) for chunk in chunks()) == 60 - 2 * 5
     assert collect(model, ["ab", "abcdef"], Letters(), tokens=60, sinks=4, progress=False).tokens == 2
@@ -208,12 +209,12 @@ def test_calibrating_on_nothing_is_refused(model: PreTrainedModel, arguments: di
 
 @pytest.mark.parametrize("method", available())
 def test_one_call(model: PreTrainedModel, method: str, tmp_path: Path) -> None:
-    """From texts to a file to the layers of a cache, whose full rank gives back any state."""
+    """From texts to a file to the layers of a cache, which reconstruct any state at full rank."""
     made = calibrate(model, TEXTS, Letters(), method, tokens=60, sinks=2, names=["a", "b"], progress=False)
     made.save(tmp_path / "file")
     read = Projection.load(tmp_path / "file")
     assert (read.method, list(read.texts), read.tokens) == (method, ["a", "b"], 60 - 4)
-    assert read.weights == weights_sketch(model) and list(read.weights) == [0, 1]
+    assert read.weights == sample_weights(model) and list(read.weights) == [0, 1]
     for layer in read.for_config(model.config, ratio=1.0).values():
         for side in (layer.keys, layer.values):
             eye = torch.eye(side.rank).expand(layer.groups, -1, -1)
@@ -236,28 +237,8 @@ def test_wrong_options_are_found_before_the_model_runs(model: PreTrainedModel) -
             calibrate(model, never(), Letters(), method, **options)
 
 
-def test_weights_tell_models_apart() -> None:
-    """Of other weights, but not of another dtype."""
-    model = families.build("llama")
-    sketch, attention = weights_sketch(model), [layer.self_attn for layer in model.model.layers]
-    assert sketch == weights_sketch(families.build("llama")) and list(sketch) == [0, 1]
-    for dtype in (torch.bfloat16, torch.float16):
-        for index, layer in enumerate(families.build("llama", dtype=dtype).model.layers):
-            check_weights(layer.self_attn, index, sketch[index])
-    with pytest.raises(ValueError, match=r"other weights: those of the keys in layer 1 differ by \d+%; accepted"):
-        check_weights(attention[0], 1, sketch[1])
-    with torch.no_grad():
-        attention[1].k_proj.weight *= 1.01
-        check_weights(attention[1], 1, sketch[1])
-        attention[1].k_proj.weight *= 1.5
-    with pytest.raises(ValueError, match=r"layer 1 differ by 5[12]%"):
-        check_weights(attention[1], 1, sketch[1])
-    assert weights_sketch(torch.nn.Linear(2, 2)) == weights_sketch(families.build("llama").to("meta")) == {}
-    check_weights(torch.nn.Linear(2, 2), 0, sketch[0])
-
-
 def test_a_cache_knows_the_model_by_its_weights(model: PreTrainedModel, tmp_path: Path) -> None:
-    """A file of other weights is refused at the first forward pass; one of the same weights in any dtype is not."""
+    """A file of other weights is refused at the first forward pass; the same weights in any dtype are accepted."""
     calibrate(model, TEXTS, Letters(), "svd", tokens=60, sinks=2, progress=False).save(tmp_path / "file")
     other = families.build("llama")
     with torch.no_grad():
@@ -294,7 +275,7 @@ def test_command(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_command_on_a_data_set(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are streamed, and no more of them than are needed."""
+    """Rows are streamed, and no more of them than needed."""
     asked: list[Any] = []
 
     def rows(*arguments: Any, **options: Any) -> Iterable[dict[str, str]]:

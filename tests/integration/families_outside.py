@@ -1,4 +1,4 @@
-"""Tiny random models that do with a cache what few do: attend by themselves, go through layers twice, drop it."""
+"""Tiny random models that use a cache in unusual ways: attend by themselves, run layers twice, or drop the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How ranks are handed out, against every way to hand them out."""
+"""How ranks are given out, against every way to give them out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kvcache.lowrank.projection import LayerBasis, SideBasis
+from hf_kvcache.lowrank.basis import LayerBasis, SideBasis
 from hf_kvcache.lowrank.ranks import SCORE_WEIGHT, choose_ranks
 
 
@@ -57,7 +57,7 @@ def lost(bases: dict[int, LayerBasis], ranks: Any) -> float:
 
 @pytest.mark.parametrize("ratio", [0.25, 0.3, 0.5, 0.77, 1])
 def test_no_other_ranks_lose_less(ratio: float) -> None:
-    """All 4**4 ways to give two layers and two sides 8, 16, 24 or 32 directions."""
+    """Compared with all 4**4 ways to give two layers and two sides 8, 16, 24 or 32 directions."""
     bases = {3: layer(0), 7: layer(2)}
     ranks = choose_ranks(bases, ratio=ratio)
     assert list(ranks) == [3, 7] and held(bases, ranks) <= ratio * full(bases)
@@ -73,7 +73,7 @@ def test_no_other_ranks_lose_less(ratio: float) -> None:
 @pytest.mark.parametrize("spread", ["energy", "uniform"])
 @pytest.mark.parametrize("group", [1, 2, 4])
 def test_ranks_and_budget(group: int, spread: Any) -> None:
-    """Multiples of 8 within the width; never more numbers than asked for, and with energies almost as many."""
+    """Ranks are multiples of 8 within the width, not more numbers than asked for, and with energies almost as many."""
     bases = {index: layer(index, heads=4, group=group) for index in range(5)}
     for arguments in ({"rank": 8}, {"rank": 17}, {"rank": 32}, {"ratio": 0.25}, {"ratio": 0.6}, {"ratio": 1.0}):
         ranks = choose_ranks(bases, **arguments, spread=spread)
@@ -97,7 +97,7 @@ def test_a_side_that_needs_more_gets_more() -> None:
 
 
 def test_keys_whose_scores_are_large_get_more() -> None:
-    """Softmax sees errors of scores as they are, not as a share of the scores."""
+    """Softmax depends on the errors of scores themselves, not on their share of the scores."""
     same = side(2, 32, 0, 0.1)
     bases = {index: LayerBasis(same, same, 2, score=score) for index, score in enumerate((0.1, 10.0, 1000.0))}
     ranks = choose_ranks(bases, rank=16)

@@ -1,4 +1,4 @@
-"""Plain decoding by calls that are kept: the same as attention that is set up anew for every token."""
+"""Plain decoding by prepared calls, against attention that is set up again for every token."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache
-from hf_kvcache.integration.masks import padding_of
+from hf_kvcache.integration.padding import padding_of
 from hf_kvcache.kernels.dispatch import reason_missing
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
 from hf_kvcache.layers.decode_step import PreparedDecoding
 from hf_kvcache.layers.new_tokens import NewTokens
-from tests import families, mla_families
+from tests import families
+from tests.mla import families as mla_families
 from tests.running import ROUNDING, forward, full_cache, left_padded, prompt
 from tests.storage.list_model import (
     HEADS,
@@ -31,7 +32,7 @@ from tests.storage.list_model import (
 from tests.tolerances import assert_near
 
 pytestmark = pytest.mark.skipif(
-    reason_missing("native", "cpu") is not None, reason="only the native kernels have steps"
+    reason_missing("native", "cpu") is not None, reason="only the native kernels have prepared calls"
 )
 
 SIZES: dict[str, Any] = {"page_size": 16, "tail_length": 8, "sink_length": 4}
@@ -47,8 +48,8 @@ CASES: dict[str, tuple[str, Callable[[Any], KVCache]]] = {
 
 
 @pytest.fixture
-def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each token given to a layer's steps was taken by one."""
+def calls_taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each token that was offered to a prepared call, whether the call took it."""
     taken: list[bool] = []
     attend = PreparedDecoding.attend
 
@@ -65,7 +66,7 @@ def _build(name: str) -> PreTrainedModel:
     return mla_families.build(name) if name in mla_families.names() else families.build(name)
 
 
-def _without_steps(cache: KVCache) -> KVCache:
+def _without_prepared_calls(cache: KVCache) -> KVCache:
     for layer in cache.own_layers:
         layer.prepared = None
     return cache
@@ -73,17 +74,17 @@ def _without_steps(cache: KVCache) -> KVCache:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", CASES)
-def test_same_as_without_steps(case: str, dtype: torch.dtype, steps_taken: list[bool]) -> None:
-    """Logits bit by bit, and all that is stored, over pages that fill and windows that move; a batch of two."""
+def test_same_as_without_prepared_calls(case: str, dtype: torch.dtype, calls_taken: list[bool]) -> None:
+    """Logits and stored tensors are the same bit by bit, in a batch of two, while pages fill and windows move."""
     name, make = CASES[case]
     model = _build(name).to(dtype)
-    ours, other = make(model.config), _without_steps(make(model.config))
+    ours, other = make(model.config), _without_prepared_calls(make(model.config))
     for ids in prompt(75, 2).split([40, *[1] * 35], 1):
         got = forward(model, ids, ours)
-        taken = len(steps_taken)
+        taken = len(calls_taken)
         assert torch.equal(got, forward(model, ids, other))
-        assert len(steps_taken) == taken
-    assert len(steps_taken) == 35 * len(ours.own_layers) and all(steps_taken)
+        assert len(calls_taken) == taken
+    assert len(calls_taken) == 35 * len(ours.own_layers) and all(calls_taken)
     for a, b in zip(ours.own_layers, other.own_layers, strict=True):
         held, expected = a.tensors(), b.tensors()
         assert held.keys() == expected.keys()
@@ -91,11 +92,11 @@ def test_same_as_without_steps(case: str, dtype: torch.dtype, steps_taken: list[
     ours.integrity()
 
 
-def test_learned_sinks_may_change(steps_taken: list[bool]) -> None:
-    """gpt-oss's sinks in float32 are read where they lie, and others that take their place are noticed."""
+def test_learned_sinks_may_change(calls_taken: list[bool]) -> None:
+    """Prepared calls read gpt-oss's sinks in float32 in place, and notice when other tensors replace them."""
     model = families.build("gpt_oss")
     ours, other = (KVCache(model.config, **SIZES) for _ in range(2))
-    _without_steps(other)
+    _without_prepared_calls(other)
     for number, ids in enumerate(prompt(50).split([40, *[1] * 10], 1)):
         if number == 5:
             with torch.no_grad():
@@ -105,14 +106,14 @@ def test_learned_sinks_may_change(steps_taken: list[bool]) -> None:
             for layer in model.model.layers:
                 layer.self_attn.sinks = torch.nn.Parameter(layer.self_attn.sinks.detach() - 4.0)
         assert torch.equal(forward(model, ids, ours), forward(model, ids, other))
-    assert steps_taken and all(steps_taken)
+    assert calls_taken and all(calls_taken)
 
 
-def test_up_projections_may_change(steps_taken: list[bool]) -> None:
-    """So are up-projections: changed in place, replaced, moved to other memory."""
+def test_up_projections_may_change(calls_taken: list[bool]) -> None:
+    """Prepared calls notice up-projections that are changed in place, replaced or moved to other memory."""
     model = mla_families.build("deepseek_v3")
     ours, other = (LatentKVCache(model.config, **SIZES) for _ in range(2))
-    _without_steps(other)
+    _without_prepared_calls(other)
     projections = [m.kv_b_proj for m in model.modules() if hasattr(m, "expand_kv")]
     for number, ids in enumerate(prompt(50).split([40, *[1] * 10], 1)):
         for projection in projections:
@@ -124,33 +125,33 @@ def test_up_projections_may_change(steps_taken: list[bool]) -> None:
                 if number == 7:
                     projection.weight.data = 3 * projection.weight.data
         assert torch.equal(forward(model, ids, ours), forward(model, ids, other))
-    assert steps_taken and all(steps_taken)
+    assert calls_taken and all(calls_taken)
 
 
-def test_what_is_more_than_a_step(steps_taken: list[bool]) -> None:
-    """Padded rows, several tokens and tokens that may be rolled back are none; after a reset there are steps again."""
+def test_passes_without_prepared_calls(calls_taken: list[bool]) -> None:
+    """Padded rows, several tokens and tokens that may be rolled back take none; after a reset plain decoding does."""
     model = families.build("llama")
     padded = left_padded([prompt(20), prompt(33)])
     cache = QuantizedKVCache(model.config, **SIZES)
     forward(model, padded["input_ids"], cache, attention_mask=padded["attention_mask"])
     mask = torch.cat([padded["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
     forward(model, prompt(1, 2), cache, attention_mask=mask)
-    assert not steps_taken
+    assert not calls_taken
     cache.reset()
     forward(model, prompt(40), cache)
     forward(model, prompt(2), cache)
     cache.activate_past_recording()
     forward(model, prompt(1), cache)
-    assert not steps_taken
+    assert not calls_taken
     cache.reset()
     forward(model, prompt(40), cache)
     forward(model, prompt(1), cache)
-    assert len(steps_taken) == len(cache.own_layers) and all(steps_taken)
+    assert len(calls_taken) == len(cache.own_layers) and all(calls_taken)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 def test_windows_of_padded_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks that say windows and padding only are known for it: kernels do without them, past the window too."""
+    """Masks of padding and windows only are recognized, so that kernels run without a mask, past the window too."""
     model = families.build(name)
     padded = left_padded([prompt(20), prompt(33)])
     mask = torch.cat([padded["attention_mask"], torch.ones(2, 40, dtype=torch.long)], 1)
@@ -169,7 +170,7 @@ def test_windows_of_padded_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_mask_of_padding_shared_by_layers() -> None:
-    """A 2D mask, as flash attention has it, is padding alone: layers of different windows know it for that."""
+    """A 2D mask, as flash attention uses, is read as padding by layers with different windows."""
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     for window in (None, 2, 24, None):
         padding = padding_of(mask, 3, 1, window)
@@ -179,11 +180,11 @@ def test_a_mask_of_padding_shared_by_layers() -> None:
 
 
 def _never(*args: Any) -> None:
-    raise AssertionError("the reference was asked")
+    raise AssertionError("the reference ran")
 
 
 class Decoding:
-    """A storage with a few tokens and no page, its list model, and the steps of both."""
+    """A storage with a few tokens and no page, its list model, and the prepared calls of the storage."""
 
     def __init__(self) -> None:
         self.storage, self.model, self.steps = make_storage(tail=30), ListModel(1, 4, 2, 30), PreparedDecoding(None)
@@ -194,15 +195,15 @@ class Decoding:
             self.model.append(keys, values, self.seen, None)
             self.seen += 1
 
-    def step(self, lie: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> torch.Tensor | None:
-        """One token, whose query and keys lie in memory as ``lie`` makes them."""
+    def step(self, layout: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> torch.Tensor | None:
+        """One token, with the memory layout of the query and the keys that ``layout`` makes."""
         keys, values = random_tokens(self.seen, 1, 1)
         query = random_tokens(1000 + self.seen, 1, 1, (KEY_DIM, 1), 3 * HEADS)[0]
-        new = NewTokens(lie(keys), values, self.seen)
-        return self.steps.attend(self.storage, new, lie(query), Scoring(0.25))
+        new = NewTokens(layout(keys), values, self.seen)
+        return self.steps.attend(self.storage, new, layout(query), Scoring(0.25))
 
     def check(self, output: torch.Tensor | None) -> None:
-        """The output is that of the lists, which take the token too."""
+        """Compare the output with that of the list model, to which the token is appended."""
         keys, values = random_tokens(self.seen, 1, 1)
         query = random_tokens(1000 + self.seen, 1, 1, (KEY_DIM, 1), 3 * HEADS)[0]
         self.model.append(keys, values, self.seen, None)
@@ -221,10 +222,10 @@ def _with_gaps(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_other_strides() -> None:
-    """Tokens that lie in memory otherwise than the one before; one with gaps between its elements is not taken."""
+    """Tokens with another memory layout than the one before; one with gaps between its elements is not taken."""
     decoding = Decoding()
-    for lie in (torch.clone, _heads_last, torch.clone, lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]]):
-        decoding.check(decoding.step(lie))
+    for layout in (torch.clone, _heads_last, torch.clone, lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]]):
+        decoding.check(decoding.step(layout))
     held = decoding.storage.tokens()
     assert decoding.step(_with_gaps) is None
     assert (decoding.storage.tokens() == held).all()
@@ -233,7 +234,7 @@ def test_other_strides() -> None:
 
 @pytest.mark.parametrize("change", ["reserve", "set_lengths", "shrink"])
 def test_after_a_change(change: str) -> None:
-    """Between two steps the buffer moves, or what counts its slots; slots that are not in use hold NaN."""
+    """Between two tokens the buffer or the count of its slots moves; unused slots hold NaN."""
     decoding = Decoding()
     dense = decoding.storage.dense
     for _ in range(3):
@@ -241,7 +242,7 @@ def test_after_a_change(change: str) -> None:
             buffer[:, :, dense.longest :] = torch.nan
         decoding.check(decoding.step())
         addresses = dense.keys.data_ptr(), dense.lengths.ctypes.data
-        before = dense.keys, dense.lengths  # kept, so that nothing new takes their place
+        before = dense.keys, dense.lengths  # referenced, so that their memory is not reused
         if change == "reserve":
             dense.reserve(dense.capacity + 1)
         elif change == "shrink":
@@ -252,7 +253,7 @@ def test_after_a_change(change: str) -> None:
 
 
 def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that finds no memory raises and counts nothing; the next one goes on."""
+    """A call that gets no memory raises an error and adds no token; the next call works."""
     decoding = Decoding()
     decoding.check(decoding.step())
     with monkeypatch.context() as patched:

@@ -1,4 +1,4 @@
-"""Keys, values and queries with the structure that real ones have, and their moments by plain sums."""
+"""Keys, values and queries with a structure like that of real models, and their moments by plain sums."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Layer:
         return self.keys.shape[0]
 
     def readers(self, head: int) -> list[int]:
-        """The query heads that read a KV head."""
+        """The indices of the query heads that read a KV head."""
         ratio = len(self.queries) // self.heads
         return list(range(head * ratio, (head + 1) * ratio))
 
     def asked(self, head: int) -> torch.Tensor:
-        """All queries of a KV head ``[ratio * n, D]``, scaled so that their second moments are sums over the heads."""
+        """All queries of a KV head ``[ratio * n, D]``, scaled so that second moments are sums over the query heads."""
         return torch.cat([self.queries[q] for q in self.readers(head)]) / TOKENS**0.5
 
     def projected(self, head: int) -> torch.Tensor:
-        """What the output projection does with the values of a KV head, ``[Dv, ratio * hidden]``."""
+        """The output projection of the values of a KV head, ``[Dv, ratio * hidden]``."""
         dim = self.values.shape[2]
         return torch.cat([self.output[:, q * dim : (q + 1) * dim].T for q in self.readers(head)], 1)
 
@@ -65,7 +65,7 @@ def make(heads: int = 2, ratio: int = 3, dim: int = 16, value_dim: int | None = 
 
 
 def moments_of(layer: Layer, together: int | None = None) -> LayerMoments:
-    """What ``collect`` would measure, token by token; ``together`` heads side by side (all if None)."""
+    """The moments that ``collect`` would measure, token by token; ``together`` heads side by side (all if None)."""
     together = together or layer.heads
     queries = torch.stack([sum_of_squares(layer.asked(head)) for head in range(layer.heads)])
     scored = []

@@ -1,4 +1,4 @@
-"""The tiny models are what other tests take them for: every family, really selecting, right with ``DynamicCache``."""
+"""The tiny models have the properties that other tests rely on, and work with ``DynamicCache``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_kvcache import LatentKVCache
-from tests import mla_families
-from tests.mla_families import BROKEN, STATEFUL, names, shared
+from tests.mla import families as mla_families
+from tests.mla.configs import INDEX_TOPK
+from tests.mla.families import BROKEN, STATEFUL, names, shared
 from tests.running import ROUNDING, forward, full_cache, generate, left_padded, prompt, set_binding
 
 
@@ -23,7 +24,7 @@ def test_every_family() -> None:
 
 @pytest.mark.parametrize("name", [name for name in STATEFUL if name in mla_families.installed()])
 def test_models_with_a_state(name: str) -> None:
-    """What can be called of them gives what it gives with ``DynamicCache``, on the latents."""
+    """``generate`` gives with a cache of latents what it gives with ``DynamicCache``."""
     expected = generate(mla_families.build(name), prompt(60), full_cache(mla_families.build(name)))
     model = mla_families.build(name)
     ours = generate(model, prompt(60), cache := LatentKVCache(model.config, page_size=16, tail_length=8))
@@ -33,7 +34,7 @@ def test_models_with_a_state(name: str) -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_layers_expand_latents(name: str) -> None:
-    """A model has attention that expands latents; of a hybrid one, other layers too; and both halves differ."""
+    """A model has layers that expand latents, and a hybrid model has recurrent layers too."""
     model = shared(name)
     layers = full_cache(model).layers
     expanding = [module for module in model.modules() if hasattr(module, "expand_kv")]
@@ -46,20 +47,20 @@ def test_layers_expand_latents(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in names() if "indexed" in str(mla_families.layer_types(name))])
 @torch.no_grad()
 def test_indexer_selects(name: str) -> None:
-    """Without the indexer's choice the logits differ, but only where there is something to choose from."""
+    """Without the indexer's choice the logits differ, but only where there are more tokens than it chooses."""
     model: Any = mla_families.build(name)
     chosen = model(prompt(50)).logits
     for module in model.modules():
         if hasattr(module, "index_topk"):
             module.index_topk = 64
     difference = (model(prompt(50)).logits - chosen).abs().amax((0, 2))
-    assert difference[: mla_families.INDEX_TOPK].max() < ROUNDING
-    assert difference[mla_families.INDEX_TOPK + 4 :].median() > 0.1
+    assert difference[:INDEX_TOPK].max() < ROUNDING
+    assert difference[INDEX_TOPK + 4 :].median() > 0.1
 
 
 @pytest.mark.parametrize("name", names())
 def test_greedy(name: str) -> None:
-    """Decoding with transformers' own cache gives the logits of one forward pass; tokens differ and are clear."""
+    """Decoding with transformers' own cache gives the logits of one forward pass, and no two tokens are as likely."""
     model = shared(name)
     out = generate(model, prompt(40), full_cache(model), 24)
     ids = torch.cat([prompt(40), out.tokens], 1)
@@ -76,7 +77,7 @@ def _without_cache(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _goes_on(model: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor) -> None:
-    """After tokens ``ids`` ``[B, T]``, a cache that should hold them behaves as if it did."""
+    """A cache that should hold the tokens ``ids [B, T]`` behaves as if it does."""
     new = prompt(10, len(ids), seed=2)
     ours = torch.cat([forward(model, step, cache) for step in new.split([5, 1, 1, 1, 2], 1)], 1)
     theirs = _without_cache(model, torch.cat([ids, new], 1))[:, ids.shape[1] :]
@@ -161,7 +162,7 @@ OPERATIONS: dict[str, Callable[[PreTrainedModel], None]] = {
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_dynamic_cache(name: str, operation: str) -> None:
-    """transformers' own cache is right in what our tests compare with, or listed as unable to."""
+    """transformers' own cache supports the operations that tests compare with, or is listed as broken."""
     run = OPERATIONS[operation]
     if name in BROKEN.get(operation, ()):
         with pytest.raises((ValueError, RuntimeError, AttributeError), match=BROKEN[operation][name]):

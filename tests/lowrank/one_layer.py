@@ -1,4 +1,4 @@
-"""Projections made by hand, one layer over them with given states, and what it is to give, in float64."""
+"""Projections made by hand, a layer that stores given states with them, and the expected outputs in float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -28,7 +29,7 @@ HEADS, DIM = 2, 16
 def oblique(
     groups: int, ranks: tuple[int, int] = (8, 5), before_rope: bool = False, mean: bool = True, seed: int = 0
 ) -> LayerProjection:
-    """Maps of two heads of width 16 to ``ranks`` and back that are neither orthonormal nor each other's inverse."""
+    """Maps of two heads of width 16 to ``ranks`` and back. They are neither orthonormal nor inverse to each other."""
     draw = torch.Generator().manual_seed(seed)
     width = HEADS // groups * DIM
     sides = [
@@ -45,7 +46,7 @@ def oblique(
 def rotation(
     heads: int, dims: tuple[int, int], groups: int, before_rope: bool = False, seed: int = 0, mean: bool = True
 ) -> LayerProjection:
-    """Orthonormal maps of full rank: what comes back is what went in, but for rounding."""
+    """Orthonormal maps of full rank, which lose nothing but rounding errors."""
     sides = []
     for side, dim in enumerate(dims):
         draw = torch.Generator().manual_seed(2 * seed + side)
@@ -57,7 +58,7 @@ def rotation(
 
 
 def with_projections(cache: KVCache, make: Callable[[int], LayerProjection]) -> KVCache:
-    """``cache``, empty still, with layers of latents; ``make`` gives the projection of each layer by its number."""
+    """The empty ``cache`` with low-rank layers; ``make`` returns the projection of each layer by its index."""
     cache.layers = [
         LowRankLayer(layer.index, layer.options, make(layer.index), layer.sliding_window) for layer in cache.own_layers
     ]
@@ -65,7 +66,7 @@ def with_projections(cache: KVCache, make: Callable[[int], LayerProjection]) -> 
 
 
 def rotated_cache(model: PreTrainedModel, groups: int | None = None, before_rope: bool = False) -> KVCache:
-    """A small cache for ``model`` whose pages hold rotated keys and values: it is to equal any exact cache."""
+    """A small cache for ``model`` whose pages hold rotated keys and values: it has to equal any exact cache."""
     cache = small_cache(model)
     config: Any = cache.config
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -76,13 +77,13 @@ def rotated_cache(model: PreTrainedModel, groups: int | None = None, before_rope
 
 
 class OneLayer:
-    """A model of a single attention layer without weights, and its cache of latents.
+    """A model of a single attention layer without weights, and its low-rank cache.
 
     Args:
         kind: ``"full"`` or ``"sliding"``.
         projection: of the layer.
         codec: of the pages.
-        masks: whether attention is given 4D masks, as by models that mask more than padding.
+        masks: whether attention is given 4D masks, as models do that mask more than padding.
         **call: further arguments of the attention function.
     """
 
@@ -133,7 +134,7 @@ class OneLayer:
 
 
 def seen_by(start: int, length: int, keys: int, window: int | None) -> torch.Tensor:
-    """bool ``[length, keys]``: what causality and a window let tokens see that stand from ``start`` on."""
+    """bool ``[length, keys]``: which keys the tokens from ``start`` on see by causality and a window."""
     at, key = torch.arange(start, start + length)[:, None], torch.arange(keys)[None]
     visible = key <= at
     return visible if window is None else visible & (key > at - window)
@@ -141,17 +142,17 @@ def seen_by(start: int, length: int, keys: int, window: int | None) -> torch.Ten
 
 @dataclass
 class Token:
-    """A token that a sequence keeps: what attention reads of it, float64 ``[Hkv, D]``."""
+    """A stored token: its key and value as attention reads them, float64 ``[Hkv, D]``."""
 
     position: int
-    number: int  # among the real tokens of its sequence
+    number: int  # among the non-padding tokens of its sequence
     key: torch.Tensor
     value: torch.Tensor
     packed: bool = False
 
 
 class ByHand:
-    """The same layer in float64: every token is kept, and those that are due are put through the projection.
+    """The same layer in float64: every token is kept, and tokens that would be packed are projected and projected back.
 
     Args:
         kind: ``"full"`` or ``"sliding"``.
@@ -168,7 +169,7 @@ class ByHand:
     def __call__(
         self, new: States, real: torch.Tensor | None = None, softcap: float | None = None, s_aux: Any = None
     ) -> torch.Tensor:
-        """What :class:`OneLayer` is to give; zeros for padding."""
+        """The output that :class:`OneLayer` should have; zeros for padding."""
         output = torch.zeros(len(self.rows), new.length, 4, DIM, dtype=torch.float64)
         for b, row in enumerate(self.rows):
             for t in range(new.length):
@@ -181,7 +182,7 @@ class ByHand:
         return output
 
     def pack(self) -> None:
-        """Put through the projection what the tail has no room for."""
+        """Project and project back the tokens that the tail has no room for."""
         for row in self.rows:
             loose = [token for token in row if not token.packed][self.sinks :]
             for token in loose[: max(len(loose) - TAIL, 0) // PAGE * PAGE]:
@@ -229,9 +230,28 @@ class ByHand:
 
 
 def turn(x: torch.Tensor, position: int) -> torch.Tensor:
-    """``x [..., D]`` by Llama's rotary embedding at ``position``, backwards where that is negative."""
+    """``x [..., D]`` rotated by Llama's rotary embedding at ``position``, backwards for a negative position."""
     half = x.shape[-1] // 2
     angles = position * 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
     real, imaginary = x[..., :half], x[..., half:]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
+
+
+#: Tolerance for outputs of order 1 after a rotary embedding in float32, whose angles are of order 100.
+ROTARY = 2e-4
+FORMS = {
+    "each head": oblique(2),
+    "both heads": oblique(1),
+    "no mean": oblique(2, mean=False),
+    "before rope": oblique(2, before_rope=True),
+    "both heads before rope": oblique(1, before_rope=True),
+}
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = ROTARY) -> None:
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=tolerance)
+
+
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)

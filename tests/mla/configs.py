@@ -1,145 +1,29 @@
-"""Tiny random models of every family with multi-head latent attention, built from their configs."""
+"""Small configs of every family with multi-head latent attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig
 
 from tests.families import VOCABULARY, WINDOW
 
-#: Keys that a sparse indexer lets a query read: fewer than the tests' sequences have, so that it really selects.
+#: Keys that a sparse indexer lets a query read: fewer than the tests' sequences have, so that it has to select.
 INDEX_TOPK = 16
-
-#: Enough heads that hardly a key scores zero in all: between such keys, their number decides which are chosen.
+#: Enough heads that few keys have a score of zero in all of them: ties between such keys are broken by position.
 _INDEX_HEADS = 12
-
-_BUILDERS: dict[str, Callable[[], PreTrainedConfig]] = {}
-
-#: Families with layers of linear attention, whose recurrent states know no tokens.
-RECURRENT = ("kimi_linear", "glm5_next", "bailing_hybrid")
-#: Families whose models remember positions from one call to the next: only ``generate`` can be called, as it comes.
-STATEFUL = ("hy_v4_vl",)
-#: What transformers cannot do itself with a ``DynamicCache`` of a family: by operation and name, a part of its message.
-BROKEN: dict[str, dict[str, str]] = {
-    "draft": dict.fromkeys(RECURRENT, "assisted generation is not supported with stateful models"),
-    "crop": dict.fromkeys(RECURRENT, "the current layer does not track past states")
-    | {"dots3_note": "the sliding window size was already reached"},
-    "select": dict.fromkeys(RECURRENT, "has no attribute 'batch_select_indices'"),
-    "repeat": dict.fromkeys(RECURRENT, "has no attribute 'batch_repeat_interleave'"),
-}
-
-
-def names(*, without: Iterable[str] = ()) -> list[str]:
-    """All families that are installed and their variants (``family-variant``), but those ``without``."""
-    skipped = (*without, *STATEFUL)
-    return [name for name in _BUILDERS if name not in skipped and family(name) in installed() and _is_known(name)]
-
-
-@cache
-def _is_known(name: str) -> bool:
-    """Whether layers with an indexer, if ``name`` has some, cache latents: before 5.19, under another name, keys."""
-    try:
-        return "deepseek_sparse_attention" not in (layer_types(name) or [])
-    except StrictDataclassError:  # the name of today is none then
-        return False
-
-
-def written() -> set[str]:
-    """The families that there is a model of here."""
-    return {family(name) for name in _BUILDERS}
-
-
-def family(name: str) -> str:
-    """The family, a folder of ``transformers.models``, that ``name`` is a variant of."""
-    return name.split("-")[0]
-
-
-def layer_types(name: str) -> list[str] | None:
-    """What the config of ``name`` calls its layers; None: all of them attend to all tokens."""
-    return getattr(_BUILDERS[name]().get_text_config(decoder=True), "layer_types", None)
-
-
-@cache
-def installed() -> set[str]:
-    """The families with latent attention in the installed transformers: those with a class that has ``expand_kv``."""
-    sources = Path(transformers.models.__path__[0]).glob("*/modeling_*.py")
-    return {source.parent.name for source in sources if "def expand_kv(" in source.read_text(encoding="utf-8")}
-
-
-def build(name: str, attention: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model ``name``, always with the same weights, whose config nobody else holds.
-
-    Args:
-        name: a family or variant, see :func:`names`.
-        attention: attention implementation; the family's default if None.
-        dtype: dtype of the weights.
-    """
-    config = _BUILDERS[name]()
-    if attention is not None:
-        config._attn_implementation = attention
-    model: Any = _initialised(config)
-    model.load_state_dict(_weights(name))
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model.to(dtype).eval()
-
-
-@cache
-def shared(name: str) -> PreTrainedModel:
-    """The same in float32, built once: for tests that leave the model as it is."""
-    return build(name)
-
-
-def _initialised(config: PreTrainedConfig) -> PreTrainedModel:
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    cls = AutoModelForCausalLM if known else AutoModelForImageTextToText  # some exist with a vision tower only
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return cls.from_config(config)
-
-
-@cache
-def _weights(name: str) -> dict[str, torch.Tensor]:
-    """Weights that make logits differ clearly from token to token, and no norm a multiplication by one."""
-    model = _initialised(_BUILDERS[name]())
-    generator = torch.Generator().manual_seed(_SEEDS.get(name, 1))
-    for path, weight in model.named_parameters():
-        if "norm" in path and path.endswith("weight"):
-            torch.nn.init.uniform_(weight, 0.5, 1.5, generator=generator)
-        elif path.endswith("sinks"):
-            torch.nn.init.normal_(weight, generator=generator)
-        elif weight.dim() >= 2 and not any(part in path for part in _OWN_INITIALISATION):
-            std = 1.0 if "embed_tokens" in path else 1.5 * weight.shape[-1] ** -0.5
-            torch.nn.init.normal_(weight, std=std, generator=generator)
-    return model.state_dict()
-
-
-#: Where the usual seed makes two tokens about as likely, so that rounding would choose.
-_SEEDS = {"mistral_large4-sharing": 2}
-#: Parameters whose scale means something: what they map to is squashed or iterated.
-_OWN_INITIALISATION = ("hc", "conv1d", "vision")
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {}
 
 
 def _family(build_config: Callable[[], PreTrainedConfig]) -> Callable[[], PreTrainedConfig]:
-    _BUILDERS[build_config.__name__.lstrip("_").replace("__", "-")] = build_config
+    CONFIGS[build_config.__name__.lstrip("_").replace("__", "-")] = build_config
     return build_config
 
 
 def _shape(**others: Any) -> dict[str, Any]:
-    """Arguments that all configs share: 4 heads on a latent of rank 32 and 8 rotary channels."""
+    """Arguments that all configs share: 4 heads with a latent of rank 32 and 8 rotary channels."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -279,7 +163,7 @@ def _minicpm3() -> PreTrainedConfig:
 
 @_family
 def _mistral4() -> PreTrainedConfig:
-    # Queries beyond the original length are scaled up, and half the rotary share of a head is rotated.
+    # Queries beyond the original length are scaled up, and half of the rotary channels of a head are rotated.
     rope = {**_YARN, "llama_4_scaling_beta": 0.3, "max_position_embeddings": 1024}
     return transformers.Mistral4Config(**_moe(rope_parameters=rope))
 
@@ -403,6 +287,6 @@ def _hy_v4_vl() -> PreTrainedConfig:
 
 
 def _no_images() -> dict[str, Any]:
-    """Ids outside the vocabulary, so that no random prompt asks for an image."""
+    """Ids outside the vocabulary, so that no random prompt contains an image token."""
     kinds = ("image", "video", "image_start", "image_end", "video_start", "video_end")
     return {f"{kind}_token_id": VOCABULARY + index for index, kind in enumerate(kinds)}

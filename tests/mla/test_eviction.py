@@ -1,4 +1,4 @@
-"""Eviction of latents: what stays is what stays in a cache whose one KV head has latents and rotary keys as keys."""
+"""Eviction of latents, against a cache whose single KV head has latents and rotary keys as its keys."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hf_kvcache.eviction import available, resolve
 from hf_kvcache.integration.attention import attention_function
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.layers.evicting_mla import EvictingLatentLayer
-from tests import mla_families
 from tests.eviction.toys import small_options
+from tests.mla import families as mla_families
 from tests.running import assert_same, forward, full_cache, generate, left_padded, prompt
 
 HEADS, NOPE, ROPE, VALUE, RANK = 4, 16, 8, 24, 32
@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {"budget": 24, "page_size": 8, "sink_length": 2, "tail_l
 
 
 def fitting() -> list[str]:
-    """The policies that look at nothing but attention, keys and values."""
+    """The policies that depend only on attention, keys and values."""
     needs = ("needs_rope", "needs_output", "needs_replay", "moves_sinks")
     return [name for name in available() if not any(getattr(resolve(name), need) for need in needs)]
 
@@ -59,18 +59,18 @@ def small(config: Any, policy: str, **options: Any) -> HeavyHitterCache:
     return HeavyHitterCache(config, policy=policy, **{**SIZES, **small_options(policy), **options})
 
 
-#: A codec's noise may turn a close choice: with one, policies that do not look at states.
+#: A codec's noise may change a close choice, so codecs are tested with policies that do not depend on states.
 CASES = [*((name, "none") for name in fitting()), ("streaming", "rotated8"), ("random", "rotated8")]
 
 
 @pytest.mark.parametrize(("policy", "codec"), CASES)
 @torch.no_grad()
 def test_keeps_what_one_wide_head_would_keep(policy: str, codec: str) -> None:
-    """The same tokens and, but for rounding, the same outputs: a prompt, a chunk, and single tokens."""
+    """The same tokens stay, and outputs are the same up to rounding: a prompt, a chunk, and single tokens."""
     mine, other = latent_module(), absorbed_module()
     cache, reference = small(mine.config, policy, codec=codec), small(other.config, policy)
     by_head = mine.kv_b_proj.weight.view(HEADS, NOPE + VALUE, RANK)
-    for length in (40, 12, 80, *[1] * 30):  # 80: more than is absorbed where nobody wants attention sums
+    for length in (40, 12, 80, *[1] * 30):  # 80: more than is absorbed unless attention sums are needed
         query = torch.randn(1, HEADS, length, NOPE + ROPE)
         latents, rotary = torch.randn(1, 1, length, RANK), torch.randn(1, 1, length, ROPE)
         wide = torch.einsum("bhqn,hnr->bhqr", query[..., :NOPE], by_head[:, :NOPE])
@@ -96,7 +96,7 @@ def kept(cache: HeavyHitterCache) -> torch.Tensor:
 
 @pytest.mark.parametrize("policy", ["snapkv", "h2o", "streaming"])
 def test_generates(policy: str) -> None:
-    """With room for all as DynamicCache; within a budget, rows of a padded batch keep what they keep alone."""
+    """A large budget equals DynamicCache; with a small one, rows of a padded batch keep what they keep alone."""
     model = mla_families.build("deepseek_v3")
     rows = [prompt(44), prompt(31)]
     inputs = left_padded(rows)
@@ -135,7 +135,7 @@ def test_window() -> None:
 
 
 def test_refused() -> None:
-    """Policies that look at positions, projections or the context again; eviction in an indexer's layers."""
+    """Refused are policies that need positions, output projections or a replay, and layers with an indexer."""
     config = mla_families.build("deepseek_v2").config
     for policy in ("expected", "critical-snapkv", "compactor"):
         with pytest.raises(ValueError, match=r"policy=.*does not go with latents.*accepted"):
@@ -149,7 +149,7 @@ def test_refused() -> None:
 
 
 def test_queries_need_a_plain_projection() -> None:
-    """Where the up-projection is more than a matrix, a policy that looks at queries says so; one that does not runs."""
+    """Where the up-projection is more than a matrix, only policies that do not look at queries run."""
 
     class Wrapped(torch.nn.Module):
         def __init__(self, inner: torch.nn.Module) -> None:

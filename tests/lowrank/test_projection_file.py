@@ -1,4 +1,4 @@
-"""What a calibration writes and what comes back, for which models, and at which ranks."""
+"""The file of a calibration: what it holds, which models it is for, and the ranks it can be cut to."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hf_kvcache.lowrank.identity import identity
+from hf_kvcache.integration.model_identity import model_identity
 from hf_kvcache.lowrank.methods import resolve
 from hf_kvcache.lowrank.projection import Projection
 from tests import families
-from tests.latent.structured import make, moments_of
+from tests.lowrank.structured import make, moments_of
 
 
 def projection(method: str = "kq_svd", family: str = "llama", **options: Any) -> Projection:
     """Of two layers of 2 KV heads of 16."""
     solver = resolve(method, **options)
     bases = {index: solver.solve(moments_of(make(seed=index))) for index in (0, 1)}
-    about = identity(families.build(family).config)
+    about = model_identity(families.build(family).config)
     return Projection(
         bases, method, solver.options(), about, {0: [0.5, -1.25], 1: [3.0, 0.0]}, ("walden.txt", "other.txt"), 200
     )
@@ -42,6 +43,7 @@ def test_a_file_gives_back_what_was_saved(method: str, options: dict[str, Any], 
     for index, basis in made.bases.items():
         other = again.bases[index]
         assert (other.heads, other.before_rope, other.score) == (basis.heads, basis.before_rope, basis.score)
+        assert other.hadamard == basis.hadamard == (method == "oscar")
         for side in ("keys", "values"):
             for part in ("down", "up", "energy", "mean"):
                 first, second = getattr(getattr(basis, side), part), getattr(getattr(other, side), part)
@@ -63,15 +65,32 @@ def test_any_rank_is_cut_from_one_file() -> None:
             assert layer.keys.down.is_contiguous() and layer.keys.up.is_contiguous()
 
 
-def test_oscar_is_finished_at_every_rank() -> None:
-    """The Hadamard matrix mixes what is left, and only that."""
+def test_oscar_is_mixed_after_every_cut() -> None:
+    """The Hadamard matrix mixes the directions that are left, and only these."""
     made = projection("oscar")
     layers = made.layers(rank=8, spread="uniform")
     for index, basis in made.bases.items():
-        cut, done = basis.keys.cut(8), layers[index].keys
-        torch.testing.assert_close(done.down @ done.up, cut.down @ cut.up, rtol=0, atol=1e-5)
+        (down, up), done = basis.keys.cut(8), layers[index].keys
+        torch.testing.assert_close(done.down @ done.up, down @ up, rtol=0, atol=1e-5)
         torch.testing.assert_close(done.down.mT @ done.down, torch.eye(8).expand(2, 8, 8), rtol=0, atol=1e-5)
-        assert (done.down - cut.down).abs().max() > 0.1
+        assert (done.down - down).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", ["oscar", "svd"])
+def test_earlier_files_that_do_not_name_the_hadamard_matrix(method: str, tmp_path: Path) -> None:
+    """In an earlier file the bases of OSCAR, and only these, are mixed after the cut."""
+    made = projection(method)
+    made.save(tmp_path / "file")
+    with safe_open(tmp_path / "file", "pt") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["about"])
+    about["layers"] = {index: settings[:3] for index, settings in about["layers"].items()}
+    save_file(load_file(tmp_path / "file"), tmp_path / "earlier", {**metadata, "about": json.dumps(about)})
+    read, expected = (side.layers(rank=8) for side in (Projection.load(tmp_path / "earlier"), made))
+    for index, layer in expected.items():
+        for name in ("keys", "values"):
+            ours, theirs = getattr(read[index], name), getattr(layer, name)
+            assert torch.equal(ours.down, theirs.down) and torch.equal(ours.up, theirs.up)
 
 
 def test_ranks_follow_the_energies() -> None:
@@ -108,7 +127,7 @@ def test_ranks_out_of_range(arguments: dict[str, Any]) -> None:
         projection().layers(**arguments)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing' cannot be read"):
         Projection.load(tmp_path / "missing")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -123,7 +142,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_files_that_lack_a_part(tmp_path: Path) -> None:
-    """A file cut short by hand, or of a method that is gone, says what is wrong with it."""
+    """A file without some of its parts says what is missing; the method that it names need not exist any more."""
     made = projection()
     made.save(tmp_path / "file")
     tensors = load_file(tmp_path / "file")
@@ -131,13 +150,14 @@ def test_files_that_lack_a_part(tmp_path: Path) -> None:
     metadata = {"format": "hf_kvcache projection 1"}
     layers = {"layers": {"0": [2, False, 1.0]}}
     save_file(tensors, tmp_path / "other", {**metadata, "about": json.dumps({**about, **layers})})
-    with pytest.raises(ValueError, match="method='gone' is not known; accepted: balanced, kq_svd"):
-        Projection.load(tmp_path / "other").layers(rank=8)
+    assert Projection.load(tmp_path / "other").layers(rank=8)[0].keys.rank == 8
     del tensors["0.keys.up"]
     save_file(tensors, tmp_path / "other", {**metadata, "about": json.dumps({**about, **layers})})
     with pytest.raises(ValueError, match=r"other' is damaged: .*0\.keys\.up"):
         Projection.load(tmp_path / "other")
-    for damaged in ("{", json.dumps({**about, **layers, "colour": 1}), json.dumps(about)):
+    short = {"layers": {"0": [2]}}
+    wrong = ({**about, **layers, "color": 1}, about, {**about, **short})
+    for damaged in ("{", *map(json.dumps, wrong)):
         save_file(tensors, tmp_path / "other", {**metadata, "about": damaged})
         with pytest.raises(ValueError, match="other' is damaged"):
             Projection.load(tmp_path / "other")

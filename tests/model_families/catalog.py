@@ -1,4 +1,4 @@
-"""Which families there are: transformers' own mappings say it."""
+"""The model families, from transformers' own mappings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.models.auto import modeling_auto
 
 
 class Family(NamedTuple):
-    """A model type and the class that generates with it; ``task`` is the mapping that names it."""
+    """A model type and its class that generates; ``task`` says which mapping has it."""
 
     model_type: str
     class_name: str
@@ -25,7 +25,7 @@ TEXT, IMAGES = "text", "images"
 
 
 def families() -> list[Family]:
-    """Every family, in the order of its name; one that stands in both mappings with the same class comes once."""
+    """All families by name; a class that is in both mappings is listed once."""
     text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     found = [Family(name, cls, TEXT) for name, cls in text.items()]

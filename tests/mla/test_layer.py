@@ -1,4 +1,4 @@
-"""Layers of latents beneath the models: bytes, long blocks, other attention implementations, saving, bad input."""
+"""Layers of latents: bytes, long blocks, other attention implementations, saving, bad input."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
 
 from hf_kvcache import KVCache, LatentKVCache, unbind
-from hf_kvcache.layers.indexer_keys import IndexerKeys
-from hf_kvcache.layers.mla import IndexedLatentLayer
-from tests import families, mla_families
+from tests import families
+from tests.mla import families as mla_families
 from tests.running import as_cache, assert_same, forward, full_cache, generate, prompt
 
 SIZES: dict[str, Any] = {"page_size": 16, "tail_length": 16, "sink_length": 4}
-#: More than attention takes into latent space in these models, whose latents are 32 wide.
+#: More tokens than attention absorbs in these models, whose latents are 32 wide.
 LONG = 80
 
 
@@ -50,7 +46,7 @@ def test_bytes_and_error_at_full_width(options: dict[str, Any], share: float, er
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v32", "dots3_note", "glm5_next"])
 def test_long_blocks_are_expanded_in_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block too long for the absorbed form over pages, some tiles of them: what DynamicCache gives."""
+    """A block that is too long to be absorbed is expanded tile by tile, and equals DynamicCache."""
     monkeypatch.setattr("hf_kvcache.layers.mla._TILE_TOKENS", 32)
     model = mla_families.shared(name)
     cache, reference = small(model.config), full_cache(model)
@@ -64,7 +60,7 @@ def test_long_blocks_are_expanded_in_tiles(name: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("bind", [False, True])
 def test_other_attention_reads_what_it_expands(attention: str, bind: bool) -> None:
-    """Without our attention, or unbound later, handles are expanded whole: correct, and nothing is absorbed."""
+    """Without this package's attention, or unbound later, handles are expanded whole: right, with nothing absorbed."""
     model = mla_families.build("deepseek_v3", attention=attention)
     cache = small(model.config, bind=bind)
     if bind:
@@ -79,7 +75,7 @@ def test_other_attention_reads_what_it_expands(attention: str, bind: bool) -> No
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v32"])
 def test_saved_and_loaded(name: str) -> None:
-    """A loaded cache goes on as the saved one does, indexer's keys and packed codes included."""
+    """A loaded cache continues as the saved one does, with the indexer's keys and the packed codes."""
     model = mla_families.shared(name)
     cache, other = small(model.config, bits=8), small(model.config, bits=8)
     ids = prompt(60, 2)
@@ -90,8 +86,8 @@ def test_saved_and_loaded(name: str) -> None:
     assert other.absorbed_steps > 0
 
 
-def test_a_fork_goes_its_own_way() -> None:
-    """Neither latents nor the indexer's keys are shared with a fork once it goes on."""
+def test_a_fork_changes_nothing() -> None:
+    """A fork that continues changes neither the latents nor the indexer's keys of its origin."""
     model = mla_families.shared("deepseek_v32")
     cache, reference = small(model.config), full_cache(model)
     forward(model, prompt(50), cache)
@@ -103,7 +99,7 @@ def test_a_fork_goes_its_own_way() -> None:
 
 
 def test_two_caches_of_one_family() -> None:
-    """Unbinding one model leaves another one of the same class bound; the last gives the class its method back."""
+    """Unbinding one model leaves another of the class bound; unbinding the last gives the class its method back."""
     first, second = mla_families.build("minicpm3"), mla_families.build("minicpm3")
     attention = type(first.model.layers[0].self_attn)
     own = attention.expand_kv
@@ -119,7 +115,7 @@ def test_two_caches_of_one_family() -> None:
 
 
 def test_a_model_that_is_gone() -> None:
-    """A model that is thrown away without being unbound does not leave its class bound."""
+    """A model that is deleted without being unbound does not leave its class bound."""
     model = mla_families.build("minicpm3")
     attention = type(model.model.layers[0].self_attn)
     own = attention.expand_kv
@@ -131,7 +127,7 @@ def test_a_model_that_is_gone() -> None:
 
 
 def test_a_plain_cache_expands() -> None:
-    """``KVCache`` of a model with latents stores them as keys and values: slower, the same tokens."""
+    """``KVCache`` of a model with latents gives the same tokens."""
     model = mla_families.shared("youtu")
     assert_same(
         generate(model, prompt(50), KVCache(model.config, **SIZES)), generate(model, prompt(50), full_cache(model))
@@ -154,7 +150,7 @@ def test_a_module_that_does_not_expand() -> None:
 
 @pytest.mark.parametrize("length", [1, LONG])
 def test_no_gradient(length: int) -> None:
-    """Asking for a gradient through latents held is an error, whichever way they are read."""
+    """A backward pass through stored latents is an error, in both ways of reading them."""
     model = mla_families.build("deepseek_v2")
     cache = small(model.config)
     forward(model, prompt(40), cache)
@@ -181,60 +177,9 @@ ERRORS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_bad_input(case: str) -> None:
-    """A cache that cannot be is refused when it is built, and binds nothing."""
+    """Bad arguments are refused when the cache is built, and nothing is bound."""
     config = mla_families.build("deepseek_v2").config
     build, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         build(config)
     assert str(config._attn_implementation) != "hf_kvcache"
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_indexer_keys_against_a_list(data: st.DataObject) -> None:
-    """Any sequence of operations, against plain lists of rows; buffers that grow keep what they held."""
-    held, model = IndexerKeys(), [np.zeros((0, 3)) for _ in range(2)]
-    for step in range(data.draw(st.integers(1, 12))):
-        match data.draw(st.sampled_from(["append", "drop", "select", "fork"])):
-            case "append":
-                new = np.random.default_rng(step).normal(size=(len(model), data.draw(st.sampled_from([1, 2, 300])), 3))
-                model = [np.concatenate(pair) for pair in zip(model, new, strict=True)]
-                got = held.append(torch.from_numpy(new))
-                np.testing.assert_array_equal(got.numpy(), np.stack(model))
-            case "drop":
-                count = data.draw(st.integers(0, 5))
-                held.drop_last(count)
-                model = [row[: max(0, len(row) - count)] for row in model]
-            case "select":
-                rows = np.array(data.draw(st.lists(st.integers(0, len(model) - 1), min_size=1, max_size=3)))
-                held.select(rows)
-                model = [model[row] for row in rows]
-            case "fork":
-                other = held.fork()
-                held.append(torch.full((len(model), 1, 3), torch.nan, dtype=torch.float64))
-                held = other
-    keys = held.keys()
-    assert (keys is None or keys.shape[1] == 0) == (len(model[0]) == 0)
-    if keys is not None:
-        np.testing.assert_array_equal(keys.numpy(), np.stack(model))
-
-
-def test_indexer_keys_that_do_not_go_together() -> None:
-    """Another batch, width or dtype is refused, and what was held stays."""
-    held = IndexerKeys()
-    held.append(torch.ones(2, 3, 4))
-    for wrong in (torch.ones(1, 1, 4), torch.ones(2, 1, 5), torch.ones(2, 1, 4).double()):
-        with pytest.raises(ValueError, match="do not go with those held"):
-            held.append(wrong)
-    keys = held.keys()
-    assert keys is not None and keys.shape == (2, 3, 4)
-
-
-def test_indexed_layers_count_their_keys() -> None:
-    """The indexer's keys are in the bytes held."""
-    model = mla_families.shared("glm_moe_dsa")
-    cache = small(model.config)
-    forward(model, prompt(30), cache)
-    layer = next(layer for layer in cache.layers if isinstance(layer, IndexedLatentLayer) and layer.indexer.tensors())
-    held = sum(x.numel() * x.element_size() for x in layer.indexer.tensors())
-    assert 0 < held <= cache.memory().parts["other"]

@@ -1,4 +1,4 @@
-"""Whole models over caches of latents: of full rank they equal DynamicCache, of less they equal themselves."""
+"""Whole models with low-rank caches. At full rank they equal DynamicCache; at lower ranks they equal themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache.lowrank.projection import LayerProjection, SideProjection
-from tests.latent.low_rank import rotated_cache, rotation, with_projections
+from tests.lowrank.one_layer import rotated_cache, rotation, with_projections
 from tests.running import (
     ROUNDING,
     Generated,
@@ -31,8 +31,9 @@ def slow(value: str) -> Any:
     return pytest.param(value, marks=pytest.mark.slow)
 
 
-#: Soft-capping, windows, learned sinks with a scaled embedding; a head a latent, norms of keys, partly rotated heads.
+#: Families with soft-capping, with windows, and with learned sinks and a scaled embedding.
 FAMILIES = ["llama", "gemma2", "gemma3", "gpt_oss"]
+#: Families with a KV head per query head, norms of keys, biases, a window in all layers, and partly rotated heads.
 ALIKE = ["llama_mha", "qwen3", "qwen2", "mistral", "gpt_neox", "phi"]
 EVERY = [*FAMILIES, *map(slow, ALIKE)]
 FEW = ["llama", "gemma3", *map(slow, ("gemma2", "gpt_oss", *ALIKE))]
@@ -42,14 +43,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "before rope": {"before_rope": True},
     "all heads before rope": {"groups": 1, "before_rope": True},
 }
-#: One form that is read in the width of its latents and one that is decoded; the others resemble them.
+#: One form that is read in the width of its coefficients and one that is decoded; the others resemble them.
 pytestmark = pytest.mark.parametrize(
     "form", ["each head", "all heads before rope", *(slow(form) for form in ("all heads", "before rope"))]
 )
 
 
 def both(model: PreTrainedModel, form: str, inputs: Any, new: int = 20, **options: Any) -> tuple[Generated, Generated]:
-    """Generated with a cache of latents of full rank, and with transformers' own."""
+    """Generated with a low-rank cache of full rank, and with transformers' own cache."""
     ours = generate(model, inputs, rotated_cache(model, **FORMS[form]), new, **options)
     assert_packed(ours.cache)
     return ours, generate(model, inputs, full_cache(model), new, **options)
@@ -65,7 +66,7 @@ def test_greedy(model: PreTrainedModel, form: str) -> None:
 
 @pytest.mark.parametrize("family", FEW)
 def test_left_padded_batch(model: PreTrainedModel, form: str) -> None:
-    """Rows of clearly different lengths: rotary positions count real tokens only."""
+    """Rows of clearly different lengths: rotary positions count non-padding tokens only."""
     assert_same(*both(model, form, left_padded([prompt(21), prompt(60), prompt(41)])))
 
 
@@ -104,7 +105,7 @@ def test_conversation(model: PreTrainedModel, form: str) -> None:
 
 @pytest.mark.parametrize("remove", [1, 29, 70])
 def test_crop_into_pages(model: PreTrainedModel, form: str, remove: int) -> None:
-    """What is left after a crop is the shorter sequence."""
+    """After a crop the cache holds the shorter sequence."""
     ids, new = prompt(80), prompt(40, seed=4)
     cache = rotated_cache(model, **FORMS[form])
     forward(model, ids, cache)
@@ -116,7 +117,7 @@ def test_crop_into_pages(model: PreTrainedModel, form: str, remove: int) -> None
 
 
 def test_forks_and_saving(model: PreTrainedModel, form: str) -> None:
-    """A fork and a cache that was saved and loaded go on as the cache itself would, padding and all."""
+    """A fork, and a cache that was saved and loaded, continue as the cache itself does, with the same padding."""
     inputs = left_padded([prompt(40), prompt(70)])
     cache = rotated_cache(model, **FORMS[form])
     numbers = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
@@ -148,7 +149,7 @@ def test_forks_and_saving(model: PreTrainedModel, form: str) -> None:
 
 
 def test_dense_fallback(model: PreTrainedModel, form: str) -> None:
-    """An implementation that is not ours reads what ours reads."""
+    """Another attention implementation reads what this package's own reads."""
     ids = prompt(80)
     expected = teacher_forced(model, ids, full_cache(model), 60)
     cache = rotated_cache(model, **FORMS[form])
@@ -162,7 +163,7 @@ def test_dense_fallback(model: PreTrainedModel, form: str) -> None:
 
 @pytest.mark.parametrize("codec", ["rotated8", "unbiased4"])
 def test_low_rank_equals_itself(model: PreTrainedModel, form: str, codec: str) -> None:
-    """A rank that loses much, rounded besides: padding and chunks give what one row at once gives."""
+    """With a low rank and quantization, a row of a padded batch gives what it gives alone."""
     groups, before_rope = FORMS[form].get("groups", 2), FORMS[form].get("before_rope", False)
 
     def cut(index: int) -> LayerProjection:
@@ -177,9 +178,9 @@ def test_low_rank_equals_itself(model: PreTrainedModel, form: str, codec: str) -
     alone = [generate(model, prompt(length), cache(), 20) for length in (41, 60)]
     together = generate(model, left_padded([prompt(41), prompt(60)]), cache(), 20)
     exact = generate(model, prompt(60), small_cache(model), 20)
-    # The first logits are of the prompt, which nothing compressed has touched.
+    # The first logits are those of the prompt, which is not read from the cache.
     assert (alone[1].logits - exact.logits)[:, 1].abs().max() > 0.1, "nothing was lost: the test is vacuous"
     for row, one in enumerate(alone):
         assert_packed(one.cache)
-        # Of most steps: in a few, a last bit may have tipped the code of a latent.
+        # In a few steps a rounding error may have changed the code of a coefficient, hence the median.
         assert (together.logits[row] - one.logits[0]).abs().amax(1).median() < ROUNDING
