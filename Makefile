@@ -32,6 +32,7 @@ UNLOCKED := ^(triton$(if $(filter $(LOCKED_TORCH),$(TORCH)),,|torch|setuptools|s
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 STAMP := $(VENV)/.installed-$(TORCH)
 BENCH_STAMP := $(VENV)/.bench-$(TORCH)
+DOCS_STAMP := $(VENV)/.docs-$(TORCH)
 
 # Tests that say whether another release of transformers does what the package assumes of it: all but those of what is
 # stored, which meets no transformers.
@@ -40,7 +41,7 @@ RELEASE_TESTS := tests/integration tests/generation --ignore=tests/generation/te
 	$(addprefix tests/lowrank/test_,calibration.py generation.py) \
 	$(addprefix tests/mla/test_,generation.py operations.py binding.py)
 
-.PHONY: help install demo test test-slow test-releases lock newer sanitize lint format bench eval families kernels clean
+.PHONY: help install demo test test-slow test-releases lock newer sanitize lint format bench eval families kernels docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,7 +54,7 @@ $(TORCH_STAMP): $(LOCK)
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) "torch==$(TORCH)"
 	@# A build of torch for GPUs has brought the triton that it was made for; with others it is the locked one.
 	@$(BIN)/python -m pip show torch | grep -q '^Requires:.*triton' || grep '^triton==' $(LOCK) >> $(CONSTRAINTS)
-	@rm -f $(VENV)/.torch-* $(VENV)/.installed-* $(VENV)/.bench-*
+	@rm -f $(VENV)/.torch-* $(VENV)/.installed-* $(VENV)/.bench-* $(VENV)/.docs-*
 	@touch $@
 
 # torch is installed first and alone, so that the package's `torch>=...` finds it and never replaces the user's build.
@@ -123,6 +124,13 @@ families: $(STAMP) ## try every model family of transformers with every cache an
 kernels: $(STAMP) ## compile every Triton kernel for every target without a GPU and check the code (KERNELS="--quick", "--record")
 	$(BIN)/python -m benchmarks.compile_report $(KERNELS)
 
+$(DOCS_STAMP): $(STAMP)
+	$(INSTALL) --no-build-isolation -e ".[docs]"
+	@touch $@
+
+docs: $(DOCS_STAMP) ## build the documentation site into site/; a broken link or a missing page fails (DOCS=serve: show it and follow changes)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(DOCS),build) --strict
+
 clean: ## remove the virtual environment and what the tools left
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
 	find hf_kvcache eval tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -160,7 +160,7 @@ def lock() -> None:
 def _resolved(uv: Path, transformers: str, preferred: str) -> list[str]:
     """A line for each package and each range of Pythons, with the ``preferred`` lines where that is possible."""
     inputs = "\n".join([*TOOLS, f"torch=={tested('torch')[-1]}", transformers])
-    extras = [f"--extra={name}" for name in ("dev", "bench")]
+    extras = [f"--extra={name}" for name in ("dev", "bench", "docs")]
     with tempfile.TemporaryDirectory() as folder:
         wanted, overrides, out = (Path(folder) / name for name in ("wanted.in", "overrides.in", "lock.txt"))
         wanted.write_text(inputs)
