@@ -12,10 +12,10 @@ from hf_kvcache.cli.models import load_default_model
 from hf_kvcache.cli.sample_text import packaged_text
 from hf_kvcache.lowrank import calibrate
 
-model, tokenizer = load_default_model()
+model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
 text = Path(sys.argv[1]).read_text(encoding="utf-8") if len(sys.argv) > 1 else packaged_text()[0]
 
-# Keys as their queries read them, values as the output projection does; 3 KV heads share a latent.
+# Keys as their queries read them, values as the output projection does; 3 KV heads share a basis.
 projection = calibrate(model, [text], tokenizer, method="kq_svd", group=3, before_rope=True, tokens=30_000)
 projection.save("smollm2-latent.safetensors")
 

@@ -8,7 +8,7 @@ import torch
 from hf_kvcache import SlidingWindowCache
 from hf_kvcache.cli.models import load_default_model
 
-model, tokenizer = load_default_model()
+model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
 ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
 
 # Four sinks and the newest 256 tokens; the sinks move along, so that no distance is longer than the window.

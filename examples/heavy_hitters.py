@@ -1,12 +1,11 @@
 """Keep a quarter of a long prompt, other tokens in each head, in 4 bits. `python examples/heavy_hitters.py`"""
 
-from importlib.resources import files
-
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.cli.models import load_default_model
+from hf_kvcache.models import load_default_model
+from hf_kvcache.text import packaged_text
 
-model, tokenizer = load_default_model()
-story = (files("hf_kvcache") / "data" / "alice.txt").read_text(encoding="utf-8")[:8000]
+model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
+story = packaged_text()[0][:8000]
 question = f"{story}\n\nWhat was the label on the little bottle that Alice found on the table?"
 inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -19,7 +19,7 @@ if len(sys.argv) > 1:
     os.environ["HF_KVCACHE_EVAL_DATA"] = sys.argv[1]
     task = f"local_{task}"
 
-model, tokenizer = load_default_model()
+model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
 tasks = TaskManager(include_path=str(tasks_folder()))
 for cache in ("full", "quantized:bits=4", "quantized:bits=2"):
     # LAMBADA's contexts are some 80 tokens: with the usual tail of 128 nothing would be compressed.

@@ -1,16 +1,15 @@
 """Read a context once, keep a fifth of it, and ask it several questions. `python examples/reusable_context.py`"""
 
-from importlib.resources import files
-
 import torch
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.cli.models import load_default_model
+from hf_kvcache.models import load_default_model
+from hf_kvcache.text import packaged_text
 
 QUESTIONS = ("What is the secret number of the garden?", "Who is the story about?")
 
-model, tokenizer = load_default_model()
-story = (files("hf_kvcache") / "data" / "alice.txt").read_text(encoding="utf-8")
+model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
+story = packaged_text()[0]
 story = f"{story[:3000]}\nThe secret number of the garden is 48213.\n{story[3000:6000]}"
 context = tokenizer(f"<|im_start|>user\n{story}\n\n", return_tensors="pt").input_ids
 repeat = tokenizer("\n\nRepeat the previous context exactly.\n", return_tensors="pt").input_ids[0]

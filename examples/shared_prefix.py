@@ -1,16 +1,15 @@
 """Read a long text once, then ask several questions about it. Run it with `python examples/shared_prefix.py`."""
 
-from importlib.resources import files
-
 import torch
 
 from hf_kvcache import QuantizedKVCache
-from hf_kvcache.cli.models import load_default_model
+from hf_kvcache.models import load_default_model
+from hf_kvcache.text import packaged_text
 
 QUESTIONS = ("Who is the story about?", "Which animal did Alice run after?")
 
-model, tokenizer = load_default_model()
-story = (files("hf_kvcache") / "data" / "alice.txt").read_text(encoding="utf-8")[:6000]
+model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
+story = packaged_text()[0][:6000]
 opening = tokenizer.apply_chat_template(
     [{"role": "user", "content": story}], add_generation_prompt=False, return_tensors="pt", return_dict=True
 ).input_ids

@@ -1,7 +1,8 @@
 """The Python code of a Markdown page, and running it.
 
-A page's blocks run in their order and in one namespace, as a reader would paste them. The namespace begins with `model`,
-`tokenizer` and `inputs`. `from_pretrained` gives a tiny random model whatever its name, so that no network is needed.
+A page's blocks run in their order and in one namespace, as a reader would paste them. The namespace begins with
+`model`, `tokenizer` and `inputs`. `from_pretrained` gives a tiny random model whatever its name, so that no network is
+needed.
 
 An HTML comment before a block changes that: `<!-- snippet: slow -->` leaves the block to the test that loads the real
 model, and `<!-- snippet: skip, because ... -->` leaves it out.
@@ -57,7 +58,7 @@ def snippets(page: Path) -> list[Snippet]:
 
 
 def run(page: Path, marks: tuple[str | None, ...], namespace: dict[str, Any]) -> None:
-    """Run those blocks of a page that have one of these marks; what they write goes into a folder that is then removed."""
+    """Run those blocks of a page that have one of these marks, in a folder that is removed afterwards."""
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
