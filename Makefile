@@ -128,7 +128,7 @@ $(DOCS_STAMP): $(STAMP)
 	$(INSTALL) --no-build-isolation -e ".[docs]"
 	@touch $@
 
-docs: $(DOCS_STAMP) ## build the documentation site into site/; a broken link or a missing page fails (DOCS=serve: show it and follow changes)
+docs: $(DOCS_STAMP) ## build the documentation into site/; a broken link fails (DOCS=serve: show it and follow changes)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(DOCS),build) --strict
 
 clean: ## remove the virtual environment and what the tools left
