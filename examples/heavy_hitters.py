@@ -1,8 +1,8 @@
 """Keep a quarter of a long prompt, other tokens in each head, in 4 bits. `python examples/heavy_hitters.py`"""
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.models import load_default_model
-from hf_kvcache.text import packaged_text
+from hf_kvcache.cli.models import load_default_model
+from hf_kvcache.cli.sample_text import packaged_text
 
 model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
 story = packaged_text()[0][:8000]

@@ -3,8 +3,8 @@
 import torch
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.models import load_default_model
-from hf_kvcache.text import packaged_text
+from hf_kvcache.cli.models import load_default_model
+from hf_kvcache.cli.sample_text import packaged_text
 
 QUESTIONS = ("What is the secret number of the garden?", "Who is the story about?")
 
