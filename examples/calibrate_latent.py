@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from hf_kvcache import LatentKVCache
-from hf_kvcache.lowrank import calibrate
 from hf_kvcache.cli.models import load_default_model
 from hf_kvcache.cli.sample_text import packaged_text
+from hf_kvcache.lowrank import calibrate
 
 model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
 text = Path(sys.argv[1]).read_text(encoding="utf-8") if len(sys.argv) > 1 else packaged_text()[0]

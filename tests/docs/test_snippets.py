@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_kvcache.integration.versions import CACHE_ARGUMENT
 from hf_kvcache.cli.models import load_default_model
+from hf_kvcache.integration.versions import CACHE_ARGUMENT
 from tests.docs.snippets import PAGES, ROOT, prepared, run, run_with_tiny_models, snippets
 
 pytestmark = pytest.mark.skipif(CACHE_ARGUMENT != "cache", reason="the pages are written for transformers from 5.24 on")
