@@ -55,11 +55,14 @@ class CacheContract(OtherStates):
             check_states(self.config, key_states)
         if not self._read.passed:
             self._read.look(self.layers, layer_idx)
-        if self._pass.begins_again(layer_idx) and getattr(layer, "_new", None) is None:
-            self.check_complete()
+        latest = self._pass
+        place = latest.places[layer_idx]
+        if place <= latest.reached != latest.final and getattr(layer, "_new", None) is None:
+            self.check_complete()  # a new pass begins, and the latest did not come to its end
         # What the base class does beside this is for caches that offload, or make their layers as they go.
         states = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
-        self._pass.note(layer_idx)
+        if layer_idx not in latest.aside:
+            latest.reached = place
         return states
 
     def reach(self, layer_idx: int) -> None:

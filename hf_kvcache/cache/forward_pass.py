@@ -19,52 +19,48 @@ class ForwardPass:
     Args:
         config: of the model.
         layers: of the cache.
+
+    Attributes:
+        places: when a pass comes to each layer.
+        cross: layers that only a pass with an image touches.
+        aside: layers to which not every pass adds tokens.
+        final: the place where a pass ends.
+        reached: the place to which the latest pass has come.
     """
 
     def __init__(self, config: PreTrainedConfig, layers: Sequence[Any]) -> None:
-        self._places = places_in_pass(config, len(layers))
-        #: Layers that only a pass with an image touches.
+        self.places = places_in_pass(config, len(layers))
         self.cross = cross_attention_layers(config)
-        #: Layers to which not every pass adds tokens.
-        self._aside = self.cross | borrowing_layers(config)
+        self.aside = self.cross | borrowing_layers(config)
         own = [layer.index for layer in layers if isinstance(layer, KVCacheLayer)]
-        self._final = max(self._places[index] for index in own if index not in self._aside)
-        self._reached = self._final
+        self.final = max(self.places[index] for index in own if index not in self.aside)
+        self.reached = self.final
 
     @property
     def ended(self) -> bool:
         """Whether the pass has touched its last layer."""
-        return self._reached == self._final
+        return self.reached == self.final
 
     def end(self) -> None:
         """Take note that all layers hold the same tokens."""
-        self._reached = self._final
-
-    def begins_again(self, index: int) -> bool:
-        """Whether an update of a layer of this package belongs to a new pass, though the last one has not ended."""
-        return not self.ended and self._places[index] <= self._reached
-
-    def note(self, index: int) -> None:
-        """Take note that the pass has come to a layer of this package."""
-        if index not in self._aside:
-            self._reached = self._places[index]
+        self.reached = self.final
 
     def goes_back(self, index: int) -> bool:
         """Whether a pass that has not ended comes to a layer of transformers' own that lies behind it."""
-        return not self.ended and self._places[index] < self._reached
+        return not self.ended and self.places[index] < self.reached
 
     def note_other(self, index: int) -> None:
         """Take note that the pass has come to a layer that is transformers' own."""
-        self._reached = self._places[index]
-        self._final = max(self._final, self._reached)
+        self.reached = self.places[index]
+        self.final = max(self.final, self.reached)
 
     def has_come_to(self, index: int) -> bool:
         """Whether the pass has touched a layer."""
-        return self._places[index] <= self._reached
+        return self.places[index] <= self.reached
 
     def passed(self, layers: Sequence[Any]) -> list[KVCacheLayer]:
         """The layers of this package that every pass adds tokens to."""
-        return [layer for layer in layers if isinstance(layer, KVCacheLayer) and layer.index not in self._aside]
+        return [layer for layer in layers if isinstance(layer, KVCacheLayer) and layer.index not in self.aside]
 
     def complete_length(self, layers: Sequence[Any]) -> int:
         """Tokens that every layer has seen."""

@@ -17,7 +17,7 @@ from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.binding import IMPLEMENTATION, previous_implementation
 from hf_kvcache.integration.handle import CachedStates, KVHandle
 from hf_kvcache.integration.masks import mask_function
-from hf_kvcache.integration.versions import RELEASE, collects_attentions
+from hf_kvcache.integration.versions import COLLECTOR, RELEASE, collects_attentions
 from hf_kvcache.kernels.attention import refuse_gradient
 from hf_kvcache.kernels.inputs import Scoring
 
@@ -89,7 +89,9 @@ def attention_function(
     layer = key.layer()
     scaling_ = query.shape[-1] ** -0.5 if scaling is None else scaling
     scoring = Scoring(scaling_, kwargs.get("softcap"), _sink_logits(module, kwargs))
-    weights = bool(kwargs.get("output_attentions") or collects_attentions()) and _gives_weights(module, layer)
+    collected = COLLECTOR.get()
+    asked = kwargs.get("output_attentions") or (collected and collects_attentions(collected))
+    weights = bool(asked) and _gives_weights(module, layer)
     if not layer.has_history():
         # Nothing is compressed yet: the first tokens attend to each other exactly as without this package.
         new_keys, new_values = layer.new_tokens()

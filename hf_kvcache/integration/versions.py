@@ -16,8 +16,10 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.masking_utils import create_causal_mask
-from transformers.utils.output_capturing import _active_collector as _collector
+from transformers.utils import output_capturing
 
+#: What the model that runs collects of its modules' outputs: names, or nothing.
+COLLECTOR = output_capturing._active_collector
 #: The release that is installed.
 RELEASE: str = transformers.__version__
 
@@ -67,10 +69,13 @@ def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any
     return types, arguments
 
 
-def collects_attentions() -> bool:
-    """Whether the model that runs collects the attention weights that its modules return."""
-    collected = _collector.get()
-    return bool(collected) and any("attentions" in name for name in collected)
+def collects_attentions(collected: Any) -> bool:
+    """Whether the model that runs collects the attention weights that its modules return.
+
+    Args:
+        collected: what :data:`COLLECTOR` holds; empty or None where nothing is collected.
+    """
+    return any("attentions" in name for name in collected)
 
 
 _asked: WeakKeyDictionary[type, str] = WeakKeyDictionary()

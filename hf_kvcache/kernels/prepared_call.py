@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -13,21 +13,25 @@ from hf_kvcache.kernels.inputs import CallInputs, Pages, Scoring, Slots, UpProje
 class PreparedCall(Protocol):
     """Attention of one new token a sequence, prepared once and called for one token after the other.
 
-    The pages, the slots and the up-projections have to be those for which it was prepared, and :meth:`fits` has to
-    accept the token.
+    The pages, the slots, the up-projections, the layout of the tokens and the scoring have to be those for which it was
+    prepared; its caller compares them.
 
     Attributes:
         pages: the pages it reads; None if there are none.
         slots: the buffer of full-precision tokens, in which it stores the new token.
         up: the up-projections, if latents are stored.
+        kind: shape, strides and dtype of the query, strides of the keys and of the values.
+        scoring: how scores are made.
     """
 
     pages: Pages | None
     slots: Slots
-    up: UpProjections | None
+    kind: tuple[Any, ...]
+    scoring: Scoring
 
-    def fits(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> bool:
-        """Whether a token has the layout and the scoring for which the call was prepared."""
+    @property
+    def up(self) -> UpProjections | None:
+        """See above; None if the model is gone."""
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int

@@ -8,7 +8,6 @@ from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.padding import Padding, check_hidden, padding_of, valid_in
 from hf_kvcache.kernels.attention import attend
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages
-from hf_kvcache.kernels.padding import NO_PADDING
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.layers.dense_reads import DenseReads
 from hf_kvcache.layers.new_tokens import NewTokens, dense_tokens
@@ -36,10 +35,7 @@ class AttentionOverPages(DenseReads):
             ValueError: if the query does not go with the latest update.
         """
         new, storage = self._latest()
-        skip = self.check_query(call.queries)
-        output = self.attend_token(new, storage, call)
-        if output is None:
-            output = self._attend_segments(new, storage, call, skip)
+        output = self._attend_segments(new, storage, call, self.check_query(call.queries))
         if not self.options.deferred:
             self.flush()
         return output
@@ -66,33 +62,6 @@ class AttentionOverPages(DenseReads):
             query = call.queries[:, :, own]
             outputs.append(self.read(call, query, storage.pages(ahead), dense, visibility.part(own)).output)
         return torch.cat(outputs, 1)
-
-    def attend_token(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
-        """Store the one new token and attend to it and to all held; None, and nothing stored, if it is more than that.
-
-        More are several tokens, a padded or ragged batch, a mask that says more than causality, tokens that may be
-        taken back, a gradient asked for.
-        """
-        query = call.queries
-        if (
-            new.length != 1
-            or query.shape[2] != 1
-            or new.stored
-            or self.rollback.recording
-            or storage.dense.uniform_length is None
-            or self.padding is not NO_PADDING
-            or (query.requires_grad and torch.is_grad_enabled())
-        ):
-            return None
-        if call.mask is not None:
-            padding = padding_of(call.mask, new.position, 1, self.sliding_window)
-            if padding is None or not padding.none:
-                return None
-        return self.step(new, storage, call)
-
-    def step(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
-        """:meth:`attend_token` once it is known to be no more; None where no kernel does it at once."""
-        return None if self.prepared is None else self.prepared.attend(storage, new, call.queries, call.scoring)
 
     def read(
         self,
@@ -124,10 +93,6 @@ class AttentionOverPages(DenseReads):
                 f"query of shape {tuple(query.shape)} does not go with keys of shape {tuple(new.keys.shape)}"
             )
         return skip
-
-    def has_history(self) -> bool:
-        """Whether attention has to look at anything but the tokens of the latest update."""
-        return self._latest()[0].position > 0
 
     def new_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the latest update, dense ``[B, Hkv, T, D]``, with their gradient if they have one."""

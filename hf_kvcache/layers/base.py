@@ -88,20 +88,28 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
             key_states, value_states = key_states.detach(), value_states.detach()
         self._new = NewTokens(key_states, value_states, self._seen, given=given)
         self._seen += key_states.shape[2]
-        self.rollback.unconfirmed += key_states.shape[2] if self.rollback.recording else 0
+        if self.rollback.recording:
+            self.rollback.unconfirmed += key_states.shape[2]
         self.version += 1
         return self._handles_on(self._new)
 
     def _handles_on(self, new: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Handles on all keys and values that the queries of the new tokens may see."""
         batch, heads, count, key_dim = new.keys.shape
-        length = self._visible_length(count)
+        length = self._seen if self.sliding_window is None else self._visible_length(count)
         keys = KVHandle(self, "keys", (batch, heads, length, key_dim), new.keys)
         values = KVHandle(self, "values", (batch, heads, length, new.values.shape[3]), new.values)
         if new.given is not None and torch.is_grad_enabled():
             exact = new.position == 0
             return carrying_gradient(keys, new.given[0], exact), carrying_gradient(values, new.given[1], exact)
         return keys, values
+
+    def has_history(self) -> bool:
+        """Whether attention has to look at anything but the tokens of the latest update."""
+        new = self._new
+        if new is None:
+            new, _ = self._latest()  # which raises
+        return new.position > 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask for ``query_length`` new tokens covers, in tokens seen."""
@@ -160,13 +168,6 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
         raise NotImplementedError("a KVCache holds its pages on the device of their layer; offloading is not available")
 
     prefetch = offload
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.flushed().__dict__ | {"prepared": None}  # a prepared call holds addresses
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.prepared = self.make_prepared()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCacheLayer:
         # Pages are immutable, so a fork is as independent as a copy of every byte.

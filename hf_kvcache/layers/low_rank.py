@@ -33,6 +33,8 @@ class LowRankLayer(KVCacheLayer):
         sliding_window: tokens a query sees, itself included; None for full attention.
     """
 
+    can_prepare = False
+
     def __init__(
         self, index: int, options: LayerOptions, projection: LayerProjection, sliding_window: int | None = None
     ) -> None:
@@ -40,9 +42,6 @@ class LowRankLayer(KVCacheLayer):
         self.projection = projection
         self._maps: HeadMaps | None = None  # on the device of the storage
         self._recognised = projection.weights is None
-
-    def make_prepared(self) -> None:
-        """None: attention is more than reading pages."""
 
     def make_storage(
         self, key_states: torch.Tensor, value_states: torch.Tensor, sink_length: int, spare: int | None = None

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from hf_kvcache.kernels.padding import padding_places
-from hf_kvcache.layers.attention import AttentionOverPages
+from hf_kvcache.layers.decode_step import DecodeSteps
 from hf_kvcache.layers.new_tokens import check_update
 from hf_kvcache.storage.checking import check_like, check_storage
 
 
-class SavedState(AttentionOverPages):
+class SavedState(DecodeSteps):
     """A layer that can be saved, and restored where nothing is held yet. Saving changes nothing."""
 
     #: Beginnings of the names of tensors that a layer may have saved or not.

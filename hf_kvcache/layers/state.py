@@ -9,7 +9,6 @@ import torch
 
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
-from hf_kvcache.layers.decode_step import PreparedDecoding
 from hf_kvcache.layers.new_tokens import NewTokens
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.rollback import RollbackWindow
@@ -54,7 +53,6 @@ class LayerState:
         self._checked: tuple[Any, ...] | None = None  # shapes, dtypes and device of the latest update
         #: Whether storing tokens was cut off in the middle, by Ctrl-C or for want of memory: only reset() helps then.
         self.broken = False
-        self.prepared = self.make_prepared()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make the storage for tensors like these, ``[B, Hkv, T, D]``."""
@@ -73,10 +71,6 @@ class LayerState:
             options.codec, key_states.shape[-1], value_states.shape[-1], options.page_size, key_states.dtype
         )
         return PagedStorage(encoder, key_states, value_states, sink_length, options.tail_length, spare)
-
-    def make_prepared(self) -> PreparedDecoding | None:
-        """What does plain decoding; None where attention is more than reading pages."""
-        return PreparedDecoding(self.sliding_window)
 
     @property
     def batch_size(self) -> int:
@@ -164,7 +158,6 @@ class LayerState:
         other.storage = None if self.storage is None else self.storage.fork()
         other._new = None if self._new is None else self._new.copy()
         other.rollback = self.rollback.fork()
-        other.prepared = other.make_prepared()
         return other
 
     def flushed(self) -> Any:

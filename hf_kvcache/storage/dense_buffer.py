@@ -18,6 +18,10 @@ class DenseBuffer:
         values: the same for values, ``[B, Hkv, T, Dv]``.
         sink_length: slots that are never shifted.
         capacity: slots to begin with, and to return to.
+
+    Attributes:
+        uniform_length: the number of slots in use if it is the same in every sequence, else None.
+        longest: the most slots that a sequence uses.
     """
 
     # Buffers made under inference mode could not be written outside of it, wherever a cache is used in both.
@@ -30,27 +34,18 @@ class DenseBuffer:
         self.values = values.new_zeros(*values.shape[:2], capacity, values.shape[3])
         self.positions = np.zeros((batch, capacity), dtype=np.int64)
         self.lengths = np.zeros(batch, dtype=np.int64)
-        self._uniform: int | None = 0
-        self._longest = 0
+        self.uniform_length: int | None = 0
+        self.longest = 0
 
     @property
     def capacity(self) -> int:
         return self.positions.shape[1]
 
-    @property
-    def uniform_length(self) -> int | None:
-        """The number of slots in use if it is the same in every sequence."""
-        return self._uniform
-
-    @property
-    def longest(self) -> int:
-        return self._longest
-
     def append_one(self, keys: torch.Tensor, values: torch.Tensor, position: int, valid: np.ndarray | None) -> None:
         """Append one token to each sequence, save those that ``valid [B]`` marks as padding."""
         self.reserve(self.longest + 1)
-        if self._uniform is not None and valid is None:
-            slot = self._uniform
+        if self.uniform_length is not None and valid is None:
+            slot = self.uniform_length
             self.keys.narrow(2, slot, 1).copy_(keys)
             self.values.narrow(2, slot, 1).copy_(values)
             self.positions[:, slot] = position
@@ -68,8 +63,8 @@ class DenseBuffer:
 
     def note_one_stored(self) -> None:
         """Take note that the next slot of every sequence, of which all use equally many, was filled and counted."""
-        assert self._uniform is not None
-        self._uniform = self._longest = self._uniform + 1
+        assert self.uniform_length is not None
+        self.uniform_length = self.longest = self.uniform_length + 1
 
     def store(self, row: int | slice, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
         """Make ``keys [b, Hkv, n, Dk]`` and ``values`` all that the sequences ``row`` hold."""
@@ -152,5 +147,5 @@ class DenseBuffer:
 
     def _note_lengths(self) -> None:
         first = int(self.lengths[0]) if len(self.lengths) else 0
-        self._uniform = first if bool((self.lengths == first).all()) else None
-        self._longest = int(self.lengths.max(initial=0))
+        self.uniform_length = first if bool((self.lengths == first).all()) else None
+        self.longest = int(self.lengths.max(initial=0))

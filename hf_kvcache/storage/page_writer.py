@@ -29,6 +29,7 @@ class PageWriter:
         tail_length: newest tokens of a sequence that are never packed.
 
     Attributes:
+        first_due: slots of the dense buffer that a sequence uses when its first page is due.
         ahead: pages at the end of every row of the table whose tokens are still in the dense buffer too, until they
             are confirmed.
         lost_before: no token before this position need be held any more (sliding windows).
@@ -41,6 +42,7 @@ class PageWriter:
     def __init__(self, encoder: PageEncoder, table: PageTable, dense: DenseBuffer, tail_length: int) -> None:
         self.encoder, self.table, self.dense = encoder, table, dense
         self.page_size, self.tail_length = encoder.layout.page_size, tail_length
+        self.first_due = dense.sink_length + tail_length + self.page_size
         self.ahead = 0
         self.lost_before = 0
         batch = len(dense.lengths)
@@ -59,7 +61,7 @@ class PageWriter:
     def pack_due(self, keep_from: int, as_packed: AsPacked) -> None:
         """Pack every page that is due; tokens before position ``keep_from`` may be dropped instead."""
         dense, first = self.dense, self.dense.sink_length
-        if dense.longest < first + self.tail_length + self.page_size:
+        if dense.longest < self.first_due:
             return
         due = self.due(dense.lengths)
         for pages in np.unique(due[due > 0]).tolist():

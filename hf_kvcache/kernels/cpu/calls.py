@@ -17,7 +17,12 @@ Call = library.Attend | library.Latent
 def run(function: Callable[[Any], int], call: Any, purpose: str = "for the partial results") -> None:
     """Make a call, given by reference; raises MemoryError if it finds no memory for its ``purpose``."""
     if function(call):
-        raise MemoryError(f"attention over a KVCache: no memory left {purpose}")
+        raise no_memory(purpose)
+
+
+def no_memory(purpose: str = "for the partial results") -> MemoryError:
+    """The error for a call that did not find the memory it needs."""
+    return MemoryError(f"attention over a KVCache: no memory left {purpose}")
 
 
 def set_pages(call: Call, pages: Pages) -> np.ndarray | None:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from hf_kvcache.kernels.cpu import library
-from hf_kvcache.kernels.cpu.calls import run, set_pages, set_places, set_scoring
+from hf_kvcache.kernels.cpu.calls import no_memory, run, set_pages, set_places, set_scoring
 from hf_kvcache.kernels.cpu.layouts import DENSE, make_layout, native_layout
 from hf_kvcache.kernels.cpu.prepared_call import CpuPreparedCall, all_slots, can_prepare, set_token, visibility_of
 from hf_kvcache.kernels.inputs import Attention, CallInputs, DenseTokens, Pages, Scoring
@@ -94,7 +94,8 @@ class PreparedCall(CpuPreparedCall):
         call.query, call.output = floats.data_ptr(), output.data_ptr()
         token.first, token.second = keys.data_ptr(), values.data_ptr()
         call.slots, call.start, call.threads = slot + 1, position, torch.get_num_threads()
-        run(self._run, self._reference)
+        if self._run(self._reference):
+            raise no_memory()
         return output if query.dtype == torch.float32 else output.to(query.dtype)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_kvcache.kernels.cpu import library
-from hf_kvcache.kernels.cpu.calls import run, set_pages, set_places, set_scoring
+from hf_kvcache.kernels.cpu.calls import no_memory, run, set_pages, set_places, set_scoring
 from hf_kvcache.kernels.cpu.layouts import DENSE, make_layout, native_layout
 from hf_kvcache.kernels.cpu.prepared_call import CpuPreparedCall, all_slots, can_prepare, set_token, visibility_of
 from hf_kvcache.kernels.inputs import Attention, CallInputs, DenseTokens, Pages, Scoring
@@ -129,7 +129,8 @@ class PreparedCall(CpuPreparedCall):
         token.first, token.second = keys.data_ptr(), values.data_ptr()
         attend.slots, attend.start = slot + 1, position
         self._absorb.threads = attend.threads = self._expand.threads = threads
-        run(self._run, self._reference)
+        if self._run(self._reference):
+            raise no_memory()
         return output
 
 

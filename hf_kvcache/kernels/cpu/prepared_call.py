@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
 from weakref import ref
 
 import torch
 
 from hf_kvcache.kernels.cpu import library
-from hf_kvcache.kernels.inputs import CallInputs, DenseTokens, Scoring, Slots, UpProjections
+from hf_kvcache.kernels.inputs import CallInputs, DenseTokens, Slots, UpProjections
 from hf_kvcache.kernels.visibility import Visibility
 
 
@@ -22,22 +21,14 @@ class CpuPreparedCall:
         self.pages, self.slots = inputs.pages, inputs.slots
         # A weak reference: these are views of the model's weight, and a prepared call may outlive the model.
         self._up = None if inputs.up is None else ref(inputs.up)
-        self._scoring, self._kind = inputs.scoring, _kind(inputs.query, inputs.keys, inputs.values)
+        query, keys, values = inputs.query, inputs.keys, inputs.values
+        self.kind = query.shape, query.stride(), query.dtype, keys.stride(), values.stride()
+        self.scoring = inputs.scoring
 
     @property
     def up(self) -> UpProjections | None:
         """The up-projections; None if there are none, or if the model is gone."""
         return None if self._up is None else self._up()
-
-    def fits(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> bool:
-        """Whether a token has the layout and the scoring for which the call was prepared."""
-        own = self._scoring
-        return (
-            own.sink_logits is scoring.sink_logits
-            and own.scaling == scoring.scaling
-            and own.softcap == scoring.softcap
-            and self._kind == _kind(query, keys, values)
-        )
 
 
 def can_prepare(inputs: CallInputs) -> bool:
@@ -66,7 +57,3 @@ def set_token(token: library.Token, keys: torch.Tensor, values: torch.Tensor, sl
     token.second_batch, token.second_head, _, _ = values.stride()
     token.positions, token.lengths = slots.positions.ctypes.data, slots.lengths.ctypes.data
     token.positions_batch = slots.positions.strides[0] // slots.positions.itemsize
-
-
-def _kind(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
-    return query.shape, query.stride(), query.dtype, keys.stride(), values.stride()
