@@ -68,7 +68,7 @@ def _build(name: str) -> PreTrainedModel:
 
 def _without_prepared_calls(cache: KVCache) -> KVCache:
     for layer in cache.own_layers:
-        layer.steps = None
+        layer.prepared = None
     return cache
 
 
