@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from hf_kvcache import codecs, eviction
 from hf_kvcache.cli.demo import QUESTION, mean_kl, measure, top1_agreement
-from hf_kvcache.cli.demo_caches import FULL
 from hf_kvcache.cli.demo_display import build_table, build_texts
+from hf_kvcache.cli.demo_options import FULL
 from hf_kvcache.cli.main import main
 from tests.running import prompt
 

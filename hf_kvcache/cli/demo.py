@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import Cache, DynamicCache
 
-from hf_kvcache.cli.demo_caches import CACHES, DEFAULT_CACHES, FULL
 from hf_kvcache.cli.demo_display import Bar, Measurement, build_table, build_texts, progress_bars
+from hf_kvcache.cli.demo_options import ANSWER_TOKENS, CACHES, DEFAULT_CACHES, FULL, PROMPT_TOKENS
 from hf_kvcache.cli.models import load_default_model, quiet_transformers
 from hf_kvcache.cli.sample_text import packaged_text
 from hf_kvcache.integration.versions import CACHE_ARGUMENT, with_cache
@@ -48,9 +48,9 @@ class Generation:
 def run_demo(
     model_name: str | None = None,
     *,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = ANSWER_TOKENS,
     cache_names: Sequence[str] | None = None,
-    prompt_tokens: int = 3072,
+    prompt_tokens: int = PROMPT_TOKENS,
     device: str | None = None,
 ) -> list[Measurement]:
     """Run the demo and print its table and texts.

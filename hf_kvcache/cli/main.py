@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hf_kvcache.cli import models
-from hf_kvcache.cli.demo_caches import CACHES, DEFAULT_CACHES
+from hf_kvcache.cli.demo_options import ANSWER_TOKENS, CACHES, DEFAULT_CACHES, PROMPT_TOKENS
 from hf_kvcache.cli.info import print_info
 from hf_kvcache.lowrank import calibrate, methods, texts
 from hf_kvcache.lowrank.methods.base import CENTERS
@@ -45,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("demo", help="answer a question over a long text with several caches, and compare")
     parser.add_argument("--model", help=_MODEL_HELP)
-    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: %(default)s")
-    parser.add_argument("--prompt-tokens", type=int, default=3072, metavar="N", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=ANSWER_TOKENS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, metavar="N", help="default: %(default)s")
     names, default = (" ".join(some).replace("%", "%%") for some in (CACHES, DEFAULT_CACHES))
     parser.add_argument("--caches", nargs="+", metavar="NAME", help=f"of: {names} (default: {default})")
     parser.add_argument("--device", help="default: cpu")
@@ -69,9 +70,16 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("--split", default="train", help="of the data set (default: %(default)s)")
     parser.add_argument("--column", default="text", help="of the data set (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=100_000, metavar="N", help="tokens read (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens at a time (default: %(default)s)")
-    parser.add_argument("--method", default="balanced", help=f"{', '.join(methods.available())} (default: %(default)s)")
+    own = {name: parameter.default for name, parameter in inspect.signature(calibrate).parameters.items()}
+    parser.add_argument(
+        "--tokens", type=int, default=own["tokens"], metavar="N", help="tokens read (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=own["length"], metavar="N", help="tokens at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--method", default=own["method"], help=f"{', '.join(methods.available())} (default: %(default)s)"
+    )
     # Only options that are given reach the method: each method has its own options and defaults.
     only_given = argparse.SUPPRESS
     parser.add_argument("--group", type=int, default=only_given, metavar="N", help="KV heads that share coefficients")

@@ -30,7 +30,7 @@ def calibrate(
         model: a causal language model that caches keys and values.
         texts: of the kind that the model will read, from the first one on until there are enough tokens.
         tokenizer: the model's.
-        method: a registered name (``"balanced"``, ``"kq_svd"``, ``"oscar"``, ``"palu"``, ``"svd"``), or a ready method.
+        method: a name of :func:`~hf_kvcache.lowrank.methods.available`, or a method that has been made.
         tokens: number of tokens that are read.
         length: number of tokens that are read at a time.
         sinks: first tokens of each chunk that do not count; see :func:`~hf_kvcache.lowrank.moment_collection.collect`.

@@ -1,4 +1,4 @@
-"""The caches that the demo compares, by name."""
+"""The caches that the demo compares, by name, and how many tokens it reads and generates by default."""
 
 from __future__ import annotations
 
@@ -20,5 +20,10 @@ CACHES: dict[str, Callable[[Any], KVCache]] = {
     "window-768": lambda config: SlidingWindowCache(config, window=768),
 }
 
-#: Names of the caches that run by default. The others give what DynamicCache gives.
+#: Tokens of the text before the question.
+PROMPT_TOKENS = 3072
+#: Tokens of the answer at most.
+ANSWER_TOKENS = 48
+
+#: Names of the caches that run by default. The other one, ``none``, gives what DynamicCache gives.
 DEFAULT_CACHES = ("8-bit", "4-bit", "3-bit", "2-bit", "snapkv-25%", "snapkv-25%-4-bit", "window-768")
