@@ -35,12 +35,14 @@ class PageWriter:
         key_mean: float32 ``[B, page heads, dim]``, the mean that is subtracted from the rotated keys of a sequence
             before they are encoded; None if the codec subtracts none.
         key_mean_known: bool ``[B]``: the first page of a sequence fixes its key mean.
+        first_due: slots that a sequence uses of the dense buffer once a page is due.
     """
 
     @torch.inference_mode(False)
     def __init__(self, encoder: PageEncoder, table: PageTable, dense: DenseBuffer, tail_length: int) -> None:
         self.encoder, self.table, self.dense = encoder, table, dense
         self.page_size, self.tail_length = encoder.layout.page_size, tail_length
+        self.first_due = dense.sink_length + tail_length + self.page_size
         self.ahead = 0
         self.lost_before = 0
         batch = len(dense.lengths)
@@ -59,8 +61,6 @@ class PageWriter:
     def pack_due(self, keep_from: int, as_packed: AsPacked) -> None:
         """Pack every page that is due; tokens before position ``keep_from`` may be dropped instead."""
         dense, first = self.dense, self.dense.sink_length
-        if dense.longest < first + self.tail_length + self.page_size:
-            return
         due = self.due(dense.lengths)
         for pages in np.unique(due[due > 0]).tolist():
             rows = np.flatnonzero(due == pages)
@@ -115,8 +115,6 @@ class PageWriter:
 
     def commit_ahead(self) -> None:
         """Keep the pages packed ahead that are due by now, and their tokens only there; forget the other pages."""
-        if self.ahead == 0:
-            return
         keep = min(self.ahead, int(self.due(self.dense.lengths).min()))
         if keep < self.ahead:
             self.table.drop_last(self.ahead - keep)
