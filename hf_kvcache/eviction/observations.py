@@ -197,7 +197,8 @@ class Observations:
     def latest_queries(self, rows: np.ndarray, count: int) -> tuple[torch.Tensor, np.ndarray] | None:
         """The last ``count`` queries ``[b, Hq, n, D]`` of the sequences ``rows``, and their positions ``[b, n]``.
 
-        The sequences have seen equally many. With a count of ``ALL_QUERIES`` all queries that are remembered. None if there are none.
+        The sequences have seen equally many. A count of ``ALL_QUERIES`` asks for all queries that are remembered; None
+        if there are none.
         """
         last = slice(None) if count == ALL_QUERIES else slice(-count, None)
         if self.block is None:
