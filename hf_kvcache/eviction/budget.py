@@ -165,11 +165,10 @@ class PinnedPositions:
         """Take over what :meth:`state` returned.
 
         Raises:
-            ValueError: if the number of places of padding is not what the sequences have together.
+            ValueError: if places of padding are not as many as the sequences have together.
         """
         mask, counts, padding, lengths = (
             state[name].numpy().copy() for name in ("pinned", "real", "padding", "padding_lengths")
         )
-        if int(lengths.sum()) != len(padding):
-            raise ValueError("'evictor.padding' does not go with 'evictor.padding_lengths'")
-        self.mask, self.counts, self.padding = mask, counts, padding_by_sequence(padding, lengths)
+        self.padding = padding_by_sequence(padding, lengths)
+        self.mask, self.counts = mask, counts

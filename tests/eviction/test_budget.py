@@ -120,3 +120,17 @@ def test_share() -> None:
     for at in range(100, 116):
         toy(given.at(at, at + 1), real)
     assert [len(toy.positions(row)[0]) for row in (0, 1)] == [round(0.3 * 116), round(0.3 * 76)]
+
+
+def test_padding_that_does_not_go_together_is_refused() -> None:
+    """Saved places of padding are told apart by how many each sequence has; nothing is taken over if they differ."""
+    pinned = Pins((0, 4)).by_row(2)
+    pinned.see(0, 6, np.array([[True] * 6, [False] * 2 + [True] * 4]))
+    state = pinned.state()
+    other = Pins((0, 4)).by_row(2)
+    with pytest.raises(ValueError, match="'padding' has 2 positions, 'padding_lengths' 3"):
+        other.restore(state | {"padding_lengths": torch.tensor([1, 2])})
+    assert not other.counts.any()
+    other.restore(state)
+    assert {name: x.tolist() for name, x in other.state().items()} == {name: x.tolist() for name, x in state.items()}
+    assert other.numbers(np.array([1]), np.array([[2, 5]])).tolist() == [[0, 3]]
