@@ -67,7 +67,7 @@ class DenseBuffer:
         self._note_lengths()
 
     def note_one_stored(self) -> None:
-        """Take note that a kernel has filled the next slot of every sequence and counted it in ``lengths``."""
+        """Take note that the next slot of every sequence, of which all use equally many, was filled and counted."""
         assert self._uniform is not None
         self._uniform = self._longest = self._uniform + 1
 

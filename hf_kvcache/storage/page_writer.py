@@ -29,13 +29,13 @@ class PageWriter:
         tail_length: newest tokens of a sequence that are never packed.
 
     Attributes:
+        first_due: slots of the dense buffer that a sequence uses when its first page is due.
         ahead: pages at the end of every row of the table whose tokens are still in the dense buffer too, until they
             are confirmed.
         lost_before: no token before this position need be held any more (sliding windows).
         key_mean: float32 ``[B, page heads, dim]``, the mean that is subtracted from the rotated keys of a sequence
             before they are encoded; None if the codec subtracts none.
         key_mean_known: bool ``[B]``: the first page of a sequence fixes its key mean.
-        first_due: slots that a sequence uses of the dense buffer once a page is due.
     """
 
     @torch.inference_mode(False)
@@ -61,6 +61,8 @@ class PageWriter:
     def pack_due(self, keep_from: int, as_packed: AsPacked) -> None:
         """Pack every page that is due; tokens before position ``keep_from`` may be dropped instead."""
         dense, first = self.dense, self.dense.sink_length
+        if dense.longest < self.first_due:
+            return
         due = self.due(dense.lengths)
         for pages in np.unique(due[due > 0]).tolist():
             rows = np.flatnonzero(due == pages)
@@ -115,6 +117,8 @@ class PageWriter:
 
     def commit_ahead(self) -> None:
         """Keep the pages packed ahead that are due by now, and their tokens only there; forget the other pages."""
+        if self.ahead == 0:
+            return
         keep = min(self.ahead, int(self.due(self.dense.lengths).min()))
         if keep < self.ahead:
             self.table.drop_last(self.ahead - keep)

@@ -127,8 +127,7 @@ class PagedStorage:
 
     def pack_due(self, keep_from: int = 0) -> None:
         """Pack every page that is due; tokens before position ``keep_from`` may be dropped instead."""
-        if self.dense.longest >= self.writer.first_due:  # asked at every step
-            self.writer.pack_due(keep_from, self.as_packed)
+        self.writer.pack_due(keep_from, self.as_packed)
 
     def pack_ahead(self, pages: int) -> None:
         """Encode the oldest tail tokens into ``pages`` pages in all, but keep the tokens until they are confirmed."""
@@ -136,8 +135,7 @@ class PagedStorage:
 
     def commit_ahead(self) -> None:
         """Keep the pages packed ahead that are due by now, and their tokens only there; forget the other pages."""
-        if self.writer.ahead:
-            self.writer.commit_ahead()
+        self.writer.commit_ahead()
 
     def as_packed(self, rows: np.ndarray, keys: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
         """What pages hold of ``keys [b, Hkv, n, Dk]`` of the sequences ``rows`` at ``positions [b, n]``."""
