@@ -1,4 +1,4 @@
-"""What several policies make of the attention of a window of queries."""
+"""The attention of a window of queries, averaged and pooled over tokens: what several policies score by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many tokens stay, and which of them whatever their score."""
+"""How many tokens stay, and which tokens stay whatever their scores."""
 
 from __future__ import annotations
 
@@ -152,11 +152,11 @@ class PinnedPositions:
         return self.padding.numbers(rows, positions)
 
     def select(self, rows: np.ndarray) -> PinnedPositions:
-        """The same for the sequences ``rows`` of these; also a copy."""
+        """A copy with the sequences ``rows`` only, which may repeat."""
         return replace(self, mask=self.mask[rows], counts=self.counts[rows], padding=self.padding.select(rows))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All of it but the span, and but for whether anything was padded, as tensors by name."""
+        """The mask, the counts and the places of padding as tensors by name."""
         padding, lengths = self.padding.by_sequence(len(self.counts))
         arrays = {"pinned": self.mask, "real": self.counts, "padding": padding, "padding_lengths": lengths}
         return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
@@ -165,11 +165,10 @@ class PinnedPositions:
         """Take over what :meth:`state` returned.
 
         Raises:
-            ValueError: if the number of places of padding is not what the sequences have together.
+            ValueError: if places of padding are not as many as the sequences have together.
         """
         mask, counts, padding, lengths = (
             state[name].numpy().copy() for name in ("pinned", "real", "padding", "padding_lengths")
         )
-        if int(lengths.sum()) != len(padding):
-            raise ValueError("'evictor.padding' does not go with 'evictor.padding_lengths'")
-        self.mask, self.counts, self.padding = mask, counts, padding_by_sequence(padding, lengths)
+        self.padding = padding_by_sequence(padding, lengths)
+        self.mask, self.counts = mask, counts

@@ -20,7 +20,7 @@ _FORMAT = "hf_kvcache query statistics 1"
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Of one layer's queries before rotary positions, as complex pairs by frequency.
+    """Averages of one layer's queries before rotary positions, as complex pairs by frequency.
 
     Attributes:
         mean: complex64 ``[Hq, F]``, mean pair.
@@ -33,13 +33,13 @@ class LayerStatistics:
     frequencies: torch.Tensor
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LayerStatistics:
-        """The same with ``function`` of the mean and the length."""
+        """The same statistics with ``function`` applied to the mean and to the length."""
         return LayerStatistics(function(self.mean), function(self.length), self.frequencies)
 
 
 @dataclass(frozen=True)
 class QueryStatistics:
-    """Of a model's queries, by layer.
+    """Averages of a model's queries, by layer.
 
     Attributes:
         layers: by index of the layer; only layers with attention.
@@ -81,13 +81,13 @@ class QueryStatistics:
         check_identity("calibration", self.fingerprint, config)
 
     def layer(self, index: int, layers: int, heads: int, frequencies: torch.Tensor) -> LayerStatistics:
-        """Those of one layer, checked against what the layer is like.
+        """The statistics of one layer; raises an error if the layer differs from the one that was measured.
 
         Args:
-            index: of the layer.
-            layers: of the model.
-            heads: KV heads.
-            frequencies: ``[F]`` of its rotary embedding.
+            index: index of the layer in the model.
+            layers: number of layers of the model.
+            heads: KV heads of the layer.
+            frequencies: ``[F]``, of the layer's rotary embedding.
 
         Raises:
             ValueError: if they were measured on another model.
@@ -153,7 +153,7 @@ class _Sums:
     count: int = 0
 
     def add(self, pairs: torch.Tensor) -> None:
-        """``pairs [1, Hq, n, F]``."""
+        """Add queries as complex ``pairs [1, Hq, n, F]``."""
         pairs = pairs[0].to("cpu", torch.complex128)
         self.mean = self.mean + pairs.sum(1)
         self.length = self.length + pairs.abs().sum(1)

@@ -1,4 +1,4 @@
-"""Making up for what was evicted: a bias per kept key and new values (attention matching, arXiv:2602.16284).
+"""Compensating for evicted tokens: a bias per kept key and new values (attention matching, arXiv:2602.16284).
 
 Everything here is linear algebra on the attention of some observed queries: kept keys get a weight so that their
 exponential scores add up to those of all keys, and values so that the outputs are those of all tokens. What comes out
@@ -74,7 +74,7 @@ class Observed:
         return (~self.keep).to(torch.int8).argsort(dim=-1, stable=True)[..., :count]
 
     @cached_property
-    def real(self) -> torch.Tensor:
+    def is_kept(self) -> torch.Tensor:
         """bool ``[B, Hkv, C]``, which of :attr:`places` are kept tokens."""
         return self.keep.gather(-1, self.places)
 
@@ -87,11 +87,11 @@ class Observed:
 
     def back(self, x: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
         """A copy of ``into [B, Hkv, T, ...]`` with ``x [B, Hkv, C, ...]`` at the places of kept tokens."""
-        index, real = self.places, self.real
+        index, kept = self.places, self.is_kept
         if x.dim() == 4:
-            index, real = index[..., None].expand_as(x), real[..., None]
+            index, kept = index[..., None].expand_as(x), kept[..., None]
         x = x.to(into.dtype)
-        return into.scatter(2, index, torch.where(real, x, into.gather(2, index)))
+        return into.scatter(2, index, torch.where(kept, x, into.gather(2, index)))
 
     def strips(self) -> Iterator[_Strip]:
         """The queries of each group, some at a time."""
@@ -123,7 +123,7 @@ class _Strip:
     def kept(self) -> torch.Tensor:
         """The scores of the kept keys ``[B, Hkv, m, C]``."""
         index = self.of.places[:, :, None].expand(-1, -1, self.logits.shape[2], -1)
-        return self.logits.gather(-1, index).masked_fill(~self.of.real[:, :, None], -torch.inf)
+        return self.logits.gather(-1, index).masked_fill(~self.of.is_kept[:, :, None], -torch.inf)
 
     def shares(self) -> torch.Tensor:
         """Exponential scores of the kept keys, over the sum of those of all keys."""
@@ -183,14 +183,14 @@ def fit_bias(observed: Observed, ridge: float = 1e-3) -> torch.Tensor:
         nothing is kept.
     """
     _check_ridge(ridge)
-    batch, heads, count = observed.real.shape
+    batch, heads, count = observed.is_kept.shape
     gram = torch.zeros(batch, heads, count, count, dtype=torch.float64, device=observed.keys.device)
     wanted = gram.new_zeros(batch, heads, count)
     for strip in observed.strips():
         shares = strip.shares()
         gram += shares.mT @ shares
         wanted += shares.sum(2)
-    penalty = ridge * _mean_of_kept(gram.diagonal(dim1=-2, dim2=-1), observed.real)
+    penalty = ridge * _mean_of_kept(gram.diagonal(dim1=-2, dim2=-1), observed.is_kept)
     gram.diagonal(dim1=-2, dim2=-1).add_(penalty)
     bounds = float(torch.tensor(-LARGEST_BIAS).double().exp()), float(torch.tensor(LARGEST_BIAS).double().exp())
     weights = _bounded_least_squares(gram, wanted + penalty, *bounds)
@@ -216,10 +216,10 @@ def fit_values(
         ``[B, Hkv, T, Dv]`` in the dtype of the values, which differ from them for kept tokens only.
     """
     _check_ridge(ridge)
-    batch, heads, count = observed.real.shape
+    batch, heads, count = observed.is_kept.shape
     values = observed.of_kept(observed.values)
     added = None if bias is None else observed.of_kept(bias)[:, :, None]
-    free = observed.real if fixed is None else observed.real & ~fixed.gather(-1, observed.places)
+    free = observed.is_kept if fixed is None else observed.is_kept & ~fixed.gather(-1, observed.places)
     gram = values.new_zeros(batch, heads, count, count)
     missing = torch.zeros_like(values)
     for strip in observed.strips():
@@ -250,7 +250,7 @@ def output_error(
     """
     kept_values = observed.of_kept(observed.values if values is None else values)
     added = None if bias is None else observed.of_kept(bias)[:, :, None]
-    total = torch.zeros(observed.real.shape[:2], dtype=torch.float64, device=observed.keys.device)
+    total = torch.zeros(observed.is_kept.shape[:2], dtype=torch.float64, device=observed.keys.device)
     for strip in observed.strips():
         kept = strip.probabilities(strip.kept() if added is None else strip.kept() + added)
         total += (kept @ kept_values - strip.output()).square().sum((-1, -2))
@@ -280,7 +280,7 @@ def compensate(
 
 
 def _bounded_least_squares(gram: torch.Tensor, wanted: torch.Tensor, least: float, most: float) -> torch.Tensor:
-    """``[..., C]``: minimises ``w G w / 2 - w . wanted`` within bounds, by accelerated projected gradient steps.
+    """``[..., C]``: minimizes ``w G w / 2 - w . wanted`` within bounds, by accelerated projected gradient steps.
 
     The steps are taken in units in which every diagonal element is 1, since keys differ by orders of magnitude in what
     they receive. The momentum starts again whenever it points uphill, which makes the steps converge linearly.

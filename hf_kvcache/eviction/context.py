@@ -39,14 +39,14 @@ class Rope(Protocol):
 class Context:
     """The tokens that a layer holds when it has to choose, in the order of their positions, never padding.
 
-    Sequences that stand differently (another number of tokens) are shown one by one, so that a row of a padded batch is
-    scored as it would be alone.
+    Sequences that hold different numbers of tokens are shown one by one, so that a row of a padded batch is scored as
+    it would be alone.
 
     Attributes:
         keys: ``[B, Hkv, T, Dk]`` after rotary positions, float32, as decoded from the pages.
         values: ``[B, Hkv, T, Dv]``, the same.
-        positions: int64 ``[B, Hkv, T]``, original positions, counted over real tokens; ascending, a large number where
-            there is no token.
+        positions: int64 ``[B, Hkv, T]``, original positions, counted over non-padding tokens; ascending, a large number
+            where there is no token.
         held: bool ``[B, Hkv, T]``, False where there is no token, always behind the others (heads may hold different
             numbers); None if there is one everywhere. Keys and values are zero there.
         protected: bool ``[B, Hkv, T]``, tokens that stay whatever their score: sinks, recent window, pins.
@@ -64,7 +64,7 @@ class Context:
             None if not asked for.
         rope: the layer's rotary embedding; None if not asked for.
         output_weight: ``[hidden, Hq * Dv]``, the weight of the output projection; None if not asked for.
-        seed: of the policies that draw.
+        seed: for policies that draw random numbers.
     """
 
     keys: torch.Tensor
@@ -107,7 +107,7 @@ class Context:
             yield torch.nn.functional.pad(part, (0, tokens - part.shape[-1])) if part.shape[-1] < tokens else part
 
     def received(self) -> torch.Tensor:
-        """What each key gets from all queries together, head by head of its group, ``[B, Hkv, g, T]``."""
+        """Probability of each key, summed over the queries, for each query head of a group: ``[B, Hkv, g, T]``."""
         batch, heads, tokens, _ = self.keys.shape
         total = torch.zeros(batch, heads, self.groups, tokens, device=self.keys.device)
         for part in self._strips():

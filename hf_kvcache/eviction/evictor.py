@@ -1,4 +1,4 @@
-"""What one layer does to keep within its budget: it shows a policy what is held and drops what is not chosen."""
+"""How one layer keeps within its budget: a policy scores the tokens held, and those not chosen are dropped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Evictor:
         options: what the layers share.
         place: which layer it is.
         storage: the layer's tokens.
-        selection: makes of what is held what is kept.
+        selection: the class that chooses among the tokens held.
 
     Attributes:
         schedule: when tokens are chosen.
@@ -76,7 +76,7 @@ class Evictor:
         return self.schedule.evicted_at
 
     def selection(self) -> LayerSelection:
-        """What chooses among the tokens held, by all that is known now."""
+        """An object that chooses among the tokens held, by all that the evictor knows now."""
         return self._selection(self.options, self.place, self.pinned, self.observations, self.attending)
 
     # -- observing ------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Evictor:
         self.observations.see(query, position, valid, drafted)
 
     def observe_sums(self, storage: PagedStorage, attention: Attention, fresh: int, valid: np.ndarray | None) -> None:
-        """Add what one call of attention gave each key; its last ``fresh`` full-precision tokens are not stored yet."""
+        """Add the sums of one call of attention; its last ``fresh`` full-precision tokens are not stored yet."""
         self.observations.add_attention(storage, attention, fresh, valid)
 
     def observe_first(
@@ -107,7 +107,7 @@ class Evictor:
         values: torch.Tensor,
         valid: np.ndarray | None,
     ) -> None:
-        """Add what a first update gave each of its keys, where its attention was computed elsewhere."""
+        """Add the attention of a first update to its own keys, where it was computed elsewhere."""
         selection = self.selection()
         keys = selection.attended_keys(keys, values)
         self.observations.add_prompt(storage, query, keys, valid, selection.scoring(keys.shape[-1]))
@@ -140,7 +140,7 @@ class Evictor:
             self.evict(storage, due, seen)
 
     def evict(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
-        """Choose what the sequences ``rows`` keep, after ``seen`` tokens in all, and drop the rest."""
+        """Choose the tokens that the sequences ``rows`` keep, after ``seen`` tokens in all, and drop the others."""
         for group in self._groups(storage, rows):
             held, selection = TokenView.of(storage, group), self.selection()
             keep = selection.chosen(held)
@@ -157,7 +157,7 @@ class Evictor:
             self.observations.latest = None
 
     def pack(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
-        """Pack what may be packed of the sequences ``rows`` and drop nothing."""
+        """Pack the tokens of the sequences ``rows`` that are due; drop none."""
         for group in self._groups(storage, rows):
             held = TokenView.of(storage, group)
             self._apply(storage, held, held.exists, seen)
@@ -172,20 +172,20 @@ class Evictor:
     # -- going back, copies, saving -------------------------------------------------------------------------------
 
     def forget(self, removed: np.ndarray, slots: np.ndarray, seen: int) -> None:
-        """Take note that the last ``removed [B]`` tokens are gone, and only ``slots [B]`` dense slots still in use."""
+        """Forget the last ``removed [B]`` tokens; ``slots [B]`` slots of the dense buffer are still in use."""
         self.pinned.forget(removed, seen)
         self.observations.forget(removed, slots)
         self.schedule.return_to(seen)
 
     def return_to(self, seen: int, storage: PagedStorage, observed: bool) -> None:
-        """:meth:`forget` all behind the first ``seen`` tokens; were the queries of the others ``observed``?"""
+        """Forget all behind the first ``seen`` tokens, and their queries too if those were ``observed``."""
         removed = np.maximum(self.pinned.counts - self.pinned.counts_at(seen), 0)
         self.pinned.forget(removed, seen)
         self.observations.forget(removed if observed else np.zeros_like(removed), storage.dense.lengths)
         self.schedule.return_to(seen)
 
     def select(self, rows: np.ndarray) -> Evictor:
-        """The same for the sequences ``rows`` of these; also a copy."""
+        """A copy with the sequences ``rows`` only, which may repeat."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.pinned, other.observations = self.pinned.select(rows), self.observations.select(rows)
@@ -193,14 +193,14 @@ class Evictor:
         return other
 
     def tensors(self) -> list[torch.Tensor]:
-        """What is remembered of queries, and where sinks stood at first."""
+        """All tensors held: queries, accumulated attention, and the original keys of moved sinks."""
         return [*self.observations.tensors(), *self._sinks.state().values()]
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the next choice depends on, as tensors by name.
 
         Raises:
-            ValueError: while a prompt waits to be evicted, since the queries that are then looked at are not saved.
+            ValueError: while a prompt waits to be evicted, since the queries that this will look at are not saved.
         """
         if self.schedule.pending:
             raise ValueError("a prompt waits to be evicted; call compress() before the cache is saved")
@@ -213,7 +213,7 @@ class Evictor:
         """Take over what :meth:`state` returned.
 
         Raises:
-            ValueError: if something in it is of other sequences or tokens than the rest.
+            ValueError: if the tensors do not go together.
         """
         batch = len(self.pinned.counts)
         state = {name: x if x.is_floating_point() else x.cpu() for name, x in state.items()}
@@ -229,7 +229,7 @@ class Evictor:
     # -- internals ------------------------------------------------------------------------------------------------
 
     def _apply(self, storage: PagedStorage, held: TokenView, keep: np.ndarray, seen: int) -> None:
-        """Drop what ``keep`` does not name, pack what leaves the tail, and let what is remembered follow."""
+        """Drop the tokens that ``keep`` does not name, pack those that leave the tail; sums move with their keys."""
         accumulated = self.observations.accumulated
         sums = None if accumulated is None else accumulated.by_token(held)
         dropped = not (keep == held.exists).all()
@@ -247,7 +247,7 @@ class Evictor:
         accumulated.trim(storage.dense.capacity, storage.table.columns * storage.page_size)
 
     def _groups(self, storage: PagedStorage, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """``rows`` in groups that stand alike: all together without padding, else one by one."""
+        """``rows`` in groups that hold equally many tokens: all together without padding, else one by one."""
         if len(rows) == 0:
             return
         lengths = storage.dense.lengths[rows]

@@ -1,4 +1,4 @@
-"""What a layer remembers of queries for the next choice of tokens: the latest of them, and how they attended."""
+"""What a layer remembers for the next choice of tokens: the latest queries, and the attention of all so far."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LatestQueries:
         ring: ``[B, Hq, W, D]``.
         positions: int64 ``[B, W]``.
         counts: int64 ``[B]``, queries that each sequence has had in all.
-        lost: int64 ``[B]``, those of them that are no longer in the ring.
+        lost: int64 ``[B]``, how many of these queries are no longer in the ring.
     """
 
     ring: torch.Tensor
@@ -55,7 +55,7 @@ class LatestQueries:
                 self._write(slice(row, row + 1), query[row : row + 1, :, index], position + counted)
 
     def latest(self, rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """Queries ``[b, Hq, n, D]`` of sequences that have had equally many, oldest first, and positions ``[b, n]``."""
+        """Queries ``[b, Hq, n, D]`` and positions ``[b, n]``, oldest first; ``rows`` have seen equally many queries."""
         order = np.arange(int(self.lost[rows[0]]), int(self.counts[rows[0]])) % self.ring.shape[2]
         index = torch.from_numpy(order).to(self.ring.device)
         chosen = self.ring[torch.from_numpy(rows).to(self.ring.device)][:, :, index]
@@ -68,7 +68,7 @@ class LatestQueries:
 
     @torch.inference_mode(False)
     def select(self, rows: np.ndarray) -> LatestQueries:
-        """The same for the sequences ``rows`` of these; also a copy."""
+        """A copy with the sequences ``rows`` only, which may repeat."""
         index = torch.from_numpy(rows).to(self.ring.device)
         return LatestQueries(self.ring[index], self.positions[rows], self.counts[rows], self.lost[rows])
 
@@ -99,7 +99,7 @@ class AccumulatedAttention:
     @classmethod
     @torch.inference_mode(False)
     def of(cls, storage: PagedStorage) -> AccumulatedAttention:
-        """Nothing so far."""
+        """Sums of zero for the tokens of ``storage``."""
         shape = (storage.batch, storage.heads, 0)
         return cls(torch.zeros(shape, device=storage.device), torch.zeros(shape, device=storage.device))
 
@@ -123,7 +123,7 @@ class AccumulatedAttention:
         return held.pick(torch.cat([_first_places(sums[rows], count) for sums, count in wanted], 2))
 
     def put(self, held: TokenView, accumulated: torch.Tensor) -> None:
-        """Set what the tokens ``held`` have received to ``accumulated [b, Hkv, T]``, and what others have to 0."""
+        """Set the sums of the tokens ``held`` to ``accumulated [b, Hkv, T]``, and those of all other places to 0."""
         rows = torch.from_numpy(held.rows).to(self.dense.device)
         places = held.columns * held.storage.page_size
         self._reserve(held.used, places)
@@ -143,12 +143,12 @@ class AccumulatedAttention:
 
     @torch.inference_mode(False)
     def trim(self, slots: int, places: int) -> None:
-        """Give back what lies behind the first ``slots`` slots and ``places`` places in pages."""
+        """Give back the memory behind the first ``slots`` slots and ``places`` places in pages."""
         self.dense, self.pages = self.dense[:, :, :slots].clone(), self.pages[:, :, :places].clone()
 
     @torch.inference_mode(False)
     def select(self, rows: np.ndarray) -> AccumulatedAttention:
-        """The same for the sequences ``rows`` of these; also a copy."""
+        """A copy with the sequences ``rows`` only, which may repeat."""
         index = torch.from_numpy(rows).to(self.dense.device)
         return AccumulatedAttention(self.dense[index], self.pages[index])
 
@@ -173,7 +173,7 @@ class Observations:
 
     Attributes:
         wanted: latest queries that are remembered; ``ALL_QUERIES`` for all of an update.
-        latest: the latest queries; None before any was seen that is wanted.
+        latest: the latest queries; None before the first, and if none are wanted.
         accumulated: the attention of all queries so far; None before any was added.
         block: the queries ``[B, Hq, n, D]`` of the latest update of several tokens, its position and validity, until
             the next choice; None if not all of them are wanted.
@@ -195,9 +195,10 @@ class Observations:
         self.block = (query, position, valid) if every and query.shape[2] > 1 and not drafted else None
 
     def latest_queries(self, rows: np.ndarray, count: int) -> tuple[torch.Tensor, np.ndarray] | None:
-        """The last ``count`` queries ``[b, Hq, n, D]`` of sequences that stand alike, and their positions ``[b, n]``.
+        """The last ``count`` queries ``[b, Hq, n, D]`` of the sequences ``rows``, and their positions ``[b, n]``.
 
-        None if nothing is remembered; all that is remembered for a count of ``ALL_QUERIES``.
+        The sequences have seen equally many. A count of ``ALL_QUERIES`` asks for all queries that are remembered; None
+        if there are none.
         """
         last = slice(None) if count == ALL_QUERIES else slice(-count, None)
         if self.block is None:
@@ -215,7 +216,7 @@ class Observations:
         return query[:, :, last], positions[:, last]
 
     def add_attention(self, storage: PagedStorage, attention: Attention, fresh: int, valid: np.ndarray | None) -> None:
-        """Add what one call of attention gave each key; its last ``fresh`` full-precision tokens are not stored yet."""
+        """Add the sums of one call of attention; its last ``fresh`` full-precision tokens are not stored yet."""
         accumulated, dense = self._accumulated(storage), attention.dense_sums
         assert dense is not None
         stored = dense.shape[2] - fresh
@@ -238,7 +239,7 @@ class Observations:
         valid: np.ndarray | None,
         scoring: Scoring,
     ) -> None:
-        """Add what a first update gave each of its ``keys``, where its attention was computed elsewhere."""
+        """Add the attention of a first update to its own ``keys``, where it was computed elsewhere."""
         accumulated = self._accumulated(storage)
         for row in range(storage.batch):
             counted = np.arange(keys.shape[2]) if valid is None else np.flatnonzero(valid[row])
@@ -249,7 +250,7 @@ class Observations:
             accumulated.add_rows(np.array([row]), prompt_sums(row_query, row_keys, scoring))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All of it but the block as tensors, by name; views."""
+        """Queries and accumulated attention as tensors by name, not the block; the tensors are views."""
         state: dict[str, torch.Tensor] = {}
         if self.latest is not None:
             state["latest.ring"] = self.latest.ring
@@ -285,7 +286,7 @@ class Observations:
             self.accumulated.forget_behind(slots)
 
     def select(self, rows: np.ndarray) -> Observations:
-        """The same for the sequences ``rows`` of these; also a copy."""
+        """A copy with the sequences ``rows`` only, which may repeat."""
         block = self.block
         if block is not None:
             valid = None if block[2] is None else block[2][rows]

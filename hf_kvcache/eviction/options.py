@@ -1,4 +1,4 @@
-"""How the layers of a cache evict, and what their attention shows of the model."""
+"""How the layers of a cache evict, and what attention has shown of the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EvictionOptions:
         evict_prefill: when a prompt is evicted: after every forward pass of several tokens (``"chunk"``), before the
             first single token (``"end"``), or not by itself (None).
         interval: tokens decoded between two evictions; None: decoding evicts nothing.
-        seed: of policies that draw.
+        seed: for policies that draw random numbers.
         compensate: latest queries whose attention the kept tokens are made to reproduce, by new values; 0 for none.
     """
 
@@ -37,7 +37,7 @@ class EvictionOptions:
     compensate: int = 0
 
     def describe(self) -> str:
-        """All that the choices depend on but for the pins, as text."""
+        """All options that the choices depend on, as text; without the pins."""
         when = f"evict_prefill={self.evict_prefill!r}, interval={self.interval!r}, seed={self.seed}"
         when += f", compensate={self.compensate}" if self.compensate else ""
         return f"{self.policy!r}, budget={self.budget.amount!r}, {when}"
@@ -61,7 +61,7 @@ class LayerPlace:
 
 
 class Attending:
-    """What attention showed of the model, at the latest update.
+    """The scoring and the attention module that the latest update was attended with.
 
     Args:
         scoring: how queries are scored against keys.

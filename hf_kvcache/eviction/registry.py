@@ -29,7 +29,7 @@ def available() -> list[str]:
 
 
 def wrappers() -> list[str]:
-    """The names of those that go in front of another, sorted."""
+    """The names of the registered policies that go in front of another policy, sorted."""
     return list(_WRAPPERS.all())
 
 

@@ -14,11 +14,11 @@ from hf_kvcache.storage import PagedStorage
 
 
 class MovingSinks:
-    """The sinks' keys of the sequences of a layer, as they were.
+    """The keys of a layer's sinks as they were before any of them was moved.
 
     Attributes:
-        keys: ``[B, Hkv, sinks, D]``, where they stood at first; None before any was moved.
-        moved: bool ``[B]``, the sequences whose sinks these are.
+        keys: ``[B, Hkv, sinks, D]``, at their original positions; None before any was moved.
+        moved: bool ``[B]``, the sequences whose sinks were moved; the keys of the others are not remembered yet.
     """
 
     def __init__(self, batch: int) -> None:
@@ -26,7 +26,7 @@ class MovingSinks:
         self.moved = np.zeros(batch, bool)
 
     def move(self, storage: PagedStorage, rope: LayerRope, rows: np.ndarray, dropped: np.ndarray) -> None:
-        """Rotate the sinks of ``rows`` to where they would stand if what was dropped behind them had never been.
+        """Rotate the sinks of ``rows`` forward by the number of tokens that were dropped behind them.
 
         Args:
             storage: the layer's tokens.
@@ -46,14 +46,14 @@ class MovingSinks:
         storage.dense.keys[index, :, :sinks] = moved.to(storage.dtype)
 
     def select(self, rows: np.ndarray) -> MovingSinks:
-        """The same for the sequences ``rows`` of these; also a copy."""
+        """A copy with the sequences ``rows`` only, which may repeat."""
         other = MovingSinks(len(rows))
         other.moved = self.moved[rows]
         other.keys = None if self.keys is None else self.keys[torch.from_numpy(rows).to(self.keys.device)]
         return other
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Both as tensors; empty before any was moved."""
+        """The keys and ``moved`` as tensors by name; empty before any was moved."""
         if self.keys is None:
             return {}
         return {"keys": self.keys, "moved": torch.from_numpy(self.moved)}
@@ -64,7 +64,7 @@ class MovingSinks:
             self.keys, self.moved = state["keys"].to(device), state["moved"].numpy().copy()
 
     def _remembered(self, storage: PagedStorage, rows: np.ndarray) -> torch.Tensor:
-        """The keys, those of ``rows`` among them, which are taken from the storage where they were not moved yet."""
+        """The original keys; those of ``rows`` are taken from the storage if they were not moved before."""
         new = rows[~self.moved[rows]]
         keys, index = storage.dense.keys[:, :, : storage.sink_length], torch.from_numpy(new).to(storage.device)
         known = torch.zeros_like(keys) if self.keys is None else self.keys

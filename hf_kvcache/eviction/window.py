@@ -1,4 +1,4 @@
-"""What policies have in common that look at the latest queries and keep the tokens of these."""
+"""The base of policies that look at a window of the latest queries and keep the tokens of that window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes in front of another policy: all that it does not change is that policy's."""
+"""Policies that change a part of another policy, such as how its scores are compared, and leave the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_kvcache.eviction.context import Context
 
 
 class Wrapper(Policy):
-    """Another policy in everything; subclasses change some of it.
+    """Does everything as another policy does; a subclass overrides what it changes.
 
     Args:
         policy: the other policy.

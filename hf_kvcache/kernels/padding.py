@@ -73,7 +73,9 @@ def padding_places(rows: np.ndarray, positions: np.ndarray) -> PaddingPlaces:
 
 
 def padding_by_sequence(positions: np.ndarray, counts: np.ndarray) -> PaddingPlaces:
-    """The places that :meth:`PaddingPlaces.by_sequence` returned."""
+    """The places that :meth:`PaddingPlaces.by_sequence` returned; raises ValueError if the two do not go together."""
+    if counts.sum() != len(positions):
+        raise ValueError(f"'padding' has {len(positions)} positions, 'padding_lengths' {counts.sum()} in all")
     return padding_places(np.repeat(np.arange(len(counts)), counts), positions.copy())
 
 

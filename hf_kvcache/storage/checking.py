@@ -1,4 +1,4 @@
-"""Whether tensors that someone hands over are what a storage saved: looked at before anything is filled with them."""
+"""Checks of tensors that are to be restored: they are made before anything is filled with the tensors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def check_like(state: dict[str, torch.Tensor], empty: dict[str, torch.Tensor], optional: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``state`` has the names, dtypes and shapes of ``empty``, what an empty layer would save.
+    """Raise ValueError unless ``state`` has the names, dtypes and shapes that a layer saves.
 
     Args:
         state: tensors by name.
-        empty: the same of an empty layer; a size of 0 there stands for any.
-        optional: beginnings of names that may be there or not.
+        empty: what an empty layer saves; a size of 0 there stands for any size.
+        optional: beginnings of names that ``state`` may have besides.
     """
     missing, extra = sorted(set(empty) - set(state)), sorted(set(state) - set(empty))
     extra = [name for name in extra if not name.startswith(optional)]
@@ -34,7 +34,7 @@ def check_like(state: dict[str, torch.Tensor], empty: dict[str, torch.Tensor], o
 
 
 def check_storage(storage: PagedStorage, state: dict[str, torch.Tensor], seen: int) -> None:
-    """Raise ValueError unless indices, counts and positions are such as ``seen`` tokens can have."""
+    """Raise ValueError unless indices, counts and positions can be those of ``seen`` tokens."""
     size, pages = storage.page_size, len(state["records"])
     table, counts, first = (state[name] for name in ("table", "counts", "first"))
     used = table >= 0

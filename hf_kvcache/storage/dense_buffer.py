@@ -42,7 +42,7 @@ class DenseBuffer:
         return self.positions.shape[1]
 
     def append_one(self, keys: torch.Tensor, values: torch.Tensor, position: int, valid: np.ndarray | None) -> None:
-        """Append one token to each sequence, save those that ``valid [B]`` marks as padding."""
+        """Append one token to each sequence; ``valid [B]`` is False where it is padding, which is not stored."""
         self.reserve(self.longest + 1)
         if self.uniform_length is not None and valid is None:
             slot = self.uniform_length
@@ -67,7 +67,7 @@ class DenseBuffer:
         self.uniform_length = self.longest = self.uniform_length + 1
 
     def store(self, row: int | slice, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
-        """Make ``keys [b, Hkv, n, Dk]`` and ``values`` all that the sequences ``row`` hold."""
+        """Replace the tokens of the sequences ``row`` by ``keys [b, Hkv, n, Dk]`` and ``values``."""
         count = keys.shape[2]
         self.reserve(count)
         self.keys[row, :, :count] = keys if isinstance(row, slice) else keys[0]
@@ -77,7 +77,7 @@ class DenseBuffer:
         self._note_lengths()
 
     def set_lengths(self, lengths: np.ndarray) -> None:
-        """Say how many slots each sequence uses."""
+        """Set the number of slots that each sequence uses."""
         self.lengths = lengths.astype(np.int64)  # kernels count in it
         self._note_lengths()
 
@@ -119,7 +119,7 @@ class DenseBuffer:
         return other
 
     def reserve(self, slots: int) -> None:
-        """Room for ``slots`` slots; grows by half where a rollback may still need what would have been packed."""
+        """Make room for ``slots`` slots, growing by half: tokens that may be rolled back are not packed yet."""
         if slots <= self.capacity:
             return
         extra = max(slots, self.capacity * 3 // 2) - self.capacity

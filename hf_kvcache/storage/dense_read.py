@@ -1,4 +1,4 @@
-"""The dense fallback: everything a layer holds as plain tensors, for whoever cannot read pages."""
+"""The dense fallback: all tokens of a layer as plain tensors, for code that cannot read pages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def dense_side(storage: PagedStorage, side: str, start: int, length: int) -> tor
     """
     width = storage.encoder.widths[side]
     rows, group = storage.batch * storage.heads, storage.encoder.group
-    # One more place, into which everything goes that is no token or not asked for.
+    # One more place, which takes tokens that are not asked for and places without a token.
     out = torch.zeros(rows, length + 1, width, dtype=storage.dtype, device=storage.device)
 
     def place(tokens: torch.Tensor, positions: torch.Tensor, unused: torch.Tensor | None) -> None:

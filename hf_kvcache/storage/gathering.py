@@ -1,4 +1,4 @@
-"""New page records from tokens of old ones, without decoding them: what is packed is never packed again."""
+"""New page records from tokens of old records, without decoding them: packed tokens are never packed again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def can_drop_tokens(layout: PageLayout) -> bool:
 
 
 def gather_tokens(layout: PageLayout, records: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Pages made of tokens of ``records``.
+    """New pages made of tokens of ``records``.
 
     Args:
         layout: of all the records.

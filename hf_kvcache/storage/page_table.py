@@ -1,4 +1,4 @@
-"""The page table: which pages each row (the KV heads of a sequence that share a record) holds, in order."""
+"""The page table: which pages each row holds, in order. A row is the KV heads of a sequence that share records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PageTable:
         heads: rows of each sequence, side by side.
 
     Attributes:
-        version: raised by every method that changes the table; other tables never have the same.
+        version: a number that every method that changes the table raises; no two tables ever have the same.
         lengths: int64 ``[rows]``, pages in each row.
     """
 

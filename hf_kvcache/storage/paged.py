@@ -53,10 +53,10 @@ class PagedStorage:
         self.encoder = encoder
         self.layout = encoder.layout
         self.page_size = self.layout.page_size
-        self.heads = keys.shape[1]
+        self.batch, self.heads = keys.shape[:2]
         self.device, self.dtype = keys.device, keys.dtype
         self.pool = PagePool(self.layout.record_bytes, keys.device)
-        self.table = PageTable(self.pool, keys.shape[0], self.heads // encoder.group)
+        self.table = PageTable(self.pool, self.batch, self.heads // encoder.group)
         capacity = sink_length + tail_length + (self.page_size if spare is None else spare)
         self.dense = DenseBuffer(keys, values, sink_length, capacity)
         self.writer = PageWriter(encoder, self.table, self.dense, tail_length)
@@ -65,11 +65,6 @@ class PagedStorage:
         self._pages_version = -1
 
     # -- what the parts know --------------------------------------------------------------------------------------
-
-    @property
-    def batch(self) -> int:
-        """Sequences held."""
-        return len(self.dense.lengths)
 
     @property
     def sink_length(self) -> int:
@@ -149,7 +144,7 @@ class PagedStorage:
     def truncate_from(self, position: int) -> None:
         """Forget the tokens at ``position`` and after."""
         self.dense.truncate_from(position)
-        self.writer.commit_ahead()
+        self.commit_ahead()
         self.table.truncate_from(position)
         self.writer.note_truncated()
 
@@ -167,6 +162,7 @@ class PagedStorage:
         self.table.select(rows)
         self.dense.select(rows)
         self.writer.select(rows)
+        self.batch = len(rows)
 
     @torch.inference_mode(False)
     def fork(self) -> PagedStorage:
@@ -210,10 +206,11 @@ class PagedStorage:
         if self._pages_version != self.table.version:
             key_mean = None if self.key_mean is None else self.key_mean.flatten(0, 1)
             self._pages, self._pages_version = _read(self.table, self.layout, key_mean), self.table.version
-        if self._pages is None or ahead == self.writer.ahead:
-            return self._pages
-        columns = self._pages.columns - self.writer.ahead + ahead
-        return self._pages.until(columns) if columns else None
+        pages = self._pages
+        if ahead == self.writer.ahead or pages is None:
+            return pages
+        columns = pages.columns - self.writer.ahead + ahead
+        return pages.until(columns) if columns else None
 
     def decoded(self, side: str, pages: Pages, records: torch.Tensor, first: int) -> torch.Tensor:
         """Keys or values of some of the pages as the model made them, but for rounding.

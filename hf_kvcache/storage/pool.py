@@ -19,7 +19,7 @@ _GROWTH = 1 / 64
 
 
 class PageHolder(Protocol):
-    """Whoever holds references to pages: a table."""
+    """An object that holds references to pages: a page table."""
 
     def page_ids(self) -> np.ndarray: ...
 

@@ -1,4 +1,4 @@
-"""Dropping tokens from what sequences hold, head by head, and packing those that leave the dense buffer."""
+"""Dropping tokens of a storage, head by head, and packing the kept tokens that leave the dense buffer."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ class PageRun:
 
 
 def keep_only(held: TokenView, keep: np.ndarray, tail: int | None = None) -> None:
-    """Drop every token that ``keep`` does not name; all but the newest ``tail`` of the rest are then in pages.
+    """Drop every token that ``keep`` does not name; of the others, all but the newest ``tail`` are then in pages.
 
-    Pages that lose nothing stay as they are. Of the others, tokens are moved into new pages as they are packed: where
-    tokens share a scale, only within their page, else across pages too, as soon as that saves a page a head.
+    Pages that lose nothing stay as they are. The kept tokens of other pages are moved into new pages without decoding
+    them. Where tokens share a scale, they stay among those of their page; else tokens of several pages are merged, as
+    soon as that saves a page a head.
 
     Args:
         held: the sequences and their tokens.
@@ -158,7 +159,7 @@ def _repacked(storage: PagedStorage, rows: np.ndarray, columns: int, kept: np.nd
 
 
 def _stored(storage: PagedStorage, run: PageRun) -> PageRun:
-    """``run`` with its pages stored."""
+    """Store the records of ``run`` in the pool; returns it with the ids of its pages."""
     assert run.records is not None
     # Column by column, so that the pages that are read together lie together.
     exist = (run.ids >= 0).T
@@ -175,7 +176,7 @@ def _note_positions(storage: PagedStorage, ids: np.ndarray, counts: np.ndarray, 
     last = np.take_along_axis(positions, counts[:, None].astype(np.int64) - 1, 1)[:, 0]
     for i in np.flatnonzero(last - positions[:, 0] != counts - 1).tolist():
         stored = positions[i].copy()
-        # What is behind the last token is looked at by nobody, but searches want it to ascend.
+        # Nobody reads positions behind the last token, but searches need them to ascend.
         stored[counts[i] :] = stored[counts[i] - 1] + 1
         storage.pool.note_positions(int(ids[i]), stored)
 
@@ -192,7 +193,7 @@ def _side_by_side(runs: list[PageRun]) -> PageRun:
 
 
 def _replace(storage: PagedStorage, rows: np.ndarray, run: PageRun) -> None:
-    """Make ``run``, without its holes, all the pages of ``rows``."""
+    """Replace the pages of ``rows`` by those of ``run``, closing its gaps."""
     missing = run.ids < 0
     columns = int((~missing).sum(1).max(initial=0))
     order = np.argsort(missing, axis=1, kind="stable")[:, :columns]

@@ -1,4 +1,4 @@
-"""The tokens that sequences hold, in the order of their positions, whatever part of the storage they lie in."""
+"""The tokens of some sequences in the order of their positions, whatever part of the storage they lie in."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TokenView:
     """Sinks, then pages, then tail of some sequences that use equally many slots of the dense buffer.
 
     Attributes:
-        storage: whose tokens they are; valid until it changes.
+        storage: the storage that holds the tokens; the view is valid until the storage changes.
         rows: the sequences, ``[b]``.
         slots: int64 ``[b, Hkv, T]``: a slot of the dense buffer, or ``dense slots + column * P + place`` in a page.
         exists: bool ``[b, Hkv, T]``, False behind the last token of a head that holds fewer.
@@ -35,7 +35,7 @@ class TokenView:
 
     @classmethod
     def of(cls, storage: PagedStorage, rows: np.ndarray) -> TokenView:
-        """What the sequences ``rows`` of ``storage`` hold; they use equally many dense slots."""
+        """The tokens of the sequences ``rows`` of ``storage``, which use equally many slots of the dense buffer."""
         used, size, batch = int(storage.dense.lengths[rows[0]]), storage.page_size, len(rows)
         sinks = min(used, storage.sink_length)
         table_rows = storage.table.rows_of(rows)

@@ -50,13 +50,11 @@ def test_looking_at_sums_changes_nothing() -> None:
     toy.cache.compress()
     storage, evictor = toy.layer.storage, toy.layer.evictor
     assert storage is not None and evictor is not None and evictor.observations.accumulated is not None
-    held, before = (
-        TokenView.of(storage, np.array([0])),
-        evictor.observations.accumulated.by_token(TokenView.of(storage, np.array([0]))),
-    )
-    evictor.observations.accumulated.trim(3, PAGE)
+    held, accumulated = TokenView.of(storage, np.array([0])), evictor.observations.accumulated
+    before = accumulated.by_token(held)
+    accumulated.trim(3, PAGE)
     shapes = [tensor.shape for tensor in evictor.tensors()]
-    fewer = evictor.observations.accumulated.by_token(held)
+    fewer = accumulated.by_token(held)
     assert [tensor.shape for tensor in evictor.tensors()] == shapes
     assert fewer.shape == before.shape and (fewer == before)[fewer > 0].all() and (fewer == 0).any()
 

@@ -29,7 +29,7 @@ def test_amounts_too_small(amount: int) -> None:
 
 
 def test_tokens() -> None:
-    """A number is what it is; a share is of the real tokens seen, and never less than what always stays."""
+    """A number is what it is; a share is of the non-padding tokens seen, and never less than what always stays."""
     assert [Budget(32, 6).tokens(seen) for seen in (0, 10, 1000)] == [32, 32, 32]
     assert [Budget(0.3, 6).tokens(seen) for seen in (0, 10, 20, 100, 1001)] == [6, 6, 6, 30, 300]
     assert Budget(6, 6).tokens(1000) == 6
@@ -59,8 +59,8 @@ def test_counts() -> None:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data(), batch=st.integers(1, 3), start=st.integers(0, 6), length=st.integers(1, 8))
-def test_span_is_over_real_tokens(data: st.DataObject, batch: int, start: int, length: int) -> None:
-    """However the real tokens of a sequence come, padding between them, the pinned ones are those in the span."""
+def test_span_is_over_non_padding_tokens(data: st.DataObject, batch: int, start: int, length: int) -> None:
+    """However the tokens of a sequence come, padding between them, the pinned ones are those in the span."""
     pinned, real = Pins((start, start + length)).by_row(batch), np.zeros((batch, 0), bool)
     for _ in range(data.draw(st.integers(1, 6))):
         new = data.draw(st.integers(1, 6))
@@ -112,7 +112,7 @@ def test_pins_come_out_of_the_budget() -> None:
 
 
 def test_share() -> None:
-    """A share follows the sequence: of each row by its own real tokens, and it grows while decoding."""
+    """A share follows the sequence: of each row by its own non-padding tokens, and it grows while decoding."""
     toy, real = Toy("knorm", budget=0.3), torch.arange(120) >= torch.tensor([[0], [40]])
     given = states(120, 2)
     toy(given.at(0, 100), real)
@@ -120,3 +120,17 @@ def test_share() -> None:
     for at in range(100, 116):
         toy(given.at(at, at + 1), real)
     assert [len(toy.positions(row)[0]) for row in (0, 1)] == [round(0.3 * 116), round(0.3 * 76)]
+
+
+def test_padding_that_does_not_go_together_is_refused() -> None:
+    """Saved places of padding are told apart by how many each sequence has; nothing is taken over if they differ."""
+    pinned = Pins((0, 4)).by_row(2)
+    pinned.see(0, 6, np.array([[True] * 6, [False] * 2 + [True] * 4]))
+    state = pinned.state()
+    other = Pins((0, 4)).by_row(2)
+    with pytest.raises(ValueError, match="'padding' has 2 positions, 'padding_lengths' 3"):
+        other.restore(state | {"padding_lengths": torch.tensor([1, 2])})
+    assert not other.counts.any()
+    other.restore(state)
+    assert {name: x.tolist() for name, x in other.state().items()} == {name: x.tolist() for name, x in state.items()}
+    assert other.numbers(np.array([1]), np.array([[2, 5]])).tolist() == [[0, 3]]

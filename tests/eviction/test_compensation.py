@@ -140,7 +140,7 @@ def test_the_bias_is_the_bounded_least_squares_solution(observed: Observed, ridg
         assert loss(bias[index, kv_head][kept].exp().numpy()) <= best * (1 + 1e-3) + 1e-6
 
 
-def test_the_bias_restores_the_mass(observed: Observed) -> None:
+def test_the_bias_restores_the_attention(observed: Observed) -> None:
     bias = fit_bias(observed)
     for index in range(2):
         for kv_head in range(2):

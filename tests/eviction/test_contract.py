@@ -36,7 +36,7 @@ def limits(policy: str, seen: int, budget: int = BUDGET) -> tuple[int, int]:
 
 
 def check(kept: list[list[int]], policy: str, codec: str, seen: int, extra: int = 0) -> None:
-    """What holds for a sequence of ``seen`` real tokens, ``extra`` of them added since the latest eviction."""
+    """What holds for a sequence of ``seen`` non-padding tokens, ``extra`` of them added since the latest eviction."""
     of_head, of_all = limits(policy, seen)
     first, last = list(range(SINKS)), list(range(seen - TAIL, seen))
     for positions in kept:

@@ -60,7 +60,7 @@ def test_a_model_is_not_changed(family: str) -> None:
     assert {"keys", "values", "positions", "protected", "queries", "output_weight"} <= policy.overwritten
 
 
-def test_masses_are_summed_where_keys_and_values_differ_in_width() -> None:
+def test_attention_is_accumulated_where_keys_and_values_differ_in_width() -> None:
     """What a value does behind the output projection is looked at when tokens are chosen, not before."""
     toy, given = Toy("critical-h2o"), states(60)
     narrow = given._replace(value=given.value[..., :8].contiguous())

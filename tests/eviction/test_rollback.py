@@ -193,7 +193,7 @@ def test_crop_of_everything() -> None:
     assert_same_kept(toy.kept(), new.kept())
 
 
-def test_attention_masses_add_up() -> None:
+def test_accumulated_attention_adds_up() -> None:
     """Every query has given 1 in all, whether what is packed fills one page or several, drafted or not."""
     for length in (3, 16, 19, 25, 40):
         toy = Toy("h2o", budget=1000)

@@ -22,7 +22,7 @@ class Compactor(Policy):
     """Attention in chunks, whoever came first, times ``||v||``, plus the statistical leverage of un-rotated keys.
 
     Both are brought to mean 0 and deviation 1 over the layer's tokens before they are added. The leverage of a token is
-    ``x (X'X)^-1 x'`` with the centred keys ``X``, in a random projection.
+    ``x (X'X)^-1 x'`` with the centered keys ``X``, in a random projection.
 
     Attention needs queries, and there are those of the latest update only. Tokens that have stayed from before are in
     no chunk: they are ranked by their leverage alone, among all tokens and stretched to the deviation that the sum of
@@ -31,7 +31,7 @@ class Compactor(Policy):
 
     Args:
         chunk: tokens that attend to each other.
-        kernel: neighbouring tokens over which the attention part is averaged, odd.
+        kernel: neighboring tokens over which the attention part is averaged, odd.
         sketch: dimensions of the random projection.
         exact: leverage without a projection.
         weight: of the leverage; None for the share of the tokens that goes.

@@ -17,7 +17,7 @@ _SHORTEST = 8
 
 @register("lagkv")
 class LagKV(Policy):
-    """Keys and values of a block, normalised by the minimum and maximum of each channel in the next block.
+    """Keys and values of a block, normalized by the minimum and maximum of each channel in the next block.
 
     A token's score is the standard deviation over channels, softmax within the block, averaged over keys and values.
     Sinks and the newest tokens, whose block has no full one after it, are not judged and come first. They are fewer

@@ -1,4 +1,4 @@
-"""Leverage: keys in directions that few other keys have, and their neighbours."""
+"""Leverage: keys in directions that few other keys have, and their neighbors."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hf_kvcache.utils.validation import between, odd
 
 @register("leverage")
 class Leverage(Policy):
-    """The statistical leverage of un-rotated keys, averaged over neighbouring tokens.
+    """The statistical leverage of un-rotated keys, averaged over neighboring tokens.
 
-    The leverage of a token is ``x (X'X + ridge * m * I)^-1 x'`` with the centred keys ``X`` of its head and ``m`` the
+    The leverage of a token is ``x (X'X + ridge * m * I)^-1 x'`` with the centered keys ``X`` of its head and ``m`` the
     mean of the diagonal of ``X'X``: how little the other tokens say about its key. It needs no query, no attention and
     ``O(T * D^2)`` work a head. Compactor (arXiv:2507.08143) has it as one of two terms; alone, exact, and averaged over
-    neighbours it finds what a text says once, and is no better than random tokens at the rest (the README's table).
-    Rotary positions spread a direction over many, hence un-rotated; neighbours, because a rare word is of use only with
+    neighbors it finds what a text says once, and is no better than random tokens at the rest (the README's table).
+    Rotary positions spread a direction over many, hence un-rotated; neighbors, because a rare word is of use only with
     the words around it.
 
     Args:

@@ -20,7 +20,7 @@ class RKV(WindowPolicy):
     """``weight * importance - (1 - weight) * redundancy``.
 
     Importance is the attention of the latest queries: averaged over them, the largest over the heads of a group, and
-    the largest over neighbouring tokens before the window. Redundancy is the softmax of how similar, on average, the
+    the largest over neighboring tokens before the window. Redundancy is the softmax of how similar, on average, the
     keys are to a key. The time it takes grows with the square of the tokens held, its memory does not.
 
     Args:

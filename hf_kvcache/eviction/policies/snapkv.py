@@ -13,9 +13,9 @@ from hf_kvcache.utils.validation import odd, whole
 
 @register("snapkv")
 class SnapKV(WindowPolicy):
-    """Attention of an observation window, averaged over its queries and heads and pooled over neighbouring tokens.
+    """Attention of an observation window, averaged over its queries and heads and pooled over neighboring tokens.
 
-    The window's own tokens stay, and are no neighbours of those before it.
+    The window's own tokens stay, and are no neighbors of those before it.
 
     Args:
         window: latest queries that are observed.

@@ -85,7 +85,7 @@ def _sums_kernel(
             first = tl.maximum(tl.min(tl.where(held, position, FAR), 0) - start, 0) // BLOCK_M * BLOCK_M
         if WINDOWED:
             stop = tl.minimum(length, tl.max(tl.where(held, position, -FAR), 0) + window - start)
-    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    gained = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for block in range(first, stop, BLOCK_M):
         index = block + tl.arange(0, BLOCK_M)
         inside = index < length
@@ -108,8 +108,8 @@ def _sums_kernel(
                 seen = seen & (position[:, None] <= start + index[None, :])
             if WINDOWED:
                 seen = seen & (position[:, None] > start + index[None, :] - window)
-        sums += tl.where(seen, tl.exp2(scores), 0.0)
-    tl.store(sums + row * sums_row + at_token, tl.sum(sums, 1), mask=token < tokens)
+        gained += tl.where(seen, tl.exp2(scores), 0.0)
+    tl.store(sums + row * sums_row + at_token, tl.sum(gained, 1), mask=token < tokens)
 
 
 class _Tiles(NamedTuple):
