@@ -48,7 +48,7 @@ class PageEncoder:
         return {side: fmt.dim for side, fmt in self.layout.sides.items()}
 
     def key_mean_of(self, mean: torch.Tensor) -> torch.Tensor:
-        """The key mean ``[b, Hkv / group, dim]`` in the rotated basis, from ``mean [b, Hkv, Dk]`` in the model's basis."""
+        """The key mean ``[b, Hkv / group, dim]`` in the rotated basis, from ``mean [b, Hkv, Dk]`` in the model's."""
         return rotate(mean, self.layout.sides["keys"])
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None) -> torch.Tensor:
