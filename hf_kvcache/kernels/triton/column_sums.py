@@ -1,8 +1,10 @@
-"""The probability that each key got, for GPUs: a program keeps a tile of keys and runs over the queries that see it.
+"""The probability of each key, summed over the queries, by a Triton kernel.
 
-Nothing but the sums is written, each by one program in a fixed order, so results do not vary from run to run. Pages are
-decoded to a few thousand keys at a time and then read as full-precision keys are: with hundreds of queries for each
-key, which is when attention sums are asked for, decoding is a small part of the work.
+A program holds a tile of keys and runs over the queries that see it.
+
+Only sums are written, each by one program in a fixed order, so results do not vary from run to run. Pages are decoded,
+a few thousand keys at a time, and then read as full-precision keys. Column sums are for hundreds of queries a key, for
+which decoding is a small part of the work.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-#: Further than any position.
+#: Larger than any position.
 FAR = tl.constexpr(1 << 30)
 #: Keys of each row that are decoded at a time.
 DECODED_TOKENS = 4096
@@ -113,7 +115,7 @@ def _sums_kernel(
 
 
 class _Tiles(NamedTuple):
-    """How much a program takes at a time: queries, keys, warps and pipeline stages."""
+    """The queries and keys that a program computes at a time, its warps and its pipeline stages."""
 
     queries: int
     keys: int
@@ -130,7 +132,7 @@ def _tiles(dtype: torch.dtype, block_dim: int, hip: bool) -> _Tiles:
 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
-    """Whether :func:`column_sums` can do this; the reference does the rest."""
+    """Whether :func:`column_sums` can do a call. The reference does all others."""
     return (
         visibility.mask is None
         and query.dtype == dense.keys.dtype
@@ -167,7 +169,7 @@ def _page_sums(
     rotated = rotate(query.float(), keys)
     shift = None
     if pages.key_mean is not None:
-        # The mean that was taken out of the packed keys shifts all their scores of a query alike.
+        # The mean that was subtracted from the packed keys changes all scores of a query alike.
         grouped = rotated.reshape(batch * heads, -1, keys.dim)
         shift = (grouped @ pages.key_mean.unsqueeze(-1)).reshape(batch, query_heads, length)
     rotated = rotated.to(query.dtype).contiguous()
