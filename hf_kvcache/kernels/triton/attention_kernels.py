@@ -75,6 +75,78 @@ def _folded_scores(
     return scores
 
 
+@triton.jit
+def _add_values(
+    acc,
+    decay,
+    weights,
+    token_scale,
+    record,
+    first,
+    held,
+    table,
+    channel,
+    there,
+    side: tl.constexpr,
+    n: tl.constexpr,
+    masked: tl.constexpr,
+):
+    """fp32 ``[BLOCK_M, D]``: ``acc``, times its decay, and the weighted sums of the values of a page.
+
+    Zero points per token without a second scale are not included: :func:`pages_kernel` adds them at the end.
+    """
+    if not side.folded:
+        values = load_elements(record, first, held, table, channel, there, side, n, masked)
+        return tl.dot(weights.to(side.compute), values, acc * decay[:, None], input_precision=side.precision)
+    else:
+        return _add_folded_values(
+            acc, decay, weights, token_scale, record, first, held, table, channel, there, side, n, masked
+        )
+
+
+@triton.jit
+def _add_folded_values(
+    acc,
+    decay,
+    weights,
+    token_scale,
+    record,
+    first,
+    held,
+    table,
+    channel,
+    there,
+    side: tl.constexpr,
+    n: tl.constexpr,
+    masked: tl.constexpr,
+):
+    levels = levels_of(load_codes(record, first, held, side, n, masked), table, side, side.compute)
+    scaled = weights
+    if not side.channel or side.other:
+        scaled = weights * token_scale[None, :]
+    shares = scaled.to(side.compute)
+    if side.channel:
+        scale = load_per_channel(record, side.scale_at, channel, there, held, side, masked)
+        part = tl.dot(shares, levels, input_precision=side.precision) * scale[None, :]
+        if side.zero:
+            zero = load_per_channel(record, side.zero_at, channel, there, held, side, masked)
+            if side.middle:
+                zero += scale * side.middle
+            part += tl.sum(scaled, 1)[:, None] * zero[None, :]
+        return acc * decay[:, None] + part
+    elif side.other:
+        part = tl.dot(shares, levels, input_precision=side.precision)
+        if side.zero:
+            zero = load_per_token(record, side.zero_at, first, held, n, masked)
+            if side.middle:
+                zero += token_scale * side.middle
+            part += tl.sum(weights * zero[None, :], 1)[:, None]
+        part *= load_per_channel(record, side.other_at, channel, there, held, side, masked)[None, :]
+        return acc * decay[:, None] + part
+    else:
+        return tl.dot(shares, levels, acc * decay[:, None], input_precision=side.precision)
+
+
 @triton.jit(do_not_specialize=["rows", "columns", "per_split", "rows_m", "heads", "window"])
 def pages_kernel(
     # Query.
@@ -200,42 +272,21 @@ def pages_kernel(
             if VALUES.middle:
                 zero += token_scale * VALUES.middle
             offset = offset * decay + tl.sum(weights * zero[None, :], 1)
-        if VALUES.folded:
-            levels = levels_of(
-                load_codes(record, first, held, VALUES, BLOCK_N, MASKED), value_table, VALUES, VALUES.compute
-            )
-            scaled = weights
-            if TOKEN_SCALES:
-                scaled = weights * token_scale[None, :]
-            shares = scaled.to(VALUES.compute)
-            if VALUES.channel:
-                scale = load_per_channel(record, VALUES.scale_at, value_channel, value_there, held, VALUES, MASKED)
-                part = tl.dot(shares, levels, input_precision=VALUES.precision) * scale[None, :]
-                if VALUES.zero:
-                    zero = load_per_channel(record, VALUES.zero_at, value_channel, value_there, held, VALUES, MASKED)
-                    if VALUES.middle:
-                        zero += scale * VALUES.middle
-                    part += tl.sum(scaled, 1)[:, None] * zero[None, :]
-                acc = acc * decay[:, None] + part
-            elif VALUES.other:
-                part = tl.dot(shares, levels, input_precision=VALUES.precision)
-                if VALUES.zero:
-                    zero = load_per_token(record, VALUES.zero_at, first, held, BLOCK_N, MASKED)
-                    if VALUES.middle:
-                        zero += token_scale * VALUES.middle
-                    part += tl.sum(weights * zero[None, :], 1)[:, None]
-                part *= load_per_channel(record, VALUES.other_at, value_channel, value_there, held, VALUES, MASKED)[
-                    None, :
-                ]
-                acc = acc * decay[:, None] + part
-            else:
-                acc = tl.dot(shares, levels, acc * decay[:, None], input_precision=VALUES.precision)
-        else:
-            values = load_elements(
-                record, first, held, value_table, value_channel, value_there, VALUES, BLOCK_N, MASKED
-            )
-            shares = weights.to(VALUES.compute)
-            acc = tl.dot(shares, values, acc * decay[:, None], input_precision=VALUES.precision)
+        acc = _add_values(
+            acc,
+            decay,
+            weights,
+            token_scale,
+            record,
+            first,
+            held,
+            value_table,
+            value_channel,
+            value_there,
+            VALUES,
+            BLOCK_N,
+            MASKED,
+        )
     acc += offset[:, None]
     store_partial(
         partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, value_channel, value_there, VALUES.dim

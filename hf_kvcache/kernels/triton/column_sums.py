@@ -32,13 +32,24 @@ DECODED_TOKENS = 4096
 
 @triton.jit
 def _sums_kernel(
+    # Queries.
     query,
     log_sum_exp,
     shift,
+    # Keys.
     keys,
     positions,
     unused,
+    # Output.
     sums,
+    # Strides.
+    key_batch,
+    key_head,
+    key_token,
+    position_batch,
+    position_head,
+    sums_row,
+    # Sizes and scoring.
     factor,
     softcap,
     tokens,
@@ -46,16 +57,12 @@ def _sums_kernel(
     length,
     window,
     ratio,
-    key_batch,
-    key_head,
-    key_token,
-    position_batch,
-    position_head,
-    sums_row,
+    # Constant sizes.
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    # Switches.
     HAS_SHIFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
@@ -63,7 +70,20 @@ def _sums_kernel(
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    """The attention sums of ``BLOCK_N`` keys for one query head of one sequence."""
+    """The sums of ``BLOCK_N`` keys for one query head of one sequence; grid (key blocks, query heads, sequences).
+
+    Args:
+        query: ``[B, Hq, length, D]``, contiguous.
+        log_sum_exp: fp32 ``[B, Hq, length]``.
+        shift: fp32 ``[B, Hq, length]``, what the key mean adds to the dot products; read if ``HAS_SHIFT``.
+        keys: ``[B, Hkv, tokens, D]``; the last dimension is contiguous.
+        positions: int64 ``[B, tokens]`` or ``[B, Hkv, tokens]``; read if ``HAS_POSITIONS``.
+        unused: of the shape of the positions, True where there is no token; read if ``HAS_UNUSED``.
+        sums: fp32 ``[B, Hq, tokens]``, written.
+        factor: factor of the dot products; scores are in base 2.
+        start: position of the first query.
+        ratio: query heads per KV head.
+    """
     query_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = (query_head // ratio).to(tl.int64)
     row = batch * tl.num_programs(1) + query_head
@@ -87,7 +107,7 @@ def _sums_kernel(
             first = tl.maximum(tl.min(tl.where(held, position, FAR), 0) - start, 0) // BLOCK_M * BLOCK_M
         if WINDOWED:
             stop = tl.minimum(length, tl.max(tl.where(held, position, -FAR), 0) + window - start)
-    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for block in range(first, stop, BLOCK_M):
         index = block + tl.arange(0, BLOCK_M)
         inside = index < length
@@ -110,8 +130,8 @@ def _sums_kernel(
                 seen = seen & (position[:, None] <= start + index[None, :])
             if WINDOWED:
                 seen = seen & (position[:, None] > start + index[None, :] - window)
-        sums += tl.where(seen, tl.exp2(scores), 0.0)
-    tl.store(sums + row * sums_row + at_token, tl.sum(sums, 1), mask=token < tokens)
+        total += tl.where(seen, tl.exp2(scores), 0.0)
+    tl.store(sums + row * sums_row + at_token, tl.sum(total, 1), mask=token < tokens)
 
 
 class _Tiles(NamedTuple):
@@ -225,6 +245,10 @@ def _launch(
         None if tokens.positions is None else tokens.positions.contiguous(),
         None if tokens.unused is None else tokens.unused.contiguous(),
         sums,
+        *tokens.keys.stride()[:3],
+        side * heads if per_head else count,
+        side,
+        sums.stride(1),
         scoring.inner * LOG2_E.value,
         scoring.softcap or 0.0,
         count,
@@ -232,12 +256,6 @@ def _launch(
         length,
         visibility.window or 0,
         query_heads // heads,
-        tokens.keys.stride(0),
-        tokens.keys.stride(1),
-        tokens.keys.stride(2),
-        side * heads if per_head else count,
-        side,
-        sums.stride(1),
         D=dim,
         BLOCK_D=block_dim,
         BLOCK_M=tiles.queries,
