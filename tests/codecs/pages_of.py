@@ -13,7 +13,7 @@ SIDES = ("keys", "values")
 
 
 def name_of(spec: str) -> str:
-    """The codec's name without its width: what most ways of failing depend on."""
+    """The name of the codec without its width, on which most failures depend."""
     return resolve(spec).name
 
 
@@ -39,7 +39,7 @@ def rotated(encoder: PageEncoder, side: str, pages: torch.Tensor) -> torch.Tenso
 
 
 def decoded(encoder: PageEncoder, side: str, records: torch.Tensor) -> torch.Tensor:
-    """What the records hold, in that basis, float64."""
+    """The vectors of the records in that basis, float64."""
     shape = (len(records), encoder.layout.page_size, encoder.layout.sides[side].dim)
     return decode_side(encoder.layout, side, records, torch.full(shape, float("nan"))).double()
 

@@ -1,4 +1,4 @@
-"""Clipped ranges, row by row in plain Python, and what they are good for."""
+"""Clipped ranges, row by row in plain Python, and their errors."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_rows_like_rotated_ones_lose_less(bits: int) -> None:
 
 @pytest.mark.parametrize("clip", [0.1, 0.5, 0.92])
 def test_outliers_are_no_worse_off_than_without_clipping(clip: float) -> None:
-    """However much is to be clipped, no element is off by more than half a step of the whole range."""
+    """With any clipping, the error of no element exceeds half a step of the whole range."""
     x = gaussian(2, 4, 64, 64) * torch.logspace(-2, 2, 64)
     for bits in (2, 4):
         codec = resolve("clipped", bits, key_clip=clip, value_clip=clip)
@@ -101,5 +101,5 @@ def test_shares_out_of_range(options: dict[str, Any]) -> None:
 def test_it_is_made_for_two_bits() -> None:
     codec = resolve("clipped")
     assert (codec.key_bits, codec.value_bits) == (2, 2)
-    # The kernels' twins would encode without clipping.
+    # The kernels would encode without clipping.
     assert codec.keys.method is None and codec.values.method is None and IntegerSide.method == "integer"

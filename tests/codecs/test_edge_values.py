@@ -1,4 +1,4 @@
-"""Pages of unusual values: what comes out is finite and close."""
+"""Pages of unusual values are decoded to finite numbers close to them."""
 
 from __future__ import annotations
 

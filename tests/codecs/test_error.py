@@ -1,4 +1,4 @@
-"""How far what is decoded may lie from what was encoded, by theory."""
+"""Errors of decoded pages, against the bounds of theory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pages(side: str, dims: tuple[int, int], page_size: int, count: int = 3) -> t
 
 
 def uniform_bound(x: torch.Tensor, bits: int, axis: int, group: int) -> torch.Tensor:
-    """Half a step of each group's range, and what rounding its ends and its step to half precision costs."""
+    """Half a step of the range of each group, and the errors of rounding its ends and its step to half precision."""
     grouped = x.unflatten(axis, (-1, group))
     low, high = grouped.amin(axis + 1, keepdim=True), grouped.amax(axis + 1, keepdim=True)
     half_step = (high - low) / (2**bits - 1) / 2
@@ -69,7 +69,7 @@ def test_turboquant_keeps_lengths() -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_unbiased_keeps_dot_products(bits: int) -> None:
-    """The dot product with what is decoded is the squared length; where that would hurt, the error stays bounded."""
+    """The dot product with the decoded vector is the squared length; poor approximations have a bounded error."""
     encoder = make_encoder(f"unbiased{bits}", 96, 64, page_size=64)
     given = {side: pages(side, (96, 64), 64) for side in SIDES}
     for side, result in round_trip(encoder, given["keys"], given["values"]).items():
@@ -96,7 +96,7 @@ def test_fp8(dims: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_none_is_exact(dtype: torch.dtype) -> None:
-    """Dense pages give back what was put in, bit for bit."""
+    """Dense pages return their vectors bit for bit."""
     encoder = make_encoder("none", 96, 64, 16, dtype)
     given = {"keys": gaussian(0, 5, 16, 96).to(dtype), "values": gaussian(1, 5, 16, 64).to(dtype)}
     for side, result in round_trip(encoder, given["keys"], given["values"]).items():
@@ -104,7 +104,7 @@ def test_none_is_exact(dtype: torch.dtype) -> None:
 
 
 def test_bf16_rounds_once() -> None:
-    """Half a unit of eight mantissa bits, in any dtype that comes."""
+    """Half a unit of eight mantissa bits, for vectors of any dtype."""
     given = {"keys": gaussian(0, 5, 16, 96), "values": gaussian(1, 5, 16, 64)}
     for side, result in round_trip(make_encoder("bf16", 96, 64, 16), given["keys"], given["values"]).items():
         assert torch.equal(result, given[side].bfloat16().double())
@@ -166,13 +166,13 @@ def test_kvarn_evens_out_channels(bits: int) -> None:
     assert errors[f"kvarn{bits}"] < 0.5 * errors[f"rotated{bits}"]
 
 
-def test_centred_keys_are_stored_less_their_mean() -> None:
+def test_centered_keys_are_stored_less_their_mean() -> None:
     """A mean given to the encoder is subtracted in the rotated basis, from the keys only, page by page."""
     encoder = make_encoder(resolve("rotated8", key_axis="token"), 64)
     assert encoder.centered
     keys, values = gaussian(0, 2, 64, 64) + 40, gaussian(1, 2, 64, 64)
-    center = rotated(encoder, "keys", keys).mean(1).float()
-    records = encoder.encode(keys, values, center)
-    exact = rotated(encoder, "keys", keys) - center.double().unsqueeze(1)
+    key_mean = rotated(encoder, "keys", keys).mean(1).float()
+    records = encoder.encode(keys, values, key_mean)
+    exact = rotated(encoder, "keys", keys) - key_mean.double().unsqueeze(1)
     assert relative_error(decoded(encoder, "keys", records), exact) < 0.01
     assert relative_error(decoded(encoder, "values", records), rotated(encoder, "values", values)) < 0.01

@@ -1,4 +1,4 @@
-"""What a page becomes depends on the page alone."""
+"""The encoding of a page depends on the page alone."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_bytes(spec: str, widths: tuple[int, int], page_size: int) -> None:
 
 
 def test_the_formulas_name_codecs_that_exist() -> None:
-    """None of the formulas above is idle."""
+    """Every formula above belongs to a codec."""
     assert set(FIELDS) <= set(available())
 
 
@@ -78,7 +78,7 @@ def test_kvarn_costs_three_eighths_of_a_bit(bits: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dense_pages_keep_the_dtype(dtype: torch.dtype) -> None:
-    """Without a codec an element costs what it costs in the model."""
+    """Without a codec an element has the bytes that it has in the model."""
     assert make_encoder("none", 80, page_size=16, dtype=dtype).layout.bits_per_element == 8 * dtype.itemsize
 
 
@@ -96,7 +96,7 @@ def test_groups_cost_their_scales(spec: str) -> None:
     of=lambda spec, widths: (name_of(spec), widths),
 )
 def test_every_byte_is_written(spec: str, widths: tuple[int, int]) -> None:
-    """Nothing of what lay in a page before remains in its fields, and nothing outside them is touched."""
+    """The fields of a page keep nothing of the earlier contents of its memory, and nothing else is written."""
     encoder = make_encoder(spec, *widths, page_size=16)
     pages = {"keys": gaussian(2, 3, 16, widths[0]), "values": gaussian(3, 3, 16, widths[1])}
     written = {}

@@ -45,7 +45,7 @@ def test_specs_resolve(spec: str) -> None:
     ],
 )
 def test_widths(name: str, arguments: dict[str, int], expected: tuple[int, int]) -> None:
-    """``key_bits`` and ``value_bits`` go before ``bits``, and bits in the name stand for ``bits``."""
+    """``key_bits`` and ``value_bits`` override ``bits``, and bits in the name are the same as ``bits``."""
     assert bits_of(resolve(name, **arguments)) == expected
     if "bits" in arguments:
         named = {argument: bits for argument, bits in arguments.items() if argument != "bits"}
@@ -56,7 +56,7 @@ def test_widths(name: str, arguments: dict[str, int], expected: tuple[int, int])
 @pytest.mark.parametrize("key_bits", [None, 1, 2, 3, 4, 8])
 @pytest.mark.parametrize("value_bits", [None, 1, 2, 3, 4, 8])
 def test_auto(key_bits: int | None, value_bits: int | None) -> None:
-    """``auto`` has a codec for all widths that some codec has both of, 4 where none is given."""
+    """``auto`` finds a codec for all pairs of widths that some codec has; a width that is not given is 4."""
     if {key_bits, value_bits} in ({1, 8}, {8, 1}):
         with pytest.raises(ValueError, match=r"key_bits=.* with value_bits="):
             resolve("auto", key_bits=key_bits, value_bits=value_bits)
@@ -103,14 +103,14 @@ def test_bad_values(arguments: dict[str, Any], words: list[str]) -> None:
     ],
 )
 def test_bad_types(arguments: dict[str, Any], words: list[str]) -> None:
-    """What is no codec at all, or an option that it lacks, is a TypeError that says what there is."""
+    """Something that is no codec, or an option that the codec lacks, is a TypeError that names the accepted ones."""
     with pytest.raises(TypeError) as error:
         resolve(**arguments)
     assert all(word in str(error.value) for word in words), error.value
 
 
 def test_ready_made() -> None:
-    """A codec object is taken as it is, and nothing else may be said beside it."""
+    """A codec object is used as it is, and no other arguments are allowed with it."""
     codec = resolve("rotated3")
     assert resolve(codec) is codec
     for extra in ({"bits": 3}, {"key_bits": 3}, {"group_size": 16}):

@@ -25,7 +25,7 @@ CODECS = ["none", "int8", "unbiased4", "kvarn3"]
 
 @dataclass
 class Problem:
-    """What one call takes, but for the log-sum-exp, and the keys by position ``[B, Hkv, T, D]``."""
+    """The arguments of a call without the log-sum-exp, and the keys by position ``[B, Hkv, T, D]``."""
 
     query: torch.Tensor
     pages: Pages | None
@@ -137,7 +137,7 @@ def _sees(given: Problem, b: int, h: int, q: int, at: int | None) -> bool:
 
 
 def check(given: Problem, op=reference.column_sums, dtype: torch.dtype = torch.float32) -> None:
-    """Fail unless ``op`` gives what is found by hand."""
+    """Fail unless ``op`` gives the sums that are computed by hand."""
     log_sum_exp, page_sums, dense_sums = by_hand(given)
     actual_pages, actual_dense = op(given.query, log_sum_exp.float(), *given.arguments())
     assert actual_dense.dtype == torch.float32
@@ -161,7 +161,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def test_pages_and_tail(
     codec: str, sizes: tuple[int, int], padded: bool, tiles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pages of several formats (rotated, centred) and a tail, for any number of queries and of query heads."""
+    """Pages of several formats (rotated, centered) and a tail, for any number of queries and of query heads."""
     monkeypatch.setitem(reference.TILES, "cpu", reference.Tile(*TILES[tiles]))
     check(packed_problem(codec, padded, *sizes))
 
@@ -169,7 +169,7 @@ def test_pages_and_tail(
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("window", [1, 9, 40])
 def test_windows(window: int) -> None:
-    """What has left a sliding window gets nothing."""
+    """Keys that have left a sliding window get no probability."""
     check(packed_problem("unbiased4", True, 5, 2, window))
     check(prompt_problem(11, 37, 4, 2, window))
 
@@ -219,8 +219,8 @@ def test_agrees_with_attention(codec: str) -> None:
     assert_near(page_sums.sum(-1) + dense_sums.sum(-1), torch.full((2, 3 * HEADS), 4.0))
 
 
-def test_masses_of_a_single_page() -> None:
-    """One page a head: its scores are not to be a view of what attention then overwrites."""
+def test_sums_of_a_single_page() -> None:
+    """One page a head: its scores must not be a view of memory that attention overwrites."""
     storage = make_storage("none", 1)
     length = storage.sink_length + storage.tail_length + storage.page_size
     keys, values = random_tokens(3, 1, length)

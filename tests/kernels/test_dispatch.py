@@ -1,4 +1,4 @@
-"""Which twin of a kernel runs, what is said when it cannot, and what becomes of a library that cannot be loaded."""
+"""The choice of a backend, the warning when it cannot run, and libraries that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUILT = pytest.mark.skipif(library.reason_missing() is not None, reason="the nat
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No backend forced, and no twin or warning remembered from before or kept for later."""
+    """No backend is forced, and no choice or warning of other tests is remembered."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     for cached in (dispatch._implementation, dispatch._warn):
         cached.cache_clear()
@@ -51,7 +51,7 @@ def name_of(op: str, device: torch.device = CPU) -> str | None:
 
 @BUILT
 def test_native_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
-    """The CPU has compiled twins of some operations, and the reference for the others, without a word."""
+    """The CPU has native kernels for some operations and the reference for the others, without a warning."""
     assert name_of("decode") == "hf_kvcache.kernels.cpu.decode"
     assert name_of("pack") == "hf_kvcache.kernels.cpu.pack"
     for op in set(dispatch.OPERATIONS["triton"]) - set(dispatch.OPERATIONS["native"]):
@@ -59,12 +59,12 @@ def test_native_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
-@pytest.mark.parametrize("op", [*dispatch.OPERATIONS["triton"], "an operation without twins"])
+@pytest.mark.parametrize("op", [*dispatch.OPERATIONS["triton"], "an unknown operation"])
 @pytest.mark.parametrize("device", [CPU, ELSEWHERE], ids=str)
 def test_reference(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, op: str, device: torch.device
 ) -> None:
-    """The reference can be forced on any device, and is what an unknown operation has."""
+    """The reference can be forced on any device, and an unknown operation runs in the reference."""
     monkeypatch.setenv(dispatch.VARIABLE, "reference")
     assert name_of(op, device) is None
     assert not caplog.records
@@ -80,14 +80,14 @@ def test_unknown_backend(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
 
 
 def test_empty_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable that is set to nothing forces nothing."""
+    """An empty variable forces nothing."""
     expected = name_of("decode")
     monkeypatch.setenv(dispatch.VARIABLE, "")
     assert name_of("decode") == expected
 
 
 def test_triton_that_cannot_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Asked for on a CPU, and with no interpreter, triton is replaced with one warning for all operations and calls."""
+    """On a CPU without the interpreter, the reference replaces triton, with one warning for all calls."""
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for op in (*dispatch.OPERATIONS["triton"], "decode"):
@@ -99,7 +99,7 @@ def test_triton_that_cannot_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
 
 
 def test_native_for_another_device(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """The native twins are for the CPU alone."""
+    """The native kernels are for the CPU alone."""
     monkeypatch.setenv(dispatch.VARIABLE, "native")
     assert name_of("decode", ELSEWHERE) is None and name_of("pack", ELSEWHERE) is None
     assert len(messages(caplog)) == 1 and "native kernels are for the CPU, not meta" in messages(caplog)[0]
@@ -109,7 +109,7 @@ def test_native_for_another_device(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 def test_library_missing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, no_library: str, forced: str
 ) -> None:
-    """The CPU should have it: one warning, whether it was asked for by name or not."""
+    """Without the library there is one warning, whether native was asked for by name or not."""
     monkeypatch.setenv(dispatch.VARIABLE, forced)
     assert [name_of(op) for op in ("decode", "pack", "decode")] == [None, None, None]
     assert len(messages(caplog)) == 1 and f"no native kernels ({no_library})" in messages(caplog)[0]
@@ -117,7 +117,7 @@ def test_library_missing(
 
 @BUILT
 def test_each_value_is_remembered_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change of the variable takes effect at the next call, and the old choice is there again later."""
+    """A change of the variable takes effect at the next call, and the earlier choice is remembered."""
     native = dispatch.implementation("decode", CPU)
     assert native is not None
     monkeypatch.setenv(dispatch.VARIABLE, "reference")
@@ -151,7 +151,7 @@ for os.environ[library.VARIABLE] in sys.argv[1:]:
 
 
 def test_bad_libraries(tmp_path: Path) -> None:
-    """A file that is not there, is no library or is another one leaves the reference at work, and is warned of once."""
+    """With a file that is missing, is no library or is another library, the reference runs, with one warning."""
     (tmp_path / "empty.so").touch()
     (tmp_path / "text.so").write_text("not a library")
     another = Path(torch._C.__file__)
@@ -166,20 +166,20 @@ def test_bad_libraries(tmp_path: Path) -> None:
 
 
 def run_with_libraries(paths: list[Path]) -> subprocess.CompletedProcess[str]:
-    """Attention in a process of its own that takes each of these files for the library."""
+    """Attention in a process of its own, which loads each of these files as the library."""
     environment = {name: value for name, value in os.environ.items() if name != dispatch.VARIABLE}
     command = [sys.executable, "-c", SCRIPT, *map(str, paths)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was warned of."""
+    """The warnings."""
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_a_gradient_is_an_error(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels have no gradient: asking for one raises, where a graph that ends here would give zeros."""
+    """Kernels have no gradient: asking for one raises an error, where autograd would give zeros."""
     monkeypatch.setenv(dispatch.VARIABLE, backend)
     query = torch.ones(1, 1, 1, 8, requires_grad=True)
     dense = DenseTokens(torch.ones(1, 1, 3, 8), torch.ones(1, 1, 3, 8))

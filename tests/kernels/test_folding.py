@@ -1,4 +1,4 @@
-"""Folding scales into queries and weights gives what decoding the page and multiplying would give."""
+"""Folding scales into queries and weights has the same result as decoding the page and multiplying."""
 
 from __future__ import annotations
 

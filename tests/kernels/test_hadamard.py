@@ -41,7 +41,7 @@ def sign_digest(rotation: torch.Tensor) -> str:
 @pytest.mark.parametrize("kind", ["hadamard", "signed_hadamard"])
 @pytest.mark.parametrize("dim", DIMS)
 def test_orthonormal(dim: int, kind: Rotation) -> None:
-    """Rotating and rotating back is the identity, and lengths are kept, to float64 rounding."""
+    """Rotating and rotating back is the identity, and lengths do not change, up to float64 rounding."""
     rotation = matrix(dim, kind)
     assert_near(rotation @ rotation.T, torch.eye(dim, dtype=torch.float64))
     assert_near(rotation.T @ rotation, torch.eye(dim, dtype=torch.float64))

@@ -85,7 +85,7 @@ def formats(codec: str, shape: Shape, rotary_dtype: torch.dtype = torch.float32)
 
 
 def make_case(codec: str | None, shape: Shape, rotary_dtype: torch.dtype = torch.float32, **features: Any) -> Case:
-    """A case with pages of a codec (none with None); there are as many full-precision tokens as queries at least."""
+    """A case with pages of a codec (None: without pages), and at least as many full-precision tokens as queries."""
     sizes = cases.Shape(shape.rank, shape.rotary, shape.page_size, shape.heads, shape.queries, shape.batch, 1)
     case = Case(None if codec is None else formats(codec, shape, rotary_dtype), sizes, **features)
     return replace(case, slots=max(case.slots, shape.queries))
@@ -110,7 +110,7 @@ def make_call(case: Case) -> Call:
 
 
 def masked(call: Call, heads: int, queries: int, additive: bool = False, start: int = 0) -> Call:
-    """The same with a random mask ``[B, heads, queries, T]``, whose first column is of position ``start``."""
+    """The call with a random mask ``[B, heads, queries, T]``, whose first column is of position ``start``."""
     width = call.visibility.start + call.visibility.length - start
     shape = (call.query.shape[0], heads, queries, width)
     seen = torch.from_numpy(np.random.default_rng(7).random(shape) < 0.7)
@@ -119,7 +119,7 @@ def masked(call: Call, heads: int, queries: int, additive: bool = False, start: 
 
 
 def on(call: Call, device: torch.device) -> Call:
-    """The same with everything on a device."""
+    """The call with everything on a device."""
     if device.type == "cpu":
         return call
 
@@ -143,7 +143,7 @@ def _pages_on(pages: Pages, device: torch.device) -> Pages:
 
 
 def expected(call: Call) -> Attention:
-    """What the call must give, in float64: one softmax per query over all tokens; attention sums are always there."""
+    """The expected result in float64, one softmax per query over all tokens; attention sums are always computed."""
     batch, heads, length, width = call.query.shape
     rank = call.dense.keys.shape[-1]
     packed = 0 if call.pages is None else call.pages.columns * call.pages.layout.page_size
@@ -171,7 +171,7 @@ def expected(call: Call) -> Attention:
 
 
 def _tokens(call: Call, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Latents ``[T, r]`` and rotary keys ``[T, dr]`` of a sequence, 0 for none, and who sees them, ``[H, q, T]``."""
+    """Latents ``[T, r]`` and rotary keys ``[T, dr]`` of a sequence (0: no token), and who sees them ``[H, q, T]``."""
     dense = call.dense
     slots = dense.keys.shape[2]
     held = np.ones(slots, dtype=bool) if dense.unused is None else ~dense.unused[b].numpy()
@@ -267,7 +267,7 @@ def fits(codec: str, shape: Shape) -> bool:
 
 
 def covering(codec: str) -> list[Case]:
-    """Two shapes with two features each, other ones for each codec."""
+    """Two shapes with two features each, which differ from codec to codec."""
     index, names = list(CODECS).index(codec), list(FEATURES)
     shapes = [shape for shape in SHAPES if fits(codec, shape)]
     return [
@@ -296,7 +296,7 @@ def test_features(codec: str | None, feature: str) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 40, 64])
 def test_tokens_at_a_time(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many tokens are read at a time, the result is the same but for rounding."""
+    """The number of tokens that are read at a time changes the result only by rounding."""
     monkeypatch.setattr(reference, "CHUNK_TOKENS", chunk)
     call = make_call(make_case("int8", Shape(page_size=16, queries=2, batch=2), columns=9, ragged=True, window=100))
     check(run(call), call)
@@ -324,8 +324,8 @@ def test_nothing_to_see(codec: str | None, sinks: bool) -> None:
     assert not result.output.any() and result.dense_sums is not None and not result.dense_sums.any()
 
 
-def test_masses_only_on_request() -> None:
-    """Without them, output and log-sum-exp are the same bits."""
+def test_sums_only_on_request() -> None:
+    """Without sums, output and log-sum-exp have the same bits."""
     call = make_call(make_case("int8", Shape(queries=3)))
     with_sums, without = run(call), reference.latent_attend(*call)
     assert without.page_sums is None and without.dense_sums is None

@@ -24,8 +24,8 @@ def random(seed: int, *shape: int) -> torch.Tensor:
 def attend_arguments(codec: str = "unbiased4") -> tuple[Any, ...]:
     """Two rows of three pages of 16 tokens and five full-precision tokens."""
     encoder = PageEncoder(resolve(codec), 32, 32, 16, torch.float32)
-    center = random(3, 2, 32) if encoder.centered else None
-    repeated = None if center is None else center.repeat_interleave(3, 0)
+    key_mean = random(3, 2, 32) if encoder.centered else None
+    repeated = None if key_mean is None else key_mean.repeat_interleave(3, 0)
     records = encoder.encode(random(1, 6, 16, 32), random(2, 6, 16, 32), repeated)
     addresses = records.data_ptr() + torch.arange(6).view(2, 3) * records.shape[1]
     counts = torch.full((2, 3), 16, dtype=torch.int32)
@@ -38,7 +38,7 @@ def attend_arguments(codec: str = "unbiased4") -> tuple[Any, ...]:
         addresses,
         counts,
         first,
-        center,
+        key_mean,
         key,
         *dense,
         52,
@@ -72,9 +72,9 @@ def test_a_layout_survives_as_a_string(codec: str) -> None:
 def test_attend(codec: str) -> None:
     """The operator is the function with its arguments flattened."""
     arguments = attend_arguments(codec)
-    query, slabs, addresses, counts, first, center, key, keys, values, positions, _ = arguments[:11]
+    query, slabs, addresses, counts, first, key_mean, key, keys, values, positions, _ = arguments[:11]
     tables: list[np.ndarray] = [t.numpy() for t in (addresses, counts, first)]
-    pages = Pages(ops.layout_of(key), slabs, tables[0], tables[1], tables[2], {}, center, 2)
+    pages = Pages(ops.layout_of(key), slabs, tables[0], tables[1], tables[2], {}, key_mean, 2)
     expected = attend(
         query, pages, DenseTokens(keys, values, positions), Visibility(52, 1, None, 0, True, 40), Scoring(0.2)
     )

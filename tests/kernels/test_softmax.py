@@ -124,7 +124,7 @@ def test_dense_attention(heads: int, ratio: int, length: int, count: int, masked
 
 
 def test_no_keys_at_all() -> None:
-    """No key, no output: 0 and -inf, which merging then ignores."""
+    """Without keys the output is 0 and the log-sum-exp -inf, which merging ignores."""
     keys, values = torch.empty(1, 2, 0, 8), torch.empty(1, 2, 0, 4)
     output, log_sum_exp = dense_attention(torch.randn(2, 3, 8), keys, values, None, None)
     assert torch.equal(output, torch.zeros(2, 3, 4)) and (log_sum_exp == -torch.inf).all()

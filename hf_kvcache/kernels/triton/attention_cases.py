@@ -1,4 +1,4 @@
-"""Specialisations of the attention kernels for the compile report, at 4 query heads per KV head."""
+"""Specializations of the attention kernels for the compile report, at 4 query heads per KV head."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
 _GROUP, _PAGE = 4, 64
 _POINTERS = {"partial": "*fp32", "partial_lse": "*fp32", "kept_scores": "*fp32"}
-_QUERY_STRIDES = {"stride_b": "i32", "stride_h": "i32", "stride_q": "i32"}
+_QUERY_STRIDES = {"query_b": "i32", "query_h": "i32", "query_q": "i32"}
 _SIZES = {"rows": "i32", "rows_m": "i32", "heads": "i32", "window": "i32", "inner": "fp32", "softcap": "fp32"}
 
 
 def formats(codec: str, dim: int) -> tuple[SideFormat, SideFormat]:
-    """The sides of a codec's pages, with levels that are none of its own where it has a table.
+    """The formats of both sides of a codec's pages. Where there is a table, its levels are made up.
 
     Raises:
         KeyError: if there is no case for the codec.
@@ -56,7 +56,7 @@ def pages_case(arch: str, operation: str, codec: str, dim: int, length: int) -> 
             **_QUERY_STRIDES,
             "pages": "*i64",
             "positions": "*i64",
-            "center": "*fp32",
+            "key_mean": "*fp32",
             "tables": "*fp32",
             **_POINTERS,
             **_SIZES,
@@ -80,7 +80,7 @@ def pages_case(arch: str, operation: str, codec: str, dim: int, length: int) -> 
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        aligned=("query", *_QUERY_STRIDES, "pages", "positions", "center", "tables", *_POINTERS),
+        aligned=("query", *_QUERY_STRIDES, "pages", "positions", "key_mean", "tables", *_POINTERS),
         loop_bytes=layout.record_bytes * block_n // _PAGE,
         tensor_cores=True,
         options=config.options,
@@ -90,7 +90,7 @@ def pages_case(arch: str, operation: str, codec: str, dim: int, length: int) -> 
 def dense_case(arch: str, operation: str, dim: int, length: int) -> CompileCase:
     """``dense_kernel`` for ``length`` bfloat16 query tokens that see no later token."""
     config = attention_config(arch, dim, _GROUP * length, None)
-    strides = {f"{side}_stride_{axis}": "i32" for side in ("key", "value") for axis in "bhn"}
+    strides = {f"{side}_{axis}": "i32" for side in ("key", "value") for axis in "bhn"}
     return CompileCase(
         name=f"{operation} full-precision tokens D={dim}",
         kernel=dense_kernel,
@@ -101,9 +101,9 @@ def dense_case(arch: str, operation: str, dim: int, length: int) -> CompileCase:
             "values": "*bf16",
             **strides,
             "positions": "*i64",
-            "position_stride": "i32",
+            "position_b": "i32",
             "unused": "*u8",
-            "unused_stride": "i32",
+            "unused_b": "i32",
             **_POINTERS,
             **_SIZES,
             "slots": "i32",

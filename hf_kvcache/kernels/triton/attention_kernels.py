@@ -1,9 +1,8 @@
-"""Attention over pages and over full-precision tokens in Triton: the kernels that ``decode`` and ``extend`` share.
+"""Attention over pages and over full-precision tokens in Triton: the kernels of ``decode`` and ``extend``.
 
-The keys are cut in splits (FlashDecoding). A program takes one split and ``BLOCK_M`` queries of one row, which all read
-the same KV head: query ``m`` of a row is query token ``m // GROUP`` of head ``m % GROUP``. It leaves a partial output
-and its log-sum-exp, in base 2, for ``combine_kernel``. Scales touch no element where a whole page or row shares them:
-those per channel fold into the queries or the outputs, those per token into the scores or the weights.
+:mod:`~hf_kvcache.kernels.triton.attention_parts` describes how the work is divided. ``combine_kernel`` merges the
+partial results and rotates the output back. Scales that a whole page or row shares apply to no element: scales per
+channel fold into the queries or the outputs, scales per token into the scores or the weights.
 """
 
 from __future__ import annotations
@@ -11,6 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_kvcache.kernels.triton.attention_parts import (
+    LN_2,
+    LOG2_E,
+    SMALLEST_SCALE,
+    empty_softmax,
+    finish_scores,
+    load_query,
+    locate,
+    locate_slots,
+    locate_tokens,
+    normalize,
+    page_positions,
+    sees,
+    slot_positions,
+    store_partial,
+    weigh,
+)
 from hf_kvcache.kernels.triton.sides import (
     channels,
     levels_of,
@@ -20,43 +36,6 @@ from hf_kvcache.kernels.triton.sides import (
     load_per_token,
     load_table,
 )
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-#: What weights are shifted by where a token's scale is 0; the smallest number that half precision has is 2**-24.
-SMALLEST_SCALE = tl.constexpr(2.0**-24)
-
-
-@triton.jit
-def locate(rows_m, heads, BLOCK_M: tl.constexpr):
-    """Row, sequence, KV head and queries ``[BLOCK_M]`` of this program."""
-    blocks = tl.cdiv(rows_m, BLOCK_M)
-    row = tl.program_id(0) // blocks
-    m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return row, row // heads, row % heads, m
-
-
-@triton.jit
-def load_query(query, stride_b, stride_h, stride_q, batch, head, m, rows_m, channel, there, GROUP: tl.constexpr):
-    """fp32 queries ``[BLOCK_M, D]``, 0 where there is no query or channel."""
-    base = query + batch.to(tl.int64) * stride_b + (head * GROUP).to(tl.int64) * stride_h
-    rows = (m % GROUP).to(tl.int64) * stride_h + (m // GROUP).to(tl.int64) * stride_q
-    inside = (m < rows_m)[:, None] & there[None, :]
-    return tl.load(base + rows[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def normalise(query, side: tl.constexpr):
-    """Queries in the type of computation, and what their dot products are to be multiplied by ``[BLOCK_M]``.
-
-    With entries of at most 1, no scale per channel that half precision can hold takes them out of its range.
-    """
-    peak = tl.full([query.shape[0]], 1.0, tl.float32)
-    if side.compute == tl.float16 and side.level != "dense":
-        peak = tl.max(tl.abs(query), 1)
-        peak = tl.where(peak > 0, peak, 1.0)
-        query = query / peak[:, None]
-    return query.to(side.compute), peak
 
 
 @triton.jit
@@ -97,71 +76,95 @@ def _folded_scores(
 
 
 @triton.jit
-def finish_scores(scores, peak, shift, inner, softcap, SOFTCAP: tl.constexpr):
-    """Scores in base 2 from dot products of normalised queries."""
-    scores = (scores + shift[:, None]) * (peak * inner)[:, None]
-    if SOFTCAP:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both infinities too.
-        scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E)) + 1.0))
-    return scores * LOG2_E
-
-
-@triton.jit
-def sees(at, m, window, keep, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """bool ``[BLOCK_M, BLOCK_N]``: what queries see of keys at ``at [BLOCK_N]``, relative to the first query."""
-    query_at = (m // GROUP)[:, None]
-    seen = keep[None, :]
-    if CAUSAL:
-        seen = seen & (at[None, :] <= query_at)
-    if WINDOW:
-        seen = seen & (at[None, :] > query_at - window)
-    return seen
-
-
-@triton.jit
-def weigh(scores, height, peak, total):
-    """Online softmax: weights, the decay of what came before, the new maximum, and the new sum.
-
-    Args:
-        scores: fp32 ``[BLOCK_M, BLOCK_N]`` in base 2, -inf where hidden.
-        height: fp32 of the same shape; its maximum becomes 0.
-        peak: fp32 ``[BLOCK_M]``, the maximum so far.
-        total: fp32 ``[BLOCK_M]``, the sum of the weights so far.
-    """
-    higher = tl.maximum(peak, tl.max(height, 1))
-    # A query that has seen no visible key yet keeps a maximum of -inf, and -inf - -inf is not a number.
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(scores - base[:, None])
-    decay = tl.exp2(peak - base)
-    return weights, decay, higher, total * decay + tl.sum(weights, 1)
-
-
-@triton.jit
-def store_partial(
-    partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, channel, there, DIM: tl.constexpr
+def _add_values(
+    acc,
+    decay,
+    weights,
+    token_scale,
+    record,
+    first,
+    held,
+    table,
+    channel,
+    there,
+    side: tl.constexpr,
+    n: tl.constexpr,
+    masked: tl.constexpr,
 ):
-    """Write the output ``[BLOCK_M, D]`` and log-sum-exp of this split."""
-    some = total > 0
-    total = tl.where(some, total, 1.0)
-    at = (split.to(tl.int64) * rows + row) * rows_m + m
-    tl.store(partial_lse + at, tl.where(some, peak + tl.log2(total), float("-inf")), mask=m < rows_m)
-    output = acc / total[:, None]
-    tl.store(partial + at[:, None] * DIM + channel[None, :], output, mask=(m < rows_m)[:, None] & there[None, :])
+    """fp32 ``[BLOCK_M, D]``: ``acc``, times its decay, and the weighted sums of the values of a page.
+
+    Zero points per token without a second scale are not included: :func:`pages_kernel` adds them at the end.
+    """
+    if not side.folded:
+        values = load_elements(record, first, held, table, channel, there, side, n, masked)
+        return tl.dot(weights.to(side.compute), values, acc * decay[:, None], input_precision=side.precision)
+    else:
+        return _add_folded_values(
+            acc, decay, weights, token_scale, record, first, held, table, channel, there, side, n, masked
+        )
+
+
+@triton.jit
+def _add_folded_values(
+    acc,
+    decay,
+    weights,
+    token_scale,
+    record,
+    first,
+    held,
+    table,
+    channel,
+    there,
+    side: tl.constexpr,
+    n: tl.constexpr,
+    masked: tl.constexpr,
+):
+    levels = levels_of(load_codes(record, first, held, side, n, masked), table, side, side.compute)
+    scaled = weights
+    if not side.channel or side.other:
+        scaled = weights * token_scale[None, :]
+    shares = scaled.to(side.compute)
+    if side.channel:
+        scale = load_per_channel(record, side.scale_at, channel, there, held, side, masked)
+        part = tl.dot(shares, levels, input_precision=side.precision) * scale[None, :]
+        if side.zero:
+            zero = load_per_channel(record, side.zero_at, channel, there, held, side, masked)
+            if side.middle:
+                zero += scale * side.middle
+            part += tl.sum(scaled, 1)[:, None] * zero[None, :]
+        return acc * decay[:, None] + part
+    elif side.other:
+        part = tl.dot(shares, levels, input_precision=side.precision)
+        if side.zero:
+            zero = load_per_token(record, side.zero_at, first, held, n, masked)
+            if side.middle:
+                zero += token_scale * side.middle
+            part += tl.sum(weights * zero[None, :], 1)[:, None]
+        part *= load_per_channel(record, side.other_at, channel, there, held, side, masked)[None, :]
+        return acc * decay[:, None] + part
+    else:
+        return tl.dot(shares, levels, acc * decay[:, None], input_precision=side.precision)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "per_split", "rows_m", "heads", "window"])
 def pages_kernel(
+    # Query.
     query,
-    stride_b,
-    stride_h,
-    stride_q,
+    # Pages.
     pages,
     positions,
-    center,
+    key_mean,
     tables,
+    # Outputs.
     partial,
     partial_lse,
     kept_scores,
+    # Strides of the query.
+    query_b,
+    query_h,
+    query_q,
+    # Sizes and scoring.
     rows,
     columns,
     per_split,
@@ -170,12 +173,14 @@ def pages_kernel(
     window,
     inner,
     softcap,
+    # Constant sizes.
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    # Switches.
     FULL: tl.constexpr,
     PLACED: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -188,35 +193,33 @@ def pages_kernel(
 
     Args:
         query: ``[B, Hq, q, Dk]`` in the rotated basis; the last dimension is contiguous.
-        stride_b: elements between sequences of the query.
-        stride_h: elements between its heads.
-        stride_q: elements between its tokens.
         pages: int64 ``[3, rows, columns]``: addresses of the records, token counts, first positions.
         positions: int32 ``[rows, columns, P]``; read if ``PLACED == 2``. Positions are relative to the first query's.
-        center: fp32 ``[rows, Dk]``; read if ``CENTERED``.
+        key_mean: fp32 ``[rows, Dk]``; read if ``CENTERED``.
         tables: fp32 ``[2, 16]``, the levels of keys and values; read where a side has ``level="table"``.
         partial: fp32 ``[splits, rows, rows_m, Dv]``, written, in the rotated basis.
         partial_lse: fp32 ``[splits, rows, rows_m]``, written, in base 2.
         kept_scores: fp32 ``[rows, rows_m, columns * P]``, written if ``KEEP_SCORES``.
+        query_b, query_h, query_q: elements between sequences, heads and tokens of the query.
         rows: sequences times KV heads.
         columns: pages of a row.
         per_split: pages of a split.
         rows_m: queries of a row, query heads per KV head times query tokens.
         heads: KV heads.
-        window: tokens a query sees, itself included; heeded if ``WINDOW``.
+        window: tokens a query sees, itself included; used if ``WINDOW``.
         inner: factor of the dot products.
-        softcap: soft cap of the scores; heeded if ``SOFTCAP``.
+        softcap: soft cap of the scores; used if ``SOFTCAP``.
         KEYS: the key side of a page.
         VALUES: the value side.
         GROUP: query heads per KV head.
         BLOCK_M: queries of a program.
-        BLOCK_N: tokens of a page that are taken at a time.
+        BLOCK_N: tokens of a page that are computed at a time.
         STAGES: depth of the software pipeline.
         FULL: whether every place of every page holds a token.
         PLACED: 0 if all queries see all tokens, 1 if pages hold tokens side by side, 2 if ``positions`` says where.
-        CAUSAL: whether a query sees no later token; heeded if ``PLACED``.
-        WINDOW: whether there is a sliding window; heeded if ``PLACED``.
-        CENTERED: whether a mean was taken out of the keys.
+        CAUSAL: whether a query sees no later token; used if ``PLACED``.
+        WINDOW: whether there is a sliding window; used if ``PLACED``.
+        CENTERED: whether a key mean was subtracted from the keys.
         SOFTCAP: whether scores are capped.
         KEEP_SCORES: whether to write the scores.
     """
@@ -227,40 +230,23 @@ def pages_kernel(
     split = tl.program_id(1)
     key_channel, key_there = channels(KEYS)
     value_channel, value_there = channels(VALUES)
-    key_table = tl.zeros([16], KEYS.compute)
-    if KEYS.level == "table":
-        key_table = load_table(tables, KEYS)
-    value_table = tl.zeros([16], VALUES.compute)
-    if VALUES.level == "table":
-        value_table = load_table(tables + 16, VALUES)
-    q = load_query(query, stride_b, stride_h, stride_q, batch, head, m, rows_m, key_channel, key_there, GROUP)
-    q, q_peak = normalise(q, KEYS)
+    key_table, value_table = load_table(tables, KEYS), load_table(tables + 16, VALUES)
+    q = load_query(query, query_b, query_h, query_q, batch, head, m, rows_m, key_channel, key_there, GROUP)
+    q, q_peak = normalize(q, KEYS)
     shift = tl.zeros([BLOCK_M], tl.float32)
     if CENTERED:
-        mean = tl.load(center + row * KEYS.dim + key_channel, mask=key_there, other=0.0)
+        mean = tl.load(key_mean + row * KEYS.dim + key_channel, mask=key_there, other=0.0)
         shift = tl.sum(q.to(tl.float32) * mean[None, :], 1)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    peak, total = empty_softmax(BLOCK_M)
     offset = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.full([BLOCK_M, VALUES.segments * VALUES.segment_pad], 0.0, tl.float32)
     last = tl.minimum((split + 1) * per_split, columns)
     for tile in tl.range(split * per_split * TILES, last * TILES, num_stages=STAGES):
-        place = row.to(tl.int64) * columns + tile // TILES
-        first = tile % TILES * BLOCK_N
-        token = first + tl.arange(0, BLOCK_N)
-        count = tl.full([], KEYS.page, tl.int32)
-        if not FULL:
-            count = tl.load(pages + rows.to(tl.int64) * columns + place).to(tl.int32)
-        held = count - first
-        keep = token < count
-        record = tl.multiple_of(tl.load(pages + place).to(tl.pointer_type(tl.uint8)), 16)
+        place, first, token, held, keep, record = locate_tokens(pages, row, rows, columns, tile, KEYS, BLOCK_N, FULL)
         scores = _page_scores(record, q, first, held, key_table, key_channel, key_there, KEYS, BLOCK_N, MASKED)
         scores = finish_scores(scores, q_peak, shift, inner, softcap, SOFTCAP)
         if PLACED > 0:
-            if PLACED == 2:
-                at = tl.load(positions + place * KEYS.page + token, mask=keep, other=0)
-            else:
-                at = tl.load(pages + 2 * rows.to(tl.int64) * columns + place).to(tl.int32) + token
+            at = page_positions(pages, positions, place, rows, columns, token, keep, KEYS, PLACED)
             seen = sees(at, m, window, keep, GROUP, CAUSAL, WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
         elif MASKED:
@@ -269,8 +255,8 @@ def pages_kernel(
             key = (tile // TILES) * KEYS.page + token
             to = (row.to(tl.int64) * rows_m + m)[:, None] * (columns * KEYS.page) + key[None, :]
             tl.store(kept_scores + to, scores * LN_2, mask=(m < rows_m)[:, None] & (token < KEYS.page)[None, :])
-        # Weights times a scale per token must stay in the range of half precision, so it is their product's maximum
-        # that becomes 1; the sum of the weights alone is in fp32 and has room.
+        # Weights times a scale per token must stay in the range of half precision. So the maximum of their product
+        # becomes 1; the sum of the weights alone is in fp32, whose range is larger.
         height = scores
         token_scale = tl.zeros([BLOCK_N], tl.float32)
         if TOKEN_SCALES:
@@ -281,47 +267,26 @@ def pages_kernel(
             height = scores + tl.log2(tl.maximum(tl.abs(token_scale), SMALLEST_SCALE))[None, :]
         weights, decay, peak, total = weigh(scores, height, peak, total)
         if VALUES.folded and VALUES.zero and not VALUES.channel and not VALUES.other:
-            # Not beside the product, where registers are fewest.
+            # Here and not at the dot product, where most registers are in use.
             zero = load_per_token(record, VALUES.zero_at, first, held, BLOCK_N, MASKED)
             if VALUES.middle:
                 zero += token_scale * VALUES.middle
             offset = offset * decay + tl.sum(weights * zero[None, :], 1)
-        if VALUES.folded:
-            levels = levels_of(
-                load_codes(record, first, held, VALUES, BLOCK_N, MASKED), value_table, VALUES, VALUES.compute
-            )
-            scaled = weights
-            if TOKEN_SCALES:
-                scaled = weights * token_scale[None, :]
-            shares = scaled.to(VALUES.compute)
-            if VALUES.channel:
-                scale = load_per_channel(record, VALUES.scale_at, value_channel, value_there, held, VALUES, MASKED)
-                part = tl.dot(shares, levels, input_precision=VALUES.precision) * scale[None, :]
-                if VALUES.zero:
-                    zero = load_per_channel(record, VALUES.zero_at, value_channel, value_there, held, VALUES, MASKED)
-                    if VALUES.middle:
-                        zero += scale * VALUES.middle
-                    part += tl.sum(scaled, 1)[:, None] * zero[None, :]
-                acc = acc * decay[:, None] + part
-            elif VALUES.other:
-                part = tl.dot(shares, levels, input_precision=VALUES.precision)
-                if VALUES.zero:
-                    zero = load_per_token(record, VALUES.zero_at, first, held, BLOCK_N, MASKED)
-                    if VALUES.middle:
-                        zero += token_scale * VALUES.middle
-                    part += tl.sum(weights * zero[None, :], 1)[:, None]
-                part *= load_per_channel(record, VALUES.other_at, value_channel, value_there, held, VALUES, MASKED)[
-                    None, :
-                ]
-                acc = acc * decay[:, None] + part
-            else:
-                acc = tl.dot(shares, levels, acc * decay[:, None], input_precision=VALUES.precision)
-        else:
-            values = load_elements(
-                record, first, held, value_table, value_channel, value_there, VALUES, BLOCK_N, MASKED
-            )
-            shares = weights.to(VALUES.compute)
-            acc = tl.dot(shares, values, acc * decay[:, None], input_precision=VALUES.precision)
+        acc = _add_values(
+            acc,
+            decay,
+            weights,
+            token_scale,
+            record,
+            first,
+            held,
+            value_table,
+            value_channel,
+            value_there,
+            VALUES,
+            BLOCK_N,
+            MASKED,
+        )
     acc += offset[:, None]
     store_partial(
         partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, value_channel, value_there, VALUES.dim
@@ -330,25 +295,30 @@ def pages_kernel(
 
 @triton.jit(do_not_specialize=["rows", "slots", "per_split", "rows_m", "heads", "window", "first_split", "start"])
 def dense_kernel(
+    # Query.
     query,
-    stride_b,
-    stride_h,
-    stride_q,
+    # Full-precision tokens.
     keys,
-    key_stride_b,
-    key_stride_h,
-    key_stride_n,
     values,
-    value_stride_b,
-    value_stride_h,
-    value_stride_n,
     positions,
-    position_stride,
     unused,
-    unused_stride,
+    # Outputs.
     partial,
     partial_lse,
     kept_scores,
+    # Strides.
+    query_b,
+    query_h,
+    query_q,
+    key_b,
+    key_h,
+    key_n,
+    value_b,
+    value_h,
+    value_n,
+    position_b,
+    unused_b,
+    # Sizes and scoring.
     rows,
     slots,
     per_split,
@@ -359,6 +329,7 @@ def dense_kernel(
     start,
     inner,
     softcap,
+    # Constant sizes.
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     KEY_PAD: tl.constexpr,
@@ -369,6 +340,7 @@ def dense_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    # Switches.
     PLACED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -379,22 +351,24 @@ def dense_kernel(
 ):
     """Attention of ``BLOCK_M`` queries of a row over a split of full-precision tokens.
 
-    Arguments that :func:`pages_kernel` has too mean the same, with the query in the model's basis.
+    The query is in the model's basis. All other arguments are described here or in :func:`pages_kernel`.
 
     Args:
-        keys: ``[B, Hkv, slots, Dk]``; the last dimension is contiguous. Strides in elements follow.
-        values: ``[B, Hkv, slots, Dv]``, likewise.
+        keys: ``[B, Hkv, slots, Dk]``; the last dimension is contiguous.
+        values: ``[B, Hkv, slots, Dv]``; the last dimension is contiguous.
         positions: int64 ``[B, slots]``; read if ``PLACED``.
         unused: uint8 ``[B, slots]``, 1 where there is no token; read if ``UNUSED``.
         kept_scores: fp32 ``[rows, rows_m, slots]``, written if ``KEEP_SCORES``.
+        key_b, key_h, key_n: elements between sequences, heads and slots of the keys; for the values likewise.
+        position_b, unused_b: elements between sequences of the positions and of ``unused``.
         slots: number of slots.
         per_split: slots of a split, a multiple of ``BLOCK_N``.
-        first_split: index of the first split in ``partial``, behind those of the pages.
+        first_split: index of the first split in ``partial``, after the splits of the pages.
         start: position of the first query.
         KEY_PAD: ``KEY_DIM`` rounded up to a power of two.
         VALUE_PAD: ``VALUE_DIM`` rounded up to a power of two.
         COMPUTE: type in which dot products take keys and values.
-        OWN_LAST: whether the last slots are the queries' own, so that those behind a query's own need not be read.
+        OWN_LAST: whether the last slots hold the tokens of the queries, so that a query reads none behind its own.
     """
     row, batch, head, m = locate(rows_m, heads, BLOCK_M)
     split = tl.program_id(1)
@@ -402,29 +376,24 @@ def dense_kernel(
     key_there = key_channel < KEY_DIM
     value_channel = tl.arange(0, VALUE_PAD)
     value_there = value_channel < VALUE_DIM
-    q = load_query(query, stride_b, stride_h, stride_q, batch, head, m, rows_m, key_channel, key_there, GROUP)
+    q = load_query(query, query_b, query_h, query_q, batch, head, m, rows_m, key_channel, key_there, GROUP)
     q = q.to(COMPUTE)
     ones = tl.full([BLOCK_M], 1.0, tl.float32)
     none = tl.zeros([BLOCK_M], tl.float32)
-    key_base = keys + batch.to(tl.int64) * key_stride_b + head.to(tl.int64) * key_stride_h
-    value_base = values + batch.to(tl.int64) * value_stride_b + head.to(tl.int64) * value_stride_h
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    key_base = keys + batch.to(tl.int64) * key_b + head.to(tl.int64) * key_h
+    value_base = values + batch.to(tl.int64) * value_b + head.to(tl.int64) * value_h
+    peak, total = empty_softmax(BLOCK_M)
     acc = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
     last = tl.minimum((split + 1) * per_split, slots)
     if OWN_LAST:
-        # A block's last query stands at this many slots from the end.
+        # The last query of this block is so many slots from the end.
         behind = tl.maximum((rows_m - 1 - tl.max(m, 0)) // GROUP, 0)
         last = tl.minimum(last, slots - behind)
     for first in tl.range(split * per_split, last, BLOCK_N, num_stages=STAGES):
-        slot = first + tl.arange(0, BLOCK_N)
-        keep = slot < slots
-        if UNUSED:
-            empty = tl.load(unused + batch.to(tl.int64) * unused_stride + slot, mask=keep, other=1)
-            keep = keep & (empty == 0)
+        slot, keep = locate_slots(unused, unused_b, batch, first, slots, BLOCK_N, UNUSED)
         slot64 = slot.to(tl.int64)
         k = tl.load(
-            key_base + slot64[:, None] * key_stride_n + key_channel[None, :],
+            key_base + slot64[:, None] * key_n + key_channel[None, :],
             mask=(slot < slots)[:, None] & key_there[None, :],
             other=0.0,
         )
@@ -432,7 +401,7 @@ def dense_kernel(
         scores = finish_scores(scores, ones, none, inner, softcap, SOFTCAP)
         seen = keep[None, :]
         if PLACED:
-            at = tl.load(positions + batch.to(tl.int64) * position_stride + slot, mask=keep, other=0) - start
+            at = slot_positions(positions, position_b, batch, slot, keep, start)
             seen = sees(at, m, window, keep, GROUP, CAUSAL, WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
         if KEEP_SCORES:
@@ -440,8 +409,8 @@ def dense_kernel(
             tl.store(kept_scores + to, scores * LN_2, mask=(m < rows_m)[:, None] & (slot < slots)[None, :])
         weights, decay, peak, total = weigh(scores, scores, peak, total)
         v = tl.load(
-            value_base + slot64[:, None] * value_stride_n + value_channel[None, :],
-            # What stands in an unused slot may be anything, and 0 times infinity is not 0.
+            value_base + slot64[:, None] * value_n + value_channel[None, :],
+            # An unused slot may hold anything, infinity included, and 0 times infinity is not 0.
             mask=keep[:, None] & value_there[None, :],
             other=0.0,
         )
@@ -460,22 +429,28 @@ def _share(lse, total):
 
 @triton.jit(do_not_specialize=["rows", "rows_m", "heads", "page_splits", "splits"])
 def combine_kernel(
+    # Partial results.
     partial,
     partial_lse,
+    # Rotation and sinks.
     rotation,
     sinks,
+    # Outputs.
     output,
     log_sum_exp,
+    # Sizes.
     rows,
     rows_m,
     heads,
     page_splits,
     splits,
+    # Constant sizes.
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    # Switches.
     ROTATED: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -523,7 +498,7 @@ def combine_kernel(
     for first in range(0, DIM_PAD, CHUNK):
         wide = first + tl.arange(0, CHUNK)
         if ROTATED:
-            # [CHUNK, DIM_PAD]: rows of the rotation, since going back is its transpose.
+            # [CHUNK, DIM_PAD]: rows of the rotation, whose transpose is its inverse.
             there = (wide < DIM)[:, None] & (channel < DIM)[None, :]
             matrix = tl.load(rotation + wide[:, None] * DIM + channel[None, :], mask=there, other=0.0)
             result = tl.dot(acc, tl.trans(matrix), input_precision=PRECISION)

@@ -1,8 +1,10 @@
-"""The probability that each key got, for GPUs: a program keeps a tile of keys and runs over the queries that see it.
+"""The probability of each key, summed over the queries, by a Triton kernel.
 
-Nothing but the sums is written, each by one program in a fixed order, so results do not vary from run to run. Pages are
-decoded to a few thousand keys at a time and then read as full-precision keys are: with hundreds of queries for each
-key, which is when attention sums are asked for, decoding is a small part of the work.
+A program holds a tile of keys and runs over the queries that see it.
+
+Only sums are written, each by one program in a fixed order, so results do not vary from run to run. Pages are decoded,
+a few thousand keys at a time, and then read as full-precision keys. Column sums are for hundreds of queries a key, for
+which decoding is a small part of the work.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-#: Further than any position.
+#: Larger than any position.
 FAR = tl.constexpr(1 << 30)
 #: Keys of each row that are decoded at a time.
 DECODED_TOKENS = 4096
@@ -30,13 +32,24 @@ DECODED_TOKENS = 4096
 
 @triton.jit
 def _sums_kernel(
+    # Queries.
     query,
     log_sum_exp,
     shift,
+    # Keys.
     keys,
     positions,
     unused,
+    # Output.
     sums,
+    # Strides.
+    key_batch,
+    key_head,
+    key_token,
+    position_batch,
+    position_head,
+    sums_row,
+    # Sizes and scoring.
     factor,
     softcap,
     tokens,
@@ -44,16 +57,12 @@ def _sums_kernel(
     length,
     window,
     ratio,
-    key_batch,
-    key_head,
-    key_token,
-    position_batch,
-    position_head,
-    sums_row,
+    # Constant sizes.
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    # Switches.
     HAS_SHIFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
@@ -61,7 +70,20 @@ def _sums_kernel(
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    """The attention sums of ``BLOCK_N`` keys for one query head of one sequence."""
+    """The sums of ``BLOCK_N`` keys for one query head of one sequence; grid (key blocks, query heads, sequences).
+
+    Args:
+        query: ``[B, Hq, length, D]``, contiguous.
+        log_sum_exp: fp32 ``[B, Hq, length]``.
+        shift: fp32 ``[B, Hq, length]``, what the key mean adds to the dot products; read if ``HAS_SHIFT``.
+        keys: ``[B, Hkv, tokens, D]``; the last dimension is contiguous.
+        positions: int64 ``[B, tokens]`` or ``[B, Hkv, tokens]``; read if ``HAS_POSITIONS``.
+        unused: of the shape of the positions, True where there is no token; read if ``HAS_UNUSED``.
+        sums: fp32 ``[B, Hq, tokens]``, written.
+        factor: factor of the dot products; scores are in base 2.
+        start: position of the first query.
+        ratio: query heads per KV head.
+    """
     query_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = (query_head // ratio).to(tl.int64)
     row = batch * tl.num_programs(1) + query_head
@@ -85,7 +107,7 @@ def _sums_kernel(
             first = tl.maximum(tl.min(tl.where(held, position, FAR), 0) - start, 0) // BLOCK_M * BLOCK_M
         if WINDOWED:
             stop = tl.minimum(length, tl.max(tl.where(held, position, -FAR), 0) + window - start)
-    gained = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for block in range(first, stop, BLOCK_M):
         index = block + tl.arange(0, BLOCK_M)
         inside = index < length
@@ -108,12 +130,12 @@ def _sums_kernel(
                 seen = seen & (position[:, None] <= start + index[None, :])
             if WINDOWED:
                 seen = seen & (position[:, None] > start + index[None, :] - window)
-        gained += tl.where(seen, tl.exp2(scores), 0.0)
-    tl.store(sums + row * sums_row + at_token, tl.sum(gained, 1), mask=token < tokens)
+        total += tl.where(seen, tl.exp2(scores), 0.0)
+    tl.store(sums + row * sums_row + at_token, tl.sum(total, 1), mask=token < tokens)
 
 
 class _Tiles(NamedTuple):
-    """How much a program takes at a time: queries, keys, warps and pipeline stages."""
+    """The queries and keys that a program computes at a time, its warps and its pipeline stages."""
 
     queries: int
     keys: int
@@ -130,7 +152,7 @@ def _tiles(dtype: torch.dtype, block_dim: int, hip: bool) -> _Tiles:
 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
-    """Whether :func:`column_sums` can do this; the reference does the rest."""
+    """Whether :func:`column_sums` can do a call. The reference does all others."""
     return (
         visibility.mask is None
         and query.dtype == dense.keys.dtype
@@ -167,7 +189,7 @@ def _page_sums(
     rotated = rotate(query.float(), keys)
     shift = None
     if pages.key_mean is not None:
-        # The mean that was taken out of the packed keys shifts all their scores of a query alike.
+        # The mean that was subtracted from the packed keys changes all scores of a query alike.
         grouped = rotated.reshape(batch * heads, -1, keys.dim)
         shift = (grouped @ pages.key_mean.unsqueeze(-1)).reshape(batch, query_heads, length)
     rotated = rotated.to(query.dtype).contiguous()
@@ -223,6 +245,10 @@ def _launch(
         None if tokens.positions is None else tokens.positions.contiguous(),
         None if tokens.unused is None else tokens.unused.contiguous(),
         sums,
+        *tokens.keys.stride()[:3],
+        side * heads if per_head else count,
+        side,
+        sums.stride(1),
         scoring.inner * LOG2_E.value,
         scoring.softcap or 0.0,
         count,
@@ -230,12 +256,6 @@ def _launch(
         length,
         visibility.window or 0,
         query_heads // heads,
-        tokens.keys.stride(0),
-        tokens.keys.stride(1),
-        tokens.keys.stride(2),
-        side * heads if per_head else count,
-        side,
-        sums.stride(1),
         D=dim,
         BLOCK_D=block_dim,
         BLOCK_M=tiles.queries,

@@ -11,19 +11,19 @@ ARCHITECTURES = ("sm80", "sm86", "sm89", "sm90", "sm100", "gfx942")
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One specialisation of a kernel.
+    """One specialization of a kernel.
 
     Attributes:
         name: what the report calls it: operation, codec, head dimension.
         kernel: the ``@triton.jit`` function.
-        signature: triton type of every argument that is no constant: ``"*fp32"``, ``"i64"``, ``"fp32"``.
+        signature: Triton type of every argument that is no constant: ``"*fp32"``, ``"i64"``, ``"fp32"``.
         constants: values of the ``tl.constexpr`` arguments.
         num_warps: warps of a program.
         num_stages: software pipeline stages.
-        aligned: arguments that are multiples of 16 (pointers, strides), as the launcher would find out.
-        loop_bytes: bytes that a program loads from global memory in one turn of its main loop; None without a loop.
+        aligned: arguments that are multiples of 16 (pointers, strides), as the launcher would find them.
+        loop_bytes: bytes that a program loads from global memory in one iteration of its main loop; None without one.
         tensor_cores: whether matrix instructions must appear in the code.
-        options: what else the compiler is told.
+        options: further options of the compiler.
         waived: criteria of the report that this case cannot meet on its target, and why.
     """
 

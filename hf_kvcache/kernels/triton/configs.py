@@ -1,4 +1,4 @@
-"""Static launch configurations of the Triton kernels, by architecture and head dimension; nothing is tuned."""
+"""Launch configurations of the Triton kernels, by architecture and head dimension: static tables, without tuning."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Config(NamedTuple):
 
     Attributes:
         block_m: queries of a program.
-        block_n: tokens that are taken at a time.
+        block_n: tokens that are computed at a time.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
-        options: what else the compiler is told.
+        options: further options of the compiler.
     """
 
     block_m: int
@@ -30,24 +30,24 @@ class Config(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """What the codes of a page's sides are: bits of a code, of the narrower side, and whether a table has levels."""
+    """The codes of a page: bits of a code on the narrower side, and whether a side has a table of levels."""
 
     bits: int
     table: bool
 
 
 class _Tile(NamedTuple):
-    """Tokens at a time and pipeline stages: of codes, and of full-precision elements."""
+    """Tokens at a time and pipeline stages, for codes and for full-precision elements."""
 
     coded: tuple[int, int]
     dense: tuple[int, int]
 
 
-#: Queries of a program, at most: with more, registers run out where operands of matrix instructions are held in them.
+#: Queries of a program, at most. With more, registers run out where they hold the operands of matrix instructions.
 _MOST_QUERIES = {"sm90": 64, "sm100": 64, "gfx942": 16}
 _MOST_QUERIES_ELSEWHERE = 32
 _DEFAULT = {64: _Tile((64, 3), (64, 3)), 128: _Tile((64, 3), (64, 3)), 256: _Tile((32, 3), (32, 2))}
-# Where two programs of three stages do not fit in shared memory (100 KiB; on sm100 their operands lie there too).
+# For devices whose shared memory does not hold two programs of three stages (100 KiB; on sm100 operands are there too).
 _SMALL = {**_DEFAULT, 128: _Tile((64, 3), (64, 2))}
 _TILES = {
     "sm80": _DEFAULT,
@@ -73,14 +73,14 @@ def architecture(device: torch.device) -> str:
 
 @lru_cache(maxsize=8)
 def programs_wanted(device: torch.device) -> int:
-    """How many programs fill a device: two for each of its multiprocessors."""
+    """The number of programs that fill a device: two for each multiprocessor."""
     if device.type == "cpu":
-        return 6  # the interpreter runs one at a time; a few splits are what tests want to see
+        return 6  # the interpreter runs one at a time, and tests should cover a few splits
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def dot_precision(arch: str) -> str:
-    """How dot products of fp32 are done: on NVIDIA's matrix units in three parts, elsewhere plainly."""
+    """The precision of dot products of fp32: three parts on the matrix units of NVIDIA, else plain fp32."""
     return "tf32x3" if arch.startswith("sm") else "ieee"
 
 
@@ -97,23 +97,23 @@ def attention_config(arch: str, dim: int, queries: int, codes: Codes | None) -> 
         arch: the architecture.
         dim: the larger of the key's and the value's width.
         queries: queries of a row.
-        codes: those of the pages; None for full-precision elements.
+        codes: the codes of the pages; None for full-precision elements.
     """
     amd = arch.startswith("gfx")
     tiles = _TILES.get(arch, _TILES["gfx942"] if amd else _SMALL)
     tile = tiles[64 if dim <= 64 else 128 if dim <= 128 else 256]
     block_n, stages = tile.dense if codes is None else tile.coded
     if amd and codes is not None and codes.table:
-        stages = 1  # where places in a table are looked up, a second tile that waits in registers makes them spill
+        stages = 1  # with look-ups in a table, a second tile waiting in registers makes them spill
     most = _MOST_QUERIES.get(arch, _MOST_QUERIES_ELSEWHERE)
     block_m = min(most, max(16, triton.next_power_of_2(queries)))
-    # Half the registers of a thread, where the output of a program takes more than that of matrix units of their own.
+    # More warps, where the output of a program would take more than half of the registers of a thread.
     warps = 8 if most <= 32 and block_m * dim >= 32 * 256 else 4
     if codes is not None and block_m <= 32:
-        # With more, a thread's share of the tile (of 3-bit codes, of their lower two) would be less than 16 bytes.
+        # With more, a thread would load less than 16 bytes of the tile (of 3-bit codes: of their lower two bits).
         loads = block_n * dim * bit_planes(codes.bits)[0] // (8 * 16)
         warps = min(warps, max(1 if amd else 2, triton.next_power_of_2(loads // lanes(arch))))
-    # Two waves to a SIMD need 256 registers or fewer, which the compiler exceeds if it is not told.
+    # Two waves on a SIMD need 256 registers or fewer, which the compiler exceeds without this option.
     return Config(block_m, block_n, warps, stages, {"waves_per_eu": 2} if amd else {})
 
 

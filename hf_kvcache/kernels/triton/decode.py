@@ -1,4 +1,4 @@
-"""The Triton twin of attention of a few new queries over pages and full-precision tokens."""
+"""Attention of a few new queries over pages and full-precision tokens by Triton kernels."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import torch
 
 from hf_kvcache.kernels.attention import MOST_DECODED_QUERIES
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.triton import attention_cases as triton_cases
-from hf_kvcache.kernels.triton import launch as triton_launch
+from hf_kvcache.kernels.triton import attention_cases, launch
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.device import on_their_device
 from hf_kvcache.kernels.visibility import Visibility
 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
-    """Whether :func:`attend` can do this: at most 16 query tokens, no arbitrary mask, head dimensions of 16 to 256."""
-    return query.shape[2] <= MOST_DECODED_QUERIES and triton_launch.can_attend(query, pages, dense, visibility)
+    """Whether :func:`attend` can do a call: at most 16 query tokens, no mask, head dimensions from 16 to 256."""
+    return query.shape[2] <= MOST_DECODED_QUERIES and launch.can_attend(query, pages, dense, visibility)
 
 
 @on_their_device
@@ -27,27 +26,27 @@ def attend(
     scoring: Scoring,
     sums: bool = False,
 ) -> Attention:
-    """Attention of new queries over a layer's pages and full-precision tokens, as :func:`reference.attend`.
+    """As :func:`hf_kvcache.kernels.reference.decode.attend`.
 
     Keys and values enter dot products in half precision where queries are in 16 bits (dense pages in their own dtype),
     and sums are in float32.
     """
-    return triton_launch.attend(query, pages, dense, visibility, scoring, sums, own_last=False)
+    return launch.attend(query, pages, dense, visibility, scoring, sums, own_last=False)
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
-    """Specialisations of a decoding step for the compile report.
+    """Specializations of a decoding step for the compile report.
 
     3 bits at head dimension 64 are not among them: rows of 24 bytes cannot be read 16 bytes at a time.
     """
     codecs = ("unbiased4", "rotated4", "rotated8", "unbiased2", "unbiased3", "fp8", "dense")
     cases = [
-        triton_cases.pages_case(architecture, "decode", codec, dim, 1)
+        attention_cases.pages_case(architecture, "decode", codec, dim, 1)
         for dim in (64, 128, 256)
         for codec in codecs
         if (codec, dim) != ("unbiased3", 64)
     ]
     for dim in (64, 128, 256):
-        cases.append(triton_cases.dense_case(architecture, "decode", dim, 1))
-        cases.append(triton_cases.combine_case(architecture, dim))
-    return [*cases, triton_cases.sums_case(architecture)]
+        cases.append(attention_cases.dense_case(architecture, "decode", dim, 1))
+        cases.append(attention_cases.combine_case(architecture, dim))
+    return [*cases, attention_cases.sums_case(architecture)]

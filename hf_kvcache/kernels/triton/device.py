@@ -1,4 +1,4 @@
-"""Triton launches on the current device, which is not always that of the tensors: models lie on several GPUs."""
+"""Launches on the device of the tensors. Triton launches on the current device, but a model may use several GPUs."""
 
 from __future__ import annotations
 

@@ -1,23 +1,22 @@
-"""The Triton twin of attention of a long block of new queries: the kernels of ``decode`` over blocks of queries."""
+"""Attention of a long block of new queries by the Triton kernels of ``decode``, over blocks of queries."""
 
 from __future__ import annotations
 
 import torch
 
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.triton import attention_cases as triton_cases
-from hf_kvcache.kernels.triton import launch as triton_launch
+from hf_kvcache.kernels.triton import attention_cases, launch
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.device import on_their_device
 from hf_kvcache.kernels.visibility import Visibility
 
-#: Elements of partial outputs, and of scores that are kept, at a time; a longer block of queries is cut.
+#: Elements of partial outputs, and of scores for sums, at a time; a longer block of queries is cut.
 _MOST_ELEMENTS = 1 << 26
 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
-    """Whether :func:`attend` can do this: any number of query tokens, else as the twin of ``decode``."""
-    return triton_launch.can_attend(query, pages, dense, visibility)
+    """Whether :func:`attend` can do a call: any number of query tokens, no mask, head dimensions from 16 to 256."""
+    return launch.can_attend(query, pages, dense, visibility)
 
 
 @on_their_device
@@ -31,7 +30,7 @@ def attend(
 ) -> Attention:
     """Attention of many new queries, as :func:`hf_kvcache.kernels.reference.decode.attend`.
 
-    The queries' own tokens are the last full-precision ones: under causality, those behind a query's own are not read.
+    The last full-precision tokens are those of the queries. Under causality, a query reads none behind its own token.
     """
     batch, query_heads, length, _ = query.shape
     slots = dense.keys.shape[2]
@@ -44,7 +43,7 @@ def attend(
         queries = slice(start, min(start + block, length))
         seen = max(0, slots - (length - queries.stop)) if visibility.causal and not sums else slots
         parts.append(
-            triton_launch.attend(
+            launch.attend(
                 query[:, :, queries], pages, dense.until(seen), visibility.part(queries), scoring, sums, own_last=True
             )
         )
@@ -59,11 +58,11 @@ def _join(parts: list[Attention]) -> Attention:
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
-    """Specialisations of a long block of queries for the compile report."""
+    """Specializations of a long block of queries for the compile report."""
     cases = []
     for dim in (64, 128, 256):
         cases += [
-            triton_cases.pages_case(architecture, "extend", codec, dim, 512) for codec in ("unbiased4", "rotated8")
+            attention_cases.pages_case(architecture, "extend", codec, dim, 512) for codec in ("unbiased4", "rotated8")
         ]
-        cases.append(triton_cases.dense_case(architecture, "extend", dim, 512))
+        cases.append(attention_cases.dense_case(architecture, "extend", dim, 512))
     return cases

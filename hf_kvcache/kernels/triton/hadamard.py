@@ -1,4 +1,4 @@
-"""Fast Walsh-Hadamard transform for GPUs, where the width is a power of two."""
+"""The fast Walsh-Hadamard transform by a Triton kernel, for widths that are powers of two."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def _transform_kernel(
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if FLIP_BEFORE:
         value *= tl.load(signs + channel)[None, :]
-    # A stage combines neighbours and puts sums before differences, which turns the bits of the channel number by one:
-    # every stage is alike (Pease 1968), and after the last the channels stand where they were.
+    # A stage combines neighbors and puts sums before differences, which rotates the bits of the channel number by one.
+    # So all stages are alike (Pease 1968), and after the last one the channels are in their order.
     for _ in tl.static_range(LOG_D):
         left, right = tl.split(tl.reshape(value, [ROWS, D // 2, 2]))
         value = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 2, 1)), [ROWS, D])
@@ -50,7 +50,7 @@ def _transform_kernel(
 
 
 def supports(x: torch.Tensor, fmt: SideFormat) -> bool:
-    """Whether :func:`rotate` can do this; the reference's matrix product does the rest."""
+    """Whether :func:`rotate` can do a rotation. The reference does all others by a matrix product."""
     power_of_two = fmt.dim & (fmt.dim - 1) == 0
     return (
         fmt.rotation != "none"
@@ -92,12 +92,13 @@ def _signs(dim: int, device: torch.device) -> torch.Tensor:
     assert matrix is not None
     # A cached tensor made under inference_mode could not be used outside it.
     with torch.inference_mode(False):
-        # The first column of a Walsh-Hadamard matrix is positive: what is left of it are the signs.
+        # The first column of a Walsh-Hadamard matrix is positive, so the signs of this column are those of the
+        # rotation.
         return matrix[:, 0].sign()
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
-    """The usual width, and a wide one with signs."""
+    """Specializations for the compile report: the usual width, and a larger one with signs."""
     return [_case(128, "fp32", False), _case(512, "bf16", True)]
 
 

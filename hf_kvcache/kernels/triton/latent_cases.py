@@ -1,4 +1,4 @@
-"""Specialisations of the latent kernels for the compile report: DeepSeek-V2's widths (r = 512, dr = 64)."""
+"""Specializations of the latent kernels for the compile report: DeepSeek-V2's widths (r = 512, dr = 64)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
 
 
 def latent_format(codec: str, rank: int) -> SideFormat:
-    """How a codec stores latents: by a scale per token, or with 4 bits per 32 channels of one.
+    """The format in which a codec stores latents: a scale per token, or with 4 bits one for 32 channels of a token.
 
     Raises:
         KeyError: if there is no case for the codec.
@@ -106,7 +106,7 @@ def dense_case(arch: str, dtype: torch.dtype, heads: int, rank: int) -> CompileC
             **pointers,
             **_QUERY_STRIDES,
             **strides,
-            **{"position_stride": "i32", "unused_stride": "i32"},
+            **{"position_b": "i32", "unused_b": "i32"},
             **_MASK,
             **_PARTIAL,
             **_SIZES,

@@ -1,4 +1,4 @@
-"""Static launch configurations of the latent kernels, by architecture and by what is read; nothing is tuned."""
+"""Launch configurations of the latent kernels, by architecture and by what they read: static, without tuning."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from hf_kvcache.kernels.triton.sides import Side, describe_side
 
 #: Fewest channels that a dot product takes.
 LEAST_DIM = 16
-#: How dot products of float32 are done: in three parts on matrix units, they would take more registers than there are.
+#: The precision of dot products of float32. In three parts on matrix units they would need too many registers.
 PRECISION = "ieee"
-#: Splits that the merge reads at a time.
+#: Splits that ``merge_kernel`` reads at a time.
 MERGED_AT_ONCE = 16
 
-#: What a program reads: codes of pages, their elements of 16 bits, full-precision tokens of 16 bits, or anything that
-#: enters dot products in float32.
+#: What a program reads: codes of pages, 16-bit elements of pages, full-precision tokens of 16 bits, or anything whose
+#: dot products are in float32.
 Read = Literal["codes", "halves", "tokens", "singles"]
 
-#: Where a program may have 160 KiB of shared memory; it is 99 KiB elsewhere on NVIDIA's GPUs.
+#: Architectures on which a program may have 160 KiB of shared memory. On other GPUs of NVIDIA it is 99 KiB.
 _LARGE = ("sm80", "sm90", "sm100")
 
 
 def latent_config(arch: str, queries: int, read: Read) -> Config:
-    """The largest tiles that leave 8 warps on a multiprocessor and nothing spilled, from the compile report.
+    """The largest tiles with 8 warps on a multiprocessor and without spills, according to the compile report.
 
     Args:
         arch: the architecture, as in :func:`hf_kvcache.kernels.triton.configs.architecture`.
         queries: queries of a sequence: heads times query tokens.
-        read: what pages or full-precision tokens are.
+        read: what the program reads.
     """
     amd = arch.startswith("gfx")
     most = 16 if read == "singles" or (amd and read == "codes") else 32

@@ -1,4 +1,4 @@
-"""The Triton twin of absorbed multi-head latent attention."""
+"""Absorbed multi-head latent attention by Triton kernels: the launches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import SideFormat
 from hf_kvcache.kernels.reference.hadamard import rotation_signs
-from hf_kvcache.kernels.triton import latent_cases as triton_cases
+from hf_kvcache.kernels.triton import latent_cases
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import Config, architecture, programs_wanted
 from hf_kvcache.kernels.triton.device import on_their_device
@@ -65,7 +65,7 @@ def supports(
 
 
 def supports_projection(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Never: products with the projection's weights are plain matrix products, which torch leaves to cuBLAS."""
+    """Never: projections are plain matrix products, which torch leaves to cuBLAS."""
     return False
 
 
@@ -92,12 +92,12 @@ def latent_attend(
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
-    """DeepSeek-V2's widths (r = 512, dr = 64) with its 128 heads, and with 16 on each of 8 devices."""
-    return triton_cases.compile_cases(architecture)
+    """Specializations for the compile report: the widths of DeepSeek-V2 (r = 512, dr = 64), with 128 and 16 heads."""
+    return latent_cases.compile_cases(architecture)
 
 
 class _Mask(NamedTuple):
-    """A mask as the kernels take it."""
+    """The mask of a call as arguments of the kernels."""
 
     tensor: torch.Tensor
     strides: tuple[int, int, int]
@@ -108,7 +108,7 @@ class _Mask(NamedTuple):
 
 @dataclass
 class _Call:
-    """One call: its shapes, where the parts go, and what the kernels have in common."""
+    """One attention call, its sizes, and the arguments that its kernels share."""
 
     query: torch.Tensor
     pages: Pages | None
@@ -129,7 +129,7 @@ class _Call:
         return self.batch * triton.cdiv(self.rows_m, config.block_m)
 
     def per_split(self, total: int, least: int, config: Config) -> int:
-        """How many of ``total`` pages or tokens a split has, so that the device is full but no split tiny."""
+        """The pages or tokens of a split of ``total``, at least ``least``, so that the splits fill the device."""
         return max(least, triton.cdiv(total, triton.cdiv(programs_wanted(self.device), self.blocks(config))))
 
     def mask(self, unread: torch.Tensor) -> _Mask:
@@ -143,12 +143,8 @@ class _Call:
         return _Mask(mask, three, mask.shape[-1], "additive", torch.finfo(mask.dtype).min / 2)
 
     def common(self, mask: _Mask, config: Config) -> dict[str, Any]:
-        """Arguments that the kernels over pages and over full-precision tokens have in common."""
+        """The arguments that the kernels over pages and over full-precision tokens share."""
         return {
-            "mask": mask.tensor,
-            "mask_b": mask.strides[0],
-            "mask_h": mask.strides[1],
-            "mask_q": mask.strides[2],
             "mask_shift": self.visibility.start - self.visibility.mask_start,
             "mask_columns": mask.columns,
             "lowest": mask.lowest,
@@ -181,7 +177,7 @@ def _attend(call: _Call) -> Attention:
 
 
 def _configs(call: _Call) -> tuple[Config, Config, int]:
-    """Configurations of the kernels over pages and over full-precision tokens, and the pages of a split."""
+    """The configurations of the kernels over pages and over full-precision tokens, and the pages of a split."""
     compute = dense_compute(call.query.dtype, call.dense.keys.dtype, call.arch)
     dense = latent_config(call.arch, call.rows_m, "singles" if compute == tl.float32 else "tokens")
     if call.pages is None:
@@ -213,16 +209,19 @@ def _attend_pages(
         placed = 2 if pages.scattered else 1
     if placed == 2:
         positions = (pages.positions(0, pages.columns) - start).int()
+    mask = call.mask(partial)
     pages_kernel[call.blocks(config), splits](
         query,
-        *query.stride()[:3],
         turned,
-        *turned.stride()[:3],
         uploaded,
         positions,
         level_tables(formats[0].table, formats[1].table, call.device),
-        partial=partial,
-        partial_lse=lse,
+        mask.tensor,
+        partial,
+        lse,
+        *query.stride()[:3],
+        *turned.stride()[:3],
+        *mask.strides,
         columns=pages.columns,
         per_split=per_split,
         LATENTS=latents,
@@ -230,7 +229,7 @@ def _attend_pages(
         BLOCK_N=min(config.block_n, latents.page_pad),
         FULL=pages.full,
         PLACED=placed,
-        **call.common(call.mask(partial), config),
+        **call.common(mask, config),
     )
 
 
@@ -245,21 +244,24 @@ def _attend_dense(
     rotary_dim = dense.values.shape[-1]
     positions = partial if dense.positions is None else dense.positions
     unused = partial if dense.unused is None else dense.unused.view(torch.uint8)
+    mask = call.mask(partial)
     dense_kernel[call.blocks(config), triton.cdiv(call.slots, per_split)](
         call.query,
-        *call.query.stride()[:3],
         dense.keys,
+        dense.values,
+        positions,
+        unused,
+        mask.tensor,
+        partial,
+        lse,
+        *call.query.stride()[:3],
         dense.keys.stride(0),
         dense.keys.stride(2),
-        dense.values,
         dense.values.stride(0),
         dense.values.stride(2),
-        positions,
         positions.stride(0),
-        unused,
         unused.stride(0),
-        partial=partial,
-        partial_lse=lse,
+        *mask.strides,
         slots=call.slots,
         per_split=per_split,
         first_split=first_split,
@@ -272,7 +274,7 @@ def _attend_dense(
         BLOCK_N=config.block_n,
         PLACED=dense.positions is not None,
         UNUSED=dense.unused is not None,
-        **call.common(call.mask(partial), config),
+        **call.common(mask, config),
     )
 
 

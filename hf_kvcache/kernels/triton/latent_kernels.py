@@ -1,9 +1,9 @@
 """Absorbed multi-head latent attention in Triton: over pages, over full-precision tokens, and the merge of both.
 
-A program reads a tile of latents once and uses it twice, as keys and as values, for up to 64 rows (query heads times
-queries), which is what makes the cache's bytes the only traffic that counts (FlashMLA does the same). All heads read
-the same latents, so in the terms of ``triton_attention`` there is one KV head, and a row is a sequence. Programs leave
-partial outputs with their log-sum-exp in base 2; those of pages are in the rotated basis.
+A program reads a block of latents once and uses it twice, as keys and as values, for up to 64 queries (query heads
+times query tokens). So the bytes of the cache are nearly all that is read from memory, as in FlashMLA. All heads read
+the same latents: there is one KV head, and a row is a sequence. :mod:`~hf_kvcache.kernels.triton.attention_parts`
+describes how the work is divided. The partial outputs of pages are in the rotated basis.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_kvcache.kernels.triton.attention_kernels import (
+from hf_kvcache.kernels.triton.attention_parts import (
     LN_2,
     LOG2_E,
     SMALLEST_SCALE,
+    empty_softmax,
     finish_scores,
     load_query,
     locate,
-    normalise,
+    locate_slots,
+    locate_tokens,
+    normalize,
+    page_positions,
     sees,
+    slot_positions,
     store_partial,
     weigh,
 )
@@ -41,9 +46,9 @@ def _either(a, b):
 
 @triton.jit
 def _decoded_once(x):
-    """``x`` in 16 bits, as it is. To the compiler it is a sum, behind which it does not reach.
+    """``x`` of 16 bits, unchanged. The compiler takes the result for a sum, and does not move the decoding behind it.
 
-    Else it would give every warp its own codes to decode for each of the two dot products: three times the work.
+    Otherwise it would let every warp decode its own part of the codes for each dot product, three times the work.
     """
     bits = x.to(tl.uint16, bitcast=True)
     return tl.reduce(tl.join(bits, tl.zeros_like(bits)), 2, _either).to(x.dtype, bitcast=True)
@@ -53,7 +58,7 @@ def _decoded_once(x):
 def _load_latents(
     record, first, held, table, channel, there, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr
 ):
-    """Latents ``[n, R]`` of a page in the type of computation, without the scale of a token where that is folded."""
+    """Latents ``[n, R]`` of a page in the type of computation, without the scales of tokens if they are folded."""
     x = _decode_latents(record, first, held, table, channel, there, side, n, masked)
     if side.level != "dense" and side.compute == tl.float16:
         x = _decoded_once(x)
@@ -88,10 +93,10 @@ def _load_groups(record, at: tl.constexpr, first, held, side: tl.constexpr, n: t
 
 
 @triton.jit
-def _obey(
+def _apply_mask(
     scores, mask, stride_h, stride_q, m, rows_m, column, columns, keep, lowest, GROUP: tl.constexpr, MASK: tl.constexpr
 ):
-    """Scores in base 2 of keys in the mask's columns ``column [BLOCK_N]``, -inf where it hides them from a query."""
+    """Scores in base 2 of keys in the columns ``column [BLOCK_N]`` of the mask, -inf where the mask hides them."""
     rows = (m % GROUP).to(tl.int64) * stride_h + (m // GROUP).to(tl.int64) * stride_q
     inside = (m < rows_m)[:, None] & (keep & (column >= 0) & (column < columns))[None, :]
     said = tl.load(mask + rows[:, None] + column[None, :], mask=inside, other=0)
@@ -104,23 +109,29 @@ def _obey(
 
 @triton.jit(do_not_specialize=["rows", "columns", "per_split", "rows_m", "window", "mask_shift", "mask_columns"])
 def pages_kernel(
+    # Query.
     query,
-    query_b,
-    query_h,
-    query_q,
     turned_query,
-    turned_b,
-    turned_h,
-    turned_q,
+    # Pages.
     pages,
     positions,
     tables,
+    # Mask.
     mask,
+    # Outputs.
+    partial,
+    partial_lse,
+    # Strides.
+    query_b,
+    query_h,
+    query_q,
+    turned_b,
+    turned_h,
+    turned_q,
     mask_b,
     mask_h,
     mask_q,
-    partial,
-    partial_lse,
+    # Sizes and scoring.
     rows,
     columns,
     per_split,
@@ -131,12 +142,14 @@ def pages_kernel(
     inner,
     softcap,
     lowest,
+    # Constant sizes.
     LATENTS: tl.constexpr,
     ROTARY: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    # Switches.
     FULL: tl.constexpr,
     PLACED: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -150,78 +163,67 @@ def pages_kernel(
 
     Args:
         query: ``[B, H, q, r]`` in the rotated basis of the latents; the last dimension is contiguous.
-        query_b: elements between its sequences; then between its heads and tokens.
-        turned_query: ``[B, H, q, dr]`` in the rotated basis of the rotary keys, likewise; not read without ``ROTARY``.
+        turned_query: ``[B, H, q, dr]`` in the rotated basis of the rotary keys; the last dimension is contiguous. Not
+            read without ``ROTARY``.
         pages: int64 ``[3, rows, columns]``: addresses of the records, token counts, first positions.
         positions: int32 ``[rows, columns, P]``; read if ``PLACED == 2``. Positions are relative to the first query's.
         tables: fp32 ``[2, 16]``, the levels of latents and rotary keys; read where a side has ``level="table"``.
         mask: ``[B, H or 1, q or 1, mask_columns]`` of bytes or floats; read if there is a ``MASK``. The last dimension
-            is contiguous; the strides of the others are 0 where they are 1.
+            is contiguous; the stride of a dimension of size 1 is 0.
         partial: fp32 ``[splits, rows, rows_m, r]``, written.
         partial_lse: fp32 ``[splits, rows, rows_m]``, written.
+        query_b, query_h, query_q: elements between sequences, heads and tokens of the query; for the rotary part of the
+            query (``turned_b`` ...) and the mask (``mask_b`` ...) likewise.
         rows: sequences.
         columns: pages of a row.
         per_split: pages of a split.
         rows_m: queries of a row.
-        window: tokens a query sees, itself included; heeded if ``WINDOW``.
-        mask_shift: the mask's column of the first query's position.
+        window: tokens a query sees, itself included; used if ``WINDOW``.
+        mask_shift: the column of the mask for the position of the first query.
         inner: factor of the dot products.
-        softcap: soft cap of the scores; heeded if ``SOFTCAP``.
+        softcap: soft cap of the scores; used if ``SOFTCAP``.
         lowest: what an additive mask must exceed to let a query see.
         LATENTS: the side of a page that holds the latents.
         ROTARY: the side that holds the rotary keys; None if there are none.
         GROUP: query heads.
         BLOCK_M: queries of a program.
-        BLOCK_N: tokens of a page that are taken at a time.
+        BLOCK_N: tokens of a page that are computed at a time.
         STAGES: depth of the software pipeline.
         FULL: whether every place of every page holds a token.
         PLACED: 0 if all queries see all tokens, 1 if pages hold tokens side by side, 2 if ``positions`` says where.
-        CAUSAL: whether a query sees no later token; heeded if ``PLACED``.
-        WINDOW: whether there is a sliding window; heeded if ``PLACED``.
-        MASK: ``"bool"``, ``"additive"`` or ``"none"``; heeded if ``PLACED``.
+        CAUSAL: whether a query sees no later token; used if ``PLACED``.
+        WINDOW: whether there is a sliding window; used if ``PLACED``.
+        MASK: ``"bool"``, ``"additive"`` or ``"none"``; used if ``PLACED``.
         SOFTCAP: whether scores are capped.
     """
     TILES: tl.constexpr = LATENTS.page_pad // BLOCK_N
     MASKED: tl.constexpr = not FULL or LATENTS.page != LATENTS.page_pad
-    # Decoded latents go through shared memory. The fragments of 32 queries would be read before the barrier and wait in
-    # registers, and those are not enough; as the second factor they are read behind it.
+    # Decoded latents go through shared memory. As the first factor, the fragments of 32 queries would be read before
+    # the barrier and wait in registers, of which there are not enough. As the second factor they are read after it.
     SWAPPED: tl.constexpr = BLOCK_M == 32 and LATENTS.level != "dense"
     row, batch, head, m = locate(rows_m, 1, BLOCK_M)
     split = tl.program_id(1)
     channel, there = channels(LATENTS)
-    table = tl.zeros([16], LATENTS.compute)
-    if LATENTS.level == "table":
-        table = load_table(tables, LATENTS)
+    table = load_table(tables, LATENTS)
     q = load_query(query, query_b, query_h, query_q, batch, head, m, rows_m, channel, there, GROUP)
-    q, q_peak = normalise(q, LATENTS)
+    q, q_peak = normalize(q, LATENTS)
     q_sum = tl.sum(q.to(tl.float32), 1)
     if ROTARY is not None:
         turned_channel, turned_there = channels(ROTARY)
-        turned_table = tl.zeros([16], ROTARY.compute)
-        if ROTARY.level == "table":
-            turned_table = load_table(tables + 16, ROTARY)
+        turned_table = load_table(tables + 16, ROTARY)
         turned = load_query(
             turned_query, turned_b, turned_h, turned_q, batch, head, m, rows_m, turned_channel, turned_there, GROUP
         )
-        turned, turned_peak = normalise(turned, ROTARY)
+        turned, turned_peak = normalize(turned, ROTARY)
     ones = tl.full([BLOCK_M], 1.0, tl.float32)
     none = tl.zeros([BLOCK_M], tl.float32)
     mask += batch.to(tl.int64) * mask_b
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    peak, total = empty_softmax(BLOCK_M)
     offset = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.full([BLOCK_M, LATENTS.dim], 0.0, tl.float32)
     last = tl.minimum((split + 1) * per_split, columns)
     for tile in tl.range(split * per_split * TILES, last * TILES, num_stages=STAGES):
-        place = row.to(tl.int64) * columns + tile // TILES
-        first = tile % TILES * BLOCK_N
-        token = first + tl.arange(0, BLOCK_N)
-        count = tl.full([], LATENTS.page, tl.int32)
-        if not FULL:
-            count = tl.load(pages + rows.to(tl.int64) * columns + place).to(tl.int32)
-        held = count - first
-        keep = token < count
-        record = tl.multiple_of(tl.load(pages + place).to(tl.pointer_type(tl.uint8)), 16)
+        place, first, token, held, keep, record = locate_tokens(pages, row, rows, columns, tile, LATENTS, BLOCK_N, FULL)
         latents = _load_latents(record, first, held, table, channel, there, LATENTS, BLOCK_N, MASKED)
         if SWAPPED:
             scores = tl.trans(tl.dot(latents, tl.trans(q), input_precision=LATENTS.precision))
@@ -245,21 +247,18 @@ def pages_kernel(
             scores += tl.dot(turned, tl.trans(keys), input_precision=ROTARY.precision) * turned_peak[:, None]
         scores = finish_scores(scores, ones, none, inner, softcap, SOFTCAP)
         if PLACED > 0:
-            if PLACED == 2:
-                at = tl.load(positions + place * LATENTS.page + token, mask=keep, other=0)
-            else:
-                at = tl.load(pages + 2 * rows.to(tl.int64) * columns + place).to(tl.int32) + token
+            at = page_positions(pages, positions, place, rows, columns, token, keep, LATENTS, PLACED)
             seen = sees(at, m, window, keep, GROUP, CAUSAL, WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
             if MASK != "none":
-                scores = _obey(
+                scores = _apply_mask(
                     scores, mask, mask_h, mask_q, m, rows_m, at + mask_shift, mask_columns, keep, lowest, GROUP, MASK
                 )
         elif MASKED:
             scores = tl.where(keep[None, :], scores, float("-inf"))
         height = scores
         if LATENTS.folded:
-            # As in ``triton_attention``: it is the product of weight and scale that must not leave half precision.
+            # The product of weight and scale must stay in the range of half precision, as in ``attention_kernels``.
             height = scores + tl.log2(tl.maximum(tl.abs(scale), SMALLEST_SCALE))[None, :]
         weights, decay, peak, total = weigh(scores, height, peak, total)
         if LATENTS.zero and LATENTS.folded:
@@ -285,26 +284,32 @@ def pages_kernel(
     ]
 )
 def dense_kernel(
+    # Query.
     query,
+    # Full-precision tokens.
+    latents,
+    rotary,
+    positions,
+    unused,
+    # Mask.
+    mask,
+    # Outputs.
+    partial,
+    partial_lse,
+    # Strides.
     query_b,
     query_h,
     query_q,
-    latents,
     latent_b,
     latent_n,
-    rotary,
     rotary_b,
     rotary_n,
-    positions,
-    position_stride,
-    unused,
-    unused_stride,
-    mask,
+    position_b,
+    unused_b,
     mask_b,
     mask_h,
     mask_q,
-    partial,
-    partial_lse,
+    # Sizes and scoring.
     rows,
     slots,
     per_split,
@@ -317,6 +322,7 @@ def dense_kernel(
     inner,
     softcap,
     lowest,
+    # Constant sizes.
     R: tl.constexpr,
     DR: tl.constexpr,
     DR_PAD: tl.constexpr,
@@ -326,6 +332,7 @@ def dense_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    # Switches.
     PLACED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -335,17 +342,19 @@ def dense_kernel(
 ):
     """Attention of ``BLOCK_M`` queries of a sequence over a split of full-precision tokens.
 
-    Arguments that :func:`pages_kernel` has too mean the same, with the query in the model's basis and both of its parts
-    behind each other.
+    The query ``[B, H, q, r + dr]`` is in the model's basis, its rotary part last. All other arguments are described
+    here or in :func:`pages_kernel`.
 
     Args:
-        latents: ``[B, slots, r]``; the last dimension is contiguous. Strides in elements follow.
-        rotary: ``[B, slots, dr]``, likewise; not read if ``DR`` is 0.
+        latents: ``[B, slots, r]``; the last dimension is contiguous.
+        rotary: ``[B, slots, dr]``; the last dimension is contiguous. Not read if ``DR`` is 0.
         positions: int64 ``[B, slots]``; read if ``PLACED``.
         unused: uint8 ``[B, slots]``, 1 where there is no token; read if ``UNUSED``.
+        latent_b, latent_n: elements between sequences and slots of the latents; for the rotary keys likewise.
+        position_b, unused_b: elements between sequences of the positions and of ``unused``.
         slots: number of slots.
         per_split: slots of a split, a multiple of ``BLOCK_N``.
-        first_split: index of the first split in ``partial``, behind those of the pages.
+        first_split: index of the first split in ``partial``, after the splits of the pages.
         start: position of the first query.
         DR_PAD: ``DR`` rounded up to a power of two that dot products take.
         COMPUTE: type in which dot products take latents and rotary keys.
@@ -366,18 +375,13 @@ def dense_kernel(
     latents += batch.to(tl.int64) * latent_b
     rotary += batch.to(tl.int64) * rotary_b
     mask += batch.to(tl.int64) * mask_b
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    peak, total = empty_softmax(BLOCK_M)
     acc = tl.zeros([BLOCK_M, R], tl.float32)
     last = tl.minimum((split + 1) * per_split, slots)
     for first in tl.range(split * per_split, last, BLOCK_N, num_stages=STAGES):
-        slot = first + tl.arange(0, BLOCK_N)
-        keep = slot < slots
-        if UNUSED:
-            empty = tl.load(unused + batch.to(tl.int64) * unused_stride + slot, mask=keep, other=1)
-            keep = keep & (empty == 0)
+        slot, keep = locate_slots(unused, unused_b, batch, first, slots, BLOCK_N, UNUSED)
         slot64 = slot.to(tl.int64)
-        # What stands in an unused slot may be anything, and 0 times infinity is not 0.
+        # An unused slot may hold anything, infinity included, and 0 times infinity is not 0.
         tile = tl.load(latents + slot64[:, None] * latent_n + channel[None, :], mask=keep[:, None], other=0.0)
         tile = tile.to(COMPUTE)
         scores = tl.dot(q, tl.trans(tile), input_precision=PRECISION)
@@ -391,10 +395,10 @@ def dense_kernel(
         scores = finish_scores(scores, ones, none, inner, softcap, SOFTCAP)
         seen = keep[None, :]
         if PLACED:
-            at = tl.load(positions + batch.to(tl.int64) * position_stride + slot, mask=keep, other=0) - start
+            at = slot_positions(positions, position_b, batch, slot, keep, start)
             seen = sees(at, m, window, keep, GROUP, CAUSAL, WINDOW)
             if MASK != "none":
-                scores = _obey(
+                scores = _apply_mask(
                     scores, mask, mask_h, mask_q, m, rows_m, at + mask_shift, mask_columns, keep, lowest, GROUP, MASK
                 )
         scores = tl.where(seen, scores, float("-inf"))
@@ -406,7 +410,7 @@ def dense_kernel(
 
 @triton.jit
 def _sum_parts(partial, partial_lse, first, last, row, rows, m, rows_m, total, R: tl.constexpr, BLOCK_S: tl.constexpr):
-    """fp32 ``[R]``: the outputs of splits ``first`` to ``last``, each by its share in a log-sum-exp ``total``."""
+    """fp32 ``[R]``: the sum of the outputs of splits ``first`` to ``last``, each times its share in ``total``."""
     channel = tl.arange(0, R)
     shift = tl.where(total == float("-inf"), 0.0, total)
     result = tl.zeros([R], tl.float32)
@@ -421,7 +425,7 @@ def _sum_parts(partial, partial_lse, first, last, row, rows, m, rows_m, total, R
 
 @triton.jit
 def _rotate_back(x, signs, R: tl.constexpr, LOG_R: tl.constexpr, SIGNED: tl.constexpr):
-    """fp32 ``[R]`` out of the rotated basis: the transform of ``kernels/hadamard``, for a single vector."""
+    """fp32 ``[R]`` from the rotated basis to the model's, by the transform of ``hadamard.py`` for a single vector."""
     for _ in tl.static_range(LOG_R):
         left, right = tl.split(tl.reshape(x, [R // 2, 2]))
         x = tl.reshape(tl.permute(tl.join(left + right, left - right), (1, 0)), [R])
@@ -433,20 +437,26 @@ def _rotate_back(x, signs, R: tl.constexpr, LOG_R: tl.constexpr, SIGNED: tl.cons
 
 @triton.jit(do_not_specialize=["rows", "rows_m", "page_splits", "splits"])
 def merge_kernel(
+    # Partial results.
     partial,
     partial_lse,
+    # Rotation and sinks.
     signs,
     sinks,
+    # Outputs.
     output,
     log_sum_exp,
+    # Sizes.
     rows,
     rows_m,
     page_splits,
     splits,
+    # Constant sizes.
     R: tl.constexpr,
     LOG_R: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    # Switches.
     ROTATED: tl.constexpr,
     SIGNED: tl.constexpr,
     SINKS: tl.constexpr,
@@ -462,7 +472,7 @@ def merge_kernel(
         log_sum_exp: fp32 ``[B, H, q]``, written.
         LOG_R: the logarithm of ``R`` in base 2.
         BLOCK_S: splits that are read at a time.
-        ROTATED: whether the rotated basis is another than the model's.
+        ROTATED: whether the partial outputs of pages are in a rotated basis.
     """
     m, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     peak = tl.full([], float("-inf"), tl.float32)

@@ -1,4 +1,4 @@
-"""Launches the Triton attention kernels: what ``decode`` and ``extend`` share on the host's side."""
+"""Launches of the Triton attention kernels, for ``decode`` and ``extend``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from hf_kvcache.kernels.triton.sides import TRITON_TYPES, Side, describe_side, l
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
-#: Elements of a block of queries up to which a scale per channel goes into them: of more, a second copy spills.
+#: Elements of a block of queries up to which scales per channel are folded into them. A scaled copy of more would
+#: spill.
 _MOST_FOLDED_ELEMENTS = 4096
 #: Pages and full-precision tokens of a split, at least.
 _LEAST_PAGES, _LEAST_TOKENS = 2, 128
@@ -37,7 +38,7 @@ _COMBINE_QUERIES = 16
 
 
 def can_attend(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
-    """Whether the kernels can do a call: no mask, dtypes of 16 or 32 bits, head dimensions of 16 to 256."""
+    """Whether the kernels can do a call: no mask, dtypes of 16 or 32 bits, head dimensions from 16 to 256."""
     if visibility.mask is not None:
         return False
     tensors = (query, dense.keys, dense.values)
@@ -63,20 +64,20 @@ def page_sides(layout: PageLayout, dtype: torch.dtype, block_m: int, arch: str) 
 
 
 def codes_of(layout: PageLayout) -> Codes | None:
-    """What the codes of pages are; None if both sides are full-precision elements."""
+    """The kind of codes in pages; None if both sides are full-precision elements."""
     coded = [fmt for fmt in layout.sides.values() if fmt.level != "dense"]
     return Codes(min(fmt.bits for fmt in coded), any(fmt.level == "table" for fmt in coded)) if coded else None
 
 
 def dense_compute(query: torch.dtype, stored: torch.dtype, arch: str) -> Any:
     """The Triton type in which dot products take full-precision tokens."""
-    if query != stored or (arch == "cpu" and stored == torch.bfloat16):  # which the interpreter does wrong
+    if query != stored or (arch == "cpu" and stored == torch.bfloat16):  # the interpreter computes these wrongly
         return tl.float32
     return TRITON_TYPES[stored]
 
 
 def scoring_arguments(visibility: Visibility, scoring: Scoring) -> dict[str, Any]:
-    """What the kernels are told of how scores are made and which of them count."""
+    """The arguments of the kernels that say how scores are made and which keys a query sees."""
     return {
         "window": visibility.window or 0,
         "inner": scoring.inner,
@@ -89,7 +90,7 @@ def scoring_arguments(visibility: Visibility, scoring: Scoring) -> dict[str, Any
 
 @dataclass
 class _Call:
-    """One attention call: its shapes, where the parts go, and what they have in common."""
+    """One attention call, its sizes, and the arguments that its kernels share."""
 
     query: torch.Tensor
     pages: Pages | None
@@ -119,7 +120,7 @@ class _Call:
         return self.rows * triton.cdiv(self.rows_m, block_m)
 
     def per_split(self, total: int, least: int, block_m: int) -> int:
-        """How many of ``total`` pages or tokens a split has, so that the device is full but no split tiny."""
+        """The pages or tokens of a split of ``total``, at least ``least``, so that the splits fill the device."""
         splits = triton.cdiv(programs_wanted(self.device), self.blocks(block_m))
         return max(least, triton.cdiv(total, splits))
 
@@ -129,7 +130,7 @@ class _Call:
 
     @property
     def common(self) -> dict[str, Any]:
-        """Arguments that the kernels over pages and over full-precision tokens have in common."""
+        """The arguments that the kernels over pages and over full-precision tokens share."""
         return {
             "rows": self.rows,
             "rows_m": self.rows_m,
@@ -149,10 +150,10 @@ def attend(
     sums: bool,
     own_last: bool,
 ) -> Attention:
-    """Attention of all queries in one go; see :func:`hf_kvcache.kernels.reference.decode.attend`.
+    """Attention of all queries at once; see :func:`hf_kvcache.kernels.reference.decode.attend`.
 
     Args:
-        own_last: whether the last full-precision tokens are the queries' own, one each.
+        own_last: whether the last full-precision tokens are those of the queries, one each.
     """
     call = _Call(query, pages, dense, visibility, scoring, sums)
     page_config, dense_config, page_tokens = _configs(call)
@@ -174,7 +175,7 @@ def attend(
 
 
 def _configs(call: _Call) -> tuple[Config, Config, int]:
-    """Configurations of the kernels over pages and over full-precision tokens, and the pages of a split."""
+    """The configurations of the kernels over pages and over full-precision tokens, and the pages of a split."""
     dim = max(call.query.shape[-1], call.value_dim)
     dense = call.config(dim, None)
     if call.pages is None:
@@ -208,7 +209,6 @@ def _attend_pages(
     block_n = min(config.block_n, keys.page_pad)
     pages_kernel[call.blocks(config.block_m), splits](
         query,
-        *query.stride()[:3],
         uploaded,
         positions,
         partial if pages.key_mean is None else pages.key_mean,
@@ -216,6 +216,7 @@ def _attend_pages(
         partial,
         lse,
         kept_scores,
+        *query.stride()[:3],
         columns=pages.columns,
         per_split=per_split,
         KEYS=keys,
@@ -249,18 +250,18 @@ def _attend_dense(
     unused = partial if dense.unused is None else dense.unused.view(torch.uint8)
     dense_kernel[call.blocks(config.block_m), triton.cdiv(call.slots, per_split)](
         call.query,
-        *call.query.stride()[:3],
         dense.keys,
-        *dense.keys.stride()[:3],
         dense.values,
-        *dense.values.stride()[:3],
         positions,
-        positions.stride(0),
         unused,
-        unused.stride(0),
         partial,
         lse,
         kept_scores,
+        *call.query.stride()[:3],
+        *dense.keys.stride()[:3],
+        *dense.values.stride()[:3],
+        positions.stride(0),
+        unused.stride(0),
         slots=call.slots,
         per_split=per_split,
         first_split=first_split,
@@ -322,12 +323,12 @@ def _combine(
 
 
 def combine_shape(dim_pad: int) -> tuple[int, int]:
-    """Channels that ``combine_kernel`` rotates back at a time, and its warps."""
+    """The channels that ``combine_kernel`` rotates back at a time, and its warps."""
     return min(dim_pad, 32), 4 if dim_pad <= 128 else 8
 
 
 def sums_shape(arch: str) -> tuple[int, int]:
-    """Keys of a program of ``sums_kernel``, of which each thread takes as many as one load brings, and its warps."""
+    """The keys of a program of ``sums_kernel``, so many that each thread loads 16 bytes at once, and its warps."""
     return 512, 2 if arch.startswith("gfx") else 4
 
 

@@ -199,9 +199,7 @@ def _decode_kernel(records, stride, tables, out, SIDE: tl.constexpr, TOKENS: tl.
     page = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * TOKENS
     channel, there = channels(SIDE)
-    table = tl.zeros([16], SIDE.compute)
-    if SIDE.level == "table":
-        table = load_table(tables, SIDE)
+    table = load_table(tables, SIDE)
     held = tl.full([], SIDE.page, tl.int32) - first
     x = load_elements(records + page * stride, first, held, table, channel, there, SIDE, TOKENS, True)
     token = first + tl.arange(0, TOKENS)

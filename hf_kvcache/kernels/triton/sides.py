@@ -1,8 +1,8 @@
-"""One side of a page inside Triton kernels: what is known at compile time, and the functions that read it.
+"""One side of a page inside Triton kernels: its compile-time description, and the functions that read it.
 
-A row of codes is unpacked segment by segment, and a segment that is no power of two wide is padded to one. So kernels
-see channels in *padded order*: place ``s * segment_pad + j`` is channel ``s * segment + j``, or nothing where ``j`` is
-not below ``segment``. Where the head dimension is a power of two that is the natural order.
+A row of codes is unpacked segment by segment, and a segment whose width is no power of two is padded to the next one.
+So kernels see channels in *padded order*: place ``s * segment_pad + j`` is channel ``s * segment + j`` if ``j <
+segment``, and else padding. If the head dimension is a power of two, padded order is the order of the channels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LEAST = 16
 
 @dataclass(frozen=True)
 class Side:
-    """Compile-time description of a side.
+    """The compile-time description of a side.
 
     Attributes:
         dim: width of a token's vector.
@@ -51,9 +51,9 @@ class Side:
         element: element type of ``level="dense"``.
         compute: type in which dot products take this side.
         precision: how dot products of fp32 are to be done.
-        middle: what is taken off codes that are summed over tokens in half precision, and zero points make up for.
-            Weights are rounded there by so much of themselves, and a mean that all codes share would make one error of
-            those of all channels, which the rotation back then gathers in its first.
+        middle: what is subtracted from codes that are summed over tokens in half precision; zero points add it again.
+            The rounding errors of the weights are multiplied by the codes. With a mean that all codes share they would
+            be alike in all channels, and the rotation back would gather them in the first channel.
     """
 
     dim: int
@@ -93,7 +93,7 @@ def describe_side(
         layout: the layout of the records.
         name: ``"keys"`` or ``"values"``.
         compute: Triton type in which dot products take this side.
-        fold: whether scales shall be folded where a whole page or row shares them.
+        fold: whether to fold the scales if a whole page or row shares them.
         precision: how dot products of fp32 are to be done, as in ``tl.dot``.
         weighed: whether the side is summed over tokens, as values are.
     """
@@ -134,7 +134,7 @@ def describe_side(
 
 @lru_cache(maxsize=32)
 def level_tables(keys: tuple[float, ...], values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """fp32 ``[2, 16]``: the levels of keys and of values, 0 behind their end."""
+    """fp32 ``[2, 16]``: the levels of keys and of values, padded with 0."""
     # A cached tensor made under inference_mode could not be used outside it.
     with torch.inference_mode(False):
         padded = [list(table) + [0.0] * (16 - len(table)) for table in (keys, values)]
@@ -151,7 +151,7 @@ def channels(side: tl.constexpr):
 
 @triton.jit
 def load_tile(pointer, offsets, held, there, masked: tl.constexpr):
-    """Elements ``[N, S]`` of the first ``held`` rows and of the columns that are ``there [S]``, 0 elsewhere."""
+    """Elements ``[N, S]`` of the first ``held`` rows and of the columns ``there [S]``, 0 elsewhere."""
     if masked:
         keep = tl.arange(0, offsets.shape[0]) < held
         return tl.load(pointer + offsets, mask=keep[:, None] & there[None, :], other=0)
@@ -166,7 +166,7 @@ def load_codes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked:
     Args:
         record: uint8 pointer to the record.
         first: the first of the tokens.
-        held: how many of them there are to read; the codes of the rest are 0.
+        held: how many of them to read; the codes of the others are 0.
         side: description of the side.
         n: number of tokens.
         masked: whether ``held`` may be less than ``n``.
@@ -177,7 +177,7 @@ def load_codes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked:
     there = j < side.segment
     rows = (first + tl.arange(0, n))[:, None] * row_bytes
     if row_bytes == side.segment_pad:
-        # Flat, so that loads are as wide as can be whatever the length of a row.
+        # Flat, so that loads have their full width for rows of any length.
         low = _load_flat(record + side.codes_at + first * row_bytes, n * row_bytes, held * row_bytes, masked)
         low = tl.reshape(low, [n, side.segment_pad])
     else:
@@ -185,7 +185,7 @@ def load_codes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked:
     high = low
     high_shift = j
     if side.bits == 3:
-        # The high bits of neighbours are neighbours too, and come around every dim / 8 bytes.
+        # The high bits of neighbors are neighbors too, in rows of dim / 8 bytes.
         eighth: tl.constexpr = side.dim // 8
         high = load_tile(record + side.codes_at + side.segment, rows + (j % eighth)[None, :], held, there, some)
         high_shift = j // eighth
@@ -233,21 +233,24 @@ def _code(low, high, high_shift, segment: tl.constexpr, side: tl.constexpr):
 
 @triton.jit
 def load_table(tables, side: tl.constexpr):
-    """The levels of a side in its type of computation, from fp32 ``tables``; anything where it has none."""
-    return tl.load(tables + tl.arange(0, 16)).to(side.compute)
+    """The levels of a side in its type of computation, from fp32 ``tables``; zeros for a side without a table."""
+    if side.level == "table":
+        return tl.load(tables + tl.arange(0, 16)).to(side.compute)
+    else:
+        return tl.zeros([16], side.compute)
 
 
 @triton.jit
 def levels_of(code, table, side: tl.constexpr, compute: tl.constexpr):
     """The numbers in type ``compute`` that codes uint8 ``[N, dim_pad]`` stand for, less the middle, before scaling."""
     if side.level == "table":
-        # Flat, since the compiler then looks up in shared memory: in two dimensions it shuffles registers, three times
-        # as many instructions.
+        # Flat: then the compiler looks up in shared memory. In two dimensions it shuffles registers, which takes three
+        # times as many instructions.
         flat = tl.reshape(code, [code.shape[0] * code.shape[1]]).to(tl.int32)
         return tl.reshape(tl.gather(table, flat, 0), [code.shape[0], code.shape[1]]).to(compute)
     elif side.level == "float8":
-        # e4m3 is half precision without three of the exponent's bits: the same bits stand for a number 2**8 times too
-        # small. All GPUs can do this, and unlike the conversion it is right in the interpreter.
+        # e4m3 has the layout of half precision with three bits less of exponent, so the same bits are a number that is
+        # 2**8 times too small. All GPUs can do this, and unlike the conversion it is right in the interpreter.
         bits = ((code & 0x80).to(tl.uint16) << 8) | ((code & 0x7F).to(tl.uint16) << 7)
         return bits.to(tl.float16, bitcast=True).to(compute) * 256.0
     elif compute == tl.float16:
@@ -262,7 +265,7 @@ def load_per_channel(record, at: tl.constexpr, channel, there, held, side: tl.co
     """A field of one number per channel as fp32 ``[dim_pad]``, 0 where there is no channel or nothing is held."""
     pointer = (record + at).to(tl.pointer_type(tl.float16))
     if masked or side.segment != side.segment_pad:
-        # A page that is not there has no memory either.
+        # Without a page there is no memory to read.
         some = held + tl.zeros_like(channel) > 0  # a vector: the interpreter makes no mask of a scalar and a vector
         return tl.load(pointer + channel, mask=there & some, other=0.0).to(tl.float32)
     else:
@@ -285,7 +288,7 @@ def load_elements(
     Args:
         record: uint8 pointer to the record.
         first: the first of the tokens.
-        held: how many of them there are to read; the rest are 0.
+        held: how many of them to read; the others are 0.
         table: what :func:`load_table` gave.
         channel: int32 ``[dim_pad]`` from :func:`channels`.
         there: bool ``[dim_pad]`` from :func:`channels`.

@@ -15,7 +15,7 @@ from tests.kernels.cpu.cases import Call
 
 
 class Expected(NamedTuple):
-    """What attention should give, float64; the attention sums are always there, ``[B, Hq, 0]`` without pages."""
+    """The expected result in float64. There are always attention sums, ``[B, Hq, 0]`` without pages."""
 
     output: torch.Tensor
     log_sum_exp: torch.Tensor
@@ -47,7 +47,7 @@ def _slice(record: np.ndarray, offset: int, length: int) -> np.ndarray:
 
 
 def _levels(fmt: SideFormat, raw: np.ndarray) -> np.ndarray:
-    """What the codes ``[P, bytes]`` stand for before scaling, ``[P, D]``."""
+    """The levels ``[P, D]`` of the codes ``[P, bytes]``, before scaling."""
     if fmt.dense_dtype is not None:
         return torch.from_numpy(raw).view(fmt.dense_dtype).double().numpy()
     if fmt.level == "float8":
@@ -99,7 +99,7 @@ def attend(call: Call) -> Expected:
 
 
 def _softmax(scores: np.ndarray, sink: float) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of ``scores [q, T]`` beside a sink logit, and log-sum-exp ``[q]``; 0 and -inf for no key at all."""
+    """Probabilities of ``scores [q, T]`` beside a sink logit, and log-sum-exp ``[q]``; 0 and -inf without a key."""
     top = np.maximum(scores.max(1, initial=-np.inf), sink)
     shift = np.where(top == -np.inf, 0.0, top)[:, None]
     weights = np.exp(scores - shift)

@@ -1,4 +1,4 @@
-"""Calls of the attention kernels: random pages of any format, and everything that a call may bring along."""
+"""Calls of the attention kernels: random pages of any format, and every option of a call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPARE_COLUMNS = 3
 
 
 class Call(NamedTuple):
-    """The arguments of ``attend``, but for ``sums``."""
+    """The arguments of ``attend``, without ``sums``."""
 
     query: torch.Tensor
     pages: Pages | None
@@ -140,7 +140,7 @@ def _last_positions(pages: Pages) -> np.ndarray:
 
 
 def random_pages(case: Case, rng: np.random.Generator) -> Pages:
-    """Pages of random content, in two slabs and in no order; the arrays are views of wider ones."""
+    """Pages of random content, in two slabs and in random order; the arrays are views of wider ones."""
     assert case.formats is not None
     shape = case.shape
     layout = PageLayout(*case.formats, shape.page_size)
@@ -163,9 +163,9 @@ def random_pages(case: Case, rng: np.random.Generator) -> Pages:
             first[row, column] = held[0] if len(held) else 0
             if len(held) and held[-1] - held[0] >= len(held):
                 scattered[row, column] = held
-    center = torch.from_numpy(rng.normal(size=(rows, shape.key_dim))).float() if case.formats[0].centered else None
+    key_mean = torch.from_numpy(rng.normal(size=(rows, shape.key_dim))).float() if case.formats[0].centered else None
     used = np.s_[:, :columns]
-    return Pages(layout, slabs, addresses[used], counts[used], first[used], scattered, center, shape.heads)
+    return Pages(layout, slabs, addresses[used], counts[used], first[used], scattered, key_mean, shape.heads)
 
 
 def _counts(case: Case, rng: np.random.Generator) -> np.ndarray:

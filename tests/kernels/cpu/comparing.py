@@ -1,4 +1,4 @@
-"""The kernels' results against float64, each within the tolerance of the way in which it was computed."""
+"""Results of the kernels against float64, each within the tolerance of its arithmetic."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def attend(call: Call, sums: bool = True) -> Attention:
 
 
 def check(case: Case, factor: float = 1) -> None:
-    """Assert that the kernels in use give what float64 gives, attention sums too; ``factor`` widens the tolerance."""
+    """Assert that the kernels in use agree with float64, attention sums too; ``factor`` widens the tolerance."""
     call, expected = worked_out(case)
     check_call(call, expected, factor)
 
@@ -54,12 +54,12 @@ def check_call(call: Call, expected: Expected, factor: float = 1) -> None:
 
 
 def widened(tolerance: Tolerance, factor: float) -> Tolerance:
-    """A tolerance so many times as wide."""
+    """A tolerance that is wider by a factor."""
     return Tolerance(tolerance.relative * factor, tolerance.absolute * factor)
 
 
 def tolerance_of(result: str, layout: PageLayout | None) -> Tolerance:
-    """That of the arithmetic which the instruction set in use has for such pages."""
+    """The tolerance of the arithmetic that the instruction set in use has for such pages."""
     integers = layout is not None and library.isa() in INTEGER_ISAS and _takes_integers(layout)
     return SPLIT_IN_16_BITS[result] if integers else TOLERANCES[torch.float32]
 

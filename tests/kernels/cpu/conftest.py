@@ -34,7 +34,7 @@ def isa(request: pytest.FixtureRequest, loaded: None) -> Iterator[str]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Gives back the number of threads that a test changes."""
+    """Restores the number of threads after a test that changes it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

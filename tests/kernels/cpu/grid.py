@@ -1,4 +1,4 @@
-"""The codecs, sizes and features of which the tests take combinations."""
+"""The codecs, sizes and features that the tests combine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CODECS: dict[str, tuple[str, dict[str, Any]]] = {
     "int3 in groups": ("int3", {"group_size": 8}),
     "rotated4 per token": ("rotated4", {"key_axis": "token"}),
     "rotated2 per token": ("rotated2", {"key_axis": "token"}),
-    "turboquant3 centred": ("turboquant3", {"center": True}),
+    "turboquant3 centered": ("turboquant3", {"center": True}),
     "int keys of 8, values of 2 bits": ("int", {"key_bits": 8, "value_bits": 2}),
     "none in float16": ("none", {"dtype": torch.float16}),
     "none in bfloat16": ("none", {"dtype": torch.bfloat16}),
@@ -70,7 +70,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def fits(codec: str, shape: Shape) -> bool:
-    """Whether the codec's groups divide pages and rows of this shape."""
+    """Whether the groups of the codec divide pages and rows of this shape."""
     group = CODECS[codec][1].get("group_size", 1)
     return shape.page_size % group == 0 and shape.value_dim % group == 0
 

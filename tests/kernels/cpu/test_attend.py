@@ -16,7 +16,7 @@ from tests.kernels.cpu.grid import CODECS, FEATURES, SHAPES, fits, make_case
 
 
 def covering(codec: str) -> list[tuple[Shape, str]]:
-    """Three of the shapes that fit, each with two features, other ones for each codec."""
+    """Three shapes that fit, each with two features, which differ from codec to codec."""
     index = list(CODECS).index(codec)
     shapes = [shape for shape in SHAPES if fits(codec, shape)]
     names = list(FEATURES)
@@ -89,7 +89,7 @@ def check_everywhere(case: Case) -> None:
     ],
 )
 def test_windows(isa: str, queries: int, window: int) -> None:
-    """Windows from the query alone to more than there is; pages hold 96 tokens before nine others."""
+    """Windows from the query alone to more than all tokens; pages hold 96 tokens, and nine others follow."""
     shape = Shape(queries=queries)
     check(Case(formats_of("int4", shape), shape, window=window, ragged=True, seed=3))
     check(Case(formats_of("int4", shape), shape, window=window, scattered=True, seed=3))
@@ -105,7 +105,7 @@ def test_windows(isa: str, queries: int, window: int) -> None:
     ],
 )
 def test_any_number_of_queries(isa: str, codec: str, queries: int) -> None:
-    """Queries are taken four at a time, and what is left."""
+    """Queries are computed four at a time, and then the remaining ones."""
     check(make_case(codec, Shape(64, 64, 32, 1, queries, 1, 1), slots=17))
 
 
@@ -153,7 +153,7 @@ def test_no_pages(isa: str, slots: int) -> None:
 
 
 def test_pages_without_columns(isa: str) -> None:
-    """A page table in which nothing stands yet."""
+    """An empty page table."""
     check(make_case("int4", Shape(), columns=0))
 
 
@@ -175,7 +175,7 @@ def test_nothing_to_see(isa: str, pages: bool, sinks: bool) -> None:
     assert torch.equal(result.log_sum_exp, expected)
 
 
-def test_mass_adds_up(isa: str) -> None:
+def test_sums_add_up(isa: str) -> None:
     """The probabilities of a query head sum to its number of queries, and are zero where there is no token."""
     call, _ = worked_out(make_case("unbiased4", Shape(queries=3, group=2, batch=2), ragged=True, unused=True))
     result = attend(call)
@@ -187,7 +187,7 @@ def test_mass_adds_up(isa: str) -> None:
     assert not result.page_sums.view(2, 2, 2, -1)[empty.flatten(1).view(2, 2, 1, -1).expand(-1, -1, 2, -1)].any()
 
 
-def test_mass_changes_nothing(isa: str) -> None:
+def test_sums_change_nothing(isa: str) -> None:
     """Output and log-sum-exp are the same without attention sums, which are then None."""
     call, _ = worked_out(make_case("kvarn4", Shape(queries=3, group=2), ragged=True))
     with_sums, without = attend(call), attend(call, sums=False)

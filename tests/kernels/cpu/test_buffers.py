@@ -1,4 +1,4 @@
-"""What the kernels write: all of their outputs, nothing beside them, and the same every time."""
+"""The kernels write all of their outputs, nothing else, and the same every time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tens
 @pytest.mark.parametrize("codec", ["int4", "unbiased3", "fp8", "none", "kvarn2"])
 @pytest.mark.parametrize("shape", [Shape(64, 64, 128, 3, 1, 1, 3), Shape(72, 40, 24, 1, 5, 2, 1)], ids=str)
 def test_every_output_and_nothing_else(isa: str, codec: str, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs full of NaN are overwritten, the memory before and behind them is not, and the inputs are not."""
+    """Outputs full of NaN are overwritten; the memory around them and the inputs do not change."""
     call, expected = worked_out(make_case(codec, shape, ragged=True, unused=True, sinks=True, seed=4))
     assert call.pages is not None
     inputs = [call.query, call.dense.keys, call.dense.values, *call.pages.slabs]
@@ -60,7 +60,7 @@ def long_case(codec: str) -> Case:
 
 @pytest.mark.parametrize("codec", ["int4", "kvarn3", "none", "fp8"])
 def test_threads_agree(isa: str, codec: str, threads: None) -> None:
-    """One, two and three threads give the same but for rounding; a number of threads, always the same bits."""
+    """The number of threads changes results by rounding alone; for each number the bits are always the same."""
     call, expected = worked_out(long_case(codec))
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -78,7 +78,7 @@ def assert_same(actual: Attention, expected: Attention) -> None:
 
 
 def test_more_threads_than_rows_and_pages(isa: str, threads: None) -> None:
-    """Threads for which there is nothing to do."""
+    """More threads than there is work."""
     torch.set_num_threads(3)
     shape = Shape(128, 128, 128, 1, 1, 1, 1)
     call, expected = worked_out(make_case("int8", shape, columns=2, slots=1))
@@ -116,7 +116,7 @@ def test_a_row_does_not_depend_on_the_others(isa: str) -> None:
 
 
 def test_signs_outlive_other_rotations(isa: str) -> None:
-    """A layout in use keeps the signs of its rotation, whatever other rotations were asked for since."""
+    """A layout in use keeps the signs of its rotation, also after other rotations were used."""
     call, expected = worked_out(make_case("turboquant4", Shape()))
     check_call(call, expected)
     for dim in range(1000, 1065):

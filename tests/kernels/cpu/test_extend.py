@@ -1,4 +1,4 @@
-"""Long blocks of queries: the twin against the definition, which the storage tests hold against float64."""
+"""Long blocks of queries: the native kernels against the reference, which the storage tests compare with float64."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def storage_of(codec: str, length: int, key_dim: int = 32, value_dim: int = 32) 
 def test_block_of_queries(
     codec: str, sinks: bool, chunk: int, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several chunks of pages, the tail and the queries' own tokens, causal among themselves, merged."""
+    """Several chunks of pages, the tail, and the tokens of the queries, which are causal."""
     monkeypatch.setattr(native, "_CHUNK_TOKENS", chunk)
     key_dim, value_dim = widths
     storage = storage_of(codec, 150, *widths)
@@ -84,7 +84,7 @@ def test_pages_with_holes_and_rows_without(codec: str, monkeypatch: pytest.Monke
 
 
 def test_a_row_without_pages_sees_none_of_the_others() -> None:
-    """Its queries see nothing here, not even full-precision tokens: output 0, log-sum-exp of minus infinity."""
+    """Its queries see nothing, not even full-precision tokens: output 0, log-sum-exp of minus infinity."""
     storage = storage_of("none", 150)
     held = TokenView.of(storage, np.arange(1))
     number = np.arange(held.tokens)

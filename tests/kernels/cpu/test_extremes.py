@@ -23,13 +23,13 @@ CODECS = ["none", "int4", "int8", "fp8", "unbiased2", "kvarn4", "rotated4 per to
     fast=[*((codec, 1e4) for codec in CODECS), ("none", 200.0), ("int4", 200.0), ("int8", 1e-30), ("unbiased2", 1e-3)],
 )
 def test_queries_of_any_size(isa: str, codec: str, size: float) -> None:
-    """Scores of several hundred and more: their errors are in proportion to them."""
+    """Scores of several hundred and more, whose errors are proportional to them."""
     check(make_case(codec, Shape(128, 64, 32, 3, 2), ragged=True, size=size), factor=max(1.0, 4 * size))
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_queries_of_zeros(isa: str, codec: str) -> None:
-    """Every visible key is as probable as the other."""
+    """All visible keys are equally probable."""
     call = make_call(make_case(codec, Shape(group=2, queries=2), columns=2, slots=11, causal=False))
     call = call._replace(query=torch.zeros_like(call.query))
     check_call(call, brute_force.attend(call))

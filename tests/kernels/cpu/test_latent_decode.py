@@ -80,7 +80,7 @@ def check_everywhere(call: Call) -> None:
 
 
 def covering(codec: str) -> list[Case]:
-    """Three of the shapes with two features each, other ones for each codec, and one of the wide ones."""
+    """Three shapes with two features each, which differ from codec to codec, and one of the wide shapes."""
     index, names = list(CODECS).index(codec), list(FEATURES)
     shapes = [shape for shape in (*SHAPES, *WIDE[1:]) if fits(codec, shape)]
     return [
@@ -123,7 +123,7 @@ def test_all_combinations(codec: str, shape: Shape, loaded: None) -> None:
 @pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dense_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(isa: str, query_dtype: torch.dtype, dense_dtype: torch.dtype) -> None:
-    """Query and full-precision tokens of any dtype, in numbers that fill no tile and no chunk."""
+    """Queries and full-precision tokens of any dtype, whose numbers fill no tile and no chunk."""
     for codec, slots in itertools.product(("bfloat16", "int8 rotated"), (1, 16, 33, 130)):
         case = make_case(codec, WIDE[1], query_dtype=query_dtype, dense_dtype=dense_dtype, slots=slots)
         call = make_call(case)
@@ -137,7 +137,7 @@ def test_dtypes(isa: str, query_dtype: torch.dtype, dense_dtype: torch.dtype) ->
     fast=[(1, 1), (1, 2), (3, 1), (3, 16), (16, 1), (17, 1), (17, 2), (40, 1), (70, 2)],
 )
 def test_any_number_of_rows(isa: str, heads: int, queries: int) -> None:
-    """Rows are taken 16 at a time, and 64 of them for a chunk of tokens."""
+    """Queries are computed 16 at a time, and up to 64 of them for a chunk of tokens."""
     for codec in ("bfloat16", "float32"):
         call = make_call(make_case(codec, Shape(64, 32, 32, heads, queries), columns=2, slots=17, window=60))
         check_call(call, expected(call))
@@ -145,7 +145,7 @@ def test_any_number_of_rows(isa: str, heads: int, queries: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 100, 104, 105, 106, 10_000])
 def test_windows(isa: str, window: int) -> None:
-    """Windows from the query alone to more than there is; pages hold 96 tokens before nine others."""
+    """Windows from the query alone to more than all tokens; pages hold 96 tokens, and nine others follow."""
     for ragged in (False, True):
         shape = Shape(queries=6, batch=2)
         call = make_call(make_case("int4", shape, window=window, seed=3, ragged=ragged, scattered=not ragged))
@@ -219,7 +219,7 @@ def check_guards(buffers: list[torch.Tensor]) -> None:
 def test_every_output_and_nothing_else(
     isa: str, codec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outputs full of NaN are overwritten, the memory around them is not, and the inputs are not."""
+    """Outputs full of NaN are overwritten; the memory around them and the inputs do not change."""
     case = make_case(codec, WIDE[1], ragged=True, unused=True, sinks=True, query_dtype=dtype, slots=21, seed=4)
     call = make_call(case)
     wanted = expected(call)
@@ -235,7 +235,7 @@ def test_every_output_and_nothing_else(
 
 @pytest.mark.parametrize("codec", ["int4 rotated", "bfloat16", "float32"])
 def test_threads_agree(isa: str, codec: str, threads: None) -> None:
-    """One, two and three threads give the same but for rounding; a number of threads, always the same bits."""
+    """The number of threads changes results by rounding alone; for each number the bits are always the same."""
     call = make_call(make_case(codec, Shape(128, 32, 64, 16, 2), columns=13, slots=300, ragged=True))
     wanted = expected(call)
     for count in (1, 2, 3):
@@ -282,7 +282,7 @@ def not_supported(change: Callable[[Call], Call]) -> bool:
 
 
 def test_what_is_left_to_the_reference() -> None:
-    """Masses, additive masks, odd widths, many queries, doubles, and vectors in pieces."""
+    """Sums, additive masks, odd widths, many queries, doubles, and vectors in pieces."""
     assert not native.supports(*make_call(make_case("int4", Shape())), sums=True)
     assert not_supported(lambda call: masked(call, 1, 1, additive=True))
     assert not_supported(lambda call: call._replace(query=call.query.double()))

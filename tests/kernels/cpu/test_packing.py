@@ -42,19 +42,19 @@ CODECS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     **{f"unbiased{bits}": (f"unbiased{bits}", {}) for bits in (1, 2, 3, 4)},
     **{f"turboquant{bits}": (f"turboquant{bits}", {}) for bits in (1, 2, 3, 4)},
-    **{f"turboquant{bits} centred": (f"turboquant{bits}", {"center": True}) for bits in (1, 4)},
+    **{f"turboquant{bits} centered": (f"turboquant{bits}", {"center": True}) for bits in (1, 4)},
 }
 #: One of each method and axis.
-SOME = ("int4", "int3 in groups", "rotated4", "rotated8 per token", "unbiased1", "unbiased4", "turboquant4 centred")
+SOME = ("int4", "int3 in groups", "rotated4", "rotated8 per token", "unbiased1", "unbiased4", "turboquant4 centered")
 #: Those for values at the ends: with other widths too.
 AT_THE_ENDS = (*SOME, "int8", "rotated2", "unbiased2", "turboquant1")
 
 
 class Input(NamedTuple):
-    """What one side of pages is encoded from: ``x [N, P, D]`` and ``center [N, D]`` or None."""
+    """The input of one side of pages: ``x [N, P, D]`` and ``key_mean [N, D]`` or None."""
 
     x: torch.Tensor
-    center: torch.Tensor | None
+    key_mean: torch.Tensor | None
 
 
 def make_encoder(name: str, dim: int, page_size: int, dtype: torch.dtype = torch.float32) -> PageEncoder:
@@ -66,7 +66,7 @@ def make_encoder(name: str, dim: int, page_size: int, dtype: torch.dtype = torch
 
 
 def make_input(encoder: PageEncoder, side: str, pages: int, seed: int = 0) -> Input:
-    """Normal vectors, each of a length of its own, with channels of sizes and means of their own."""
+    """Normal vectors of different lengths, with channels of different sizes and means."""
     fmt = encoder.layout.sides[side]
     generator = torch.Generator().manual_seed(seed)
 
@@ -79,7 +79,7 @@ def make_input(encoder: PageEncoder, side: str, pages: int, seed: int = 0) -> In
 
 
 def method_of(encoder: PageEncoder, side: str) -> str:
-    """The name by which the kernels know how a side is encoded."""
+    """The kernels' name of the encoding of a side."""
     method = (encoder.codec.keys if side == "keys" else encoder.codec.values).method
     assert method is not None
     return method
@@ -92,18 +92,18 @@ def encode(encoder: PageEncoder, side: str, given: Input, poison: int = POISON) 
     assert native.supports_encoding(layout, side, method, given.x)
     buffer = torch.full((len(given.x) * layout.record_bytes + 2 * GUARD,), poison, dtype=torch.uint8)
     records = buffer[GUARD:-GUARD].view(len(given.x), layout.record_bytes)
-    native.encode_side(layout, side, method, given.x, given.center, records)
+    native.encode_side(layout, side, method, given.x, given.key_mean, records)
     assert (buffer[:GUARD] == poison).all() and (buffer[-GUARD:] == poison).all(), "bytes outside the records"
     return records
 
 
 def encode_in_torch(encoder: PageEncoder, side: str, given: Input, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """Records by the codec itself; the other side is of zeros."""
+    """Records by the codec itself; the other side encodes zeros."""
     other = torch.zeros(len(given.x), encoder.layout.page_size, encoder.layout.sides["keys"].dim)
     keys, values = (given.x, other) if side == "keys" else (other, given.x)
     with monkeypatch.context() as patch:
         patch.setenv(dispatch.VARIABLE, "reference")
-        return encoder.encode(keys, values, given.center)
+        return encoder.encode(keys, values, given.key_mean)
 
 
 def of_side(encoder: PageEncoder, side: str) -> torch.Tensor:
@@ -116,15 +116,15 @@ def of_side(encoder: PageEncoder, side: str) -> torch.Tensor:
 
 
 def rotated(encoder: PageEncoder, side: str, given: Input) -> torch.Tensor:
-    """What is rounded, in float64."""
+    """The vectors that are rounded, in float64."""
     fmt = encoder.layout.sides[side]
     matrix = rotation_matrix(fmt.dim, fmt.rotation, torch.float64, given.x.device)
     x = given.x.double() if matrix is None else given.x.double() @ matrix
-    return x if given.center is None else x - given.center.double()[:, None]
+    return x if given.key_mean is None else x - given.key_mean.double()[:, None]
 
 
 def decoded(encoder: PageEncoder, side: str, records: torch.Tensor) -> torch.Tensor:
-    """What the records hold, in the same basis, in float64."""
+    """The vectors of the records, in the same basis, in float64."""
     shape = (len(records), encoder.layout.page_size, encoder.layout.sides[side].dim)
     return decode_side(encoder.layout, side, records, torch.full(shape, torch.nan, dtype=torch.float64))
 
@@ -134,14 +134,14 @@ def squared_error(encoder: PageEncoder, side: str, given: Input, records: torch.
 
 
 def differing_codes(encoder: PageEncoder, side: str, a: torch.Tensor, b: torch.Tensor) -> float:
-    """The share of the bytes of codes that are not the same."""
+    """The share of the bytes of codes that differ."""
     codes_a, codes_b = (encoder.layout.view(records, f"{side}.codes") for records in (a, b))
     assert codes_a is not None and codes_b is not None
     return float((codes_a != codes_b).double().mean())
 
 
 def instruction_sets() -> Iterator[str]:
-    """Each that can be used here, in use while it is."""
+    """Each instruction set of this CPU, in use while the loop is at it."""
     before = library.isa()
     try:
         for isa in library.available_isas():
@@ -166,7 +166,7 @@ def test_codecs(name: str, loaded: None, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def check(encoder: PageEncoder, side: str, given: Input, expected: torch.Tensor) -> None:
-    """Assert that what the instruction set in use makes of ``given`` is as good as what torch makes of it."""
+    """Assert that the instruction set in use encodes ``given`` as well as torch does."""
     actual = encode(encoder, side, given)
     fields = of_side(encoder, side)
     assert (actual[:, ~fields] == POISON).all(), "bytes of the other side, or between fields"
@@ -183,7 +183,7 @@ def check(encoder: PageEncoder, side: str, given: Input, expected: torch.Tensor)
 
 @pytest.mark.parametrize("name", CODECS)
 def test_every_byte_of_the_fields_is_written(isa: str, name: str) -> None:
-    """Whatever stood there before, the fields come out the same."""
+    """The fields do not depend on what the memory held before."""
     for dim, page_size, side in itertools.product((72, 128), (8, 24), SIDES):
         encoder = make_encoder(name, dim, page_size)
         given = make_input(encoder, side, 3)
@@ -217,8 +217,8 @@ def test_other_pages_and_threads_change_nothing(isa: str, name: str, threads: No
             torch.set_num_threads(count)
             assert torch.equal(encode(encoder, side, given), together)
         for i in range(len(given.x)):
-            center = None if given.center is None else given.center[i : i + 1]
-            assert torch.equal(encode(encoder, side, Input(given.x[i : i + 1], center)), together[i : i + 1])
+            key_mean = None if given.key_mean is None else given.key_mean[i : i + 1]
+            assert torch.equal(encode(encoder, side, Input(given.x[i : i + 1], key_mean)), together[i : i + 1])
 
 
 def test_no_pages(isa: str) -> None:
@@ -229,18 +229,18 @@ def test_no_pages(isa: str) -> None:
 
 
 def test_strided_input(isa: str) -> None:
-    """Vectors, and a centre in half precision, that do not stand side by side."""
+    """Vectors that are not side by side, and a key mean in half precision."""
     for name, side in itertools.product(SOME, SIDES):
         encoder = make_encoder(name, 64, 24)
         given = make_input(encoder, side, 3)
         apart = given.x.transpose(1, 2).contiguous().transpose(1, 2)
-        center = None if given.center is None else given.center.half()
-        expected = encode(encoder, side, Input(given.x, None if center is None else center.float()))
-        assert torch.equal(encode(encoder, side, Input(apart, center)), expected)
+        key_mean = None if given.key_mean is None else given.key_mean.half()
+        expected = encode(encoder, side, Input(given.x, None if key_mean is None else key_mean.float()))
+        assert torch.equal(encode(encoder, side, Input(apart, key_mean)), expected)
 
 
 def edge_pages(page_size: int, dim: int) -> dict[str, torch.Tensor]:
-    """Pages ``[P, D]`` of values at the ends of what there is."""
+    """Pages ``[P, D]`` of extreme values."""
     normal = torch.randn(page_size, dim, generator=torch.Generator().manual_seed(1))
     pages = {
         "zeros": torch.zeros(page_size, dim),
@@ -260,18 +260,18 @@ def edge_pages(page_size: int, dim: int) -> dict[str, torch.Tensor]:
     return pages
 
 
-@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("key_mean", [False, True])
 @pytest.mark.parametrize("name", AT_THE_ENDS)
-def test_edge_values(name: str, center: bool, loaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edge_values(name: str, key_mean: bool, loaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never a number that is not finite, and an error like the torch path's, if not smaller."""
     for (dim, page_size), side in itertools.product(((64, 8), (80, 128)), SIDES):
         encoder = make_encoder(name, dim, page_size)
-        if center and not encoder.layout.sides[side].centered:
+        if key_mean and not encoder.layout.sides[side].centered:
             continue
         for edge, page in edge_pages(page_size, dim).items():
             given = Input(page[None], None)
-            if center:
-                given = given._replace(center=rotated(encoder, side, given).mean(1).float())
+            if key_mean:
+                given = given._replace(key_mean=rotated(encoder, side, given).mean(1).float())
             expected = encode_in_torch(encoder, side, given, monkeypatch)
             for isa in instruction_sets():
                 try:
@@ -282,7 +282,7 @@ def test_edge_values(name: str, center: bool, loaded: None, monkeypatch: pytest.
 
 
 def check_edge(encoder: PageEncoder, side: str, given: Input, expected: torch.Tensor) -> None:
-    """Assert that a page at the ends is finite when it is read back, and as near as the torch path brings it."""
+    """Assert that a page of extreme values is finite when decoded, and as near as with the torch path."""
     actual = encode(encoder, side, given)
     assert decoded(encoder, side, actual).isfinite().all()
     fmt = encoder.layout.sides[side]
@@ -299,11 +299,11 @@ def check_edge(encoder: PageEncoder, side: str, given: Input, expected: torch.Te
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", SOME)
 def test_half_precision_vectors(isa: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The encoder hands over vectors of any dtype: the records are those of the same vectors in float32."""
+    """For vectors of any dtype the records are those of the same vectors in float32."""
     monkeypatch.setenv(dispatch.VARIABLE, "native")
     encoder = make_encoder(name, 80, 24, dtype)
     keys, values = (make_input(encoder, side, 3, seed) for seed, side in enumerate(SIDES))
-    records = encoder.encode(keys.x.to(dtype), values.x.to(dtype), keys.center)
+    records = encoder.encode(keys.x.to(dtype), values.x.to(dtype), keys.key_mean)
     for side, given in zip(SIDES, (keys, values), strict=True):
         fields = of_side(encoder, side)
         same = given._replace(x=given.x.to(dtype).float())

@@ -1,4 +1,4 @@
-"""Calls that hypothesis makes up: any format, size and combination of features."""
+"""Calls that hypothesis draws: any format, size and combination of features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @st.composite
 def formats(draw: st.DrawFn, dim: int, page_size: int, keys: bool) -> SideFormat:
-    """Any format that the kernels read, those that no codec makes among them."""
+    """Any format that the kernels read, including formats that no codec has."""
     packs = dim % 8 == 0
     levels: list[Level] = ["integer", "float8", "dense", *(("table",) if packs else ())]
     axes: list[Axis] = ["channel", "token"]
@@ -45,7 +45,7 @@ def formats(draw: st.DrawFn, dim: int, page_size: int, keys: bool) -> SideFormat
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any call, small."""
+    """Any small call."""
     dims = st.one_of(st.integers(1, 24).map(lambda n: 8 * n), st.integers(1, 80))
     shape = Shape(
         draw(dims),
@@ -85,7 +85,7 @@ def cases(draw: st.DrawFn) -> Case:
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_call(loaded: None, case: Case, name: str) -> None:
-    """What the kernels give is what float64 gives."""
+    """The result of the kernels is that of float64."""
     before = library.isa()
     chosen = [isa for isa in library.available_isas() if isa.endswith(name)] or [before]
     library.set_isa(chosen[0])

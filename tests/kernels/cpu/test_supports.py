@@ -1,4 +1,4 @@
-"""What the kernels leave to the reference, and how an instruction set is chosen."""
+"""Calls that the kernels leave to the reference, and the choice of an instruction set."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_no_levels_off_the_grid(side: str) -> None:
 
 
 def test_instruction_sets(isa: str) -> None:
-    """The one chosen is in use; the best comes first and the one for every CPU last."""
+    """The chosen instruction set is in use; the best comes first and the portable one last."""
     assert library.isa() == isa
     assert library.available_isas()[-1] == "portable" and isa in library.available_isas()
     assert library.isa() == isa
@@ -70,7 +70,7 @@ def test_unknown_instruction_set() -> None:
 
 
 def test_keys_and_values_of_two_dtypes() -> None:
-    """They have one dtype in the kernels' interface: of two, the reference has to do it."""
+    """The interface of the kernels has one dtype for keys and values. The reference does calls with two."""
     dense = make_call(make_case("int4", Shape())).dense
     call = make_call(make_case("int4", Shape()))
     mixed = DenseTokens(dense.keys, dense.values.bfloat16(), dense.positions)

@@ -1,4 +1,4 @@
-"""Attention calls on random pages, and what they must give, worked out token by token in float64."""
+"""Attention calls on random pages, and their expected results, token by token in float64."""
 
 from __future__ import annotations
 
@@ -76,19 +76,19 @@ def make_call(codec: str | Codec | None, shape: Shape, seed: int = 0, device: st
     if codec is not None and shape.columns:
         encoder = PageEncoder(resolve(codec), shape.key_dim, shape.value_dim, shape.page_size, shape.dtype)
         count = (shape.rows * shape.columns, shape.page_size)
-        center = random.normal(shape.rows, shape.key_dim) / 2 if encoder.centered else None
+        key_mean = random.normal(shape.rows, shape.key_dim) / 2 if encoder.centered else None
         keys = random.normal(*count, shape.key_dim).to(shape.dtype)
         values = random.normal(*count, shape.value_dim).to(shape.dtype)
-        per_page = None if center is None else center.repeat_interleave(shape.columns, 0)
+        per_page = None if key_mean is None else key_mean.repeat_interleave(shape.columns, 0)
         records = encoder.encode(keys, values, per_page)
-        return call_with(encoder.layout, records, center, shape, random, device)
+        return call_with(encoder.layout, records, key_mean, shape, random, device)
     return call_with(None, None, None, shape, random, device)
 
 
 def call_with(
     layout: PageLayout | None,
     records: torch.Tensor | None,
-    center: torch.Tensor | None,
+    key_mean: torch.Tensor | None,
     shape: Shape,
     random: Random,
     device: str | torch.device = "cpu",
@@ -99,9 +99,9 @@ def call_with(
     values = torch.zeros(shape.rows, 0, shape.page_size, shape.value_dim, dtype=torch.float64)
     if layout is not None and records is not None:
         columns = shape.columns
-        pages = _pages(layout, records, center, shape, device)
+        pages = _pages(layout, records, key_mean, shape, device)
         keys, values = (
-            _decoded(layout, side, records, center if side == "keys" else None, shape) for side in ("keys", "values")
+            _decoded(layout, side, records, key_mean if side == "keys" else None, shape) for side in ("keys", "values")
         )
     packed = columns * shape.page_size
     seen = packed + shape.slots - shape.length
@@ -118,7 +118,7 @@ def call_with(
 
 
 def _pages(
-    layout: PageLayout, records: torch.Tensor, center: torch.Tensor | None, shape: Shape, device: str | torch.device
+    layout: PageLayout, records: torch.Tensor, key_mean: torch.Tensor | None, shape: Shape, device: str | torch.device
 ) -> Pages:
     """The records in a slab in another order, with bytes of 0xFF around and between them."""
     count = len(records)
@@ -134,25 +134,25 @@ def _pages(
         np.full((shape.rows, shape.columns), shape.page_size, dtype=np.int32),
         np.broadcast_to(np.arange(shape.columns) * shape.page_size, (shape.rows, shape.columns)).astype(np.int64),
         {},
-        None if center is None else center.to(device),
+        None if key_mean is None else key_mean.to(device),
         shape.heads,
     )
 
 
 def _decoded(
-    layout: PageLayout, side: str, records: torch.Tensor, center: torch.Tensor | None, shape: Shape
+    layout: PageLayout, side: str, records: torch.Tensor, key_mean: torch.Tensor | None, shape: Shape
 ) -> torch.Tensor:
     fmt = layout.sides[side]
     out = torch.full((len(records), shape.page_size, fmt.dim), float("nan"), dtype=torch.float64)
     decoded = decode_side(layout, side, records, out).double().unflatten(0, (shape.rows, -1))
-    if center is not None:
-        decoded = decoded + center.double()[:, None, None]
+    if key_mean is not None:
+        decoded = decoded + key_mean.double()[:, None, None]
     rotation = rotation_matrix(fmt.dim, fmt.rotation, torch.float64, torch.device("cpu"))
     return decoded if rotation is None else decoded @ rotation.T
 
 
 def ragged(call: Call, seed: int = 0) -> Call:
-    """The same with pages that lost some of their tokens, and rows that have fewer pages."""
+    """The call with pages that lost some of their tokens, and rows that have fewer pages."""
     assert call.pages is not None
     rng = np.random.default_rng(seed)
     counts, addresses = call.pages.counts.copy(), call.pages.addresses.copy()
@@ -164,7 +164,7 @@ def ragged(call: Call, seed: int = 0) -> Call:
 
 
 def scattered(call: Call, seed: int = 0) -> Call:
-    """The same with gaps between the positions of the tokens of some pages, which all stay before the queries."""
+    """The call with gaps between the positions of the tokens of some pages, which all stay before the queries."""
     assert call.pages is not None
     rng = np.random.default_rng(seed)
     pages = call.pages
@@ -188,7 +188,7 @@ def scattered(call: Call, seed: int = 0) -> Call:
 
 
 def expected(call: Call) -> Attention:
-    """What the call must give, in float64: one softmax per query over all tokens that it sees."""
+    """The expected result in float64: one softmax per query over all tokens that it sees."""
     batch, query_heads, length, _ = call.query.shape
     heads = call.dense.keys.shape[1]
     page_tokens = call.keys.shape[1] * call.keys.shape[2]

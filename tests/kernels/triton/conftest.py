@@ -34,7 +34,7 @@ with pytest.MonkeyPatch.context() as _patch:
 def interpreter() -> Iterator[None]:
     """Triton's library interpreted, and the variable set, while the tests of this folder run.
 
-    What they compare with, and the pages that they make, are the reference's, not those of the CPU's own kernels.
+    Pages are made and compared by the reference, not by the native kernels.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction

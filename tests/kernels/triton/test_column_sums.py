@@ -1,4 +1,4 @@
-"""The Triton twin of column attention sums, against float64."""
+"""Column sums by a Triton kernel, against float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_kvcache.kernels.inputs import Scoring
-from hf_kvcache.kernels.triton import column_sums as twin
+from hf_kvcache.kernels.triton import column_sums as kernels
 from tests.choosing import chosen
 from tests.kernels.test_column_sums import CODECS, Problem, check, packed_problem, prompt_problem
 from tests.kernels.triton.fixtures import bfloat16_dot, poisoned_outputs  # noqa: F401
@@ -18,8 +18,8 @@ SINKS = torch.tensor([-1.0, 0.0, 2.0, 5.0])
 
 def run(query: torch.Tensor, log_sum_exp: torch.Tensor, *arguments) -> tuple[torch.Tensor | None, torch.Tensor]:
     pages, dense, visibility, _ = arguments
-    assert twin.supports(query, pages, dense, visibility)
-    return twin.column_sums(query, log_sum_exp, *arguments)
+    assert kernels.supports(query, pages, dense, visibility)
+    return kernels.column_sums(query, log_sum_exp, *arguments)
 
 
 @chosen(
@@ -29,7 +29,7 @@ def run(query: torch.Tensor, log_sum_exp: torch.Tensor, *arguments) -> tuple[tor
     fast=[("none", True), ("int8", False), ("unbiased4", True), ("kvarn3", True), ("kvarn3", False)],
 )
 def test_pages_and_tail(codec: str, padded: bool) -> None:
-    """Pages of several formats (rotated, centred) and a tail."""
+    """Pages of several formats (rotated, centered) and a tail."""
     check(packed_problem(codec, padded, length=5, ratio=3), run)
 
 
@@ -41,21 +41,21 @@ def test_query_heads(length: int, ratio: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 9, 40])
 def test_windows(window: int) -> None:
-    """What has left a sliding window gets nothing."""
+    """Keys that have left a sliding window get no probability."""
     check(packed_problem("unbiased4", True, 5, 2, window), run)
     check(prompt_problem(11, 37, 4, 2, window), run)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_scoring(softcap: float | None) -> None:
-    """Soft-capping, on pages whose keys are centred too, and sink logits that take probability away."""
+    """Soft-capping, on pages whose keys are centered too, and sink logits that take probability away."""
     check(packed_problem("unbiased4", True, 3, 2, scoring=Scoring(0.3, softcap, SINKS)), run)
     check(packed_problem("kvarn3", True, 3, 2, scoring=Scoring(0.3, softcap, SINKS)), run)
 
 
 def test_few_pages_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many pages are decoded at a time does not matter."""
-    monkeypatch.setattr(twin, "DECODED_TOKENS", 8)
+    """The number of pages that are decoded at a time does not matter."""
+    monkeypatch.setattr(kernels, "DECODED_TOKENS", 8)
     check(packed_problem("int8", True, 3, 2), run)
 
 
@@ -98,7 +98,7 @@ def test_what_is_left_to_the_reference() -> None:
     """Masks, mixed dtypes, wide heads and calls without a query."""
     given: Problem = prompt_problem(5, 21, 3, 2)
     masked = replace(given.visibility, mask=torch.ones(2, 1, 1, 21, dtype=torch.bool))
-    assert not twin.supports(given.query, None, given.dense, masked)
-    assert not twin.supports(given.query.half(), None, given.dense, given.visibility)
-    assert not twin.supports(given.query[:, :, :0], None, given.dense, given.visibility)
-    assert not twin.supports(torch.ones(2, 4, 5, 512), None, given.dense, given.visibility)
+    assert not kernels.supports(given.query, None, given.dense, masked)
+    assert not kernels.supports(given.query.half(), None, given.dense, given.visibility)
+    assert not kernels.supports(given.query[:, :, :0], None, given.dense, given.visibility)
+    assert not kernels.supports(torch.ones(2, 4, 5, 512), None, given.dense, given.visibility)

@@ -1,4 +1,4 @@
-"""The Triton twin of a decoding step against one softmax per query over the decoded tokens, in float64."""
+"""A decoding step by Triton kernels against one softmax per query over the decoded tokens, in float64."""
 
 from __future__ import annotations
 
@@ -112,19 +112,19 @@ def test_queries_per_row(group: int, length: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("page_size", [8, 24, 64, 128])
 def test_page_sizes(page_size: int, device: torch.device) -> None:
-    """Pages that are longer and shorter than what is taken at a time, also by no power of two."""
+    """Pages that are longer and shorter than a block of tokens, and whose size is no power of two."""
     run(make_call("unbiased4", Shape(heads=1, page_size=page_size, columns=3), device=device))
 
 
 @pytest.mark.parametrize(("columns", "slots"), [(1, 1), (2, 300), (7, 3), (13, 129)])
 def test_tables_of_odd_lengths(columns: int, slots: int, device: torch.device) -> None:
-    """Splits of pages and of full-precision tokens that do not come out even."""
+    """Splits of pages and of full-precision tokens that are not equally long."""
     run(make_call("fp8", Shape(heads=1, columns=columns, slots=slots), device=device))
 
 
 @pytest.mark.parametrize("spec", ["unbiased4", "rotated8", "int2", "fp8", "none"])
 def test_ragged(spec: str, device: torch.device) -> None:
-    """Pages that lost tokens and rows without pages; what the unused places and records hold is never read."""
+    """Pages that lost tokens, and rows without pages; unused places and records are never read."""
     run(ragged(make_call(spec, Shape(2, 2, 2, 2), device=device)), sums=True)
 
 
@@ -235,7 +235,7 @@ def test_dtypes(spec: str, dtype: torch.dtype, device: torch.device) -> None:
 
 @pytest.mark.parametrize("spec", ["rotated2", "rotated8", "kvarn2", "kvarn4"])
 def test_rounding_gathers_in_no_channel(spec: str, device: torch.device) -> None:
-    """What all channels have in common comes together in the first one when values are rotated back: not errors."""
+    """The rotation back gathers what all channels share in the first one; the errors must not be among it."""
     shape = Shape(1, 4, 3, 4, 256, 256, columns=2, slots=4, dtype=torch.float16)
     call = make_call(spec, shape, 1, device)
     error = decode.attend(*call.arguments).output.double() - expected(call).output.to(device)

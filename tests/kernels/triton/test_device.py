@@ -29,7 +29,7 @@ class _OnSecondGPU(torch.Tensor):
 
 
 def test_the_tensors_device_is_current_while_a_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model that lies on several GPUs, each layer launches on its own; on the current one nothing is switched."""
+    """Each layer of a model on several GPUs launches on its own device; on the current one nothing is switched."""
     current = [0]
     switched: list[int] = []
 
@@ -52,7 +52,7 @@ def test_the_tensors_device_is_current_while_a_kernel_is_launched(monkeypatch: p
 
 @pytest.mark.parametrize("operation", dispatch.OPERATIONS["triton"])
 def test_every_operation_switches(operation: str) -> None:
-    """None of the functions that launch kernels is called without it."""
+    """Every function that launches kernels switches to the device of its tensors."""
     module = dispatch.module_of(operation, "triton")
     code = on_their_device(lambda x: x).__code__
     assert all(getattr(module, name).__code__ is code for name in CALLED[operation])
@@ -60,7 +60,7 @@ def test_every_operation_switches(operation: str) -> None:
 
 @pytest.mark.parametrize(("installed", "runs"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True)])
 def test_the_oldest_triton(installed: str, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An older Triton is a reason for the reference, with what is installed and what is needed."""
+    """With an older Triton the reference runs, and the reason names the installed and the required version."""
     monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
     triton._reason_against_version.cache_clear()
     try:

@@ -1,4 +1,4 @@
-"""The Triton twin of attention of long blocks of queries against one softmax per query, in float64."""
+"""Attention of long blocks of queries by Triton kernels against one softmax per query, in float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(call: Call, sums: bool = False) -> None:
 
 @pytest.mark.parametrize("spec", ["unbiased4", "kvarn3", "rotated8", "fp8", "none"])
 def test_codecs(spec: str, device: torch.device) -> None:
-    """More queries than a program takes, over pages and the queries' own tokens."""
+    """More queries than a program computes, over pages and the tokens of the queries."""
     run(make_call(spec, Shape(1, 1, 4, 19, slots=24), device=device))
 
 
@@ -57,7 +57,7 @@ def test_not_causal(device: torch.device) -> None:
 
 @pytest.mark.parametrize("elements", [1 << 26, 3000])
 def test_cut_in_blocks(elements: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """A block of queries that is cut for its memory gives what it would give in one go, attention sums too."""
+    """A block of queries that is cut to save memory has the result of the whole, attention sums too."""
     monkeypatch.setattr(extend, "_MOST_ELEMENTS", elements)
     call = make_call("unbiased4", Shape(1, 2, 2, 20, columns=2, slots=25), device=device)
     logits = Random(5).normal(4).to(device)
@@ -73,7 +73,7 @@ def test_dtypes(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def test_masks_are_not_supported(device: torch.device) -> None:
-    """Arbitrary masks are for the reference."""
+    """The reference does arbitrary masks."""
     call = make_call(None, Shape(length=20, slots=20), device=device)
     masked = replace(call.visibility, mask=torch.ones(1, 1, 20, 20, dtype=torch.bool))
     assert not extend.supports(call.query, None, call.dense, masked)

@@ -7,7 +7,7 @@ import torch
 
 from hf_kvcache.kernels.hadamard import rotation_matrix
 from hf_kvcache.kernels.page import Rotation, SideFormat
-from hf_kvcache.kernels.triton import hadamard as twin
+from hf_kvcache.kernels.triton import hadamard as kernels
 from tests.kernels.triton.fixtures import poisoned_outputs  # noqa: F401
 from tests.tolerances import assert_near
 
@@ -33,8 +33,8 @@ def test_against_the_matrix(dim: int, kind: Rotation, inverse: bool, device: tor
     fmt = SideFormat(dim, 4, rotation=kind)
     for shape in SHAPES if dim < 512 else SHAPES[:3]:
         x = gaussian(*shape, dim).float()
-        assert twin.supports(x, fmt)
-        assert_near(twin.rotate(x.to(device), fmt, inverse).cpu(), rotated_by_hand(x, fmt, inverse))
+        assert kernels.supports(x, fmt)
+        assert_near(kernels.rotate(x.to(device), fmt, inverse).cpu(), rotated_by_hand(x, fmt, inverse))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -42,7 +42,7 @@ def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
     """The result has the dtype of its input and is rounded once."""
     fmt = SideFormat(64, 4, rotation="signed_hadamard")
     x = gaussian(5, 64).to(dtype)
-    result = twin.rotate(x.to(device), fmt).cpu()
+    result = kernels.rotate(x.to(device), fmt).cpu()
     assert result.dtype == dtype
     assert_near(result, rotated_by_hand(x, fmt, False))
 
@@ -52,16 +52,16 @@ def test_strided_rows_and_the_way_back(device: torch.device) -> None:
     fmt = SideFormat(64, 4, rotation="signed_hadamard")
     x = gaussian(7, 2, 64).float().to(device)[:, 1]
     before = x.clone()
-    rotated = twin.rotate(x, fmt)
+    rotated = kernels.rotate(x, fmt)
     assert_near(rotated.cpu(), rotated_by_hand(before.cpu(), fmt, False))
-    assert_near(twin.rotate(rotated, fmt, inverse=True).cpu(), before.cpu())
+    assert_near(kernels.rotate(rotated, fmt, inverse=True).cpu(), before.cpu())
     assert torch.equal(x, before)
 
 
 def test_what_is_left_to_the_reference() -> None:
     """Widths that are no power of two, no rotation, float64, and no rows at all."""
-    assert not twin.supports(torch.ones(2, 80), SideFormat(80, 4, rotation="hadamard"))
-    assert not twin.supports(torch.ones(2, 64), SideFormat(64, 4))
+    assert not kernels.supports(torch.ones(2, 80), SideFormat(80, 4, rotation="hadamard"))
+    assert not kernels.supports(torch.ones(2, 64), SideFormat(64, 4))
     fmt = SideFormat(64, 4, rotation="hadamard")
-    assert not twin.supports(torch.ones(2, 64, dtype=torch.float64), fmt)
-    assert not twin.supports(torch.ones(0, 64), fmt)
+    assert not kernels.supports(torch.ones(2, 64, dtype=torch.float64), fmt)
+    assert not kernels.supports(torch.ones(0, 64), fmt)

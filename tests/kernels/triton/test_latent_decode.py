@@ -1,4 +1,4 @@
-"""The Triton twin of absorbed latent attention, against float64."""
+"""The Triton kernels of absorbed latent attention, against float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from hf_kvcache.kernels.inputs import Attention
 from hf_kvcache.kernels.latent_decode import latent_attend
 from hf_kvcache.kernels.triton import latent_configs as triton_configs
-from hf_kvcache.kernels.triton import latent_decode as twin
+from hf_kvcache.kernels.triton import latent_decode as kernels
 from hf_kvcache.kernels.workspace import scratch
 from tests.choosing import chosen
 from tests.kernels.cpu.cases import Call
@@ -27,19 +27,19 @@ SHAPES = (Shape(16, 8, 8, 1, 1, 1), Shape(64, 16, 32, 5, 1, 2), Shape(32, 24, 24
 
 @pytest.fixture(autouse=True)
 def several_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The few tokens of a test in as many splits as a GPU's programs would take many."""
-    monkeypatch.setattr(twin, "_LEAST_TOKENS", 16)
+    """Cuts the few tokens of a test into splits, as a GPU would cut many."""
+    monkeypatch.setattr(kernels, "_LEAST_TOKENS", 16)
 
 
 def run(call: Call, device: torch.device) -> Attention:
-    """The twin's result, with NaN in all memory that it is to write; it must leave what it reads alone."""
+    """The result of the kernels, with NaN in all memory that they have to write; their inputs must not change."""
     there = on(call, device)
     for tag in ("partial", "lse"):
         scratch(f"triton.{tag}", (1 << 20,), torch.float32, device).fill_(float("nan"))
-    assert twin.supports(*there, sums=False)
+    assert kernels.supports(*there, sums=False)
     read = [there.query, there.dense.keys, there.dense.values, *([] if there.pages is None else there.pages.slabs)]
     before = [x.clone() for x in read]
-    result = twin.latent_attend(*there)
+    result = kernels.latent_attend(*there)
     for old, new in zip(before, read, strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
     assert result.page_sums is None and result.dense_sums is None and result.output.is_contiguous()
@@ -47,7 +47,7 @@ def run(call: Call, device: torch.device) -> Attention:
 
 
 def verify(call: Call, device: torch.device) -> None:
-    """Fail unless the twin gives what float64 gives, as exactly as its dot products' dtype lets it."""
+    """Fail unless the kernels agree with float64, within the precision of their dot products."""
     dtype = call.query.dtype
     exact = dtype == torch.float32
     tolerances = None if exact else dict.fromkeys(("output", "log_sum_exp", "sums"), TOLERANCES[dtype])
@@ -111,7 +111,7 @@ def test_masks(sizes: tuple[int, int], additive: bool, device: torch.device) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_additive_masks_add(dtype: torch.dtype, device: torch.device) -> None:
-    """What an additive mask holds besides its lowest number and -inf is added, behind the soft cap."""
+    """Entries of an additive mask other than its lowest number and -inf are added to the scores after the soft cap."""
     call = make_call(make_case(None, Shape(queries=2), softcap=3.0))
     mask = torch.linspace(-2, 2, 18).to(dtype).view(1, 1, 2, 9).clone()
     mask[0, 0, 0, 3], mask[0, 0, 1, 5] = torch.finfo(dtype).min, -torch.inf
@@ -151,20 +151,20 @@ def test_unused_slots_may_hold_anything(device: torch.device) -> None:
 
 @chosen("columns, slots", [1, 2, 7], [1, 16, 300], fast=[(1, 1), (2, 16), (7, 1), (7, 300)])
 def test_splits(columns: int, slots: int, device: torch.device) -> None:
-    """Splits that do not come out even, and as many as are merged at a time and more."""
+    """Splits that are not equally long, as many as are merged at a time and more."""
     verify(make_call(make_case("fp8", Shape(16, 8, 16), columns=columns, slots=slots)), device)
 
 
 @pytest.mark.parametrize("programs", [1, 100])
 def test_programs_do_not_matter(programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """One split of everything, and one for every tile: more than are merged at a time."""
-    monkeypatch.setattr(twin, "programs_wanted", lambda device: programs)
+    monkeypatch.setattr(kernels, "programs_wanted", lambda device: programs)
     verify(make_call(make_case("int8", Shape(16, 8, 16, 2, batch=2), columns=20, slots=320)), device)
 
 
 def test_long_blocks_of_queries_are_cut(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block by block, with what each of them sees, as all at once."""
-    monkeypatch.setattr(twin, "_MOST_QUERIES", 9)
+    """Blocks of queries one by one, each with its own visibility, have the result of all at once."""
+    monkeypatch.setattr(kernels, "_MOST_QUERIES", 9)
     call = make_call(make_case("int8", Shape(16, 8, 16, 4, 7), window=20))
     verify(masked(call, 1, 7), device)
 
@@ -222,22 +222,22 @@ def test_the_widths_that_models_have(codec: str, device: torch.device) -> None:
 
 
 def test_dispatch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The twin runs where it can, and the reference where attention sums are wanted."""
+    """The kernels do the calls that they support, and the reference does calls with attention sums."""
     monkeypatch.setenv("HF_KVCACHE_BACKEND", "triton")
     seen = []
-    attend = twin.latent_attend
-    monkeypatch.setattr(twin, "latent_attend", lambda *given: seen.append(1) or attend(*given))
+    attend = kernels.latent_attend
+    monkeypatch.setattr(kernels, "latent_attend", lambda *given: seen.append(1) or attend(*given))
     call = on(make_call(make_case("int8", Shape())), device)
     assert latent_attend(*call).page_sums is None and seen == [1]
     assert latent_attend(*call, sums=True).page_sums is not None and seen == [1]
 
 
 def test_what_is_left_to_the_reference() -> None:
-    """Masses, ranks that are no power of two, wide rotary keys, other dtypes and strides, and calls without a query."""
+    """Sums, ranks that are no power of two, wide rotary keys, other dtypes and strides, and calls without a query."""
     call = make_call(make_case("int8", Shape(32, 16, 16)))
-    assert twin.supports(*call, sums=False) and not twin.supports(*call, sums=True)
+    assert kernels.supports(*call, sums=False) and not kernels.supports(*call, sums=True)
     for shape in (Shape(48, 16), Shape(8, 16), Shape(1024, 16), Shape(32, 144)):
-        assert not twin.supports(*make_call(make_case("float32", shape)), sums=False)
+        assert not kernels.supports(*make_call(make_case("float32", shape)), sums=False)
     dense = call.dense
     turned = replace(dense, keys=dense.keys.transpose(2, 3).contiguous().transpose(2, 3))
     other = [
@@ -246,10 +246,10 @@ def test_what_is_left_to_the_reference() -> None:
         call._replace(dense=turned),
         call._replace(dense=replace(dense, values=dense.values.double())),
     ]
-    assert not any(twin.supports(*each, sums=False) for each in other)
+    assert not any(kernels.supports(*each, sums=False) for each in other)
     mask = torch.ones(1, 1, 100, 2, dtype=torch.bool).transpose(2, 3)[:, :, :1]
-    assert not twin.supports(*call._replace(visibility=replace(call.visibility, mask=mask)), sums=False)
-    assert not twin.supports_projection(call.query, call.query)
+    assert not kernels.supports(*call._replace(visibility=replace(call.visibility, mask=mask)), sums=False)
+    assert not kernels.supports_projection(call.query, call.query)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The Triton twins of bit packing and page decoding against the layout worked out by hand."""
+"""Bit packing and page decoding by Triton kernels against the layout by hand."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_strided_codes(bits: int, device: torch.device) -> None:
 
 
 def test_nothing_at_all(device: torch.device) -> None:
-    """No row, no work."""
+    """Without rows there is nothing to do."""
     codes = torch.empty(0, 64, dtype=torch.uint8, device=device)
     assert pack.pack_bits(codes, 4).shape == (0, 32)
 

@@ -1,4 +1,4 @@
-"""Pages of latents beside no full-precision tokens at all: widths that are no head dimension."""
+"""Pages of low-rank coefficients without any full-precision tokens, in widths that are no head dimension."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def slow(*values: object) -> object:
 @pytest.mark.parametrize("spec", ["unbiased4", slow("none"), slow("rotated8")])
 @pytest.mark.parametrize("ranks", [(24, 16), slow((48, 40)), slow((64, 64)), slow((200, 192)), slow((256, 248))])
 def test_pages_alone(ranks: tuple[int, int], spec: str, kernel: ModuleType, queries: int) -> None:
-    """As the reference, output and log-sum-exp."""
+    """Output and log-sum-exp are those of the reference."""
     encoder = PageEncoder(resolve(spec), *ranks, 16, torch.float32)
     draw = torch.Generator().manual_seed(1)
     keys, values = (torch.randn(1, 2, 48, rank, generator=draw) for rank in ranks)
