@@ -93,7 +93,7 @@ def _cell_rows(cell: Cell, found: Comparison) -> Iterator[Row]:
             "kind": "metric",
             "measure": name,
             "value": _text(metric.value),
-            "stderr": _text(metric.stderr),
+            "stderr": "" if metric.stderr is None else f"{metric.stderr:.5g}",
             "unit": metric.unit,
             "better": "higher" if metric.higher_is_better else "lower",
             "samples": _text(metric.samples) if compared else "",
@@ -168,12 +168,12 @@ class _Reader:
 
 
 def _text(value: float | list[float] | None) -> str:
-    """A number so that it is the same when it is read; of a list, nine digits of each, with spaces between them."""
+    """Nine digits of a number, and of each in a list, with spaces between them."""
     if value is None:
         return ""
     if isinstance(value, list):
         return " ".join(f"{number:.9g}" for number in value)
-    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:.9g}"
 
 
 def _numbers(text: str) -> list[float]:
