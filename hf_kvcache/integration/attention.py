@@ -85,7 +85,7 @@ def attention_function(
     if is_dynamo_compiling():
         return _attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if not (isinstance(key, KVHandle) and isinstance(value, KVHandle)):
-        return _previous(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return _by_previous(module, query, (key, value), attention_mask, scaling, dropout, kwargs)
     layer = key.layer()
     scaling_ = query.shape[-1] ** -0.5 if scaling is None else scaling
     scoring = Scoring(scaling_, kwargs.get("softcap"), _sink_logits(module, kwargs))
@@ -94,10 +94,7 @@ def attention_function(
     weights = bool(asked) and _gives_weights(module, layer)
     if not layer.has_history():
         # Nothing is compressed yet: the first tokens attend to each other exactly as without this package.
-        new_keys, new_values = layer.new_tokens()
-        result = _previous(module)(
-            module, query, new_keys, new_values, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
+        result = _by_previous(module, query, layer.new_tokens(), attention_mask, scaling, dropout, kwargs)
         with torch.no_grad():
             layer.note_attended(AttentionCall(query, attention_mask, scoring, module=module))
         return result
@@ -111,9 +108,8 @@ def attention_function(
     with torch.no_grad():
         if weights:
             # By the function that gives them without a cache of this package, over dense tensors.
-            output, given = _previous(module)(
-                module, query, key.dense(), value.dense(), attention_mask, scaling=scaling, dropout=dropout, **kwargs
-            )
+            dense = key.dense(), value.dense()
+            output, given = _by_previous(module, query, dense, attention_mask, scaling, dropout, kwargs)
             layer.note_attended(call)
         else:
             output, given = layer.attend(call), None
@@ -136,6 +132,21 @@ def _gives_weights(module: torch.nn.Module, layer: CachedStates) -> bool:
             "that keep every token, such as KVCache(config)"
         )
     return True
+
+
+def _by_previous(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    states: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over dense keys and values by the implementation that was set before the binding."""
+    keys, values = states
+    attend = _previous(module)
+    return attend(module, query, keys, values, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
 def _previous(module: torch.nn.Module) -> AttentionFunction:
