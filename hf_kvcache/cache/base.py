@@ -1,4 +1,4 @@
-"""The caches that users build: ``KVCache`` and its named recipes."""
+"""``KVCache``: the cache from which all others are made."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class KVCache(CacheContract):
         validate: check every update for NaN and infinity (it stalls a GPU at every step).
         bind: make the model use the fused attention; without it the cache is read through dense tensors.
         eviction: how full-attention layers keep within a budget; None: they keep every token.
-        latents: ``"native"`` where layers cache latents of the model's own, or the basis of each layer by its number;
+        latents: ``"native"`` where the model's layers cache latents, or the low-rank basis of each layer by its number;
             None: latents for a model with multi-head latent attention, for others keys and values as they are.
         bits: bits of a code, unless the codec's name says them.
         key_bits: bits of the keys in place of ``bits``.

@@ -1,4 +1,4 @@
-"""Named recipes: caches that keep some of the tokens."""
+"""Caches that keep some of the tokens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class HeavyHitterCache(KVCache):
         sink_length: first tokens of each sequence, always kept, in full precision.
         tail_length: newest tokens of each sequence, always kept, in full precision.
         page_size: tokens a page holds.
-        pin: tokens that are always kept: ``(start, stop)`` over the real tokens of each sequence, or a bool mask
+        pin: tokens that are always kept: ``(start, stop)`` over the non-padding tokens of each sequence, or a bool mask
             ``[B, n]`` over the first ``n`` tokens seen.
         evict_prefill: ``"chunk"`` evicts after every forward pass of several tokens, so that a prefill in chunks never
             holds more than budget and chunk; ``"end"`` before the first single token; None not by itself. The default

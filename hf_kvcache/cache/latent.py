@@ -1,4 +1,4 @@
-"""The recipe for latents: those that a model caches itself, and those of a basis found by calibration."""
+"""The cache for models with multi-head latent attention, and for keys and values in a calibrated low-rank basis."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 
 class LatentKVCache(KVCache):
-    """A KV cache of latents.
+    """A KV cache of a model's own latents, or of low-rank coefficients of keys and values.
 
-    Models with multi-head latent attention (DeepSeek and its kin) cache latents themselves and expand all of them at
-    every step; here queries attend to the latents as they are. For other models, keys and values are stored in a basis
-    that ``hf-kvcache calibrate`` has found.
+    Models with multi-head latent attention (DeepSeek and its kin) cache latents and expand all of them at every step.
+    Here queries attend to the latents as they are. For other models, the coefficients of keys and values in a basis
+    are stored, which ``hf-kvcache calibrate`` has found.
 
     Args:
         config: the model's config.
-        codec: how latents are stored, a registered name or a :class:`~hf_kvcache.codecs.Codec`; ``"none"`` unless
-            ``bits`` are given.
-        bits: bits of a code; 8 or 4 for a model's own latents, any width of ``codec="auto"`` for calibrated ones.
+        codec: how latents or coefficients are stored, a registered name or a :class:`~hf_kvcache.codecs.Codec`;
+            ``"none"`` unless ``bits`` are given.
+        bits: bits of a code; 8 or 4 for a model's own latents, any width of ``codec="auto"`` for coefficients.
         rotary_codec: how the rotary keys beside a model's own latents are stored; by default dense beside dense
             latents, 8 bits beside 4-bit ones, else 16.
         projection: file of ``hf-kvcache calibrate``, or a :class:`~hf_kvcache.lowrank.projection.Projection`.
-        rank: width of a calibrated latent, on average over layers, keys and values, per KV head.
+        rank: number of coefficients per KV head, on average over layers, keys and values.
         ratio: the same as a share of the head dimension, above 0 and up to 1.
         spread: ``"energy"`` gives layers and sides the ranks that lose least, ``"uniform"`` all the same.
         sink_length: as of :class:`KVCache`, as are ``tail_length``, ``page_size``, ``validate`` and ``bind``.

@@ -156,7 +156,7 @@ def _watch(
         if prompt_ids is not None:
             asked = prompt_ids.to(ids).expand(batch, -1)
             ids, real = torch.cat([asked, ids], 1), torch.cat([torch.ones_like(asked), real], 1)
-            # Padding first: between real tokens a mask does not say padding, but tokens that are hidden.
+            # Padding first: in the middle of a sequence a mask would hide tokens, not mark padding.
             order = real.argsort(dim=1, stable=True)
             ids, real = ids.gather(1, order), real.gather(1, order)
         copy = fork()

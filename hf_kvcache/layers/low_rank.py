@@ -1,4 +1,4 @@
-"""A cache layer whose pages hold latents of keys and values in a calibrated basis."""
+"""A cache layer whose pages hold low-rank coefficients of keys and values in a calibrated basis."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from hf_kvcache.storage import PagedStorage
 
 
 class LowRankLayer(KVCacheLayer):
-    """One attention layer's cache, of which sinks and tail stay as they are and pages hold latents.
+    """One attention layer's cache, of which sinks and tail stay as they are and pages hold low-rank coefficients.
 
     The projection is a part of the model: its bytes are not counted as the cache's, and forks share it.
 
     Args:
         index: number of the layer in the model.
-        options: what the layers of the cache share; the codec stores latents.
+        options: what the layers of the cache share; the codec stores coefficients.
         projection: the bases of this layer.
         sliding_window: tokens a query sees, itself included; None for full attention.
     """
@@ -41,7 +41,7 @@ class LowRankLayer(KVCacheLayer):
         super().__init__(index, options, sliding_window)
         self.projection = projection
         self._maps: HeadMaps | None = None  # on the device of the storage
-        self._recognised = projection.weights is None
+        self._recognized = projection.weights is None
 
     def make_storage(
         self, key_states: torch.Tensor, value_states: torch.Tensor, sink_length: int, spare: int | None = None
@@ -98,9 +98,9 @@ class LowRankLayer(KVCacheLayer):
 
     def _know_module(self, module: torch.nn.Module | None) -> None:
         storage = self.storage
-        if not self._recognised and module is not None and self.projection.weights is not None:
+        if not self._recognized and module is not None and self.projection.weights is not None:
             check_weights("projection", self.projection.weights, module, self.index)
-            self._recognised = True
+            self._recognized = True
         if module is None or not isinstance(storage, PreRopeStorage) or storage.rope is not None:
             return
         try:

@@ -24,12 +24,12 @@ from tests.running import (
 )
 
 FAMILIES = ["llama", "gemma3"]
-#: One codec for each way in which pages differ: scales per token or channel, rotated, centred, table, float8.
+#: One codec for each way in which pages differ: scales per token or channel, rotated, centered, table, float8.
 KINDS: dict[str, dict[str, Any]] = {
     "none": {"codec": "none"},
     "int4": {"codec": "int4"},
     "groups": {"codec": "int4", "group_size": 8},
-    "centred": {"codec": "rotated4", "key_axis": "token"},
+    "centered": {"codec": "rotated4", "key_axis": "token"},
     "turboquant4": {"codec": "turboquant4"},
     "fp8": {"codec": "fp8"},
 }

@@ -53,13 +53,13 @@ def build(output: Path = LIBRARY, sanitize: bool = False) -> Path:
 
     Args:
         output: file to write; it appears only when it is complete.
-        sanitize: with the address and undefined-behaviour sanitizers.
+        sanitize: with the address and undefined-behavior sanitizers.
 
     Raises:
         CompilerError: if there is no compiler or it fails.
     """
     compiler = find_compiler()
-    # Sanitized and fully optimised, the vector kernels take a compiler many minutes.
+    # Sanitized and fully optimized, the vector kernels take a compiler many minutes.
     flags = _COMMON + _WARNINGS + ([*SANITIZER, "-O1"] if sanitize else [])
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     x86 = platform.machine().lower() in ("x86_64", "amd64")
