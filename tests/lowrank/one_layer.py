@@ -129,6 +129,8 @@ class OneLayer:
             mask = mask.expand(len(new.query), 1, -1, -1)
             if real is not None:
                 mask = mask & real[:, None, None, offset : offset + length]
+                if seen:  # what a 4D mask calls padding sees nothing, and is seen by none
+                    mask = mask & real[:, None, seen : seen + new.length, None]
         key, value = self.cache.update(new.key, new.value, 0)
         return attention_function(self.attention, new.query, key, value, mask, **(self.call if seen else {}))[0]
 
