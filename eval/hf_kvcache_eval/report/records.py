@@ -82,7 +82,8 @@ def _rows(found: Comparison) -> Iterator[Row]:
                 told[row["kind"], row["measure"]] = row
                 yield row
         for row in _cell_rows(cell, found):
-            yield {"setup": setups[described[id(cell)]], "task": cell.task, "cache": cell.cache} | row
+            setup = {"setup": setups[described[id(cell)]]} if row["kind"] == "cell" else {}
+            yield setup | {"task": cell.task, "cache": cell.cache} | row
     for name in found.unreadable:
         yield {"kind": "unreadable", "note": name}
 
