@@ -4,7 +4,8 @@
     python -m benchmarks.report results/benchmarks/*.json        first take over what these runs measured
 
 A row of the CSV file is a row of a script's results; one with ``setup`` is what made a script's rows, as JSON. Numbers
-have six significant digits.
+have six significant digits. The columns that most rows use come first, and rows end with their last field that is not
+empty.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ast
 import csv
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ def read(path: Path) -> dict[str, Result]:
     if not path.exists():
         return results
     with path.open(encoding="utf-8", newline="") as file:
-        for line in csv.DictReader(file):
+        for line in csv.DictReader(file, restval=""):
             script, setup = line.pop("script"), line.pop("setup")
             if setup:
                 results[script] = json.loads(setup) | {"script": script, "rows": []}
@@ -51,15 +53,17 @@ def read(path: Path) -> dict[str, Result]:
 
 def write(results: dict[str, Result], path: Path) -> None:
     """Write the CSV file that :func:`read` reads."""
-    columns = dict.fromkeys(name for result in results.values() for row in result["rows"] for name in row)
+    used = Counter(name for result in results.values() for row in result["rows"] for name in row)
+    columns = ("script", *(name for name, _ in used.most_common()), "setup")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, ("script", "setup", *columns), restval="", lineterminator="\n")
-        table.writeheader()
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(columns)
         for script, result in sorted(results.items()):
             setup = {name: value for name, value in result.items() if name not in ("script", "rows")}
-            table.writerow({"script": script, "setup": json.dumps(setup, ensure_ascii=False)})
-            table.writerows({"script": script} | {k: _text(v) for k, v in row.items()} for row in result["rows"])
+            for row in ({"setup": json.dumps(setup, ensure_ascii=False)}, *result["rows"]):
+                fields = [script, *(_text(row.get(name, "")) for name in columns[1:])]
+                table.writerow(fields[: max(index for index, text in enumerate(fields, 1) if text)])
 
 
 def page(results: dict[str, Result], table: str) -> str:

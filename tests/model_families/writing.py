@@ -17,6 +17,8 @@ from tests.model_families.trial import Results
 from tests.model_families.verdicts import CRASHED, DENSE, NOT_TRIED, REFUSED, ROUNDING, WORKS, WRONG
 
 _SIGNS = {WORKS: "✓", DENSE: "slow", REFUSED: "no", WRONG: "**wrong**", CRASHED: "**crashed**", NOT_TRIED: "–"}
+#: The same in the CSV file.
+WORDS = {WORKS: "yes", DENSE: "slow", REFUSED: "no", WRONG: "wrong", CRASHED: "crashed", NOT_TRIED: "-"}
 _NAMES = [kind.name for kind in KINDS]
 
 Row = tuple[Family, dict[str, Cell]]
@@ -134,5 +136,7 @@ def _csv(rows: list[Row]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["model_type", "class", "task", *_NAMES])
     for family, row in rows:
-        writer.writerow([*family[:2], family.task, *(row[name].status if name in row else "" for name in _NAMES)])
+        writer.writerow(
+            [*family[:2], family.task, *(WORDS[row[name].status] if name in row else "" for name in _NAMES)]
+        )
     return file.getvalue()

@@ -8,6 +8,8 @@ from hf_kvcache_eval.cells import Metric
 from hf_kvcache_eval.report.compare import BETTER, NOISE, WORSE, Difference
 from hf_kvcache_eval.report.document import BLANK, Entry
 
+#: A standard error below this share of its value is no more than the rounding of sums.
+_ROUNDING = 1e-12
 _MARKS = {WORSE: "worse", BETTER: "better", NOISE: "noise"}
 
 
@@ -15,6 +17,8 @@ def number(value: float | None, stderr: float | None = None, sign: bool = False)
     """``value ± stderr`` to two digits of the error; three digits of the value without one; a blank for None."""
     if value is None:
         return BLANK
+    if stderr and stderr < _ROUNDING * abs(value):  # equal samples, whose mean was rounded
+        stderr = 0.0
     plus = "+" if sign else ""
     if not stderr:
         return f"{value:{plus}.3g}" + (" ± 0" if stderr == 0 else "")
