@@ -149,7 +149,7 @@ class EvictingLayer(EvictingAttention):
     # -- what the package adds ------------------------------------------------------------------------------------
 
     def compress(self) -> None:
-        """Evict now down to the budget."""
+        """Evict tokens down to the budget now."""
         self.flush()
         if self.storage is not None and self.evictor is not None:
             self.evictor.evict(self.storage, np.arange(self.storage.batch), self._seen)
@@ -231,9 +231,8 @@ class EvictingLayer(EvictingAttention):
         if storage is not None and evictor is not None and (undo is None or length < undo.seen):
             storage.truncate_from(length)
             if not attended and new is not None:
-                evictor.observations.block = (
-                    None  # the queries of the block, to which those of the interrupted update belong
-                )
+                # The block may hold queries of the interrupted update.
+                evictor.observations.block = None
             evictor.return_to(length, storage, observed=attended)
         self._seen = length
         self.padding = self.padding.before(length)
