@@ -173,7 +173,7 @@ def test_a_warning_when_generate_drops_the_cache(caplog: pytest.LogCaptureFixtur
         assert "drops the cache" not in caplog.text
         cache.reset()
         model.generate(prompt(50), **as_cache(cache), max_new_tokens=30, do_sample=False)
-    assert "'phi3' changes its rotary embedding behind 64 tokens" in caplog.text
+    assert "'phi3' changes its rotary embedding after 64 tokens" in caplog.text
     assert cache.get_seq_length() == 64
 
 
