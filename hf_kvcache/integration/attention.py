@@ -69,10 +69,7 @@ def attention_function(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention over the handles of a KVCache.
-
-    For any other keys and values this function calls the attention implementation that was set before the binding. It
-    does so also for the first tokens of a KVCache, when nothing is packed yet.
+    """Attention over handles of a KVCache; dense keys and values go to the implementation set before the binding.
 
     Args:
         module: the attention module of the model.
@@ -85,12 +82,8 @@ def attention_function(
         **kwargs: the other arguments that the model passes (``softcap``, ``s_aux``, ``is_causal``, ...).
 
     Returns:
-        The output ``[B, T, Hq, Dv]``, and attention weights ``[B, Hq, T, tokens]`` or None. Weights are given if the
-        model asks for them and the previous implementation gives them. The cache is then read as dense tensors.
-
-    Raises:
-        ValueError: for an argument that a KVCache does not support.
-        RuntimeError: if a handle is out of date.
+        The output ``[B, T, Hq, Dv]``, and attention weights ``[B, Hq, T, tokens]`` if the model asks for them and the
+        previous implementation gives them, else None. For weights the cache is read as dense tensors.
     """
     if is_dynamo_compiling():
         return _attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -101,7 +94,7 @@ def attention_function(
     scoring = Scoring(scaling_, kwargs.get("softcap"), _sink_logits(module, kwargs))
     collected = COLLECTOR.get()
     asked = kwargs.get("output_attentions") or (collected and collects_attentions(collected))
-    weights = bool(asked) and _gives_weights(module, layer)
+    with_weights = bool(asked) and _gives_weights(module, layer)
     if not layer.has_history():
         # There are no earlier tokens: the new tokens attend to each other exactly as without this package.
         result = _attend_by_previous(module, query, layer.new_tokens(), attention_mask, scaling, dropout, kwargs)
@@ -112,22 +105,20 @@ def attention_function(
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     call = AttentionCall(query, attention_mask, scoring, causal, module)
-    if not torch.is_grad_enabled() and not weights:
+    if not torch.is_grad_enabled() and not with_weights:
         return layer.attend(call), None
     sources = [x for x in (query, *layer.differentiable()) if x.requires_grad]
     with torch.no_grad():
-        if weights:
+        if with_weights:
             # The previous implementation computes the weights, over dense tensors.
             dense = key.dense(), value.dense()
-            output, attention_weights = _attend_by_previous(
-                module, query, dense, attention_mask, scaling, dropout, kwargs
-            )
+            output, weights = _attend_by_previous(module, query, dense, attention_mask, scaling, dropout, kwargs)
             layer.note_attended(call)
         else:
-            output, attention_weights = layer.attend(call), None
+            output, weights = layer.attend(call), None
     if not torch.is_grad_enabled():
-        return output, attention_weights
-    return refuse_gradient(output, *sources), attention_weights
+        return output, weights
+    return refuse_gradient(output, *sources), weights
 
 
 _attention = torch.compiler.disable(attention_function)

@@ -156,11 +156,7 @@ class EvictingLayer(EvictingAttention):
             self._after_compression()
 
     def keep_only(self, keep: list[torch.Tensor]) -> None:
-        """Drop the tokens that are not marked.
-
-        Args:
-            keep: for each sequence bool ``[1, Hkv, T]``, True for the stored tokens that stay.
-        """
+        """Drop the stored tokens that are False in ``keep``, which is bool ``[1, Hkv, T]`` for each sequence."""
         self.flush()
         if self.storage is not None and self.evictor is not None:
             self.evictor.keep_only(self.storage, keep, self._seen)
@@ -195,11 +191,7 @@ class EvictingLayer(EvictingAttention):
             self._flush_block()
 
     def _flush_prefill(self, new: int) -> None:
-        """Evict once after a prompt: before the first single token, or before the first draft.
-
-        Args:
-            new: number of tokens of the update that begins.
-        """
+        """Evict a prompt before the first single token, or before the first draft. The update has ``new`` tokens."""
         storage, evictor = self.storage, self.evictor
         follows = new == 1 or (self.rollback.recording and self._undo is None)
         if follows and evictor is not None and evictor.schedule.ends_prompt:
