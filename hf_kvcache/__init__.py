@@ -1,9 +1,16 @@
-"""KV caches for Hugging Face transformers that hold less and read less.
+"""KV caches for Hugging Face transformers that take less memory and read less of it than ``DynamicCache``.
 
-from hf_kvcache import QuantizedKVCache
-cache = QuantizedKVCache(model.config, bits=4)
-model.generate(**inputs, cache=cache, max_new_tokens=200)
-print(cache.memory())
+Build a cache from the model's config and pass it to ``generate``::
+
+    from hf_kvcache import QuantizedKVCache
+
+    cache = QuantizedKVCache(model.config, bits=4)
+    model.generate(**inputs, cache=cache, max_new_tokens=200)
+    print(cache.memory())
+
+``QuantizedKVCache`` stores keys and values in few bits. ``HeavyHitterCache`` and ``SlidingWindowCache`` keep only some
+of the tokens. ``LatentKVCache`` holds a model's own latents, or low-rank coefficients of keys and values. ``KVCache``
+is the base class of all, with every option.
 """
 
 from importlib.metadata import PackageNotFoundError, version

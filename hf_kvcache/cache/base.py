@@ -1,4 +1,4 @@
-"""``KVCache``: the cache from which all others are made."""
+"""``KVCache``: the base class of all caches of this package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_kvcache.codecs.registry import option_names as codec_option_names
 from hf_kvcache.eviction.options import EvictionOptions
 from hf_kvcache.integration import mla
 from hf_kvcache.integration.architecture import modeling_file
-from hf_kvcache.integration.attention import check_reached
+from hf_kvcache.integration.attention import check_registration
 from hf_kvcache.integration.binding import IMPLEMENTATION
 from hf_kvcache.integration.binding import bind as bind_config
 from hf_kvcache.layers.base import KVCacheLayer
@@ -39,22 +39,24 @@ class KVCache(CacheContract):
         config: the model's config (``model.config``); of a vision-language model the text part is taken.
         codec: how pages are stored: a registered name (``"none"``, ``"int4"``, ``"rotated4"``, ``"kvarn3"``, ...), or a
             :class:`~hf_kvcache.codecs.Codec`.
-        sink_length: tokens at the start of each sequence that stay in full precision.
-        tail_length: newest tokens of each sequence that stay in full precision.
-        page_size: tokens a page holds.
-        validate: check every update for NaN and infinity (it stalls a GPU at every step).
-        bind: make the model use the fused attention; without it the cache is read through dense tensors.
-        eviction: how full-attention layers keep within a budget; None: they keep every token.
-        latents: ``"native"`` where the model's layers cache latents, or the low-rank basis of each layer by its number;
-            None: latents for a model with multi-head latent attention, for others keys and values as they are.
-        bits: bits of a code, unless the codec's name says them.
+        sink_length: number of tokens at the start of each sequence that stay in full precision.
+        tail_length: number of newest tokens of each sequence that stay in full precision.
+        page_size: number of tokens in a page, a multiple of 8.
+        validate: whether every update is checked for NaN and infinity. The check makes a GPU wait at every step.
+        bind: whether the model is made to use the attention function of this package. Without it the cache is read as
+            dense tensors.
+        eviction: the settings of eviction in full-attention layers; None keeps every token. ``HeavyHitterCache`` makes
+            these settings from its arguments.
+        latents: ``"native"`` if the model's layers cache latents, or the low-rank bases of each layer by its number.
+            None stores latents for a model with multi-head latent attention, and keys and values for any other model.
+        bits: bits per element, unless the name of the codec has them.
         key_bits: bits of the keys in place of ``bits``.
         value_bits: bits of the values in place of ``bits``.
         **codec_options: options of the codec such as ``group_size``.
 
     Raises:
-        ValueError: for a config that cannot have such a cache, or an argument out of range.
-        TypeError: for a config that is none, or an argument that neither the cache nor the codec has.
+        ValueError: for a model that cannot have such a cache, or an argument out of range.
+        TypeError: if ``config`` is not a model's config, or neither the cache nor the codec has an argument.
     """
 
     def __init__(
@@ -106,12 +108,12 @@ class KVCache(CacheContract):
         check_formats(decoder, options)
         super().__init__(decoder, options)
         if bind:
-            check_reached(modeling_file(self.config))
+            check_registration(modeling_file(self.config))
             bind_config(self.config)
 
     @property
     def codec(self) -> Codec:
-        """How pages are stored."""
+        """The codec of the pages."""
         return self.options.codec
 
     def compress(
@@ -122,18 +124,21 @@ class KVCache(CacheContract):
         prompt_ids: torch.Tensor | None = None,
         replayed: list[torch.Tensor] | None = None,
     ) -> None:
-        """Evict now down to the budget; policies that read the context once more need the model and the context.
+        """Evict tokens down to the budget now.
+
+        Some policies read the context again (KVzip). They need ``model`` and ``input_ids``, or ``replayed``.
 
         Args:
             model: the model that filled the cache.
-            input_ids: the tokens that it was filled with, ``[B, T]``.
-            attention_mask: ``[B, T]``, 0 for padding; None if there is none.
-            prompt_ids: tokens ``[n]`` that ask the model to repeat the context, read before it; None for nothing.
-            replayed: what :meth:`replay` returned for this context, in place of all these: several budgets can share
-                one reading.
+            input_ids: the tokens of the context, ``[B, T]``.
+            attention_mask: ``[B, T]``, 0 for padding; None if there is no padding.
+            prompt_ids: tokens ``[n]`` that are put before the context and ask the model to repeat it; None for none.
+            replayed: the result of :meth:`replay` for this context, in place of the other arguments. Caches with
+                different budgets can share one result.
 
         Raises:
-            ValueError: if the cache does not evict, or the policy needs what is not given.
+            ValueError: if the cache does not evict, or an argument is missing that the policy needs.
+            RuntimeError: if a forward pass ended in the middle.
         """
         self.check_complete()
         compress(self.layers, self.fork, model, input_ids, attention_mask, prompt_ids, replayed)
@@ -145,23 +150,23 @@ class KVCache(CacheContract):
         attention_mask: torch.Tensor | None = None,
         prompt_ids: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Let the model read the context again, and see how much attention each token gets (KVzip, arXiv:2505.23416).
+        """Let the model read the context again, and measure the attention to each token (KVzip, arXiv:2505.23416).
 
         The arguments and errors are those of :meth:`compress`. The cache is not changed.
 
         Returns:
-            For each layer that evicts float32 ``[B, Hkv, T]``: the largest probability that any query of the group
-            gave each token, of those that the layer holds, in their order.
+            For each layer that evicts, float32 ``[B, Hkv, T]`` for its T stored tokens in their order: the largest
+            attention probability that a token got from any query of the head's group.
         """
         self.check_complete()
         return replay(self.layers, self.fork, model, input_ids, attention_mask, prompt_ids)
 
     def fork(self) -> KVCache:
-        """A copy that goes its own way from here: pages are shared, since they never change once written."""
+        """An independent copy of the cache. It shares the pages, which is safe because written pages never change."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.layers = [layer.fork() if isinstance(layer, KVCacheLayer) else deepcopy(layer) for layer in self.layers]
-        other._pass, other._read = self._pass.copy(), self._read.copy()
+        other._pass, other._read_check = self._pass.copy(), self._read_check.copy()
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
@@ -171,39 +176,44 @@ class KVCache(CacheContract):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.config._attn_implementation == IMPLEMENTATION:
-            bind_config(self.config)  # in this process, too
+            bind_config(self.config)  # the process that unpickles the cache must bind the config too
 
     def memory(self) -> MemoryReport:
-        """Bytes held, by part, in all and per layer."""
+        """The bytes that the cache holds, by part, in total and for each layer."""
         return MemoryReport.of_layers([layer_report(layer) for layer in self.layers])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What the cache holds as a flat dictionary of tensors, ready for safetensors; pages stay packed."""
+        """The content of the cache as a flat dictionary of tensors, ready for safetensors. Pages stay packed.
+
+        Raises:
+            RuntimeError: if a forward pass ended in the middle.
+            ValueError: if a layer of transformers' own holds something that cannot be saved.
+        """
         self.check_complete()
         return export_state(self.layers, self.options)
 
     def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device | str | None = None) -> None:
-        """Hold what :meth:`state_dict` of a cache with the same settings returned, in place of what is held.
+        """Replace the content of the cache by a saved one.
 
         Args:
-            state: the tensors; all of them are looked at before anything is changed.
-            device: where the cache is to lie. Without it each layer of this package stays where its tensors are, and
-                moves with the first update to where the model's layer is; states of layers that are transformers' own
-                (hybrids) stay.
+            state: what :meth:`state_dict` of a cache with the same settings returned. All tensors are checked before
+                the cache is changed.
+            device: the device for the cache. Without it the tensors stay where they are. The layers of this package
+                then move to the device of the model with the first update; transformers' own layers do not.
 
         Raises:
-            ValueError: naming what differs, if the state does not go with this cache, or is damaged; nothing is changed
-                then.
+            ValueError: if the state was saved with other settings or is damaged. The error names the difference, and
+                the cache is not changed.
         """
-        passed = {layer.index for layer in self._pass.passed(self.layers)}
-        self.layers = import_state(self.layers, self.options, passed, state, device)
+        in_every_pass = {layer.index for layer in self._pass.in_every_pass(self.layers)}
+        self.layers = import_state(self.layers, self.options, in_every_pass, state, device)
         self._pass.end()
 
     def integrity(self) -> None:
         """Check the invariants of the storage: references, free pages, ascending positions.
 
         Raises:
-            IntegrityError: if one is broken, which is a bug of this package.
+            IntegrityError: if an invariant is broken, which is a bug of this package.
             RuntimeError: if a forward pass ended in the middle.
         """
         self.check_complete()

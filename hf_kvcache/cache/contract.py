@@ -1,4 +1,4 @@
-"""transformers' cache contract over the layers of a model."""
+"""The cache methods that transformers calls, over the layers of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from transformers import PreTrainedConfig
 
 from hf_kvcache.cache.forward_pass import ForwardPass
-from hf_kvcache.cache.model_checks import ReadCheck, length_kept_until, warn_if_dropped
+from hf_kvcache.cache.model_checks import ReadCheck, drop_limit, warn_if_dropped
 from hf_kvcache.cache.model_config import check_states, make_layers
 from hf_kvcache.cache.other_states import OtherStates
 from hf_kvcache.integration.compiling import outside_graphs
@@ -20,79 +20,102 @@ from hf_kvcache.utils.validation import whole
 
 
 class CacheContract(OtherStates):
-    """A cache whose attention layers are this package's.
+    """A transformers cache whose attention layers are those of this package.
+
+    Layers of other types (convolutions, recurrences, chunked attention) are transformers' own.
 
     Args:
-        config: of the model's decoder.
-        options: what the layers share.
+        config: the config of the model's decoder.
+        options: the settings that all layers of this package share.
     """
 
     def __init__(self, config: PreTrainedConfig, options: LayerOptions) -> None:
         super().__init__(layers=make_layers(config, options))
         self.config, self.options = config, options
         self._pass = ForwardPass(config, self.layers)
-        self._read = ReadCheck(options)
-        self._dropped_until = length_kept_until(config)
+        self._read_check = ReadCheck(options)
+        self._drop_limit = drop_limit(config)
 
     @property
     def own_layers(self) -> list[KVCacheLayer]:
-        """The layers that are this package's."""
+        """The layers of this package, in order; transformers' own layers are left out."""
         return [layer for layer in self.layers if isinstance(layer, KVCacheLayer)]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in the new tokens ``[B, Hkv, T, D]`` of a layer; returns handles on all of its keys and values."""
+        """Add new tokens to a layer.
+
+        Args:
+            key_states: the keys ``[B, Hkv, T, Dk]``.
+            value_states: the values ``[B, Hkv, T, Dv]``.
+            layer_idx: number of the layer in the model.
+            *args: passed on to the layer.
+            **kwargs: passed on to the layer.
+
+        Returns:
+            Handles on all keys and all values that attention may see.
+
+        Raises:
+            ValueError: if the tensors do not fit each other, the model's config or the stored tokens.
+            RuntimeError: if an earlier forward pass was interrupted, or the model did not read the handles.
+        """
         if is_dynamo_compiling():
             return _update(self, key_states, value_states, layer_idx, *args, **kwargs)
         if not 0 <= layer_idx < len(self.layers):
             raise ValueError(
                 f"layer_idx={layer_idx!r}: this cache was built for a {self.config.model_type!r} model of "
-                f"{len(self.layers)} layers; build one from the config of the model that runs"
+                f"{len(self.layers)} layers; build a cache from the config of the model that runs"
             )
         layer = self.layers[layer_idx]
         if not getattr(layer, "is_initialized", True):
             check_states(self.config, key_states)
-        if not self._read.passed:
-            self._read.look(self.layers, layer_idx)
+        if not self._read_check.passed:
+            self._read_check.check(self.layers, layer_idx)
         latest = self._pass
         place = latest.places[layer_idx]
         if place <= latest.reached != latest.final and getattr(layer, "_new", None) is None:
-            self.check_complete()  # a new pass begins, and the latest did not come to its end
-        # What the base class does beside this is for caches that offload, or make their layers as they go.
+            self.check_complete()  # a new pass begins; raises if the latest one was interrupted
+        # The base class would also offload layers and create missing ones, which does not apply here.
         states = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
-        if layer_idx not in latest.aside:
+        if layer_idx not in latest.not_in_every_pass:
             latest.reached = place
         return states
 
-    def reach(self, layer_idx: int) -> None:
+    def enter_other_layer(self, layer_idx: int) -> None:
         if self._pass.goes_back(layer_idx):
             self.check_complete()
-        self._pass.note_other(layer_idx)
+        self._pass.enter_other_layer(layer_idx)
 
     @outside_graphs
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the keys that a mask of a layer covers; models ask before a forward pass begins."""
+        """Length and offset, in tokens seen, of the keys that a layer's mask for ``query_length`` new tokens covers.
+
+        Models call this at the beginning of a forward pass.
+        """
         if not self._pass.ended:
             self.check_complete()
         return super().get_mask_sizes(query_length, layer_idx)
 
     def check_complete(self) -> None:
-        """Raise RuntimeError if the latest forward pass ended in the middle, so that layers hold different tokens."""
-        if not self._cut_off:
+        """Raise RuntimeError if the latest forward pass ended in the middle. Its layers then hold different tokens."""
+        if not self._interrupted:
             return
         for layer in self.own_layers:
             layer.check_whole()
-        held = sorted({layer.get_seq_length() for layer in self._pass.passed(self.layers)}, reverse=True)
+        held = sorted({layer.get_seq_length() for layer in self._pass.in_every_pass(self.layers)}, reverse=True)
         raise RuntimeError(
             f"a forward pass with this cache ended in the middle, by an exception or Ctrl-C: its layers have seen "
             f"{' and '.join(map(str, held))} tokens. Call crop(0) to return to the "
             f"{self._pass.complete_length(self.layers)} tokens of "
-            "the last complete pass, or reset() to forget all."
+            "the last complete pass, or reset() to drop all tokens."
         )
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
-        """Keys, values and sliding window of each layer, as a DynamicCache gives them: all decompressed."""
+        """Yield keys, values and sliding window of each layer, as a DynamicCache does.
+
+        The keys and values are decompressed when they are used.
+        """
         for layer in self.layers:
             window = getattr(layer, "sliding_window", None)
             yield (
@@ -102,45 +125,54 @@ class CacheContract(OtherStates):
             )
 
     def __bool__(self) -> bool:
-        # Phi-3 drops a cache that is true: an empty one is not, so that a prompt behind its limit is kept here.
-        return self._dropped_until is None or super().get_seq_length() > 0
+        # Phi-3 drops a cache that is true. An empty cache is false, so that a prompt longer than Phi-3's limit is kept.
+        return self._drop_limit is None or super().get_seq_length() > 0
 
     @outside_graphs
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that a layer has seen, padding included."""
+        """Number of tokens that a layer has seen, padding included."""
         length = int(super().get_seq_length(layer_idx))
-        if self._dropped_until is not None and 0 < length <= self._dropped_until:
+        if self._drop_limit is not None and 0 < length <= self._drop_limit:
             warn_if_dropped(self.config, length)
         return length
 
     @property
     def batch_size(self) -> int:
-        """Sequences held, or -1 before the first update."""
+        """Number of sequences, or -1 before the first update."""
         sizes = {layer.batch_size for layer in self.own_layers if layer.is_initialized}
         return sizes.pop() if len(sizes) == 1 else -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens of every sequence; each layer is asked before one is changed.
+        """Remove the newest tokens of every sequence, and confirm the others.
 
-        After a forward pass that ended in the middle, what it has added is removed first.
+        All layers are checked before one is changed. After a forward pass that ended in the middle, the tokens that it
+        added are removed first, so ``crop(0)`` undoes it.
+
+        Args:
+            tokens_to_remove: minus the number of tokens to remove; 0 only confirms.
+
+        Raises:
+            ValueError: if the number is positive, or larger than the number of tokens seen.
+            RuntimeError: if a layer cannot return to the earlier length: a sliding window or an eviction has dropped
+                tokens, or a recurrent state has changed.
         """
         tokens_to_remove = int(tokens_to_remove)  # older versions of transformers pass a tensor
-        if self._cut_off:
+        if self._interrupted:
             if not self._pass.take_back(self.layers):
                 self.reset()
             if not tokens_to_remove:
                 return
-        for layer in self._pass.passed(self.layers):
+        for layer in self._pass.in_every_pass(self.layers):
             layer.check_crop(tokens_to_remove)
         for index, any_layer in enumerate(self.layers):
             if index not in self._pass.cross:
                 any_layer.crop(tokens_to_remove)  # type: ignore[union-attr]
 
     def reset(self) -> None:
-        """Forget everything; the cache may then hold another batch."""
+        """Drop all tokens. The next update may have another batch size."""
         for layer in self.own_layers:
             layer.reset()
-        # transformers' own layers would keep states of the old batch size, only zeroed: start with new ones.
+        # transformers' own layers would keep zeroed states of the old batch size, so new layers replace them.
         fresh = make_layers(self.config, self.options)
         self.layers = [a if isinstance(a, KVCacheLayer) else b for a, b in zip(self.layers, fresh, strict=True)]
         self._pass.end()
@@ -150,16 +182,16 @@ class CacheContract(OtherStates):
         self._select("beam_idx", beam_idx, lambda layer: layer.reorder_cache(beam_idx))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences ``indices`` only, in that order."""
+        """Keep only the sequences ``indices``, in that order."""
         self._select("indices", indices, lambda layer: layer.batch_select_indices(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence ``repeats`` times, copies side by side."""
+        """Repeat every sequence ``repeats`` times; the copies of a sequence lie side by side."""
         whole("repeats", repeats, 1)
         super().batch_repeat_interleave(repeats)
 
     @property
-    def _cut_off(self) -> bool:
+    def _interrupted(self) -> bool:
         """Whether the latest forward pass ended in the middle."""
         return not self._pass.ended or self._pass.complete_length(self.layers) < self.get_seq_length()
 

@@ -1,4 +1,4 @@
-"""Caches that keep some of the tokens."""
+"""``HeavyHitterCache`` and ``SlidingWindowCache``: caches that keep some of the tokens."""
 
 from __future__ import annotations
 
@@ -24,47 +24,53 @@ _AUTO: Literal["auto"] = "auto"
 
 
 class HeavyHitterCache(KVCache):
-    """A KV cache that keeps the tokens that matter, within a budget, other ones in each head.
+    """A KV cache that keeps the most important tokens, within a budget. Each head keeps its own tokens.
 
-    Positions stay original, padding is never a token, and ``get_seq_length()`` counts tokens seen. What is dropped is
-    freed. Only layers of full attention evict; sliding ones hold their window. Of a model with multi-head latent
-    attention the latents are kept or dropped, for all heads alike, by policies that look at attention, keys or values.
+    Kept tokens keep their original positions. Padding is never kept or counted. ``get_seq_length()`` is the number of
+    tokens seen. The memory of dropped tokens is freed. Only full-attention layers evict; sliding layers hold their
+    window.
+
+    With a model that caches latents, all heads keep the same latents, and only policies work that look at attention,
+    keys or values.
 
     Args:
         config: the model's config.
-        budget: tokens that a head keeps: a whole number, or a share below 1 of the tokens seen. Between two evictions a
-            head holds up to ``interval`` more.
-        policy: which tokens matter: a registered name (:func:`hf_kvcache.eviction.available`), with wrappers in front
-            (``"ada-snapkv"``), or a :class:`~hf_kvcache.eviction.Policy`.
-        codec: how what is kept is stored; ``"none"`` unless ``bits`` are given.
-        bits: bits of a code, for the best codec of that width whose tokens can move between pages.
-        sink_length: first tokens of each sequence, always kept, in full precision.
-        tail_length: newest tokens of each sequence, always kept, in full precision.
-        page_size: tokens a page holds.
+        budget: number of tokens that a head keeps, or a share below 1 of the tokens seen. Between two evictions a head
+            holds up to ``interval`` more.
+        policy: the eviction policy, which decides which tokens are important: a registered name
+            (:func:`hf_kvcache.eviction.available`), with wrappers before it (``"ada-snapkv"``), or a
+            :class:`~hf_kvcache.eviction.Policy`.
+        codec: how kept tokens are stored. The default is ``"none"``, or the best measured codec of ``bits``.
+        bits: bits per element.
+        sink_length: number of first tokens of each sequence that are always kept, in full precision.
+        tail_length: number of newest tokens of each sequence that are always kept, in full precision.
+        page_size: number of tokens in a page.
         pin: tokens that are always kept: ``(start, stop)`` over the non-padding tokens of each sequence, or a bool mask
             ``[B, n]`` over the first ``n`` tokens seen.
-        evict_prefill: ``"chunk"`` evicts after every forward pass of several tokens, so that a prefill in chunks never
-            holds more than budget and chunk; ``"end"`` before the first single token; None not by itself. The default
-            is ``"chunk"``, or None for policies that wait for ``compress(model, input_ids)``.
-        interval: tokens decoded between two evictions, None for none while decoding. The default is 128, or None for
-            policies that wait.
-        seed: of policies that draw at random.
-        compensate: give kept tokens new values, by least squares, so that attention over them reproduces what attention
-            over all tokens gave the latest queries (attention matching, arXiv:2602.16284): how many queries, 0 for off.
-            Tokens that were packed at an earlier eviction keep theirs.
+        evict_prefill: when a prompt is evicted. ``"chunk"`` evicts after every forward pass of several tokens, so that
+            a prefill in chunks never holds more than the budget and one chunk. ``"end"`` evicts before the first single
+            token. None evicts at a call of :meth:`compress` only. The default, ``"auto"``, is ``"chunk"``, or None for
+            policies that need ``compress(model, input_ids)``.
+        interval: number of decoded tokens between two evictions; None does not evict while decoding. The default,
+            ``"auto"``, is 128, or None for policies that need ``compress(model, input_ids)``.
+        seed: seed of policies that draw random numbers.
+        compensate: number of latest queries by which kept tokens get new values; 0 keeps the values. The new values are
+            fitted by least squares: for these queries, attention over the kept tokens reproduces attention over all
+            tokens (attention matching, arXiv:2602.16284). Tokens that were packed at an earlier eviction keep their
+            values.
         key_bits: bits of the keys in place of ``bits``.
         value_bits: bits of the values in place of ``bits``.
-        validate: as of :class:`KVCache`.
-        bind: as of :class:`KVCache`.
-        **options: of the policy, and of the codec.
+        validate: as in :class:`KVCache`.
+        bind: as in :class:`KVCache`.
+        **options: options of the policy and of the codec.
 
     Attributes:
-        policy: which tokens matter.
-        budget: as it was given.
+        policy: the eviction policy.
+        budget: the argument ``budget``.
 
     Raises:
-        ValueError: naming the argument, its value and the accepted ones.
-        TypeError: for an argument that neither the cache nor policy or codec have.
+        ValueError: for a model that cannot have such a cache, or an argument out of range.
+        TypeError: if neither the cache nor the policy nor the codec has an argument.
     """
 
     def __init__(
@@ -101,7 +107,7 @@ class HeavyHitterCache(KVCache):
             whole(name, count, 0)
         if compensate and chosen.needs_replay:
             raise ValueError(
-                f"compensate={compensate!r}: policy {chosen.name!r} looks at no latest queries; accepted: 0"
+                f"compensate={compensate!r}: policy {chosen.name!r} does not record the latest queries; accepted: 0"
             )
         pins = Pins(pin)
         eviction = EvictionOptions(
@@ -129,27 +135,31 @@ class HeavyHitterCache(KVCache):
 
 
 class SlidingWindowCache(HeavyHitterCache):
-    """Attention sinks and a window of the newest tokens (StreamingLLM, arXiv:2309.17453).
+    """A KV cache of attention sinks and a window of the newest tokens (StreamingLLM, arXiv:2309.17453).
 
-    Generates without end: bytes and time per token do not depend on how many tokens were seen.
+    Generation can go on without end: memory and time per token do not depend on the number of tokens seen.
 
     Args:
         config: the model's config.
-        window: newest tokens that stay.
-        sinks: first tokens that stay.
-        reindex: move the sinks along, so that they are never farther from a query than what is held is long (up to
-            ``window + sinks + interval``) and the model sees no distance that it was not trained for. Off, positions
-            stay original.
-        codec: how what is kept is stored; ``"none"`` unless ``bits`` are given.
-        bits: bits of a code.
-        tail_length: newest tokens in full precision.
-        page_size: tokens a page holds.
-        pin: as of :class:`HeavyHitterCache`, as are ``evict_prefill``, ``compensate``, ``key_bits`` and ``value_bits``.
-        interval: tokens decoded between two evictions.
-        seed: nothing is drawn; for a call that is made of several caches.
-        validate: as of :class:`KVCache`.
-        bind: as of :class:`KVCache`.
-        **codec_options: of the codec.
+        window: number of newest tokens that stay.
+        sinks: number of first tokens that stay.
+        reindex: whether the positions of the sinks move along with the window. Their distance to a query is then at
+            most the number of stored tokens (up to ``window + sinks + interval``), so the model sees no distance that
+            it was not trained for. Without it, positions stay original.
+        codec: how kept tokens are stored. The default is ``"none"``, or the best measured codec of ``bits``.
+        bits: bits per element.
+        tail_length: number of newest tokens in full precision.
+        page_size: number of tokens in a page.
+        pin: as in :class:`HeavyHitterCache`, like ``evict_prefill``, ``compensate``, ``key_bits`` and ``value_bits``.
+        interval: number of decoded tokens between two evictions.
+        seed: not used; accepted so that the same arguments can build any evicting cache.
+        validate: as in :class:`KVCache`.
+        bind: as in :class:`KVCache`.
+        **codec_options: options of the codec.
+
+    Raises:
+        ValueError: for a model that cannot have such a cache, or an argument out of range.
+        TypeError: if neither the cache nor the codec has an argument.
     """
 
     def __init__(
@@ -177,7 +187,7 @@ class SlidingWindowCache(HeavyHitterCache):
         for name in ("policy", "budget", "sink_length"):
             if name in codec_options:
                 raise TypeError(
-                    f"{name}={codec_options[name]!r}; a SlidingWindowCache takes window and sinks in its place"
+                    f"{name}={codec_options[name]!r}: a SlidingWindowCache has no such argument; use window and sinks"
                 )
         whole("sinks", sinks, 0)
         whole("window", window, max(1, whole("tail_length", tail_length, 0)))
@@ -205,12 +215,12 @@ class SlidingWindowCache(HeavyHitterCache):
 
 
 def _codec(codec: str | Codec | None, bits: int | None, options: dict[str, Any]) -> Codec:
-    """The codec of tokens that can move between pages.
+    """A codec whose packed tokens can move between pages.
 
     Args:
-        codec: its name, or a ready one; None for the best of the width, or for none.
-        bits: of both sides.
-        options: of the codec, and widths of one side.
+        codec: a name or a ready codec. None takes the best measured codec of the bits, or ``"none"`` without bits.
+        bits: bits of keys and values.
+        options: options of the codec, ``key_bits`` and ``value_bits`` included.
     """
     own: dict[str, Any] = {}
     if codec is None:
@@ -226,7 +236,7 @@ def _codec_option_names(codec: str | Codec | None, bits: int | None, widths: dic
 
 
 def _best(bits: int | None, options: dict[str, Any]) -> Choice:
-    """The best codec for these widths; ``"none"`` if no width is given."""
+    """The best measured codec for the given bits of keys and values; ``"none"`` if no bits are given."""
     widths = [options.get(name, bits) for name in ("key_bits", "value_bits")]
     if widths == [None, None]:
         return Choice("none")
@@ -242,7 +252,7 @@ def _evict_prefill(value: str | None, policy: Policy) -> Literal["chunk", "end"]
     if value not in ("chunk", "end", None):
         raise ValueError(f"evict_prefill={value!r}; accepted: 'chunk', 'end', None, 'auto'")
     if value is not None:
-        _check_waits("evict_prefill", value, policy)
+        _check_no_replay("evict_prefill", value, policy)
     return value  # type: ignore[return-value]
 
 
@@ -251,11 +261,12 @@ def _interval(value: int | str | None, policy: Policy) -> int | None:
         return None if policy.needs_replay else 128
     if value is None:
         return None
-    _check_waits("interval", value, policy)
+    _check_no_replay("interval", value, policy)
     return whole("interval", value, 1)
 
 
-def _check_waits(name: str, value: Any, policy: Policy) -> None:
+def _check_no_replay(name: str, value: Any, policy: Policy) -> None:
+    """Raise ValueError if the policy reads the context again, so that it cannot evict by itself."""
     if policy.needs_replay:
         raise ValueError(
             f"{name}={value!r}: policy {policy.name!r} waits for compress(model, input_ids); accepted: None"

@@ -1,4 +1,4 @@
-"""The cache for models with multi-head latent attention, and for keys and values in a calibrated low-rank basis."""
+"""``LatentKVCache``: a cache of a model's own latents, or of low-rank coefficients of keys and values."""
 
 from __future__ import annotations
 
@@ -24,27 +24,31 @@ if TYPE_CHECKING:
 class LatentKVCache(KVCache):
     """A KV cache of a model's own latents, or of low-rank coefficients of keys and values.
 
-    Models with multi-head latent attention (DeepSeek and its kin) cache latents and expand all of them at every step.
-    Here queries attend to the latents as they are. For other models, the coefficients of keys and values in a basis
-    are stored, which ``hf-kvcache calibrate`` has found.
+    Models with multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, and its successors) cache latents. Without
+    this package they expand all latents to keys and values at every step. With this cache, queries attend to the
+    latents directly.
+
+    For other models the cache stores the coefficients of keys and values in a low-rank basis. The command
+    ``hf-kvcache calibrate`` computes such a basis.
 
     Args:
         config: the model's config.
-        codec: how latents or coefficients are stored, a registered name or a :class:`~hf_kvcache.codecs.Codec`;
-            ``"none"`` unless ``bits`` are given.
-        bits: bits of a code; 8 or 4 for a model's own latents, any width of ``codec="auto"`` for coefficients.
-        rotary_codec: how the rotary keys beside a model's own latents are stored; by default dense beside dense
-            latents, 8 bits beside 4-bit ones, else 16.
-        projection: file of ``hf-kvcache calibrate``, or a :class:`~hf_kvcache.lowrank.projection.Projection`.
+        codec: how latents or coefficients are stored: a registered name or a :class:`~hf_kvcache.codecs.Codec`. The
+            default is ``"none"``, or the best measured codec of ``bits``.
+        bits: bits per element: 8 or 4 for a model's own latents, 1 to 4 or 8 for coefficients.
+        rotary_codec: how the rotary keys beside a model's own latents are stored. The default is the model's dtype
+            beside dense latents, 8 bits beside 4-bit latents, and bfloat16 beside other latents.
+        projection: a file of ``hf-kvcache calibrate``, or a :class:`~hf_kvcache.lowrank.projection.Projection`.
         rank: number of coefficients per KV head, on average over layers, keys and values.
-        ratio: the same as a share of the head dimension, above 0 and up to 1.
-        spread: ``"energy"`` gives layers and sides the ranks that lose least, ``"uniform"`` all the same.
-        sink_length: as of :class:`KVCache`, as are ``tail_length``, ``page_size``, ``validate`` and ``bind``.
-        **codec_options: of the codec.
+        ratio: the rank as a share of the head dimension, above 0 and up to 1; in place of ``rank``.
+        spread: how ranks are distributed over layers, keys and values. ``"energy"`` loses the least energy in total;
+            ``"uniform"`` gives all the same share.
+        sink_length: as in :class:`KVCache`, like ``tail_length``, ``page_size``, ``validate`` and ``bind``.
+        **codec_options: options of the codec.
 
     Raises:
-        ValueError: naming the argument, its value and the accepted ones.
-        TypeError: for an argument that neither the cache nor the codec has.
+        ValueError: for a model that cannot have such a cache, or an argument out of range.
+        TypeError: if neither the cache nor the codec has an argument.
     """
 
     def __init__(
@@ -79,26 +83,27 @@ class LatentKVCache(KVCache):
             "bind": bind,
         }
         if native:
-            _refuse(decoder, "which caches latents of its own", projection=projection, rank=rank, ratio=ratio)
+            _refuse_given(decoder, "which caches latents of its own", projection=projection, rank=rank, ratio=ratio)
             latents = latent_codec(codec, bits, rotary_codec, latent_ranks(decoder), codec_options)
             super().__init__(config, latents, latents="native", **base)
             return
-        _refuse(decoder, "which caches no rotary keys beside latents", rotary_codec=rotary_codec)
+        _refuse_given(decoder, "which caches no rotary keys beside latents", rotary_codec=rotary_codec)
         if projection is None:
             raise ValueError(
-                f"config of {decoder.model_type!r} caches keys and values, not latents; accepted: models with "
-                "multi-head latent attention, or projection=<file of hf-kvcache calibrate>"
+                f"projection=None: config of {decoder.model_type!r} caches keys and values, not latents; accepted: "
+                "models with multi-head latent attention, or projection=<file of hf-kvcache calibrate>"
             )
         layers = _projection(projection).for_config(decoder, rank, ratio, spread)
         super().__init__(config, resolve(stored, bits=bits, **codec_options), latents=layers, **base)
 
     @property
     def absorbed_steps(self) -> int:
-        """Calls of attention, over all layers, that were computed on a model's own latents without expanding them."""
+        """Number of attention calls, over all layers, that were computed on a model's own latents without expansion."""
         return sum(layer.absorbed for layer in self.own_layers if isinstance(layer, LatentLayer))
 
 
-def _refuse(config: PreTrainedConfig, which: str, **arguments: Any) -> None:
+def _refuse_given(config: PreTrainedConfig, which: str, **arguments: Any) -> None:
+    """Raise ValueError for the first argument that is not None."""
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a cache holds, in bytes of the storages actually allocated."""
+"""The report of the bytes that a cache holds. Bytes are those of the allocated storages."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ PARTS = ("codes", "scales", "sinks", "tail", "tables", "other", "slack")
 class MemoryReport:
     """Bytes of a cache or of one of its layers.
 
-    Not counted: the scratch memory in which chunks are decoded, a few MiB a thread that all caches share, and the
-    pool's own bookkeeping, a few bytes a page.
+    Two things are not counted: the scratch memory for decoding, a few MiB for each thread that all caches share, and
+    the counters of the page pool, a few bytes for each page.
 
     Attributes:
-        parts: bytes by part: packed ``codes``, their ``scales`` (zero points included), full-precision ``sinks`` and
-            ``tail``, host-side ``tables``, ``other`` (states of layers that are transformers' own, and what evicting
-            ones remember of queries), and ``slack`` (allocated and not used: free pages, empty slots, alignment).
+        parts: bytes by part. ``codes`` are the packed elements and ``scales`` their scales and zero points. ``sinks``
+            and ``tail`` are full-precision tokens. ``tables`` are page tables on the host. ``other`` are the states of
+            transformers' own layers, and the queries and sums that evicting layers record. ``slack`` is allocated and
+            not used: free pages, empty slots, alignment.
         full_bf16: bytes that a bfloat16 DynamicCache would hold for the same tokens.
-        full_same_dtype: the same in the model's dtype.
-        packed_bits: bits of all pages, scales counted.
-        packed_elements: elements stored in pages.
-        layers: the reports of the single layers.
+        full_same_dtype: bytes that a DynamicCache in the model's dtype would hold for the same tokens.
+        packed_bits: number of bits in all pages, scales included.
+        packed_elements: number of elements in all pages.
+        layers: the report of each layer.
     """
 
     parts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
@@ -41,27 +42,27 @@ class MemoryReport:
 
     @property
     def total(self) -> int:
-        """Bytes held."""
+        """Bytes held, all parts together."""
         return sum(self.parts.values())
 
     @property
     def ratio(self) -> float:
-        """Bytes held over those of a DynamicCache in the model's dtype."""
+        """Bytes held, divided by those of a DynamicCache in the model's dtype; NaN for an empty cache."""
         return self.total / self.full_same_dtype if self.full_same_dtype else float("nan")
 
     @property
     def ratio_bf16(self) -> float:
-        """Bytes held over those of a bfloat16 DynamicCache."""
+        """Bytes held, divided by those of a bfloat16 DynamicCache; NaN for an empty cache."""
         return self.total / self.full_bf16 if self.full_bf16 else float("nan")
 
     @property
     def bits_per_element(self) -> float:
-        """Bits per packed element, scales counted; NaN while nothing is packed."""
+        """Bits per packed element, scales included; NaN if nothing is packed."""
         return self.packed_bits / self.packed_elements if self.packed_elements else float("nan")
 
     @classmethod
     def of_layers(cls, layers: list[MemoryReport]) -> MemoryReport:
-        """The sum over layers."""
+        """The report of a cache from the reports of its layers."""
         total = cls(layers=layers)
         for layer in layers:
             for part, size in layer.parts.items():
@@ -93,7 +94,7 @@ def layer_report(layer: Any) -> MemoryReport:
     report = MemoryReport()
     held = tensor_bytes(vars(layer))
     report.parts["other"] = held
-    # Kept as transformers keeps it, whatever its dtype: the same in both comparisons.
+    # A DynamicCache holds the same states in the same dtype.
     report.full_bf16 = report.full_same_dtype = held
     return report
 
@@ -119,7 +120,7 @@ def _own_report(layer: KVCacheLayer) -> MemoryReport:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of the tensors in ``value``, whatever they are wrapped in."""
+    """Bytes of all tensors in ``value``: a tensor, or dictionaries, lists and tuples of tensors."""
     if isinstance(value, torch.Tensor):
         if hasattr(value, "__tensor_flatten__"):  # quanto's tensors are made of others
             return sum(tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])

@@ -1,4 +1,4 @@
-"""What a running model may do that a cache cannot follow: not read it, or drop it on the way."""
+"""Checks while a model runs: does it read the cache, and does it drop the cache on the way?"""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ logger = logging.get_logger(__name__)
 
 
 class ReadCheck:
-    """Whether attention reads the handles that ``update`` returns; looked at until it once has.
+    """Checks whether the model reads the handles that ``update`` returns. After the first success it checks no more.
 
     Args:
-        options: what the layers of the cache share; masks are made for them.
+        options: the settings that all layers of the cache share. Masks are recorded as made for this object.
     """
 
     def __init__(self, options: LayerOptions) -> None:
         self._options = options
-        #: The layer updated last, and whether it held anything before.
+        #: The number of the layer that was updated last, and whether its handles had to be read.
         self._updated = (0, False)
-        #: Whether it is known that the model reads them.
+        #: Whether the model is known to read the handles.
         self.passed = False
 
-    def look(self, layers: list[Any], layer_idx: int) -> None:
-        """Before the update of a layer, raise RuntimeError if the model has not read what the last one returned."""
-        latest, had = self._updated
+    def check(self, layers: list[Any], layer_idx: int) -> None:
+        """Before the update of a layer, raise RuntimeError if the handles of the update before it were not read."""
+        latest, had_to_be_read = self._updated
         layer, expected = layers[layer_idx], mask_is_expected(self._options)
-        # Without a mask before it, update() is called by hand, and nobody has to read what it returns.
+        # If no mask was made before, update() was called by hand, and its handles need not be read.
         self._updated = layer_idx, expected and isinstance(layer, KVCacheLayer) and layer.get_seq_length() > 0
-        if not had or not expected:
+        if not had_to_be_read or not expected:
             return
         if not layers[latest].is_unread():
             self.passed = True
@@ -47,36 +47,38 @@ class ReadCheck:
         raise RuntimeError(
             f"layer {latest}: attention did not read the handles on all keys and values that update() returned: "
             f"{'the model' if known is None else known.model.__name__} of transformers {RELEASE} uses "
-            "a cache in another way than this package takes it to, and the result would be wrong. Use a DynamicCache, "
-            "and please report it"
+            "a cache in a way that this package does not support, and the result would be wrong. Use a DynamicCache, "
+            "and please report the model"
         )
 
     def copy(self) -> ReadCheck:
-        """The check of a fork, as far as this one."""
+        """A copy for a fork of the cache."""
         other = object.__new__(ReadCheck)
         other.__dict__.update(self.__dict__)
         return other
 
 
-def length_kept_until(config: PreTrainedConfig) -> int | None:
-    """Tokens up to which transformers drops a cache on the way to more; None: at no length."""
+def drop_limit(config: PreTrainedConfig) -> int | None:
+    """The number of tokens after which ``generate`` drops a shorter cache and reads all tokens again; None: never."""
     return None if (drops := recomputing(config)) is None else drops[0]
 
 
 def warn_if_dropped(config: PreTrainedConfig, length: int) -> None:
-    """Warn if the length of a cache is asked for by the code that drops the cache next.
+    """Warn if the code that drops the cache asks for the length of the cache.
+
+    ``get_seq_length`` calls this function, and the caller of ``get_seq_length`` is found on the stack.
 
     Args:
-        config: of the model.
-        length: tokens that the cache has seen; ``get_seq_length`` is what calls this.
+        config: the config of the model.
+        length: number of tokens that the cache has seen.
     """
     known, asking = recomputing(config), sys._getframe(2)
-    # A wrapper of get_seq_length may stand between it and who asks.
+    # A wrapper of get_seq_length may stand between it and its caller.
     before = asking if asking.f_back is None else asking.f_back
     if known is not None and known[1] in (asking.f_code, before.f_code):
         logger.warning(
-            f"{config.model_type!r} changes its rotary embedding behind {known[0]} tokens: transformers "
-            f"{RELEASE} drops the cache that generate() was given, reads all tokens again, and goes on with a "
-            f"DynamicCache of its own. This cache ends with {length} tokens. To go on with one, build a new cache "
-            f"and call generate() with all tokens: a prompt of more than {known[0]} is kept"
+            f"{config.model_type!r} changes its rotary embedding after {known[0]} tokens: transformers "
+            f"{RELEASE} drops the cache that generate() was given, reads all tokens again, and continues with a "
+            f"DynamicCache of its own. This cache ends with {length} tokens. To continue with a cache of this package, "
+            f"build a new one and call generate() with all tokens: a prompt of more than {known[0]} tokens is kept"
         )

@@ -1,4 +1,4 @@
-"""What a model's config says of its cache: the kinds of its layers, and whether it can have one of ours at all."""
+"""Reading a model's config: which layers its cache needs, and whether this package supports the model."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from hf_kvcache.layers.evicting_mla import EvictingLatentLayer, check_policy
 from hf_kvcache.layers.mla import IndexedLatentLayer, LatentLayer
 from hf_kvcache.layers.options import LayerOptions
 
-#: Layer types whose keys and values are ours; the others keep transformers' own layers.
+#: Layer types for which this package has layers; for other types the cache has transformers' own layers.
 OWN_LAYER_TYPES = ("full_attention", "sliding_attention")
-#: Parts of the names that configs give to the width of a head, and to that of all heads together.
+#: Parts of the names of config attributes: first for the width of a head, then for the width of all heads together.
 _WIDTHS, _WHOLE = ("dim", "rank", "channels"), ("hidden_size", "d_model", "n_embd", "embed_dim", "attn_dim")
-#: Layers that attend to what an indexer chooses; ours where they cache latents.
+#: Layer type whose indexer chooses the tokens to attend to. This package has such a layer for models with latents.
 INDEXED = "indexed_attention"
 
 
 def check_states(config: PreTrainedConfig, key_states: torch.Tensor) -> None:
-    """Raise ValueError where keys ``[B, Hkv, T, Dk]`` cannot come from a model with this config.
+    """Raise ValueError if keys ``[B, Hkv, T, Dk]`` cannot come from a model with this config.
 
-    What a model caches is not always its ``num_key_value_heads`` by its ``head_dim``, and families have names of their
-    own for both. So any number that the config, or a part of it, calls heads or a width is taken as possible, and so is
-    any size of a whole layer divided by a number of heads.
+    Models do not always cache ``num_key_value_heads`` heads of width ``head_dim``, and some configs use other names. So
+    the check accepts every number of heads and every width that the config or one of its parts has. It also accepts the
+    width of a layer divided by a number of heads.
     """
     if key_states.dim() != 4:
         return
@@ -51,28 +51,33 @@ def check_states(config: PreTrainedConfig, key_states: torch.Tensor) -> None:
 
 
 def _numbers(config: Any) -> Iterator[tuple[str, int]]:
-    """The whole numbers in a config and its parts, by every name that they go by."""
+    """Yield the name and value of every whole number in a config and its parts; aliases yield their own names."""
     if isinstance(config, PreTrainedConfig):
         for common in config.attribute_map:
             yield from _numbers({common: getattr(config, common, None)})
         config = config.to_dict()
     for name, value in config.items():
-        if isinstance(value, dict):  # layers that differ (Gemma 4), a part for attention alone (DBRX)
+        if isinstance(value, dict):  # configs of single layers (Gemma 4), a config for attention (DBRX)
             yield from _numbers({str(key): inner for key, inner in value.items()})
         elif isinstance(value, int) and not isinstance(value, bool):
             yield name, value
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the decoder; raises for anything that cannot have a KV cache of ours."""
+    """The config of the model's decoder.
+
+    Raises:
+        TypeError: if ``config`` is not a model's config.
+        ValueError: if this package has no cache for such a model.
+    """
     if not isinstance(config, PreTrainedConfig):
         hint = ". Legacy tuples of keys and values cannot be converted" if isinstance(config, tuple) else ""
         raise TypeError(f"config is a {type(config).__name__}; accepted: a model's config (model.config){hint}")
     if config.is_encoder_decoder:
-        raise ValueError(f"config of {config.model_type!r}: accepted: decoder-only models, this one has an encoder")
+        raise ValueError(f"config of {config.model_type!r} has an encoder; accepted: decoder-only models")
     decoder = config.get_text_config(decoder=True)
     if not _is_decoder(decoder):
-        raise ValueError(f"config of {config.model_type!r}: accepted: models that generate, this one only encodes")
+        raise ValueError(f"config of {config.model_type!r} only encodes; accepted: models that generate")
     if getattr(decoder, "num_hidden_layers", None) is None and getattr(decoder, "layer_types", None) is None:
         raise ValueError(
             f"config of {config.model_type!r} says nothing of its layers (num_hidden_layers); accepted: models with "
@@ -95,13 +100,22 @@ def _is_decoder(config: PreTrainedConfig) -> bool:
     )
 
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return bool(getattr(config, "is_decoder", False))  # BERT and its kin are decoders only if told so
+        return bool(getattr(config, "is_decoder", False))  # BERT and similar models can be decoders
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return known or getattr(config, "vocab_size", None) is not None
 
 
 def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
-    types, layer_arguments = _with_repeated(config, *layer_types(config))
+    """The empty layers of a cache, this package's and transformers' own.
+
+    Args:
+        config: the config of the model's decoder.
+        options: the settings that all layers of this package share.
+
+    Raises:
+        ValueError: if the model has no layer for this package, or none that can evict although ``options`` ask for it.
+    """
+    types, layer_arguments = _with_loops(config, *layer_types(config))
     own = (*OWN_LAYER_TYPES, INDEXED) if options.latents == "native" else OWN_LAYER_TYPES
     if not set(types) & set(own):
         raise ValueError(
@@ -129,31 +143,31 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
     return layers
 
 
-def _with_repeated(
+def _with_loops(
     config: PreTrainedConfig, types: list[str], arguments: list[dict[str, Any]]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """The layers of a model, and behind them once more those that it goes through several times."""
-    again = _repeated(config)
-    if again is None:
+    """The types and arguments of a model's layers. Layers that run several times are appended for each later run."""
+    looped = _looped_layers(config)
+    if looped is None:
         return types, arguments
-    turns = config.n_recurrent_loops - 1
-    return [*types, *types[again] * turns], [*arguments, *arguments[again] * turns]
+    later_runs = config.n_recurrent_loops - 1
+    return [*types, *types[looped] * later_runs], [*arguments, *arguments[looped] * later_runs]
 
 
-def _repeated(config: PreTrainedConfig) -> slice | None:
-    """The layers of which each turn has keys and values of its own, which the model looks for behind all (Dory)."""
+def _looped_layers(config: PreTrainedConfig) -> slice | None:
+    """The layers that run several times with keys and values for each run (Dory); None if there are none."""
     if getattr(config, "recurrent_kv_cache_mode", None) != "per_loop":
         return None
     return slice(config.n_input_layers, config.n_input_layers + config.n_recurrent_layers)
 
 
 def places_in_pass(config: PreTrainedConfig, layers: int) -> list[int]:
-    """When a forward pass comes to each of a cache's ``layers``: in their order, but for those of later turns."""
-    again, held = _repeated(config), list(range(layers))
-    if again is None:
+    """For each of a cache's ``layers`` its place in a forward pass. Only layers of later runs are out of order."""
+    looped, held = _looped_layers(config), list(range(layers))
+    if looped is None:
         return held
     own = config.num_hidden_layers
-    order = [*held[: again.stop], *held[own:], *held[again.stop : own]]
+    order = [*held[: looped.stop], *held[own:], *held[looped.stop : own]]
     return [order.index(layer) for layer in held]
 
 
@@ -169,7 +183,7 @@ def _own_layer(index: int, layer_type: str, options: LayerOptions, sliding_windo
 
 
 def _check_eviction(config: PreTrainedConfig, types: list[str], evicting: list[int], options: LayerOptions) -> None:
-    """Raise ValueError where a model has no layer that can evict."""
+    """Raise ValueError if a model has no layer that can evict, or the policy does not work with it."""
     known = architecture(config)
     if known is not None and set(known.outside) == set(known.storing):
         raise ValueError(
@@ -182,7 +196,7 @@ def _check_eviction(config: PreTrainedConfig, types: list[str], evicting: list[i
         )
     if not evicting:
         raise ValueError(
-            f"config of {config.model_type!r}: all of its layers see a sliding window and hold no more than that; "
+            f"config of {config.model_type!r}: all of its layers have a sliding window and hold only its tokens; "
             "accepted with eviction: at least one layer of full attention"
         )
     if options.deferred and options.eviction is not None:
@@ -193,13 +207,13 @@ def _check_eviction(config: PreTrainedConfig, types: list[str], evicting: list[i
         check_policy(options.eviction.policy, options.eviction.compensate)
     elif latent_ranks(config) or options.latents is not None:
         raise ValueError(
-            f"config of {config.model_type!r}: {'a calibrated basis' if options.latents else 'latents as if keys'}; "
-            "accepted with eviction: keys and values as they are, or a model's own latents (HeavyHitterCache)"
+            f"config of {config.model_type!r}: {'a low-rank basis' if options.latents else 'latents stored as keys'} "
+            "cannot be combined with eviction; accepted: keys and values, or a model's own latents (HeavyHitterCache)"
         )
 
 
 def _check_sharing(config: PreTrainedConfig, eviction: EvictionOptions) -> None:
-    """Raise ValueError for what would have to see the queries of layers that read the keys of others."""
+    """Raise ValueError for eviction methods that need the queries of layers that read the keys of other layers."""
     why = f"config of {config.model_type!r}: some layers read the keys of others, and their queries are not seen"
     if eviction.compensate:
         raise ValueError(f"compensate={eviction.compensate!r} with a {why}; accepted: 0")
@@ -208,7 +222,7 @@ def _check_sharing(config: PreTrainedConfig, eviction: EvictionOptions) -> None:
 
 
 def _check_positions(config: PreTrainedConfig, policy: Policy) -> None:
-    """Raise ValueError now where a policy would find at its first choice that it cannot undo rotary positions."""
+    """Raise ValueError if a policy must undo rotary positions, and those of this model cannot be undone."""
     why = reason_against(config) if policy.needs_rope or policy.moves_sinks else None
     if why is not None:
         others = ", ".join(repr(name) for name in available() if not resolve(name).needs_rope)
@@ -219,7 +233,10 @@ def _check_positions(config: PreTrainedConfig, policy: Policy) -> None:
 
 
 def check_formats(config: PreTrainedConfig, options: LayerOptions) -> None:
-    """Raise now what the codec would raise at the first update, where the config tells the width of keys and values."""
+    """Raise ValueError if the codec cannot store keys and values of the widths that the config has.
+
+    Widths that the config does not have are checked at the first update.
+    """
     for key_width, value_width in _widths(config, options):
         for side, width in ((options.codec.keys, key_width), (options.codec.values, value_width)):
             if width is not None:
@@ -227,7 +244,7 @@ def check_formats(config: PreTrainedConfig, options: LayerOptions) -> None:
 
 
 def _widths(config: PreTrainedConfig, options: LayerOptions) -> set[tuple[int | None, int | None]]:
-    """What pages hold of keys and of values; None where the config does not tell."""
+    """The widths of keys and of values in pages, for all layers; None for a width that the config does not have."""
     if isinstance(options.latents, dict):
         return {(layer.keys.rank, layer.values.rank) for layer in options.latents.values()}
     widths: set[tuple[int | None, int | None]] = set()
@@ -241,22 +258,22 @@ def _widths(config: PreTrainedConfig, options: LayerOptions) -> set[tuple[int | 
 
 
 def latent_ranks(config: PreTrainedConfig) -> set[int]:
-    """Widths of the latents that the model's layers cache themselves."""
+    """The widths of the latents that the model caches; empty if it has none."""
     ranks = {getattr(layer, "kv_lora_rank", None) for layer in layer_configs(config)}
     return {rank for rank in ranks if rank is not None}
 
 
 def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The config of each layer where they differ, else that of all."""
+    """The configs of the layers if they differ; else a list of the one config."""
     return getattr(config, "per_layer_config", None) or [config]
 
 
 def borrowing_layers(config: PreTrainedConfig) -> frozenset[int]:
-    """The layers that read what others hold and have no tokens of their own, where they have a layer in the cache."""
+    """The numbers of the layers that read the keys and values of other layers and store none themselves."""
     modes = getattr(config, "kv_sharing_modes", None) or []
     return frozenset(index for index, mode in enumerate(modes) if mode is not None and mode.startswith("reuse"))
 
 
 def shares_keys(config: PreTrainedConfig) -> bool:
-    """Whether some layers read the keys and values of others."""
+    """Whether some layers read the keys and values of other layers."""
     return getattr(config, "kv_sharing_modes", None) is not None or bool(getattr(config, "num_kv_shared_layers", 0))

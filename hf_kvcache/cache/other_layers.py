@@ -1,6 +1,7 @@
-"""Layers of transformers' own in a cache of ours (states of recurrences and convolutions, chunked attention), saved.
+"""Saving and restoring transformers' own layers: recurrences, convolutions, chunked attention.
 
-They are taken apart by their attributes, whatever release they come from: tensors, tensors by number, plain values.
+Their attributes are read by kind, so that the code works for the layers of any release: tensors, dictionaries of
+tensors by number, and plain values (numbers, strings, booleans, None).
 """
 
 from __future__ import annotations
@@ -9,48 +10,62 @@ from typing import Any
 
 import torch
 
-#: Attributes that say where tensors lie and of what dtype they are, which follows from the tensors.
-_FOLLOWS = ("device", "dtype")
+#: Attributes that are not saved, because they follow from the tensors.
+_FROM_TENSORS = ("device", "dtype")
 
 
 def tensors(index: int, layer: Any) -> dict[str, torch.Tensor]:
-    """The tensors that layer ``index`` holds, by name; raises ValueError for what cannot be saved."""
+    """The tensors of layer ``index``, by name.
+
+    Raises:
+        ValueError: if an attribute of the layer is neither a tensor nor a plain value.
+    """
     found: dict[str, torch.Tensor] = {}
     for name, value in vars(layer).items():
         if isinstance(value, torch.Tensor):
             found[name] = value.clone()
         elif isinstance(value, dict) and any(isinstance(part, torch.Tensor) for part in value.values()):
             found |= {f"{name}.{key}": part.clone() for key, part in value.items() if part is not None}
-        elif not _is_plain(value) and name not in _FOLLOWS:
+        elif not _is_plain(value) and name not in _FROM_TENSORS:
             raise ValueError(
                 f"layer {index} is a {type(layer).__name__} of transformers' own and holds {name}={value!r}, which "
-                "cannot be saved; accepted: tensors, numbers and names"
+                "cannot be saved; accepted: tensors, numbers, strings"
             )
     return found
 
 
-def plain(layer: Any) -> dict[str, Any]:
-    """All else that the layer is, as JSON has it."""
+def plain_values(layer: Any) -> dict[str, Any]:
+    """The attributes of the layer that are no tensors, as values for JSON."""
     return {
         name: {str(key): part for key, part in value.items()} if isinstance(value, dict) else value
         for name, value in vars(layer).items()
-        if name not in _FOLLOWS and _is_plain(value)
+        if name not in _FROM_TENSORS and _is_plain(value)
     }
 
 
 def restore(layer: Any, saved: dict[str, torch.Tensor], values: dict[str, Any], device: Any) -> None:
-    """Make an empty ``layer`` hold what :func:`tensors` and :func:`plain` returned; ValueError if it cannot."""
+    """Fill an empty layer with saved content.
+
+    Args:
+        layer: the empty layer.
+        saved: what :func:`tensors` returned.
+        values: what :func:`plain_values` returned.
+        device: where the tensors are to lie; None leaves them where they are.
+
+    Raises:
+        ValueError: if the layer has other attributes.
+    """
     saved = {name: tensor.clone() if device is None else tensor.to(device) for name, tensor in saved.items()}
     known = set(vars(layer))
     named = {name.split(".")[0] for name in saved}
     if strange := sorted((named | set(values)) - known - {"kind"}):
-        raise ValueError(f"{type(layer).__name__} has no {strange[0]!r}")
+        raise ValueError(f"{type(layer).__name__} has no attribute {strange[0]!r}; accepted: {sorted(known)}")
     for name, value in values.items():
         if name == "kind":
             continue
         own = getattr(layer, name)
         if isinstance(value, dict) != isinstance(own, dict):
-            raise ValueError(f"{name!r} is {value!r}, in this cache {own!r}")
+            raise ValueError(f"{name}={value!r}; accepted: a value like {own!r}, which this cache has")
         setattr(layer, name, {int(key): part for key, part in value.items()} if isinstance(value, dict) else value)
     for name, tensor in saved.items():
         whole, _, key = name.partition(".")

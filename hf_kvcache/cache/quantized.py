@@ -1,4 +1,4 @@
-"""A cache in few bits."""
+"""``QuantizedKVCache``: a cache that stores keys and values in few bits."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from hf_kvcache.codecs import Codec
 
 
 class QuantizedKVCache(KVCache):
-    """A KV cache in few bits: of keys and values, or of the latents that a model caches in their place.
+    """A KV cache that stores keys and values in few bits. For a model that caches latents it stores those in few bits.
 
     Args:
         config: the model's config.
-        bits: bits of a code, 1 to 4 or 8; 4 unless the codec's name says otherwise.
+        bits: bits per element, 1 to 4 or 8. The default is 4, or the bits in the name of the codec.
         key_bits: bits of the keys in place of ``bits``.
         value_bits: bits of the values in place of ``bits``.
-        codec: how pages are stored; ``"auto"`` takes the best measured one for the bits asked.
-        sink_length: as of :class:`KVCache`, as are ``tail_length``, ``page_size``, ``validate`` and ``bind``.
+        codec: how pages are stored. ``"auto"`` takes the codec that was measured best for the given bits.
+        sink_length: as in :class:`KVCache`, like ``tail_length``, ``page_size``, ``validate`` and ``bind``.
         **codec_options: options of the codec such as ``group_size``.
+
+    Raises:
+        ValueError: for a model that cannot have such a cache, or an argument out of range.
+        TypeError: if ``config`` is not a model's config, or neither the cache nor the codec has an argument.
     """
 
     def __init__(

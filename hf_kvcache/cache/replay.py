@@ -1,4 +1,4 @@
-"""A second reading of the context, to see which tokens the model needs to repeat it (KVzip, arXiv:2505.23416)."""
+"""Reading the context a second time, to measure which tokens the model needs to repeat it (KVzip, arXiv:2505.23416)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hf_kvcache.layers.drafts import Draft
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.storage.token_view import TokenView
 
-#: A copy of the cache whose layers are being evicted: a ``KVCache``.
+#: A function that copies the cache: the method ``fork`` of a ``KVCache``.
 Fork = Callable[[], Any]
 
-#: Tokens that are read again at a time, as in the paper.
+#: Number of tokens in a forward pass of the second reading, as in the paper.
 _CHUNK = 2048
-#: Scores computed at a time.
+#: Number of scores that are computed at once, to bound the memory.
 _STRIP_ELEMENTS = 1 << 22
 
 
@@ -33,8 +33,8 @@ def compress(
     prompt_ids: torch.Tensor | None,
     replayed: list[torch.Tensor] | None,
 ) -> None:
-    """Evict every layer down to its budget; :meth:`hf_kvcache.KVCache.compress` says what it takes."""
-    evicting = _evicting(layers)
+    """Evict tokens of every layer down to its budget, for :meth:`hf_kvcache.KVCache.compress`."""
+    evicting = _evicting_layers(layers)
     policy = evicting[0].eviction.policy
     if not policy.needs_replay:
         for layer in evicting:
@@ -42,7 +42,9 @@ def compress(
         return
     if replayed is None:
         if model is None or input_ids is None:
-            raise ValueError(f"compress(): policy {policy.name!r} reads the context again; give model and input_ids")
+            raise ValueError(
+                f"compress(): policy {policy.name!r} reads the context again; give model and input_ids, or replayed"
+            )
         replayed = replay(evicting, fork, model, input_ids, attention_mask, prompt_ids)
     evict_by_replay(evicting, replayed)
 
@@ -56,52 +58,56 @@ def replay(
     attention_mask: torch.Tensor | None = None,
     prompt_ids: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """Read the context again on a copy of the cache, and see what attention its tokens get.
+    """Read the context again on copies of the cache, and measure the attention to its tokens.
 
     Args:
-        layers: of the cache, which holds the context and nothing else.
-        fork: makes a copy of the cache.
-        model: the model that filled it.
-        input_ids: the context, ``[B, T]``.
-        attention_mask: ``[B, T]``, 0 for padding; None if there is none.
-        prompt_ids: what asks the model to repeat, ``[n]``, put before the context; None for nothing.
+        layers: the layers of the cache, which holds the context and nothing else.
+        fork: a function that copies the cache.
+        model: the model that filled the cache.
+        input_ids: the tokens of the context, ``[B, T]``.
+        attention_mask: ``[B, T]``, 0 for padding; None if there is no padding.
+        prompt_ids: tokens ``[n]`` that are put before the context and ask the model to repeat it; None for none.
 
     Returns:
-        For each layer that evicts float32 ``[B, Hkv, T]``: the largest probability that any query of the group gave
-        each token, of those that the layer holds, in their order.
+        For each layer that evicts, float32 ``[B, Hkv, T]`` for its T stored tokens in their order: the largest
+        attention probability that a token got from any query of the head's group.
 
     Raises:
-        ValueError: if the context is not what the cache holds.
+        ValueError: if no layer evicts, a layer has evicted already, or the shapes do not fit the cache.
     """
-    evicting = _evicting(layers)
+    evicting = _evicting_layers(layers)
     _check(evicting, input_ids, attention_mask)
-    watches = _watch(evicting, fork, model, input_ids, attention_mask, prompt_ids)
+    watches = _read_again(evicting, fork, model, input_ids, attention_mask, prompt_ids)
     return [watch.largest for watch in watches]
 
 
 def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor]) -> None:
-    """Keep what the layers' policy makes of what :func:`replay` returned.
+    """Evict tokens down to the budget, by the result of a second reading.
+
+    Args:
+        layers: the layers that evict.
+        replayed: what :func:`replay` returned for these layers.
 
     Raises:
-        ValueError: if it is not of this cache.
+        ValueError: if the result has another number of layers or sequences.
     """
     batch = layers[0].batch_size
     if len(replayed) != len(layers) or any(x.shape[0] != batch for x in replayed):
         raise ValueError(f"replayed has {len(replayed)} layers; accepted: what replay() returned for this cache")
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
     for row in range(batch):
-        found = [_scored(layer, largest, row) for layer, largest in zip(layers, replayed, strict=True)]
-        for of_layer, keep in zip(kept, _chosen(layers[0].eviction.policy, found), strict=True):
+        scored = [_score_sequence(layer, largest, row) for layer, largest in zip(layers, replayed, strict=True)]
+        for of_layer, keep in zip(kept, _choose_tokens(layers[0].eviction.policy, scored), strict=True):
             of_layer.append(keep)
     for layer, rows in zip(layers, kept, strict=True):
         layer.keep_only(rows)
 
 
 class Watch:
-    """The largest probability that each key of a layer got from any replayed query of its group.
+    """Records the largest attention probability that each key of a layer gets from any query of its group.
 
     Args:
-        layer: whose keys; it holds the context.
+        layer: the layer, which holds the context.
     """
 
     def __init__(self, layer: EvictingLayer) -> None:
@@ -112,7 +118,12 @@ class Watch:
         self.largest = torch.zeros(shape, device=self.storage.device)
 
     def __call__(self, draft: Draft, log_sum_exp: torch.Tensor) -> None:
-        """Take in the queries of one call of attention and their log-sum-exp ``[B, Hq, q]``."""
+        """Record one attention call.
+
+        Args:
+            draft: the update, with its queries ``[B, Hq, q, Dk]``.
+            log_sum_exp: of the scores of each query, ``[B, Hq, q]``.
+        """
         for row, held in enumerate(self.held):
             valid = None if draft.new.valid is None else torch.from_numpy(draft.new.valid[row])
             query, total = draft.call.queries[row].float(), log_sum_exp[row]
@@ -131,15 +142,15 @@ class Watch:
                 torch.maximum(largest, found, out=largest)
 
 
-def _evicting(layers: Sequence[Any]) -> list[EvictingLayer]:
-    """Those of the layers that evict; raises ValueError if none does."""
+def _evicting_layers(layers: Sequence[Any]) -> list[EvictingLayer]:
+    """The layers that evict; raises ValueError if there are none."""
     evicting = [layer for layer in layers if isinstance(layer, EvictingLayer)]
     if not evicting:
         raise ValueError("compress(): this cache keeps every token; accepted: caches with a budget")
     return evicting
 
 
-def _watch(
+def _read_again(
     layers: list[EvictingLayer],
     fork: Fork,
     model: Any,
@@ -147,24 +158,24 @@ def _watch(
     attention_mask: torch.Tensor | None,
     prompt_ids: torch.Tensor | None,
 ) -> list[Watch]:
-    """Run the model over the context again, chunk by chunk, each on a copy of the cache."""
+    """Run the model over the context again, in chunks. Each chunk is read on a copy of the cache."""
     watches = [Watch(layer) for layer in layers]
     batch, length = input_ids.shape
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
     for start in range(0, length, _CHUNK):
-        ids, real = input_ids[:, start : start + _CHUNK], mask[:, start : start + _CHUNK]
+        ids, valid = input_ids[:, start : start + _CHUNK], mask[:, start : start + _CHUNK]
         if prompt_ids is not None:
             asked = prompt_ids.to(ids).expand(batch, -1)
-            ids, real = torch.cat([asked, ids], 1), torch.cat([torch.ones_like(asked), real], 1)
-            # Padding first: in the middle of a sequence a mask would hide tokens, not mark padding.
-            order = real.argsort(dim=1, stable=True)
-            ids, real = ids.gather(1, order), real.gather(1, order)
+            ids, valid = torch.cat([asked, ids], 1), torch.cat([torch.ones_like(asked), valid], 1)
+            # Padding is moved to the front. Hidden tokens between others do not count as padding.
+            order = valid.argsort(dim=1, stable=True)
+            ids, valid = ids.gather(1, order), valid.gather(1, order)
         copy = fork()
         by_index = {layer.index: watch for layer, watch in zip(layers, watches, strict=True)}
         for layer in copy.layers:
             if isinstance(layer, EvictingLayer):
                 layer.watcher = by_index[layer.index]
-        whole = torch.cat([mask, real], 1)
+        whole = torch.cat([mask, valid], 1)
         inputs: dict[str, Any] = {}
         if not bool(whole.all()):
             positions = (whole.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
@@ -173,8 +184,8 @@ def _watch(
     return watches
 
 
-def _scored(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tuple[Context, torch.Tensor]:
-    """What the policy sees of one sequence of a layer, and its scores ``[1, Hkv, T]``."""
+def _score_sequence(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tuple[Context, torch.Tensor]:
+    """The context that the policy sees of one sequence of a layer, and the scores ``[1, Hkv, T]`` of its tokens."""
     assert layer.storage is not None and layer.evictor is not None
     held, selection = TokenView.of(layer.storage, np.array([row])), layer.evictor.selection()
     protected = selection.protected(held, 0)
@@ -184,14 +195,15 @@ def _scored(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tuple[Cont
     return context, selection.scores(context)
 
 
-def _chosen(policy: Policy, found: list[tuple[Context, torch.Tensor]]) -> list[torch.Tensor]:
-    """The tokens of each layer that stay, bool ``[1, Hkv, T]``."""
+def _choose_tokens(policy: Policy, scored: list[tuple[Context, torch.Tensor]]) -> list[torch.Tensor]:
+    """Choose the tokens that stay, for each layer bool ``[1, Hkv, T]``."""
     if not policy.across_layers:
         return [
-            choose(score, context.protected, context.held, context.quota, policy.head_floor) for context, score in found
+            choose(score, context.protected, context.held, context.quota, policy.head_floor)
+            for context, score in scored
         ]
-    contexts, scores = [context for context, _ in found], [score for _, score in found]
-    # All heads of all layers as if they were the heads of one.
+    contexts, scores = [context for context, _ in scored], [score for _, score in scored]
+    # The heads of all layers compete for the budget like the heads of one layer.
     longest, heads = max(score.shape[2] for score in scores), [score.shape[1] for score in scores]
 
     def joined(parts: list[torch.Tensor], fill: float) -> torch.Tensor:
@@ -209,9 +221,10 @@ def _check(layers: list[EvictingLayer], input_ids: torch.Tensor, attention_mask:
     seen, held = layers[0].get_seq_length(), layers[0].batch_size
     if input_ids.dim() != 2 or tuple(input_ids.shape) != (held, seen):
         raise ValueError(
-            f"input_ids of shape {tuple(input_ids.shape)}; accepted: [{held}, {seen}], the tokens that the cache holds"
+            f"input_ids of shape {tuple(input_ids.shape)}; accepted: [{held}, {seen}], the tokens that the cache "
+            "has seen"
         )
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}; accepted: {tuple(input_ids.shape)}")
     if any(layer.evictor is not None and layer.evictor.evictions for layer in layers):
-        raise ValueError("compress(): the cache has evicted already; accepted: one that still holds the whole context")
+        raise ValueError("compress(): the cache has evicted already; accepted: a cache that holds the whole context")

@@ -1,4 +1,4 @@
-"""A cache as a flat dictionary of tensors, and back: what is saved is what is held, packed pages as they are."""
+"""Saving a cache as a flat dictionary of tensors, and restoring it. Packed pages are saved as they are."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from hf_kvcache.cache import other_layers as foreign
+from hf_kvcache.cache import other_layers
 from hf_kvcache.cache.model_config import check_states, layer_configs, make_layers
 from hf_kvcache.codecs import Codec
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.lowrank.projection import LayerProjection
 
-#: Raised when the meaning of the tensors changes.
+#: Version of the format, incremented when the meaning of the tensors changes.
 _FORMAT = 4
 _META = "meta"
-#: What a config says of the shape of a cache.
+#: Attributes of a config that decide the shapes in a cache.
 _SHAPE = (
     "num_hidden_layers",
     "hidden_size",
@@ -37,56 +37,59 @@ def export_state(layers: Sequence[Any], options: LayerOptions) -> dict[str, torc
     """The tensors of every layer as ``layers.<index>.<name>``, and the settings as JSON bytes under ``meta``.
 
     Args:
-        layers: of a cache, this package's and transformers' own.
-        options: what its layers share.
+        layers: the layers of a cache, transformers' own included.
+        options: the settings that all layers of this package share.
 
     Raises:
         ValueError: if a layer of transformers' own holds something that is neither a tensor nor a plain value.
     """
     state: dict[str, torch.Tensor] = {}
-    plain_parts = []
+    layer_values = []
     for index, layer in enumerate(layers):
-        tensors, plain = _taken_apart(index, layer)
-        plain_parts.append({"kind": type(layer).__name__, **plain})
+        tensors, values = _export_layer(index, layer)
+        layer_values.append({"kind": type(layer).__name__, **values})
         state |= {f"layers.{index}.{name}": tensor for name, tensor in tensors.items()}
     listed = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in state.items()}
-    return {_META: _encode_meta(_settings(options) | {"layers": plain_parts, "tensors": listed})} | state
+    return {_META: _encode_meta(_settings(options) | {"layers": layer_values, "tensors": listed})} | state
 
 
 def import_state(
     layers: Sequence[Any],
     options: LayerOptions,
-    passed: Set[int],
+    in_every_pass: Set[int],
     state: dict[str, torch.Tensor],
     device: torch.device | str | None,
 ) -> list[Any]:
-    """Layers like these that hold what ``state`` says; these are not changed.
+    """Make layers with a saved content.
 
     Args:
-        layers: of a cache with the same settings.
-        options: what its layers share.
-        passed: the indices of those that every forward pass adds tokens to.
+        layers: the layers of a cache with the same settings. They are not changed.
+        options: the settings that all layers of this package share.
+        in_every_pass: numbers of the layers to which every forward pass adds tokens.
         state: what :func:`export_state` returned.
-        device: where the new layers lie; see :meth:`hf_kvcache.KVCache.load_state_dict`.
+        device: where the new layers are to lie; see :meth:`hf_kvcache.KVCache.load_state_dict`.
+
+    Returns:
+        New layers, one for each of ``layers``.
 
     Raises:
-        ValueError: if the state is none of ours, of a cache with other settings or layers, or damaged.
+        ValueError: if the state was not made by this package, was saved with other settings or layers, or is damaged.
     """
     meta = _decode_meta(state)
     for name, value in _settings(options).items():
         _compare(name, meta.get(name), value)
     _check_listed(meta, state)
     if len(meta["layers"]) != len(layers):
-        raise ValueError(f"state has {len(meta['layers'])} layers, this cache has {len(layers)}")
-    filled: list[Any] = []
+        raise ValueError(f"state has {len(meta['layers'])} layers; accepted by this cache: {len(layers)}")
+    restored: list[Any] = []
     fresh = make_layers(_config(options), options)
-    for index, (layer, plain) in enumerate(zip(layers, meta["layers"], strict=True)):
+    for index, (layer, values) in enumerate(zip(layers, meta["layers"], strict=True)):
         prefix = f"layers.{index}."
         tensors = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
         empty = layer.blank() if isinstance(layer, KVCacheLayer) else fresh[index]
-        filled.append(_filled(options, index, empty, tensors, plain, device))
-    _check_alike(filled, passed)
-    return filled
+        restored.append(_import_layer(options, index, empty, tensors, values, device))
+    _check_lengths(restored, in_every_pass)
+    return restored
 
 
 def _config(options: LayerOptions) -> PreTrainedConfig:
@@ -94,46 +97,51 @@ def _config(options: LayerOptions) -> PreTrainedConfig:
     return options.config
 
 
-def _taken_apart(index: int, layer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _export_layer(index: int, layer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if isinstance(layer, KVCacheLayer):
         return layer.tensors(), layer.progress()
-    return foreign.tensors(index, layer), foreign.plain(layer)
+    return other_layers.tensors(index, layer), other_layers.plain_values(layer)
 
 
-def _filled(
-    options: LayerOptions, index: int, layer: Any, tensors: dict[str, torch.Tensor], plain: dict[str, Any], device: Any
+def _import_layer(
+    options: LayerOptions, index: int, layer: Any, tensors: dict[str, torch.Tensor], values: dict[str, Any], device: Any
 ) -> Any:
-    """``layer``, an empty one, with what was saved of it; raises ValueError for what is none of its kind."""
-    if plain.get("kind") != type(layer).__name__:
-        raise ValueError(f"layer {index} of the state is a {plain.get('kind')}, of this cache a {type(layer).__name__}")
+    """Fill an empty layer with its saved content; raises ValueError if the content is not that of such a layer."""
+    if values.get("kind") != type(layer).__name__:
+        raise ValueError(
+            f"layer {index} of the state is a {values.get('kind')}, of this cache a {type(layer).__name__}; "
+            "accepted: a state of a cache of the same class and model"
+        )
     try:
         if not isinstance(layer, KVCacheLayer):
-            foreign.restore(layer, tensors, plain, device)
+            other_layers.restore(layer, tensors, values, device)
             return layer
         if tensors:
             check_states(_config(options), tensors["dense.keys"])
-            layer.check_tensors(tensors, plain)
-        layer.restore(tensors, plain, device)
+            layer.check_tensors(tensors, values)
+        layer.restore(tensors, values, device)
         layer.check()
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"layer {index} of the state does not go with this cache, or is damaged: {what}") from error
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"layer {index} of the state does not fit this cache, or is damaged: {what}") from error
     return layer
 
 
-def _check_alike(layers: list[Any], passed: Set[int]) -> None:
+def _check_lengths(layers: list[Any], in_every_pass: Set[int]) -> None:
     """Raise ValueError if layers hold different numbers of sequences or tokens."""
     own = [layer for layer in layers if isinstance(layer, KVCacheLayer) and layer.is_initialized]
     for what, numbers in (
         ("sequences", {layer.batch_size for layer in own}),
-        ("tokens", {layer.get_seq_length() for layer in own if layer.index in passed}),
+        ("tokens", {layer.get_seq_length() for layer in own if layer.index in in_every_pass}),
     ):
         if len(numbers) > 1:
-            raise ValueError(f"state is damaged: its layers have seen {sorted(numbers)} {what}; accepted: all alike")
+            raise ValueError(
+                f"state is damaged: its layers have seen {sorted(numbers)} {what}; accepted: equal numbers"
+            )
 
 
 def _check_listed(meta: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError unless the state has just the tensors that were saved."""
+    """Raise ValueError unless the state has exactly the tensors that were saved, with their dtypes and shapes."""
     listed: dict[str, Any] = meta["tensors"]
     given = set(state) - {_META}
     if missing := sorted(set(listed) - given):
@@ -154,7 +162,7 @@ def _compare(name: str, saved: Any, own: Any) -> None:
         for key in own | saved:
             _compare(key, saved.get(key), own.get(key))
     elif saved != own:
-        raise ValueError(f"state was saved with {name}={saved!r}, this cache has {own!r}")
+        raise ValueError(f"state was saved with {name}={saved!r}; accepted by this cache: {own!r}")
 
 
 def _settings(options: LayerOptions) -> dict[str, Any]:
@@ -173,13 +181,13 @@ def _settings(options: LayerOptions) -> dict[str, Any]:
 
 
 def _of_layers(config: PreTrainedConfig, name: str) -> Any:
-    """What a config says; a list by layer where layers differ (Gemma 4)."""
+    """An attribute of a config; a list with the value of each layer if the layers differ (Gemma 4)."""
     values = [getattr(layer, name, None) for layer in layer_configs(config)]
     return values[0] if all(value == values[0] for value in values) else values
 
 
 def _digest(layers: dict[int, LayerProjection]) -> str:
-    """What tells the bases of a cache from others: pages decode to something else under those."""
+    """A digest of the low-rank bases of a cache. With other bases, saved pages would decode to other values."""
     digest = hashlib.sha256()
     for index, layer in sorted(layers.items()):
         digest.update(f"{index} {layer.heads} {layer.before_rope}".encode())
@@ -190,7 +198,7 @@ def _digest(layers: dict[int, LayerProjection]) -> str:
 
 
 def _describe(codec: Codec) -> str:
-    """The codec with all that its pages depend on; its repr leaves out options such as the group size."""
+    """The codec with all of its options, which its repr leaves out."""
     return f"{codec.name} keys={vars(codec.keys)} values={vars(codec.values)}"
 
 

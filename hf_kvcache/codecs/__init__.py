@@ -1,4 +1,4 @@
-"""Codecs: how a page of keys and values is stored. Each codec is one file; ``base.py`` has the base classes."""
+"""Codecs: how pages of keys and values are stored. Each codec is one file; ``base.py`` has the base classes."""
 
 from hf_kvcache.codecs.base import Codec, Encoded, SideCodec
 from hf_kvcache.codecs.registry import available, register, resolve, specs

@@ -16,7 +16,7 @@ class Choice:
     Attributes:
         codec: its registered name, without bits.
         options: the options that it is made with, unless the user gives others.
-        rotary: of latents, the codec of the rotary keys beside them, with its bits.
+        rotary: for latents, the codec of the rotary keys that are stored with them, with its bits; else None.
     """
 
     codec: str
@@ -44,7 +44,7 @@ WITH_EVICTION = {
     1: Choice("turboquant", {"center": True}),
 }
 
-#: A model's own latents. The rotary keys beside them are one in nine of the numbers and only they decide how scores
+#: A model's own latents. The rotary keys are one in nine of the stored numbers, and only they decide how scores
 #: depend on distance, so they get more bits.
 LATENTS = {
     8: Choice("rotated", rotary="bf16"),

@@ -35,6 +35,7 @@ class PageEncoder:
 
     @property
     def centered(self) -> bool:
+        """Whether a key mean is subtracted from the keys before they are encoded."""
         return self.layout.sides["keys"].centered
 
     @property

@@ -51,7 +51,7 @@ def resolve(
     """
     if isinstance(codec, Codec):
         if (bits, key_bits, value_bits) != (None, None, None) or options:
-            raise ValueError(f"codec={codec!r} is ready-made: bits and codec options cannot be given beside it")
+            raise ValueError(f"codec={codec!r} is ready-made: give no bits and no options, or give the codec by name")
         return codec
     codec_class, key_bits, value_bits = _chosen(codec, bits, key_bits, value_bits)
     known = _options(codec_class)
@@ -82,7 +82,7 @@ def _chosen(
     name, named_bits = _split(codec)
     if named_bits is not None:
         if bits is not None and bits != named_bits:
-            raise ValueError(f"bits={bits!r} contradicts codec={codec!r}")
+            raise ValueError(f"bits={bits!r} contradicts codec={codec!r}; accepted: one of the two")
         bits = named_bits
     for argument, value in (("bits", bits), ("key_bits", key_bits), ("value_bits", value_bits)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -108,7 +108,8 @@ def _best(key_bits: int, value_bits: int) -> str:
         if widths <= set(_CODECS.all()[KEYS_AND_VALUES[width].codec].supported_bits):
             return KEYS_AND_VALUES[width].codec
     raise ValueError(
-        f"key_bits={key_bits!r} with value_bits={value_bits!r} is in no one codec; name one: {', '.join(specs())}"
+        f"key_bits={key_bits!r} with value_bits={value_bits!r}: no codec has both widths; accepted: equal widths, or a "
+        f"codec of {', '.join(specs())}"
     )
 
 

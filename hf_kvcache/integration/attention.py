@@ -25,17 +25,20 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def register() -> None:
-    """Make the attention and the mask function known to transformers."""
+    """Register the attention function and the mask function of this package with transformers."""
     AttentionInterface.register(IMPLEMENTATION, attention_function)
     AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
 
 
 @cache
-def check_reached(file: str) -> None:
-    """Raise RuntimeError unless models written in the module ``file`` find the attention and the mask function.
+def check_registration(file: str) -> None:
+    """Raise RuntimeError if the models of a module do not find the registered attention and mask functions.
 
-    Asked once a file, when a cache is bound: a release of transformers that looks for them elsewhere would leave the
-    cache without its attention, or batches without their padding.
+    This is checked once for each modeling file, when a cache is bound. A release of transformers that looks for these
+    functions elsewhere would use another attention function, or ignore the padding of batches.
+
+    Args:
+        file: name of the Python module that defines the model.
     """
     names = vars(sys.modules.get(file, object))
     attention = names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
@@ -66,35 +69,35 @@ def attention_function(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention over a KVCache, or for any other keys and values what was set before the binding.
+    """Attention over handles of a KVCache; dense keys and values go to the implementation set before the binding.
 
     Args:
-        module: the attention module.
+        module: the attention module of the model.
         query: ``[B, Hq, T, Dk]``.
-        key: handle from a KVCache, or keys ``[B, Hkv, tokens, Dk]``.
-        value: the same for values.
-        attention_mask: as the mask function made it.
+        key: a handle from a KVCache, or dense keys ``[B, Hkv, tokens, Dk]``.
+        value: a handle from a KVCache, or dense values ``[B, Hkv, tokens, Dv]``.
+        attention_mask: the mask that the mask function made, or None.
         scaling: factor of the scores; ``Dk ** -0.5`` if None.
-        dropout: must be 0 for a KVCache.
-        **kwargs: whatever else the model passes.
+        dropout: probability of dropout; a KVCache accepts 0 only.
+        **kwargs: the other arguments that the model passes (``softcap``, ``s_aux``, ``is_causal``, ...).
 
     Returns:
-        Output ``[B, T, Hq, Dv]`` and, where the previous implementation gives them and the model asks for them,
-        attention weights over all tokens seen: then the cache is read as dense tensors.
+        The output ``[B, T, Hq, Dv]``, and attention weights ``[B, Hq, T, tokens]`` if the model asks for them and the
+        previous implementation gives them, else None. For weights the cache is read as dense tensors.
     """
     if is_dynamo_compiling():
         return _attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if not (isinstance(key, KVHandle) and isinstance(value, KVHandle)):
-        return _by_previous(module, query, (key, value), attention_mask, scaling, dropout, kwargs)
+        return _attend_by_previous(module, query, (key, value), attention_mask, scaling, dropout, kwargs)
     layer = key.layer()
     scaling_ = query.shape[-1] ** -0.5 if scaling is None else scaling
     scoring = Scoring(scaling_, kwargs.get("softcap"), _sink_logits(module, kwargs))
     collected = COLLECTOR.get()
     asked = kwargs.get("output_attentions") or (collected and collects_attentions(collected))
-    weights = bool(asked) and _gives_weights(module, layer)
+    with_weights = bool(asked) and _gives_weights(module, layer)
     if not layer.has_history():
-        # Nothing is compressed yet: the first tokens attend to each other exactly as without this package.
-        result = _by_previous(module, query, layer.new_tokens(), attention_mask, scaling, dropout, kwargs)
+        # There are no earlier tokens: the new tokens attend to each other exactly as without this package.
+        result = _attend_by_previous(module, query, layer.new_tokens(), attention_mask, scaling, dropout, kwargs)
         with torch.no_grad():
             layer.note_attended(AttentionCall(query, attention_mask, scoring, module=module))
         return result
@@ -102,39 +105,39 @@ def attention_function(
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     call = AttentionCall(query, attention_mask, scoring, causal, module)
-    if not torch.is_grad_enabled() and not weights:
+    if not torch.is_grad_enabled() and not with_weights:
         return layer.attend(call), None
     sources = [x for x in (query, *layer.differentiable()) if x.requires_grad]
     with torch.no_grad():
-        if weights:
-            # By the function that gives them without a cache of this package, over dense tensors.
+        if with_weights:
+            # The previous implementation computes the weights, over dense tensors.
             dense = key.dense(), value.dense()
-            output, given = _by_previous(module, query, dense, attention_mask, scaling, dropout, kwargs)
+            output, weights = _attend_by_previous(module, query, dense, attention_mask, scaling, dropout, kwargs)
             layer.note_attended(call)
         else:
-            output, given = layer.attend(call), None
+            output, weights = layer.attend(call), None
     if not torch.is_grad_enabled():
-        return output, given
-    return refuse_gradient(output, *sources), given
+        return output, weights
+    return refuse_gradient(output, *sources), weights
 
 
 _attention = torch.compiler.disable(attention_function)
 
 
 def _gives_weights(module: torch.nn.Module, layer: CachedStates) -> bool:
-    """Whether the implementation that was set before gives attention weights; raises if the cache cannot give them."""
+    """Whether the previous implementation gives attention weights; raises ValueError for a cache that evicts."""
     config: Any = getattr(module, "config", None)
     if config is None or previous_implementation(config) != "eager":
-        return False  # no other one does, whatever the cache
+        return False  # only eager attention gives weights
     if layer.evicts:
         raise ValueError(
-            "output_attentions=True with a cache that evicts: tokens that are gone have no weight; accepted: caches "
-            "that keep every token, such as KVCache(config)"
+            "output_attentions=True with a cache that evicts: evicted tokens have no weight; accepted: caches that "
+            "keep every token, such as KVCache(config)"
         )
     return True
 
 
-def _by_previous(
+def _attend_by_previous(
     module: torch.nn.Module,
     query: torch.Tensor,
     states: tuple[torch.Tensor, torch.Tensor],
@@ -145,29 +148,29 @@ def _by_previous(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over dense keys and values by the implementation that was set before the binding."""
     keys, values = states
-    attend = _previous(module)
+    attend = _previous_function(module)
     return attend(module, query, keys, values, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
-def _previous(module: torch.nn.Module) -> AttentionFunction:
-    """The attention function that ``module`` would call, were its config not bound."""
+def _previous_function(module: torch.nn.Module) -> AttentionFunction:
+    """The attention function that ``module`` would call if its config were not bound."""
     config: Any = getattr(module, "config", None)
     name = "sdpa" if config is None else previous_implementation(config)
-    names = _names_of(module)
+    names = _module_globals(module)
     eager = names.get("eager_attention_forward")
     if name == "eager":
         if eager is None:
             raise ValueError(
-                f"{type(module).__name__} has no eager attention function beside it; call "
-                "model.set_attn_implementation('sdpa') before the cache is built"
+                f"attn_implementation='eager': the file of {type(module).__name__} has no eager_attention_forward; "
+                "call model.set_attn_implementation('sdpa') before the cache is built"
             )
         return eager
     # A model may have replaced functions in an interface of its own.
     return names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS).get_interface(name, eager)
 
 
-def _names_of(module: torch.nn.Module) -> dict[str, Any]:
-    """The global names of the file that defines the attention module, or of a base class of it that has attention."""
+def _module_globals(module: torch.nn.Module) -> dict[str, Any]:
+    """The global names of the file of a module's class, or of a base class, that defines attention functions."""
     for cls in type(module).__mro__:
         names = vars(sys.modules[cls.__module__])
         if "eager_attention_forward" in names or "ALL_ATTENTION_FUNCTIONS" in names:
@@ -176,9 +179,9 @@ def _names_of(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def _sink_logits(module: torch.nn.Module, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Learned sink logits: passed along, or where only the module's own eager function would look for them."""
+    """Learned sink logits: an argument of attention, or a parameter that only the model's eager function reads."""
     logits = kwargs.get("s_aux")
-    # Not by getattr: for what a module does not have, that takes longer than the rest of this function's work.
+    # getattr is slow for attributes that a module does not have: slower than all else in this function.
     return module._parameters.get("sinks") if logits is None else logits
 
 
@@ -188,6 +191,6 @@ def _check_supported(module: torch.nn.Module, dropout: float, kwargs: dict[str, 
     for name in ("position_bias", "block_indices", "indices"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"{type(module).__name__} passes {name!r} to attention, which a KVCache does not support; call "
-                "hf_kvcache.unbind(model.config) after building the cache: it is then read through dense tensors"
+                f"{type(module).__name__} passes {name!r} to attention, which a KVCache does not support; accepted: "
+                "None. Call hf_kvcache.unbind(model.config) after building the cache; it is then read as dense tensors"
             )

@@ -1,4 +1,4 @@
-"""One call of the attention function, as the layers of a cache see it."""
+"""The arguments of one call of the attention function, as the layers of a cache use them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class AttentionCall:
     """The queries of an update, and how they attend.
 
     Attributes:
-        query: ``[B, Hq, q, Dk]``, not scaled; None where only their number is known.
+        query: the queries ``[B, Hq, q, Dk]``, not scaled; None if only their number is known.
         mask: boolean or additive ``[B, 1 or Hq, q, tokens]``, 2D ``[B, tokens]``, or None.
-        scoring: how scores are made.
-        causal: whether a token sees no later one where no mask says it.
+        scoring: how scores are computed: scaling, soft-capping, sink logits.
+        causal: whether later tokens are hidden where the mask does not decide it.
         module: the attention module; None if it is not known.
-        length: number of queries; that of ``query`` unless it is None.
+        length: number of queries, used if ``query`` is None.
     """
 
     query: torch.Tensor | None
@@ -31,7 +31,7 @@ class AttentionCall:
 
     @property
     def queries(self) -> torch.Tensor:
-        """The queries; they are known wherever attention is computed here."""
+        """The queries, where they must be known because attention is computed."""
         assert self.query is not None
         return self.query
 

@@ -1,4 +1,7 @@
-"""Binding a model's config to the attention of this package, and remembering which implementation was set before."""
+"""Binding a model's config to the attention function of this package, and undoing it.
+
+A bound config has the attention implementation ``hf_kvcache``, and remembers which implementation was set before.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from hf_kvcache.integration import mla
 #: The name under which the attention and mask functions are registered.
 IMPLEMENTATION = "hf_kvcache"
 _DEFAULT_PREVIOUS = "sdpa"
-#: Implementations whose masks are not tensors, so that this package's attention could not read them.
+#: Implementations whose masks are not tensors, so that the attention function of this package cannot read them.
 _UNREADABLE_MASKS = ("flex_attention",)
 
 
 class _Bound(str):
-    """The name ``hf_kvcache`` that carries the previous implementation with it.
+    """The name ``hf_kvcache`` as a string that also has the name of the previous implementation.
 
-    A string subclass, so that the binding follows the config through copies and pickles and never shows in a saved
-    ``config.json``.
+    It is a subclass of ``str``, so that the binding is kept in copies and pickles of the config, and is not written to
+    a saved ``config.json``.
     """
 
     previous: str
@@ -46,13 +49,15 @@ class _Bound(str):
 
 
 def bind(config: PreTrainedConfig) -> None:
-    """Make models with this ``config`` use the attention of this package. For other caches nothing changes.
+    """Make models with this ``config`` use the attention function of this package. Other caches work as before.
+
+    Every cache of this package calls this function when it is built, unless it is built with ``bind=False``.
 
     Args:
         config: the config object that the model holds (for vision-language models its text part).
 
     Raises:
-        ValueError: if the current implementation builds masks that are not tensors (flex attention).
+        ValueError: if the current implementation makes masks that are not tensors (flex attention).
     """
     current = config._attn_implementation
     current = _DEFAULT_PREVIOUS if current is None else current
@@ -67,9 +72,13 @@ def bind(config: PreTrainedConfig) -> None:
 
 
 def unbind(config: PreTrainedConfig) -> None:
-    """Undo :func:`bind`: set the implementation that was set before. Caches in use continue with dense tensors.
+    """Undo :func:`bind`: set the attention implementation that was set before.
 
-    Latent-attention classes get their own ``expand_kv`` back, unless another bound model needs them.
+    Caches in use continue to work, through dense tensors. Latent-attention classes get their own ``expand_kv`` back,
+    unless another config of their models is bound.
+
+    Args:
+        config: the config object that the model holds.
     """
     mla.unbind(config.get_text_config(decoder=True))
     if config._attn_implementation == IMPLEMENTATION:
@@ -77,7 +86,7 @@ def unbind(config: PreTrainedConfig) -> None:
 
 
 def is_bound(config: PreTrainedConfig) -> bool:
-    """Whether models with this ``config`` use the attention of this package."""
+    """Whether models with this ``config`` use the attention function of this package."""
     return isinstance(config._attn_implementation, _Bound) or config._attn_implementation == IMPLEMENTATION
 
 
@@ -86,10 +95,10 @@ def previous_implementation(config: PreTrainedConfig) -> str:
     current = config._attn_implementation
     if isinstance(current, _Bound):
         return current.previous
-    # Set by name, in from_pretrained(attn_implementation="hf_kvcache"): there was none before.
+    # With from_pretrained(attn_implementation="hf_kvcache") no implementation was set before.
     return _DEFAULT_PREVIOUS if current in (None, IMPLEMENTATION) else current
 
 
 def _set_implementation(config: PreTrainedConfig, implementation: str) -> None:
-    # With a dict, the setter leaves the sub-configs (a vision tower, say) as they are.
+    # Given a dict, the setter does not change the sub-configs, such as that of a vision tower.
     config._attn_implementation = {"": implementation}

@@ -1,4 +1,4 @@
-"""What ``update`` returns: a tensor that knows its layer and is materialised only if someone computes with it."""
+"""The tensors that ``update`` returns. Each knows its layer, and is decompressed only if an operation reads it."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from hf_kvcache.kernels.attention import NO_GRADIENT
 
 
 class CachedStates(Protocol):
-    """What a handle and the attention function ask of the keys and values behind it.
+    """The keys and values behind a handle, as handles and the attention function use them.
 
-    A layer of a cache answers, and so does the expansion of a layer's latents.
+    Two classes implement this protocol: a layer of a cache, and the expansion of a layer's latents.
     """
 
     @property
     def version(self) -> int:
-        """Changes whenever handles that were given out earlier become wrong."""
+        """A number that is incremented whenever earlier handles become invalid."""
 
     @property
     def evicts(self) -> bool:
-        """Whether tokens that a query may see can be gone."""
+        """Whether the layer drops tokens that a query may see."""
 
     @property
     def takes_expansion(self) -> bool:
-        """Whether what is held are latents that the model expands."""
+        """Whether the layer holds latents that the model expands to keys and values."""
 
     def has_history(self) -> bool:
-        """Whether attention has to look at anything but the tokens of the latest update."""
+        """Whether attention must read tokens that were added before the latest update."""
 
     def new_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the latest update, dense ``[B, Hkv, T, D]``, with their gradient if they have one."""
+        """Keys and values of the latest update, dense ``[B, Hkv, T, D]``, with their gradient if there is one."""
 
     def differentiable(self) -> tuple[torch.Tensor, ...]:
-        """The tensors beside the queries that attention over the latest update may be asked for a gradient of."""
+        """The tensors, beside the queries, that the attention over the latest update has a gradient for."""
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        """Attention ``[B, T, Hq, Dv]`` of the latest update's queries over all that is held."""
+        """Attention ``[B, T, Hq, Dv]`` of the latest update's queries over all tokens."""
 
     def note_attended(self, call: AttentionCall) -> None:
-        """Take note that someone else computed the attention of the latest update."""
+        """Record that another function computed the attention of the latest update."""
 
     def note_dense_read(self) -> None:
-        """Take note that someone reads dense keys and values."""
+        """Record that the keys and values are read as dense tensors."""
 
     def dense_side(self, side: str) -> torch.Tensor:
-        """All ``"keys"`` or ``"values"`` that attention may see, ``[B, Hkv, T, D]``."""
+        """All ``"keys"`` or all ``"values"`` that attention may see, dense ``[B, Hkv, T, D]``."""
 
 
 class HoldsStates(Protocol):
-    """What :class:`HeldStates` ask of the layer whose keys and values they stand for."""
+    """The layer behind :class:`HeldStates`."""
 
     @property
     def index(self) -> int:
@@ -61,29 +61,36 @@ class HoldsStates(Protocol):
 
     @property
     def version(self) -> int:
-        """Changes whenever what is held changes."""
+        """A number that is incremented whenever the stored tokens change."""
 
     def decompressed(self, side: str) -> torch.Tensor:
-        """All ``"keys"`` or ``"values"`` that are held, ``[B, Hkv, T, D]``."""
+        """All stored ``"keys"`` or ``"values"``, dense ``[B, Hkv, T, D]``."""
 
 
 class KVHandle(torch.Tensor):
-    """Stands for all keys or all values that a layer shows to attention, ``[B, Hkv, T, D]``.
+    """A handle on all keys or all values that attention may see, ``[B, Hkv, T, D]``.
 
-    The attention of this package recognises it and reads the pages. Any other operation on it decodes the cache into
-    a dense tensor, which is correct under every attention implementation and slower.
+    The attention function of this package recognizes a handle and reads the pages of its layer. Any other operation on
+    a handle decompresses the cache to a dense tensor. That is slower, and correct with every attention implementation.
     """
 
     _layer: CachedStates
     _side: str
     _at_version: int
-    _shown: torch.Tensor | None
+    _source: torch.Tensor | None
 
     @staticmethod
     def __new__(cls, layer: CachedStates, side: str, sizes: tuple[int, int, int, int], like: torch.Tensor) -> KVHandle:
-        """A handle on ``side`` of ``layer`` of ``sizes [B, Hkv, T, D]``, with the dtype and device of ``like``."""
+        """A handle on one side of a layer.
+
+        Args:
+            layer: the layer, or the expansion of its latents.
+            side: ``"keys"`` or ``"values"``.
+            sizes: the shape ``[B, Hkv, T, D]``.
+            like: a tensor with the dtype and device of the handle.
+        """
         handle = torch.Tensor._make_wrapper_subclass(cls, sizes, dtype=like.dtype, device=like.device)
-        handle._layer, handle._side, handle._at_version, handle._shown = layer, side, layer.version, None
+        handle._layer, handle._side, handle._at_version, handle._source = layer, side, layer.version, None
         return handle
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -99,7 +106,7 @@ class KVHandle(torch.Tensor):
         """The layer behind the handle.
 
         Raises:
-            RuntimeError: if the layer was updated or changed since.
+            RuntimeError: if the layer has changed since ``update`` returned the handle.
         """
         if self._at_version != self._layer.version:
             raise RuntimeError(
@@ -109,10 +116,14 @@ class KVHandle(torch.Tensor):
         return self._layer
 
     def dense(self) -> torch.Tensor:
-        """The keys or values as a dense tensor, zeros where a token is not held (padding)."""
-        if self._shown is not None:
-            return self._shown
-        # Contiguous, as the handle says it is: composite operations view it by the handle's strides.
+        """The keys or values as a dense tensor ``[B, Hkv, T, D]``; zeros stand for padding.
+
+        Raises:
+            RuntimeError: if the layer has changed since ``update`` returned the handle, or has evicted tokens.
+        """
+        if self._source is not None:
+            return self._source
+        # Contiguous, because composite operations view the result with the strides of the handle.
         layer = self.layer()
         layer.note_dense_read()
         return layer.dense_side(self._side).contiguous()
@@ -125,9 +136,10 @@ class KVHandle(torch.Tensor):
 
 
 class HeldStates(torch.Tensor):
-    """Stands for all keys or all values that a layer holds, for whoever looks into it between two updates.
+    """All stored keys or values of a layer, for code that reads them between two updates.
 
-    Its shape is known at once; computing with it decompresses them. Attention takes it for any tensor.
+    The shape is known without decompression. Any operation on the tensor decompresses it. The attention function of
+    this package treats it like a dense tensor.
     """
 
     _layer: HoldsStates
@@ -136,7 +148,14 @@ class HeldStates(torch.Tensor):
 
     @staticmethod
     def __new__(cls, layer: HoldsStates, side: str, sizes: tuple[int, int, int, int], like: torch.Tensor) -> HeldStates:
-        """What ``layer`` holds now of ``side``, ``[B, Hkv, T, D]``, with the dtype and device of ``like``."""
+        """The stored states of one side of a layer.
+
+        Args:
+            layer: the layer.
+            side: ``"keys"`` or ``"values"``.
+            sizes: the shape ``[B, Hkv, T, D]``.
+            like: a tensor with the dtype and device of the states.
+        """
         states = torch.Tensor._make_wrapper_subclass(cls, sizes, dtype=like.dtype, device=like.device)
         states._layer, states._side, states._at_version = layer, side, layer.version
         return states
@@ -145,11 +164,12 @@ class HeldStates(torch.Tensor):
     __torch_dispatch__ = KVHandle.__torch_dispatch__  # type: ignore[assignment]
 
     def dense(self) -> torch.Tensor:
-        """The states as a dense tensor; raises RuntimeError if the layer was updated or changed since."""
+        """The states as a dense tensor ``[B, Hkv, T, D]``; raises RuntimeError if the layer has changed meanwhile."""
         if self._at_version != self._layer.version:
             raise RuntimeError(
-                f"{self._side} of layer {self._layer.index} were looked up before the cache was updated, cropped or "
-                "reordered; look them up again, or clone() them in time"
+                f"{self._side} of layer {self._layer.index} are out of date: the cache was updated, cropped or "
+                f"reordered after they were read. Read cache.layers[{self._layer.index}].{self._side} again, or "
+                "clone() them before the change."
             )
         return self._layer.decompressed(self._side).contiguous()
 
@@ -167,28 +187,29 @@ def _dense(states: KVHandle | HeldStates) -> torch.Tensor:
     return states.dense()
 
 
-def carrying_gradient(handle: KVHandle, source: torch.Tensor, exact: bool) -> KVHandle:
-    """``handle``, such that what is computed from it has a gradient with respect to ``source``.
+def attach_gradient(handle: KVHandle, source: torch.Tensor, exact: bool) -> KVHandle:
+    """A copy of ``handle`` that takes part in autograd.
 
     Args:
-        handle: fresh from its constructor.
-        source: the tensor that it shows, if ``exact``; else any that has a part in it.
-        exact: whether the gradient is known; if not, going backwards raises RuntimeError.
+        handle: the handle.
+        source: a tensor that requires a gradient. If ``exact``, the handle stands for exactly this tensor; else the
+            keys or values of the handle depend on it.
+        exact: whether the gradient is known. If not, the backward pass raises RuntimeError.
     """
-    return _Carrying.apply(source, handle, exact)
+    return _AttachGradient.apply(source, handle, exact)
 
 
-class _Carrying(torch.autograd.Function):
-    """Makes a handle that takes part in autograd."""
+class _AttachGradient(torch.autograd.Function):
+    """The autograd function of :func:`attach_gradient`."""
 
     @staticmethod
     def forward(ctx: Any, source: torch.Tensor, handle: KVHandle, exact: bool) -> KVHandle:
         ctx.exact = exact
         batch, heads, length, dim = handle.shape
-        carrying = KVHandle(handle._layer, handle._side, (batch, heads, length, dim), handle)
-        if exact:  # autograd keeps handles, and looks into them when the layer has gone on
-            carrying._shown = source.detach().contiguous()
-        return carrying
+        attached = KVHandle(handle._layer, handle._side, (batch, heads, length, dim), handle)
+        if exact:  # autograd keeps handles, and reads them after the layer has changed
+            attached._source = source.detach().contiguous()
+        return attached
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

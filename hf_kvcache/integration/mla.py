@@ -1,8 +1,9 @@
-"""The binding to multi-head latent attention: where a model expands latents, a cache may attend to them as they are.
+"""The binding to multi-head latent attention (DeepSeek-V2, arXiv:2405.04434).
 
-Attention classes of these families cache latents and call their method ``expand_kv`` on all of them at every step. Here
-that method gets a wrapper which, for handles of a latent cache, returns handles again: the attention function then asks
-the layer behind them, and the layer decides whether anything is expanded at all.
+The attention classes of these model families cache latents. At every step they call their method ``expand_kv`` on all
+cached latents to get keys and values. The binding wraps that method: for handles on latents it returns handles on keys
+and values, and expands nothing. The attention function then calls the layer, which attends in latent space or expands
+the latents itself.
 """
 
 from __future__ import annotations
@@ -19,37 +20,37 @@ from transformers import PreTrainedConfig
 from hf_kvcache.integration.architecture import modeling_file
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.compiling import outside_graphs
-from hf_kvcache.integration.handle import CachedStates, KVHandle, carrying_gradient
+from hf_kvcache.integration.handle import CachedStates, KVHandle, attach_gradient
 from hf_kvcache.kernels.inputs import UpProjections
 
 #: The method that turns latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]`` into keys and values of every head.
 METHOD = "expand_kv"
-#: By the ids of bound configs: the file of their models, and what releases it, at the latest when the config dies.
+#: By the id of a bound config: the modeling file, and the finalizer that undoes the binding when the config is deleted.
 _bound: dict[int, tuple[str, finalize[..., PreTrainedConfig]]] = {}
 
 Expand = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def attention_classes(config: PreTrainedConfig) -> list[type]:
-    """The classes that expand latents, in the file that models of this config are written in; found by inspection."""
+    """The attention classes of the config's modeling file that expand latents, found by inspection."""
     return _loaded_classes(modeling_file(config))
 
 
 def own_ranks(config: PreTrainedConfig) -> set[int]:
-    """Widths of the latents that layers of models with this config cache themselves; none if they do not."""
+    """The widths of the latents that a model with this config caches; empty if it caches keys and values."""
     layers = getattr(config, "per_layer_config", None) or [config]
     ranks = {rank for layer in layers if (rank := getattr(layer, "kv_lora_rank", None)) is not None}
     return ranks if ranks and attention_classes(config) else set()
 
 
 def _loaded_classes(file: str) -> list[type]:
-    """The same if that file was imported; none otherwise."""
+    """The classes of an imported module that expand latents; empty if the module was not imported."""
     names = vars(sys.modules.get(file, object))
     return [cls for cls in names.values() if isinstance(cls, type) and METHOD in vars(cls)]
 
 
 def bind(config: PreTrainedConfig) -> None:
-    """Let models with this ``config`` attend to latents; for anything but handles of a latent cache nothing changes."""
+    """Let models with this ``config`` attend to latents. Other caches work as before."""
     file, key = modeling_file(config), id(config)
     for cls in _loaded_classes(file):
         expand = vars(cls)[METHOD]
@@ -62,7 +63,7 @@ def bind(config: PreTrainedConfig) -> None:
 
 
 def unbind(config: PreTrainedConfig) -> None:
-    """Undo :func:`bind`; classes get their own method back once no model of theirs is bound."""
+    """Undo :func:`bind`. Attention classes get their own method back when no config of their models is bound."""
     if id(config) in _bound:
         _bound[id(config)][1]()
 
@@ -89,27 +90,28 @@ def _wrapped(expand: Expand) -> Expand:
 
 
 class CachedLatents(CachedStates, Protocol):
-    """What an expansion asks of the layer that holds the latents; its keys are latents, its values rotary keys."""
+    """The layer behind an expansion. Its keys are latents, and its values are rotary keys."""
 
     device: torch.device
     dtype: torch.dtype
-    #: The expansion through which attention came last.
+    #: The expansion through which attention was last computed.
     expansion: Expansion | None
 
     @property
     def batch_size(self) -> int:
-        """Sequences held."""
+        """Number of sequences."""
 
 
 class Expansion:
-    """Stands for all keys and values that one module would expand the latents of a layer to.
+    """The keys and values that one attention module would expand the latents of a layer to.
 
-    It is to the handles what a layer is to others: the attention function and the dense fallback ask it.
+    An expansion stands behind handles as a layer does (:class:`~hf_kvcache.integration.handle.CachedStates`). It passes
+    attention on to the layer of latents, and expands latents only if a dense tensor is needed.
 
     Args:
-        layer: holds the latents.
-        module: the attention module that reads them; of layers that share a cache each has its own.
-        expand: the module's class's own ``expand_kv``.
+        layer: the layer of latents.
+        module: the attention module. Model layers that share one cache layer have a module each.
+        expand: the method ``expand_kv`` of the module's class, without the wrapper.
     """
 
     #: Handles of expanded keys are not expanded again.
@@ -121,74 +123,79 @@ class Expansion:
 
     @property
     def module(self) -> torch.nn.Module:
-        """The module that expands; held weakly, since the layer remembers who attended last."""
+        """The attention module. The reference is weak, because a cache must not keep a model alive."""
         module = self._module()
         if module is None:
-            raise RuntimeError("the attention module that would expand these latents is gone, with its model")
+            raise RuntimeError(
+                "the model that filled this cache was deleted, and with it the attention module that expands its "
+                "latents; run a forward pass of a loaded model with this cache first"
+            )
         return module
 
     @property
     def version(self) -> int:
-        """Changes whenever handles given out earlier become wrong."""
+        """A number that is incremented whenever earlier handles become invalid."""
         return self.latents.version
 
     @property
     def evicts(self) -> bool:
-        """Whether tokens that a query may see can be gone."""
+        """Whether the layer drops tokens that a query may see."""
         return self.latents.evicts
 
     def handles(self, length: int) -> tuple[KVHandle, KVHandle]:
         """Handles on the keys and values of ``length`` tokens."""
-        batch, sides = self.latents.batch_size, zip(("keys", "values"), _expanded(self), strict=True)
+        batch, sides = self.latents.batch_size, zip(("keys", "values"), _empty_expansion(self), strict=True)
         keys, values = (KVHandle(self, side, (batch, x.shape[1], length, x.shape[3]), x) for side, x in sides)
         sources = [x for x in self.differentiable() if x.requires_grad] if torch.is_grad_enabled() else []
         if not sources:
             return keys, values
         exact = not self.has_history()
-        shown = self.new_tokens() if exact else (sources[0], sources[0])
-        return carrying_gradient(keys, shown[0], exact), carrying_gradient(values, shown[1], exact)
+        source = self.new_tokens() if exact else (sources[0], sources[0])
+        return attach_gradient(keys, source[0], exact), attach_gradient(values, source[1], exact)
 
     def expand(self, latents: torch.Tensor, rotary_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[B, H, T, D]`` of latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]``."""
+        """Expand latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]`` to keys and values ``[B, H, T, D]``."""
         return self._expand(self.module, latents, rotary_keys)
 
     def has_history(self) -> bool:
-        """Whether attention has to look at anything but the tokens of the latest update."""
+        """Whether attention must read tokens that were added before the latest update."""
         return self.latents.has_history()
 
     def new_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the latest update, dense ``[B, H, T, D]``, with their gradient if they have one."""
+        """Keys and values of the latest update, expanded, ``[B, H, T, D]``, with their gradient if there is one."""
         return self.expand(*self.latents.new_tokens())
 
     def differentiable(self) -> tuple[torch.Tensor, ...]:
-        """What attention over the latest update may be asked for a gradient of, beside its queries."""
+        """The tensors, beside the queries, that the attention over the latest update has a gradient for."""
         return (*self.latents.differentiable(), *self.module.parameters())
 
     def note_attended(self, call: AttentionCall) -> None:
-        """Take note that someone else computed the attention of the latest update."""
+        """Record that another function computed the attention of the latest update."""
         self.latents.expansion = self
         self.latents.note_attended(call)
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        """Attention of the latest update's queries, which are in the space of the expanded keys."""
+        """Attention ``[B, T, H, dv]`` of the latest update's queries ``[B, H, T, dn + dr]`` over all tokens."""
         self.latents.expansion = self
         return self.latents.attend(call)
 
     def note_dense_read(self) -> None:
-        """Take note that someone reads dense keys and values."""
+        """Record that the keys and values are read as dense tensors."""
         self.latents.note_dense_read()
 
     def dense_side(self, side: str) -> torch.Tensor:
-        """All keys or all values, expanded."""
+        """All ``"keys"`` or all ``"values"``, expanded, ``[B, H, T, D]``."""
         if self._dense is None or self._dense[0] != self.version:
             both = self.latents.dense_side("keys"), self.latents.dense_side("values")
             self._dense = self.version, self.expand(*both)
         return self._dense[1][0 if side == "keys" else 1]
 
     def up_projections(self) -> UpProjections | None:
-        """The weight of the expansion, if it can be absorbed into queries and outputs; None: expand instead.
+        """The two halves of the weight that expands latents, for attention in latent space.
 
-        It cannot where ``kv_b_proj`` is more than a matrix (LoRA, quantized or offloaded weights, hooks).
+        Returns:
+            None if ``kv_b_proj`` is not a plain matrix (LoRA, quantized or offloaded weights, hooks). Then the latents
+            must be expanded.
         """
         projection = getattr(self.module, "kv_b_proj", None)
         if type(projection) is not torch.nn.Linear or projection.bias is not None:
@@ -205,18 +212,20 @@ class Expansion:
 
 
 class _Weight:
-    """A weight's halves, as long as the weight lies where it lay; what it holds may change.
+    """The two halves of an up-projection's weight. They stay valid while the weight keeps its memory.
+
+    The halves are views, so a change of the weight in place changes them too.
 
     Args:
-        weight: of the projection.
-        up: views of it; None if it is no plain matrix.
+        weight: the weight of the projection.
+        up: the two halves as views of the weight; None if it is not a plain matrix.
     """
 
     def __init__(self, weight: torch.Tensor, up: UpProjections | None) -> None:
         self._weight, self._place, self.up = ref(weight), (weight.data_ptr(), weight.dtype), up
 
     def is_of(self, weight: torch.Tensor) -> bool:
-        """Whether this is still the weight."""
+        """Whether ``weight`` is the same tensor in the same memory."""
         return self._weight() is weight and self._place == (weight.data_ptr(), weight.dtype)
 
 
@@ -237,8 +246,8 @@ _known_shapes: WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, torch.Tens
 _known_plain: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
-def _expanded(expansion: Expansion) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values ``[1, H, 0, D]`` as the module makes them: for heads, widths and dtype."""
+def _empty_expansion(expansion: Expansion) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty keys and values ``[1, H, 0, D]`` with the heads, widths and dtype of those that the module makes."""
     latents, rotary = expansion.latents.new_tokens()
     known = _known_shapes.get(expansion.module)
     if known is None or known[0].dtype != latents.dtype or known[0].device != latents.device:
@@ -250,7 +259,7 @@ def _expanded(expansion: Expansion) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def _is_plain_expansion(expansion: Expansion, weight: torch.Tensor) -> bool:
-    """Whether the module's ``expand_kv`` is what the absorbed form takes it to be, asked once with random latents."""
+    """Whether ``expand_kv`` computes what the absorbed form assumes, tried once per module with random latents."""
     module: Any = expansion.module
     if module not in _known_plain:
         latents, rotary = expansion.latents.new_tokens()

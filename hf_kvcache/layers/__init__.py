@@ -1,1 +1,22 @@
-"""transformers' layer contract: one class for each kind of attention layer."""
+"""The layers of a cache: one class for each kind of attention layer, in transformers' layer contract.
+
+A plain layer, :class:`~hf_kvcache.layers.base.KVCacheLayer`, is built from a chain of base classes. Each file adds one
+task to the file before it:
+
+1. ``state``: the stored tokens, the new tokens and the counters.
+2. ``dense_reads``: reading the keys and values as dense tensors.
+3. ``attention``: attention over the pages and the full-precision tokens.
+4. ``decode_step``: plain decoding, one token at a time, by prepared calls.
+5. ``saved_state``: saving a layer and restoring it.
+6. ``base``: the methods that transformers calls (``update``, ``crop``, ``reorder_cache``, ...).
+
+Layers that evict tokens add ``evicting_attention`` (attention that an eviction policy observes) and ``evicting`` (when
+tokens are dropped, and how drafts are undone).
+
+The other kinds of layers are ``mla`` (latents that the model caches itself), ``evicting_mla`` (the same with eviction),
+``low_rank`` (coefficients in a calibrated basis) and ``cross_attention`` (states of an image).
+
+Their parts are ``options`` (the settings that all layers of a cache share), ``new_tokens`` (the tokens of the latest
+update), ``rollback`` (tokens that a ``crop`` may remove), ``drafts`` (updates that an evicting layer can repeat) and
+``indexer_keys`` (the keys of a sparse-attention indexer).
+"""

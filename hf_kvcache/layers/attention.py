@@ -1,4 +1,4 @@
-"""Attention of a layer's newest queries over what it holds."""
+"""Attention of the newest queries over all tokens of a layer."""
 
 from __future__ import annotations
 
@@ -15,24 +15,28 @@ from hf_kvcache.storage import PagedStorage
 
 
 class AttentionOverPages(DenseReads):
-    """A layer that computes attention over its pages and full-precision tokens, and stores the new tokens by it."""
+    """A layer that computes attention over its pages and its full-precision tokens.
 
-    #: Whether what is held are latents that the model expands.
+    Attention also stores the new tokens, because only attention sees the mask that says which of them are padding.
+    """
+
+    #: Whether the layer holds latents that the model expands to keys and values.
     takes_expansion = False
-    #: Whether tokens that a query may see can be gone.
+    #: Whether the layer drops tokens that a query may see.
     evicts = False
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        """Attention of the latest update's queries over the cache; the new tokens are stored by it.
+        """Compute the attention of the latest update's queries over the cache, and store the new tokens.
 
         Args:
-            call: the queries ``[B, Hq, T, Dk]``, or only the last of the T (a layer that shares another's keys).
+            call: the queries ``[B, Hq, T, Dk]`` of the T new tokens. A layer that reads the keys of another layer may
+                give the queries of the last new tokens only.
 
         Returns:
             ``[B, T, Hq, Dv]``.
 
         Raises:
-            ValueError: if the query does not go with the latest update.
+            ValueError: if the shape of the queries does not fit that of the new keys.
         """
         new, storage = self._latest()
         output = self._attend_segments(new, storage, call, self.check_query(call.queries))
@@ -48,7 +52,7 @@ class AttentionOverPages(DenseReads):
             if at.stop > skip
         ]
         if new.length == 1 and not new.stored:
-            # Written to the dense buffer first, so that nothing is concatenated.
+            # A single token is written to the dense buffer before attention, so that no tensors are concatenated.
             storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
             new.stored = True
         if len(segments) == 1:
@@ -72,48 +76,55 @@ class AttentionOverPages(DenseReads):
         visibility: Visibility,
         sums: bool = False,
     ) -> Attention:
-        """Attention over what is stored. Subclasses know what that is.
+        """Attention of some queries over pages and full-precision tokens.
+
+        Subclasses override this method where the pages hold something else than keys and values.
 
         Args:
-            call: how the queries attend.
-            query: all of its queries or some, ``[B, Hq, q, Dk]``.
-            pages: the pages that they see.
-            dense: the full-precision tokens that they see.
-            visibility: which of all these.
-            sums: whether to return the probability of each key as well.
+            call: the attention call that the queries belong to.
+            query: all queries of the call or some of them, ``[B, Hq, q, Dk]``.
+            pages: the pages that the queries see; None if there are none.
+            dense: the full-precision tokens that the queries see.
+            visibility: which of these tokens each query may see.
+            sums: whether to return also the probability of each key, summed over the queries.
         """
         return attend(query, pages, dense, visibility, call.scoring, sums)
 
     def check_query(self, query: torch.Tensor) -> int:
-        """How many of the new tokens have no query; raises ValueError if the query does not go with them."""
+        """How many of the new tokens have no query; raises ValueError if the shape does not fit the new keys."""
         new, storage = self._latest()
         skip = new.length - query.shape[2]
         if query.shape[0] != storage.batch or skip < 0 or query.shape[1] % storage.heads:
             raise ValueError(
-                f"query of shape {tuple(query.shape)} does not go with keys of shape {tuple(new.keys.shape)}"
+                f"query of shape {tuple(query.shape)} does not fit keys of shape {tuple(new.keys.shape)}; accepted: "
+                "the same batch, a multiple of the heads, and no more queries than keys"
             )
         return skip
 
     def new_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the latest update, dense ``[B, Hkv, T, D]``, with their gradient if they have one."""
+        """Keys and values of the latest update, dense ``[B, Hkv, T, D]``, with their gradient if there is one."""
         new, _ = self._latest()
-        return (new.keys, new.values) if new.given is None else new.given
+        return (new.keys, new.values) if new.with_gradient is None else new.with_gradient
 
     def differentiable(self) -> tuple[torch.Tensor, ...]:
-        """The tensors beside the queries that attention over the latest update may be asked for a gradient of."""
-        given = self._latest()[0].given
-        return () if given is None else given
+        """The tensors, beside the queries, that the attention over the latest update has a gradient for."""
+        return self._latest()[0].with_gradient or ()
 
     def note_attended(self, call: AttentionCall) -> None:
-        """Take note that someone else computed the attention of the latest update; stores the tokens."""
+        """Record that another function computed the attention of the latest update, and store the new tokens."""
         new, _ = self._latest()
-        if call.count == new.length:  # else a layer that shares these keys, of which the mask does not tell
+        if call.count == new.length:  # else a layer that reads these keys too, whose mask covers other tokens
             self.note_padding(new, call.mask)
         if not self.options.deferred:
             self.flush()
 
     def note_padding(self, new: NewTokens, attention_mask: torch.Tensor | None) -> Padding | None:
-        """Take from the mask which new tokens are padding; returns the mask's own view if it says no more than that."""
+        """Record which new tokens are padding, as the attention mask says.
+
+        Returns:
+            The padding, if the mask hides nothing but padding, later tokens and tokens outside of the window; else
+            None.
+        """
         padding = padding_of(attention_mask, new.position, new.length, self.sliding_window)
         if new.earlier_padding is None:
             if padding is not None:
@@ -125,7 +136,7 @@ class AttentionOverPages(DenseReads):
         return padding
 
     def visibility(self, new: NewTokens, call: AttentionCall, skip: int) -> Visibility:
-        """Which keys the queries see; the first ``skip`` new tokens have none."""
+        """Which keys the queries may see. The first ``skip`` new tokens have no query."""
         mask, causal, window = call.mask, call.causal, self.sliding_window
         mask_start = self.rollback.start(new.position)
         if not skip:
@@ -134,14 +145,14 @@ class AttentionOverPages(DenseReads):
             if padding is None and mask is not None:
                 check_hidden(mask, mask_start, new.earlier_padding, new.valid)
             elif padding is not None:
-                # A mask that was made causal is so whatever the module says of its attention in general.
+                # This mask is causal, even if the module says that its attention is not.
                 causal = causal or (mask is not None and mask.dim() == 4)
                 if padding.hides_only(new.earlier_padding):
-                    mask = None  # it hides padding, of which nothing is stored, and what causality and the window hide
+                    mask = None  # padding is not stored, and causality and the window are applied without a mask
         if mask is not None and mask.dim() == 2:
             mask, mask_start = mask[:, None, None, :].bool(), 0
         elif mask is not None:
-            window = None  # it says itself what is seen; that of Moshi has no window, though its cache has one
+            window = None  # the mask includes the window, or there is none: Moshi's mask has none, though its cache has
         length = new.length - skip
         return Visibility(
             start=new.position + skip,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_kvcache.integration.handle import KVHandle, carrying_gradient
+from hf_kvcache.integration.handle import KVHandle, attach_gradient
 from hf_kvcache.integration.masks import expect_mask
 from hf_kvcache.layers.new_tokens import NewTokens, check_update
 from hf_kvcache.layers.options import LayerOptions
@@ -16,12 +16,12 @@ from hf_kvcache.layers.saved_state import SavedState
 
 
 class KVCacheLayer(SavedState, CacheLayerMixin):
-    """One attention layer's cache.
+    """The cache of one attention layer.
 
     Args:
         index: number of the layer in the model.
-        options: what the layers of the cache share.
-        sliding_window: tokens a query sees, itself included; None for full attention.
+        options: the settings that all layers of the cache share.
+        sliding_window: number of tokens that a query sees, its own included; None for full attention.
     """
 
     is_compileable = False
@@ -38,19 +38,19 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """All keys that are held, ``[B, Hkv, T, Dk]`` with zeros for padding; None before the first.
+        """All stored keys, ``[B, Hkv, T, Dk]`` with zeros for padding; None before the first update.
 
-        For code that looks into the layers of any cache. They are decompressed by whoever computes with them.
+        This is for code that looks into the layers of any cache. The keys are decompressed when they are used.
         """
         return self.held_states("keys")
 
     @keys.setter
     def keys(self, none: torch.Tensor | None) -> None:
-        pass  # the base class declares it so
+        pass  # transformers' base class assigns None
 
     @property
     def values(self) -> torch.Tensor | None:
-        """All values that are held, ``[B, Hkv, T, Dv]`` with zeros for padding; None before the first."""
+        """All stored values, ``[B, Hkv, T, Dv]`` with zeros for padding; None before the first update."""
         return self.held_states("values")
 
     @values.setter
@@ -60,16 +60,26 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in new tokens ``[B, Hkv, T, D]``; returns handles on all keys and values that attention may see.
+        """Add new tokens.
+
+        Args:
+            key_states: the keys ``[B, Hkv, T, Dk]``.
+            value_states: the values ``[B, Hkv, T, Dv]``.
+            *args: ignored; transformers passes them to some layers.
+            **kwargs: ignored.
+
+        Returns:
+            Handles on all keys and all values that attention may see.
 
         Raises:
-            ValueError: if the tensors do not go with each other or with what the layer holds.
+            ValueError: if the shapes, dtypes or devices do not fit each other or the stored tokens.
+            RuntimeError: if storing tokens was interrupted earlier.
         """
-        two = key_states.dtype != value_states.dtype
-        if two and key_states.is_floating_point() and value_states.is_floating_point():
+        mixed = key_states.dtype != value_states.dtype
+        if mixed and key_states.is_floating_point() and value_states.is_floating_point():
             # Under autocast a rotary embedding leaves keys in float32, and values come in the narrower dtype.
-            both = torch.promote_types(key_states.dtype, value_states.dtype)
-            key_states, value_states = key_states.to(both), value_states.to(both)
+            wider = torch.promote_types(key_states.dtype, value_states.dtype)
+            key_states, value_states = key_states.to(wider), value_states.to(wider)
         kind = (key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if kind != self._checked or self.options.validate or value_states.device != key_states.device:
             self.check_whole()
@@ -81,12 +91,12 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._checked = kind
-        given = None
+        with_gradient = None
         if key_states.requires_grad or value_states.requires_grad:
-            # What is stored carries no gradient; attention of a first forward pass gets it all the same.
-            given = key_states, value_states
+            # Stored tokens carry no gradient. The attention of a first forward pass reads the tensors that do.
+            with_gradient = key_states, value_states
             key_states, value_states = key_states.detach(), value_states.detach()
-        self._new = NewTokens(key_states, value_states, self._seen, given=given)
+        self._new = NewTokens(key_states, value_states, self._seen, with_gradient=with_gradient)
         self._seen += key_states.shape[2]
         if self.rollback.recording:
             self.rollback.unconfirmed += key_states.shape[2]
@@ -94,47 +104,51 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
         return self._handles_on(self._new)
 
     def _handles_on(self, new: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """Handles on all keys and values that the queries of the new tokens may see."""
+        """Handles on all keys and all values that the queries of the new tokens may see."""
         batch, heads, count, key_dim = new.keys.shape
         length = self._seen if self.sliding_window is None else self._visible_length(count)
         keys = KVHandle(self, "keys", (batch, heads, length, key_dim), new.keys)
         values = KVHandle(self, "values", (batch, heads, length, new.values.shape[3]), new.values)
-        if new.given is not None and torch.is_grad_enabled():
+        if new.with_gradient is not None and torch.is_grad_enabled():
+            key_states, value_states = new.with_gradient
             exact = new.position == 0
-            return carrying_gradient(keys, new.given[0], exact), carrying_gradient(values, new.given[1], exact)
+            return attach_gradient(keys, key_states, exact), attach_gradient(values, value_states, exact)
         return keys, values
 
     def has_history(self) -> bool:
-        """Whether attention has to look at anything but the tokens of the latest update."""
+        """Whether attention must read tokens that were added before the latest update."""
         new = self._new
         if new is None:
             new, _ = self._latest()  # which raises
         return new.position > 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that a mask for ``query_length`` new tokens covers, in tokens seen."""
+        """Length and offset, in tokens seen, of the keys that a mask for ``query_length`` new tokens covers."""
         expect_mask(self.options)
         offset = self.rollback.start(self._seen)
         return self._seen + query_length - offset, offset
 
     def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
+        """Number of tokens seen, padding included."""
         return self._seen
 
     def get_max_length(self) -> int:
-        """The sliding window, or -1: no maximum."""
+        """The sliding window, or -1 if there is no maximum."""
         return self.sliding_window or -1
 
     def activate_past_recording(self) -> None:
-        """Hold back packing until :meth:`crop` confirms the tokens."""
+        """Leave new tokens unpacked until a :meth:`crop` confirms them."""
         self.rollback.recording = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens and confirm the others.
+        """Remove the newest tokens, and confirm the others.
+
+        Args:
+            tokens_to_remove: minus the number of tokens to remove; 0 only confirms.
 
         Raises:
-            ValueError: if the number is positive or beyond the tokens seen.
-            RuntimeError: if a sliding layer no longer holds the tokens that would then be in its window.
+            ValueError: if the number is positive, or larger than the number of tokens seen.
+            RuntimeError: if a sliding layer no longer holds tokens that would be in its window afterwards.
         """
         self.check_crop(tokens_to_remove)
         if self.storage is None:
@@ -148,7 +162,7 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
         self.version += 1
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise the error of :meth:`crop`, if it has one."""
+        """Raise the error that :meth:`crop` would raise; change nothing."""
         self.rollback.check_crop(self._seen, tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -156,16 +170,18 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
         self.select_rows(self.check_rows("beam_idx", beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence ``repeats`` times, copies side by side."""
+        """Repeat every sequence ``repeats`` times; the copies of a sequence lie side by side."""
         if self.storage is not None:
             self.select_rows(np.arange(self.batch_size).repeat(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences ``indices`` only, in that order."""
+        """Keep only the sequences ``indices``, in that order."""
         self.select_rows(self.check_rows("indices", indices))
 
     def offload(self) -> None:
-        raise NotImplementedError("a KVCache holds its pages on the device of their layer; offloading is not available")
+        raise NotImplementedError(
+            "a KVCache cannot be offloaded: its pages stay on the device of their layer. Use a cache without offloading"
+        )
 
     prefetch = offload
 

@@ -1,4 +1,4 @@
-"""A cache layer of states that come from elsewhere than the text: an image's, in Mllama."""
+"""A cache layer of states that do not come from the text, such as those of an image in Mllama."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from hf_kvcache.layers.base import KVCacheLayer
 
 
 def cross_attention_layers(config: Any) -> frozenset[int]:
-    """The layers of a decoder that attend to other states than those of its own tokens."""
+    """The numbers of the decoder layers that attend to states of another input than the text."""
     return frozenset(getattr(config, "cross_attention_layers", None) or ())
 
 
 class CrossAttentionLayer(KVCacheLayer):
-    """One cross-attention layer's cache.
+    """The cache of one cross-attention layer.
 
-    Its states are as many as the image needs and no tokens of the text: nothing is causal, padding or ever evicted. The
-    model reads them from the layer itself at every step, so that they are decompressed and attended to as they are.
+    It holds the states of an image, not tokens of the text. So attention to them is not causal, none of them is
+    padding, and none is evicted. The model reads the states from the layer at every step, and they are decompressed for
+    it.
     """
 
     def has_history(self) -> bool:
         self._latest()
-        return False  # all that is held is shown at once
+        return False  # new_tokens() returns all states
 
     def new_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         new, _ = self._latest()

@@ -1,7 +1,7 @@
-"""Plain decoding, one token after the other: what stays the same from token to token is prepared once.
+"""Plain decoding, one token at a time, by prepared calls.
 
-A plain step is what a GPU or a kernel waits for, so that it is one function here, with no call that an attribute can
-replace.
+A prepared call is a kernel call whose arguments are checked once and used for many tokens. The Python code of a decode
+step delays the kernel, so it is one function here, and reads attributes in place of calling methods.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from hf_kvcache.storage import PagedStorage
 
 
 class PreparedDecoding:
-    """Attention of single tokens over one layer's storage, by calls that are prepared for many tokens.
+    """Attention of single tokens over the storage of one layer, by prepared calls.
 
     Args:
-        window: tokens a query sees (sliding windows); None for all.
+        window: number of tokens that a query sees, its own included; None for full attention.
     """
 
     def __init__(self, window: int | None) -> None:
         self.window = window
         self._latest: PreparedCall | None = None
-        self._version = -1  # of the page table that it was prepared for
+        self._version = -1  # version of the page table for which the latest call was prepared
 
     def attend(
         self,
@@ -40,17 +40,17 @@ class PreparedDecoding:
         scoring: Scoring,
         up: UpProjections | None = None,
     ) -> torch.Tensor | None:
-        """Store one token a sequence and attend to it and to all before it.
+        """Store one token of each sequence, and compute its attention over itself and all tokens before it.
 
         Args:
-            storage: holds equally many tokens of each sequence, none packed ahead.
-            new: a token of each sequence, none of them padding.
+            storage: the storage. It holds the same number of tokens of each sequence, and no page packed ahead.
+            new: one token of each sequence, none of them padding.
             query: ``[B, Hq, 1, Dk]``.
-            scoring: how scores are made.
-            up: what turns latents into keys and values; None if the storage holds keys and values.
+            scoring: how scores are computed.
+            up: the weights that expand latents to keys and values; None if the storage holds keys and values.
 
         Returns:
-            ``[B, 1, Hq, Dv]``; None, with nothing stored, where no kernel does both at once.
+            ``[B, 1, Hq, Dv]``. None, with nothing stored, if no kernel can store and attend in one call.
         """
         dense, call, keys, values = storage.dense, self._latest, new.keys, new.values
         slot = dense.longest
@@ -80,14 +80,14 @@ class PreparedDecoding:
 
 
 class DecodeSteps(AttentionOverPages):
-    """A layer that does plain decoding by prepared calls, and everything else as attention over pages."""
+    """A layer that uses prepared calls for plain decoding, and general attention over pages for everything else."""
 
-    #: Whether attention is no more than reading pages, so that calls can be prepared.
+    #: Whether prepared calls can serve the layer: the kernels read its pages without further work in Python.
     can_prepare = True
 
     def clear(self) -> None:
         super().clear()
-        #: Prepared calls; None where each token is attended to in the general way.
+        #: The prepared calls; None for a layer that cannot use them.
         self.prepared = PreparedDecoding(self.sliding_window) if self.can_prepare else None
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -97,16 +97,18 @@ class DecodeSteps(AttentionOverPages):
             return super().attend(call)
         if not self.options.deferred:
             if self.sliding_window is None and storage.dense.longest < storage.writer.first_due:
-                self._new = None  # it is stored, and nothing is due to be packed
+                self._new = None  # the token is stored, and no page is full
             else:
                 self.flush()
         return output
 
     def attend_token(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
-        """Store the one new token and attend to it and to all held; None, and nothing stored, if it is more than that.
+        """Store the new token and compute its attention by a prepared call.
 
-        More are several tokens, a padded or ragged batch, a mask that says more than causality, tokens that may be
-        taken back, a gradient asked for.
+        Returns:
+            ``[B, 1, Hq, Dv]``. None, with nothing stored, if the update is not plain decoding: it has several tokens, a
+            padded or ragged batch, a mask that hides more than causality does, tokens that may be rolled back, or a
+            gradient.
         """
         query, keys = call.query, new.keys
         if (
@@ -130,7 +132,7 @@ class DecodeSteps(AttentionOverPages):
         return self.step(new, storage, call)
 
     def step(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
-        """:meth:`attend_token` once it is known to be no more; None where no kernel does it at once."""
+        """The prepared call of :meth:`attend_token`, which has checked the update. None if no kernel supports it."""
         query = call.query
         if self.prepared is None or query is None:
             return None
@@ -142,7 +144,7 @@ class DecodeSteps(AttentionOverPages):
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        # A prepared call holds addresses.
+        # A prepared call holds memory addresses, which mean nothing in another process.
         return self.flushed().__dict__ | {"prepared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The keys and values of a layer as dense tensors, for whoever cannot read pages."""
+"""The keys and values of a layer as dense tensors, for code that cannot read pages."""
 
 from __future__ import annotations
 
@@ -17,28 +17,36 @@ class DenseReads(LayerState):
     """A layer whose handles can be read as dense tensors."""
 
     def note_dense_read(self) -> None:
-        """Take note that someone reads dense keys and values, under the mask that was made last for this cache."""
+        """Record that the keys and values are read as dense tensors.
+
+        The attention function that reads them is not this package's and passes no mask. So the padding of the new
+        tokens is taken from the mask that was made last for this cache.
+        """
         new = self._new
         if new is not None and not new.read:
             new.read = True
             padding = latest_padding(self.options, new.position, new.length, new.keys.shape[0])
             if padding is not None and new.earlier_padding is None and not new.stored:
-                padding.hides_only(self.padding)  # raises if it shows padding
+                padding.hides_only(self.padding)  # raises if the mask shows padding
                 new.valid, new.earlier_padding = padding.valid, self.padding
                 self.padding = self.padding.extend(new.position, new.valid)
             elif padding is None and len(new.keys) > 1 and self.options.codec.name != "none":
                 logger.warning_once(
-                    "A KVCache is read by a model that makes its attention masks by itself: padding is stored like "
-                    "tokens, and with a codec that rounds a padded sequence may differ from the same sequence alone."
+                    "A KVCache is read by a model that makes its own attention masks: padding is stored like other "
+                    "tokens, and with a codec that rounds, a padded sequence may differ from the same sequence alone."
                 )
 
     def is_unread(self) -> bool:
-        """Whether nobody has read what the latest update returned, though tokens were held before it."""
+        """Whether nothing has read the handles of the latest update, although they cover earlier tokens."""
         new = self._new
         return new is not None and new.position > 0 and not (new.read or new.stored or self.options.deferred)
 
     def dense_side(self, side: str) -> torch.Tensor:
-        """All keys or all values that attention may see, ``[B, Hkv, T, D]``, zeros where a token is not held."""
+        """All keys or all values that attention may see, dense ``[B, Hkv, T, D]``; zeros stand for padding.
+
+        Args:
+            side: ``"keys"`` or ``"values"``.
+        """
         new, storage = self._new, self.storage
         assert storage is not None
         fresh = new.length if new is not None and not new.stored else 0
@@ -46,7 +54,7 @@ class DenseReads(LayerState):
         if new is not None and length == fresh:
             return getattr(new, side)
         logger.warning_once(
-            "A KVCache is read by something that needs dense keys and values: the whole cache is decompressed at every "
+            "A KVCache is read by code that needs dense keys and values: the whole cache is decompressed at every "
             "step, which is correct but slow. With attn_implementation='hf_kvcache' the pages are read as they are."
         )
         dense = dense_side(storage, side, self._seen - length, length)
@@ -55,7 +63,11 @@ class DenseReads(LayerState):
         return dense
 
     def held_states(self, side: str) -> torch.Tensor | None:
-        """All keys or all values that are held, as a tensor that knows its shape; None before the first."""
+        """All stored keys or values, as a tensor that is decompressed when it is used; None before the first update.
+
+        Args:
+            side: ``"keys"`` or ``"values"``.
+        """
         if self.storage is None:
             return None
         length = self._seen - self.rollback.start(self._seen)
@@ -63,7 +75,11 @@ class DenseReads(LayerState):
         return HeldStates(self, side, sizes, getattr(self.storage.dense, side))
 
     def decompressed(self, side: str) -> torch.Tensor:
-        """All keys or all values that are held, ``[B, Hkv, T, D]``, zeros where a token is not held."""
+        """All stored keys or values, decompressed, ``[B, Hkv, T, D]``; zeros stand for padding.
+
+        Args:
+            side: ``"keys"`` or ``"values"``.
+        """
         new, storage, start = self._new, self.storage, self.rollback.start(self._seen)
         assert storage is not None
         dense = dense_side(storage, side, start, self._seen - start)

@@ -1,4 +1,4 @@
-"""Updates that may be taken back, and what an evicting layer was before them."""
+"""Updates that a ``crop`` may remove, and the state of an evicting layer before them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hf_kvcache.storage import PagedStorage
 
 @dataclass
 class Draft:
-    """An update and its attention: all that it takes to do it again with fewer tokens.
+    """An update and its attention call, recorded so that the layer can repeat them with fewer tokens.
 
     Attributes:
-        new: the tokens.
-        call: how their queries attended.
-        first: whether nothing was held before, and attention was computed by the model's own implementation.
+        new: the tokens of the update.
+        call: the attention call with their queries.
+        first: whether the cache was empty before. Then the model's own implementation computed the attention.
     """
 
     new: NewTokens
@@ -27,7 +27,7 @@ class Draft:
     first: bool
 
     def part(self, tokens: slice) -> Draft:
-        """Some of its tokens, not stored yet."""
+        """The draft of some of the tokens, not stored yet."""
         mask = _rows_of(self.call.mask, tokens, self.new.length)
         call = replace(self.call, query=self.call.queries[:, :, tokens], mask=mask)
         return replace(self, new=self.new.part(tokens), call=call)
@@ -35,13 +35,13 @@ class Draft:
 
 @dataclass
 class Undo:
-    """What a layer was before the drafts that followed.
+    """The state of an evicting layer before the first draft.
 
     Attributes:
-        storage: its storage; None if it held nothing.
-        evictor: its evictor.
-        seen: tokens it had seen.
-        drafts: the updates since.
+        storage: the storage; None if the layer was empty.
+        evictor: the evictor; None if the layer was empty.
+        seen: number of tokens seen.
+        drafts: the updates that followed.
     """
 
     storage: PagedStorage | None
@@ -51,9 +51,15 @@ class Undo:
 
 
 def _rows_of(mask: torch.Tensor | None, queries: slice, length: int) -> torch.Tensor | None:
-    """The part of a mask that is about some of ``length`` queries; the mask itself if it is about all of them."""
+    """The part of an attention mask for some of its queries.
+
+    Args:
+        mask: 2D or 4D, or None.
+        queries: the queries that are wanted.
+        length: number of queries that the mask was made for.
+    """
     if mask is None or queries == slice(0, length):
         return mask
-    # No columns of later tokens: the last ones are taken to be those of the new tokens.
+    # Columns of tokens after these queries are cut off, because the last columns count as those of the new tokens.
     mask = mask[..., : mask.shape[-1] - length + queries.stop]
     return mask[:, :, queries] if mask.dim() == 4 and mask.shape[2] == length else mask

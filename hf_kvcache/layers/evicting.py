@@ -1,4 +1,4 @@
-"""A cache layer that keeps within a budget of tokens."""
+"""A cache layer that evicts tokens to stay within a budget."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.gathering import can_drop_tokens
 from hf_kvcache.storage.token_view import TokenView
 
-#: Why an evicting cache is refused for some models, behind the name of the class that attends.
+#: Why an evicting cache is refused for some models. The name of the attention class stands before it.
 ATTENDS_OUTSIDE = (
-    "attends by itself, not by the attention function that is set, and an evicting cache needs the queries; accepted: "
-    "caches that keep every token, such as QuantizedKVCache(config, bits=4) or KVCache(config)"
+    "attends by itself and does not call the attention function that is set, so an evicting cache does not get the "
+    "queries; accepted: caches that keep every token, such as QuantizedKVCache(config, bits=4) or KVCache(config)"
 )
 
 
 class EvictingLayer(EvictingAttention):
-    """One attention layer's cache within a budget.
+    """The cache of one attention layer that evicts tokens to stay within a budget.
 
-    While tokens may be taken back, eviction goes on as it would in plain decoding, on a copy: pages are shared and
-    the dense buffer is small. ``crop`` returns to what was before the drafts and does again those that were accepted.
+    With drafts (assisted decoding) the layer keeps a copy of its state from before the first draft. The copy is cheap:
+    it shares the pages, and the dense buffer is small. Drafts evict tokens as plain decoding would. A ``crop`` returns
+    to the copy, and repeats the drafted tokens that were accepted.
     """
 
     optional_tensors = ("evictor.seen.", "evictor.sinks.")
@@ -39,7 +40,7 @@ class EvictingLayer(EvictingAttention):
         storage = self.make_storage(key_states, value_states, self.options.sink_length, interval)
         if not can_drop_tokens(storage.layout):
             raise ValueError(
-                f"codec={self.options.codec!r} shares scales among some tokens of a page of {self.options.page_size}; "
+                f"codec={self.options.codec!r} shares a scale among some tokens of a page of {self.options.page_size}; "
                 "accepted with eviction: codecs with a scale per token or per page (page_size equal to the group)"
             )
         self.evictor = self.make_evictor(storage)
@@ -48,7 +49,7 @@ class EvictingLayer(EvictingAttention):
         self.is_initialized = True
 
     def make_evictor(self, storage: PagedStorage) -> Evictor:
-        """What chooses the tokens of ``storage`` that stay."""
+        """The evictor that chooses which tokens of ``storage`` stay."""
         return Evictor(self.eviction, self.place, storage)
 
     def update(
@@ -69,9 +70,9 @@ class EvictingLayer(EvictingAttention):
     def activate_past_recording(self) -> None:
         if self.options.deferred:
             raise ValueError(
-                f"layer {self.index} evicts and other layers read its keys: drafts (assisted, prompt-lookup decoding) "
-                "would be evicted before these have read them; accepted here: decoding without drafts, or a cache that "
-                "does not evict"
+                f"layer {self.index} evicts, and other layers read its keys: drafts (assisted or prompt-lookup "
+                "decoding) would be evicted before those layers have read them; accepted here: decoding without "
+                "drafts, or a cache that does not evict"
             )
         super().activate_past_recording()
 
@@ -99,9 +100,9 @@ class EvictingLayer(EvictingAttention):
         redone = undo is not None and length >= undo.seen
         if tokens_to_remove and length > 0 and not redone and evictor is not None and length < evictor.evicted_at:
             raise RuntimeError(
-                f"crop({tokens_to_remove!r}): layer {self.index} evicted tokens after it had seen "
-                f"{evictor.evicted_at}, which a cache of {length} tokens would hold. fork() the cache before it grows, "
-                "or call activate_past_recording() before the tokens are added."
+                f"crop({tokens_to_remove!r}): layer {self.index} evicted tokens when it had seen {evictor.evicted_at}, "
+                f"and a cache of {length} tokens would still hold them. Call fork() before the cache grows, or "
+                "activate_past_recording() before the tokens are added."
             )
 
     # -- sequences, copies and saving -----------------------------------------------------------------------------
@@ -148,25 +149,25 @@ class EvictingLayer(EvictingAttention):
     # -- what the package adds ------------------------------------------------------------------------------------
 
     def compress(self) -> None:
-        """Evict now down to the budget."""
+        """Evict tokens down to the budget now."""
         self.flush()
         if self.storage is not None and self.evictor is not None:
             self.evictor.evict(self.storage, np.arange(self.storage.batch), self._seen)
-            self._compressed()
+            self._after_compression()
 
     def keep_only(self, keep: list[torch.Tensor]) -> None:
-        """Drop every token that ``keep``, bool ``[1, Hkv, T]`` for each sequence, does not name, of those held."""
+        """Drop the stored tokens that are False in ``keep``, which is bool ``[1, Hkv, T]`` for each sequence."""
         self.flush()
         if self.storage is not None and self.evictor is not None:
             self.evictor.keep_only(self.storage, keep, self._seen)
-            self._compressed()
+            self._after_compression()
 
-    def _compressed(self) -> None:
+    def _after_compression(self) -> None:
         self._undo, self.rollback.unconfirmed = None, 0
         self.version += 1
 
     def kept_positions(self) -> torch.Tensor:
-        """Original positions of the tokens held, int64 ``[B, Hkv, T]``, ``-1`` behind a head's last."""
+        """Original positions of the stored tokens, int64 ``[B, Hkv, T]``; ``-1`` fills up heads with fewer tokens."""
         storage = self.flushed().storage
         if storage is None:
             return torch.zeros(0, 0, 0, dtype=torch.int64)
@@ -176,7 +177,7 @@ class EvictingLayer(EvictingAttention):
             out[row, :, : view.tokens] = torch.from_numpy(np.where(view.exists, view.positions, -1)[0])
         return out
 
-    # -- storing and taking back ----------------------------------------------------------------------------------
+    # -- storing and rolling back ---------------------------------------------------------------------------------
 
     def flush(self) -> None:
         if self._new is not None and self.storage is not None and not self._attended:
@@ -190,7 +191,7 @@ class EvictingLayer(EvictingAttention):
             self._flush_block()
 
     def _flush_prefill(self, new: int) -> None:
-        """Evict a prompt of several updates once the first token after it comes, or the first draft."""
+        """Evict a prompt before the first single token, or before the first draft. The update has ``new`` tokens."""
         storage, evictor = self.storage, self.evictor
         follows = new == 1 or (self.rollback.recording and self._undo is None)
         if follows and evictor is not None and evictor.schedule.ends_prompt:
@@ -222,7 +223,8 @@ class EvictingLayer(EvictingAttention):
         if storage is not None and evictor is not None and (undo is None or length < undo.seen):
             storage.truncate_from(length)
             if not attended and new is not None:
-                evictor.observations.block = None  # what else there is of queries, they were to be added to
+                # The block may hold queries of the interrupted update.
+                evictor.observations.block = None
             evictor.return_to(length, storage, observed=attended)
         self._seen = length
         self.padding = self.padding.before(length)
@@ -233,11 +235,12 @@ class EvictingLayer(EvictingAttention):
         return None if self.evictor is None else self.evictor.select(np.arange(self.batch_size))
 
     def _snapshot(self) -> Undo:
+        """The state before the first draft."""
         self.flush()
         return Undo(None if self.storage is None else self.storage.fork(), self._copied_evictor(), self._seen)
 
     def _redo(self, undo: Undo, tokens: int) -> None:
-        """Return to what was before the drafts, and do the first ``tokens`` tokens of them again."""
+        """Return to the state before the drafts, and repeat the first ``tokens`` drafted tokens."""
         assert self.evictor is not None
         attending = self.evictor.attending
         if undo.storage is None:
@@ -247,7 +250,7 @@ class EvictingLayer(EvictingAttention):
             self.storage, self.evictor = undo.storage, undo.evictor
         assert self.evictor is not None
         self.evictor.attending, self._seen = attending, undo.seen
-        self._undo = undo  # so that it is done again in the same parts
+        self._undo = undo  # so that the drafts are repeated in the same parts
         for draft in undo.drafts:
             if tokens <= 0:
                 break
@@ -262,6 +265,7 @@ class EvictingLayer(EvictingAttention):
         self._undo = None
 
     def _truncate(self, length: int) -> None:
+        """Remove the tokens after the first ``length`` tokens seen."""
         storage, evictor = self._held()
         before = storage.tokens()
         storage.truncate_from(length)

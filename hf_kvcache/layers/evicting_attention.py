@@ -1,4 +1,4 @@
-"""Attention of a layer that evicts: what it shows of the tokens is remembered for the choice of those that stay."""
+"""Attention of a layer that evicts: the eviction policy observes it, and chooses by it which tokens stay."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from hf_kvcache.storage import PagedStorage
 
 
 class EvictingAttention(KVCacheLayer):
-    """A layer whose attention is observed by an :class:`Evictor`, which drops tokens after attention has used them.
+    """A layer whose attention is observed by an :class:`Evictor`, which drops tokens after attention has read them.
 
     Args:
         index: number of the layer in the model.
-        options: what the layers of the cache share.
-        eviction: how they evict.
-        place: which layer it is, in the model and among those that evict.
+        options: the settings that all layers of the cache share.
+        eviction: the settings of eviction: policy, budget and schedule.
+        place: the number of the layer in the model, and its number among the layers that evict.
     """
 
     evicts = True
@@ -36,7 +36,8 @@ class EvictingAttention(KVCacheLayer):
     def __init__(self, index: int, options: LayerOptions, eviction: EvictionOptions, place: LayerPlace) -> None:
         super().__init__(index, options)
         self.eviction, self.place = eviction, place
-        #: Told of every call of attention over tokens held: the update and the log-sum-exp ``[B, Hq, q]``.
+        #: Called after every attention over stored tokens, with the update and the log-sum-exp ``[B, Hq, q]``; None for
+        #: no call. The replay of KVzip sets it.
         self.watcher: Callable[[Draft, torch.Tensor], None] | None = None
 
     def clear(self) -> None:
@@ -51,7 +52,9 @@ class EvictingAttention(KVCacheLayer):
         if self.options.deferred and self._attended:
             return self._attend_shared(new, storage, call, skip)
         if skip:
-            raise ValueError(f"{call.count} queries for {new.length} new tokens; accepted with eviction: one a token")
+            raise ValueError(
+                f"query has {call.count} tokens, key_states {new.length}; accepted with eviction: equally many"
+            )
         assert self.evictor is not None
         self.evictor.attending = Attending(call.scoring, call.module)
         self.note_padding(new, call.mask)
@@ -66,7 +69,7 @@ class EvictingAttention(KVCacheLayer):
         new, _ = self._latest()
         assert self.evictor is not None
         if self.options.deferred and self._attended:
-            return  # a layer that shares these keys, whose queries do not count
+            return  # a layer that reads the keys of this one; its queries are not observed
         self.note_padding(new, call.mask)
         if call.query is not None:
             self.evictor.attending = Attending(call.scoring, call.module)
@@ -79,12 +82,12 @@ class EvictingAttention(KVCacheLayer):
         if not self.options.deferred:
             self.flush()
 
-    def as_attended(self, query: torch.Tensor) -> torch.Tensor:
-        """Queries in the space of the keys that the evictor shows to a policy."""
+    def queries_for_policy(self, query: torch.Tensor) -> torch.Tensor:
+        """The queries in the space of the keys that a policy sees; for latents this is the latent space."""
         return query
 
     def not_attended(self) -> RuntimeError:
-        """The error where keys and values are used by anything but the attention function of this package."""
+        """The error for an update whose keys and values did not reach the attention function of this package."""
         config = self.options.config
         before = f"layer {self.index}: an evicting cache needs the queries of every update, "
         if config is not None and not is_bound(config):
@@ -95,10 +98,10 @@ class EvictingAttention(KVCacheLayer):
         known = None if config is None else architecture(config)
         name = "the model" if known is None else f"{known.model.__name__} of transformers {RELEASE}"
         return RuntimeError(
-            f"{before}and {name} does not pass its keys and values on to attention as it got them (or update() was "
+            f"{before}and {name} does not pass the result of update() on to the attention function (or update() was "
             "called without a model); accepted for such models: caches that keep every token, such as "
-            "QuantizedKVCache(config, bits=4) or KVCache(config). If a forward pass was cut off here, call crop(0) to "
-            "take it back"
+            "QuantizedKVCache(config, bits=4) or KVCache(config). If a forward pass was interrupted, call crop(0) to "
+            "undo it"
         )
 
     def note_dense_read(self) -> None:
@@ -125,16 +128,20 @@ class EvictingAttention(KVCacheLayer):
         return self.storage, self.evictor
 
     def _draft(self, new: NewTokens, call: AttentionCall, first: bool) -> Draft:
-        """An update, which is remembered if it may be taken back."""
+        """The update as a draft. It is recorded for repetition if a ``crop`` may remove it."""
         if self._undo is None:
             return Draft(new, call, first)
-        # Without the module: a cache must not keep a model alive.
+        # The module is left out, because a cache must not keep a model alive.
         draft = Draft(new, replace(call, module=None), first)
         self._undo.drafts.append(draft)
         return draft
 
     def _attend_draft(self, draft: Draft) -> torch.Tensor:
-        """Attention of an update; in parts, each followed by the eviction it makes due, if it may be taken back."""
+        """Attention of an update.
+
+        An update that a ``crop`` may remove is computed in parts. After each part the tokens are evicted that plain
+        decoding would have evicted there.
+        """
         new = draft.new
         if self._undo is None:
             return self._attend_part(draft)
@@ -152,7 +159,7 @@ class EvictingAttention(KVCacheLayer):
         return torch.cat(outputs, 1)
 
     def _attend_shared(self, new: NewTokens, storage: PagedStorage, call: AttentionCall, skip: int) -> torch.Tensor:
-        """Attention of a layer that reads these keys too, over the same tokens: they are evicted once all have read."""
+        """Attention of another layer that reads the keys of this one. Eviction waits until all layers have read."""
         visibility = self.visibility(new, call, skip)
         dense = dense_tokens(storage, new, visibility, 0, slice(skip, new.length))
         return self.read(call, call.queries, storage.pages(), dense, visibility).output
@@ -169,13 +176,13 @@ class EvictingAttention(KVCacheLayer):
             output = result.output
             if self.watcher is not None:
                 self.watcher(draft, result.log_sum_exp)
-        evictor.observe_queries(self.as_attended(draft.call.queries), new.position, new.valid, drafted)
+        evictor.observe_queries(self.queries_for_policy(draft.call.queries), new.position, new.valid, drafted)
         if accumulated:
             evictor.observe_sums(storage, result, 0 if new.stored else new.length, new.valid)
         return output
 
     def _read_all(self, draft: Draft, accumulated: bool) -> Attention:
-        """Attention of an update over everything stored, after the update if it is one token."""
+        """Attention of an update over all tokens. A single new token is stored first; several are stored afterwards."""
         new, call, (storage, _) = draft.new, draft.call, self._held()
         visibility = self.visibility(new, call, 0)
         if new.length == 1:
@@ -184,9 +191,10 @@ class EvictingAttention(KVCacheLayer):
         return self.read(call, call.queries, storage.pages(), dense, visibility, accumulated)
 
     def _observe_first(self, draft: Draft) -> None:
+        """Let the evictor observe a first update, whose attention the model's own implementation has computed."""
         new, (storage, evictor) = draft.new, self._held()
         evictor.note(new.position, new.length, new.valid)
-        query = self.as_attended(draft.call.queries)
+        query = self.queries_for_policy(draft.call.queries)
         evictor.observe_queries(query, new.position, new.valid)
         if evictor.policy.needs_accumulated:
             evictor.observe_first(storage, query, new.keys, new.values, new.valid)
@@ -200,12 +208,12 @@ class EvictingAttention(KVCacheLayer):
         new.stored = True
 
     def _flush_block(self) -> None:
-        """Evict what the latest update made due, now that nothing of it will be taken back."""
+        """Evict tokens if the latest update made an eviction due. None of its tokens will be removed by a ``crop``."""
         if self.storage is not None and self.evictor is not None:
             self.evictor.flush_update(self.storage, self._seen)
 
 
 _NOT_DENSE = (
-    "layer {} has evicted tokens, other ones in each head: its keys and values are no dense tensor. "
-    "Call model.set_attn_implementation('hf_kvcache'), or build the cache after another one was set."
+    "layer {} has evicted tokens, different ones in each head, so its keys and values are no dense tensor. "
+    "Call model.set_attn_implementation('hf_kvcache'), or set the attention implementation before the cache is built."
 )

@@ -1,4 +1,4 @@
-"""A layer of latents that keeps within a budget of tokens."""
+"""A layer of latents that evicts tokens to stay within a budget."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hf_kvcache.storage.token_view import TokenView
 
 
 class LatentSelection(LayerSelection):
-    """Shows latents to a policy as what they are to queries in latent space: the one KV head of all query heads.
+    """Shows latents to a policy as the one KV head that all query heads read in latent space.
 
-    Its keys are latents with their rotary keys behind them, its values are the latents.
+    The keys of that head are the latents with the rotary keys appended. Its values are the latents.
     """
 
     def states(self, held: TokenView) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,26 +30,30 @@ class LatentSelection(LayerSelection):
 
 
 class EvictingLatentLayer(LatentLayer, EvictingLayer):
-    """One latent-attention layer's cache within a budget."""
+    """The cache of one latent-attention layer that evicts tokens to stay within a budget."""
 
     def make_evictor(self, storage: PagedStorage) -> Evictor:
         return Evictor(self.eviction, self.place, storage, LatentSelection)
 
-    def as_attended(self, query: torch.Tensor) -> torch.Tensor:
+    def queries_for_policy(self, query: torch.Tensor) -> torch.Tensor:
         assert self.evictor is not None
         if not self.evictor.stateful:
-            return query  # nobody will look at it
+            return query  # the policy does not look at queries
         up = None if self.expansion is None else self.expansion.up_projections()
         if up is None:
             raise RuntimeError(
-                f"layer {self.index}: policy {self.evictor.policy.name!r} looks at queries, which need a plain "
-                "kv_b_proj to be taken into latent space; accepted here: 'streaming', 'random', 'keepall'"
+                f"layer {self.index}: policy {self.evictor.policy.name!r} looks at queries, and only a plain "
+                "kv_b_proj can take queries into latent space; accepted here: 'streaming', 'random', 'keepall'"
             )
         return in_latent_space(query, up)
 
 
 def check_policy(policy: Policy, compensate: int) -> None:
-    """Raise ValueError for what looks at more than attention to latents: positions, projections, the context again."""
+    """Raise ValueError if an eviction method does not work on latents.
+
+    Policies cannot be used that undo rotary positions, read the output projection, read the context again or move
+    sinks. New values for kept tokens (``compensate``) cannot be used either.
+    """
     for name in ("needs_rope", "needs_output", "needs_replay", "moves_sinks"):
         if getattr(policy, name):
             raise ValueError(
@@ -57,4 +61,6 @@ def check_policy(policy: Policy, compensate: int) -> None:
                 "at attention, keys or values only, such as 'snapkv', 'h2o', 'tova', 'streaming', 'random'"
             )
     if compensate:
-        raise ValueError(f"compensate={compensate!r} does not go with latents, which are keys and values; accepted: 0")
+        raise ValueError(
+            f"compensate={compensate!r} does not go with latents: a latent is key and value in one; accepted: 0"
+        )

@@ -22,15 +22,15 @@ from hf_kvcache.storage import PagedStorage
 
 
 class LowRankLayer(KVCacheLayer):
-    """One attention layer's cache, of which sinks and tail stay as they are and pages hold low-rank coefficients.
+    """The cache of one attention layer whose pages hold low-rank coefficients. Sinks and tail stay dense.
 
-    The projection is a part of the model: its bytes are not counted as the cache's, and forks share it.
+    The projection counts as a part of the model. Its bytes are not counted as bytes of the cache, and forks share it.
 
     Args:
         index: number of the layer in the model.
-        options: what the layers of the cache share; the codec stores coefficients.
+        options: the settings that all layers of the cache share; the codec stores the coefficients.
         projection: the bases of this layer.
-        sliding_window: tokens a query sees, itself included; None for full attention.
+        sliding_window: number of tokens that a query sees, its own included; None for full attention.
     """
 
     can_prepare = False
@@ -41,12 +41,12 @@ class LowRankLayer(KVCacheLayer):
         super().__init__(index, options, sliding_window)
         self.projection = projection
         self._maps: HeadMaps | None = None  # on the device of the storage
-        self._recognized = projection.weights is None
+        self._weights_checked = projection.weights is None
 
     def make_storage(
         self, key_states: torch.Tensor, value_states: torch.Tensor, sink_length: int, spare: int | None = None
     ) -> PagedStorage:
-        """As :meth:`KVCacheLayer.make_storage`; raises ValueError for tensors that the projection is not for."""
+        """An empty storage of coefficients; raises ValueError if the projection has other heads or widths."""
         options = self.options
         projection = _on_device(self.projection, key_states.device)
         encoder = LowRankEncoder(options.codec, projection, options.page_size, key_states.dtype)
@@ -61,11 +61,11 @@ class LowRankLayer(KVCacheLayer):
         return storage(encoder, key_states, value_states, sink_length, options.tail_length, spare)
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        self._know_module(call.module)
+        self._note_module(call.module)
         return super().attend(call)
 
     def note_attended(self, call: AttentionCall) -> None:
-        self._know_module(call.module)
+        self._note_module(call.module)
         super().note_attended(call)
 
     def read(
@@ -90,24 +90,25 @@ class LowRankLayer(KVCacheLayer):
     def flush(self) -> None:
         new, storage = self._new, self.storage
         if new is not None and isinstance(storage, PreRopeStorage):
-            real = new.length if new.valid is None else new.valid.sum(1)
-            if (storage.due(storage.dense.lengths + (0 if new.stored else real)) > 0).any():
-                storage.known_rope()  # raises now what packing would raise midway
+            count = new.length if new.valid is None else new.valid.sum(1)
+            if (storage.due(storage.dense.lengths + (0 if new.stored else count)) > 0).any():
+                storage.known_rope()  # raises before anything is stored, not in the middle of packing
             storage.note(new.position, new.valid)
         super().flush()
 
-    def _know_module(self, module: torch.nn.Module | None) -> None:
+    def _note_module(self, module: torch.nn.Module | None) -> None:
+        """Check that the projection fits the weights of the attention module, and record its rotary embedding."""
         storage = self.storage
-        if not self._recognized and module is not None and self.projection.weights is not None:
+        if not self._weights_checked and module is not None and self.projection.weights is not None:
             check_weights("projection", self.projection.weights, module, self.index)
-            self._recognized = True
+            self._weights_checked = True
         if module is None or not isinstance(storage, PreRopeStorage) or storage.rope is not None:
             return
         try:
             storage.rope = rope_of(module)
         except ValueError as error:
             raise ValueError(
-                f"layer {self.index} has a projection of keys from before their rotary embedding (before_rope=True): "
+                f"layer {self.index} has a projection of keys from before the rotary embedding (before_rope=True): "
                 f"{error}"
             ) from error
 

@@ -21,38 +21,38 @@ from hf_kvcache.layers.indexer_keys import IndexerKeys
 from hf_kvcache.layers.new_tokens import NewTokens
 from hf_kvcache.storage import PagedStorage
 
-#: Tokens of each sequence that are expanded at a time.
+#: Tokens of each sequence that are expanded in one call.
 _TILE_TOKENS = 1024
 
 
 class LatentLayer(KVCacheLayer):
-    """One latent-attention layer's cache.
+    """The cache of one latent-attention layer.
 
-    What it calls keys are latents ``[B, 1, T, r]``, what it calls values are rotary keys ``[B, 1, T, dr]``. Few
-    queries are taken into latent space and attend there (the absorbed form); for many, or where the up-projection is no
-    plain matrix, latents are expanded tile by tile. Either way :meth:`attend` takes queries ``[B, H, T, dn + dr]`` and
-    gives ``[B, T, H, dv]``.
+    Its keys are latents ``[B, 1, T, r]``. Its values are rotary keys ``[B, 1, T, dr]``. :meth:`attend` takes queries
+    ``[B, H, T, dn + dr]`` and returns ``[B, T, H, dv]``, in one of two ways. A few queries are taken into latent space
+    and attend there (the absorbed form). For many queries, or if the up-projection is not a plain matrix, the latents
+    are expanded to keys and values, tile by tile.
     """
 
-    #: Whether handles on what is held may be replaced by handles on what it would be expanded to.
+    #: Handles on latents may be replaced by handles on the keys and values that the latents expand to.
     takes_expansion = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: Calls of attention that were computed on the latents.
+        #: Number of attention calls that were computed in latent space.
         self.absorbed = 0
-        #: What the module that attended last would expand the latents to.
+        #: The expansion of the latents by the module that attended last.
         self.expansion: Expansion | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Under autocast the norm behind latents leaves float32, and rotary keys have the narrower dtype.
+        # Under autocast the norm before the latents returns float32, and rotary keys have the narrower dtype.
         return super().update(key_states, value_states.to(key_states.dtype), *args, **kwargs)
 
     def _copy(self) -> Any:
         other = super()._copy()
-        other.expansion = None  # which is of this layer
+        other.expansion = None  # it refers to this layer
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class LatentLayer(KVCacheLayer):
                 "keys; accepted: attention modules that call expand_kv"
             )
         up = expansion.up_projections()
-        # Probabilities are summed by token, which latents have one by one.
+        # Sums of probabilities are by stored token, and a stored token is a latent.
         if up is None or (query.shape[2] > _most_absorbed(up) and not sums):
             return self._read_expanded(expansion, query, pages, dense, visibility, call.scoring)
         self.absorbed += 1
@@ -98,10 +98,10 @@ class LatentLayer(KVCacheLayer):
         visibility: Visibility,
         scoring: Scoring,
     ) -> Attention:
-        """Attention over keys and values that are expanded, a bounded number of tokens at a time."""
+        """Attention over expanded keys and values. Packed tokens are expanded in tiles, which bounds the memory."""
         keys, values = expansion.expand(dense.keys, dense.values)
         total = attend(query, None, replace(dense, keys=keys, values=values), visibility, scoring)
-        # Counted once: with the dense tokens. All packed tokens come before the queries.
+        # Sink logits count once, with the dense tokens. All packed tokens come before the queries.
         scoring, earlier = replace(scoring, sink_logits=None), replace(visibility, causal=False)
         step = max(1, _TILE_TOKENS // self.options.page_size)
         for start in range(0, 0 if pages is None else pages.columns, step):
@@ -129,7 +129,7 @@ class LatentLayer(KVCacheLayer):
 class IndexedLatentLayer(LatentLayer):
     """A latent layer of a model whose indexer chooses the tokens to attend to (DeepSeek sparse attention).
 
-    Beside the latents it holds the indexer's keys, dense, as the model's indexer reads them at every step.
+    The layer also holds the keys of the indexer. They stay dense, because the indexer reads all of them at every step.
     """
 
     optional_tensors = ("indexer",)
@@ -149,11 +149,11 @@ class IndexedLatentLayer(LatentLayer):
         return self._handles[0 if side == "keys" else 1]  # an indexer asks for their shapes at every step
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
-        """Take in the indexer's new keys ``[B, T, d]``; returns all of them."""
+        """Add the new keys of the indexer ``[B, T, d]``; returns all of its keys."""
         return self.indexer.append(indexer_key_states)
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        # A layer that reads the latents of another one may have an indexer of its own: then it has seen no tokens.
+        # A layer that reads the latents of another layer may have its own indexer. Such a layer has seen no tokens.
         if self.storage is not None or not self.indexer.length:
             super().check_crop(tokens_to_remove)
 
@@ -204,14 +204,17 @@ class IndexedLatentLayer(LatentLayer):
 
 
 def in_latent_space(query: torch.Tensor, up: UpProjections) -> torch.Tensor:
-    """Queries ``[B, H, q, dn + dr]`` as ``[B, H, q, r + dr]``: what latents and rotary keys are scored with."""
+    """Queries ``[B, H, q, dn + dr]`` taken into latent space, ``[B, H, q, r + dr]``.
+
+    Their dot products with latents and rotary keys are the scores of the expanded keys.
+    """
     width = up.keys.shape[1]
     return torch.cat([absorb(query[..., :width], up.keys), query[..., width:]], -1)
 
 
 def _most_absorbed(up: UpProjections) -> int:
-    """Queries up to which attending to latents is less arithmetic than expanding them first."""
+    """Largest number of queries for which attention in latent space takes fewer operations than expanding first."""
     rank, expanded = up.keys.shape[2], up.keys.shape[1] + up.values.shape[1]
     saved = 2 * rank - expanded
-    # Both are products of H heads; absorbed n queries cost n (2 r), expanded n (dn + dv) + r (dn + dv) a token.
+    # Multiplications per token and head for n queries: n (2 r) absorbed, (n + r) (dn + dv) expanded.
     return max(16, rank * expanded // saved) if saved > 0 else 1 << 30

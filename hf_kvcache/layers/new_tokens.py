@@ -1,4 +1,4 @@
-"""New tokens: their check, and their place beside the tokens held until attention has seen them."""
+"""The tokens of the latest update: their checks, and how attention reads them before they are stored."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from hf_kvcache.storage import PagedStorage
 
 @dataclass
 class NewTokens:
-    """The tokens of the latest update, until attention has seen them.
+    """The tokens of the latest update, kept aside until attention has seen them.
 
     Attributes:
         keys: ``[B, Hkv, T, Dk]``.
         values: ``[B, Hkv, T, Dv]``.
-        position: of the first of them.
-        valid: bool ``[B, T]``, False for padding; None if none of them is.
-        stored: whether they are in the storage already.
-        earlier_padding: the padding of earlier updates; None until a mask was looked at.
-        given: keys and values as they came, if they carry a gradient.
-        read: whether someone who needs dense keys and values has read them.
+        position: position of the first token.
+        valid: bool ``[B, T]``, False for padding; None if no token is padding.
+        stored: whether the tokens are in the storage already.
+        earlier_padding: the positions of padding in earlier updates; None until a mask was read.
+        with_gradient: keys and values as the model gave them, if they carry a gradient; else None.
+        read: whether the keys and values were read as dense tensors.
     """
 
     keys: torch.Tensor
@@ -34,7 +34,7 @@ class NewTokens:
     valid: np.ndarray | None = None
     stored: bool = False
     earlier_padding: PaddingPlaces | None = None
-    given: tuple[torch.Tensor, torch.Tensor] | None = None
+    with_gradient: tuple[torch.Tensor, torch.Tensor] | None = None
     read: bool = False
 
     @property
@@ -43,7 +43,7 @@ class NewTokens:
         return self.keys.shape[2]
 
     def copy(self) -> NewTokens:
-        """The same tokens, to be stored elsewhere."""
+        """The same tokens, for another layer to store. The tensors are shared."""
         return replace(self)
 
     def part(self, tokens: slice) -> NewTokens:
@@ -63,19 +63,19 @@ class NewTokens:
 def check_update(
     index: int, storage: PagedStorage | None, keys: torch.Tensor, values: torch.Tensor, finite: bool, least: int = 1
 ) -> None:
-    """Raise ValueError unless new keys and values go with each other and with what layer ``index`` holds.
+    """Raise ValueError unless new keys and values fit each other and the stored tokens of layer ``index``.
 
     Args:
-        index: number of the layer.
-        storage: what it holds; None before the first update.
+        index: number of the layer in the model.
+        storage: the stored tokens; None before the first update.
         keys: ``[B, Hkv, T, Dk]``.
         values: ``[B, Hkv, T, Dv]``.
-        finite: whether to look for NaN and infinity too.
-        least: tokens that there must be.
+        finite: whether NaN and infinity are errors.
+        least: the smallest number of tokens that is accepted.
     """
     shapes = f"key_states {tuple(keys.shape)}, value_states {tuple(values.shape)}"
     if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] < least:
-        raise ValueError(f"{shapes}: accepted: [batch, heads, tokens, dim], alike but for dim, at least one token")
+        raise ValueError(f"{shapes}: accepted: [batch, heads, tokens, dim], equal except in dim, at least one token")
     if keys.dtype != values.dtype or not keys.is_floating_point():
         raise ValueError(f"key_states {keys.dtype}, value_states {values.dtype}: accepted: one floating dtype")
     if storage is not None:
@@ -88,17 +88,29 @@ def check_update(
                     "or use a cache of its own for each batch and model."
                 )
             if new.device != old.device:
-                raise ValueError(f"{name} is on {new.device}, layer {index} holds {old.device}")
+                raise ValueError(
+                    f"{name} is on {new.device}; accepted: {old.device}, where the tokens of layer {index} are"
+                )
     if finite:
         for name, states in (("key_states", keys), ("value_states", values)):
             if not bool(states.isfinite().all()):
-                raise ValueError(f"{name} of layer {index} holds NaN or infinity")
+                raise ValueError(
+                    f"{name} of layer {index} holds NaN or infinity; accepted with validate=True: finite numbers"
+                )
 
 
 def dense_tokens(
     storage: PagedStorage, new: NewTokens, visibility: Visibility, ahead: int, queries: slice
 ) -> DenseTokens:
-    """The full-precision tokens that the queries may see: the dense buffer, then the new tokens if not yet in it."""
+    """The full-precision tokens that some queries may see: the dense buffer, then the new tokens if they are not in it.
+
+    Args:
+        storage: the stored tokens.
+        new: the tokens of the latest update.
+        visibility: which tokens the queries may see.
+        ahead: number of pages packed ahead that the queries read. Their tokens are hidden in the dense buffer.
+        queries: the queries of the new tokens that attend.
+    """
     buffer, held = storage.dense, storage.dense.longest
     keys, values = buffer.keys[:, :, :held], buffer.values[:, :, :held]
     plain = visibility.mask is None and visibility.window is None
@@ -111,10 +123,10 @@ def dense_tokens(
         keys = torch.cat([keys, new_keys], 2) if held else new_keys
         values = torch.cat([values, new_values], 2) if held else new_values
         at = np.broadcast_to(np.arange(new.position, new.position + fresh), (storage.batch, fresh))
-        # A row's places lie side by side, as kernels read them: numpy may join a view and a broadcast by columns.
+        # Kernels read the positions of a sequence side by side; numpy may have joined the arrays by columns.
         positions = np.ascontiguousarray(np.concatenate([positions, at], 1))
     ragged = buffer.uniform_length is None or (fresh and new.valid is not None)
-    oldest = int(positions[:, 0].min()) if positions.shape[1] else 0  # nothing is held if all of it is padding
+    oldest = int(positions[:, 0].min()) if positions.shape[1] else 0  # there is no token if all are padding
     if not ragged and not ahead and not fresh and visibility.sees_all(oldest):
         return DenseTokens(keys, values, None, None)
     unused = None

@@ -1,4 +1,4 @@
-"""What the layers of a cache share."""
+"""The settings that all layers of a cache share."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from hf_kvcache.lowrank.projection import LayerProjection
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What every layer of a cache shares.
+    """The settings that all layers of a cache share.
 
     Attributes:
         codec: how pages are stored.
-        sink_length: tokens at the start of a sequence that stay in full precision.
-        tail_length: newest tokens that stay in full precision.
-        page_size: tokens a page holds.
+        sink_length: number of tokens at the start of a sequence that stay in full precision.
+        tail_length: number of newest tokens that stay in full precision.
+        page_size: number of tokens in a page.
         validate: whether every update is checked for NaN and infinity.
-        deferred: whether new tokens are stored at the next call only, because other layers read them too.
-        eviction: how full-attention layers keep within a budget; None: they keep every token.
-        latents: ``"native"`` where the model caches latents itself, or the basis of each layer by its number; None:
-            keys and values are stored as they are.
-        config: of the model, for errors that say what would work with it.
+        deferred: whether new tokens are stored at the next call and not after attention, because other layers read them
+            too.
+        eviction: the settings of eviction in full-attention layers; None if these keep every token.
+        latents: ``"native"`` if the model caches latents itself, or the low-rank bases of each layer by its number;
+            None if pages hold keys and values.
+        config: the model's config. Errors name caches that work with it.
     """
 
     codec: Codec

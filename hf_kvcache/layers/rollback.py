@@ -1,4 +1,4 @@
-"""Which of a layer's newest tokens may still be taken back (assisted decoding), and what its sliding window needs."""
+"""Which of the newest tokens a ``crop`` may still remove (assisted decoding), and what the sliding window needs."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 from hf_kvcache.layers.new_tokens import NewTokens
 from hf_kvcache.storage import PagedStorage
 
-#: Past this many tokens without a confirming `crop`, the oldest are taken as confirmed: nobody drafts that far ahead.
+#: After this many tokens without a `crop`, all tokens count as confirmed, because no drafts are that long.
 MAX_UNCONFIRMED = 512
 
 
 class RollbackWindow:
-    """The tokens that a ``crop`` may remove, and those that a layer must hold for it.
+    """Counts the tokens that a ``crop`` may remove, and the tokens that a layer must hold until then.
 
     Args:
-        index: number of the layer, for errors.
-        sliding_window: tokens a query sees, itself included; None for all.
+        index: number of the layer in the model, for errors.
+        sliding_window: number of tokens that a query sees, its own included; None for full attention.
 
     Attributes:
-        recording: whether tokens are held back until a ``crop`` confirms them.
-        unconfirmed: tokens that were added since the last one.
-        kept_from: tokens before this position may be gone (sliding windows).
+        recording: whether tokens stay unpacked until a ``crop`` confirms them.
+        unconfirmed: number of tokens that were added since the last ``crop``.
+        kept_from: position before which tokens of a sliding window may have been dropped.
     """
 
     def __init__(self, index: int, sliding_window: int | None) -> None:
@@ -34,22 +34,28 @@ class RollbackWindow:
 
     @property
     def overdue(self) -> bool:
-        """Whether more tokens wait for a ``crop`` than anybody drafts."""
+        """Whether more tokens are unconfirmed than drafts can have."""
         return self.unconfirmed > MAX_UNCONFIRMED
 
     def start(self, seen: int) -> int:
-        """Position of the first token that a query after ``seen`` tokens may see."""
+        """Position of the first token that the query at position ``seen`` may see."""
         return 0 if self.sliding_window is None else max(seen - self.sliding_window + 1, 0)
 
     def check_crop(self, seen: int, tokens_to_remove: int) -> None:
-        """Raise the error of a ``crop``, if it has one.
+        """Raise the error that a ``crop`` would raise.
+
+        Args:
+            seen: number of tokens seen.
+            tokens_to_remove: minus the number of tokens to remove; 0 only confirms.
 
         Raises:
-            ValueError: if the number is positive or beyond the tokens seen.
-            RuntimeError: if tokens are gone that would then be in the sliding window.
+            ValueError: if the number is positive, or larger than the number of tokens seen.
+            RuntimeError: if tokens were dropped that would be in the sliding window afterwards.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove!r}): the number of tokens to remove is given as a negative int")
+            raise ValueError(
+                f"crop({tokens_to_remove!r}): accepted: the number of tokens to remove as a negative int, or 0"
+            )
         length = seen + tokens_to_remove
         if length < 0:
             raise ValueError(f"crop({tokens_to_remove!r}): accepted: -{seen} to 0, the tokens seen so far")
@@ -60,7 +66,7 @@ class RollbackWindow:
             )
 
     def confirm(self, storage: PagedStorage, seen: int) -> None:
-        """Pack what is due, and let go of what has left the window: nothing seen so far will be taken back."""
+        """Confirm all tokens seen: pack full pages, and drop tokens that have left the sliding window."""
         self.unconfirmed = 0
         keep_from = self.start(seen)
         storage.commit_ahead()
@@ -70,10 +76,18 @@ class RollbackWindow:
             self.kept_from = keep_from
 
     def segments(self, storage: PagedStorage, new: NewTokens, tail_length: int) -> list[tuple[slice, int]]:
-        """The queries in runs that see the same pages, each with the number of pages packed ahead that it sees.
+        """Split the queries of an update into segments that see the same pages.
 
-        While tokens may be taken back, a token is to see what it would have seen in plain decoding: a page from the
-        moment on when it would have been packed.
+        With drafts, each token sees what it would see in plain decoding: a page counts as packed from the token on at
+        which plain decoding would pack it. Such pages are packed ahead, and committed when the tokens are confirmed.
+
+        Args:
+            storage: the stored tokens.
+            new: the tokens of the update.
+            tail_length: number of newest tokens that stay in full precision.
+
+        Returns:
+            For each segment its queries, and the number of pages packed ahead that they see.
         """
         held = storage.dense.uniform_length
         drafted = new.length <= max(1, tail_length)
@@ -85,7 +99,7 @@ class RollbackWindow:
         return [(slice(a, b), int(due[a])) for a, b in itertools.pairwise(starts)]
 
     def fork(self) -> RollbackWindow:
-        """A copy."""
+        """An independent copy."""
         other = object.__new__(RollbackWindow)
         other.__dict__.update(self.__dict__)
         return other

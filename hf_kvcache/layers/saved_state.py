@@ -1,4 +1,4 @@
-"""A layer as tensors and counters, and back."""
+"""Saving a layer as tensors and counters, and restoring it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from hf_kvcache.storage.checking import check_like, check_storage
 
 
 class SavedState(DecodeSteps):
-    """A layer that can be saved, and restored where nothing is held yet. Saving changes nothing."""
+    """A layer that can be saved and restored. Saving does not change the layer."""
 
-    #: Beginnings of the names of tensors that a layer may have saved or not.
+    #: Prefixes of the names of tensors that a saved layer may lack.
     optional_tensors: tuple[str, ...] = ()
 
     def progress(self) -> dict[str, int]:
-        """The counters that go with the storage's tensors when the layer is saved."""
+        """The counters that are saved beside :meth:`tensors`, by name."""
         rollback = self.flushed().rollback
         return {"seen": self._seen, "unconfirmed": rollback.unconfirmed, "kept_from": rollback.kept_from}
 
     def own_tensors(self) -> list[torch.Tensor]:
-        """What the layer holds beside its storage."""
+        """The tensors that the layer holds beside its storage, for the memory report."""
         return []
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What the layer holds, as tensors by name."""
+        """The content of the layer as tensors by name."""
         return self.flushed().stored_tensors()
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
@@ -40,19 +40,19 @@ class SavedState(DecodeSteps):
         return self.storage.state() | {"padding_places": torch.from_numpy(places)}
 
     def blank(self) -> Any:
-        """An empty layer like this one."""
+        """An empty layer with the same settings."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.reset()
         return other
 
     def reset(self) -> None:
-        """Forget everything; the layer may then hold another batch."""
+        """Drop all tokens. The next update may have another batch size."""
         self.clear()
         self.version += 1
 
     def check_tensors(self, tensors: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
-        """Raise ValueError unless this empty layer could have saved them, with these counters."""
+        """Raise ValueError unless a layer with these settings can have saved these tensors and counters."""
         keys, values = tensors["dense.keys"], tensors["dense.values"]
         check_update(self.index, None, keys[:, :, :1], values[:, :, :1], False, least=0)
         empty = self.blank()
@@ -61,20 +61,24 @@ class SavedState(DecodeSteps):
         counters = {name: progress.get(name) for name in empty.progress()}
         for name, count in counters.items():
             if type(count) is not int or not 0 <= count <= progress["seen"]:
-                raise ValueError(f"{name}={count!r} of {progress['seen']!r} tokens")
+                raise ValueError(f"{name}={count!r}; accepted: a whole number from 0 to seen={progress['seen']!r}")
         check_storage(empty.storage, tensors, progress["seen"])
 
     def restore(
         self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: torch.device | str | None = None
     ) -> None:
-        """Hold what :meth:`tensors` and :meth:`progress` returned, in place of what is held.
+        """Replace the content of the layer by a saved one.
 
-        Without a ``device`` tensors stay where they are until the first update, and then move to where that comes from.
+        Args:
+            tensors: what :meth:`tensors` returned.
+            progress: what :meth:`progress` returned.
+            device: where the layer is to lie. None leaves the tensors where they are until the first update, which
+                moves them to its own device.
         """
         self.reset()
         if tensors:
             to = tensors["dense.keys"].device if device is None else device
-            # Bookkeeping lies on the host.
+            # Tables and counters lie on the host.
             tensors = {n: x.to(to if x.is_floating_point() or n == "records" else "cpu") for n, x in tensors.items()}
             self.lazy_initialization(tensors["dense.keys"], tensors["dense.values"])
             assert self.storage is not None
@@ -87,7 +91,7 @@ class SavedState(DecodeSteps):
             self.storage.writer.lost_before = self.rollback.kept_from
 
     def _move(self, device: torch.device) -> None:
-        """Let what was restored lie where the first update comes from."""
+        """Move a restored layer to the device of the first update."""
         self._movable = False
         if self.device != device:
             recording = self.rollback.recording

@@ -1,4 +1,4 @@
-"""What a cache layer holds: stored tokens, those of the latest update, and how many were seen."""
+"""The state of a cache layer: the stored tokens, the tokens of the latest update, and the number of tokens seen."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.rollback import RollbackWindow
 from hf_kvcache.storage import PagedStorage
 
-#: Of which layer, and what it lost.
+#: Error of a layer that cannot return to an earlier length. Filled in with the layer's number and the missing tokens.
 CANNOT_TAKE_BACK = (
-    "crop(): a forward pass ended in the middle, and layer {} cannot go back to what it held before: it no longer has "
-    "{}. Call reset()."
+    "crop(): a forward pass ended in the middle, and layer {} cannot return to its state before that pass: it no "
+    "longer holds {}. Call reset()."
 )
 
 
 class LayerState:
-    """The tokens of one attention layer. New ones wait until attention has shown which of them are padding.
+    """The tokens of one attention layer.
+
+    ``update`` sees no attention mask, so it does not know which new tokens are padding. New tokens are therefore kept
+    aside, and stored after attention, which sees the mask.
 
     Args:
         index: number of the layer in the model.
-        options: what the layers of the cache share.
-        sliding_window: tokens a query sees, itself included; None for full attention.
+        options: the settings that all layers of the cache share.
+        sliding_window: number of tokens that a query sees, its own included; None for full attention.
     """
 
     device: torch.device
@@ -36,26 +39,26 @@ class LayerState:
     def __init__(self, index: int, options: LayerOptions, sliding_window: int | None) -> None:
         super().__init__()
         self.index, self.options, self.sliding_window = index, options, sliding_window
-        #: Changes whenever handles given out earlier become wrong.
+        #: Incremented whenever the handles that earlier updates returned become invalid.
         self.version = 0
         self.clear()
 
     def clear(self) -> None:
-        """Hold nothing."""
+        """Drop all tokens, and begin with empty counters."""
         self.storage: PagedStorage | None = None
         self.is_initialized = False
         self._seen = 0
         self._new: NewTokens | None = None
         self.rollback = RollbackWindow(self.index, self.sliding_window)
-        #: Where padding stood among the tokens seen.
+        #: The positions of padding among the tokens seen.
         self.padding: PaddingPlaces = NO_PADDING
-        self._movable = False  # was restored on a device that nobody has named
+        self._movable = False  # whether the layer was restored without a device, so that the first update may move it
         self._checked: tuple[Any, ...] | None = None  # shapes, dtypes and device of the latest update
-        #: Whether storing tokens was cut off in the middle, by Ctrl-C or for want of memory: only reset() helps then.
+        #: Whether storing tokens was interrupted, by Ctrl-C or a lack of memory. Only reset() repairs that.
         self.broken = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make the storage for tensors like these, ``[B, Hkv, T, D]``."""
+        """Make the storage for keys and values with the shapes, dtype and device of these, ``[B, Hkv, T, D]``."""
         # In a sliding layer the first tokens leave the window like any others.
         sinks = 0 if self.sliding_window is not None else self.options.sink_length
         self.storage = self.make_storage(key_states, value_states, sinks)
@@ -65,7 +68,7 @@ class LayerState:
     def make_storage(
         self, key_states: torch.Tensor, value_states: torch.Tensor, sink_length: int, spare: int | None = None
     ) -> PagedStorage:
-        """An empty storage for tensors like these, with room for ``spare`` tokens beyond sinks and tail."""
+        """An empty storage for keys and values like these, with room for ``spare`` tokens beside sinks and tail."""
         options = self.options
         encoder = PageEncoder(
             options.codec, key_states.shape[-1], value_states.shape[-1], options.page_size, key_states.dtype
@@ -74,13 +77,13 @@ class LayerState:
 
     @property
     def batch_size(self) -> int:
-        """Sequences held, or -1 before the first update."""
+        """Number of sequences, or -1 before the first update."""
         return -1 if self.storage is None else self.storage.batch
 
     # -- storing --------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Store the tokens of the latest update, and pack what is due and confirmed."""
+        """Store the tokens of the latest update, and pack the pages that are full and confirmed."""
         new, storage = self._new, self.storage
         if new is None or storage is None:
             return
@@ -102,7 +105,7 @@ class LayerState:
             self._confirm()
 
     def _confirm(self) -> None:
-        """Take all tokens as confirmed: none of them will be taken back."""
+        """Treat all tokens as confirmed: none of them will be removed by a ``crop``."""
         assert self.storage is not None
         self.rollback.confirm(self.storage, self._seen)
 
@@ -117,7 +120,15 @@ class LayerState:
     # -- sequences and copies -------------------------------------------------------------------------------------
 
     def check_rows(self, argument: str, rows: torch.Tensor) -> np.ndarray:
-        """``rows`` on the host; raises ValueError if one is not a sequence that the layer holds."""
+        """The numbers of sequences in ``rows`` as an array on the host, none negative.
+
+        Args:
+            argument: name of the user's argument, for errors.
+            rows: numbers of sequences, or a bool mask ``[B]``.
+
+        Raises:
+            ValueError: if a number is not that of a sequence of the layer.
+        """
         rows = torch.as_tensor(rows)
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
@@ -128,15 +139,17 @@ class LayerState:
             return indices
         batch = self.storage.batch
         if indices.ndim != 1 or ((indices < -batch) | (indices >= batch)).any():
-            raise ValueError(f"{argument}={indices.tolist()!r} is not a list of sequences; accepted: 0 to {batch - 1}")
+            raise ValueError(
+                f"{argument}={indices.tolist()!r} is not a list of sequences of this cache; accepted: 0 to {batch - 1}"
+            )
         return np.where(indices < 0, indices + batch, indices)
 
     def is_every_row(self, rows: np.ndarray) -> bool:
-        """Whether ``rows`` are all sequences in their order."""
+        """Whether ``rows`` names all sequences, in their order."""
         return len(rows) == self.batch_size and bool((rows == np.arange(len(rows))).all())
 
     def select_rows(self, rows: np.ndarray) -> None:
-        """Replace the sequences by ``rows`` of them."""
+        """Replace sequence ``i`` by sequence ``rows[i]``, for every ``i``."""
         if self.storage is None or self.is_every_row(rows):
             return
         self.flush()
@@ -146,13 +159,13 @@ class LayerState:
         self.version += 1
 
     def fork(self) -> Any:
-        """A copy that shares the pages, which never change once written."""
+        """An independent copy of the layer. It shares the pages, which is safe because written pages never change."""
         other = self._copy()
         other.flush()
         return other
 
     def _copy(self) -> Any:
-        """A copy whose latest update is as far as this one's."""
+        """A copy in which the tokens of the latest update are stored only if they are stored in this layer."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.storage = None if self.storage is None else self.storage.fork()
@@ -161,25 +174,30 @@ class LayerState:
         return other
 
     def flushed(self) -> Any:
-        """This layer if all of its tokens are stored, else a copy where they are: for whoever only looks."""
+        """This layer if all of its tokens are stored, else a copy in which they are.
+
+        Methods that only observe the layer read from the result, so that the layer itself does not change.
+        """
         return self if self._new is None else self.fork()
 
-    # -- passes that end in the middle ----------------------------------------------------------------------------
+    # -- interrupted forward passes -------------------------------------------------------------------------------
 
     @property
     def complete_length(self) -> int:
-        """Tokens seen but for those of an update that attention is known not to have come to the end of."""
+        """Number of tokens seen, without those of an update whose attention is known not to have finished."""
         return self._seen
 
     def check_take_back(self, length: int) -> None:
-        """Raise RuntimeError if tokens that a pass was to add have driven out some of the first ``length``."""
+        """Raise RuntimeError if the layer no longer holds all tokens that it held when it had seen ``length``."""
         if self.storage is not None and self.rollback.start(length) < self.storage.writer.lost_before:
-            raise RuntimeError(CANNOT_TAKE_BACK.format(self.index, "what has left its sliding window meanwhile"))
+            raise RuntimeError(
+                CANNOT_TAKE_BACK.format(self.index, "the tokens that have left its sliding window meanwhile")
+            )
 
     def take_back(self, length: int) -> None:
-        """Return to the first ``length`` tokens; the update behind them may have been cut off anywhere."""
+        """Return to the first ``length`` tokens. The update after them may have been interrupted at any point."""
         self._new = None
-        if self.storage is not None:  # else it reads what another layer holds
+        if self.storage is not None:  # a layer without storage reads the tokens of another layer
             self._seen = length
             self.storage.truncate_from(length)
             self.padding = self.padding.before(length)
@@ -187,15 +205,15 @@ class LayerState:
         self.version += 1
 
     def note_broken(self) -> None:
-        """Take note that storing tokens was cut off in the middle."""
-        self.broken, self._checked = True, None  # so that the next update looks
+        """Record that storing tokens was interrupted."""
+        self.broken, self._checked = True, None  # so that the next update is checked
 
     def check_whole(self) -> None:
-        """Raise RuntimeError if storing tokens was cut off in the middle."""
+        """Raise RuntimeError if storing tokens was interrupted."""
         if self.broken:
             raise RuntimeError(
-                f"layer {self.index}: an exception or Ctrl-C came while tokens were stored, some of which are lost or "
-                "there twice; call reset() and begin again"
+                f"layer {self.index}: an exception or Ctrl-C interrupted the storing of tokens, and some are lost "
+                "or stored twice; call reset() and begin again"
             )
 
     def check(self) -> None:
@@ -206,5 +224,5 @@ class LayerState:
             storage.check()
 
     def _visible_length(self, new: int) -> int:
-        """Keys shown to the queries of the last ``new`` tokens seen."""
+        """Number of keys that the queries of the last ``new`` tokens may see."""
         return self._seen - self.rollback.start(self._seen - new)

@@ -1,4 +1,4 @@
-"""One cache of every kind, with the model that it is for: what holds for a cache has to hold for each of them."""
+"""One cache of every kind, each with its model. Tests of properties that every cache must have run on all of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EVICTING: dict[str, Any] = {"tail_length": 4, "page_size": 8, "interval": 8}
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to build a model that nobody else holds, and an empty cache for it."""
+    """How to build a new model, and an empty cache for it."""
 
     build: Callable[[], PreTrainedModel]
     cache: Callable[[PreTrainedModel], KVCache]
@@ -65,7 +65,7 @@ if "indexed_attention" not in DYNAMIC_LAYER_TYPE_MAPPING:  # older releases have
 
 
 def filled(kind: str, tokens: int = 60, steps: int = 3) -> tuple[PreTrainedModel, KVCache]:
-    """A model and its cache after a prompt and some steps."""
+    """A model, and its cache after a prompt and some decode steps."""
     model = KINDS[kind].build()
     cache = KINDS[kind].cache(model)
     forward(model, prompt(tokens), cache)

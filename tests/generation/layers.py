@@ -1,7 +1,7 @@
-"""One attention layer with given queries, keys and values: the same to the last bit, however they come.
+"""One attention layer with given queries, keys and values, which do not depend on how tokens are split into updates.
 
-In a whole model a different order of summation changes keys in the last bit, which may flip a code. Here it
-cannot, so that what a quantized cache gives can be compared without tolerance for flips.
+In a whole model the order of summation depends on that split. It changes the last bit of keys, and may flip a code.
+Here keys are given, so the outputs of a quantized cache can be compared without a tolerance for flipped codes.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class States(NamedTuple):
         return States(*(x[rows] for x in self))
 
     def then(self, other: States) -> States:
-        """These tokens and then ``other``."""
+        """These tokens, followed by those of ``other``."""
         return States(*(torch.cat(pair, 2) for pair in zip(self, other, strict=True)))
 
 
 def states(length: int, batch: int = 1, seed: int = 0) -> States:
-    """Random states; keys have a mean of their own in each channel, as in real models."""
+    """Random states. The keys of each channel have another mean, as in trained models."""
     draw = torch.Generator().manual_seed(seed)
     offset = 2 * torch.randn(1, 2, 1, 16, generator=draw)
     query, key, value = (torch.randn(batch, heads, length, 16, generator=draw) for heads in (4, 2, 2))
@@ -57,12 +57,12 @@ def states(length: int, batch: int = 1, seed: int = 0) -> States:
 
 
 class Layer:
-    """A model of a single attention layer without weights, and its cache.
+    """A model that is a single attention layer without weights, and its cache.
 
     Args:
         kind: ``"full"`` or ``"sliding"``.
         spec: the codec.
-        **options: of the cache.
+        **options: options of the cache.
     """
 
     def __init__(self, kind: str, spec: str, **options: Any) -> None:
@@ -88,8 +88,8 @@ class Layer:
         other.attention, other.cache = self.attention, self.cache.fork()
         return other
 
-    def __call__(self, new: States, real: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention output ``[B, T, 4, 16]`` of new tokens; ``real [B, tokens]`` is False for padding."""
+    def __call__(self, new: States, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention output ``[B, T, 4, 16]`` of new tokens; ``valid [B, tokens]`` is False for padding."""
         length, offset = self.cache.get_mask_sizes(new.length, 0)
         seen = self.cache.get_seq_length()
         queries = torch.arange(seen, seen + new.length)[:, None]
@@ -98,12 +98,12 @@ class Layer:
         if (window := self.cache.own_layers[0].sliding_window) is not None:
             mask = mask & (keys > queries - window)
         mask = mask.expand(len(new.query), 1, -1, -1)
-        if real is not None:
-            mask = mask & real[:, None, None, offset : offset + length]
+        if valid is not None:
+            mask = mask & valid[:, None, None, offset : offset + length]
         key, value = self.cache.update(new.key, new.value, 0)
         return attention_function(self.attention, new.query, key, value, mask)[0]
 
     def steps(self, new: States, prefill: int = 0, **arguments: Any) -> torch.Tensor:
-        """Output of all tokens: the first ``prefill`` at once, the others one by one."""
+        """Output of all tokens, of which the first ``prefill`` come in one update and the others one by one."""
         cuts = [0, *range(prefill, new.length + 1)] if prefill else list(range(new.length + 1))
         return torch.cat([self(new.at(a, b)) for a, b in pairwise(cuts)], 1)

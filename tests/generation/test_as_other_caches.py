@@ -1,4 +1,4 @@
-"""What other code does with any cache of transformers: look at its layers, go through it, hand it mixed dtypes."""
+"""Code that works with any transformers cache: it reads layers, iterates over the cache, and mixes dtypes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.running import forward, full_cache, generate, prompt, small_cache
 
 @pytest.mark.parametrize("kind", ["none", "sliding", "low rank", "latents"])
 def test_keys_and_values_of_layers(kind: str) -> None:
-    """`cache.layers[i].keys` is what a DynamicCache has there, so far as it is held exactly."""
+    """With exact pages, ``cache.layers[i].keys`` equals that of a DynamicCache."""
     model, cache = filled(kind)
     theirs = full_cache(model)
     for ids in (prompt(60), *prompt(3).split(1, 1)):
@@ -25,20 +25,20 @@ def test_keys_and_values_of_layers(kind: str) -> None:
 
 
 def test_an_empty_layer_has_none() -> None:
-    """As in any cache."""
+    """The keys and values of an empty layer are None, as in a DynamicCache."""
     model = families.build("llama")
     assert small_cache(model).layers[0].keys is None
 
 
 def test_evicted_tokens_are_no_tensor() -> None:
-    """Where each head holds other tokens, an error says so."""
+    """If each head holds other tokens, reading keys raises an error that says so."""
     _, cache = filled("snapkv")
     with pytest.raises(RuntimeError, match="layer 0 has evicted tokens"):
         cache.layers[0].keys.clone()
 
 
 def test_iterating() -> None:
-    """A DynamicCache can be made of what a cache of ours gives when gone through."""
+    """A DynamicCache can be built from an iteration over a cache of this package."""
     model, cache = filled("none")
     copy = DynamicCache(cache)
     expected = forward(model, prompt(1), cache)
@@ -48,7 +48,7 @@ def test_iterating() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "deepseek_v3"])
 @pytest.mark.parametrize("bound", [True, False])
 def test_autocast(family: str, bound: bool) -> None:
-    """Keys and values in two dtypes are taken; the result is DynamicCache's, to the rounding of bfloat16."""
+    """Keys and values may have two dtypes. The output equals that of a DynamicCache up to the rounding of bfloat16."""
     model = families.build(family)
     ids = prompt(60)
     logits = []
@@ -63,7 +63,7 @@ def test_autocast(family: str, bound: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["rotated4", "snapkv", "latents"])
 def test_generating_under_autocast(kind: str) -> None:
-    """Packed, evicting and latent layers take it too."""
+    """Generation works under autocast with packed, evicting and latent layers."""
     model = KINDS[kind].build()
     cache = KINDS[kind].cache(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -73,7 +73,7 @@ def test_generating_under_autocast(kind: str) -> None:
 
 @pytest.mark.parametrize("codec", ["unbiased4", "rotated4"])
 def test_pages_under_autocast_are_packed_in_full_precision(codec: str) -> None:
-    """The same keys and values give the same bytes with autocast as without."""
+    """The same keys and values are packed to the same bytes with and without autocast."""
     states = torch.randn(2, 1, 2, 90, 16, generator=torch.Generator().manual_seed(0))
     records = []
     for enabled in (True, False):

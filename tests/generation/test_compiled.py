@@ -1,4 +1,4 @@
-"""Compiled models with a cache: its own code is left out of their graphs."""
+"""Compiled models with a cache. The code of the cache is not part of the compiled graphs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("snapkv", "laten
 
 @pytest.mark.parametrize("kind", ["rotated4", *SLOW])
 def test_a_compiled_model_generates_the_same(kind: str) -> None:
-    """The logits of the model that is not compiled, and nothing of the codec in a graph."""
+    """A compiled model gives the logits of the uncompiled one, and its graphs have no operation of the codec."""
     model = KINDS[kind].build()
     expected = generate(model, prompt(40), KINDS[kind].cache(model), 3)
     graphs: list[str] = []

@@ -1,4 +1,4 @@
-"""What surrounds a generation: output options, streamers, dtypes, devices, gradient modes."""
+"""Generation with output options, streamers, dtypes, devices and gradient modes."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ class _Recorder(BaseStreamer):
 
 
 def test_plain_output(model: PreTrainedModel) -> None:
-    """Without ``return_dict_in_generate`` the same sequences come back as a tensor."""
+    """Without ``return_dict_in_generate`` the same sequences are returned as a tensor."""
     expected = generate(model, prompt(50), full_cache(model)).tokens
     out = model.generate(prompt(50), **as_cache(small_cache(model)), max_new_tokens=20, do_sample=False)
     assert isinstance(out, torch.Tensor) and torch.equal(out[:, 50:], expected)
 
 
 def test_streamer(model: PreTrainedModel) -> None:
-    """A streamer sees the prompt and then every token."""
+    """A streamer receives the prompt and then every token."""
     streamer = _Recorder()
     ours = generate(model, prompt(50), small_cache(model), streamer=streamer)
     assert streamer.ended and streamer.tokens == torch.cat([prompt(50), ours.tokens], 1)[0].tolist()
 
 
 def test_hidden_states(model: PreTrainedModel) -> None:
-    """Hidden states can be asked for beside a cache, and are those of the full cache."""
+    """Hidden states can be returned, and equal those of the full cache."""
     outputs = []
     for cache in (full_cache(model), small_cache(model)):
         set_binding(model, cache)
@@ -72,7 +72,7 @@ def test_hidden_states(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "gpt_oss"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(family: str, dtype: torch.dtype) -> None:
-    """In half precision the logits stay as near to the full cache's as one rounding per layer allows."""
+    """In half precision the logits differ from those of the full cache by at most one rounding per layer."""
     model = families.build(family, dtype=dtype)
     ids = torch.cat([prompt(60), prompt(20, seed=1)], 1)
     logits = {}
@@ -91,7 +91,7 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_dispatched_by_accelerate(family: str) -> None:
-    """``device_map`` wraps the modules with hooks, which must let the cache and its handles through."""
+    """``device_map`` adds hooks to the modules, which must pass on the cache and its handles."""
     from accelerate import dispatch_model
 
     plain = families.build(family)
@@ -107,7 +107,7 @@ def test_dispatched_by_accelerate(family: str) -> None:
     "mode", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda mode: mode.__name__
 )
 def test_gradient_modes(model: PreTrainedModel, mode: Any) -> None:
-    """Forward passes work in every gradient mode, also one after the other on the same cache."""
+    """Forward passes work in every gradient mode, and in several modes in turn on the same cache."""
     ids = prompt(70)
     expected = model(ids).logits.detach()
     cache = small_cache(model)
@@ -121,7 +121,7 @@ def test_gradient_modes(model: PreTrainedModel, mode: Any) -> None:
 
 
 def test_inference_mode_then_no_grad(model: PreTrainedModel) -> None:
-    """A cache filled under inference mode goes on outside of it (and is copied there)."""
+    """A cache that was filled under inference mode can be copied and used outside of it."""
     ids = prompt(75)
     expected = model(ids).logits.detach()
     cache = small_cache(model)

@@ -1,4 +1,4 @@
-"""``codec="none"`` equals DynamicCache, token for token and in its logits to rounding."""
+"""With ``codec="none"`` a cache gives the tokens of DynamicCache, and its logits up to rounding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.running import (
 )
 
 FAMILIES = names()
-#: The modes differ in what they ask of a cache, not of an architecture: full layers, and sliding ones.
+#: The modes differ in the methods of a cache that they call, so two architectures suffice: full and sliding layers.
 FEW = ["llama", "gemma3"]
 
 
@@ -42,21 +42,21 @@ def test_greedy(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_padded_batch(model: PreTrainedModel) -> None:
-    """A batch whose rows have clearly different lengths."""
+    """A left-padded batch of sequences of different lengths."""
     ours, theirs = _both(model, left_padded([prompt(21), prompt(60), prompt(41)]))
     assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beam_search(model: PreTrainedModel) -> None:
-    """Beams are reordered at every step."""
+    """Beam search reorders the sequences at every step."""
     ours, theirs = _both(model, prompt(50, 2), 14, num_beams=3)
     assert torch.equal(ours.tokens, theirs.tokens)
 
 
 @pytest.mark.parametrize("family", names(without=("qwen3_next",)))
 def test_prefill_in_chunks(model: PreTrainedModel) -> None:
-    """The prompt comes in parts that do not fit the pages."""
+    """The prompt comes in chunks whose lengths do not divide the page size."""
     ours, theirs = _both(model, prompt(61), 12, prefill_chunk_size=13)
     assert_same(ours, theirs)
 
@@ -87,7 +87,7 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "left-padded"])
 def test_mode(model: PreTrainedModel, mode: str, padded: bool) -> None:
-    """Every way of choosing tokens chooses the same ones."""
+    """Every generation mode chooses the same tokens."""
     inputs = left_padded([prompt(29), prompt(50)]) if padded else prompt(50, 2)
     ours, theirs = _both(model, inputs, 14, **MODES[mode])
     assert torch.equal(ours.tokens, theirs.tokens)

@@ -1,4 +1,4 @@
-"""``codec="none"`` equals DynamicCache where a cache is used again: turns, forks, resets, drafts."""
+"""With ``codec="none"`` a cache that is used again equals DynamicCache: turns, forks, resets, drafts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FEW = ["llama", "gemma3", "mistral", "gpt_oss"]
 
 @pytest.mark.parametrize("family", families.names(without=("deepseek_v3",)))
 def test_padding_in_the_middle(model: PreTrainedModel) -> None:
-    """The second turn of a batch is left-padded too: padding then stands between the turns."""
+    """The second turn of a batch is left-padded too, so there is padding between the turns."""
     first = left_padded([prompt(20), prompt(47)])
     second = left_padded([prompt(25, seed=1), prompt(7, seed=1)])
     caches = full_cache(model), small_cache(model)
@@ -45,12 +45,12 @@ def test_padding_in_the_middle(model: PreTrainedModel) -> None:
     assert_same(ours, theirs)
 
 
-#: Of those that keep different things: full layers, sliding ones, both, keys that layers share, latents.
+#: One family for each kind of cached state: full layers, sliding layers, both, keys that layers share, latents.
 DRAFTED = ["llama", "mistral", "gemma3", "gemma4", "deepseek_v3"]
 
 
 def _mostly_slow(fast: list[str]) -> list[Any]:
-    """The families that can draft; all but ``fast`` are slow."""
+    """The families that can decode with drafts; all but ``fast`` are marked as slow."""
     slow = [pytest.param(name, marks=pytest.mark.slow) for name in families.every_name() if name not in fast]
     return [*fast, *(param for param in slow if param.values[0] not in families.RECURRENT)]
 
@@ -62,12 +62,12 @@ def test_prompt_lookup_of_a_packed_prompt(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("family", _mostly_slow(DRAFTED))
 def test_prompt_lookup(model: PreTrainedModel) -> None:
-    """Nothing is packed before the first draft."""
+    """Prompt-lookup decoding where no page is packed before the first draft."""
     _prompt_lookup(model, 20)
 
 
 def _prompt_lookup(model: PreTrainedModel, length: int) -> None:
-    """Drafts out of the prompt, most of them rolled back."""
+    """Prompt-lookup decoding: the drafts come from the prompt, and most are rolled back."""
     inputs = prompt(length).repeat(1, 2)
     theirs = generate(model, inputs, full_cache(model), 30)
     ours = generate(model, inputs, small_cache(model), 30, prompt_lookup_num_tokens=4)
@@ -77,7 +77,7 @@ def _prompt_lookup(model: PreTrainedModel, length: int) -> None:
 
 @pytest.mark.parametrize("family", _mostly_slow(DRAFTED))
 def test_assisted(model: PreTrainedModel) -> None:
-    """An assistant drafts; it agrees often, because it is the model itself with a little noise."""
+    """Assisted decoding. The assistant is the model with a little noise, so its drafts are often accepted."""
     assistant = families.build(_family_of(model))
     with torch.no_grad():
         for weight in assistant.parameters():
@@ -102,7 +102,7 @@ def _family_of(model: PreTrainedModel) -> str:
 @pytest.mark.parametrize("family", FEW)
 @pytest.mark.parametrize("copied", [copy.deepcopy, KVCache.fork], ids=["deepcopy", "fork"])
 def test_prefix_reuse(model: PreTrainedModel, copied: Any) -> None:
-    """A prompt's prefix is computed once and continued in several ways, none of which disturbs another."""
+    """The prefix of a prompt is computed once and continued in several ways, which do not disturb each other."""
     prefix = prompt(58)
     model(prefix, **as_cache(shared := small_cache(model)), use_cache=True)
     for seed in range(3):
@@ -116,7 +116,7 @@ def test_prefix_reuse(model: PreTrainedModel, copied: Any) -> None:
 
 @pytest.mark.parametrize("family", [*FEW, "qwen3_next", "gemma4"])
 def test_reset(model: PreTrainedModel) -> None:
-    """After a reset a cache takes another batch and behaves like a new one."""
+    """After a reset a cache accepts another batch, and behaves like a new cache."""
     cache = small_cache(model)
     generate(model, prompt(50, 3), cache, 5)
     assert_packed(cache)

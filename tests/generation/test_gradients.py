@@ -1,4 +1,4 @@
-"""Gradients through a model with a cache are those of DynamicCache, or an error."""
+"""Gradients through a model with a cache equal those with DynamicCache, or raise an error."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hf_kvcache.integration.versions import with_cache
 from tests.generation.kinds import KINDS
 from tests.running import full_cache, prompt, set_binding
 
-#: Whose attention goes through no interface that takes another cache: compared with no cache at all.
+#: Kinds that are compared with a pass without a cache, because their attention works with no other cache here.
 ALONE = ("latents", "evicted latents", "indexed latents")
 
 
 def gradients(model: PreTrainedModel, cache: Cache | None, bound: bool = True) -> dict[str, torch.Tensor | None]:
-    """Gradients of the loss of a whole sequence in one forward pass."""
+    """The gradients of the loss of a whole sequence in one forward pass."""
     set_binding(model, cache)
     if not bound:
         unbind(model.config.get_text_config(decoder=True))
@@ -38,7 +38,7 @@ def assert_alike(ours: dict[str, torch.Tensor | None], theirs: dict[str, torch.T
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_a_first_forward_pass(kind: str) -> None:
-    """Queries, keys, values and all before them, exactly."""
+    """The first forward pass has the exact gradients of queries, keys, values and all weights before them."""
     model = KINDS[kind].build()
     theirs = gradients(model, None if kind in ALONE else full_cache(model))
     assert_alike(gradients(model, KINDS[kind].cache(model)), theirs)
@@ -47,7 +47,7 @@ def test_of_a_first_forward_pass(kind: str) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", ["rotated4", "latents", "shared keys"])
 def test_where_another_attention_reads(kind: str, attention: str) -> None:
-    """Handles that are read through dense tensors pass gradients on, too."""
+    """Handles that are read as dense tensors pass gradients on too."""
     model = KINDS[kind].build()
     theirs = gradients(model, None)
     model.set_attn_implementation(attention)
@@ -58,7 +58,7 @@ def test_where_another_attention_reads(kind: str, attention: str) -> None:
 @pytest.mark.parametrize("bound", [True, False])
 @pytest.mark.parametrize("trained", ["q_proj", "k_proj", "v_proj"])
 def test_over_earlier_tokens_it_is_an_error(trained: str, bound: bool) -> None:
-    """A second forward pass has no gradient, whichever of its weights asks for it, and says so when asked."""
+    """A second forward pass has no gradient: backward() raises an error, whichever weight requires a gradient."""
     model = KINDS["rotated4"].build()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f"layers.0.self_attn.{trained}" in name)
@@ -76,7 +76,7 @@ def test_over_earlier_tokens_it_is_an_error(trained: str, bound: bool) -> None:
 
 @pytest.mark.parametrize("weight", ["kv_b_proj", "kv_a_proj", "q_b_proj"])
 def test_over_earlier_latents_it_is_an_error(weight: str) -> None:
-    """The weight that expands latents is one of those that could ask."""
+    """A second pass over latents raises the error too if only the weight that expands latents requires a gradient."""
     model = KINDS["latents"].build()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.0." in name and weight in name)
@@ -89,7 +89,7 @@ def test_over_earlier_latents_it_is_an_error(weight: str) -> None:
 
 
 def test_nothing_of_the_graph_is_kept() -> None:
-    """What a cache stores of a forward pass with gradients has none, and decodes on as ever."""
+    """The stored tokens of a forward pass with gradients carry none, and decoding continues as usual."""
     model = KINDS["h2o"].build()
     cache, other = KINDS["h2o"].cache(model), KINDS["h2o"].cache(model)
     model(input_ids=prompt(40), **with_cache(model, cache))

@@ -1,4 +1,4 @@
-"""A forward pass that ends in the middle: the next use says so, and crop(0) takes back what it had done."""
+"""A forward pass that ends in the middle: the next use raises an error, and crop(0) undoes the pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MESSAGE = "ended in the middle"
 
 
 def cut_off_behind(layer: nn.Module, model: PreTrainedModel, cache: KVCache, tokens: int = 1) -> None:
-    """A forward pass in which Ctrl-C comes behind the attention of a layer."""
+    """Run a forward pass that Ctrl-C interrupts after the attention of a layer."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -29,14 +29,14 @@ def cut_off_behind(layer: nn.Module, model: PreTrainedModel, cache: KVCache, tok
 
 
 def mixer(model: PreTrainedModel, number: int) -> nn.Module:
-    """The attention, or what stands in its place, of a layer."""
+    """The attention module of a layer, or the recurrence or convolution in its place."""
     layer = model.model.layers[number]
     return next(module for name, module in layer.named_children() if name in ("self_attn", "linear_attn", "conv"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_noticed(kind: str) -> None:
-    """Neither a further pass nor saving nor the check of integrity goes on as if nothing had been."""
+    """A further pass, saving and the integrity check raise an error after an interrupted pass."""
     model, cache = filled(kind)
     cut_off_behind(mixer(model, 0), model, cache)
     for use in (lambda: decode(model, cache, 1), cache.state_dict, cache.integrity):
@@ -50,7 +50,7 @@ def test_is_noticed(kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("recurrent", "convolutions")])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_is_taken_back(kind: str, tokens: int) -> None:
-    """After crop(0) the cache goes on as if the pass had never begun, or it has said that it cannot."""
+    """After crop(0) the cache continues as if the pass had never begun, or crop(0) has raised an error."""
     model, cache = filled(kind)
     expected = decode(model, cache.fork())
     cut_off_behind(mixer(model, 0), model, cache, tokens)
@@ -66,7 +66,7 @@ def test_is_taken_back(kind: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("kind", ["recurrent", "convolutions"])
 def test_what_cannot_be_taken_back_says_so(kind: str) -> None:
-    """A recurrent state that has seen a token is not what it was."""
+    """A recurrent state cannot return to an earlier token, so crop(0) raises an error that names the layer."""
     model, cache = filled(kind)
     cut_off_behind(mixer(model, 0), model, cache)
     with pytest.raises(RuntimeError, match=r"layer 0 .*reset\(\)"):
@@ -75,7 +75,7 @@ def test_what_cannot_be_taken_back_says_so(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "snapkv", "latents", "recurrent", "shared keys"])
 def test_a_prompt(kind: str) -> None:
-    """Cut off in the very first pass, crop(0) leaves an empty cache."""
+    """If the first pass is interrupted, crop(0) leaves an empty cache."""
     model = KINDS[kind].build()
     cache = KINDS[kind].cache(model)
     cut_off_behind(mixer(model, 0), model, cache, 40)
@@ -90,7 +90,7 @@ def test_a_prompt(kind: str) -> None:
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("kind", ["none", "h2o", "low rank"])
 def test_within_attention(kind: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut off between update and attention, in the last layer too, of which only evicting layers know."""
+    """A pass is interrupted between update and attention. Only evicting layers notice it in the last layer."""
     model, cache = filled(kind)
     expected = decode(model, cache.fork())
     calls = 0
@@ -117,7 +117,7 @@ def test_within_attention(kind: str, number: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_while_tokens_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut off while a page is packed, only reset() helps, and everything else says so."""
+    """If packing a page is interrupted, every use raises an error until reset()."""
     model, cache = filled("rotated4")
     layer = cache.own_layers[0]
     with monkeypatch.context() as patch:
@@ -138,7 +138,7 @@ def test_while_tokens_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_layers_may_be_filled_one_after_the_other() -> None:
-    """Updates by hand, layer by layer and several to a layer, are no forward pass."""
+    """Updates without a model may come layer by layer, several to a layer. They do not count as a forward pass."""
     model = KINDS["none"].build()
     cache = KINDS["none"].cache(model)
     for layer in range(2):

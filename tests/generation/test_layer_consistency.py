@@ -1,4 +1,4 @@
-"""Every codec, consistent with itself to rounding: drafts, padding, moved rows, forks, the dense fallback."""
+"""Every codec agrees with itself up to rounding: with drafts, padding, reordering, forks and dense reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.running import UNPACKED, assert_packed, one_of_each_codec
 
 
 def _codecs_and_kinds(test: int) -> pytest.MarkDecorator:
-    """One width of every codec, with full attention and with a window in turn; the next test takes the other one."""
+    """One width of every codec, in turn with full attention and a window. The next test takes the other of the two."""
     fast = [(spec, KINDS[(place + test) % 2]) for place, spec in enumerate(one_of_each_codec())]
     return chosen("spec, kind", specs(), KINDS, fast=fast)
 
@@ -26,7 +26,7 @@ def _assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 @_codecs_and_kinds(0)
 def test_drafts_equal_plain_decoding(kind: str, spec: str) -> None:
-    """Right tokens followed by wrong ones, which are cropped, over several pages: no trace is left of these."""
+    """Accepted and rejected draft tokens over several pages: the cropped tokens leave no trace."""
     start = UNPACKED - 9
     tokens = states(start + 80)
     plain = Layer(kind, spec)
@@ -53,16 +53,16 @@ def test_drafts_equal_plain_decoding(kind: str, spec: str) -> None:
 
 @_codecs_and_kinds(1)
 def test_padded_rows_equal_solo_runs(kind: str, spec: str) -> None:
-    """Rows of different lengths pack at their own steps; what stands in the padding does not matter."""
+    """Sequences of different lengths pack at different steps. The content of padding does not matter."""
     lengths, new = [21, 60, 90], 30
     alone = [states(length + new, seed=length) for length in lengths]
     width = max(lengths)
     padded = [states(width - length, seed=999).then(row) for length, row in zip(lengths, alone, strict=True)]
     batch = States(*(torch.cat(sides) for sides in zip(*padded, strict=True)))
-    real = torch.stack([torch.arange(width + new) >= width - length for length in lengths])
+    valid = torch.stack([torch.arange(width + new) >= width - length for length in lengths])
     together = Layer(kind, spec)
-    outputs = [together(batch.at(0, width), real)]
-    outputs += [together(batch.at(t, t + 1), real) for t in range(width, width + new)]
+    outputs = [together(batch.at(0, width), valid)]
+    outputs += [together(batch.at(t, t + 1), valid) for t in range(width, width + new)]
     assert_packed(together.cache)
     for row, length in enumerate(lengths):
         expected = Layer(kind, spec).steps(alone[row], length)
@@ -71,7 +71,7 @@ def test_padded_rows_equal_solo_runs(kind: str, spec: str) -> None:
 
 @_codecs_and_kinds(2)
 def test_moved_rows(kind: str, spec: str) -> None:
-    """Repeated, selected and reordered sequences take everything with them that they hold."""
+    """Repeated, selected and reordered sequences keep all of their stored tokens."""
     tokens, new = states(62, 3), states(30, 3, seed=5)
     layer = Layer(kind, spec)
     layer(tokens)
@@ -92,7 +92,7 @@ def test_moved_rows(kind: str, spec: str) -> None:
 
 @_codecs_and_kinds(3)
 def test_forks_are_independent(kind: str, spec: str) -> None:
-    """Continuations interleaved step by step equal those made one after the other."""
+    """Two forks that decode in turn give what they give one after the other."""
     prefix, ways = states(62), [states(30, seed=seed) for seed in (1, 2)]
     expected = [Layer(kind, spec).steps(prefix.then(way), 62)[:, 62:] for way in ways]
     first = Layer(kind, spec)
@@ -106,7 +106,7 @@ def test_forks_are_independent(kind: str, spec: str) -> None:
 
 @_codecs_and_kinds(4)
 def test_dense_tensors_hold_what_attention_reads(kind: str, spec: str) -> None:
-    """Attention computed from the dense form of the handles is that of the fused path."""
+    """Attention over the dense form of the handles equals attention over pages."""
     tokens = states(100)
     cuts = [0, 60, 61, 62, 79, *range(80, 101)]
     fused, dense = Layer(kind, spec), Layer(kind, spec)
@@ -128,7 +128,7 @@ def test_dense_tensors_hold_what_attention_reads(kind: str, spec: str) -> None:
 
 @_codecs_and_kinds(5)
 def test_crop_within_the_tail(kind: str, spec: str) -> None:
-    """Tokens removed from the tail can be fed again, with the same result."""
+    """Tokens that were removed from the tail can be added again, with the same result."""
     tokens = states(71)
     layer = Layer(kind, spec)
     layer(tokens.at(0, 63))
@@ -144,7 +144,7 @@ def test_crop_within_the_tail(kind: str, spec: str) -> None:
 
 @_codecs_and_kinds(6)
 def test_reset_forgets(kind: str, spec: str) -> None:
-    """After a reset nothing of the earlier content shows, not even the mean of its keys."""
+    """After a reset no earlier content has an effect, not even its key mean."""
     layer, tokens = Layer(kind, spec), states(90)
     layer(states(80, 2, seed=7))
     layer.cache.reset()

@@ -1,4 +1,4 @@
-"""A cache keeps no model alive."""
+"""A cache does not keep a model alive."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.generation.kinds import KINDS, filled
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_goes_when_it_is_deleted(kind: str) -> None:
-    """Neither a cache nor a fork of it, stored as a prefix, holds on to modules or matrices of the model."""
+    """Neither a cache nor its fork holds references to modules or weights of the model."""
     model, cache = filled(kind)
     prefix = cache.fork()
     modules = [weakref.ref(module) for module in model.modules()]

@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision, some of whose layers attend to an image and read the states of it from the cache themselves."""
+"""Llama 3.2 Vision. Some of its layers attend to an image, and read the states of the image from the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.families import VOCABULARY
 from tests.running import assert_same, full_cache, generate, prompt, small_cache
 
 IMAGE = VOCABULARY - 1
-#: States that an image has: as many as the text has tokens, so that one could be taken for the other.
+#: Number of states of an image. It equals the number of text tokens, so that a confusion of the two would show.
 STATES = 10
 
 
@@ -80,7 +80,7 @@ def with_image(tokens: int) -> dict[str, Any]:
 @pytest.mark.parametrize("tokens", [40, STATES])
 @pytest.mark.parametrize("image", [True, False])
 def test_equals_dynamic_cache(mllama: PreTrainedModel, image: bool, tokens: int) -> None:
-    """With an image and without, also where the image has as many states as the text has tokens."""
+    """Logits equal those of DynamicCache with and without an image, whose states are as many as the text tokens."""
     inputs = with_image(tokens) if image else prompt(tokens)
     theirs = generate(mllama, inputs, full_cache(mllama))
     ours = generate(mllama, inputs, small_cache(mllama))
@@ -89,7 +89,7 @@ def test_equals_dynamic_cache(mllama: PreTrainedModel, image: bool, tokens: int)
 
 
 def test_quantized_and_cropped(mllama: PreTrainedModel) -> None:
-    """Tokens of the text are taken back, states of the image are not."""
+    """A crop removes tokens of the text, and no states of the image."""
     cache = QuantizedKVCache(mllama.config, bits=8, page_size=8, tail_length=8)
     generate(mllama, with_image(40), cache)
     cache.crop(-3)
@@ -98,7 +98,7 @@ def test_quantized_and_cropped(mllama: PreTrainedModel) -> None:
 
 
 def test_eviction_leaves_the_image_alone(mllama: PreTrainedModel) -> None:
-    """A budget is one of the text."""
+    """The budget counts tokens of the text only, and states of the image are never evicted."""
     cache = HeavyHitterCache(mllama.config, 20, "snapkv", tail_length=4, page_size=8, interval=8)
     out = generate(mllama, with_image(60), cache)
     assert out.logits.isfinite().all()

@@ -1,4 +1,4 @@
-"""Random sequences of operations: ``codec="none"`` and DynamicCache stay equal, and the storage sound, after each."""
+"""Random sequences of operations: after each, ``codec="none"`` equals DynamicCache, and the storage is intact."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPERATIONS = st.one_of(
 
 
 class _Pair:
-    """A KVCache and a DynamicCache to which the same is done."""
+    """A KVCache and a DynamicCache that go through the same operations."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -87,7 +87,7 @@ class _Pair:
         if go_on_with_the_fork:
             self.ours, other = other, self.ours
         kept, full, rows = self.ours, self.full, self.batch
-        # What happens to the other one must not show here.
+        # Operations on the other fork must have no effect here.
         self.ours, self.full = other, copy.deepcopy(self.full)
         self.decode(18)
         self.ours.integrity()
@@ -107,7 +107,7 @@ SETTINGS: dict[str, Any] = {"deadline": None, "derandomize": True, "suppress_hea
 @settings(max_examples=20, **SETTINGS)
 @given(st.lists(OPERATIONS, min_size=3, max_size=12))
 def test_random_operations(operations: list[tuple[str, Any]]) -> None:
-    """Whatever is done to a cache, it goes on like a DynamicCache to which the same was done."""
+    """After any operations a KVCache continues like a DynamicCache that went through the same operations."""
     _run(operations)
 
 

@@ -1,4 +1,4 @@
-"""Caches through pickle and torch.save."""
+"""Saving caches with pickle and torch.save."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.generation.kinds import KINDS, decode, filled
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pickled_cache_goes_on(kind: str) -> None:
-    """What comes out of a pickle decodes on bit for bit, and what went in is not disturbed."""
+    """An unpickled cache continues bit for bit, and the pickled cache is not changed."""
     model, cache = filled(kind)
     again = pickle.loads(pickle.dumps(cache))
     again.integrity()
@@ -21,7 +21,7 @@ def test_a_pickled_cache_goes_on(kind: str) -> None:
 
 
 def test_a_fork_takes_only_its_own_pages_along() -> None:
-    """A pickle holds the pages of the fork that is pickled, and none of those that only others hold."""
+    """The pickle of a fork has the pages of that fork only."""
     model, cache = filled("rotated4")
     fork = cache.fork()
     size = len(pickle.dumps(fork))
@@ -30,7 +30,7 @@ def test_a_fork_takes_only_its_own_pages_along() -> None:
 
 
 def test_torch_save() -> None:
-    """torch.save takes a filled cache too."""
+    """torch.save can save a filled cache."""
     model, cache = filled("snapkv")
     file = io.BytesIO()
     torch.save(cache, file)

@@ -1,4 +1,4 @@
-"""Every codec in generation on whole models; how it agrees with itself is in test_layer_consistency."""
+"""Every codec in generation with whole models. test_layer_consistency tests the codecs in a single layer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "turboquant4": {"codec": "turboquant4"},
     "fp8": {"codec": "fp8"},
 }
-#: Between two orders of summation a code may flip here and there: by far less than another page would change.
+#: Another order of summation may flip single codes. Reading a wrong page would change the logits far more.
 FLIPS = 0.02
 #: Largest root mean square error of the logits of 8-bit codecs, in standard deviations of the logits; fp8, with 4
 #: significant bits and here large key biases, is allowed three times as much.
@@ -41,7 +41,7 @@ NEAR = 0.05
 
 
 def _kinds_and_families(first: int) -> pytest.MarkDecorator:
-    """Every kind of page, on one of the families in turn, ``first`` the one of that number; the rest is slow."""
+    """Every kind of page with one family, in turn from number ``first`` on. All other pairs are marked as slow."""
     fast = [(kind, FAMILIES[(place + first) % 2]) for place, kind in enumerate(KINDS)]
     return chosen("kind, family", KINDS, FAMILIES, fast=fast)
 
@@ -84,7 +84,7 @@ def test_eight_bits_are_near(model: PreTrainedModel, spec: str) -> None:
     fast=[("int", "llama"), ("rotated", "gemma3"), ("kvarn", "llama")],
 )
 def test_more_bits_are_nearer(model: PreTrainedModel, bits: str) -> None:
-    """The error shrinks from 2 to 4 to 8 bits, each time to less than half."""
+    """The error with 4 bits is less than half of that with 2 bits, and likewise with 8 and 4 bits."""
     ids = prompt(90)
     theirs = teacher_forced(model, ids, full_cache(model), 60)
     errors = [
@@ -96,7 +96,7 @@ def test_more_bits_are_nearer(model: PreTrainedModel, bits: str) -> None:
 
 @_kinds_and_families(0)
 def test_padded_row_equals_its_solo_run(model: PreTrainedModel, kind: str) -> None:
-    """A row packs at its own lengths: in a batch it gives what it gives alone."""
+    """A padded sequence of a batch gives what it gives alone, because it is packed at its own lengths."""
     rows = [prompt(21), prompt(60), prompt(90)]
     together = generate(model, left_padded(rows), _cache(model, kind), 26)
     assert_packed(together.cache)
@@ -109,7 +109,7 @@ def test_padded_row_equals_its_solo_run(model: PreTrainedModel, kind: str) -> No
 
 @_kinds_and_families(1)
 def test_extra_padding_changes_nothing(model: PreTrainedModel, kind: str) -> None:
-    """Columns of padding that no row needs leave tokens and logits as they are."""
+    """Additional columns of padding do not change tokens or logits."""
     rows = [prompt(33), prompt(60)]
     tight = generate(model, left_padded(rows), _cache(model, kind), 14)
     wide = generate(model, left_padded(rows, to=83), _cache(model, kind), 14)
@@ -119,7 +119,7 @@ def test_extra_padding_changes_nothing(model: PreTrainedModel, kind: str) -> Non
 
 @_kinds_and_families(0)
 def test_beam_search(model: PreTrainedModel, kind: str) -> None:
-    """Beam search works on compressed beams; with one beam it is greedy decoding."""
+    """Beam search works with packed pages; with one beam it equals greedy decoding."""
     beams = generate(model, prompt(40, 2), _cache(model, kind), 20, num_beams=3, num_return_sequences=2)
     assert beams.tokens.shape == (4, 20)
     assert_packed(beams.cache)

@@ -1,4 +1,4 @@
-"""SmolLM2: the full cache's tokens, and the strings that transformers' own cache tests expect."""
+"""SmolLM2 gives the tokens of the full cache, and the strings that transformers' own cache tests expect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SERIES = ["A sequence: 1, 2, 3, 4, 5", "A sequence: A, B, C"]
 
 @pytest.fixture(scope="module")
 def smollm2() -> Any:
-    """Model and tokenizer of the packaged default model."""
+    """Model and tokenizer of the default model, which a package carries."""
     torch.set_num_threads(2)
     model, tokenizer = load_default_model()
     tokenizer.padding_side = "left"
@@ -35,7 +35,7 @@ def _text() -> str:
 
 
 def test_full_equality(smollm2: Any) -> None:
-    """``codec="none"`` decodes 40 tokens after a prompt of 400 as DynamicCache does, its pages really read."""
+    """With ``codec="none"``, 40 tokens after a prompt of 400 equal those of DynamicCache, and attention reads pages."""
     model, tokenizer = smollm2
     ids = tokenizer(_text()[5000:8000], return_tensors="pt").input_ids[:, :400]
     assert ids.shape[1] == 400
@@ -48,7 +48,7 @@ def test_full_equality(smollm2: Any) -> None:
 
 @pytest.mark.parametrize("spec", ["none", "int8", "auto"])
 def test_series_go_on(smollm2: Any, spec: str) -> None:
-    """Both series continue, in small pages that are packed early; padding that nobody needs changes nothing."""
+    """The model continues both series, with small pages that are packed early. Additional padding has no effect."""
     model, tokenizer = smollm2
     texts = []
     for padding in ({"padding": True}, {"padding": "max_length", "max_length": 40}):

@@ -1,4 +1,4 @@
-"""Drafting and rolling back: a rolled-back cache gives what it would have given without the drafts."""
+"""Rolling back drafts: a cache whose drafts were removed gives what it gives without drafts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ FAMILIES = ["llama", "gemma3"]
 
 @pytest.fixture
 def token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linear layers whose result for a token does not depend on how many tokens come with it.
+    """Make linear layers compute one token at a time, so that results do not depend on the number of tokens.
 
-    A matrix product rounds otherwise for five tokens than for one. That last bit of a key can move its page's scale to
-    the next number in half precision, and so every key of the page: not a matter of rolling back, so it is kept out.
+    A matrix product rounds differently for five tokens than for one. The last bit of a key can move the scale of its
+    page to the next number in half precision, and so change every key of the page. That is not an error of rolling
+    back.
     """
     plain = torch.nn.Linear.forward
 
@@ -43,7 +44,7 @@ def token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     "spec, family",
     ["none", "int4", "int2", "rotated4", "kvarn3", "turboquant2", "fp8"],
     FAMILIES,
-    # Scales per channel, which a draft can spoil for a page, are most at risk; a window in each kind of page but one.
+    # A draft could change the scales per channel of a page. All kinds of pages but one run with a window.
     fast=[
         ("none", "gemma3"),
         ("int2", "llama"),
@@ -54,7 +55,7 @@ def token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_speculation_equals_greedy(model: PreTrainedModel, spec: str, token_by_token: None) -> None:
-    """Assisted and prompt-lookup decoding give the cache's own greedy result, far past the first pages."""
+    """Assisted and prompt-lookup decoding give the greedy result of the same cache, over many pages."""
     inputs = prompt(11).repeat(1, 2)
     assert inputs.shape[1] <= UNPACKED - SINKS  # nothing is packed at the prefill, in sliding layers neither
     expected = generate(model, inputs, quantized(model, spec), 54)
@@ -71,7 +72,7 @@ def test_speculation_equals_greedy(model: PreTrainedModel, spec: str, token_by_t
 
 @pytest.mark.parametrize("remove", [1, 13, 29, 47, 70, 79])
 def test_crop_into_pages(model: PreTrainedModel, remove: int) -> None:
-    """A crop may cut a page, all pages, or the sinks; what is left is the shorter sequence, exactly."""
+    """A crop may end in a page, before all pages, or in the sinks. The cache then holds the shorter sequence."""
     ids = prompt(80)
     cache = small_cache(model)
     forward(model, ids, cache)
@@ -86,7 +87,7 @@ def test_crop_into_pages(model: PreTrainedModel, remove: int) -> None:
 
 
 def test_crop_of_everything(model: PreTrainedModel) -> None:
-    """A cache from which all is removed takes the next prompt like a new one."""
+    """A cache whose tokens were all removed reads the next prompt like a new cache."""
     cache = small_cache(model)
     forward(model, prompt(80), cache)
     cache.crop(-80)
@@ -97,7 +98,7 @@ def test_crop_of_everything(model: PreTrainedModel) -> None:
 
 
 def test_memory_is_bounded_while_recording(model: PreTrainedModel) -> None:
-    """A caller that records and never confirms does not keep everything in full precision for ever."""
+    """If drafts are never confirmed, only a bounded number of tokens stays in full precision."""
     cache = quantized(model, "int4")
     forward(model, prompt(20), cache)
     cache.activate_past_recording()

@@ -1,4 +1,4 @@
-"""States of every kind of cache go through a file; those that do not fit are refused before anything changes."""
+"""Caches of every kind are saved to a file and restored. States that do not fit raise an error and change nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ State = dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("kind", [*KINDS, "gemma4"])
 def test_goes_on_from_a_file(kind: str, tmp_path: Path) -> None:
-    """Recurrent and convolution states, shared layers, indexer keys and padding are all part of it."""
+    """A restored cache continues like the saved one, with recurrent states, indexer keys and padding."""
     if kind == "gemma4":
         model = families.build(kind)
         cache, other = small_cache(model), small_cache(model)
@@ -60,7 +60,7 @@ def chunked() -> PreTrainedModel:
 
 
 def test_chunked_attention() -> None:
-    """Layers that are transformers' own are saved with the rest, past the end of a chunk."""
+    """Transformers' own layers of chunked attention are saved too, past the end of a chunk."""
     model = chunked()
     cache, other = small_cache(model), small_cache(model)
     assert any(layer not in cache.own_layers for layer in cache.layers)
@@ -71,7 +71,7 @@ def test_chunked_attention() -> None:
 
 
 def test_a_hybrid_cache_that_was_used_takes_another_state() -> None:
-    """What it held before is gone, states of transformers' own layers too."""
+    """A restored state replaces all earlier content, states of transformers' own layers included."""
     model, cache = filled("recurrent")
     other = cache.fork()
     decode(model, other, 5, seed=4)
@@ -80,7 +80,7 @@ def test_a_hybrid_cache_that_was_used_takes_another_state() -> None:
 
 
 def test_both_paddings_of_a_low_rank_layer() -> None:
-    """Keys from before their rotary embedding count padding themselves."""
+    """A low-rank layer of keys from before the rotary embedding has its own counts of padding, which are saved."""
     model = KINDS["low rank"].build()
     cache, other = KINDS["low rank"].cache(model), KINDS["low rank"].cache(model)
     mask = torch.ones(2, 60, dtype=torch.long)
@@ -94,7 +94,7 @@ def test_both_paddings_of_a_low_rank_layer() -> None:
 
 
 def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[State], None]:
-    """One tensor is another, of a shape that is listed as if it had been saved so."""
+    """Damage: replace a tensor, and its entry in the list of saved dtypes and shapes."""
 
     def apply(state: State) -> None:
         state[name] = change(state[name])
@@ -106,7 +106,7 @@ def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
 
 
 def recounted(name: str, value: object) -> Callable[[State], None]:
-    """A counter of the second layer is another."""
+    """Damage: replace a counter of the second layer."""
 
     def apply(state: State) -> None:
         meta = json.loads(bytes(state["meta"].tolist()).decode())
@@ -146,7 +146,7 @@ _DAMAGED: dict[str, tuple[Callable[[State], object], str]] = {
 
 @pytest.mark.parametrize("damage", _DAMAGED)
 def test_a_damaged_state_changes_nothing(damage: str) -> None:
-    """What is wrong is named, and the cache goes on with what it held."""
+    """The error names what is wrong, and the cache keeps its content."""
     apply, message = _DAMAGED[damage]
     model, cache = filled("rotated4")
     held, state = cache.fork(), cache.state_dict()
@@ -168,7 +168,7 @@ def test_a_damaged_state_changes_nothing(damage: str) -> None:
     ],
 )
 def test_another_model_is_refused(shape: dict[str, int], message: str) -> None:
-    """The number of heads, their width and the number of layers are the model's."""
+    """A state of a model with other heads, head widths or numbers of layers raises an error."""
     _, cache = filled("none")
     config = families.build("llama").config.to_dict() | shape
     other = KVCache(transformers.LlamaConfig(**config), page_size=16, tail_length=8)
@@ -178,7 +178,7 @@ def test_another_model_is_refused(shape: dict[str, int], message: str) -> None:
 
 
 def test_it_moves_to_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a device, layers move at the first update; with one, they lie there at once."""
+    """Without a device, restored layers move at the first update; with a device, they move at once."""
     model, cache = filled("snapkv")
     other, moved = KINDS["snapkv"].cache(model), []
     other.load_state_dict(cache.state_dict())

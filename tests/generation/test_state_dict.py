@@ -1,4 +1,4 @@
-"""Saving a cache and going on from the saved one."""
+"""Saving a cache, and continuing from the saved state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGES = {"page_size": 16, "tail_length": 8}
 
 
 def _filled(model: PreTrainedModel, codec: str, padded: bool = False) -> tuple[KVCache, torch.Tensor]:
-    """A cache with 70 tokens in it, and the mask of two sequences of which one may be left-padded."""
+    """A cache of 70 tokens of two sequences, and the attention mask, in which one sequence may be left-padded."""
     ids = torch.randint(1, model.config.vocab_size, (2, 70), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, : 33 if padded else 0] = 0
@@ -27,7 +27,7 @@ def _filled(model: PreTrainedModel, codec: str, padded: bool = False) -> tuple[K
 
 
 def _next_logits(model: PreTrainedModel, cache: KVCache, mask: torch.Tensor) -> torch.Tensor:
-    """Logits of 20 further tokens, one at a time."""
+    """The logits of 20 further tokens, decoded one at a time."""
     out = []
     for step in range(20):
         mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
@@ -40,7 +40,7 @@ def _next_logits(model: PreTrainedModel, cache: KVCache, mask: torch.Tensor) -> 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("codec", ["none", "rotated4", "unbiased3"])
 def test_goes_on_from_a_file(model: PreTrainedModel, codec: str, padded: bool, tmp_path: Path) -> None:
-    """A cache read from a safetensors file decodes bit for bit like the one that was saved."""
+    """A cache that is read from a safetensors file decodes bit for bit like the saved cache."""
     cache, mask = _filled(model, codec, padded)
     assert_packed(cache)
     save_file(cache.state_dict(), tmp_path / "cache.safetensors")
@@ -52,7 +52,7 @@ def test_goes_on_from_a_file(model: PreTrainedModel, codec: str, padded: bool, t
 
 
 def test_saving_does_not_disturb(model: PreTrainedModel) -> None:
-    """The cache that was saved goes on as if it had not been."""
+    """Saving does not change a cache."""
     cache, mask = _filled(model, "rotated4")
     untouched = cache.fork()
     cache.state_dict()
@@ -64,7 +64,7 @@ def test_saving_does_not_disturb(model: PreTrainedModel) -> None:
     [({"codec": "int8"}, "codec"), ({"page_size": 32}, "page_size"), ({"sink_length": 0}, "sink_length")],
 )
 def test_other_settings_are_refused(model: PreTrainedModel, options: dict[str, object], message: str) -> None:
-    """A state of a cache with other settings raises, and what the cache held stays."""
+    """A state of a cache with other settings raises an error, and the cache is not changed."""
     state = _filled(model, "rotated4")[0].state_dict()
     cache = KVCache(model.config, **{"codec": "rotated4", **PAGES, **options})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
@@ -77,7 +77,7 @@ def test_other_settings_are_refused(model: PreTrainedModel, options: dict[str, o
     [("turboquant4", {"center": True}), ("int4", {"group_size": 8}), ("rotated4", {"key_axis": "token"})],
 )
 def test_other_codec_options_are_refused(model: PreTrainedModel, codec: str, options: dict[str, object]) -> None:
-    """Pages of the same codec with other options would decode to something else: the state is refused."""
+    """A state of the same codec with other options raises an error, because its pages would decode to other values."""
     state = _filled(model, codec)[0].state_dict()
     cache = KVCache(model.config, codec, **PAGES, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="codec"):
@@ -85,6 +85,6 @@ def test_other_codec_options_are_refused(model: PreTrainedModel, codec: str, opt
 
 
 def test_foreign_state_is_refused(model: PreTrainedModel) -> None:
-    """A dictionary that no cache made names what is missing."""
+    """For a dictionary that is no saved state, the error names the missing entry."""
     with pytest.raises(ValueError, match="meta"):
         KVCache(model.config).load_state_dict({"weight": torch.zeros(2)})

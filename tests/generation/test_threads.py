@@ -1,4 +1,4 @@
-"""Several threads at once: on forks of one cache, and on one model with caches of their own."""
+"""Several threads at once: with forks of one cache, and with one model and a cache for each thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.running import forward, prompt
 
 @pytest.fixture(autouse=True)
 def switching_often() -> Iterator[None]:
-    """Threads take turns every few steps of the interpreter."""
+    """Make the interpreter switch between threads often."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -25,7 +25,7 @@ def switching_often() -> Iterator[None]:
 
 
 def at_once(work: list[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
-    """What each of them returns, run in threads of their own."""
+    """The results of functions that run at the same time, each in its own thread."""
     out: list[torch.Tensor] = [torch.empty(0)] * len(work)
 
     def run(number: int) -> None:
@@ -42,7 +42,7 @@ def at_once(work: list[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("copy", [KVCache.fork, deepcopy], ids=["fork", "deepcopy"])
 @pytest.mark.parametrize("kind", ["rotated4", "sliding", "snapkv", "latents", "low rank", "recurrent"])
 def test_forks_decode_as_if_alone(kind: str, copy: Callable[[KVCache], KVCache]) -> None:
-    """Two threads on two copies of one cache give what the copies give one after the other."""
+    """Two threads with two forks of one cache give what the forks give one after the other."""
     model, cache = filled(kind)
     alone = [decode(model, copy(cache), 60, seed) for seed in (1, 2)]
     copies = [copy(cache), copy(cache)]
@@ -54,7 +54,7 @@ def test_forks_decode_as_if_alone(kind: str, copy: Callable[[KVCache], KVCache])
 
 
 def test_many_forks_come_and_go() -> None:
-    """Forks are made, decoded on and dropped by four threads; the pool's counts are right in the end."""
+    """Four threads make, use and drop forks. Afterwards the reference counts of the pool are right."""
     model, cache = filled("rotated4")
     alone = [decode(model, cache.fork(), 20, seed) for seed in range(4)]
 
@@ -68,7 +68,7 @@ def test_many_forks_come_and_go() -> None:
 
 @pytest.mark.parametrize("kind", ["rotated4", "h2o", "latents"])
 def test_one_model_four_caches(kind: str) -> None:
-    """Four threads with caches of their own on one model give what each gives alone."""
+    """Four threads that share a model, each with its own cache, give what each gives alone."""
     model = KINDS[kind].build()
 
     def work(seed: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, SlidingWindowCache
 from hf_kvcache.integration.architecture import architecture, modeling_file
-from hf_kvcache.integration.attention import check_reached
+from hf_kvcache.integration.attention import check_registration
 from hf_kvcache.integration.output_projection import output_weight
 from hf_kvcache.layers.mla import LatentLayer
 from tests import families
@@ -173,7 +173,7 @@ def test_a_warning_when_generate_drops_the_cache(caplog: pytest.LogCaptureFixtur
         assert "drops the cache" not in caplog.text
         cache.reset()
         model.generate(prompt(50), **as_cache(cache), max_new_tokens=30, do_sample=False)
-    assert "'phi3' changes its rotary embedding behind 64 tokens" in caplog.text
+    assert "'phi3' changes its rotary embedding after 64 tokens" in caplog.text
     assert cache.get_seq_length() == 64
 
 
@@ -235,7 +235,7 @@ def test_every_architecture_is_found() -> None:
 def test_functions_that_are_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """If a release's models do not find the registered functions, building the cache fails and names the release."""
     config, modeling = families.build("qwen2").config, sys.modules["transformers.models.qwen2.modeling_qwen2"]
-    check_reached.cache_clear()
+    check_registration.cache_clear()
     monkeypatch.setattr(AttentionInterface, "get_interface", lambda self, name, default: default)
     with pytest.raises(
         RuntimeError, match=rf"{modeling.__name__} of transformers {transformers.__version__}.*attention"
