@@ -121,7 +121,7 @@ class CacheContract(OtherStates):
             yield (
                 getattr(layer, "keys", None),
                 getattr(layer, "values", None),
-                None if window is None else torch.tensor(window),
+                None if window is None else torch.tensor(window, device="cpu"),
             )
 
     def __bool__(self) -> bool:

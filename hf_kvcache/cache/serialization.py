@@ -203,7 +203,7 @@ def _describe(codec: Codec) -> str:
 
 
 def _encode_meta(meta: dict[str, Any]) -> torch.Tensor:
-    return torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8, device="cpu")
 
 
 def _decode_meta(state: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -160,5 +160,8 @@ class _Sums:
         self.count += pairs.shape[1]
 
     def means(self) -> LayerStatistics:
-        mean, length = torch.as_tensor(self.mean) / self.count, torch.as_tensor(self.length) / self.count
+        mean, length = (
+            torch.as_tensor(self.mean, device="cpu") / self.count,
+            torch.as_tensor(self.length, device="cpu") / self.count,
+        )
         return LayerStatistics(mean.to(torch.complex64), length.float(), self.frequencies)

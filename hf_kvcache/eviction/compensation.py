@@ -101,7 +101,9 @@ class Observed:
         sinks = self.scoring.sink_logits
         for member in range(queries.shape[2]):
             sink = None if sinks is None else sinks.double().view(heads, -1)[:, member].view(1, heads, 1, 1)
-            for rows in torch.arange(queries.shape[3]).split(max(1, _STRIP_ELEMENTS // (batch * heads * tokens))):
+            for rows in torch.arange(queries.shape[3], device="cpu").split(
+                max(1, _STRIP_ELEMENTS // (batch * heads * tokens))
+            ):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
                 logits = queries[:, :, member, part] @ keys
                 if self.scoring.softcap is not None:
@@ -192,7 +194,10 @@ def fit_bias(observed: Observed, ridge: float = 1e-3) -> torch.Tensor:
         wanted += shares.sum(2)
     penalty = ridge * _mean_of_kept(gram.diagonal(dim1=-2, dim2=-1), observed.is_kept)
     gram.diagonal(dim1=-2, dim2=-1).add_(penalty)
-    bounds = float(torch.tensor(-LARGEST_BIAS).double().exp()), float(torch.tensor(LARGEST_BIAS).double().exp())
+    bounds = (
+        float(torch.tensor(-LARGEST_BIAS, device="cpu").double().exp()),
+        float(torch.tensor(LARGEST_BIAS, device="cpu").double().exp()),
+    )
     weights = _bounded_least_squares(gram, wanted + penalty, *bounds)
     bias = weights.log().clamp(-LARGEST_BIAS, LARGEST_BIAS)
     return observed.back(bias, observed.keys.new_zeros(observed.keep.shape, dtype=torch.float32))

@@ -206,7 +206,7 @@ class Evictor:
             raise ValueError("a prompt waits to be evicted; call compress() before the cache is saved")
         state = {f"seen.{name}": tensor.clone() for name, tensor in self.observations.state().items()}
         state |= self.pinned.state()
-        state["counters"] = torch.tensor([self.evictions, self.evicted_at, self.pinned.padded])
+        state["counters"] = torch.tensor([self.evictions, self.evicted_at, self.pinned.padded], device="cpu")
         return state | {f"sinks.{name}": tensor.clone() for name, tensor in self._sinks.state().items()}
 
     def restore(self, state: dict[str, torch.Tensor], device: torch.device) -> None:

@@ -84,7 +84,7 @@ def check_weights(made: str, samples: Sequence[float], module: torch.nn.Module, 
     weight = _key_weight(module)
     if weight is None or not _is_loaded(weight):
         return
-    known, own = torch.tensor(samples), torch.tensor(_samples(weight))
+    known, own = torch.tensor(samples, device="cpu"), torch.tensor(_samples(weight), device="cpu")
     if known.shape != own.shape:
         difference = 1.0
     else:
@@ -108,5 +108,5 @@ def _is_loaded(weight: torch.Tensor) -> bool:
 def _samples(weight: torch.Tensor) -> list[float]:
     """Numbers at equal distances, all over the weight."""
     flat = weight.detach().flatten()
-    places = torch.linspace(0, len(flat) - 1, min(_SAMPLES, len(flat)), dtype=torch.float64).long()
+    places = torch.linspace(0, len(flat) - 1, min(_SAMPLES, len(flat)), dtype=torch.float64, device="cpu").long()
     return flat[places.to(flat.device)].float().tolist()

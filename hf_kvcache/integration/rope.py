@@ -110,11 +110,12 @@ def _learn(module: torch.nn.Module) -> LayerRope:
     config: Any = getattr(module, "config", None)
     rotary_class = _rotary_class(module)
     try:
-        rotary = rotary_class(config)
-        takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
-        embedding = Embedding(rotary, _layer_type(module, config) if takes_type else None)
-        _check_kind(module, config, embedding)
-        return LayerRope(embedding, *probe(module, config, embedding))
+        with torch.device("cpu"):  # whatever default device is set
+            rotary = rotary_class(config)
+            takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
+            embedding = Embedding(rotary, _layer_type(module, config) if takes_type else None)
+            _check_kind(module, config, embedding)
+            return LayerRope(embedding, *probe(module, config, embedding))
     except RopeError:
         raise
     except Exception as error:

@@ -74,7 +74,7 @@ def probe(module: torch.nn.Module, config: Any, embedding: Embedding) -> RopeLay
         RopeError: if the keys are not rotated pair by pair, by angles of position times frequency.
         Exception: what the module itself raises when it is run.
     """
-    width = embedding(torch.zeros(1, 1, dtype=torch.long))[0].shape[-1]
+    width = embedding(torch.zeros(1, 1, dtype=torch.long, device="cpu"))[0].shape[-1]
     keys, values = _answers(module, config, width)
     if float((values - values[:, :1]).norm()) > _NEAR * float(values.norm()):
         raise rope_error(module, "its values depend on positions too, as those of latent attention do")
@@ -86,10 +86,13 @@ def probe(module: torch.nn.Module, config: Any, embedding: Embedding) -> RopeLay
         raise rope_error(module, f"{len(still)} of its dimensions do not rotate, which is odd")
     half = len(still) // 2
     return RopeLayout(
-        first=torch.tensor([pair[0] for pair in pairs] + still[:half]),
-        second=torch.tensor([pair[1] for pair in pairs] + still[half:]),
-        columns=torch.tensor([(moves[dim].own, moves[dim].other) for dim, _ in pairs]).long().view(-1, 2).T,
-        frequencies=torch.cat([frequencies, torch.zeros(half)]),
+        first=torch.tensor([pair[0] for pair in pairs] + still[:half], device="cpu"),
+        second=torch.tensor([pair[1] for pair in pairs] + still[half:], device="cpu"),
+        columns=torch.tensor([(moves[dim].own, moves[dim].other) for dim, _ in pairs], device="cpu")
+        .long()
+        .view(-1, 2)
+        .T,
+        frequencies=torch.cat([frequencies, torch.zeros(half, device="cpu")]),
         scale=scale,
     )
 
@@ -118,11 +121,17 @@ def _answers(module: torch.nn.Module, config: Any, width: int) -> tuple[torch.Te
     if "position_embeddings" not in takes:
         raise TypeError("its forward takes no position_embeddings")
     weight = next(p for p in module.parameters() if p.is_floating_point())
-    digits = torch.arange(width) // _BASE ** torch.arange(_DIGITS)[:, None] % _BASE + 1
-    one, zero, zeros = torch.ones(1, width), torch.zeros(1, width), torch.zeros(_DIGITS, width)
+    digits = torch.arange(width, device="cpu") // _BASE ** torch.arange(_DIGITS, device="cpu")[:, None] % _BASE + 1
+    one, zero, zeros = (
+        torch.ones(1, width, device="cpu"),
+        torch.zeros(1, width, device="cpu"),
+        torch.zeros(_DIGITS, width, device="cpu"),
+    )
     cos = torch.cat([one, zero, zero, digits, zeros]).to(weight)
     sin = torch.cat([zero, zero, one, zeros, digits]).to(weight)
-    states = torch.randn(_STATES, 1, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
+    states = torch.randn(_STATES, 1, config.hidden_size, generator=torch.Generator().manual_seed(0), device="cpu").to(
+        weight
+    )
     given: dict[str, Any] = {
         "hidden_states": states.expand(-1, len(cos), -1),
         "position_embeddings": (cos.expand(_STATES, -1, -1), sin.expand(_STATES, -1, -1)),
@@ -178,7 +187,7 @@ def _number(module: torch.nn.Module, answers: torch.Tensor, unit: torch.Tensor) 
     digits = ((answers * unit[:, None]).sum(0) / unit.square().sum(0)).round()
     if ((answers - digits * unit[:, None]).norm(dim=0) > _NEAR * answers.norm(dim=0)).any():
         raise rope_error(module, _NO_ROTATION)
-    return ((digits.long() - 1) * _BASE ** torch.arange(_DIGITS)[:, None]).sum(0).tolist()
+    return ((digits.long() - 1) * _BASE ** torch.arange(_DIGITS, device="cpu")[:, None]).sum(0).tolist()
 
 
 def _pair_up(module: torch.nn.Module, moves: dict[int, _Move]) -> list[tuple[int, int]]:
@@ -200,13 +209,13 @@ def _speeds(
 
     The angle at position 1 is the frequency. The angle at position ``far`` is compared with it.
     """
-    at = torch.tensor([[0, 1, far]])
+    at = torch.tensor([[0, 1, far]], device="cpu")
     cos, sin = (table[0].double() for table in embedding(at))
     first, second = ([moves[dim] for dim in dims] for dims in ([p[0] for p in pairs], [p[1] for p in pairs]))
     turns = [torch.complex(cos[:, [m.own for m in side]], sin[:, [m.other for m in side]]) for side in (first, second)]
     scale = float(turns[0][0].abs().mean()) if pairs else 1.0
     frequencies = turns[0][1].angle()
-    expected = scale * torch.exp(1j * torch.tensor([[0.0], [1.0], [far]]) * frequencies)
+    expected = scale * torch.exp(1j * torch.tensor([[0.0], [1.0], [far]], device="cpu") * frequencies)
     # Angles are float32 products: of up to `far` radians, some units in the last place are wrong.
     if any(float((turn - expected).abs().max()) > 1e-3 * scale for turn in turns if pairs):
         raise rope_error(module, _NO_ROTATION)

@@ -170,9 +170,9 @@ class EvictingLayer(EvictingAttention):
         """Original positions of the stored tokens, int64 ``[B, Hkv, T]``; ``-1`` fills up heads with fewer tokens."""
         storage = self.flushed().storage
         if storage is None:
-            return torch.zeros(0, 0, 0, dtype=torch.int64)
+            return torch.zeros(0, 0, 0, dtype=torch.int64, device="cpu")
         views = [TokenView.of(storage, np.array([row])) for row in range(storage.batch)]
-        out = torch.full((storage.batch, storage.heads, max(view.tokens for view in views)), -1)
+        out = torch.full((storage.batch, storage.heads, max(view.tokens for view in views)), -1, device="cpu")
         for row, view in enumerate(views):
             out[row, :, : view.tokens] = torch.from_numpy(np.where(view.exists, view.positions, -1)[0])
         return out

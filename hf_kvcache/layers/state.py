@@ -129,7 +129,7 @@ class LayerState:
         Raises:
             ValueError: if a number is not that of a sequence of the layer.
         """
-        rows = torch.as_tensor(rows)
+        rows = torch.as_tensor(rows, device="cpu")
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
         if rows.is_floating_point():

@@ -76,4 +76,4 @@ def bit_reversal(count: int) -> torch.Tensor:
     """
     bits = (count - 1).bit_length()
     reversed_ = (int(f"{index:0{bits}b}"[::-1], 2) if bits else 0 for index in range(2**bits))
-    return torch.tensor([index for index in reversed_ if index < count])
+    return torch.tensor([index for index in reversed_ if index < count], device="cpu")

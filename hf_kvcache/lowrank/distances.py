@@ -22,8 +22,8 @@ def average_over_distances(second: torch.Tensor, rope: LayerRope, length: int) -
     Returns:
         Float64 ``[H, D, D]``.
     """
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * rope.frequencies.double().cpu()
-    share = torch.arange(length, 0, -1, dtype=torch.float64) / (length * (length + 1) / 2)
+    angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rope.frequencies.double().cpu()
+    share = torch.arange(length, 0, -1, dtype=torch.float64, device="cpu") / (length * (length + 1) / 2)
     cos, sin = angles.cos(), angles.sin()
     # Means of the products of the cosines and sines of any two pairs, each [D / 2, D / 2].
     cc, ss, cs = ((a.mT * share) @ b for a, b in ((cos, cos), (sin, sin), (cos, sin)))

@@ -112,8 +112,8 @@ class _WeightedSums:
 
     def states(self) -> States:
         """The mean and the second moments of all states that were added."""
-        weight = torch.as_tensor(self.weight).clamp_min(torch.finfo(torch.float64).tiny)
-        first, second = torch.as_tensor(self.first), torch.as_tensor(self.second)
+        weight = torch.as_tensor(self.weight, device="cpu").clamp_min(torch.finfo(torch.float64).tiny)
+        first, second = torch.as_tensor(self.first, device="cpu"), torch.as_tensor(self.second, device="cpu")
         return States(first / weight[:, None], second / weight[:, None, None])
 
 

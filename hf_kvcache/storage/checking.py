@@ -39,7 +39,7 @@ def check_storage(storage: PagedStorage, state: dict[str, torch.Tensor], seen: i
     table, counts, first = (state[name] for name in ("table", "counts", "first"))
     used = table >= 0
     lengths, positions = state["dense.lengths"], state["dense.positions"]
-    in_use = torch.arange(positions.shape[1]) < lengths[:, None]
+    in_use = torch.arange(positions.shape[1], device="cpu") < lengths[:, None]
     ends = first + counts
     scattered, places = state["scattered"], state["positions"]
     for name, fits in {

@@ -20,7 +20,7 @@ def export_storage(table: PageTable, dense: DenseBuffer, writer: PageWriter) -> 
     """
     held = dense.longest
     state = export_pages(table) | {
-        "ahead": torch.tensor(writer.ahead),
+        "ahead": torch.tensor(writer.ahead, device="cpu"),
         "dense.keys": dense.keys[:, :, :held].clone(),
         "dense.values": dense.values[:, :, :held].clone(),
         "dense.positions": torch.from_numpy(dense.positions[:, :held].copy()),
@@ -64,7 +64,7 @@ def export_pages(table: PageTable) -> dict[str, torch.Tensor]:
         "table": torch.from_numpy(cells),
         "counts": torch.from_numpy(counts),
         "first": torch.from_numpy(first),
-        "scattered": torch.tensor(scattered, dtype=torch.int64),
+        "scattered": torch.tensor(scattered, dtype=torch.int64, device="cpu"),
         "positions": torch.from_numpy(np.stack(positions) if positions else np.zeros((0, 0), dtype=np.int64)),
     }
 

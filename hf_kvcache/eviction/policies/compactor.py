@@ -68,7 +68,7 @@ class Compactor(Policy):
     def _weight(self, ctx: Context, held: torch.Tensor) -> torch.Tensor:
         """``[B, 1, 1]`` or a single number."""
         if self.weight is not None:
-            return torch.tensor(float(self.weight))
+            return torch.tensor(float(self.weight), device="cpu")
         tokens = held.float().sum(-1).mean(-1).clamp_min(1)
         return (1 - ctx.quota / tokens).clamp_min(0)[:, None, None]
 
@@ -79,7 +79,7 @@ class Compactor(Policy):
         keys = ctx.rope.unrotate(ctx.keys, ctx.positions) * present
         keys = (keys - keys.sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp_min(1)) * present
         if not self.exact and self.sketch < keys.shape[-1]:
-            projection = torch.randn(keys.shape[-1], self.sketch, generator=ctx.generator())
+            projection = torch.randn(keys.shape[-1], self.sketch, generator=ctx.generator(), device="cpu")
             keys = keys @ projection.to(keys.device) / math.sqrt(self.sketch)
         keys = keys.double()
         gram = keys.mT @ keys

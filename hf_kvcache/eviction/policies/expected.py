@@ -95,8 +95,8 @@ class ExpectedAttention(Policy):
 
 def _average_rotation(rope: Rope, start: int, count: int, dim: int) -> torch.Tensor:
     """``[D, D]``: row ``i`` is the ``i``-th unit vector, rotated to each of ``count`` positions and averaged."""
-    units = rope.pairs(torch.eye(dim))
+    units = rope.pairs(torch.eye(dim, device="cpu"))
     # A vector whose pairs are all 1: what becomes of its pairs is what every pair is multiplied by.
     ones = units.real.sum(-1).expand(count, dim)
-    factors = rope.pairs(rope.rotate(ones, torch.arange(start, start + count))).mean(0)
+    factors = rope.pairs(rope.rotate(ones, torch.arange(start, start + count, device="cpu"))).mean(0)
     return ((units * factors) @ units.mH).real

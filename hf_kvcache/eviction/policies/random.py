@@ -18,5 +18,5 @@ class Random(Policy):
 
     def score(self, ctx: Context) -> torch.Tensor:
         batch, heads, tokens, _ = ctx.keys.shape
-        draws = torch.rand(heads, tokens, generator=ctx.generator())
+        draws = torch.rand(heads, tokens, generator=ctx.generator(), device="cpu")
         return draws.to(ctx.keys.device).expand(batch, -1, -1)

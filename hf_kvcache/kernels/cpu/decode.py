@@ -40,8 +40,8 @@ def attend(
     batch, query_heads, length, _ = query.shape
     floats = _floats(query)
     keys, values = dense.keys, dense.values
-    output = torch.empty(batch, length, query_heads, values.shape[3])
-    log_sum_exp = torch.empty(batch, query_heads, length)
+    output = torch.empty(batch, length, query_heads, values.shape[3], device="cpu")
+    log_sum_exp = torch.empty(batch, query_heads, length, device="cpu")
     call = library.Attend.from_buffer_copy(_template(pages, keys.shape[3], values.shape[3]))
     call.query, call.output, call.log_sum_exp = floats.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr()
     call.query_batch, call.query_head, call.query_token, _ = floats.stride()
@@ -51,10 +51,10 @@ def attend(
     _sinks = set_scoring(call, scoring)  # lives until the call has been made
     page_sums = dense_sums = None
     if sums:
-        dense_sums = torch.empty(batch, query_heads, keys.shape[2])
+        dense_sums = torch.empty(batch, query_heads, keys.shape[2], device="cpu")
         call.dense_sums = dense_sums.data_ptr()
         if pages is not None:
-            page_sums = torch.empty(batch, query_heads, pages.columns * pages.layout.page_size)
+            page_sums = torch.empty(batch, query_heads, pages.columns * pages.layout.page_size, device="cpu")
             call.page_sums = page_sums.data_ptr()
     call.threads = torch.get_num_threads()
     run(library.load().hfkv_attend, byref(call))
@@ -69,7 +69,7 @@ class PreparedCall(CpuPreparedCall):
         slots, batch, query_heads = inputs.slots, *inputs.query.shape[:2]
         key_dim, value_dim = slots.keys.shape[3], slots.values.shape[3]
         self._sizes = batch, 1, query_heads, value_dim
-        self._log_sum_exp = torch.empty(batch, query_heads, 1)
+        self._log_sum_exp = torch.empty(batch, query_heads, 1, device="cpu")
         call = self._call = library.Attend.from_buffer_copy(_template(inputs.pages, key_dim, value_dim))
         call.log_sum_exp = self._log_sum_exp.data_ptr()
         call.batch, call.query_heads, call.heads, call.length = batch, query_heads, slots.keys.shape[1], 1
@@ -90,7 +90,7 @@ class PreparedCall(CpuPreparedCall):
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
     ) -> torch.Tensor:
         call, token, floats = self._call, self._token, _floats(query)
-        output = torch.empty(self._sizes)
+        output = torch.empty(self._sizes, device="cpu")
         call.query, call.output = floats.data_ptr(), output.data_ptr()
         token.first, token.second = keys.data_ptr(), values.data_ptr()
         call.slots, call.start, call.threads = slot + 1, position, torch.get_num_threads()

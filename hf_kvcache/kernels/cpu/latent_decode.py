@@ -64,8 +64,8 @@ def latent_attend(
     batch, heads, length, _ = query.shape
     latents, rotary = dense.keys, dense.values
     rank = latents.shape[3]
-    output = torch.empty(batch, length, heads, rank, dtype=query.dtype)
-    log_sum_exp = torch.empty(batch, heads, length)
+    output = torch.empty(batch, length, heads, rank, dtype=query.dtype, device="cpu")
+    log_sum_exp = torch.empty(batch, heads, length, device="cpu")
     call = library.Latent.from_buffer_copy(_template(pages, rank, rotary.shape[3]))
     _set_query(call, query, output, log_sum_exp)
     _set_dense(call, dense)
@@ -86,9 +86,9 @@ class PreparedCall(CpuPreparedCall):
         batch, heads, _, _ = query.shape
         rank, rotary, dtype = slots.keys.shape[3], slots.values.shape[3], query.dtype
         self._sizes = batch, 1, heads, up.values.shape[1]
-        self._query = torch.empty(batch, heads, 1, rank + rotary, dtype=dtype)
-        self._latents = torch.empty(batch, 1, heads, rank, dtype=dtype)
-        self._log_sum_exp = torch.empty(batch, heads, 1)
+        self._query = torch.empty(batch, heads, 1, rank + rotary, dtype=dtype, device="cpu")
+        self._latents = torch.empty(batch, 1, heads, rank, dtype=dtype, device="cpu")
+        self._log_sum_exp = torch.empty(batch, heads, 1, device="cpu")
         attend = library.Latent.from_buffer_copy(_template(inputs.pages, rank, rotary))
         _set_query(attend, self._query, self._latents, self._log_sum_exp)
         _set_dense(attend, all_slots(inputs))
@@ -96,7 +96,10 @@ class PreparedCall(CpuPreparedCall):
         set_scoring(attend, inputs.scoring)
         set_token(attend.token, inputs.keys, inputs.values, slots)
         sizes = batch, heads, 1
-        inner, outer = self._latents, torch.empty(self._sizes, dtype=dtype)  # outer: every call brings its own
+        inner, outer = (
+            self._latents,
+            torch.empty(self._sizes, dtype=dtype, device="cpu"),
+        )  # outer: every call brings its own
         self._call = library.LatentCall(
             _projection(False, query, query.stride()[:3], up.keys, self._query, self._query.stride()[:3], sizes),
             attend,
@@ -124,7 +127,7 @@ class PreparedCall(CpuPreparedCall):
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
     ) -> torch.Tensor:
         attend, token, threads = self._attend, self._token, torch.get_num_threads()
-        output = torch.empty(self._sizes, dtype=query.dtype)
+        output = torch.empty(self._sizes, dtype=query.dtype, device="cpu")
         self._absorb.x, self._expand.out = query.data_ptr(), output.data_ptr()
         token.first, token.second = keys.data_ptr(), values.data_ptr()
         attend.slots, attend.start = slot + 1, position
@@ -203,7 +206,7 @@ def supports_projection(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def absorb(query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """As :func:`hf_kvcache.kernels.reference.latent_decode.absorb`."""
     batch, heads, length, _ = query.shape
-    out = torch.empty(batch, heads, length, weight.shape[2], dtype=query.dtype)
+    out = torch.empty(batch, heads, length, weight.shape[2], dtype=query.dtype, device="cpu")
     _project(False, query, query.stride()[:3], weight, out, out.stride()[:3], (batch, heads, length))
     return out
 
@@ -211,7 +214,7 @@ def absorb(query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def expand(latents: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """As :func:`hf_kvcache.kernels.reference.latent_decode.expand`."""
     batch, length, heads, _ = latents.shape
-    out = torch.empty(batch, length, heads, weight.shape[1], dtype=latents.dtype)
+    out = torch.empty(batch, length, heads, weight.shape[1], dtype=latents.dtype, device="cpu")
     _project(True, latents, _by_head(latents), weight, out, _by_head(out), (batch, heads, length))
     return out
 

@@ -29,8 +29,8 @@ def rotation_signs(dim: int, kind: Rotation) -> torch.Tensor:
     """The signs ``[dim]``, float32 on the CPU, by which channels are multiplied before the Hadamard matrix."""
     with torch.inference_mode(False):
         if kind != "signed_hadamard":
-            return torch.ones(dim)
-        drawn = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(_SIGN_SEED + dim))
+            return torch.ones(dim, device="cpu")
+        drawn = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(_SIGN_SEED + dim), device="cpu")
         return 2.0 * drawn - 1.0
 
 
@@ -59,7 +59,7 @@ def _hadamard(dim: int) -> torch.Tensor | None:
         order, doublings = order // 2, doublings + 1
     if order not in (1, 12, 20):
         return None
-    matrix = torch.ones(1, 1, dtype=torch.float64) if order == 1 else _paley(order - 1)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu") if order == 1 else _paley(order - 1)
     for _ in range(doublings):
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
     return matrix
@@ -71,8 +71,9 @@ def _paley(q: int) -> torch.Tensor:
     jacobsthal = torch.tensor(
         [[0 if i == j else (1 if (i - j) % q in residues else -1) for j in range(q)] for i in range(q)],
         dtype=torch.float64,
+        device="cpu",
     )
-    matrix = torch.ones(q + 1, q + 1, dtype=torch.float64)
+    matrix = torch.ones(q + 1, q + 1, dtype=torch.float64, device="cpu")
     matrix[1:, 0] = -1
-    matrix[1:, 1:] = jacobsthal + torch.eye(q, dtype=torch.float64)
+    matrix[1:, 1:] = jacobsthal + torch.eye(q, dtype=torch.float64, device="cpu")
     return matrix

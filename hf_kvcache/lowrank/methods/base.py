@@ -95,7 +95,10 @@ class Method(ABC):
         """The bases of keys and values together, with what an error of the keys means for the scores."""
         second, _ = self.keys_of(moments)
         half = keys.width // 2
-        lost = torch.eye(keys.width, dtype=second.dtype) - keys.down[:, :, :half].double() @ keys.up[:, :half].double()
+        lost = (
+            torch.eye(keys.width, dtype=second.dtype, device="cpu")
+            - keys.down[:, :, :half].double() @ keys.up[:, :half].double()
+        )
         metric = block_diagonal(self.queries_of(moments), self.group_size(moments.heads))
         error = float(((lost.mT @ second @ lost) * metric).sum()) * moments.scaling**2 / moments.query_heads
         left = float(keys.energy[:, half:].double().sum())
