@@ -16,12 +16,15 @@ from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from hf_kvcache.integration.architecture import modeling_file
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.integration.handle import CachedStates, KVHandle, attach_gradient
 from hf_kvcache.kernels.inputs import UpProjections
+
+logger = logging.get_logger(__name__)
 
 #: The method that turns latents ``[B, 1, T, r]`` and rotary keys ``[B, 1, T, dr]`` into keys and values of every head.
 METHOD = "expand_kv"
@@ -194,13 +197,20 @@ class Expansion:
         """The two halves of the weight that expands latents, for attention in latent space.
 
         Returns:
-            None if ``kv_b_proj`` is not a plain matrix (LoRA, quantized or offloaded weights, hooks). Then the latents
-            must be expanded.
+            None if ``kv_b_proj`` is not a plain matrix (LoRA, quantized or offloaded weights, hooks of torch). Then the
+            latents must be expanded.
         """
         projection = getattr(self.module, "kv_b_proj", None)
         if type(projection) is not torch.nn.Linear or projection.bias is not None:
             return None
-        if projection._forward_hooks or projection._forward_pre_hooks or "_hf_hook" in projection.__dict__:
+        if projection._forward_hooks or projection._forward_pre_hooks:
+            return None
+        if "_hf_hook" in projection.__dict__ and not _keeps_weights(projection.__dict__["_hf_hook"]):
+            logger.warning_once(
+                f"kv_b_proj of {type(self.module).__name__} has a hook that moves its weight (offloading): every step "
+                "expands all latents, which is correct but slow. A device map that keeps the weight on the device of "
+                "the layer avoids it"
+            )
             return None
         weight = projection.weight
         if weight.device != self.latents.device or weight.dtype != self.latents.dtype:
@@ -209,6 +219,12 @@ class Expansion:
         if known is None or not known.is_of(weight):
             known = _known_weights[self.module] = _Weight(weight, _split_if_plain(self, weight))
         return known.up
+
+
+def _keeps_weights(hook: Any) -> bool:
+    """Whether a hook of accelerate only moves inputs to the device of the module, as it does for a device map."""
+    parts = getattr(hook, "hooks", (hook,))
+    return all(getattr(part, "offload", None) is False for part in parts)
 
 
 class _Weight:

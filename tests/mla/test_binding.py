@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_kvcache import LatentKVCache, bind
+from hf_kvcache.integration import mla
 from tests.mla import families as mla_families
 from tests.mla.running import FEW, assert_absorbed, both, expanding, latent, some, unbind_model
 from tests.running import ROUNDING, as_cache, assert_same, forward, full_cache, generate, prompt, teacher_forced
@@ -166,3 +167,33 @@ def test_up_projection_that_is_no_matrix(family: str, changed: Callable[[nn.Line
     assert_same(ours, theirs)
     assert isinstance(ours.cache, LatentKVCache)
     assert ours.cache.absorbed_steps == 0
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_hooks_of_a_device_map(chained: bool) -> None:
+    """Hooks that only move inputs, as ``device_map="auto"`` adds to every module, leave attention in latent space."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = mla_families.build("deepseek_v3")
+    for module in expanding(model):
+        hook = hooks.AlignDevicesHook("cpu")
+        hooks.add_hook_to_module(module.kv_b_proj, hooks.SequentialHook(hook) if chained else hook)
+    ours, theirs = both(model, prompt(40), 12)
+    unbind_model(model)
+    assert_same(ours, theirs)
+    assert_absorbed(ours.cache, model, 11)
+
+
+def test_offloaded_up_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that lies elsewhere between two calls: latents are expanded, and a warning says so."""
+    hooks, said = pytest.importorskip("accelerate.hooks"), list[str]()
+    monkeypatch.setattr(mla.logger, "warning_once", said.append)
+    model = mla_families.build("deepseek_v3")
+    for module in expanding(model):
+        hook = hooks.AlignDevicesHook("cpu", offload=True, weights_map=dict(module.kv_b_proj.state_dict()))
+        hooks.add_hook_to_module(module.kv_b_proj, hook)
+    ours, theirs = both(model, prompt(40), 12)
+    unbind_model(model)
+    assert_same(ours, theirs)
+    assert isinstance(ours.cache, LatentKVCache)
+    assert ours.cache.absorbed_steps == 0
+    assert said and "offloading" in said[0]
