@@ -7,6 +7,9 @@ import torch
 
 from hf_kvcache.storage.integrity import IntegrityError
 
+#: Slots of an empty buffer.
+_FIRST_SLOTS = 16
+
 
 class DenseBuffer:
     """Slots of full-precision keys and values per sequence, in the order of their tokens.
@@ -17,7 +20,7 @@ class DenseBuffer:
         keys: tensor whose batch, heads, width, dtype and device the buffer takes, ``[B, Hkv, T, Dk]``.
         values: the same for values, ``[B, Hkv, T, Dv]``.
         sink_length: slots that are never shifted.
-        capacity: slots to begin with, and to return to.
+        capacity: slots to grow to as tokens come, and to return to after more.
 
     Attributes:
         uniform_length: the number of slots in use if it is the same in every sequence, else None.
@@ -28,11 +31,12 @@ class DenseBuffer:
     @torch.inference_mode(False)
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, sink_length: int, capacity: int) -> None:
         batch = keys.shape[0]
-        self.sink_length, self._least_capacity = sink_length, capacity
+        self.sink_length, self._usual_capacity = sink_length, capacity
+        slots = min(capacity, _FIRST_SLOTS)
         # Zeros, because a masked slot is still multiplied with a probability of zero.
-        self.keys = keys.new_zeros(*keys.shape[:2], capacity, keys.shape[3])
-        self.values = values.new_zeros(*values.shape[:2], capacity, values.shape[3])
-        self.positions = np.zeros((batch, capacity), dtype=np.int64)
+        self.keys = keys.new_zeros(*keys.shape[:2], slots, keys.shape[3])
+        self.values = values.new_zeros(*values.shape[:2], slots, values.shape[3])
+        self.positions = np.zeros((batch, slots), dtype=np.int64)
         self.lengths = np.zeros(batch, dtype=np.int64)
         self.uniform_length: int | None = 0
         self.longest = 0
@@ -119,19 +123,28 @@ class DenseBuffer:
         return other
 
     def reserve(self, slots: int) -> None:
-        """Make room for ``slots`` slots, growing by half: tokens that may be rolled back are not packed yet."""
+        """Make room for ``slots`` slots. A short sequence has a small buffer: it doubles until it has its usual size.
+
+        Beyond that it grows by half, where tokens that may be rolled back are not packed yet.
+        """
         if slots <= self.capacity:
             return
-        extra = max(slots, self.capacity * 3 // 2) - self.capacity
+        usual = self._usual_capacity
+        room = min(self.capacity * 2, usual) if slots <= usual else self.capacity * 3 // 2
+        extra = max(slots, room) - self.capacity
         with torch.inference_mode(False):
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
         self.positions = np.pad(self.positions, ((0, 0), (0, extra)))
 
+    def reserve_usual(self) -> None:
+        """Make all the room that is usual: the sequences are long enough for pages."""
+        self.reserve(self._usual_capacity)
+
     @torch.inference_mode(False)
     def shrink(self, capacity: int | None = None) -> None:
-        """Give back the room beyond ``capacity`` slots, by default those to begin with, if the content allows."""
-        capacity = self._least_capacity if capacity is None else capacity
+        """Give back the room beyond ``capacity`` slots, by default the usual ones, if the content allows."""
+        capacity = self._usual_capacity if capacity is None else capacity
         if self.capacity > capacity >= self.longest:
             self.keys = self.keys[:, :, :capacity].clone()
             self.values = self.values[:, :, :capacity].clone()

@@ -101,6 +101,7 @@ class PageWriter:
         start, stop = self.dense.sink_length, self.dense.sink_length + pages * self.page_size
         span = slice(start, stop)
         self._pack(rows, keys[:, :, span], values[:, :, span], positions[:, span], keep_from, as_packed)
+        self.dense.reserve_usual()
         keys, values = (torch.cat([x[:, :, :start], x[:, :, stop:]], 2) for x in (keys, values))
         return keys, values, np.concatenate([positions[:, :start], positions[:, stop:]], 1)
 
