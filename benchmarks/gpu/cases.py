@@ -93,9 +93,7 @@ class Sizes:
 
     def __str__(self) -> str:
         usual = vars(Sizes(self.codec, self.dtype))
-        return " ".join(
-            [str(self.codec), self.dtype, *(f"{k}={v}" for k, v in vars(self).items() if v != usual[k])]
-        )
+        return " ".join([str(self.codec), self.dtype, *(f"{k}={v}" for k, v in vars(self).items() if v != usual[k])])
 
     def made_tiny(self) -> Sizes:
         """The same with sizes for a dry run."""
