@@ -69,11 +69,9 @@ def ceilings(settings: Settings) -> Figures:
     """Copy and read bandwidth on random data, and the rate of a product of bfloat16 matrices."""
     size = 2**20 if settings.tiny else 2**31
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=settings.device)
-    target = torch.empty_like(source)
+    target, integers = torch.empty_like(source), source.view(torch.int32)
     copy = 2 * size / sorted_times(lambda: target.copy_(source), 12)[5] / 1e3
-    integers = source.view(torch.int32)
     read = size / sorted_times(lambda: integers.sum(dtype=torch.int64), 12)[5] / 1e3
-    del source, target, integers
     width = 256 if settings.tiny else 8192
     a, b = (torch.randn(width, width, device=settings.device, dtype=torch.bfloat16) for _ in range(2))
     flops = 2 * width**3 / sorted_times(lambda: a @ b, 10)[4] / 1e6

@@ -1,4 +1,4 @@
-"""Step c: small random models through ``generate()`` with every kind of cache, and where a plain step waits for the GPU.
+"""Beside step b: small random models through ``generate()`` with every kind of cache, and where a plain step waits.
 
 ``tests/gpu`` runs the same checks.
 """
@@ -27,8 +27,8 @@ Inputs = dict[str, torch.Tensor]
 Make = Callable[[Any], Any]
 VOCABULARY, RIGHT = 997, "right"
 DTYPES = {"": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: How far logits may lie from those with a full cache, relative to them, up to the first token that differs. Rounding of
-#: 32 and 16 bits, and what these codecs cost these models: about twice what was seen on a CPU.
+#: How far logits may lie from those with a full cache, relative to them, up to the first token that differs: rounding
+#: of 32 and 16 bits, and what these codecs cost these models, about twice what was seen on a CPU.
 EXACT, HALF = 1e-3, 5e-2
 CODED = {8: 0.13, 4: 0.5, 3: 0.6, 2: 1.0}
 
@@ -402,7 +402,7 @@ def lines(found: dict[str, Figures]) -> list[str]:
     for name, figures in found.items():
         if "waits a step" in figures:
             places = ", ".join(f"{k[3:]} {v:g}" for k, v in figures.items() if k.startswith("at "))
-            text.append(f"  {name}: {figures['waits a step']:g} a step; {places}"[:240])
+            text.append(f"  {name}: {figures['waits a step']:g} a step {places}"[:240])
         elif not figures.get(RIGHT):
             why = figures.get(FAILED) or figures.get(LEFT_OUT) or figures
             text.append(f"  WRONG {name}: {str(why)[:240]}")

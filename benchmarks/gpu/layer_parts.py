@@ -214,7 +214,7 @@ def launches(layer: Layer, tokens: int) -> None:
     def run(codec: str, name: str, factor: float, warps: int | None, stages: int | None) -> None:
         if codec not in made:
             made.clear()
-            made[codec] = Ours(layer.settings, codec, keys, values)
+            made[codec] = Ours.filled(layer.settings, codec, keys, values)
 
         def changed(*given: Any) -> Any:
             usual = config(*given)
@@ -248,7 +248,7 @@ def chunk(layer: Layer, tokens: int, length: int) -> None:
         layer.results.add(case, ms=min(ms))
 
     def ours(case: str, codec: str) -> None:
-        method, ms = Ours(layer.settings, codec, keys, values), []
+        method, ms = Ours.filled(layer.settings, codec, keys, values), []
         held = method.cache
         for _ in range(4):
             method.cache = held.fork()
@@ -266,7 +266,7 @@ def page_event(layer: Layer) -> None:
     new = layer.new(1, layer.query_heads[0])
 
     def run(codec: str) -> None:
-        method = Ours(layer.settings, codec, *layer.tokens(1, 1024 + 4 + Ours.RECENT))
+        method = Ours.filled(layer.settings, codec, *layer.tokens(1, 1024 + 4 + Ours.RECENT))
         times = [wall_ms(layer.settings, partial(method.step, *new)) * 1e3 for _ in range(140)][2:]
         layer.results.add(f"page event {codec}", ordinary_us=sorted(times)[len(times) // 2], slowest_us=max(times))
 
@@ -289,7 +289,7 @@ def graphs(layer: Layer, tokens: int) -> None:
         "sdpa in place, grouped": lambda: InPlace(keys, values, 0, True, growing=False),
         "DynamicCache": lambda: Dynamic(keys, values),
     }
-    makes |= {f"ours {n}": partial(Ours, layer.settings, codec, keys, values) for n, codec in CODECS.items()}
+    makes |= {f"ours {n}": partial(Ours.filled, layer.settings, codec, keys, values) for n, codec in CODECS.items()}
     for name, make in makes.items():
         case = f"graph T={tokens} {name}"
         if layer.settings.left() < 6:

@@ -78,7 +78,7 @@ class Dynamic(OfCache):
 
 
 class Ours(OfCache):
-    """A KVCache of one layer with the package's attention function.
+    """A KVCache of one layer with the package's attention function; nothing is in it yet.
 
     Attributes:
         fill_ms: what the first tokens took, attention of one query included.
@@ -86,15 +86,21 @@ class Ours(OfCache):
 
     #: Tokens that come one at a time when the cache is filled.
     RECENT = 8
+    fill_ms: float
 
-    def __init__(self, settings: Settings, codec: str, keys: torch.Tensor, values: torch.Tensor) -> None:
-        heads, dim = keys.shape[1], keys.shape[3]
+    def __init__(self, codec: str, heads: int, dim: int) -> None:
         super().__init__(KVCache(attention_module(heads, heads, dim)[1], codec), "hf_kvcache", heads)
+
+    @classmethod
+    def filled(cls, settings: Settings, codec: str, keys: torch.Tensor, values: torch.Tensor) -> Ours:
+        """One that holds these tokens."""
+        heads, dim, first = keys.shape[1], keys.shape[3], keys.shape[2] - cls.RECENT
+        method = cls(codec, heads, dim)
         query = torch.randn(keys.shape[0], heads, 1, dim, dtype=keys.dtype, device=keys.device)
-        first = keys.shape[2] - self.RECENT
-        self.fill_ms = wall_ms(settings, lambda: self.step(query, keys[:, :, :first], values[:, :, :first]))
+        method.fill_ms = wall_ms(settings, lambda: method.step(query, keys[:, :, :first], values[:, :, :first]))
         for at in range(first, keys.shape[2]):
-            self.step(query, keys[:, :, at : at + 1], values[:, :, at : at + 1])
+            method.step(query, keys[:, :, at : at + 1], values[:, :, at : at + 1])
+        return method
 
     def bytes_read(self) -> int:
         parts = self.cache.memory().parts
