@@ -26,7 +26,6 @@ from benchmarks import (
     methods,
     plots,
     report,
-    tables,
     timing,
 )
 from benchmarks.methods import DENSE32, DYNAMIC, PLAIN, STATIC, Shape, filled_method

@@ -450,11 +450,12 @@ def extending_sizes() -> list[Sizes]:
 def latent_sizes() -> list[LatentSizes]:
     """Calls of absorbed latent attention, with the heads of DeepSeek-V3 and of V2-Lite."""
     found = []
-    for pair in (("none", None), ("rotated8", None), ("rotated4", "int8"), ("fp8", "fp8"), ("turboquant4", "bf16")):
+    pairs = (("none", None), ("rotated8", None), ("rotated4", "int8"), ("fp8", "fp8"), ("turboquant4", "bf16"))
+    for latents, rotary in pairs:
         found += [
-            LatentSizes(*pair, 128),
-            LatentSizes(*pair, 16),
-            LatentSizes(*pair, 16, queries=3, masked=True),
-            LatentSizes(*pair, 16, dtype="fp32"),
+            LatentSizes(latents, rotary, 128),
+            LatentSizes(latents, rotary, 16),
+            LatentSizes(latents, rotary, 16, queries=3, masked=True),
+            LatentSizes(latents, rotary, 16, dtype="fp32"),
         ]
     return found

@@ -71,7 +71,7 @@ class Models:
         self.new, self.prompt_length = (24, 40) if settings.tiny else (150, 333)
         # Small, so that pages are packed while tokens are generated.
         size = 16 if settings.tiny else 32
-        self.small = {"page_size": size, "tail_length": size}
+        self.small: dict[str, Any] = {"page_size": size, "tail_length": size}
         self._models: dict[str, Any] = {}
         self._full: dict[str, Any] = {}
 
@@ -109,8 +109,8 @@ class Models:
         return model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
 
     def _llama(self) -> LlamaConfig:
-        wide = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "head_dim": 64}
-        tiny = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+        wide: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "head_dim": 64}
+        tiny: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
         heads = 4 if self.settings.tiny else 8
         sizes = tiny if self.settings.tiny else wide
         return LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=2, **self._shared())

@@ -155,7 +155,7 @@ def mla_steps(layer: Layer, tokens: int, heads: int) -> None:
         nonlocal truth
         module, config = module_of()
         cache = make(config)
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
+        function = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
 
         def step(number: int) -> torch.Tensor:
             keys, values = module.expand_kv(*cache.update(*new, 0))
@@ -190,7 +190,7 @@ def packing(layer: Layer, tokens: int) -> None:
             pack()
             ms, count = wall_ms(layer.settings, pack), None
             if elements == usual:
-                count = sum(kernel.count for kernel in kernels_of(layer.settings, pack, 1))
+                count = sum(kernel.number for kernel in kernels_of(layer.settings, pack, 1))
             layer.results.add(f"packing {case}", ms=ms, kernels=count)
 
     parts: dict[str, Part] = {}
@@ -314,8 +314,12 @@ def replayed(step: Callable[[], Any]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    times = sorted_times(lambda: [graph.replay() for _ in range(20)], 5)
-    return times[2] / 20
+
+    def replay() -> None:
+        for _ in range(20):
+            graph.replay()
+
+    return sorted_times(replay, 5)[2] / 20
 
 
 def peers(layer: Layer, tokens: int) -> None:

@@ -105,7 +105,7 @@ class Kernel(NamedTuple):
     """A kernel or copy of a step: its name, how many of them, and their microseconds in all."""
 
     name: str
-    count: float
+    number: float
     us: float
 
 
@@ -133,7 +133,7 @@ def kernels_of(settings: Settings, step: Callable[[], Any], times: int = 3) -> l
 def add_kernels(results: Results, case: str, kernels: list[Kernel], most: int = 8) -> None:
     """Write and print the kernels of a case that take longest."""
     for kernel in kernels[:most]:
-        value = f"{kernel.count:g} x, {kernel.us:.1f} us"
+        value = f"{kernel.number:g} x, {kernel.us:.1f} us"
         results.add(case, f"      {kernel.name}: {value}", **{f"kernel {kernel.name}": value})
 
 

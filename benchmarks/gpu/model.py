@@ -30,8 +30,13 @@ class Model:
     def __init__(self, settings: Settings, results: Results) -> None:
         self.settings, self.results = settings, results
         self.count = 3 if settings.tiny else 16
-        wide = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "head_dim": 128}
-        tiny = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+        wide: dict[str, Any] = {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 8,
+            "head_dim": 128,
+        }
+        tiny: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
         heads = (4, 2) if settings.tiny else (32, 8)
         config = LlamaConfig(
             vocab_size=8192,
@@ -59,8 +64,8 @@ class Model:
     def random_tokens(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Random keys and values of a layer."""
         size = (1, self.config.num_key_value_heads, count, self.config.head_dim)
-        new = {"dtype": self.settings.dtype, "device": self.settings.device}
-        return torch.randn(size, **new), torch.randn(size, **new)
+        keys, values = (torch.randn(size, dtype=self.settings.dtype, device=self.settings.device) for _ in range(2))
+        return keys, values
 
     def fill(self, cache: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the same keys and values in every layer, as after a prefill."""
@@ -120,7 +125,7 @@ class Model:
             ms_a_token=ms,
             cpu_ms=cpu_ms,
             gpu_busy_ms=sum(kernel.us for kernel in kernels) / 1e3,
-            kernels_a_step=sum(kernel.count for kernel in kernels),
+            kernels_a_step=sum(kernel.number for kernel in kernels),
             times_dynamic=dynamic[0] / ms if dynamic else None,
             fill_ms=fill_ms,
             bytes_more=held,

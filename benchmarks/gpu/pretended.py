@@ -17,7 +17,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["HF_KVCACHE_BACKEND"] = "triton"
@@ -134,18 +134,19 @@ class Counts(TorchDispatchMode):
     @contextlib.contextmanager
     def counting(self) -> Iterator[dict[str, int]]:
         """Count while the block runs."""
-        before, from_numpy = LAUNCHES.total(), torch.from_numpy
+        before, module = LAUNCHES.total(), cast(Any, torch)
+        from_numpy = module.from_numpy
 
         def counted(array: Any) -> torch.Tensor:
             self.found["uploads"] += 1
             return from_numpy(array)
 
-        torch.from_numpy = counted
+        module.from_numpy = counted
         try:
             with self:
                 yield self.found
         finally:
-            torch.from_numpy = from_numpy
+            module.from_numpy = from_numpy
             self.found["kernels"] = LAUNCHES.total() - before
 
 

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,10 @@ class Session:
             try:
                 for step in STEPS:
                     if step in self.args.steps:
-                        limit, reserved = LIMITS[step]
-                        limit = min(limit, self.left() - reserved)
+                        most, reserved = LIMITS[step]
+                        limit = min(most, self.left() - reserved)
                         self.say(f"{step}: {STEPS[step]}, {limit:.0f} s at most")
-                        actions.get(step, lambda limit, step=step: self.part(STEPS[step], limit))(limit)  # type: ignore[misc]
+                        actions.get(step, partial(self.part, STEPS[step]))(limit)
             finally:
                 self.stop_all()
                 wrong = summary.write(self.out, self.print)
