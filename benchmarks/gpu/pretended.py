@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -178,7 +179,7 @@ def counts_of(codec: str, tokens: int) -> dict[str, dict[str, int]]:
 
 
 def compile_cases(parts: list[str]) -> list[str]:
-    """Compile what the cases with one of ``parts`` in their names launch; what is wrong with the kernels, in words."""
+    """Compile what the cases launch whose names match one of ``parts``; what is wrong with the kernels, in words."""
     from benchmarks.gpu import cases
     from benchmarks.gpu.settings import Settings
     from benchmarks.machine_code import read_nvidia
@@ -186,7 +187,7 @@ def compile_cases(parts: list[str]) -> list[str]:
     wrong: list[str] = []
     seen = 0
     for case in cases.cases(Settings(torch.device("cpu"))):
-        if not any(part in case.name for part in parts):
+        if not any(re.search(part, case.name) for part in parts):
             continue
         before = LAUNCHES.total()
         try:
@@ -206,7 +207,7 @@ def compile_cases(parts: list[str]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", help="compile what these cases launch")
+    parser.add_argument("--cases", nargs="+", help="regular expressions: compile what these cases launch")
     parser.add_argument("--codecs", nargs="+", default=["none", "rotated8", "unbiased4"], help="of the counts")
     parser.add_argument("--tokens", type=int, default=1024, help="of the prompt whose packing is counted")
     args = parser.parse_args()
