@@ -39,8 +39,8 @@ def check(case: Case, results: Results) -> None:
     results.add(case.name, text, seconds=time.perf_counter() - begin, **found, **{RIGHT: not wrong})
 
 
-def collect(parts: list[Path], results: Results) -> None:
-    """Put what the processes found into one file and say how it stands."""
+def collect(parts: list[Path], results: Results) -> list[str]:
+    """Put what the processes found into one file; how it stands, in words."""
     found: dict[str, Figures] = {}
     for part in parts:
         found |= read(part)
@@ -48,7 +48,7 @@ def collect(parts: list[Path], results: Results) -> None:
         if figures.pop(BEGUN, False) and not figures:
             figures[FAILED] = "it never came back: a crash, or the time was up"
         results.add(case, "", **figures)
-    print(*lines(found), sep="\n", flush=True)
+    return lines(found)
 
 
 def lines(found: dict[str, Figures]) -> list[str]:

@@ -97,7 +97,8 @@ class Models:
     def prompt(self, batch: int = 1) -> Inputs:
         """Random tokens, in a batch with padding on the left."""
         size, draw = (batch, self.prompt_length), torch.Generator().manual_seed(0)
-        ids = torch.randint(1, VOCABULARY, size, generator=draw).to(self.settings.device)
+        # Named, since there may be another default device.
+        ids = torch.randint(1, VOCABULARY, size, generator=draw, device="cpu").to(self.settings.device)
         mask = torch.ones_like(ids)
         for row in range(1, batch):
             mask[row, : row * self.prompt_length // (batch + 1)] = 0

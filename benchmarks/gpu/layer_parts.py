@@ -57,13 +57,14 @@ def then(layer: Layer) -> list[Part]:
     return [
         partial(chunk, layer, *((256, 40) if tiny else (16384, 512))),
         partial(page_event, layer),
-        partial(graphs, layer, 256 if tiny else 16384),
         partial(latents, layer, *((256, 2, 2) if tiny else (65536, 16, 8))),
     ]
 
 
 def at_last(layer: Layer) -> list[Part]:
-    return [partial(peers, layer, 256 if layer.settings.tiny else 16384)]
+    """What might harm the process if it fails (a capture), or take long."""
+    tokens = 256 if layer.settings.tiny else 16384
+    return [partial(graphs, layer, tokens), partial(peers, layer, tokens)]
 
 
 def timed(layer: Layer, case: str, step: Callable[[int], Any], held: int, error: float | None = None) -> None:

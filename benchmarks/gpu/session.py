@@ -51,7 +51,7 @@ class Session:
         self.args = args
         self.began = time.monotonic()
         self.out: Path = args.out
-        self.failed = False
+        self.failed = self.over = False
         self._running: set[subprocess.Popen[Any]] = set()
         self._lock = threading.Lock()
 
@@ -62,7 +62,8 @@ class Session:
         for name in (*wanted, "log"):
             for ending in ("csv", "txt"):
                 (self.out / f"{name}.{ending}").unlink(missing_ok=True)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.interrupted)
         with tempfile.TemporaryDirectory() as work:
             self.work = Path(work)
             self.environment = environment(self.work, self.args)
@@ -109,14 +110,17 @@ class Session:
         count = self.args.workers or max(1, (os.cpu_count() or 1) - 2)
         parts = [self.work / f"{number}.csv" for number in range(count)]
         said: Counter[str] = Counter()
-        with ThreadPoolExecutor(count + 1) as pool:
-            futures = [pool.submit(self.worker, n, count, parts[n], limit, said) for n in range(count)]
-            futures.append(pool.submit(self.part, "generation", limit))
-            for future in futures:
-                future.result()
-        results = Results(self.out / "correctness.csv", "correctness")
-        correctness.collect(parts, results)
-        results.close()
+        try:
+            with ThreadPoolExecutor(count + 1) as pool:
+                futures = [pool.submit(self.worker, n, count, parts[n], limit, said) for n in range(count)]
+                futures.append(pool.submit(self.part, "generation", limit))
+                for future in futures:
+                    future.result()
+        finally:
+            results = Results(self.out / "correctness.csv", "correctness")
+            for line in correctness.collect(parts, results):
+                self.print(line)
+            results.close()
         for line, times in said.most_common(12):
             self.print(f"  {times} x {line[:240]}")
 
@@ -171,7 +175,7 @@ class Session:
         Returns:
             Its status, ``STOPPED`` if it was stopped, or None if there was no time to begin.
         """
-        if limit < 2 * _GRACE:
+        if self.over or limit < 2 * _GRACE:
             self.say(f"no time for {' '.join(command[2:6])}")
             self.failed = True
             return None
@@ -199,6 +203,12 @@ class Session:
             self.say(f"status {status}: {' '.join(command[2:6])}")
             self.failed = True
         return status
+
+    def interrupted(self, number: int, frame: Any) -> None:
+        """Stop everything, write what there is, and end."""
+        self.over = True
+        self.stop_all()
+        sys.exit(128 + number)
 
     def stop_all(self) -> None:
         for process in list(self._running):
