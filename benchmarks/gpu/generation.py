@@ -213,12 +213,12 @@ def looked_up(m: Models, kind: str, make: Make) -> Figures:
     return compared(drafted, plain, m.prompt_length)
 
 
-@torch.inference_mode()
 def forked(m: Models, kind: str, make: Make) -> Figures:
     """A copy of a prompt's cache, and one loaded from its saved state, go on as the cache itself does."""
     model, inputs = m.model(kind), m.prompt()
     cache = make(model.config)
-    model(inputs["input_ids"][:, :-1], **with_cache(model, cache))
+    with torch.inference_mode():
+        model(inputs["input_ids"][:, :-1], **with_cache(model, cache))
     other, saved = copy.deepcopy(cache), make(model.config)
     saved.load_state_dict({name: x.clone() for name, x in cache.state_dict().items()})
     own, copied, loaded = (m.generate(model, each, inputs) for each in (cache, other, saved))

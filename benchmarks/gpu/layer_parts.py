@@ -67,13 +67,14 @@ def at_last(layer: Layer) -> list[Part]:
     return [partial(graphs, layer, tokens), partial(peers, layer, tokens)]
 
 
-def timed(layer: Layer, case: str, step: Callable[[int], Any], held: int, error: float | None = None) -> None:
+def timed(layer: Layer, case: str, step: Callable[[int], Any], held: int | None, error: float | None = None) -> None:
     """Time a step that reads ``held`` bytes."""
     for number in range(3):
         step(number)
     found = time_steps(layer.settings, step, layer.steps)
-    rate = held / found.gpu / 1e3
-    layer.results.add(case, **found.figures(), gb_per_s=rate, share_of_copy=rate / layer.copy_rate, error=error)
+    rate = None if held is None else held / found.gpu / 1e3
+    share = None if rate is None else rate / layer.copy_rate
+    layer.results.add(case, **found.figures(), gb_per_s=rate, share_of_copy=share, error=error)
 
 
 def latents(layer: Layer, tokens: int, heads: int, batch: int) -> None:
@@ -225,7 +226,7 @@ def launches(layer: Layer, tokens: int) -> None:
             patch.object(launch, "programs_wanted", lambda device: max(1, int(factor * wanted(device)))),
             patch.object(launch, "attention_config", changed),
         ):
-            timed(layer, f"launch T={tokens} {codec} {name}", lambda number: made[codec].step(*new), 0)
+            timed(layer, f"launch T={tokens} {codec} {name}", lambda number: made[codec].step(*new), None)
 
     parts: dict[str, Part] = {}
     for codec in ("unbiased4", "none", "unbiased2", "rotated8", "rotated4"):

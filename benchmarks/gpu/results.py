@@ -33,13 +33,12 @@ class Results:
 
     def add(self, case: str, text: str | None = None, **figures: Any) -> None:
         """Write the figures of a case, and print ``text``, by default the case and its figures; nothing with ""."""
-        for figure, value in figures.items():
-            if value is not None:
-                self._rows.writerow([self.step, case, figure.replace("_", " "), written(value)])
+        figures = {name.replace("_", " "): value for name, value in figures.items() if value is not None}
+        self._rows.writerows([self.step, case, figure, written(value)] for figure, value in figures.items())
         self._file.flush()
         os.fsync(self._file.fileno())
         if text is None:
-            text = f"{case}: " + ", ".join(f"{k.replace('_', ' ')} {short(v)}" for k, v in figures.items())
+            text = f"{case}: " + ", ".join(f"{figure} {short(value)}" for figure, value in figures.items())
         if text:
             print(text, flush=True)
 
