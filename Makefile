@@ -18,6 +18,7 @@ EVAL   ?=
 # Seconds after which no further test begins; those that did not run are named at the end.
 DEADLINE ?=
 FAMILIES ?=
+GPU    ?=
 
 BIN := $(VENV)/bin
 RELEASES := $(BIN)/python requirements/releases.py
@@ -41,7 +42,8 @@ RELEASE_TESTS := tests/integration tests/generation --ignore=tests/generation/te
 	$(addprefix tests/lowrank/test_,calibration.py generation.py) \
 	$(addprefix tests/mla/test_,generation.py operations.py binding.py)
 
-.PHONY: help install demo test test-slow test-releases lock newer sanitize lint format bench eval families kernels docs clean
+.PHONY: help install demo test test-slow test-releases lock newer sanitize lint format bench eval families kernels gpu docs \
+	clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -123,6 +125,9 @@ families: $(STAMP) ## try every model family of transformers with every cache an
 
 kernels: $(STAMP) ## compile every Triton kernel for every target without a GPU and check the code (KERNELS="--quick", "--record")
 	$(BIN)/python -m benchmarks.compile_report $(KERNELS)
+
+gpu: $(STAMP) ## on a GPU: is every kernel right, and how fast is it? Under 8 minutes, into results/gpu (GPU="--steps a b")
+	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 $(DOCS_STAMP): $(STAMP)
 	$(INSTALL) --no-build-isolation -e ".[docs]"

@@ -143,13 +143,12 @@ def run(
     like: torch.Tensor,
     clock: Clock,
     console: Console,
-    skipped: Sequence[str] = (),
 ) -> None:
-    """Measure and show every shape but the methods ``skipped``, for tokens of the dtype and device of ``like``."""
+    """Measure and show every shape, for tokens of the dtype and device of ``like``."""
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("prefill", total=len(args.shapes) * (len(args.tokens) + len(args.first)))
         for shape in map(Shape.parse, args.shapes):
-            names = available([name for name in METHODS if name not in skipped], shape, like, report)
+            names = available(METHODS, shape, like, report)
             rows = []
             few = [name for name in names if name != PEERS[0]]
             if len(few) < len(names) and max([*args.tokens, *args.first]) > args.peer_tokens:

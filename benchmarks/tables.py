@@ -219,8 +219,7 @@ VIEWS = (
 
 def views(script: str) -> list[View]:
     """The tables of a script."""
-    of = ("bench_decode", "bench_prefill") if script == "gpu" else (script,)
-    return [view for view in VIEWS if view.script in of]
+    return [view for view in VIEWS if view.script == script]
 
 
 def show(script: str, rows: Sequence[Row], console: Console) -> None:

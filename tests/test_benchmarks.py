@@ -23,11 +23,9 @@ from benchmarks import (
     bench_model,
     bench_prefill,
     exact,
-    gpu,
     methods,
     plots,
     report,
-    tables,
     timing,
 )
 from benchmarks.methods import DENSE32, DYNAMIC, PLAIN, STATIC, Shape, filled_method
@@ -127,53 +125,7 @@ def test_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Pr
     assert [row["cache"] for row in rows] == [DYNAMIC, "ours 8-bit"]
 
 
-def test_gpu_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no CUDA GPU"):
-        gpu.main([])
-
-
-def gpu_run(tmp_path: Path, *more: str) -> tuple[list[str], Report]:
-    argv = ["--quick", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "512", "--first", "128"]
-    argv += ["--chunk", "32", "--rounds", "1"]
-    args, found = gpu.parse([*argv, "--seconds", "0", "--peer-tokens", "1", *more]), Report("gpu")
-    return gpu.run(found, args, PLAIN.bfloat16(), timing.cpu_clock, Console(quiet=True)), found
-
-
-def test_gpu_code_path_on_the_cpu(tmp_path: Path) -> None:
-    failed, found = gpu_run(tmp_path)
-    assert failed == []
-    check_numbers(found.rows)
-    assert {row["kind"] for row in found.rows} == {"decode", "chunk", "first"}
-    assert rows_of(tmp_path / "gpu.json") == found.rows
-    titles = [title for view in tables.views("gpu") for title, _ in view.groups(found.rows)]
-    assert len(titles) == 3 and titles[0].startswith("Decode step")
-
-
-def test_gpu_leaves_peers_out_when_asked(tmp_path: Path) -> None:
-    failed, found = gpu_run(tmp_path, "--no-peers")
-    assert failed == [] and not {row["cache"] for row in found.rows} & set(methods.PEERS)
-    assert not any("is left out" in note for note in found.notes)
-
-
-def test_gpu_stops_at_its_budget(tmp_path: Path) -> None:
-    failed, found = gpu_run(tmp_path, "--budget", "-1")
-    assert failed == [] and found.rows == []
-    assert sum("Left out, the -1 seconds being over" in note for note in found.notes) == 3
-
-
-def test_gpu_goes_on_behind_a_case_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> None:
-        raise RuntimeError("no such instruction\nand more")
-
-    monkeypatch.setattr(bench_decode, "measure", broken)
-    failed, found = gpu_run(tmp_path)
-    assert failed == [f"decode {SHAPE}, T = 512"]
-    assert f"Failed: {failed[0]}: RuntimeError: no such instruction" in found.notes
-    assert {row["kind"] for row in found.rows} == {"chunk", "first"}
-
-
-def test_a_peer_that_cannot_be_built_or_filled_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_cannot_be_built_or_filled_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """An older transformers knows no fp8 (ValueError); another peer fails when it quantizes its first tokens."""
 
     def build(backend: str, config: Any, **options: Any) -> Any:
@@ -182,9 +134,8 @@ def test_a_peer_that_cannot_be_built_or_filled_is_left_out(tmp_path: Path, monke
         raise ImportError("You need to install it")
 
     monkeypatch.setattr(methods, "QuantizedCache", build)
-    _, found = gpu_run(tmp_path)
-    assert "fp8 QuantizedCache is left out: Unknown quantization backend `fp8`" in found.notes
-    assert not any("QuantizedCache" in row["cache"] for row in found.rows)
+    with pytest.raises(methods.UnavailableError, match="fp8 QuantizedCache is left out: Unknown quantization backend"):
+        methods.try_peer("fp8 QuantizedCache", Shape.parse(SHAPE), PLAIN)
     peer = methods.PeerMethod("hqq 4-bit", "4", Shape.parse(SHAPE), lambda config: object(), torch.device("cpu"))
     with pytest.raises(methods.UnavailableError, match=r"hqq 4-bit is left out: .*update"):
         peer.fill(*Shape.parse(SHAPE).tokens(2), Shape.parse(SHAPE).queries(1))
