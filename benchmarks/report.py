@@ -32,7 +32,7 @@ _PICTURES = {
     "decode.png": ("bench_decode", "total_us_32x8x128", "Time of a decode step in one layer of Llama-3-8B's shape."),
     "model.png": ("bench_model", "SmolLM2_135M", "Milliseconds a token of SmolLM2-135M, by tokens of context."),
 }
-_COLORS, _DPI = 128, 75
+_COLORS, _DPI = 32, 75
 Result = dict[str, Any]
 
 

@@ -31,7 +31,7 @@ BARS = {
 _MODEL = "SmolLM2-135M"
 #: Okabe and Ito's blue and vermilion, which all common sorts of color blindness keep apart; markers differ too.
 _OUR_COLOR, _PEER_COLOR, _PLAIN_COLOR = "#0072B2", "#D55E00", "#777777"
-_SIZE, _DPI, _PALETTE = (8.0, 3.3), 150, 64
+_SIZE, _DPI, _PALETTE = (8.0, 3.3), 130, 32
 
 
 def draw_overview(docs: Path) -> Path:

@@ -82,8 +82,9 @@ def _rows(found: Comparison) -> Iterator[Row]:
                 told[row["kind"], row["measure"]] = row
                 yield row
         for row in _cell_rows(cell, found):
-            setup = {"setup": setups[described[id(cell)]]} if row["kind"] == "cell" else {}
-            yield setup | {"task": cell.task, "cache": cell.cache} | row
+            # The rows of a cell follow it.
+            own = {"setup": setups[described[id(cell)]], "task": cell.task, "cache": cell.cache}
+            yield (own if row["kind"] == "cell" else {}) | row
     for name in found.unreadable:
         yield {"kind": "unreadable", "note": name}
 
