@@ -58,23 +58,27 @@ def test_memory_changes_only_when_a_page_is_packed() -> None:
 
 def test_appending_costs_the_same_however_much_is_held() -> None:
     """Neither torch nor numpy allocates more for a token after 16,384 tokens than after 512."""
-    costs = []
-    for length in (512, 16384):
-        storage = make_storage("rotated4", 1, page_size=64, tail=64)
-        storage.append_block(*random_tokens(0, 1, length), 0, None)
-        token = random_tokens(1, 1, 1)
-        storage.append_one(*token, length, None)
-        storage.pack_due()
-        tracemalloc.start()
-        with LargestResult() as largest:
-            for position in range(length + 1, length + 40):
-                storage.append_one(*token, position, None)
-                storage.pack_due()
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        costs.append((largest.nbytes, peak))
-    assert costs[1][0] == costs[0][0] <= 16 * 1024
-    assert costs[1][1] < 1.5 * costs[0][1] + 4096
+    # Python allocates for itself now and then: the least of three runs is the storage's own.
+    short, long = (min(_cost(length) for _ in range(3)) for length in (512, 16384))
+    assert long[0] == short[0] <= 16 * 1024
+    assert long[1] < 1.5 * short[1] + 4096
+
+
+def _cost(length: int) -> tuple[int, int]:
+    """The largest tensor, and the peak of what Python allocated, for 39 tokens after ``length``."""
+    storage = make_storage("rotated4", 1, page_size=64, tail=64)
+    storage.append_block(*random_tokens(0, 1, length), 0, None)
+    token = random_tokens(1, 1, 1)
+    storage.append_one(*token, length, None)
+    storage.pack_due()
+    tracemalloc.start()
+    with LargestResult() as largest:
+        for position in range(length + 1, length + 40):
+            storage.append_one(*token, position, None)
+            storage.pack_due()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return largest.nbytes, peak
 
 
 def test_slack_stays_small() -> None:

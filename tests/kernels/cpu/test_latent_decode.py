@@ -196,7 +196,8 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tens
     """New tensors are NaN between guards of a known number; gives the tensors with their guards ``[n]``."""
     buffers: list[torch.Tensor] = []
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def empty(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        assert device == "cpu"
         count = torch.Size(shape).numel()
         buffer = torch.full((count + 2 * GUARD,), CANARY, dtype=dtype)
         buffers.append(buffer)
