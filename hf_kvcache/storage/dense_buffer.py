@@ -7,7 +7,7 @@ import torch
 
 from hf_kvcache.storage.integrity import IntegrityError
 
-#: Slots of an empty buffer.
+#: Slots of a buffer before the first token, at least.
 _FIRST_SLOTS = 16
 
 
@@ -17,7 +17,8 @@ class DenseBuffer:
     The first ``sink_length`` tokens of a sequence stay in the first slots for good; the tail follows.
 
     Args:
-        keys: tensor whose batch, heads, width, dtype and device the buffer takes, ``[B, Hkv, T, Dk]``.
+        keys: tensor whose batch, heads, width, dtype and device the buffer takes, ``[B, Hkv, T, Dk]``. There is room
+            for ``T`` tokens at first, if that is no more than usual.
         values: the same for values, ``[B, Hkv, T, Dv]``.
         sink_length: slots that are never shifted.
         capacity: slots to grow to as tokens come, and to return to after more.
@@ -32,7 +33,7 @@ class DenseBuffer:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, sink_length: int, capacity: int) -> None:
         batch = keys.shape[0]
         self.sink_length, self._usual_capacity = sink_length, capacity
-        slots = min(capacity, _FIRST_SLOTS)
+        slots = min(capacity, max(keys.shape[2], _FIRST_SLOTS))  # a long prompt will need all of them
         # Zeros, because a masked slot is still multiplied with a probability of zero.
         self.keys = keys.new_zeros(*keys.shape[:2], slots, keys.shape[3])
         self.values = values.new_zeros(*values.shape[:2], slots, values.shape[3])
