@@ -7,6 +7,7 @@ be computed with.
 from __future__ import annotations
 
 import ast
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +41,14 @@ def _run(kind: Kind, device: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(kind: str) -> None:
-    wanted, found = _run(KINDS[kind], "cpu"), _run(KINDS[kind], "meta")
+    wanted = _run(KINDS[kind], "cpu")
+    try:
+        found = _run(KINDS[kind], "meta")
+    except NotImplementedError as error:
+        package = str(Path(hf_kvcache.__file__).parent)
+        if any(frame.filename.startswith(package) for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        pytest.skip(f"the model of transformers makes a tensor on the default device: {error}")
     assert len(found) == len(wanted) > 20
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
