@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from hf_kvcache import KVCache, QuantizedKVCache
 from hf_kvcache.cli.models import load_default_model
+from hf_kvcache.cli.sample_text import packaged_text
 from tests.running import as_cache, assert_packed
 
 pytestmark = pytest.mark.slow
@@ -29,9 +30,7 @@ def smollm2() -> Any:
 
 
 def _text() -> str:
-    from importlib.resources import files
-
-    return (files("hf_kvcache") / "data" / "alice.txt").read_text()
+    return packaged_text()[0]
 
 
 def test_full_equality(smollm2: Any) -> None:
