@@ -18,7 +18,7 @@ from hf_kvcache_eval.report.style import settings, styles
 from hf_kvcache_eval.report.write import PICTURED, content
 
 #: Pictures of a page, and pixels an inch: they are tracked, so they are few and small.
-_PICTURES, _DPI, _COLORS = 2, 85, 32
+_PICTURES, _DPI, _COLORS = 2, 75, 32
 
 
 def publish(folder: Path, out: Path, name: str | None = None) -> list[Path]:
