@@ -118,6 +118,7 @@ class DecodeSteps(AttentionOverPages):
             or query.shape[2] != 1
             or new.stored
             or self.rollback.recording
+            or storage.writer.ahead  # whose tokens leave the buffer without a change of the table
             or storage.dense.uniform_length is None
             or self.padding is not NO_PADDING
             or query.shape[0] != keys.shape[0]
