@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from hf_kvcache.kernels.dispatch import implementation
-from hf_kvcache.kernels.inputs import CallInputs, Pages, Scoring, Slots, UpProjections
+from hf_kvcache.kernels.inputs import CallInputs, Pages, Slots, UpProjections
 
 
 class PreparedCall(Protocol):
@@ -20,14 +20,10 @@ class PreparedCall(Protocol):
         pages: the pages it reads; None if there are none.
         slots: the buffer of full-precision tokens, in which it stores the new token.
         up: the up-projections, if latents are stored.
-        kind: shape, strides and dtype of the query, strides of the keys and of the values.
-        scoring: how scores are made.
     """
 
     pages: Pages | None
     slots: Slots
-    kind: tuple[Any, ...]
-    scoring: Scoring
 
     @property
     def up(self) -> UpProjections | None:

@@ -53,7 +53,7 @@ class AttentionOverPages(DenseReads):
         ]
         if new.length == 1 and not new.stored:
             # A single token is written to the dense buffer before attention, so that no tensors are concatenated.
-            storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
+            new.append_one_to(storage)
             new.stored = True
         if len(segments) == 1:
             queries, ahead = segments[0]

@@ -30,7 +30,10 @@ class PreparedDecoding:
     def __init__(self, window: int | None) -> None:
         self.window = window
         self._latest: PreparedCall | None = None
-        self._version = -1  # version of the page table for which the latest call was prepared
+        # What the latest call was prepared for: the page table, the layout of the tokens, the scoring.
+        self._version = -1
+        self._kind: tuple[Any, ...] = ()
+        self._scoring: Scoring | None = None
 
     def attend(
         self,
@@ -52,25 +55,26 @@ class PreparedDecoding:
         Returns:
             ``[B, 1, Hq, Dv]``. None, with nothing stored, if no kernel can store and attend in one call.
         """
-        dense, call, keys, values = storage.dense, self._latest, new.keys, new.values
-        slot = dense.longest
+        dense, call, known, keys, values = storage.dense, self._latest, self._scoring, new.keys, new.values
+        slot, kind = dense.longest, (query.shape, query.stride(), query.dtype, keys.stride(), values.stride())
         if slot == dense.positions.shape[1]:
             dense.reserve(slot + 1)
         if (
             call is None
+            or known is None
             or self._version != storage.table.version
             or call.slots.keys is not dense.keys  # replaced together with the values and positions
             or call.slots.lengths is not dense.lengths
-            or call.kind != (query.shape, query.stride(), query.dtype, keys.stride(), values.stride())
-            or call.scoring.sink_logits is not scoring.sink_logits
-            or call.scoring.scaling != scoring.scaling
-            or call.scoring.softcap != scoring.softcap
+            or self._kind != kind
+            or known.sink_logits is not scoring.sink_logits
+            or known.scaling != scoring.scaling
+            or known.softcap != scoring.softcap
             or (up is not None and call.up is not up)
         ):
             slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths)
             inputs = CallInputs(query, keys, values, storage.pages(), slots, scoring, self.window, up)
-            call, self._version = prepare(inputs), storage.table.version
-            self._latest = call
+            self._version, self._kind, self._scoring = storage.table.version, kind, scoring
+            call = self._latest = prepare(inputs)
             if call is None:
                 return None
         output = call(query, keys, values, slot, new.position)

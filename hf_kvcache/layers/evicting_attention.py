@@ -202,7 +202,7 @@ class EvictingAttention(KVCacheLayer):
     def _store(self, new: NewTokens) -> None:
         storage, _ = self._held()
         if new.length == 1:
-            storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
+            new.append_one_to(storage)
         else:
             storage.append_block(new.keys, new.values, new.position, new.valid, pack=False)
         new.stored = True

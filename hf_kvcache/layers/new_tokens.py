@@ -46,6 +46,11 @@ class NewTokens:
         """The same tokens, for another layer to store. The tensors are shared."""
         return replace(self)
 
+    def append_one_to(self, storage: PagedStorage) -> None:
+        """Store the only token of each sequence, where it is no padding."""
+        valid = None if self.valid is None else self.valid[:, 0]
+        storage.append_one(self.keys, self.values, self.position, valid)
+
     def part(self, tokens: slice) -> NewTokens:
         """Some of the tokens, not stored yet."""
         valid, earlier = self.valid, self.earlier_padding

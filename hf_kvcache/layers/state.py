@@ -97,7 +97,7 @@ class LayerState:
     def _flush(self, new: NewTokens, storage: PagedStorage) -> None:
         rollback = self.rollback
         if new.length == 1 and not new.stored:
-            storage.append_one(new.keys, new.values, new.position, None if new.valid is None else new.valid[:, 0])
+            new.append_one_to(storage)
         elif not new.stored:
             keep_from = 0 if rollback.recording else rollback.start(self._seen)
             storage.append_block(new.keys, new.values, new.position, new.valid, not rollback.recording, keep_from)

@@ -55,7 +55,7 @@ class DenseBuffer:
             self.values.narrow(2, slot, 1).copy_(values)
             self.positions[:, slot] = position
             self.lengths += 1
-            self.note_one_stored()
+            self.uniform_length = self.longest = slot + 1
             return
         rows = np.arange(len(self.lengths)) if valid is None else np.flatnonzero(valid)
         slots = self.lengths[rows]
@@ -65,11 +65,6 @@ class DenseBuffer:
         self.positions[rows, slots] = position
         self.lengths[rows] += 1
         self._note_lengths()
-
-    def note_one_stored(self) -> None:
-        """Take note that the next slot of every sequence, of which all use equally many, was filled and counted."""
-        assert self.uniform_length is not None
-        self.uniform_length = self.longest = self.uniform_length + 1
 
     def store(self, row: int | slice, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
         """Replace the tokens of the sequences ``row`` by ``keys [b, Hkv, n, Dk]`` and ``values``."""

@@ -21,9 +21,6 @@ class CpuPreparedCall:
         self.pages, self.slots = inputs.pages, inputs.slots
         # A weak reference: these are views of the model's weight, and a prepared call may outlive the model.
         self._up = None if inputs.up is None else ref(inputs.up)
-        query, keys, values = inputs.query, inputs.keys, inputs.values
-        self.kind = query.shape, query.stride(), query.dtype, keys.stride(), values.stride()
-        self.scoring = inputs.scoring
 
     @property
     def up(self) -> UpProjections | None:
