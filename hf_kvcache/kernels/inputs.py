@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from hf_kvcache.kernels.device_table import DeviceTable, ResidentTable
 from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.workspace import scratch
 
@@ -30,6 +31,8 @@ class Pages:
         scattered: positions ``[P]`` of the pages whose positions have gaps, by ``(row, column)``.
         key_mean: float32 ``[rows, Dk]``, the mean that was subtracted from the rotated keys; None if there is none.
         heads: number of KV heads.
+        resident: the table on the device that follows a table on the host; None for pages without such a table.
+        version: the version of the host's table that these pages are.
         prepared: what a backend has computed of these pages for later calls, by the name of the backend.
     """
 
@@ -41,7 +44,10 @@ class Pages:
     scattered: dict[tuple[int, int], np.ndarray]
     key_mean: torch.Tensor | None
     heads: int
+    resident: ResidentTable | None = field(default=None, repr=False, compare=False)
+    version: int = field(default=-1, repr=False, compare=False)
     prepared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    _own_table: ResidentTable | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -73,13 +79,31 @@ class Pages:
             prepared={},
         )
 
-    def positions(self, start: int, stop: int) -> torch.Tensor:
+    def on_device(self, positions: bool = False) -> DeviceTable:
+        """The table on the device of the pages. Only what has changed since an earlier call is sent there.
+
+        It holds for work that is queued on the device before the table on the host changes again.
+
+        Args:
+            positions: whether the positions of all tokens are wanted too.
+        """
+        if self.resident is not None and self.resident.version == self.version:
+            return self.resident.brought(self, positions)
+        if self._own_table is None:
+            self._own_table = ResidentTable()
+        return self._own_table.brought(self, positions)
+
+    def host_positions(self, start: int, stop: int) -> np.ndarray:
         """Original positions ``[rows, stop - start, P]``, int64; undefined behind the count of a page."""
         positions = self.first[:, start:stop, None] + np.arange(self.layout.page_size)
         for (row, column), stored in self.scattered.items():
             if start <= column < stop:
                 positions[row, column - start, : len(stored)] = stored
-        return torch.from_numpy(positions).to(self.device)
+        return positions
+
+    def positions(self, start: int, stop: int) -> torch.Tensor:
+        """As :meth:`host_positions`, on the device of the pages."""
+        return torch.from_numpy(self.host_positions(start, stop)).to(self.device)
 
     def unused(self, start: int, stop: int) -> torch.Tensor | None:
         """bool ``[rows, stop - start, P]``, True where there is no token; None if there is a token everywhere."""

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 
+from hf_kvcache.kernels.device_table import ResidentTable
 from hf_kvcache.storage.integrity import IntegrityError
 from hf_kvcache.storage.pool import PagePool
 
@@ -28,12 +29,14 @@ class PageTable:
     Attributes:
         version: a number that every method that changes the table raises; no two tables ever have the same.
         lengths: int64 ``[rows]``, pages in each row.
+        resident: the table on the device of the pages, which follows this one.
     """
 
     def __init__(self, pool: PagePool, sequences: int, heads: int = 1) -> None:
         self.pool, self.heads = pool, heads
         rows = sequences * heads
         self.version = next(_VERSIONS)
+        self.resident = ResidentTable(self.version)
         self.lengths = np.zeros(rows, dtype=np.int64)
         self._ids = np.full((rows, 0), _NO_PAGE, dtype=np.int64)
         self._addresses = np.zeros((rows, 0), dtype=np.int64)  # of the records
@@ -50,7 +53,7 @@ class PageTable:
     def nbytes(self) -> int:
         positions = sum(stored.nbytes for stored in list(self.pool.positions.values()))
         arrays = (self._ids, self._addresses, self._counts, self._first, self.lengths)
-        return sum(array.nbytes for array in arrays) + positions
+        return sum(array.nbytes for array in arrays) + positions + self.resident.nbytes
 
     def rows_of(self, sequences: np.ndarray) -> np.ndarray:
         """The rows of ``sequences``, those of each sequence side by side."""
@@ -103,15 +106,15 @@ class PageTable:
 
     def append(self, rows: np.ndarray, ids: np.ndarray, first: np.ndarray, count: int) -> None:
         """Append full pages ``ids [len(rows), n]`` of ``count`` tokens, whose references pass to the table."""
-        added = ids.shape[1]
-        self._reserve(int(self.lengths[rows].max(initial=0)) + added)
-        columns = self.lengths[rows, None] + np.arange(added)
+        added, held = ids.shape[1], self.lengths[rows]
+        self._reserve(int(held.max(initial=0)) + added)
+        columns = held[:, None] + np.arange(added)
         self._ids[rows[:, None], columns] = ids
         self._counts[rows[:, None], columns] = count
         self._first[rows[:, None], columns] = first
         self._addresses[rows[:, None], columns] = self.pool.addresses(ids)
         self.lengths[rows] += added
-        self._changed()
+        self._changed(int(held.min(initial=self.columns)))
 
     def truncate_from(self, position: int) -> None:
         """Forget the tokens at ``position`` and after; a page that loses some keeps the others."""
@@ -139,7 +142,7 @@ class PageTable:
         self._addresses[last] = 0
         self._counts[last] = 0
         self.lengths -= pages
-        self._changed()
+        self._changed(int(self.lengths.min()))
         self.pool.release(released)
 
     def drop_before(self, position: int) -> int | None:
@@ -236,8 +239,10 @@ class PageTable:
         if not sys.is_finalizing() and hasattr(self, "_ids"):
             self.pool.abandon(self.page_ids())
 
-    def _changed(self) -> None:
+    def _changed(self, column: int = 0) -> None:
+        """Note a change of columns from ``column`` on."""
         self.version = next(_VERSIONS)
+        self.resident.note(self.version, column)
 
     def _addresses_of(self, ids: np.ndarray) -> np.ndarray:
         """Where the records of ``ids`` lie, 0 where there is no page."""

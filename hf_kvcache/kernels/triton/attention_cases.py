@@ -61,6 +61,8 @@ def pages_case(arch: str, operation: str, codec: str, dim: int, length: int) -> 
             **_POINTERS,
             **_SIZES,
             "columns": "i32",
+            "capacity": "i32",
+            "start": "i64",
             "per_split": "i32",
         },
         constants={

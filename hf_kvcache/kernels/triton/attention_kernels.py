@@ -147,7 +147,7 @@ def _add_folded_values(
         return tl.dot(shares, levels, acc * decay[:, None], input_precision=side.precision)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "per_split", "rows_m", "heads", "window"])
+@triton.jit(do_not_specialize=["rows", "columns", "capacity", "start", "per_split", "rows_m", "heads", "window"])
 def pages_kernel(
     # Query.
     query,
@@ -167,6 +167,8 @@ def pages_kernel(
     # Sizes and scoring.
     rows,
     columns,
+    capacity,
+    start,
     per_split,
     rows_m,
     heads,
@@ -193,8 +195,8 @@ def pages_kernel(
 
     Args:
         query: ``[B, Hq, q, Dk]`` in the rotated basis; the last dimension is contiguous.
-        pages: int64 ``[3, rows, columns]``: addresses of the records, token counts, first positions.
-        positions: int32 ``[rows, columns, P]``; read if ``PLACED == 2``. Positions are relative to the first query's.
+        pages: int64 ``[3, rows, capacity]``: addresses of the records, token counts, first positions.
+        positions: int32 ``[rows, capacity, P]``; read if ``PLACED == 2``.
         key_mean: fp32 ``[rows, Dk]``; read if ``CENTERED``.
         tables: fp32 ``[2, 16]``, the levels of keys and values; read where a side has ``level="table"``.
         partial: fp32 ``[splits, rows, rows_m, Dv]``, written, in the rotated basis.
@@ -203,6 +205,8 @@ def pages_kernel(
         query_b, query_h, query_q: elements between sequences, heads and tokens of the query.
         rows: sequences times KV heads.
         columns: pages of a row.
+        capacity: the distance between rows of the table.
+        start: position of the first query.
         per_split: pages of a split.
         rows_m: queries of a row, query heads per KV head times query tokens.
         heads: KV heads.
@@ -242,11 +246,11 @@ def pages_kernel(
     acc = tl.full([BLOCK_M, VALUES.segments * VALUES.segment_pad], 0.0, tl.float32)
     last = tl.minimum((split + 1) * per_split, columns)
     for tile in tl.range(split * per_split * TILES, last * TILES, num_stages=STAGES):
-        place, first, token, held, keep, record = locate_tokens(pages, row, rows, columns, tile, KEYS, BLOCK_N, FULL)
+        place, first, token, held, keep, record = locate_tokens(pages, row, rows, capacity, tile, KEYS, BLOCK_N, FULL)
         scores = _page_scores(record, q, first, held, key_table, key_channel, key_there, KEYS, BLOCK_N, MASKED)
         scores = finish_scores(scores, q_peak, shift, inner, softcap, SOFTCAP)
         if PLACED > 0:
-            at = page_positions(pages, positions, place, rows, columns, token, keep, KEYS, PLACED)
+            at = page_positions(pages, positions, place, rows, capacity, token, keep, KEYS, PLACED) - start
             seen = sees(at, m, window, keep, GROUP, CAUSAL, WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
         elif MASKED:
@@ -364,7 +368,6 @@ def dense_kernel(
         slots: number of slots.
         per_split: slots of a split, a multiple of ``BLOCK_N``.
         first_split: index of the first split in ``partial``, after the splits of the pages.
-        start: position of the first query.
         KEY_PAD: ``KEY_DIM`` rounded up to a power of two.
         VALUE_PAD: ``VALUE_DIM`` rounded up to a power of two.
         COMPUTE: type in which dot products take keys and values.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -197,20 +196,13 @@ def _attend_pages(
     keys, values = page_sides(pages.layout, call.query.dtype, config.block_m, call.arch)
     fmt = pages.layout.sides["keys"]
     query = call.query if fmt.rotation == "none" else rotate(call.query.float(), fmt)
-    table = np.stack([pages.addresses, pages.counts, pages.first - call.visibility.start])
-    uploaded = torch.from_numpy(table).to(call.device, non_blocking=True)
-    placed, positions = 0, uploaded
-    if call.visibility.window is not None:
-        held = pages.first[pages.counts > 0]
-        if not call.visibility.sees_all(int(held.min()) if held.size else 0):
-            placed = 2 if pages.scattered else 1
-    if placed == 2:
-        positions = (pages.positions(0, pages.columns) - call.visibility.start).int()
+    placed = page_placement(pages, call.visibility)
+    table = pages.on_device(positions=placed == 2)
     block_n = min(config.block_n, keys.page_pad)
     pages_kernel[call.blocks(config.block_m), splits](
         query,
-        uploaded,
-        positions,
+        table.table,
+        table.table if table.positions is None else table.positions,
         partial if pages.key_mean is None else pages.key_mean,
         level_tables(fmt.table, pages.layout.sides["values"].table, call.device),
         partial,
@@ -218,6 +210,8 @@ def _attend_pages(
         kept_scores,
         *query.stride()[:3],
         columns=pages.columns,
+        capacity=table.capacity,
+        start=call.visibility.start,
         per_split=per_split,
         KEYS=keys,
         VALUES=values,
@@ -231,6 +225,16 @@ def _attend_pages(
         **config.options,
         **call.common,
     )
+
+
+def page_placement(pages: Pages, visibility: Visibility) -> int:
+    """How kernels learn which tokens of pages a query sees: ``PLACED`` of :func:`pages_kernel`."""
+    if visibility.window is None:
+        return 0
+    held = pages.first[pages.counts > 0]
+    if visibility.sees_all(int(held.min()) if held.size else 0):
+        return 0
+    return 2 if pages.scattered else 1
 
 
 def _attend_dense(
