@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -210,15 +210,15 @@ class Slots:
         values: ``[B, Hkv, slots, Dv]``.
         positions: int64 ``[B, slots]`` on the host.
         lengths: int64 ``[B]`` on the host, the number of slots in use.
-        device_positions: int64 ``[B, slots]`` on the device of the keys, for calls that need positions there; else
-            None. A call writes the position of its token there too.
+        positions_on_device: gives the positions on the device of the keys, int64 ``[B, slots]``. A call that asks for
+            them writes the position of its token there too.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     positions: np.ndarray
     lengths: np.ndarray
-    device_positions: torch.Tensor | None = None
+    positions_on_device: Callable[[], torch.Tensor]
 
 
 @dataclass
@@ -230,10 +230,11 @@ class CallInputs:
         keys: of the new token, ``[B, Hkv, 1, Dk]``, or its latents. No sequence has padding here.
         values: of the new token, ``[B, Hkv, 1, Dv]``, or its rotary keys.
         pages: the pages; None if there are none.
-        slots: the buffer of full-precision tokens, of which every sequence has equally many.
+        slots: the buffer of full-precision tokens, of which every sequence has equally many unless ``ragged``.
         scoring: how scores are made.
         window: tokens a query sees (sliding windows); None for all.
         up: the up-projections, if latents are stored; None if keys and values are.
+        ragged: whether sequences hold different numbers of tokens. Then a token goes to the first free slot of each.
     """
 
     query: torch.Tensor
@@ -244,6 +245,7 @@ class CallInputs:
     scoring: Scoring
     window: int | None
     up: UpProjections | None = None
+    ragged: bool = False
 
 
 class Attention(NamedTuple):

@@ -80,8 +80,8 @@ def test_only_what_changed_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     storage = make_storage("int8", 2, page_size=PAGE)
     storage.append_block(*random_tokens(0, 2, 90), 0, None)
     sent: list[tuple[int, ...]] = []
-    send = device_table._send
-    monkeypatch.setattr(device_table, "_send", lambda array, to: (sent.append(array.shape), send(array, to)))
+    send = device_table.send
+    monkeypatch.setattr(device_table, "send", lambda array, to: (sent.append(array.shape), send(array, to)))
     pages = storage.pages()
     assert pages is not None
     rows, columns = pages.rows, pages.columns

@@ -7,9 +7,11 @@ from functools import lru_cache
 from threading import get_ident
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 
+from hf_kvcache.kernels.device_table import send
 from hf_kvcache.kernels.inputs import CallInputs, DenseTokens, UpProjections
 from hf_kvcache.kernels.page import SideFormat
 from hf_kvcache.kernels.reference.hadamard import rotation_matrix, rotation_signs
@@ -116,20 +118,27 @@ class PreparedCall:
         inputs: what it is prepared for.
         state: int64 ``[2 + B]`` on the device: position of the next token, columns of the table, slots in use of each
             sequence. A call then reads these there in place of its arguments and counts the token there, so that it
-            can be captured in a CUDA graph.
+            can be captured in a CUDA graph. Whoever gives it writes it.
         columns: pages of a row that the grid is for; those that there are by default.
     """
+
+    #: Sequences may hold different numbers of tokens.
+    takes_ragged = True
 
     def __init__(self, inputs: CallInputs, state: torch.Tensor | None = None, columns: int | None = None) -> None:
         self.pages, self.slots, self.state = inputs.pages, inputs.slots, state
         self.up: UpProjections | None = None
         self._inputs, self._plan = inputs, _Plan(inputs)
         held = 0 if inputs.pages is None else inputs.pages.columns
-        self._columns = held
         self._splits = self._plan.splits(held if columns is None else columns)
         self._device, self._index = inputs.query.device, inputs.query.device.index or 0
         self._dtype = inputs.query.dtype
         self._sizes = self._plan.batch, 1, self._plan.query_heads, self._plan.value_dim
+        # In a ragged batch a state of its own, which is right for the next position only.
+        self._own_state, self._next = inputs.ragged and state is None, -1
+        if self._own_state:
+            with torch.inference_mode(False):
+                self.state = torch.empty(2 + self._plan.batch, dtype=torch.int64, device=self._device)
         self._prepare()
 
     supports = staticmethod(supports)
@@ -139,6 +148,8 @@ class PreparedCall:
     ) -> torch.Tensor:
         if get_ident() != self._thread:
             self._prepare()  # with scratch memory of this thread
+        if self._own_state:
+            self._follow(position)
         device = self._device
         output = torch.empty(self._sizes, dtype=self._dtype, device=device)
         if device.type == "cuda" and torch.cuda.current_device() != self._index:
@@ -147,9 +158,19 @@ class PreparedCall:
         else:
             self._launch(query, keys, values, output, slot, position)
         slots = self.slots
-        slots.positions[:, slot] = position
+        if self._own_state:
+            slots.positions[np.arange(len(slots.lengths)), slots.lengths] = position
+        else:
+            slots.positions[:, slot] = position
         slots.lengths += 1
         return output
+
+    def _follow(self, position: int) -> None:
+        """Bring the state of a ragged batch to the device, unless the kernels have counted on what is there."""
+        if position != self._next and self.state is not None:
+            columns = 0 if self.pages is None else self.pages.columns
+            send(np.array([position, columns, *self.slots.lengths]), self.state)
+        self._next = position + 1
 
     def _launch(
         self,
@@ -218,15 +239,27 @@ NO_TURN = Turn("none", None, 0)
 
 
 @lru_cache(maxsize=64)
-def turn_of(fmt: SideFormat, device: torch.device) -> Turn:
-    """How kernels rotate a side."""
+def turn_of(fmt: SideFormat, device: torch.device, in_registers: bool = True) -> Turn:
+    """How kernels rotate a side; by a matrix from memory where the width is no power of two or ``in_registers`` is no.
+
+    In registers a query costs some 300 instructions and no memory, while a matrix has more bytes than the pages of a
+    short split.
+    """
     if fmt.rotation == "none":
         return NO_TURN
     # A cached tensor made under inference_mode could not be used outside it.
     with torch.inference_mode(False):
-        if fmt.dim & (fmt.dim - 1) == 0:
+        if in_registers and fmt.dim & (fmt.dim - 1) == 0:
             return Turn("butterfly", rotation_signs(fmt.dim, fmt.rotation).to(device), fmt.dim.bit_length() - 1)
         return Turn("matrix", rotation_matrix(fmt.dim, fmt.rotation, torch.float32, device), 0)
+
+
+def query_turn(inputs: CallInputs) -> Turn:
+    """How the query is rotated. Where dot products are in fp32, the transform in registers would make them spill."""
+    if inputs.pages is None:
+        return NO_TURN
+    fmt = inputs.pages.layout.sides["keys"]
+    return turn_of(fmt, inputs.query.device, inputs.query.dtype != torch.float32)
 
 
 def _buffer(inputs: CallInputs, unread: torch.Tensor) -> dict[str, Any]:
@@ -239,7 +272,7 @@ def _buffer(inputs: CallInputs, unread: torch.Tensor) -> dict[str, Any]:
         "key": slots.keys.stride()[:3],
         "value": slots.values.stride()[:3],
     }
-    positions = slots.device_positions
+    positions = None if inputs.window is None else slots.positions_on_device()
     return {
         "keys": slots.keys,
         "values": slots.values,
@@ -264,7 +297,7 @@ def _pages(inputs: CallInputs, unread: torch.Tensor) -> dict[str, Any]:
         return {name: unread for name in unused} | {"columns": 0, "capacity": 0}
     table = pages.on_device(positions=inputs.window is not None and bool(pages.scattered))
     sides = pages.layout.sides
-    turn = turn_of(sides["keys"], pages.device)
+    turn = query_turn(inputs)
     return {
         "pages": table.table,
         "page_places": table.table if table.positions is None else table.positions,
@@ -283,7 +316,7 @@ def step_constants(plan: _Plan, state: bool) -> dict[str, Any]:
     turn, block_n, placed = NO_TURN, config.block_n, 0
     if pages is not None:
         keys, values = page_sides(pages.layout, inputs.query.dtype, config.block_m, plan.arch)
-        turn = turn_of(pages.layout.sides["keys"], plan.device)
+        turn = query_turn(inputs)
         block_n = min(block_n, keys.page_pad)
         placed = 0 if inputs.window is None else 2 if pages.scattered else 1
     return {

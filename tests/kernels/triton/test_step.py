@@ -22,7 +22,7 @@ SPARE = 3
 class Step:
     """An attention call of one new token, whose last full-precision token is the new one, as a prepared call."""
 
-    def __init__(self, call: Call, lengths: list[int] | None = None) -> None:
+    def __init__(self, call: Call) -> None:
         self.call, dense = call, call.dense
         assert dense.positions is not None
         batch, heads, held, _ = dense.keys.shape
@@ -32,11 +32,9 @@ class Step:
         keys[:, :, : self.slot], values[:, :, : self.slot] = dense.keys[:, :, :-1], dense.values[:, :, :-1]
         positions = np.full((batch, room), 1 << 40, dtype=np.int64)
         positions[:, : self.slot] = dense.positions[:, :-1].cpu().numpy()
-        there = torch.from_numpy(positions.copy()).to(keys.device)
-        windowed = call.visibility.window is not None
-        self.slots = Slots(
-            keys, values, positions, np.full(batch, self.slot, dtype=np.int64), there if windowed else None
-        )
+        self.there = torch.from_numpy(positions.copy()).to(keys.device)
+        lengths = np.full(batch, self.slot, dtype=np.int64)
+        self.slots = Slots(keys, values, positions, lengths, lambda: self.there)
         self.keys, self.values = new_token(dense.keys), new_token(dense.values)
         self.position = call.visibility.start
 
@@ -92,8 +90,8 @@ def stored(step: Step) -> None:
     dense, slots, count = step.call.dense, step.slots, step.slot + 1
     for held, wanted in ((slots.keys, dense.keys), (slots.values, dense.values)):
         assert torch.equal(held[:, :, :count], wanted) and held[:, :, count:].isnan().all()
-    if slots.device_positions is not None and dense.positions is not None:
-        assert torch.equal(slots.device_positions[:, :count], dense.positions)
+    if step.call.visibility.window is not None and dense.positions is not None:
+        assert torch.equal(step.there[:, :count], dense.positions)
 
 
 @pytest.mark.parametrize("spec", ["unbiased4", "rotated8", "none", "int4", "fp8", "kvarn2"])
