@@ -35,8 +35,10 @@ class PreparedLaunch:
         self._kernel, self._grid, self._options = kernel, grid, options
         self._rest = [arguments[name] for name in names]
         self._compiled: Any = None
+        # What `compiled.run` takes before the stream, behind it, and behind the arguments that change.
+        self._before: tuple[Any, ...] = ()
+        self._after: tuple[Any, ...] = ()
         self._addresses: list[Any] = []
-        self._aligned: list[bool] = []
 
     def __call__(self, stream: int, tensors: tuple[torch.Tensor, ...], numbers: tuple[int, ...] = ()) -> None:
         """Launch on the current device.
@@ -47,30 +49,31 @@ class PreparedLaunch:
             numbers: the numbers that change.
         """
         addresses = [tensor.data_ptr() for tensor in tensors]
-        # Triton compiles other code for pointers that are multiples of 16 bytes.
-        aligned = [address % 16 == 0 for address in addresses]
-        if aligned != self._aligned:
-            self._launch(tensors, numbers)
-            self._aligned = aligned if self._compiled is not None else []
+        unaligned = 0
+        for address in addresses:
+            unaligned |= address
+        compiled, enter, leave = self._compiled, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        # Triton compiles other code for pointers that are no multiples of 16 bytes, and hooks (of profilers) are told
+        # of ordinary launches.
+        if compiled is None or unaligned % 16 or _calls(enter) or _calls(leave):
+            self._launch(tensors, numbers, not unaligned % 16)
             return
-        compiled, enter = self._compiled, knobs.runtime.launch_enter_hook
-        values = (*addresses, *numbers, *self._addresses)
-        compiled.run(
-            *self._grid,
-            1,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            None if enter is None else compiled.launch_metadata((*self._grid, 1), stream, *values),
-            enter,
-            knobs.runtime.launch_exit_hook,
-            *values,
-        )
+        compiled.run(*self._before, stream, *self._after, *addresses, *numbers, *self._addresses)
 
-    def _launch(self, tensors: tuple[torch.Tensor, ...], numbers: tuple[int, ...]) -> None:
-        """Launch as usual, and keep the kernel that was compiled; the interpreter compiles none."""
-        self._compiled = self._kernel[self._grid](*tensors, *numbers, *self._rest, **self._options)
+    def _launch(self, tensors: tuple[torch.Tensor, ...], numbers: tuple[int, ...], keep: bool) -> None:
+        """Launch as usual, and keep the kernel that was compiled if ``keep``; the interpreter compiles none."""
+        compiled = self._kernel[self._grid](*tensors, *numbers, *self._rest, **self._options)
+        if not keep or compiled is None:
+            return
         self._addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in self._rest]
+        self._before = (*self._grid, 1)
+        self._after = compiled.function, compiled.packed_metadata, None, None, None
+        self._compiled = compiled
+
+
+def _calls(hook: Any) -> bool:
+    """Whether a hook of Triton's does anything: a chain of functions, or a function."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def current_stream(device: torch.device) -> int:

@@ -132,10 +132,11 @@ class PreparedCall:
         held = 0 if inputs.pages is None else inputs.pages.columns
         self._splits = self._plan.splits(held if columns is None else columns)
         self._device, self._index = inputs.query.device, inputs.query.device.index or 0
-        self._dtype = inputs.query.dtype
-        self._sizes = self._plan.batch, 1, self._plan.query_heads, self._plan.value_dim
-        # In a ragged batch a state of its own, which is right for the next position only.
+        self._like = inputs.query.new_empty(self._plan.batch, 1, self._plan.query_heads, self._plan.value_dim)
+        # In a ragged batch a state of its own. It and positions on the device are right for the next position only:
+        # the general path stores tokens without writing there.
         self._own_state, self._next = inputs.ragged and state is None, -1
+        self._follows = self._own_state or (inputs.window is not None and state is None)
         if self._own_state:
             with torch.inference_mode(False):
                 self.state = torch.empty(2 + self._plan.batch, dtype=torch.int64, device=self._device)
@@ -148,10 +149,10 @@ class PreparedCall:
     ) -> torch.Tensor:
         if get_ident() != self._thread:
             self._prepare()  # with scratch memory of this thread
-        if self._own_state:
+        if self._follows:
             self._follow(position)
         device = self._device
-        output = torch.empty(self._sizes, dtype=self._dtype, device=device)
+        output = torch.empty_like(self._like)
         if device.type == "cuda" and torch.cuda.current_device() != self._index:
             with torch.cuda.device(device):
                 self._launch(query, keys, values, output, slot, position)
@@ -160,16 +161,20 @@ class PreparedCall:
         slots = self.slots
         if self._own_state:
             slots.positions[np.arange(len(slots.lengths)), slots.lengths] = position
+            slots.lengths += 1
         else:
             slots.positions[:, slot] = position
-        slots.lengths += 1
+            slots.lengths.fill(slot + 1)
         return output
 
     def _follow(self, position: int) -> None:
-        """Bring the state of a ragged batch to the device, unless the kernels have counted on what is there."""
-        if position != self._next and self.state is not None:
-            columns = 0 if self.pages is None else self.pages.columns
-            send(np.array([position, columns, *self.slots.lengths]), self.state)
+        """Bring to the device what the general path has stored, unless the latest token was stored by this call."""
+        if position != self._next:
+            if self._inputs.window is not None:
+                self.slots.positions_on_device()
+            if self._own_state and self.state is not None:
+                columns = 0 if self.pages is None else self.pages.columns
+                send(np.array([position, columns, *self.slots.lengths]), self.state)
         self._next = position + 1
 
     def _launch(
