@@ -14,6 +14,7 @@ from hf_kvcache.kernels.triton.step import PreparedCall, supports
 from hf_kvcache.kernels.workspace import scratch
 from tests.choosing import chosen
 from tests.kernels.triton.calls import Call, Random, Shape, expected, make_call, ragged, scattered
+from tests.kernels.triton.conftest import INTERPRETED
 from tests.kernels.triton.fixtures import bfloat16_dot, poisoned_outputs  # noqa: F401
 from tests.tolerances import assert_near
 
@@ -165,7 +166,7 @@ def test_a_sequence_of_tokens(device: torch.device) -> None:
         now = replace(call, dense=seen, visibility=replace(call.visibility, start=step.position + number))
         keys, values = new_token(seen.keys), new_token(seen.values)
         output = prepared(call.query, keys, values, step.slot + number, step.position + number)
-        assert_near(output, expected(now).output)
+        assert_near(output.cpu(), expected(now).output)
         assert torch.equal(output, captured(call.query, keys, values, 0, 0))
     assert step.slots.lengths.tolist() == [SPARE + 4]
     assert step.slots.positions[0, 3:].tolist() == [start, start + 1, start + 2, start + 3]
@@ -186,7 +187,7 @@ def test_a_grid_for_more_pages_than_there_are(device: torch.device) -> None:
         fewer = replace(
             call, pages=all_pages.until(columns), keys=call.keys[:, :columns], values=call.values[:, :columns]
         )
-        assert_near(step.run(prepared), expected(fewer).output)
+        assert_near(step.run(prepared).cpu(), expected(fewer).output)
 
 
 def test_other_threads_have_their_own_scratch_memory(device: torch.device) -> None:
@@ -197,6 +198,15 @@ def test_other_threads_have_their_own_scratch_memory(device: torch.device) -> No
     thread.start()
     thread.join()
     assert torch.equal(first, found[0])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")
+@pytest.mark.parametrize("spec", ["unbiased4", "rotated8", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(spec: str, dtype: torch.dtype, device: torch.device) -> None:
+    """A usual size, with many splits."""
+    shape = Shape(2, 8, 4, 1, 128, 128, page_size=128, columns=64, slots=200, dtype=dtype)
+    check(make_call(spec, shape, device=device))
 
 
 def test_what_is_left_to_the_general_path(device: torch.device) -> None:

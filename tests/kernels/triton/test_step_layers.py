@@ -16,7 +16,10 @@ from hf_kvcache.kernels.triton import decode
 from hf_kvcache.kernels.triton.step import PreparedCall
 from tests.choosing import chosen
 from tests.generation.layers import Layer, States, states
+from tests.kernels.triton.conftest import INTERPRETED
 from tests.tolerances import assert_near
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="its layers are on the CPU")
 
 #: A page event comes with the eighth token.
 PROMPT, STEPS = 37, 9
