@@ -51,6 +51,12 @@ class DenseBuffer:
     def capacity(self) -> int:
         return self.positions.shape[1]
 
+    @property
+    def bookkeeping_bytes(self) -> int:
+        """Bytes of positions and lengths, those on the device included."""
+        copies = 0 if self._there is None else 2 * self._there[1].nbytes
+        return self.positions.nbytes + self.lengths.nbytes + copies
+
     def positions_on_device(self) -> torch.Tensor:
         """The positions on the device of the keys, int64 ``[B, capacity]``. They are sent there if they have changed.
 

@@ -12,7 +12,8 @@ def bytes_by_part(storage: PagedStorage) -> dict[str, int]:
 
     Returns:
         ``codes`` and ``scales`` of the pages; ``sinks`` and ``tail``, full-precision tokens; ``tables``, the
-        bookkeeping on the host and the key mean; ``slack``: free pages, alignment of pages, and slots not in use.
+        bookkeeping on the host, its copies on the device, and the key mean; ``slack``: free pages, alignment of pages,
+        and slots not in use.
     """
     layout, dense, key_mean = storage.layout, storage.dense, storage.key_mean
     pages = _distinct_pages(storage)
@@ -27,7 +28,7 @@ def bytes_by_part(storage: PagedStorage) -> dict[str, int]:
         "scales": pages * layout.scale_bytes,
         "sinks": sinks * slot,
         "tail": tail * slot,
-        "tables": storage.table.nbytes + dense.positions.nbytes + dense.lengths.nbytes + mean_bytes,
+        "tables": storage.table.nbytes + dense.bookkeeping_bytes + mean_bytes,
         "slack": pages * alignment + storage.pool.free_pages * layout.record_bytes + unused,
     }
 

@@ -35,8 +35,7 @@ NO_TURN = Turn("none", None, 0)
 def turn_of(fmt: SideFormat, device: torch.device, in_registers: bool = True) -> Turn:
     """How kernels rotate a side; by a matrix from memory where the width is no power of two or ``in_registers`` is no.
 
-    In registers a query costs some 300 instructions and no memory, while a matrix has more bytes than the pages of a
-    short split.
+    In registers it costs instructions and no memory, while a matrix has more bytes than the pages of a short split.
     """
     if fmt.rotation == "none":
         return NO_TURN
