@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import hf_kvcache
+from hf_kvcache.integration import mla
 
 DEVICE = torch.device("cuda", 0)
 #: The limits of an H100.
@@ -106,6 +107,9 @@ class OnDevice(torch.Tensor):
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return _to(self, *args, **kwargs)
+
+    def __invert__(self) -> torch.Tensor:
+        return torch.bitwise_not(self)
 
     def item(self) -> Any:
         if self.numel() != 1:
@@ -200,6 +204,7 @@ class PretendedDevice(contextlib.ExitStack):
         self.enter_context(torch.no_grad())  # autograd asks a GPU for its streams
         for name, value in _of_torch_cuda(self).items():
             self.enter_context(patch.object(torch.cuda, name, value))
+        self.enter_context(patch.object(mla, "_split_if_plain", _split_if_plain))
         self.enter_context(_Functions(self))
         self.enter_context(_Operators(self))
         _ACTIVE.append(self)
@@ -215,8 +220,9 @@ class PretendedDevice(contextlib.ExitStack):
         self._count_index(index)
         if any(isinstance(part, (torch.Tensor, list, np.ndarray)) and not _is_number(part) for part in _parts(index)):
             self.add("operators", "index")
+        place = tuple(_held_index(part) for part in _parts(index))
         with no_dispatch():
-            return OnDevice(tensor.held[_held(index)])
+            return OnDevice(tensor.held[place])
 
     def write(self, tensor: OnDevice, index: Any, value: Any) -> None:
         """``tensor[index] = value``."""
@@ -227,8 +233,9 @@ class PretendedDevice(contextlib.ExitStack):
         if isinstance(value, torch.Tensor) and not isinstance(value, OnDevice) and value.dim():
             self.add("uploads", "index_put_")
             self.add("waits", "index_put_")
+        place = tuple(_held_index(part) for part in _parts(index))
         with no_dispatch():
-            tensor.held[_held(index)] = _held(value)
+            tensor.held[place] = _held(value)
 
     def _count_index(self, index: Any) -> None:
         for part in _parts(index):
@@ -249,6 +256,11 @@ class PretendedDevice(contextlib.ExitStack):
             yield counter
         finally:
             self._counters.remove(counter)
+
+
+def _split_if_plain(expansion: Any, weight: torch.Tensor) -> Any:
+    """As in the package, which asks for a plain ``Parameter``: a weight of the pretended device has a type of its own."""
+    return mla._split(expansion, weight) if mla._is_plain_expansion(expansion, weight) else None
 
 
 def _of_torch_cuda(device: PretendedDevice) -> dict[str, Any]:
@@ -437,6 +449,13 @@ def _is_number(part: Any) -> bool:
 
 def _held(given: Any) -> Any:
     return tree_map_only(OnDevice, lambda tensor: tensor.held, given)
+
+
+def _held_index(part: Any) -> Any:
+    """A part of an index; the ends of a slice that are on the device are read back."""
+    if isinstance(part, slice):
+        return slice(*(int(end) if isinstance(end, OnDevice) else end for end in (part.start, part.stop, part.step)))
+    return part.held if isinstance(part, OnDevice) else part
 
 
 def _non_blocking(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
