@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -27,7 +27,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 import hf_kvcache
 from hf_kvcache.integration import mla
@@ -367,7 +366,7 @@ class _Operators(TorchDispatchMode):
             result.zero_()  # no kernel writes to it
         if name == "_local_scalar_dense" or not on_device:
             return result
-        return tree_map_only(torch.Tensor, given.wrap, result)
+        return _mapped(given.wrap, torch.Tensor, result)
 
     def _count(
         self, func: Any, name: str, given: _Given, args: tuple[Any, ...], kwargs: dict[str, Any], on_device: bool
@@ -411,16 +410,20 @@ class _Given:
         self.wrappers: list[OnDevice] = []
         self.on_host: list[torch.Tensor] = []
 
-        def sort(tensor: torch.Tensor) -> torch.Tensor:
-            if isinstance(tensor, OnDevice):
-                self.wrappers.append(tensor)
-            elif tensor.dim():
-                self.on_host.append(tensor)
-            return tensor
-
-        tree_map_only(torch.Tensor, sort, (args, kwargs))
+        self._sort(args)
+        self._sort(kwargs.values())
         if not self.wrappers:
             self.on_host.clear()
+
+    def _sort(self, given: Iterable[Any]) -> None:
+        for each in given:
+            if isinstance(each, OnDevice):
+                self.wrappers.append(each)
+            elif isinstance(each, torch.Tensor):
+                if each.dim():
+                    self.on_host.append(each)
+            elif isinstance(each, (list, tuple)):
+                self._sort(each)
 
     def wrap(self, result: torch.Tensor) -> torch.Tensor:
         """The result as a tensor of the device: the argument itself where an operator works in place."""
@@ -448,7 +451,19 @@ def _is_number(part: Any) -> bool:
 
 
 def _held(given: Any) -> Any:
-    return tree_map_only(OnDevice, lambda tensor: tensor.held, given)
+    return _mapped(lambda tensor: tensor.held, OnDevice, given)
+
+
+def _mapped(function: Callable[[Any], Any], kind: type, given: Any) -> Any:
+    """``function`` of each tensor of that kind in lists, tuples and dictionaries of what operators take and give."""
+    if isinstance(given, kind):
+        return function(given)
+    if isinstance(given, (list, tuple)):
+        mapped = [_mapped(function, kind, each) for each in given]
+        return mapped if isinstance(given, list) else tuple(mapped)
+    if isinstance(given, dict):
+        return {name: _mapped(function, kind, each) for name, each in given.items()}
+    return given
 
 
 def _held_index(part: Any) -> Any:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu.pretended_runs                          all runs, kernels compiled for sm_90
     python -m benchmarks.gpu.pretended_runs --uncompiled --only h2o  without compiling: seconds
-    python -m benchmarks.gpu.pretended_runs --json --uncompiled      the counts, for the test that has their budgets
+    python -m benchmarks.gpu.pretended_runs --uncompiled --check     fail where a count is above ``pretended.csv``
+    python -m benchmarks.gpu.pretended_runs --uncompiled --write     write that file: today's counts are the budget
 
 Two layers, tiny otherwise. Counted is what the package asks for, not what the model does: operators in prefilling
 attention that transformers computes are the model's. See ``pretended_device.py`` for what is not seen; since kernels
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import csv
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -33,7 +35,9 @@ from benchmarks.gpu.pretended_device import DEVICE, KINDS, Counted, PretendedDev
 from benchmarks.gpu.settings import be_quiet
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, SlidingWindowCache
 from hf_kvcache.integration.versions import CACHE_ARGUMENT
+from hf_kvcache.kernels import workspace
 
+BUDGET = Path(__file__).with_name("pretended.csv")
 Make = Callable[[Any], Any]
 VOCABULARY, PROMPT, NEW, PAGE = 97, 75, 26, 16
 #: Moments of a run. ``warm-up`` is the first decoding step, which makes small tables; ``between`` is what happens
@@ -257,15 +261,78 @@ def execute(run: Run, device: PretendedDevice) -> Moments:
     return moments
 
 
+def forget() -> None:
+    """Forget what earlier runs left in the package: small tables on the device, scratch buffers."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "hf_kvcache":
+            for value in list(vars(module).values()):
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+    workspace._local.__dict__.clear()
+
+
+def budget(path: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """What each moment of each run may ask for, by kind."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {(row["run"], row["moment"]): {kind: int(row[kind]) for kind in KINDS} for row in rows}
+
+
+def counts(found: dict[str, Moments]) -> dict[tuple[str, str], dict[str, int]]:
+    """What each moment of each run asked for at most, by kind."""
+    listed = {
+        (name, moment): dict(moments.most[moment])
+        for name, moments in found.items()
+        for moment in MOMENTS
+        if moment in moments.most
+    }
+    return {key: most for key, most in listed.items() if key[1] != "between" or any(most.values())}
+
+
+def write(found: dict[str, Moments]) -> None:
+    """Make today's counts the budget."""
+    with BUDGET.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(("run", "moment", *KINDS))
+        rows.writerows((*key, *(most[kind] for kind in KINDS)) for key, most in counts(found).items())
+
+
+def above(found: dict[str, Moments], allowed: dict[tuple[str, str], dict[str, int]]) -> list[str]:
+    """Where a count is above the budget, in words."""
+    wrong: list[str] = []
+    for (name, moment), most in counts(found).items():
+        if (name, moment) not in allowed:
+            wrong.append(f"{name}, {moment}: no budget")
+            continue
+        for kind, number in most.items():
+            if number > allowed[name, moment][kind]:
+                wrong.append(f"{name}, {moment}: {number} {kind}, {allowed[name, moment][kind]} are allowed")
+                wrong += [f"    {line}" for line in found[name].places[moment].lines([kind])]
+    return wrong
+
+
 def table(found: dict[str, Moments]) -> list[str]:
     """The counts as lines of a table."""
     lines = [f"{'':34}{'moment':12}{'times':>6}" + "".join(f"{kind:>11}" for kind in KINDS)]
-    for name, moments in found.items():
-        for moment in MOMENTS:
-            if moment in moments.most and (moment != "between" or any(moments.most[moment].values())):
-                numbers = "".join(f"{moments.most[moment][kind]:11}" for kind in KINDS)
-                lines.append(f"{name:34}{moment:12}{moments.seen[moment]:6}{numbers}")
+    for (name, moment), most in counts(found).items():
+        numbers = "".join(f"{most[kind]:11}" for kind in KINDS)
+        lines.append(f"{name:34}{moment:12}{found[name].seen[moment]:6}{numbers}")
     return lines
+
+
+def execute_all(chosen: list[Run]) -> tuple[dict[str, Moments], int]:
+    """The counts of the runs that came to their end, and the number of those that did not."""
+    if any(run.make is low_rank for run in chosen):
+        calibrated()
+    found: dict[str, Moments] = {}
+    for run in chosen:
+        forget()
+        try:
+            with PretendedDevice() as device:
+                found[run.name] = execute(run, device)
+        except Exception:
+            print(f"FAILED {run.name}\n{traceback.format_exc()[-2500:]}", flush=True)
+    return found, len(chosen) - len(found)
 
 
 def main() -> int:
@@ -273,31 +340,25 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="runs whose name is one of these")
     parser.add_argument("--uncompiled", action="store_true", help="bind the kernels' arguments without compiling")
     parser.add_argument("--places", nargs="*", metavar="KIND", help=f"print the lines that ask for these: {KINDS}")
-    parser.add_argument("--json", action="store_true", help="print the counts as JSON in the last line")
+    parser.add_argument("--check", nargs="?", type=Path, const=BUDGET, help="fail where a count is above this budget")
+    parser.add_argument("--write", action="store_true", help="make the counts the budget; for all runs at once")
     args = parser.parse_args()
+    unknown = set(args.only or ()) - {run.name for run in runs()}
+    if unknown or (args.write and args.only):
+        parser.error(f"--only {sorted(unknown)}: no such run" if unknown else "--write needs all runs")
     be_quiet()
     torch.set_num_threads(1)
     pretended.install(not args.uncompiled)
-    chosen = [run for run in runs() if args.only is None or run.name in args.only]
-    if any(run.make is low_rank for run in chosen):
-        calibrated()
-    found: dict[str, Moments] = {}
-    failed = 0
-    for run in chosen:
-        try:
-            with PretendedDevice() as device:
-                found[run.name] = execute(run, device)
-        except Exception:
-            failed += 1
-            print(f"FAILED {run.name}\n{traceback.format_exc()[-2500:]}", flush=True)
-            continue
-        if args.places is not None:
-            for moment, counted in found[run.name].places.items():
-                print(f"{run.name}, {moment}:", *counted.lines(args.places or KINDS), sep="\n  ")
-    print(*table(found), f"{len(pretended.COMPILED)} kernels, {failed} failures", sep="\n")
-    if args.json:
-        print(json.dumps({name: {m: dict(c) for m, c in moments.most.items()} for name, moments in found.items()}))
-    return int(failed > 0)
+    found, failed = execute_all([run for run in runs() if args.only is None or run.name in args.only])
+    if args.places is not None:
+        for name, moments in found.items():
+            for moment, counted in moments.places.items():
+                print(f"{name}, {moment}:", *counted.lines(args.places or KINDS), sep="\n  ")
+    wrong = above(found, budget(args.check)) if args.check else []
+    print(*table(found), *wrong, f"{len(pretended.COMPILED)} kernels, {failed} failures", sep="\n")
+    if args.write and not failed:
+        write(found)
+    return int(failed > 0 or bool(wrong))
 
 
 if __name__ == "__main__":
