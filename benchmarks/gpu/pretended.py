@@ -67,9 +67,9 @@ class _Launcher:
 class Driver:
     """What Triton asks of a driver."""
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: Any) -> None:
         self.utils = _Utils()
-        self.launcher_cls = _Launcher
+        self.launcher_cls = launcher
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -101,13 +101,13 @@ class Driver:
 class _Uncompiled:
     """Stands for a compiled kernel where only launches are counted."""
 
-    def __init__(self, name: str, options: Any) -> None:
+    def __init__(self, name: str, options: Any, launcher: Any) -> None:
         self.name = name
         self.metadata = SimpleNamespace(name=name, shared=0, num_warps=options.num_warps, warp_size=32)
         self.packed_metadata, self.function, self.module = (), 1, 1
         self.n_regs = self.n_spills = 0
         self.asm: dict[str, Any] = {}
-        self.run = _Launcher(None, self.metadata)
+        self.run = launcher(None, self.metadata)
 
     def _init_handles(self) -> None:
         pass
@@ -120,14 +120,15 @@ class _Uncompiled:
         return lambda *args, **kwargs: self.run(*(*grid, 1, 1)[:3], *before, *args)
 
 
-def install(compiled: bool = True) -> None:
+def install(compiled: bool = True, launcher: Any = _Launcher) -> None:
     """From here on Triton launches nothing.
 
     Args:
         compiled: whether kernels are compiled, which takes seconds each the first time. If not, their arguments are
             only bound.
+        launcher: class of what is called for a launch.
     """
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(Driver(launcher))
     original = JITFunction._do_compile
 
     def compile_and_keep(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +137,7 @@ def install(compiled: bool = True) -> None:
         return kernel
 
     def bind(self: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, *more: Any) -> Any:
-        kernel = self.device_caches[device][0][key] = _Uncompiled(self.__name__, options)
+        kernel = self.device_caches[device][0][key] = _Uncompiled(self.__name__, options, launcher)
         COMPILED.append((self.__name__, kernel))
         return kernel
 
