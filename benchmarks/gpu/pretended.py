@@ -218,7 +218,9 @@ def main() -> int:
                 for codec, moments in counted.items():
                     for moment, found in moments.items():
                         print(f"{codec}, {moment}:", *found.lines(), sep="\n  ")
-            print(json.dumps({codec: {m: dict(c.own) for m, c in moments.items()} for codec, moments in counted.items()}))
+            print(
+                json.dumps({codec: {m: dict(c.own) for m, c in moments.items()} for codec, moments in counted.items()})
+            )
             return 0
         wrong = compile_cases(args.cases)
     print(f"{len(COMPILED)} kernels compiled, {LAUNCHES.total()} launches, {len(wrong)} failures", *wrong, sep="\n")

@@ -1,4 +1,4 @@
-"""Tensors that say they are on ``cuda:0`` and lie in the memory of the host: what a GPU would be asked, seen without one.
+"""Tensors that say they are on ``cuda:0`` and lie in the memory of the host: what a GPU would be asked, without one.
 
 While a :class:`PretendedDevice` is active, ``device="cuda"`` works as on a machine with a GPU: ``is_cuda`` and
 ``device`` are what the package's branches expect, tensors of both devices do not mix, ``numpy()`` fails. Operators are
@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -38,12 +39,11 @@ PROPERTIES = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize":
 #: read-back to the host; the CPU waits for the GPU in a wait, and most read-backs are waits too.
 KINDS = ("kernels", "operators", "uploads", "readbacks", "waits")
 #: Operators that launch nothing though their result is no view.
-_FREE = frozenset("empty empty_like empty_strided new_empty new_empty_strided detach lift_fresh alias set_ _unsafe_view _reshape_alias".split())
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias"}
+_FREE |= {"set_", "_unsafe_view", "_reshape_alias"}
 #: Operators whose result has a size, or is a number, that the host has to know.
-_WAITING = frozenset(
-    "nonzero masked_select unique unique2 _unique _unique2 unique_consecutive unique_dim equal is_nonzero "
-    "_local_scalar_dense repeat_interleave bincount".split()
-)
+_WAITING = {"nonzero", "masked_select", "unique", "unique2", "_unique", "_unique2", "unique_consecutive", "unique_dim"}
+_WAITING |= {"equal", "is_nonzero", "_local_scalar_dense", "repeat_interleave", "bincount"}
 #: Operators that copy between devices.
 _COPIES = ("_to_copy", "copy_", "copy")
 _ACTIVE: list[PretendedDevice] = []
@@ -135,8 +135,8 @@ class OnDevice(torch.Tensor):
             return self.cpu().numpy()
         raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() first.")
 
-    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self.numpy()
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.numpy()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnDevice:
         return self.clone()  # type: ignore[return-value]
@@ -196,6 +196,7 @@ class PretendedDevice(contextlib.ExitStack):
     def __init__(self) -> None:
         super().__init__()
         self.total = Counted()
+        self.sync_debug_mode = "default"
         self._counters = [self.total]
 
     def __enter__(self) -> PretendedDevice:
@@ -211,8 +212,17 @@ class PretendedDevice(contextlib.ExitStack):
         return self
 
     def add(self, kind: str, name: str) -> None:
+        """Count an event; a wait is an error or a warning where ``torch.cuda.set_sync_debug_mode`` says so."""
         for counter in self._counters:
             counter.add(kind, name)
+        if kind == "waits" and self.sync_debug_mode == "error":
+            raise RuntimeError(f"called a synchronizing CUDA operation: {name}")
+        if kind == "waits" and self.sync_debug_mode == "warn":
+            warnings.warn(f"called a synchronizing CUDA operation: {name}", stacklevel=4)
+
+    def set_sync_debug_mode(self, mode: str) -> None:
+        """As ``torch.cuda.set_sync_debug_mode``."""
+        self.sync_debug_mode = mode
 
     def read(self, tensor: OnDevice, index: Any) -> OnDevice:
         """``tensor[index]``: torch's own way to the operators needs a GPU."""
@@ -239,7 +249,9 @@ class PretendedDevice(contextlib.ExitStack):
     def _count_index(self, index: Any) -> None:
         for part in _parts(index):
             on_device = isinstance(part, OnDevice)
-            if isinstance(part, (list, np.ndarray)) or (isinstance(part, torch.Tensor) and not on_device and part.dim()):
+            if isinstance(part, (list, np.ndarray)) or (
+                isinstance(part, torch.Tensor) and not on_device and part.dim()
+            ):
                 self.add("uploads", "index")
                 self.add("waits", "index")
             if _is_mask(part) or (on_device and part.dim() == 0):
@@ -258,7 +270,7 @@ class PretendedDevice(contextlib.ExitStack):
 
 
 def _split_if_plain(expansion: Any, weight: torch.Tensor) -> Any:
-    """As in the package, which asks for a plain ``Parameter``: a weight of the pretended device has a type of its own."""
+    """As in the package, which asks for a plain ``Parameter``; a weight of the pretended device is none."""
     return mla._split(expansion, weight) if mla._is_plain_expansion(expansion, weight) else None
 
 
@@ -278,11 +290,12 @@ def _of_torch_cuda(device: PretendedDevice) -> dict[str, Any]:
         "is_current_stream_capturing": lambda: False,
         "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0, synchronize=wait),
         "synchronize": wait,
+        "set_sync_debug_mode": device.set_sync_debug_mode,
     }
 
 
 class _Functions(TorchFunctionMode):
-    """Calls that torch ends before they reach an operator, where it was built without CUDA, or that a GPU does at once."""
+    """Calls that end before they reach an operator where torch was built without CUDA, and what a GPU does at once."""
 
     def __init__(self, device: PretendedDevice) -> None:
         super().__init__()
@@ -326,7 +339,7 @@ def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if copy:
             return torch.ops.aten._to_copy(tensor, dtype=dtype, device=device, non_blocking=non_blocking)
     device = DEVICE if _is_cuda(device) else device
-    changed = {}
+    changed: dict[str, Any] = {}
     if device is not None and device != tensor.device:
         changed |= {"device": device, "non_blocking": non_blocking}
     if dtype is not None and dtype != tensor.dtype:

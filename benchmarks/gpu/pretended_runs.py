@@ -18,10 +18,10 @@ import csv
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 from benchmarks.gpu import pretended  # first: it takes Triton out of the interpreter
@@ -54,14 +54,14 @@ _SHARED: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
 }
-_WINDOW = {"sliding_window": 24}
+_WINDOW: dict[str, Any] = {"sliding_window": 24}
 
 
 def config_of(family: str) -> Any:
     """A config of two tiny layers."""
     if family == "deepseek":
         sizes = {"kv_lora_rank": 256, "q_lora_rank": 32, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32}
-        experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+        experts: dict[str, Any] = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
         own = {"v_head_dim": 32, "moe_intermediate_size": 32, "first_k_dense_replace": 2, "num_key_value_heads": 4}
         shared = {name: value for name, value in _SHARED.items() if name != "head_dim"}
         return transformers.DeepseekV3Config(**shared | sizes | experts | own)
@@ -101,7 +101,7 @@ class Run(NamedTuple):
     name: str
     family: str
     make: Make
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     rows: int = 1
     turns: int = 1
 
@@ -116,7 +116,7 @@ def runs() -> list[Run]:
         return partial(HeavyHitterCache, budget=40, policy=policy, interval=8, **small | options)
 
     window: Make = partial(SlidingWindowCache, window=40, sinks=4, reindex=True)
-    latents: Make = partial(LatentKVCache, **small)
+    latents = partial(LatentKVCache, **small)
     return [
         Run("4 bits", "llama", four),
         Run("4 bits, head dimension 64", "llama 64", four),
@@ -240,7 +240,7 @@ class Moments:
 
 def execute(run: Run, device: PretendedDevice) -> Moments:
     """One run; an exception is a path that a GPU would not get through either."""
-    model = moved(model_of(run.family))
+    model: Any = moved(model_of(run.family))
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(1, VOCABULARY, (run.rows, PROMPT), generator=draw)
     if "prompt_lookup_num_tokens" in run.options:

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,11 +25,10 @@ from benchmarks.gpu import pretended  # first: it takes Triton out of the interp
 
 # isort: split
 import torch
-from transformers import DeepseekV3Config, DynamicCache
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
-from benchmarks.gpu.methods import Dynamic, OfCache, attention_module
+from benchmarks.gpu.methods import Dynamic, OfCache, attention_module, latent_module
 from benchmarks.gpu.pretended_device import PROPERTIES
 from benchmarks.gpu.settings import be_quiet
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache
@@ -79,7 +79,7 @@ def install() -> None:
     from hf_kvcache.kernels.triton import configs
 
     properties = SimpleNamespace(multi_processor_count=PROPERTIES["multiprocessor_count"])
-    torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore[assignment]
+    torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore
     replaced: dict[str, Any] = {
         "architecture": lambda device: "sm90",
         "architecture_of": lambda device: "sm90",
@@ -111,16 +111,12 @@ def of_keys_and_values(make: Callable[[Any], Any]) -> tuple[Step, Step]:
 def of_latents(make: Callable[[Any], Any], steps: int) -> tuple[Step, Step]:
     """The same with multi-head latent attention, which DynamicCache expands at every step."""
     rank, rotary, width = 64, 16, 32
-    sizes = {"kv_lora_rank": rank, "qk_rope_head_dim": rotary, "qk_nope_head_dim": width, "v_head_dim": width}
-    heads = {"num_attention_heads": QUERY_HEADS, "num_key_value_heads": QUERY_HEADS}
-    config = DeepseekV3Config(**sizes, **heads, num_hidden_layers=1, hidden_size=64, q_lora_rank=32)
-    config._attn_implementation = "sdpa"
     query = random(1, QUERY_HEADS, 1, width + rotary)
     new = random(1, 1, 1, rank), random(1, 1, 1, rotary)
 
     def step_of(make: Callable[[Any], Any]) -> Step:
-        module: Any = DeepseekV3Attention(config, 0).bfloat16().eval()
-        cache = make(config)
+        module, config = latent_module(QUERY_HEADS, rank, rotary, width)
+        module, cache = module.bfloat16(), make(config)
         function = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
 
         def step() -> Any:
@@ -149,8 +145,8 @@ def sides(steps: int) -> dict[str, Callable[[], tuple[Step, Step]]]:
 
     found = {name: codec(name) for name in ("unbiased4", "rotated8", "none")}
     found |= {name: policy(name) for name in ("snapkv", "h2o")}
-    for name, bits in (("latents", None), ("latents, 4 bits", 4)):
-        found[name] = lambda bits=bits: of_latents(lambda config: LatentKVCache(config, bits=bits), steps)
+    found["latents"] = lambda: of_latents(LatentKVCache, steps)
+    found["latents, 4 bits"] = lambda: of_latents(partial(LatentKVCache, bits=4), steps)
     return found
 
 

@@ -80,9 +80,8 @@ def test_a_tensor_is_on_a_gpu() -> None:
 def test_the_line_that_asks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here this folder stands for the package."""
     monkeypatch.setattr(pretended_device, "_PACKAGE", str(Path(__file__).parent))
-    with PretendedDevice() as device:
-        with device.counting() as counted:
-            torch.ones(1, device="cuda").item()
+    with PretendedDevice() as device, device.counting() as counted:
+        torch.ones(1, device="cuda").item()
     assert counted.own == counted.all and counted.own["readbacks"] == 1
     (place,) = (place for kind, place in counted.places if kind == "readbacks")
     assert place.startswith("hf_kvcache/test_pretended.py:")

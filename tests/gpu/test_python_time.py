@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-#: CPU time of a layer's step relative to DynamicCache's with sdpa, and the Python functions that it calls. They are what
-#: the package needs today: they may fall, not rise.
+#: CPU time of a layer's step relative to DynamicCache's with sdpa, and the Python functions that it calls. They are
+#: what the package needs today: they may fall, not rise.
 BUDGET = {
     "unbiased4": (2.0, 359),
     "rotated8": (2.0, 362),
