@@ -44,6 +44,7 @@ _FREE |= {"set_", "_unsafe_view", "_reshape_alias"}
 #: Operators whose result has a size, or is a number, that the host has to know.
 _WAITING = {"nonzero", "masked_select", "unique", "unique2", "_unique", "_unique2", "unique_consecutive", "unique_dim"}
 _WAITING |= {"equal", "is_nonzero", "_local_scalar_dense", "repeat_interleave", "bincount"}
+_WAITING |= {"_linalg_check_errors"}
 #: Operators that copy between devices.
 _COPIES = ("_to_copy", "copy_", "copy")
 _ACTIVE: list[PretendedDevice] = []

@@ -40,9 +40,9 @@ from hf_kvcache.kernels import workspace
 BUDGET = Path(__file__).with_name("pretended.csv")
 Make = Callable[[Any], Any]
 VOCABULARY, PROMPT, NEW, PAGE = 97, 75, 26, 16
-#: Moments of a run. ``warm-up`` is the first decoding step, which makes small tables; ``between`` is what happens
-#: between two forward passes: cropping, reordering.
-MOMENTS = ("prompt", "warm-up", "step", "chunk", "page event", "eviction", "between")
+#: Moments of a run. ``first step`` makes small tables; ``step behind`` is a step behind a pass that changed pages, which
+#: sends what changed; ``between`` is what happens between two forward passes: cropping, reordering.
+MOMENTS = ("prompt", "first step", "step", "step behind", "chunk", "page event", "eviction", "between")
 _SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -178,6 +178,7 @@ class Moments:
         self.seen: Counter[str] = Counter()
         self.places: dict[str, Counted] = {}
         self._stack = contextlib.ExitStack()
+        self._last = ""
 
     @contextlib.contextmanager
     def watching(self, model: Any) -> Iterator[None]:
@@ -215,7 +216,8 @@ class Moments:
 
     def _end(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-        self._close(self._moment(ids.shape[1]))
+        self._last = self._moment(ids.shape[1])
+        self._close(self._last)
         self._between()
 
     def _moment(self, length: int) -> str:
@@ -223,11 +225,13 @@ class Moments:
             return "prompt"
         if self._evictions() != self._state[1]:
             return "eviction"
-        if self._pages() != self._state[0]:
-            return "page event" if length == 1 else "chunk"
         if length > 1:
             return "chunk"
-        return "step" if "warm-up" in self.seen else "warm-up"
+        if self._pages() != self._state[0]:
+            return "page event"
+        if "first step" not in self.seen:
+            return "first step"
+        return "step" if self._last in ("first step", "step", "step behind") else "step behind"
 
     def _pages(self) -> list[int]:
         storages = [getattr(layer, "storage", None) for layer in self.cache.layers]

@@ -78,6 +78,9 @@ def install() -> None:
     pretended.install(compiled=False, launcher=_Nothing)
     from hf_kvcache.kernels.triton import configs
 
+    for operation in dispatch.OPERATIONS["triton"]:
+        dispatch.module_of(operation, "triton")  # imported before it is patched
+
     properties = SimpleNamespace(multi_processor_count=PROPERTIES["multiprocessor_count"])
     torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore
     replaced: dict[str, Any] = {
