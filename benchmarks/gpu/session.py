@@ -32,7 +32,7 @@ _TRIES = 4
 #: Status of a process that was stopped.
 STOPPED = 124
 #: Tests of the Triton kernels that cannot run on a GPU: they take tensors of the CPU, or compile.
-_CPU_TESTS = ("test_compile_report.py", "test_column_sums.py", "test_pages_alone.py")
+_CPU_TESTS = ("test_cases.py", "test_compile_report.py", "test_column_sums.py", "test_pages_alone.py")
 
 
 def default_folder() -> Path:
