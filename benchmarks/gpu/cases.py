@@ -257,7 +257,8 @@ def sums_alone(s: Sizes, settings: Settings, seed: int) -> Figures:
     want_kernel(settings, "column_sums", *p.call[:4])
     _, log_sum_exp, wanted = in_float64(p)
     log_sum_exp = log_sum_exp.float().to(settings.device)
-    return alone(*(joined(*column_sums(p.query, log_sum_exp, *p.call[1:])) for _ in range(2)), wanted)
+    found, again = (joined(*column_sums(p.query, log_sum_exp, *p.call[1:])) for _ in range(2))
+    return alone(found, again, wanted)
 
 
 def joined(*parts: torch.Tensor | None) -> torch.Tensor:
@@ -348,8 +349,8 @@ def hadamard(dim: int, dtype: str, kind: Any, inverse: bool, settings: Settings,
     matrix = rotation_matrix(dim, kind, torch.float64, CPU)
     assert matrix is not None
     there = x.to(settings.device)
-    results = (rotate(there, fmt, inverse) for _ in range(2))
-    return alone(*results, x.double() @ (matrix.T if inverse else matrix))
+    found, again = (rotate(there, fmt, inverse) for _ in range(2))
+    return alone(found, again, x.double() @ (matrix.T if inverse else matrix))
 
 
 def packing(codec: str, dim: int, settings: Settings, seed: int) -> Figures:

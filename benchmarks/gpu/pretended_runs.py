@@ -40,8 +40,8 @@ from hf_kvcache.kernels import workspace
 BUDGET = Path(__file__).with_name("pretended.csv")
 Make = Callable[[Any], Any]
 VOCABULARY, PROMPT, NEW, PAGE = 97, 75, 26, 16
-#: Moments of a run. ``first step`` makes small tables. ``step behind`` follows a pass that changed pages, and sends what
-#: changed. ``between`` is what happens between two forward passes: cropping, reordering.
+#: Moments of a run. ``first step`` makes small tables. ``step behind`` follows a pass that changed pages, and sends
+#: what changed. ``between`` is what happens between two forward passes: cropping, reordering.
 MOMENTS = ("prompt", "first step", "step", "step behind", "chunk", "page event", "eviction", "between")
 _SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY,

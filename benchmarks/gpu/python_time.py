@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from types import SimpleNamespace
@@ -185,22 +185,26 @@ def measure(make: Callable[[], tuple[Step, Step]], steps: int) -> Time:
     return Time(median(times[0]) * 1e6, median(times[1]) * 1e6, calls)
 
 
+def times(names: Sequence[str], steps: int = 200) -> dict[str, Time]:
+    """Measure what is named, in a process in which nothing else was done with Triton."""
+    be_quiet()
+    torch.set_num_threads(1)
+    install()
+    made = sides(steps)
+    with torch.inference_mode():
+        return {name: measure(made[name], steps) for name in names}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(sides(0)), help="default: all")
     parser.add_argument("--steps", type=int, default=200, help="of each side")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON in the last line")
     args = parser.parse_args()
-    be_quiet()
-    torch.set_num_threads(1)
-    install()
-    found = {}
-    with torch.inference_mode():
-        for name, make in sides(args.steps).items():
-            if args.only is None or name in args.only:
-                found[name] = each = measure(make, args.steps)
-                text = f"{name:16} {each.us:7.0f} us, DynamicCache {each.dynamic_us:6.0f} us"
-                print(f"{text}, ratio {each.ratio:5.2f}, {each.calls} Python calls", flush=True)
+    found = times(args.only or list(sides(0)), args.steps)
+    for name, each in found.items():
+        text = f"{name:16} {each.us:7.0f} us, DynamicCache {each.dynamic_us:6.0f} us"
+        print(f"{text}, ratio {each.ratio:5.2f}, {each.calls} Python calls", flush=True)
     if args.json:
         print(json.dumps({name: {"ratio": each.ratio, "calls": each.calls} for name, each in found.items()}))
     return 0

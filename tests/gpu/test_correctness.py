@@ -21,9 +21,9 @@ HERE = Settings(torch.device("cpu"), tiny=True)
 #: Triton kernels that a step may launch, torch operators, and uploads from the host; one layer of 32/8/128, bfloat16,
 #: 1,024 tokens. They are what the package does today: they may fall, not rise.
 BUDGET = {
-    "none": {"prompt": (0, 22, 0), "step": (3, 2, 1), "page event": (3, 10, 1)},
-    "rotated8": {"prompt": (8, 22, 0), "step": (4, 3, 1), "page event": (8, 11, 1)},
-    "unbiased4": {"prompt": (9, 391, 6), "step": (4, 3, 1), "page event": (8, 193, 2)},
+    "none": {"prompt": (0, 18, 0), "step": (3, 2, 1), "page event": (3, 10, 1), "step after it": (3, 2, 1)},
+    "rotated8": {"prompt": (8, 18, 0), "step": (4, 3, 1), "page event": (8, 11, 1), "step after it": (4, 3, 1)},
+    "unbiased4": {"prompt": (9, 386, 3), "step": (4, 3, 1), "page event": (8, 193, 2), "step after it": (4, 3, 1)},
 }
 
 
