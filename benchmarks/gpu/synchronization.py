@@ -101,7 +101,7 @@ def latents(settings: Settings, bits: int | None) -> tuple[Any, Step]:
 
 def on_device(settings: Settings, module: torch.nn.Module) -> Any:
     """The module on the device of the settings, which may be the pretended one."""
-    if settings.cuda and not torch.cuda.is_available():
+    if type(torch.empty(0, device=settings.device)) is not torch.Tensor:
         from benchmarks.gpu.pretended_device import moved
 
         return moved(module)

@@ -64,11 +64,11 @@ def test_what_a_gpu_would_be_asked(name: str) -> None:
 
 def test_a_tensor_is_on_a_gpu() -> None:
     """What branches look at; numbers are those of the host; two devices do not mix."""
-    assert not torch.cuda.is_available() or torch.cuda.current_device() == 0
     with PretendedDevice():
         x = torch.arange(3.0, device="cuda")
         assert x.is_cuda and x.device == DEVICE and torch.cuda.get_device_capability(x.device) == (9, 0)
-        assert ((x + 1) @ x).item() == 8.0 and x[1:].untyped_storage().data_ptr() == x.data_ptr()
+        assert ((x + 1) @ x).item() == 8.0 and x.to("cuda") is x and x[1:].untyped_storage().data_ptr() == x.data_ptr()
+        assert type(torch.empty(3).copy_(x)) is torch.Tensor and x.copy_(x + 1) is x
         with pytest.raises(RuntimeError, match="same device"):
             x + torch.ones(3)
         with pytest.raises(TypeError, match="to numpy"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ import torch
 from benchmarks.gpu.methods import Static, exact
 from benchmarks.gpu.pretended_device import DEVICE, PretendedDevice
 from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.synchronization import Check, checks, plain_steps
+from benchmarks.gpu.synchronization import Check, checks, keys_and_values, plain_steps
+from hf_kvcache import KVCache
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = Settings(torch.device("cuda"))
@@ -24,6 +26,32 @@ ON_GPU = Settings(torch.device("cuda"))
 @pytest.mark.parametrize("check", checks(ON_GPU), ids=lambda check: check.name)
 def test_on_a_gpu(check: Check) -> None:
     plain_steps(ON_GPU, check)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("codec", ["none", "rotated8", "unbiased4"])
+@torch.no_grad()
+def test_a_plain_step_can_be_captured(codec: str) -> None:
+    """As a CUDA graph, which then gives what the step gives, again and again."""
+    steps = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        steps.append(keys_and_values(ON_GPU, partial(KVCache, codec=codec))[1])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            steps[0]()
+            steps[1]()
+        expected = steps[1]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = steps[0]()
+    for _ in range(2):
+        found.zero_()
+        graph.replay()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_wait_is_seen() -> None:
