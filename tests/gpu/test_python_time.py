@@ -37,13 +37,12 @@ def measured(*names: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("names", [("unbiased4", "h2o"), pytest.param(tuple(BUDGET), marks=pytest.mark.slow)])
-def test_python_time_of_a_step(names: tuple[str, ...]) -> None:
-    found = measured(*names)
-    again = [name for name in names if found[name]["ratio"] > SLACK * BUDGET[name][0]]
+@pytest.mark.slow
+def test_python_time_of_a_step() -> None:
+    found = measured(*BUDGET)
+    again = [name for name, (ratio, _) in BUDGET.items() if found[name]["ratio"] > SLACK * ratio]
     if again:  # a machine may have been busy with something else
         found |= measured(*again)
-    for name in names:
-        ratio, calls = BUDGET[name]
+    for name, (ratio, calls) in BUDGET.items():
         assert found[name]["ratio"] <= SLACK * ratio, (name, found[name])
         assert found[name]["calls"] <= calls, (name, found[name])
