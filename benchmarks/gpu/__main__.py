@@ -7,12 +7,13 @@
 
 The most valuable comes first, each step has a limit of its own, and every result is on disk as soon as it is known:
 
-    a  environment   versions, bandwidth, costs of launches and uploads
-    b  correctness   every operation against float64; and beside it
-       generation    every kind of cache through generate()
-    d  layer         one attention layer, 4k to 128k tokens, against DynamicCache and SDPA in place
-    e  model         8 layers in Llama-3-8B's shape
-    f  tests         the tests of the Triton kernels
+    a  environment      versions, bandwidth, costs of launches and uploads
+    b  correctness      every operation against float64; and beside it
+       generation       every kind of cache through generate()
+    c  synchronization  does a plain step wait for the GPU? It must not
+    d  layer            one attention layer, 4k to 128k tokens, against DynamicCache and SDPA in place
+    e  model            8 layers in Llama-3-8B's shape
+    f  tests            the tests of the Triton kernels
 
 Results go to the folder that the environment variable OUT names, else to results/gpu. In the end gpu_<card>.csv has all
 of them, with the card, the driver and the versions.
@@ -38,14 +39,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS), help="default: all")
     parser.add_argument("--total", type=float, default=465, help="seconds in all (default: 465)")
-    parser.add_argument("--only", default="", help="in b and beside it, only what has this in its name")
+    parser.add_argument("--only", default="", help="in b, beside it and in c, only what has this in its name")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes")
     parser.add_argument("--interpreter", action="store_true", help="on the CPU: the Triton kernels, interpreted")
     parser.add_argument("--workers", type=int, help="processes of b (default: two fewer than there are cores)")
     parser.add_argument("--out", type=Path, default=default_folder(), help="folder of the results")
     inside = parser.add_argument_group("what the command calls itself with")
-    inside.add_argument("--part", choices=("environment", "correctness", "generation", "layer", "model"))
+    inside.add_argument("--part", choices=(*STEPS.values(), "generation"))
     inside.add_argument("--part-file", type=Path)
     inside.add_argument("--part-seconds", type=float, default=1e9)
     inside.add_argument("--part-worker", type=int, nargs=2, default=(0, 1))

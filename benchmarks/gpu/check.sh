@@ -2,7 +2,7 @@
 # The check on a GPU where nothing is installed but torch, Triton and transformers, and nothing can be:
 #
 #   bash benchmarks/gpu/check.sh                                          all steps, under 8 minutes
-#   GC_STEPS="b d" bash benchmarks/gpu/check.sh                           some steps (a b d e f)
+#   GC_STEPS="b d" bash benchmarks/gpu/check.sh                           some steps (a b c d e f)
 #   GC_DEVICE=cpu GC_TINY=1 bash benchmarks/gpu/check.sh                  a dry run without a GPU; GC_TRITON=1: interpreted
 #
 # Also GC_TOTAL (seconds in all), GC_ONLY (cases by name), GC_WORKERS, PYTHON, and OUT, the folder of the results.

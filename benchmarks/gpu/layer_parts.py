@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from transformers import DeepseekV3Config, DynamicCache
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from benchmarks.gpu.measuring import add_kernels, attempt, kernels_of, relative, sorted_times, time_steps, wall_ms
-from benchmarks.gpu.methods import Dynamic, InPlace, Ours
+from benchmarks.gpu.methods import Dynamic, InPlace, Ours, Static, latent_module
 from benchmarks.gpu.results import reason
 from hf_kvcache import LatentKVCache
 from hf_kvcache.codecs import resolve
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
 
 Part = Callable[[], None]
 LATENTS = {"none": None, "8 bits": 8, "4 bits": 4}
+#: Replays of a graph between two clocks, how often, and the most steps that this makes with those before the capture.
+_REPLAYS, _ROUNDS, _REPLAYED = 20, 5, 128
 #: Changes of a launch: its name, factor of the programs, warps, stages.
 LAUNCHES = (
     ("as it is", 1.0, None, None),
@@ -137,25 +138,10 @@ def mla_steps(layer: Layer, tokens: int, heads: int) -> None:
     new = layer.random(1, 1, 1, rank), layer.random(1, 1, 1, rotary)
     case, truth = f"MLA step T={tokens} H={heads}", None
 
-    def module_of() -> tuple[Any, DeepseekV3Config]:
-        config = DeepseekV3Config(
-            num_hidden_layers=1,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            kv_lora_rank=rank,
-            qk_rope_head_dim=rotary,
-            qk_nope_head_dim=width,
-            v_head_dim=width,
-            hidden_size=64,
-            q_lora_rank=64,
-        )
-        config._attn_implementation = "sdpa"
-        torch.manual_seed(3)
-        return DeepseekV3Attention(config, 0).to(layer.settings.device, layer.settings.dtype).eval(), config
-
     def run(name: str, make: Callable[[Any], Any]) -> None:
         nonlocal truth
-        module, config = module_of()
+        module, config = latent_module(heads, rank, rotary, width)
+        module = module.to(layer.settings.device, layer.settings.dtype)
         cache = make(config)
         function = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
 
@@ -278,7 +264,8 @@ def page_event(layer: Layer) -> None:
 def graphs(layer: Layer, tokens: int) -> None:
     """The same step again and again from a CUDA graph, the dense sides first; why not, where it cannot be captured.
 
-    Nothing grows: SDPA in place overwrites its last token, and DynamicCache appends to the same tokens each time.
+    Nothing grows: SDPA in place overwrites its last token, DynamicCache appends to the same tokens each time, and
+    StaticCache goes on into the room that it has and reads in any case.
     """
     if not layer.settings.cuda:
         return
@@ -290,6 +277,7 @@ def graphs(layer: Layer, tokens: int) -> None:
         "sdpa in place, gqa": lambda: InPlace(keys, values, 0, False, growing=False),
         "sdpa in place, grouped": lambda: InPlace(keys, values, 0, True, growing=False),
         "DynamicCache": lambda: Dynamic(keys, values),
+        "StaticCache": lambda: Static(keys, values, _REPLAYED),
     }
     makes |= {f"ours {n}": partial(Ours.filled, layer.settings, codec, keys, values) for n, codec in CODECS.items()}
     for name, make in makes.items():
@@ -318,10 +306,10 @@ def replayed(step: Callable[[], Any]) -> float:
         step()
 
     def replay() -> None:
-        for _ in range(20):
+        for _ in range(_REPLAYS):
             graph.replay()
 
-    return sorted_times(replay, 5)[2] / 20
+    return sorted_times(replay, _ROUNDS)[2] / _REPLAYS
 
 
 def peers(layer: Layer, tokens: int) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, LlamaConfig
+from transformers import DeepseekV3Config, DynamicCache, LlamaConfig, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from benchmarks.gpu.measuring import wall_ms
@@ -30,6 +31,24 @@ def attention_module(query_heads: int, heads: int, dim: int) -> tuple[Any, Llama
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         return LlamaAttention(config, 0).eval(), config
+
+
+def latent_module(heads: int, rank: int, rotary: int, width: int) -> tuple[Any, DeepseekV3Config]:
+    """A DeepSeek-V3 attention module with random weights, always the same, and its config."""
+    config = DeepseekV3Config(
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        kv_lora_rank=rank,
+        qk_rope_head_dim=rotary,
+        qk_nope_head_dim=width,
+        v_head_dim=width,
+        hidden_size=64,
+        q_lora_rank=64,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(3)
+    return DeepseekV3Attention(config, 0).eval(), config
 
 
 class Method(ABC):
@@ -71,6 +90,32 @@ class Dynamic(OfCache):
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__(DynamicCache(), "sdpa", keys.shape[1])
         self.cache.update(keys, values, 0)
+
+    def bytes_read(self) -> int:
+        layer = self.cache.layers[0]
+        return layer.keys.nbytes + layer.values.nbytes
+
+
+class Static(OfCache):
+    """transformers' StaticCache with its own sdpa function, which reads all the room that the cache has.
+
+    Args:
+        room: tokens that may follow.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
+        heads, length, dim = keys.shape[1:]
+        config = attention_module(heads, heads, dim)[1]
+        super().__init__(StaticCache(config=config, max_cache_len=length + room), "sdpa", heads)
+        self.cache.update(keys, values, 0)
+        self.place = torch.arange(length + room, device=keys.device)
+        self.seen = torch.tensor(length, device=keys.device)
+
+    def step(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self.seen += key.shape[2]
+        return super().step(query, key, value, (self.place < self.seen)[None, None, None])
 
     def bytes_read(self) -> int:
         layer = self.cache.layers[0]

@@ -1,68 +1,76 @@
-"""A Triton driver that looks like an H100 and launches nothing: what the package asks of a GPU, found out without one.
+"""A pretended H100: what the package asks of a GPU, found out without one.
 
     python -m benchmarks.gpu.pretended                       counts of a plain step, a page event and a prompt, as JSON
     python -m benchmarks.gpu.pretended --cases attend        compile what these cases of ``cases.py`` launch
-    python -m benchmarks.gpu.pretended --times               microseconds of Python of a plain step, as JSON
+    python -m benchmarks.gpu.pretended --times               Python time of a plain step, see ``python_time.py``
 
-The package's own launch code runs on tensors of the CPU, and kernels are really compiled for sm_90, with registers and
-spills read from their code. Outputs are garbage. What is not seen: what depends on ``is_cuda``, but for the packing of
-bits, and time. To be run in a process of its own, since the package is patched.
+Triton gets a driver that launches nothing, and torch a device whose tensors lie in the memory of the host
+(``pretended_device.py``, which says what is not seen). Kernels are really compiled for sm_90, with registers and spills
+read from their code; the numbers that they would write are 0. To be run in a process of its own: Triton is patched.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
-import statistics
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-os.environ["HF_KVCACHE_BACKEND"] = "triton"
 
 import torch
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-#: The limits of an H100.
-_PROPERTIES = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+from benchmarks.gpu.pretended_device import DEVICE, PROPERTIES, Counted, OnDevice, PretendedDevice, current
+
 _RATES = {"sm_clock_rate": 1, "mem_clock_rate": 1, "mem_bus_width": 1}
-#: Operators that launch nothing on a GPU though their result is no view.
-_FREE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "set_")
+#: The most programs of a launch along its first axis and along the others.
+_MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
+#: What Triton passes to a launcher before the kernel's own arguments.
+_BEFORE_ARGUMENTS = 9
 LAUNCHES: Counter[str] = Counter()
 COMPILED: list[tuple[str, Any]] = []
 
 
 class _Utils:
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return _PROPERTIES | _RATES
+        return PROPERTIES | _RATES
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         return 1, 1, 0, 0, 1024
 
+    def unload_module(self, module: int) -> None:
+        pass
+
 
 class _Launcher:
+    """Counts a launch, and fails where a GPU would."""
+
     def __init__(self, src: Any, metadata: Any) -> None:
         self.name = metadata.name
 
     def __call__(self, *args: Any) -> None:
+        if any(programs > most for programs, most in zip(args, _MOST_PROGRAMS, strict=False)):
+            raise RuntimeError(f"{self.name}: a grid of {args[:3]} programs; at most {_MOST_PROGRAMS}")
+        for number, argument in enumerate(args[_BEFORE_ARGUMENTS:]):
+            if isinstance(argument, torch.Tensor) and not isinstance(argument, OnDevice) and argument.numel():
+                raise ValueError(f"{self.name}: argument {number} {tuple(argument.shape)} is a tensor of the CPU")
         LAUNCHES[self.name] += 1
+        current().add("kernels", self.name)
 
 
 class Driver:
     """What Triton asks of a driver."""
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: Any) -> None:
         self.utils = _Utils()
-        self.launcher_cls = _Launcher
+        self.launcher_cls = launcher
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -80,7 +88,7 @@ class Driver:
         return 9, 0
 
     def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+        return DEVICE
 
     def get_device_interface(self) -> Any:
         return torch.cuda
@@ -91,24 +99,37 @@ class Driver:
         return ty_to_cpp(kind)
 
 
-def install() -> None:
-    """From here on the package takes tensors of the CPU for those of an H100."""
-    triton.runtime.driver.set_active(Driver())
-    from hf_kvcache.codecs import pages as encoding
-    from hf_kvcache.kernels import dispatch
-    from hf_kvcache.kernels.triton import configs, latent_decode, launch, pack, step
+class _Uncompiled:
+    """Stands for a compiled kernel where only launches are counted."""
 
-    replaced: dict[str, Any] = {
-        "architecture": lambda device: "sm90",
-        "architecture_of": lambda device: "sm90",
-        "programs_wanted": lambda device: 2 * _PROPERTIES["multiprocessor_count"],
-    }
-    for module in (configs, launch, latent_decode, pack, step):
-        for name, value in replaced.items():
-            if hasattr(module, name):
-                setattr(module, name, value)
-    dispatch.reason_missing = lambda backend, device_type: None
-    encoding.pack_bits = lambda codes, bits: pack.pack_bits(codes, bits)
+    def __init__(self, name: str, options: Any, launcher: Any) -> None:
+        self.name = name
+        self.metadata = SimpleNamespace(name=name, shared=0, num_warps=options.num_warps, warp_size=32)
+        self.packed_metadata, self.function, self.module = (), 1, 1
+        self.n_regs = self.n_spills = 0
+        self.asm: dict[str, Any] = {}
+        self.run = launcher(None, self.metadata)
+
+    def _init_handles(self) -> None:
+        pass
+
+    def launch_metadata(self, *args: Any) -> None:
+        return None
+
+    def __getitem__(self, grid: Any) -> Any:
+        before = (1, 1, None, None, None, None)
+        return lambda *args, **kwargs: self.run(*(*grid, 1, 1)[:3], *before, *args)
+
+
+def install(compiled: bool = True, launcher: Any = _Launcher) -> None:
+    """From here on Triton launches nothing.
+
+    Args:
+        compiled: whether kernels are compiled, which takes seconds each the first time. If not, their arguments are
+            only bound.
+        launcher: class of what is called for a launch.
+    """
+    triton.runtime.driver.set_active(Driver(launcher))
     original = JITFunction._do_compile
 
     def compile_and_keep(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -116,105 +137,52 @@ def install() -> None:
         COMPILED.append((self.__name__, kernel))
         return kernel
 
-    JITFunction._do_compile = compile_and_keep
+    def bind(self: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, *more: Any) -> Any:
+        kernel = self.device_caches[device][0][key] = _Uncompiled(self.__name__, options, launcher)
+        COMPILED.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction._do_compile = compile_and_keep if compiled else bind
 
 
-class Counts(TorchDispatchMode):
-    """Counts, while it is active, launches of Triton kernels, torch operators that would launch, and uploads.
-
-    Attributes:
-        found: the counts. An operator counts as one; an upload is an array of the host that becomes a tensor.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter(kernels=0, operators=0, uploads=0)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view and func._schema.name.split("::")[1] not in _FREE:
-            self.found["operators"] += 1
-        return func(*args, **(kwargs or {}))
-
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[dict[str, int]]:
-        """Count while the block runs."""
-        before, module = LAUNCHES.total(), cast(Any, torch)
-        from_numpy = module.from_numpy
-
-        def counted(array: Any) -> torch.Tensor:
-            self.found["uploads"] += 1
-            return from_numpy(array)
-
-        module.from_numpy = counted
-        try:
-            with self:
-                yield self.found
-        finally:
-            module.from_numpy = from_numpy
-            self.found["kernels"] = LAUNCHES.total() - before
-
-
-def counts_of(codec: str, tokens: int) -> dict[str, dict[str, int]]:
+def counts_of(codec: str, tokens: int) -> dict[str, Counted]:
     """What one layer (32/8/128, bfloat16) asks for: for a prompt of that many tokens, a plain step, a page event.
 
-    The table on the device learns of a page in the step after it.
+    What is made once for a device, as the signs of a rotation, is not counted. The table on the device learns of a page
+    in the step after it.
     """
     from benchmarks.gpu.methods import Ours
 
-    heads, dim = 8, 128
+    heads, dim, device = 8, 128, current()
     draw = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(1, heads, tokens, dim, generator=draw).bfloat16() for _ in range(2))
-    query, key, value = (torch.randn(1, h, 1, dim, generator=draw).bfloat16() for h in (32, heads, heads))
+
+    def random(heads: int, count: int) -> torch.Tensor:
+        return torch.randn(1, heads, count, dim, generator=draw).bfloat16().to(DEVICE)
+
+    keys, values, query, key, value = (random(*size) for size in ((8, tokens), (8, tokens), (32, 1), (8, 1), (8, 1)))
+    first = Ours(codec, heads, dim)
+    first.step(query, keys, values)
+    first.cache.layers[0].flush()
     method = Ours(codec, heads, dim)
     layer, new = method.cache.layers[0], (query, key, value)
-    found: dict[str, dict[str, int]] = {}
-    with Counts().counting() as found["prompt"]:
+    found: dict[str, Counted] = {}
+    with device.counting() as found["prompt"]:
         method.step(query, keys, values)
         layer.flush()
     for _ in range(2):
         method.step(*new)
-    with Counts().counting() as found["step"]:
+    with device.counting() as found["step"]:
         method.step(*new)
         layer.flush()
     columns = layer.storage.table.columns
     while layer.storage.table.columns == columns:
-        with Counts().counting() as found["page event"]:
+        with device.counting() as found["page event"]:
             method.step(*new)
             layer.flush()
-    with Counts().counting() as found["step after it"]:
+    with device.counting() as found["step after it"]:
         method.step(*new)
         layer.flush()
-    return {name: dict(counted) for name, counted in found.items()}
-
-
-def times_of(codec: str, rounds: int = 300) -> dict[str, float]:
-    """Median microseconds of the calling thread in a plain step of one layer, the two sides in turns.
-
-    ``ours`` is a KVCache whose launches do nothing, and so is what the host does on a GPU. ``dynamic`` is transformers'
-    DynamicCache with its sdpa function. What its operators compute has to be small, so it has few and narrow tokens.
-    """
-    from benchmarks.gpu.methods import Dynamic, Ours
-
-    def tokens(heads: int, count: int, dim: int) -> torch.Tensor:
-        return torch.zeros(1, heads, count, dim, dtype=torch.bfloat16)
-
-    ours = Ours(codec, 8, 128)
-    with torch.inference_mode():
-        ours.step(tokens(32, 1, 128), tokens(8, 1024, 128), tokens(8, 1024, 128))
-        ours.cache.layers[0].flush()
-        sides: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
-            "ours": (ours, (tokens(32, 1, 128), tokens(8, 1, 128), tokens(8, 1, 128))),
-            "dynamic": (None, (tokens(4, 1, 16), tokens(1, 1, 16), tokens(1, 1, 16))),
-        }
-        found: dict[str, list[float]] = {name: [] for name in sides}
-        for number in range(rounds):
-            if number % 16 == 0:
-                sides["dynamic"] = Dynamic(tokens(1, 16, 16), tokens(1, 16, 16)), sides["dynamic"][1]
-            for name, (method, new) in sides.items():
-                before = time.perf_counter()
-                method.step(*new)
-                found[name].append((time.perf_counter() - before) * 1e6)
-    return {name: round(statistics.median(taken), 1) for name, taken in found.items()}
+    return found
 
 
 def compile_cases(parts: list[str]) -> list[str]:
@@ -225,7 +193,7 @@ def compile_cases(parts: list[str]) -> list[str]:
 
     wrong: list[str] = []
     seen = 0
-    for case in cases.cases(Settings(torch.device("cpu"))):
+    for case in cases.cases(Settings(DEVICE)):
         if not any(re.search(part, case.name) for part in parts):
             continue
         before = LAUNCHES.total()
@@ -249,17 +217,30 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", help="regular expressions: compile what these cases launch")
     parser.add_argument("--codecs", nargs="+", default=["none", "rotated8", "unbiased4"], help="of the counts")
     parser.add_argument("--tokens", type=int, default=1024, help="of the prompt whose packing is counted")
+    parser.add_argument("--uncompiled", action="store_true", help="count launches without compiling the kernels")
     parser.add_argument("--times", action="store_true", help="time the Python of a plain step in place of counting")
+    parser.add_argument("--places", action="store_true", help="print the lines of the package that ask for them")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    install()
     if args.times:
-        print(json.dumps({codec: times_of(codec) for codec in args.codecs}))
+        from benchmarks.gpu import python_time
+
+        times = python_time.times(args.codecs)
+        print(json.dumps({name: {"ours": each.us, "dynamic": each.dynamic_us} for name, each in times.items()}))
         return 0
-    if args.cases is None:
-        print(json.dumps({codec: counts_of(codec, args.tokens) for codec in args.codecs}))
-        return 0
-    wrong = compile_cases(args.cases)
+    install(not args.uncompiled)
+    with PretendedDevice():
+        if args.cases is None:
+            counted = {codec: counts_of(codec, args.tokens) for codec in args.codecs}
+            if args.places:
+                for codec, moments in counted.items():
+                    for moment, found in moments.items():
+                        print(f"{codec}, {moment}:", *found.lines(), sep="\n  ")
+            print(
+                json.dumps({codec: {m: dict(c.own) for m, c in moments.items()} for codec, moments in counted.items()})
+            )
+            return 0
+        wrong = compile_cases(args.cases)
     print(f"{len(COMPILED)} kernels compiled, {LAUNCHES.total()} launches, {len(wrong)} failures", *wrong, sep="\n")
     return int(bool(wrong))
 

@@ -22,9 +22,9 @@ from benchmarks.gpu import correctness, summary
 from benchmarks.gpu.results import Results
 
 ROOT = Path(__file__).parents[2]
-STEPS = {"a": "environment", "b": "correctness", "d": "layer", "e": "model", "f": "tests"}
+STEPS = {"a": "environment", "b": "correctness", "c": "synchronization", "d": "layer", "e": "model", "f": "tests"}
 #: Seconds that each step may take, and those that are then kept for the steps behind it.
-LIMITS = {"a": (45, 0), "b": (150, 0), "d": (170, 120), "e": (110, 55), "f": (110, 8)}
+LIMITS = {"a": (45, 0), "b": (150, 0), "c": (25, 0), "d": (170, 120), "e": (110, 55), "f": (110, 8)}
 #: Seconds that a process gets to end by itself, and then between being asked to and being killed.
 _GRACE, _UNTIL_KILLED = 5, 5
 #: How often a worker goes on behind a case that ended its process.
@@ -32,7 +32,7 @@ _TRIES = 4
 #: Status of a process that was stopped.
 STOPPED = 124
 #: Tests of the Triton kernels that cannot run on a GPU: they take tensors of the CPU, or compile.
-_CPU_TESTS = ("test_compile_report.py", "test_column_sums.py", "test_pages_alone.py")
+_CPU_TESTS = ("test_cases.py", "test_compile_report.py", "test_column_sums.py", "test_pages_alone.py")
 
 
 def default_folder() -> Path:

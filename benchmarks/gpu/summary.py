@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.gpu import correctness, generation
+from benchmarks.gpu import correctness, generation, synchronization
 from benchmarks.gpu.environment import CEILINGS, COSTS, MACHINE
 from benchmarks.gpu.results import FAILED, FIELDS, LEFT_OUT, Figures, parsed, read, short
 
-STEPS = ("environment", "correctness", "generation", "layer", "model")
+STEPS = ("environment", "correctness", "generation", "synchronization", "layer", "model")
 #: What is printed of a machine, and in one line of a measurement.
 _MACHINE = ("card", "driver", "torch", "triton", "transformers", "decode", "triton kernels", "native kernels")
 _SHOWN = {
@@ -60,6 +60,7 @@ def page(found: dict[str, dict[str, Figures]]) -> list[str]:
             lines.append(f"{case}: " + ", ".join(f"{name} {short(value)}" for name, value in figures.items()))
     lines += correctness.lines(found["correctness"]) if found["correctness"] else []
     lines += generation.lines(found["generation"]) if found["generation"] else []
+    lines += synchronization.lines(found["synchronization"]) if found["synchronization"] else []
     for step in ("layer", "model"):
         if found[step]:
             lines += [f"{step}:", *(f"  {line}" for line in measured(found[step]))]

@@ -76,22 +76,13 @@ def pretended(*arguments: str) -> str:
 
 
 def test_launches_of_a_step_of_a_page_event_and_of_a_prompt() -> None:
-    """The package's own launch code on a pretended H100 stays within what it needs today."""
-    counted = json.loads(pretended("--codecs", *BUDGET).splitlines()[-1])
+    """The launch code of the package on a pretended H100 stays within what it needs today; a plain step never waits."""
+    counted = json.loads(pretended("--uncompiled", "--codecs", *BUDGET).splitlines()[-1])
     for codec, moments in BUDGET.items():
         for moment, budget in moments.items():
             found = tuple(counted[codec][moment][what] for what in ("kernels", "operators", "uploads"))
             assert all(n <= most for n, most in zip(found, budget, strict=True)), (codec, moment, found, budget)
-
-
-@pytest.mark.slow
-def test_the_python_of_a_step() -> None:
-    """A plain step takes the host little longer than a step of DynamicCache on tiny tensors (0.8 times it, measured).
-
-    The general path takes ten times as long. The bound is wide, because the times of a busy machine vary.
-    """
-    taken = json.loads(pretended("--times", "--codecs", "unbiased4").splitlines()[-1])["unbiased4"]
-    assert taken["ours"] < 2 * taken["dynamic"]
+        assert counted[codec]["step"]["readbacks"] == counted[codec]["step"]["waits"] == 0, codec
 
 
 @pytest.mark.slow
