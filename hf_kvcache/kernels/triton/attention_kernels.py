@@ -22,6 +22,7 @@ from hf_kvcache.kernels.triton.attention_parts import (
     locate_tokens,
     normalize,
     page_positions,
+    rough_log2,
     sees,
     slot_positions,
     store_partial,
@@ -29,9 +30,8 @@ from hf_kvcache.kernels.triton.attention_parts import (
 )
 from hf_kvcache.kernels.triton.sides import (
     channels,
-    levels_of,
-    load_codes,
     load_elements,
+    load_levels,
     load_per_channel,
     load_per_token,
     load_table,
@@ -54,21 +54,23 @@ def _page_scores(
 def _folded_scores(
     record, query, first, held, table, channel, there, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr
 ):
-    levels = levels_of(load_codes(record, first, held, side, n, masked), table, side, side.compute)
+    levels = load_levels(record, first, held, table, side, n, masked)
     scaled = query
     if side.channel or side.other:
         at: tl.constexpr = side.scale_at if side.channel else side.other_at
         scale = load_per_channel(record, at, channel, there, held, side, masked)
         scaled = (query * scale[None, :]).to(side.compute)
     scores = tl.dot(scaled, tl.trans(levels), input_precision=side.precision)
+    if side.channel and not side.other:
+        scores *= side.unit
     if side.channel:
         if side.zero:
             zero = load_per_channel(record, side.zero_at, channel, there, held, side, masked)
             scores += tl.sum(query.to(tl.float32) * zero[None, :], 1)[:, None]
         if side.other:
-            scores *= load_per_token(record, side.other_at, first, held, n, masked)[None, :]
+            scores *= (load_per_token(record, side.other_at, first, held, n, masked) * side.unit)[None, :]
     else:
-        scores *= load_per_token(record, side.scale_at, first, held, n, masked)[None, :]
+        scores *= (load_per_token(record, side.scale_at, first, held, n, masked) * side.unit)[None, :]
         if side.zero:
             zero = load_per_token(record, side.zero_at, first, held, n, masked)
             scores += tl.sum(scaled.to(tl.float32), 1)[:, None] * zero[None, :]
@@ -120,7 +122,7 @@ def _add_folded_values(
     n: tl.constexpr,
     masked: tl.constexpr,
 ):
-    levels = levels_of(load_codes(record, first, held, side, n, masked), table, side, side.compute)
+    levels = load_levels(record, first, held, table, side, n, masked)
     scaled = weights
     if not side.channel or side.other:
         scaled = weights * token_scale[None, :]
@@ -264,7 +266,7 @@ def pages_kernel(
                 token_scale = load_per_token(record, VALUES.other_at, first, held, BLOCK_N, MASKED)
             else:
                 token_scale = load_per_token(record, VALUES.scale_at, first, held, BLOCK_N, MASKED)
-            height = scores + tl.log2(tl.maximum(tl.abs(token_scale), SMALLEST_SCALE))[None, :]
+            height = scores + rough_log2(tl.maximum(tl.abs(token_scale), SMALLEST_SCALE))[None, :]
         weights, decay, peak, total = weigh(scores, height, peak, total)
         if VALUES.folded and VALUES.zero and not VALUES.channel and not VALUES.other:
             # Here and not at the dot product, where most registers are in use.

@@ -124,6 +124,16 @@ def sees(at, m, window, keep, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW:
 
 
 @triton.jit
+def rough_log2(x):
+    """The logarithm of positive fp32 numbers in base 2, up to 0.09 too small.
+
+    The bits of a number are its exponent and, behind it, its mantissa: read as an integer they are the logarithm with
+    straight lines between powers of two. It takes two instructions; exact logarithms take twenty.
+    """
+    return x.to(tl.int32, bitcast=True).to(tl.float32) * (2.0**-23) - 127.0
+
+
+@triton.jit
 def weigh(scores, height, peak, total):
     """A step of the online softmax: weights, the decay of the earlier sums, the new maximum, the new sum of weights.
 

@@ -106,7 +106,7 @@ def attention_config(arch: str, dim: int, queries: int, codes: Codes | None) -> 
     if amd and codes is not None and codes.table:
         stages = 1  # with look-ups in a table, a second tile waiting in registers makes them spill
     most = _MOST_QUERIES.get(arch, _MOST_QUERIES_ELSEWHERE)
-    block_m = min(most, max(16, triton.next_power_of_2(queries)))
+    block_m = min(most, max(16 if amd or codes is None else 8, triton.next_power_of_2(queries)))
     # More warps, where the output of a program would take more than half of the registers of a thread.
     warps = 8 if most <= 32 and block_m * dim >= 32 * 256 else 4
     if codes is not None and block_m <= 32:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.reference.pack import bit_planes
+from hf_kvcache.kernels.triton.unpack import unpacking
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -54,6 +55,10 @@ class Side:
         middle: what is subtracted from codes that are summed over tokens in half precision; zero points add it again.
             The rounding errors of the weights are multiplied by the codes. With a mean that all codes share they would
             be alike in all channels, and the rotation back would gather them in the first channel.
+        assembly: what unpacks four bytes of codes on NVIDIA's GPUs, from :mod:`~hf_kvcache.kernels.triton.unpack`;
+            empty where there is none.
+        constraints: the constraints of the assembly.
+        unit: what is to be multiplied by the numbers of :func:`load_levels`.
     """
 
     dim: int
@@ -78,6 +83,9 @@ class Side:
     compute: Any
     precision: str
     middle: int
+    assembly: str
+    constraints: str
+    unit: float
 
     @property
     def dim_pad(self) -> int:
@@ -106,6 +114,10 @@ def describe_side(
     whole = fmt.group == (layout.page_size if fmt.axis == "channel" else fmt.dim)
     folded = fmt.level != "dense" and whole and fold
     centered = weighed and folded and fmt.zero and fmt.level == "integer" and compute == tl.float16
+    middle = 1 << (fmt.bits - 1) if centered else 0
+    # Only NVIDIA's GPUs have this precision, and only they have the instructions.
+    known = precision == "tf32x3" and compute == tl.float16 and segments * 4 <= fmt.dim
+    unpack = unpacking(fmt.level, fmt.bits, fmt.table, middle) if known and fmt.level != "dense" else None
     return Side(
         dim=fmt.dim,
         segments=segments,
@@ -128,7 +140,10 @@ def describe_side(
         element=None if fmt.dense_dtype is None else TRITON_TYPES[fmt.dense_dtype],
         compute=compute,
         precision=precision,
-        middle=1 << (fmt.bits - 1) if centered else 0,
+        middle=middle,
+        assembly="" if unpack is None else unpack.text,
+        constraints="" if unpack is None else unpack.constraints,
+        unit=1.0 if unpack is None else unpack.unit,
     )
 
 
@@ -171,6 +186,69 @@ def load_codes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked:
         n: number of tokens.
         masked: whether ``held`` may be less than ``n``.
     """
+    low, high = _load_planes(record, first, held, side, n, masked)
+    shift = tl.arange(0, side.segment_pad)
+    if side.bits == 3:
+        shift = shift // (side.dim // 8)
+    if side.segments == 1:
+        return low
+    elif side.segments == 2:
+        return _in_order(_code(low, high, shift, 0, side), _code(low, high, shift, 1, side), n, side)
+    elif side.segments == 4:
+        return _four_in_order(
+            _code(low, high, shift, 0, side),
+            _code(low, high, shift, 1, side),
+            _code(low, high, shift, 2, side),
+            _code(low, high, shift, 3, side),
+            n,
+            side,
+        )
+    else:
+        even = tl.join(_two_codes(low, high, shift, 0, side), _two_codes(low, high, shift, 2, side))
+        odd = tl.join(_two_codes(low, high, shift, 1, side), _two_codes(low, high, shift, 3, side))
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), [n, 8 * side.segment_pad])
+
+
+@triton.jit
+def load_levels(record, first, held, table, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr):
+    """The numbers in the type of computation ``[n, dim_pad]`` that codes stand for, before scaling.
+
+    They are to be multiplied by ``side.unit``. Arguments as for :func:`load_elements`.
+    """
+    if side.assembly == "":
+        return levels_of(load_codes(record, first, held, side, n, masked), table, side, side.compute)
+    else:
+        low, high = _load_planes(record, first, held, side, n, masked)
+        return _unpack(low, high, side, n)
+
+
+@triton.jit
+def _unpack(low, high, side: tl.constexpr, n: tl.constexpr):
+    """What :func:`load_levels` gives, from the bytes of the planes, by assembly."""
+    if side.segments == 1:
+        return tl.inline_asm_elementwise(side.assembly, side.constraints, [low], tl.float16, True, 4)
+    elif side.segments == 2:
+        a, b = tl.inline_asm_elementwise(side.assembly, side.constraints, [low], (tl.float16, tl.float16), True, 4)
+        return _in_order(a, b, n, side)
+    elif side.bits == 3:
+        eighth: tl.constexpr = side.dim // 8
+        j = tl.arange(0, side.segment_pad)
+        odd = tl.where(j // eighth % 2 == 1, 255, 0).to(tl.uint8)
+        odd = tl.broadcast_to(odd[None, :], [n, side.segment_pad])
+        a, b, c, d = tl.inline_asm_elementwise(
+            side.assembly, side.constraints, [low, high, odd], (tl.float16, tl.float16, tl.float16, tl.float16), True, 4
+        )
+        return _four_in_order(a, b, c, d, n, side)
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            side.assembly, side.constraints, [low], (tl.float16, tl.float16, tl.float16, tl.float16), True, 4
+        )
+        return _four_in_order(a, b, c, d, n, side)
+
+
+@triton.jit
+def _load_planes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr):
+    """The bytes ``[n, segment_pad]`` with the codes' low bits, and for 3 bits those with their high bits."""
     row_bytes: tl.constexpr = side.dim * side.bits // 8
     some: tl.constexpr = masked or side.segment != side.segment_pad
     j = tl.arange(0, side.segment_pad)
@@ -183,24 +261,24 @@ def load_codes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked:
     else:
         low = load_tile(record + side.codes_at, rows + j[None, :], held, there, some)
     high = low
-    high_shift = j
     if side.bits == 3:
         # The high bits of neighbors are neighbors too, in rows of dim / 8 bytes.
         eighth: tl.constexpr = side.dim // 8
         high = load_tile(record + side.codes_at + side.segment, rows + (j % eighth)[None, :], held, there, some)
-        high_shift = j // eighth
-    if side.segments == 1:
-        return low
-    elif side.segments == 2:
-        two = _two_codes(low, high, high_shift, 0, side)
-        return tl.reshape(tl.permute(two, (0, 2, 1)), [n, 2 * side.segment_pad])
-    elif side.segments == 4:
-        four = tl.join(_two_codes(low, high, high_shift, 0, side), _two_codes(low, high, high_shift, 1, side))
-        return tl.reshape(tl.permute(four, (0, 2, 3, 1)), [n, 4 * side.segment_pad])
-    else:
-        even = tl.join(_two_codes(low, high, high_shift, 0, side), _two_codes(low, high, high_shift, 2, side))
-        odd = tl.join(_two_codes(low, high, high_shift, 1, side), _two_codes(low, high, high_shift, 3, side))
-        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), [n, 8 * side.segment_pad])
+    return low, high
+
+
+@triton.jit
+def _in_order(a, b, n: tl.constexpr, side: tl.constexpr):
+    """Both segments ``[n, segment_pad]`` of a row, one behind the other."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [n, 2 * side.segment_pad])
+
+
+@triton.jit
+def _four_in_order(a, b, c, d, n: tl.constexpr, side: tl.constexpr):
+    """The four segments ``[n, segment_pad]`` of a row, one behind the other."""
+    four = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(tl.permute(four, (0, 2, 3, 1)), [n, 4 * side.segment_pad])
 
 
 @triton.jit
