@@ -60,7 +60,10 @@ def _folded_scores(
         at: tl.constexpr = side.scale_at if side.channel else side.other_at
         scale = load_per_channel(record, at, channel, there, held, side, masked)
         scaled = (query * scale[None, :]).to(side.compute)
-    scores = tl.dot(scaled, tl.trans(levels), input_precision=side.precision)
+    if query.shape[0] < 16:
+        scores = tl.trans(tl.dot(levels, tl.trans(scaled), input_precision=side.precision))
+    else:
+        scores = tl.dot(scaled, tl.trans(levels), input_precision=side.precision)
     if side.channel and not side.other:
         scores *= side.unit
     if side.channel:
@@ -146,7 +149,10 @@ def _add_folded_values(
         part *= load_per_channel(record, side.other_at, channel, there, held, side, masked)[None, :]
         return acc * decay[:, None] + part
     else:
-        return tl.dot(shares, levels, acc * decay[:, None], input_precision=side.precision)
+        if acc.shape[0] < 16:
+            return tl.trans(tl.dot(tl.trans(levels), tl.trans(shares), tl.trans(acc * decay[:, None]), input_precision=side.precision))
+        else:
+            return tl.dot(shares, levels, acc * decay[:, None], input_precision=side.precision)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "per_split", "rows_m", "heads", "window"])
