@@ -111,8 +111,8 @@ def attention_config(arch: str, dim: int, queries: int, codes: Codes | None) -> 
     warps = 8 if most <= 32 and block_m * dim >= 32 * 256 else 4
     if codes is not None and block_m <= 32:
         # With more, a thread would load less than 16 bytes of the tile (of 3-bit codes: of their lower two bits).
-        loads = block_n * dim * bit_planes(codes.bits)[0] // (8 * 16)
-        warps = min(warps, max(1 if amd else 2, triton.next_power_of_2(loads // lanes(arch))))
+        loads = block_n * dim * bit_planes(codes.bits)[0] // (8 * (16 if amd else 8))
+        warps = min(warps, max(1 if amd else 4, triton.next_power_of_2(loads // lanes(arch))))
     # Two waves on a SIMD need 256 registers or fewer, which the compiler exceeds without this option.
     return Config(block_m, block_n, warps, stages, {"waves_per_eu": 2} if amd else {})
 
