@@ -225,23 +225,25 @@ def load_levels(record, first, held, table, side: tl.constexpr, n: tl.constexpr,
 @triton.jit
 def _unpack(low, high, side: tl.constexpr, n: tl.constexpr):
     """What :func:`load_levels` gives, from the bytes of the planes, by assembly."""
+    # Of 3 bits, the bytes whose odd bits count. For others it is zeros that nothing reads: an operand that is no load
+    # keeps the compiler from reading every byte of the values on its own, in the order in which dot products take them.
+    odd = tl.where(tl.arange(0, side.segment_pad) // (side.dim // 8) % 2 == 1, 255, 0).to(tl.uint8)
+    odd = tl.broadcast_to(odd[None, :], [n, side.segment_pad])
     if side.segments == 1:
-        return tl.inline_asm_elementwise(side.assembly, side.constraints, [low], tl.float16, True, 4)
+        return tl.inline_asm_elementwise(side.assembly, side.constraints, [low, high, odd], tl.float16, True, 4)
     elif side.segments == 2:
-        a, b = tl.inline_asm_elementwise(side.assembly, side.constraints, [low], (tl.float16, tl.float16), True, 4)
-        return _in_order(a, b, n, side)
-    elif side.bits == 3:
-        eighth: tl.constexpr = side.dim // 8
-        j = tl.arange(0, side.segment_pad)
-        odd = tl.where(j // eighth % 2 == 1, 255, 0).to(tl.uint8)
-        odd = tl.broadcast_to(odd[None, :], [n, side.segment_pad])
-        a, b, c, d = tl.inline_asm_elementwise(
-            side.assembly, side.constraints, [low, high, odd], (tl.float16, tl.float16, tl.float16, tl.float16), True, 4
+        a, b = tl.inline_asm_elementwise(
+            side.assembly, side.constraints, [low, high, odd], (tl.float16, tl.float16), True, 4
         )
-        return _four_in_order(a, b, c, d, n, side)
+        return _in_order(a, b, n, side)
     else:
         a, b, c, d = tl.inline_asm_elementwise(
-            side.assembly, side.constraints, [low], (tl.float16, tl.float16, tl.float16, tl.float16), True, 4
+            side.assembly,
+            side.constraints,
+            [low, high, odd],
+            (tl.float16, tl.float16, tl.float16, tl.float16),
+            True,
+            4,
         )
         return _four_in_order(a, b, c, d, n, side)
 

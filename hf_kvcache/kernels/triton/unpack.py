@@ -33,8 +33,8 @@ class Unpacking:
     """How four bytes of codes become numbers in half precision.
 
     Attributes:
-        text: the assembly: an output of four elements for each segment, then the input, for 3 bits also the bytes with
-            the high bits and a mask of those bytes whose odd bits count.
+        text: the assembly. Its operands are an output of four elements for each segment, the four bytes, and for 3 bits
+            those with the high bits and a mask of the bytes whose odd bits count; else two that it does not read.
         constraints: those of the assembly.
         unit: what the numbers are to be multiplied by.
     """
@@ -78,10 +78,10 @@ def signed_bytes(table: tuple[float, ...]) -> tuple[list[int], float] | None:
 
 
 def _made(bits: int, lines: list[str], unit: float) -> Unpacking:
-    outputs, inputs = 2 * {8: 1, 4: 2, 3: 4, 2: 4}[bits], 3 if bits == 3 else 1
+    outputs = 2 * {8: 1, 4: 2, 3: 4, 2: 4}[bits]
     text = "{\n.reg .b32 r<12>;\n" + "\n".join(lines) + "\n}"
     # Outputs are written before the last read of an input: they need registers of their own.
-    return Unpacking(text, ",".join(["=&r"] * outputs + ["r"] * inputs), unit)
+    return Unpacking(text, ",".join(["=&r"] * outputs + ["r"] * 3), unit)
 
 
 def _half(number: float) -> int:
