@@ -246,6 +246,8 @@ def pages_kernel(
         mean = tl.load(key_mean + row * KEYS.dim + key_channel, mask=key_there, other=0.0)
         shift = tl.sum(q.to(tl.float32) * mean[None, :], 1)
     peak, total = empty_softmax(BLOCK_M)
+    if BLOCK_M < 16:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     offset = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.full([BLOCK_M, VALUES.segments * VALUES.segment_pad], 0.0, tl.float32)
     last = tl.minimum((split + 1) * per_split, columns)
@@ -296,6 +298,8 @@ def pages_kernel(
             MASKED,
         )
     acc += offset[:, None]
+    if BLOCK_M < 16:
+        total = tl.sum(total, 1)
     store_partial(
         partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, value_channel, value_there, VALUES.dim
     )

@@ -141,14 +141,18 @@ def weigh(scores, height, peak, total):
         scores: fp32 ``[BLOCK_M, BLOCK_N]`` in base 2, -inf where hidden.
         height: fp32 of the same shape; the maximum is that of these numbers.
         peak: fp32 ``[BLOCK_M]``, the maximum so far.
-        total: fp32 ``[BLOCK_M]``, the sum of the weights so far.
+        total: fp32 ``[BLOCK_M]``, the sum of the weights so far; or ``[BLOCK_M, BLOCK_N]``, the sums of the weights at
+            each place of a block. Then the threads need not exchange their sums at every step.
     """
     higher = tl.maximum(peak, tl.max(height, 1))
     # Before its first visible key a query has a maximum of -inf, and -inf - -inf is not a number.
     base = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores - base[:, None])
     decay = tl.exp2(peak - base)
-    return weights, decay, higher, total * decay + tl.sum(weights, 1)
+    if len(total.shape) == 2:
+        return weights, decay, higher, total * decay[:, None] + weights
+    else:
+        return weights, decay, higher, total * decay + tl.sum(weights, 1)
 
 
 @triton.jit
