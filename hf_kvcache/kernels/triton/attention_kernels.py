@@ -39,13 +39,34 @@ from hf_kvcache.kernels.triton.sides import (
 
 
 @triton.jit
+def _dot_keys(query, keys, side: tl.constexpr):
+    """fp32 ``[BLOCK_M, BLOCK_N]``: dot products of queries ``[BLOCK_M, D]`` with keys ``[BLOCK_N, D]``.
+
+    Matrix instructions take 16 rows and 8 columns at a time. So few queries are the columns.
+    """
+    if query.shape[0] < 16:
+        return tl.trans(tl.dot(keys, tl.trans(query), input_precision=side.precision))
+    else:
+        return tl.dot(query, tl.trans(keys), input_precision=side.precision)
+
+
+@triton.jit
+def _dot_values(weights, values, acc, side: tl.constexpr):
+    """fp32 ``[BLOCK_M, D]``: ``acc`` and the sums of values ``[BLOCK_N, D]`` by weights ``[BLOCK_M, BLOCK_N]``."""
+    if weights.shape[0] < 16:
+        return tl.trans(tl.dot(tl.trans(values), tl.trans(weights), tl.trans(acc), input_precision=side.precision))
+    else:
+        return tl.dot(weights, values, acc, input_precision=side.precision)
+
+
+@triton.jit
 def _page_scores(
     record, query, first, held, table, channel, there, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr
 ):
     """fp32 ``[BLOCK_M, BLOCK_N]``: dot products of queries with the keys of a page."""
     if not side.folded:
         keys = load_elements(record, first, held, table, channel, there, side, n, masked)
-        return tl.dot(query, tl.trans(keys), input_precision=side.precision)
+        return _dot_keys(query, keys, side)
     else:
         return _folded_scores(record, query, first, held, table, channel, there, side, n, masked)
 
@@ -59,19 +80,16 @@ def _folded_scores(
     if side.channel or side.other:
         at: tl.constexpr = side.scale_at if side.channel else side.other_at
         scale = load_per_channel(record, at, channel, there, held, side, masked)
+        if side.channel:
+            scale *= side.unit
         scaled = (query * scale[None, :]).to(side.compute)
-    if query.shape[0] < 16:
-        scores = tl.trans(tl.dot(levels, tl.trans(scaled), input_precision=side.precision))
-    else:
-        scores = tl.dot(scaled, tl.trans(levels), input_precision=side.precision)
-    if side.channel and not side.other:
-        scores *= side.unit
+    scores = _dot_keys(scaled, levels, side)
     if side.channel:
         if side.zero:
             zero = load_per_channel(record, side.zero_at, channel, there, held, side, masked)
             scores += tl.sum(query.to(tl.float32) * zero[None, :], 1)[:, None]
         if side.other:
-            scores *= (load_per_token(record, side.other_at, first, held, n, masked) * side.unit)[None, :]
+            scores *= load_per_token(record, side.other_at, first, held, n, masked)[None, :]
     else:
         scores *= (load_per_token(record, side.scale_at, first, held, n, masked) * side.unit)[None, :]
         if side.zero:
@@ -102,7 +120,7 @@ def _add_values(
     """
     if not side.folded:
         values = load_elements(record, first, held, table, channel, there, side, n, masked)
-        return tl.dot(weights.to(side.compute), values, acc * decay[:, None], input_precision=side.precision)
+        return _dot_values(weights.to(side.compute), values, acc * decay[:, None], side)
     else:
         return _add_folded_values(
             acc, decay, weights, token_scale, record, first, held, table, channel, there, side, n, masked
@@ -126,13 +144,17 @@ def _add_folded_values(
     masked: tl.constexpr,
 ):
     levels = load_levels(record, first, held, table, side, n, masked)
+    none = tl.zeros_like(acc)
     scaled = weights
-    if not side.channel or side.other:
-        scaled = weights * token_scale[None, :]
+    if side.channel:
+        if side.other:
+            scaled = weights * token_scale[None, :]
+    else:
+        scaled = weights * (token_scale * side.unit)[None, :]
     shares = scaled.to(side.compute)
     if side.channel:
         scale = load_per_channel(record, side.scale_at, channel, there, held, side, masked)
-        part = tl.dot(shares, levels, input_precision=side.precision) * scale[None, :]
+        part = _dot_values(shares, levels, none, side) * (scale * side.unit)[None, :]
         if side.zero:
             zero = load_per_channel(record, side.zero_at, channel, there, held, side, masked)
             if side.middle:
@@ -140,7 +162,7 @@ def _add_folded_values(
             part += tl.sum(scaled, 1)[:, None] * zero[None, :]
         return acc * decay[:, None] + part
     elif side.other:
-        part = tl.dot(shares, levels, input_precision=side.precision)
+        part = _dot_values(shares, levels, none, side)
         if side.zero:
             zero = load_per_token(record, side.zero_at, first, held, n, masked)
             if side.middle:
@@ -149,10 +171,7 @@ def _add_folded_values(
         part *= load_per_channel(record, side.other_at, channel, there, held, side, masked)[None, :]
         return acc * decay[:, None] + part
     else:
-        if acc.shape[0] < 16:
-            return tl.trans(tl.dot(tl.trans(levels), tl.trans(shares), tl.trans(acc * decay[:, None]), input_precision=side.precision))
-        else:
-            return tl.dot(shares, levels, acc * decay[:, None], input_precision=side.precision)
+        return _dot_values(shares, levels, acc * decay[:, None], side)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "per_split", "rows_m", "heads", "window"])
