@@ -185,7 +185,7 @@ def _integers(bits: int, middle: int) -> list[str]:
 
 
 def _floats() -> list[str]:
-    """e4m3 has the layout of half precision with three bits less of exponent: the same bits are 2**8 times too small."""
+    """The numbers of e4m3: half precision with 3 bits less of exponent. The same bits are 2**8 times too small."""
     lines = []
     for half, selector in enumerate((0x1404, 0x3424)):
         lines += [

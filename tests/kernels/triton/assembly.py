@@ -1,4 +1,4 @@
-"""The few instructions of ``kernels/triton/unpack``, carried out in numpy, also in place of Triton's inline assembly."""
+"""The instructions of ``kernels/triton/unpack`` carried out in numpy, also in place of Triton's inline assembly."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ def _prmt(a: Words, b: Words, selector: Words) -> Words:
 def of_bytes(text: str, constraints: str, inputs: Sequence[npt.NDArray[np.uint8]]) -> list[npt.NDArray[np.float16]]:
     """The half-precision arrays that assembly makes of uint8 arrays of one shape, four bytes at a time."""
     registers = constraints.count("=")
-    operands = {
-        f"${registers + i}": np.ascontiguousarray(x).reshape(-1).view(np.uint32) for i, x in enumerate(inputs)
-    }
+    operands = {f"${registers + i}": np.ascontiguousarray(x).reshape(-1).view(np.uint32) for i, x in enumerate(inputs)}
     assert constraints.split(",") == ["=&r"] * registers + ["r"] * len(inputs)
     outputs = execute(text, operands, registers)
     pairs = [np.stack(outputs[i : i + 2], -1).view(np.float16) for i in range(0, registers, 2)]
