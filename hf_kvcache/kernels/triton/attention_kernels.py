@@ -80,16 +80,17 @@ def _folded_scores(
     if side.channel or side.other:
         at: tl.constexpr = side.scale_at if side.channel else side.other_at
         scale = load_per_channel(record, at, channel, there, held, side, masked)
-        if side.channel:
-            scale *= side.unit
         scaled = (query * scale[None, :]).to(side.compute)
     scores = _dot_keys(scaled, levels, side)
     if side.channel:
         if side.zero:
+            # Divided by the unit, with which it is multiplied below: that is one number a query, not one a channel.
             zero = load_per_channel(record, side.zero_at, channel, there, held, side, masked)
-            scores += tl.sum(query.to(tl.float32) * zero[None, :], 1)[:, None]
+            scores += (tl.sum(query.to(tl.float32) * zero[None, :], 1) * (1.0 / side.unit))[:, None]
         if side.other:
-            scores *= load_per_token(record, side.other_at, first, held, n, masked)[None, :]
+            scores *= (load_per_token(record, side.other_at, first, held, n, masked) * side.unit)[None, :]
+        else:
+            scores *= side.unit
     else:
         scores *= (load_per_token(record, side.scale_at, first, held, n, masked) * side.unit)[None, :]
         if side.zero:
