@@ -116,7 +116,7 @@ def describe_side(
     centered = weighed and folded and fmt.zero and fmt.level == "integer" and compute == tl.float16
     middle = 1 << (fmt.bits - 1) if centered else 0
     # Only NVIDIA's GPUs have this precision, and only they have the instructions.
-    known = precision == "tf32x3" and compute == tl.float16 and segments * 4 <= fmt.dim
+    known = precision == "tf32x3" and compute == tl.float16
     unpack = unpacking(fmt.level, fmt.bits, fmt.table, middle) if known and fmt.level != "dense" else None
     return Side(
         dim=fmt.dim,

@@ -137,6 +137,9 @@ def test_what_is_worse_than_recorded_fails() -> None:
     assert len(found(wide_loads=3)) == 1
     slow = Result("sm80", "x", SOUND, 4, (), share=0.7, least_share=0.75)
     assert "70% of the bandwidth" in worse(slow, record)[0] and worse(slow, {}) == []
+    assert found(loop=300) == []
+    longer = Result("sm80", "x", replace(SOUND, loop=106), 4, ())
+    assert worse(longer, {("sm80", "x"): vars(replace(SOUND, loop=100))}) == ["loop: 106, recorded are 100"]
     assert worse(Result("sm90", "x", replace(SOUND, spills=1), 4, ()), record) == []
 
 
