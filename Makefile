@@ -123,7 +123,7 @@ eval: $(STAMP) ## what each cache costs in accuracy, with a report in results (E
 families: $(STAMP) ## try every model family of transformers with every cache and write docs/models.md (FAMILIES="--only gpt2,llama")
 	$(RUN) -m tests.model_families $(FAMILIES)
 
-kernels: $(STAMP) ## compile every Triton kernel for every target without a GPU and check the code (KERNELS="--quick", "--record")
+kernels: $(STAMP) ## compile every Triton kernel for every target without a GPU and check the code (KERNELS="--quick", "--record", "--triton 3.6.0")
 	$(BIN)/python -m benchmarks.compile_report $(KERNELS)
 
 gpu: $(STAMP) ## on a GPU: is every kernel right, and how fast is it? Under 8 minutes, into results/gpu (GPU="--steps a b")

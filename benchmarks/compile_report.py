@@ -4,12 +4,15 @@
     python -m benchmarks.compile_report --quick                  three targets, the first case of each operation
     python -m benchmarks.compile_report --target sm90 --case int4
     python -m benchmarks.compile_report --record                 take what was measured as the new expectation
+    python -m benchmarks.compile_report --triton 3.6.0           with another Triton, installed into a folder of its own
 
 Fails (exit status 1) where a kernel does not compile, spills registers or uses a stack, wants more shared memory than
 there is, does not use tensor cores though it should, or leaves fewer than 8 warps on a multiprocessor; a case may waive
 some of that. It fails too where a kernel is worse than compiled.csv records for the same version of Triton: more
-registers, spills, stack or shared memory, fewer tensor or 128-bit load instructions, or 5 % more instructions. None of
-this is a measurement of speed.
+registers, spills, stack or shared memory, fewer tensor or 128-bit load instructions, or 5 % more instructions, all of
+them or in the main loop. And it fails where the main loop leaves room for less of the memory bandwidth than a case asks
+for: the column "bound" is the share at which the loop takes every issue slot there is. None of this is a measurement of
+speed.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -36,7 +40,7 @@ QUICK_TARGETS = ("sm80", "sm90", "gfx942")
 LEAST_WARPS = 8
 SPILLS, WARPS = "spills", "warps"
 #: How many per cent a figure may be above its recorded value; figures of ``_MORE_IS_BETTER`` may not fall.
-_MARGIN = {"instructions": 5}
+_MARGIN = {"instructions": 5, "loop": 5}
 _MORE_IS_BETTER = ("tensor", "wide_loads")
 
 
@@ -50,6 +54,8 @@ class Result:
         compiled: what came out; None if it could not be compiled.
         warps: of its programs.
         problems: what is wrong with it, in words.
+        share: the share of memory bandwidth that its main loop leaves room for; None if that is not known.
+        least_share: what it is to be at least.
     """
 
     target: str
@@ -57,6 +63,8 @@ class Result:
     compiled: Compiled | None
     warps: int
     problems: tuple[str, ...]
+    share: float | None = None
+    least_share: float = 0.0
 
     @property
     def key(self) -> tuple[str, str]:
@@ -69,7 +77,9 @@ Record = dict[tuple[str, str], dict[str, int]]
 
 def main() -> int:
     """Compile, print, check; the exit status."""
-    args, console = arguments(), Console(width=None if sys.stdout.isatty() else 140)
+    args, console = arguments(), Console(width=None if sys.stdout.isatty() else 150)
+    if args.triton:
+        return with_triton(args.triton)
     if reason := machine_code.missing():
         console.print(f"compile_report: {reason}", markup=False, soft_wrap=True)
         return 2
@@ -98,9 +108,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="three targets, the first case of each operation")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (may be repeated)")
     parser.add_argument("--case", help="only cases whose name contains this")
+    parser.add_argument("--triton", metavar="VERSION", help="compile with this version of triton")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--record", action="store_true", help=f"write what was measured to {RECORD.name}")
     return parser.parse_args()
+
+
+def with_triton(version: str) -> int:
+    """Run this command with another version of triton, which is installed once, beside all else; its exit status."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "hf_kvcache", f"triton-{version}")
+    if not (folder / "triton").is_dir():
+        wanted = ["--no-deps", "--target", str(folder), f"triton=={version}"]
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    at = sys.argv.index("--triton") if "--triton" in sys.argv else None
+    rest = sys.argv[1:] if at is None else sys.argv[1:at] + sys.argv[at + 2 :]
+    rest = [argument for argument in rest if not argument.startswith("--triton=")]
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run([sys.executable, "-m", "benchmarks.compile_report", *rest], env=environment).returncode
 
 
 def selected(args: argparse.Namespace) -> list[tuple[str, str, int]]:
@@ -131,7 +156,9 @@ def build(operation: str, target: str, index: int) -> Result:
         made = machine_code.compile_case(case, target)
     except Exception as error:  # a compiler may fail in any way, and the other cases are still of interest
         return Result(target, case.name, None, case.num_warps, (_reason(error),))
-    return Result(target, case.name, made, case.num_warps, tuple(problems(made, case, target)))
+    share = TARGETS[target].bandwidth_share(made.loop, case.num_warps, case.loop_bytes or 0)
+    least = case.least_share if target == "sm90" else 0.0
+    return Result(target, case.name, made, case.num_warps, tuple(problems(made, case, target)), share, least)
 
 
 def problems(made: Compiled, case: machine_code.CompileCase, target: str) -> list[str]:
@@ -156,10 +183,13 @@ def worse(result: Result, record: Record) -> list[str]:
     known = record.get(result.key)
     if known is None or result.compiled is None:
         return []
-    return [
+    slow = result.share is not None and result.share < result.least_share
+    found = [f"room for {result.share:.0%} of the bandwidth, {result.least_share:.0%} are wanted"] if slow else []
+    return found + [
         f"{name}: {value}, recorded are {known[name]}"
         for name, value in vars(result.compiled).items()
-        if (value < known[name] if name in _MORE_IS_BETTER else value > known[name] * (1 + _MARGIN.get(name, 0) / 100))
+        if not (name == "loop" and known[name] == 0)  # recorded before loops were counted, or a kernel without one
+        and (value < known[name] if name in _MORE_IS_BETTER else value > known[name] * (1 + _MARGIN.get(name, 0) / 100))
     ]
 
 
@@ -197,15 +227,16 @@ def write_record(results: list[Result], complete: bool) -> None:
 def table(results: list[Result]) -> Table:
     """One row for each kernel and target."""
     made = Table(title=f"Triton {version()}, compiled without a GPU")
-    for column in ("target", "case", *(name.replace("_", " ") for name in FIELDS), "warps / SM"):
+    for column in ("target", "case", *(name.replace("_", " ") for name in FIELDS), "warps / SM", "bound"):
         made.add_column(column, justify="left" if column in ("target", "case") else "right")
     for result in results:
-        values = ["-"] * (len(FIELDS) + 1)
+        values = ["-"] * (len(FIELDS) + 2)
         if result.compiled is not None:
             held = TARGETS[result.target].resident_warps(
                 result.compiled.registers, result.compiled.shared, result.warps
             )
-            values = [str(value) for value in (*vars(result.compiled).values(), held)]
+            share = "-" if result.share is None else f"{min(result.share, 1):.0%}"
+            values = [*map(str, (*vars(result.compiled).values(), held)), share]
         made.add_row(result.target, result.case, *values, style="red" if result.problems else None)
     return made
 

@@ -30,6 +30,8 @@ class Target:
         program_shared: most shared memory of one program.
         reserved: shared memory that each program costs besides what it asks for.
         amd: whether it is one of AMD's.
+        cycle_bytes: bytes of memory for each cycle of a multiprocessor, at boost clock, if all of a GPU's read; 0 where
+            no static bound is computed. The GPUs are A100, RTX 3090, RTX 4090, H100 and B200.
     """
 
     warps: int
@@ -38,6 +40,19 @@ class Target:
     program_shared: int
     reserved: int = _KIB
     amd: bool = False
+    cycle_bytes: float = 0.0
+
+    def bandwidth_share(self, loop: int, num_warps: int, loop_bytes: int) -> float | None:
+        """The share of a GPU's memory bandwidth at which a loop takes every issue slot: at most that much is reached.
+
+        Args:
+            loop: instructions of the loop, of which a multiprocessor starts four in a cycle.
+            num_warps: warps of a program.
+            loop_bytes: bytes that a program loads in one turn.
+        """
+        if not (loop and loop_bytes and self.cycle_bytes):
+            return None
+        return 4 * loop_bytes / (loop * num_warps * self.cycle_bytes)
 
     def resident_warps(self, registers: int, shared: int, num_warps: int) -> int:
         """Warps that fit on a multiprocessor at a time, of programs of ``num_warps`` warps.
@@ -58,11 +73,11 @@ class Target:
 
 
 TARGETS = {
-    "sm80": Target(64, 32, 164 * _KIB, 163 * _KIB),
-    "sm86": Target(48, 16, 100 * _KIB, 99 * _KIB),
-    "sm89": Target(48, 24, 100 * _KIB, 99 * _KIB),
-    "sm90": Target(64, 32, 228 * _KIB, 227 * _KIB),
-    "sm100": Target(64, 32, 228 * _KIB, 227 * _KIB),
+    "sm80": Target(64, 32, 164 * _KIB, 163 * _KIB, cycle_bytes=2039 / (108 * 1.41)),
+    "sm86": Target(48, 16, 100 * _KIB, 99 * _KIB, cycle_bytes=936 / (82 * 1.695)),
+    "sm89": Target(48, 24, 100 * _KIB, 99 * _KIB, cycle_bytes=1008 / (128 * 2.52)),
+    "sm90": Target(64, 32, 228 * _KIB, 227 * _KIB, cycle_bytes=3350 / (132 * 1.83)),
+    "sm100": Target(64, 32, 228 * _KIB, 227 * _KIB, cycle_bytes=8000 / (148 * 1.85)),
     "gfx942": Target(32, 16, 64 * _KIB, 64 * _KIB, 0, True),
 }
 
@@ -79,6 +94,7 @@ class Compiled:
         tensor: matrix instructions (HMMA, IMMA, QGMMA, UTCHMMA, v_mfma, v_smfmac).
         wide_loads: loads of 128 bits a lane, or more, from global memory.
         instructions: all of them.
+        loop: those of the loop with most matrix instructions; 0 without one, and on AMD.
     """
 
     registers: int
@@ -88,6 +104,7 @@ class Compiled:
     tensor: int
     wide_loads: int
     instructions: int
+    loop: int = 0
 
 
 FIELDS = tuple(field.name for field in fields(Compiled))
@@ -177,7 +194,31 @@ def read_sass(assembly: str, usage: str, shared: int) -> Compiled:
     wide = sum(re.match(r"LDG(STS)?\..*\b(128|256)\b", name) is not None for name in names)
     tensor = sum(name.endswith("MMA") for name in operations)
     spills = sum(name in ("STL", "LDL") for name in operations)
-    return Compiled(registers, spills, stack + local, shared, tensor, wide, len(names))
+    return Compiled(registers, spills, stack + local, shared, tensor, wide, len(names), _loop(assembly))
+
+
+_LABEL_OR_INSTRUCTION = re.compile(
+    r"^(?P<label>\.L_\w+):|^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][A-Z0-9_.]*)(?P<rest>[^;]*)",
+    re.MULTILINE,
+)
+
+
+def _loop(assembly: str) -> int:
+    """Instructions between a label and a jump back to it, of the loop that has most matrix instructions."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for found in _LABEL_OR_INSTRUCTION.finditer(assembly):
+        if found["label"]:
+            labels[found["label"]] = len(names)
+        elif found["name"] != "NOP":
+            names.append(found["name"].split(".")[0])
+            target = re.search(r"`\((\.L_\w+)\)", found["rest"])
+            if names[-1] == "BRA" and target and target[1] in labels:
+                body = names[labels[target[1]] :]
+                loops.append((sum(name.endswith("MMA") for name in body), -len(body)))
+    tensor, length = max(loops, default=(0, 0))
+    return -length if tensor else 0
 
 
 def _count(names: Iterable[str], starts: tuple[str, ...]) -> int:

@@ -13,6 +13,14 @@ from hf_kvcache.kernels.triton.launch import codes_of, combine_shape, page_sides
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
 _GROUP, _PAGE = 4, 64
+#: The share of an H100's bandwidth that a decoding step is to reach at most, by bits of a code and head dimension.
+_LEAST_SHARES = {
+    **{(bits, dim): 0.75 for bits in (4, 8) for dim in (64, 128)},
+    (3, 64): 0.6,
+    (3, 128): 0.6,
+    (2, 64): 0.5,
+    (2, 128): 0.6,
+}
 _POINTERS = {"partial": "*fp32", "partial_lse": "*fp32", "kept_scores": "*fp32"}
 _QUERY_STRIDES = {"query_b": "i32", "query_h": "i32", "query_q": "i32"}
 _SIZES = {"rows": "i32", "rows_m": "i32", "heads": "i32", "window": "i32", "inner": "fp32", "softcap": "fp32"}
@@ -36,7 +44,7 @@ def formats(codec: str, dim: int) -> tuple[SideFormat, SideFormat]:
             SideFormat(dim, bits, axis="channel", group=_PAGE, rotation="hadamard"),
             SideFormat(dim, bits, axis="token", group=dim, rotation="hadamard"),
         )
-    table = tuple(i / 2**bits - 0.5 for i in range(2**bits))
+    table = tuple(round(127 * (2 * i + 1 - 2**bits) / (2**bits - 1)) * 2.7 / 127 for i in range(2**bits))
     keys = SideFormat(dim, bits, "table", "channel", _PAGE, other=True, rotation="hadamard", centered=True, table=table)
     return keys, SideFormat(dim, bits, "table", group=dim, zero=False, rotation="signed_hadamard", table=table)
 
@@ -86,6 +94,7 @@ def pages_case(arch: str, operation: str, codec: str, dim: int, length: int) -> 
         loop_bytes=layout.record_bytes * block_n // _PAGE,
         tensor_cores=True,
         options=config.options,
+        least_share=_LEAST_SHARES.get((layout.sides["keys"].bits, dim), 0.0) if operation == "decode" else 0.0,
     )
 
 

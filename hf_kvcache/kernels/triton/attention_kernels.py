@@ -22,6 +22,7 @@ from hf_kvcache.kernels.triton.attention_parts import (
     locate_tokens,
     normalize,
     page_positions,
+    rough_log2,
     sees,
     slot_positions,
     store_partial,
@@ -29,13 +30,33 @@ from hf_kvcache.kernels.triton.attention_parts import (
 )
 from hf_kvcache.kernels.triton.sides import (
     channels,
-    levels_of,
-    load_codes,
     load_elements,
+    load_levels,
     load_per_channel,
     load_per_token,
     load_table,
 )
+
+
+@triton.jit
+def _dot_keys(query, keys, side: tl.constexpr):
+    """fp32 ``[BLOCK_M, BLOCK_N]``: dot products of queries ``[BLOCK_M, D]`` with keys ``[BLOCK_N, D]``.
+
+    Matrix instructions take 16 rows and 8 columns at a time. So few queries are the columns.
+    """
+    if query.shape[0] < 16:
+        return tl.trans(tl.dot(keys, tl.trans(query), input_precision=side.precision))
+    else:
+        return tl.dot(query, tl.trans(keys), input_precision=side.precision)
+
+
+@triton.jit
+def _dot_values(weights, values, acc, side: tl.constexpr):
+    """fp32 ``[BLOCK_M, D]``: ``acc`` and the sums of values ``[BLOCK_N, D]`` by weights ``[BLOCK_M, BLOCK_N]``."""
+    if weights.shape[0] < 16:
+        return tl.trans(tl.dot(tl.trans(values), tl.trans(weights), tl.trans(acc), input_precision=side.precision))
+    else:
+        return tl.dot(weights, values, acc, input_precision=side.precision)
 
 
 @triton.jit
@@ -45,7 +66,7 @@ def _page_scores(
     """fp32 ``[BLOCK_M, BLOCK_N]``: dot products of queries with the keys of a page."""
     if not side.folded:
         keys = load_elements(record, first, held, table, channel, there, side, n, masked)
-        return tl.dot(query, tl.trans(keys), input_precision=side.precision)
+        return _dot_keys(query, keys, side)
     else:
         return _folded_scores(record, query, first, held, table, channel, there, side, n, masked)
 
@@ -54,21 +75,24 @@ def _page_scores(
 def _folded_scores(
     record, query, first, held, table, channel, there, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr
 ):
-    levels = levels_of(load_codes(record, first, held, side, n, masked), table, side, side.compute)
+    levels = load_levels(record, first, held, table, side, n, masked)
     scaled = query
     if side.channel or side.other:
         at: tl.constexpr = side.scale_at if side.channel else side.other_at
         scale = load_per_channel(record, at, channel, there, held, side, masked)
         scaled = (query * scale[None, :]).to(side.compute)
-    scores = tl.dot(scaled, tl.trans(levels), input_precision=side.precision)
+    scores = _dot_keys(scaled, levels, side)
     if side.channel:
         if side.zero:
+            # Divided by the unit, with which it is multiplied below: that is one number a query, not one a channel.
             zero = load_per_channel(record, side.zero_at, channel, there, held, side, masked)
-            scores += tl.sum(query.to(tl.float32) * zero[None, :], 1)[:, None]
+            scores += (tl.sum(query.to(tl.float32) * zero[None, :], 1) * (1.0 / side.unit))[:, None]
         if side.other:
-            scores *= load_per_token(record, side.other_at, first, held, n, masked)[None, :]
+            scores *= (load_per_token(record, side.other_at, first, held, n, masked) * side.unit)[None, :]
+        else:
+            scores *= side.unit
     else:
-        scores *= load_per_token(record, side.scale_at, first, held, n, masked)[None, :]
+        scores *= (load_per_token(record, side.scale_at, first, held, n, masked) * side.unit)[None, :]
         if side.zero:
             zero = load_per_token(record, side.zero_at, first, held, n, masked)
             scores += tl.sum(scaled.to(tl.float32), 1)[:, None] * zero[None, :]
@@ -97,7 +121,7 @@ def _add_values(
     """
     if not side.folded:
         values = load_elements(record, first, held, table, channel, there, side, n, masked)
-        return tl.dot(weights.to(side.compute), values, acc * decay[:, None], input_precision=side.precision)
+        return _dot_values(weights.to(side.compute), values, acc * decay[:, None], side)
     else:
         return _add_folded_values(
             acc, decay, weights, token_scale, record, first, held, table, channel, there, side, n, masked
@@ -120,14 +144,18 @@ def _add_folded_values(
     n: tl.constexpr,
     masked: tl.constexpr,
 ):
-    levels = levels_of(load_codes(record, first, held, side, n, masked), table, side, side.compute)
+    levels = load_levels(record, first, held, table, side, n, masked)
+    none = tl.zeros_like(acc)
     scaled = weights
-    if not side.channel or side.other:
-        scaled = weights * token_scale[None, :]
+    if side.channel:
+        if side.other:
+            scaled = weights * token_scale[None, :]
+    else:
+        scaled = weights * (token_scale * side.unit)[None, :]
     shares = scaled.to(side.compute)
     if side.channel:
         scale = load_per_channel(record, side.scale_at, channel, there, held, side, masked)
-        part = tl.dot(shares, levels, input_precision=side.precision) * scale[None, :]
+        part = _dot_values(shares, levels, none, side) * (scale * side.unit)[None, :]
         if side.zero:
             zero = load_per_channel(record, side.zero_at, channel, there, held, side, masked)
             if side.middle:
@@ -135,7 +163,7 @@ def _add_folded_values(
             part += tl.sum(scaled, 1)[:, None] * zero[None, :]
         return acc * decay[:, None] + part
     elif side.other:
-        part = tl.dot(shares, levels, input_precision=side.precision)
+        part = _dot_values(shares, levels, none, side)
         if side.zero:
             zero = load_per_token(record, side.zero_at, first, held, n, masked)
             if side.middle:
@@ -144,7 +172,7 @@ def _add_folded_values(
         part *= load_per_channel(record, side.other_at, channel, there, held, side, masked)[None, :]
         return acc * decay[:, None] + part
     else:
-        return tl.dot(shares, levels, acc * decay[:, None], input_precision=side.precision)
+        return _dot_values(shares, levels, acc * decay[:, None], side)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "capacity", "start", "per_split", "rows_m", "heads", "window"])
@@ -242,6 +270,8 @@ def pages_kernel(
         mean = tl.load(key_mean + row * KEYS.dim + key_channel, mask=key_there, other=0.0)
         shift = tl.sum(q.to(tl.float32) * mean[None, :], 1)
     peak, total = empty_softmax(BLOCK_M)
+    if BLOCK_M < 16:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     offset = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.full([BLOCK_M, VALUES.segments * VALUES.segment_pad], 0.0, tl.float32)
     last = tl.minimum((split + 1) * per_split, columns)
@@ -268,7 +298,7 @@ def pages_kernel(
                 token_scale = load_per_token(record, VALUES.other_at, first, held, BLOCK_N, MASKED)
             else:
                 token_scale = load_per_token(record, VALUES.scale_at, first, held, BLOCK_N, MASKED)
-            height = scores + tl.log2(tl.maximum(tl.abs(token_scale), SMALLEST_SCALE))[None, :]
+            height = scores + rough_log2(tl.maximum(tl.abs(token_scale), SMALLEST_SCALE))[None, :]
         weights, decay, peak, total = weigh(scores, height, peak, total)
         if VALUES.folded and VALUES.zero and not VALUES.channel and not VALUES.other:
             # Here and not at the dot product, where most registers are in use.
@@ -292,6 +322,8 @@ def pages_kernel(
             MASKED,
         )
     acc += offset[:, None]
+    if BLOCK_M < 16:
+        total = tl.sum(total, 1)
     store_partial(
         partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, value_channel, value_there, VALUES.dim
     )

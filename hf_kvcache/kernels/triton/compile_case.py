@@ -24,6 +24,7 @@ class CompileCase:
         loop_bytes: bytes that a program loads from global memory in one iteration of its main loop; None without one.
         tensor_cores: whether matrix instructions must appear in the code.
         options: further options of the compiler.
+        least_share: the share of memory bandwidth that the instructions of its main loop must leave room for, on sm90.
         waived: criteria of the report that this case cannot meet on its target, and why.
     """
 
@@ -37,4 +38,5 @@ class CompileCase:
     loop_bytes: int | None = None
     tensor_cores: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    least_share: float = 0.0
     waived: dict[str, str] = field(default_factory=dict)

@@ -106,13 +106,16 @@ def attention_config(arch: str, dim: int, queries: int, codes: Codes | None) -> 
     if amd and codes is not None and codes.table:
         stages = 1  # with look-ups in a table, a second tile waiting in registers makes them spill
     most = _MOST_QUERIES.get(arch, _MOST_QUERIES_ELSEWHERE)
-    block_m = min(most, max(16, triton.next_power_of_2(queries)))
+    block_m = min(most, max(16 if amd or codes is None else 8, triton.next_power_of_2(queries)))
+    if codes is None and not amd and block_m * dim >= 32 * 128:
+        block_n = min(block_n, 32)  # with more, scores that are kept and slots that are unused would spill
     # More warps, where the output of a program would take more than half of the registers of a thread.
-    warps = 8 if most <= 32 and block_m * dim >= 32 * 256 else 4
+    wide = block_m * dim >= 32 * 256 if most <= 32 else codes is None and block_m * dim >= 64 * 256
+    warps = 8 if wide else 4
     if codes is not None and block_m <= 32:
         # With more, a thread would load less than 16 bytes of the tile (of 3-bit codes: of their lower two bits).
-        loads = block_n * dim * bit_planes(codes.bits)[0] // (8 * 16)
-        warps = min(warps, max(1 if amd else 2, triton.next_power_of_2(loads // lanes(arch))))
+        loads = block_n * dim * bit_planes(codes.bits)[0] // (8 * (16 if amd else 8))
+        warps = min(warps, max(1 if amd else 4, triton.next_power_of_2(loads // lanes(arch))))
     # Two waves on a SIMD need 256 registers or fewer, which the compiler exceeds without this option.
     return Config(block_m, block_n, warps, stages, {"waves_per_eu": 2} if amd else {})
 

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.reference.pack import bit_planes
+from hf_kvcache.kernels.triton.unpack import unpacking
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -54,6 +55,10 @@ class Side:
         middle: what is subtracted from codes that are summed over tokens in half precision; zero points add it again.
             The rounding errors of the weights are multiplied by the codes. With a mean that all codes share they would
             be alike in all channels, and the rotation back would gather them in the first channel.
+        assembly: what unpacks four bytes of codes on NVIDIA's GPUs, from :mod:`~hf_kvcache.kernels.triton.unpack`;
+            empty where there is none.
+        constraints: the constraints of the assembly.
+        unit: what is to be multiplied by the numbers of :func:`load_levels`.
     """
 
     dim: int
@@ -78,6 +83,9 @@ class Side:
     compute: Any
     precision: str
     middle: int
+    assembly: str
+    constraints: str
+    unit: float
 
     @property
     def dim_pad(self) -> int:
@@ -106,6 +114,10 @@ def describe_side(
     whole = fmt.group == (layout.page_size if fmt.axis == "channel" else fmt.dim)
     folded = fmt.level != "dense" and whole and fold
     centered = weighed and folded and fmt.zero and fmt.level == "integer" and compute == tl.float16
+    middle = 1 << (fmt.bits - 1) if centered else 0
+    # Only NVIDIA's GPUs have this precision, and only they have the instructions.
+    known = precision == "tf32x3" and compute == tl.float16
+    unpack = unpacking(fmt.level, fmt.bits, fmt.table, middle) if known and fmt.level != "dense" else None
     return Side(
         dim=fmt.dim,
         segments=segments,
@@ -128,7 +140,10 @@ def describe_side(
         element=None if fmt.dense_dtype is None else TRITON_TYPES[fmt.dense_dtype],
         compute=compute,
         precision=precision,
-        middle=1 << (fmt.bits - 1) if centered else 0,
+        middle=middle,
+        assembly="" if unpack is None else unpack.text,
+        constraints="" if unpack is None else unpack.constraints,
+        unit=1.0 if unpack is None else unpack.unit,
     )
 
 
@@ -171,6 +186,71 @@ def load_codes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked:
         n: number of tokens.
         masked: whether ``held`` may be less than ``n``.
     """
+    low, high = _load_planes(record, first, held, side, n, masked)
+    shift = tl.arange(0, side.segment_pad)
+    if side.bits == 3:
+        shift = shift // (side.dim // 8)
+    if side.segments == 1:
+        return low
+    elif side.segments == 2:
+        return _in_order(_code(low, high, shift, 0, side), _code(low, high, shift, 1, side), n, side)
+    elif side.segments == 4:
+        return _four_in_order(
+            _code(low, high, shift, 0, side),
+            _code(low, high, shift, 1, side),
+            _code(low, high, shift, 2, side),
+            _code(low, high, shift, 3, side),
+            n,
+            side,
+        )
+    else:
+        even = tl.join(_two_codes(low, high, shift, 0, side), _two_codes(low, high, shift, 2, side))
+        odd = tl.join(_two_codes(low, high, shift, 1, side), _two_codes(low, high, shift, 3, side))
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), [n, 8 * side.segment_pad])
+
+
+@triton.jit
+def load_levels(record, first, held, table, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr):
+    """The numbers in the type of computation ``[n, dim_pad]`` that codes stand for, before scaling.
+
+    They are to be multiplied by ``side.unit``. Arguments as for :func:`load_elements`.
+    """
+    if side.assembly == "":
+        return levels_of(load_codes(record, first, held, side, n, masked), table, side, side.compute)
+    else:
+        low, high = _load_planes(record, first, held, side, n, masked)
+        return _unpack(low, high, side, n)
+
+
+@triton.jit
+def _unpack(low, high, side: tl.constexpr, n: tl.constexpr):
+    """What :func:`load_levels` gives, from the bytes of the planes, by assembly."""
+    # Of 3 bits, the bytes whose odd bits count. For others it is zeros that nothing reads: an operand that is no load
+    # keeps the compiler from reading every byte of the values on its own, in the order in which dot products take them.
+    odd = tl.where(tl.arange(0, side.segment_pad) // (side.dim // 8) % 2 == 1, 255, 0).to(tl.uint8)
+    odd = tl.broadcast_to(odd[None, :], [n, side.segment_pad])
+    if side.segments == 1:
+        return tl.inline_asm_elementwise(side.assembly, side.constraints, [low, high, odd], tl.float16, True, 4)
+    elif side.segments == 2:
+        a, b = tl.inline_asm_elementwise(
+            side.assembly, side.constraints, [low, high, odd], (tl.float16, tl.float16), True, 4
+        )
+        return _in_order(a, b, n, side)
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            side.assembly,
+            side.constraints,
+            [low, high, odd],
+            (tl.float16, tl.float16, tl.float16, tl.float16),
+            True,
+            4,
+        )
+        return _four_in_order(a, b, c, d, n, side)
+
+
+@triton.jit
+def _load_planes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr):
+    """The bytes ``[n, segment_pad]`` with the codes' low bits, and for 3 bits those with their high bits."""
     row_bytes: tl.constexpr = side.dim * side.bits // 8
     some: tl.constexpr = masked or side.segment != side.segment_pad
     j = tl.arange(0, side.segment_pad)
@@ -183,24 +263,24 @@ def load_codes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked:
     else:
         low = load_tile(record + side.codes_at, rows + j[None, :], held, there, some)
     high = low
-    high_shift = j
     if side.bits == 3:
         # The high bits of neighbors are neighbors too, in rows of dim / 8 bytes.
         eighth: tl.constexpr = side.dim // 8
         high = load_tile(record + side.codes_at + side.segment, rows + (j % eighth)[None, :], held, there, some)
-        high_shift = j // eighth
-    if side.segments == 1:
-        return low
-    elif side.segments == 2:
-        two = _two_codes(low, high, high_shift, 0, side)
-        return tl.reshape(tl.permute(two, (0, 2, 1)), [n, 2 * side.segment_pad])
-    elif side.segments == 4:
-        four = tl.join(_two_codes(low, high, high_shift, 0, side), _two_codes(low, high, high_shift, 1, side))
-        return tl.reshape(tl.permute(four, (0, 2, 3, 1)), [n, 4 * side.segment_pad])
-    else:
-        even = tl.join(_two_codes(low, high, high_shift, 0, side), _two_codes(low, high, high_shift, 2, side))
-        odd = tl.join(_two_codes(low, high, high_shift, 1, side), _two_codes(low, high, high_shift, 3, side))
-        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), [n, 8 * side.segment_pad])
+    return low, high
+
+
+@triton.jit
+def _in_order(a, b, n: tl.constexpr, side: tl.constexpr):
+    """Both segments ``[n, segment_pad]`` of a row, one behind the other."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [n, 2 * side.segment_pad])
+
+
+@triton.jit
+def _four_in_order(a, b, c, d, n: tl.constexpr, side: tl.constexpr):
+    """The four segments ``[n, segment_pad]`` of a row, one behind the other."""
+    four = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(tl.permute(four, (0, 2, 3, 1)), [n, 4 * side.segment_pad])
 
 
 @triton.jit
@@ -268,15 +348,31 @@ def load_per_channel(record, at: tl.constexpr, channel, there, held, side: tl.co
         # Without a page there is no memory to read.
         some = held + tl.zeros_like(channel) > 0  # a vector: the interpreter makes no mask of a scalar and a vector
         return tl.load(pointer + channel, mask=there & some, other=0.0).to(tl.float32)
-    else:
+    elif at % 4 != 0:
         return tl.load(pointer + channel).to(tl.float32)
+    else:
+        # Two at a time: the compiler pipelines loads of 4 bytes, and no shorter ones.
+        words = tl.load(pointer.to(tl.pointer_type(tl.int32)) + tl.arange(0, side.dim // 2))
+        return tl.interleave(_half_of(words, 0), _half_of(words, 16)).to(tl.float32)
 
 
 @triton.jit
 def load_per_token(record, at: tl.constexpr, first, held, n: tl.constexpr, masked: tl.constexpr):
     """A field of one number per token as fp32 ``[n]``, 0 behind the first ``held``."""
     pointer = (record + at).to(tl.pointer_type(tl.float16)) + first
-    return _load_flat(pointer, n, held, masked).to(tl.float32)
+    if masked or at % 4 != 0:
+        return _load_flat(pointer, n, held, masked).to(tl.float32)
+    else:
+        # As in load_per_channel, but neighbors are in different threads: each of them loads both.
+        token = tl.arange(0, n)
+        words = tl.load(pointer.to(tl.pointer_type(tl.int32)) + token // 2)
+        return _half_of(words, token % 2 * 16).to(tl.float32)
+
+
+@triton.jit
+def _half_of(words, shift):
+    """The numbers in half precision that begin at bit ``shift`` of int32 ``words``."""
+    return (words >> shift).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit

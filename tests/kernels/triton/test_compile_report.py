@@ -66,7 +66,7 @@ SOUND = Compiled(registers=64, spills=0, stack=0, shared=0, tensor=8, wide_loads
 
 def test_sass() -> None:
     """Resources, and instructions by what they are; HFMA2.MMA is no matrix instruction, and NOP none at all."""
-    assert read_sass(SASS, USAGE, 512) == Compiled(40, 0, 24, 512, tensor=1, wide_loads=1, instructions=13)
+    assert read_sass(SASS, USAGE, 512) == Compiled(40, 0, 24, 512, tensor=1, wide_loads=1, instructions=13, loop=5)
     spilling = SASS + "        /*00e0*/                   STL.64 [R1], R2 ;\n        /*00f0*/   @P0 LDL R2, [R1] ;\n"
     assert read_sass(spilling, USAGE, 512).spills == 2
     for assembly, usage in ((SASS, ""), ("", USAGE)):
@@ -100,6 +100,13 @@ def test_resident_warps(target: str, registers: int, shared: int, num_warps: int
     assert TARGETS[target].resident_warps(registers, shared, num_warps) == expected
 
 
+def test_share_of_bandwidth() -> None:
+    """Bytes that a multiprocessor may load by the time that a loop has been issued, four instructions in a cycle."""
+    target = replace(TARGETS["sm90"], cycle_bytes=10.0)
+    assert target.bandwidth_share(loop=400, num_warps=4, loop_bytes=2000) == pytest.approx(2000 / 400 / 10)
+    assert target.bandwidth_share(0, 4, 2000) is None and TARGETS["gfx942"].bandwidth_share(400, 4, 2000) is None
+
+
 def test_every_failure_is_named() -> None:
     """Each of the checks fails for its own reason, and nothing else does."""
     assert set(TARGETS) == set(ARCHITECTURES)
@@ -128,6 +135,11 @@ def test_what_is_worse_than_recorded_fails() -> None:
     for name, value in changes.items():
         assert len(found(**{name: value})) == 1 and found(**{name: value})[0].startswith(name)
     assert len(found(wide_loads=3)) == 1
+    slow = Result("sm80", "x", SOUND, 4, (), share=0.7, least_share=0.75)
+    assert "70% of the bandwidth" in worse(slow, record)[0] and worse(slow, {}) == []
+    assert found(loop=300) == []
+    longer = Result("sm80", "x", replace(SOUND, loop=106), 4, ())
+    assert worse(longer, {("sm80", "x"): vars(replace(SOUND, loop=100))}) == ["loop: 106, recorded are 100"]
     assert worse(Result("sm90", "x", replace(SOUND, spills=1), 4, ()), record) == []
 
 
