@@ -146,7 +146,7 @@ class Decoded(NamedTuple):
 
 
 def decoded_pages(
-    pages: Pages, visibility: Visibility, dtypes: tuple[torch.dtype, torch.dtype], arch: str
+    pages: Pages, visibility: Visibility, dtypes: tuple[torch.dtype, ...], arch: str
 ) -> Iterator[Decoded]:
     """All pages, decoded once each, at most :data:`SCRATCH_BYTES` at a time.
 
@@ -165,7 +165,7 @@ def decoded_pages(
         yield _decode(pages, start, min(step, pages.columns - start), placed, dtypes, arch)
 
 
-def columns_at_a_time(pages: Pages, dtypes: tuple[torch.dtype, torch.dtype]) -> int:
+def columns_at_a_time(pages: Pages, dtypes: tuple[torch.dtype, ...]) -> int:
     """The number of columns that :func:`decoded_pages` decodes at a time."""
     dims = [side.dim for side in pages.layout.sides.values()]
     token_bytes = pages.rows * sum(dim * dtype.itemsize for dim, dtype in zip(dims, dtypes, strict=True))
@@ -173,7 +173,7 @@ def columns_at_a_time(pages: Pages, dtypes: tuple[torch.dtype, torch.dtype]) -> 
 
 
 def _decode(
-    pages: Pages, start: int, taken: int, placed: int, dtypes: tuple[torch.dtype, torch.dtype], arch: str
+    pages: Pages, start: int, taken: int, placed: int, dtypes: tuple[torch.dtype, ...], arch: str
 ) -> Decoded:
     layout, rows = pages.layout, pages.rows
     count = taken * layout.page_size
@@ -221,7 +221,7 @@ def _side(layout: PageLayout, name: str) -> Side | None:
     return describe_side(layout, name, tl.float32, fold=False) if layout.sides[name].dim else None
 
 
-def decode_case(arch: str, name: str, layout: PageLayout, dtypes: tuple[torch.dtype, torch.dtype]) -> CompileCase:
+def decode_case(arch: str, name: str, layout: PageLayout, dtypes: tuple[torch.dtype, ...]) -> CompileCase:
     """:func:`decode_kernel` for the compile report, with everything that it may have to write."""
     types = [str(TRITON_TYPES[dtype]) for dtype in dtypes]
     pointers = {"pages": "*i64", "page_positions": "*i32", "key_mean": "*fp32", "tables": "*fp32", "keys": f"*{types[0]}"}
