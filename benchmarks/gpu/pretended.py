@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu.pretended                       counts of a plain step, a page event and a prompt, as JSON
     python -m benchmarks.gpu.pretended --cases attend        compile what these cases of ``cases.py`` launch
+    python -m benchmarks.gpu.pretended --times               microseconds of Python of a plain step, as JSON
 
 The package's own launch code runs on tensors of the CPU, and kernels are really compiled for sm_90, with registers and
 spills read from their code. Outputs are garbage. What is not seen: what depends on ``is_cuda``, but for the packing of
@@ -15,7 +16,9 @@ import contextlib
 import json
 import os
 import re
+import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
@@ -93,14 +96,14 @@ def install() -> None:
     triton.runtime.driver.set_active(Driver())
     from hf_kvcache.codecs import pages as encoding
     from hf_kvcache.kernels import dispatch
-    from hf_kvcache.kernels.triton import configs, latent_decode, launch, pack
+    from hf_kvcache.kernels.triton import configs, latent_decode, launch, pack, step
 
     replaced: dict[str, Any] = {
         "architecture": lambda device: "sm90",
         "architecture_of": lambda device: "sm90",
         "programs_wanted": lambda device: 2 * _PROPERTIES["multiprocessor_count"],
     }
-    for module in (configs, launch, latent_decode, pack):
+    for module in (configs, launch, latent_decode, pack, step):
         for name, value in replaced.items():
             if hasattr(module, name):
                 setattr(module, name, value)
@@ -178,6 +181,36 @@ def counts_of(codec: str, tokens: int) -> dict[str, dict[str, int]]:
     return {name: dict(counted) for name, counted in found.items()}
 
 
+def times_of(codec: str, rounds: int = 300) -> dict[str, float]:
+    """Median microseconds of the calling thread in a plain step of one layer, the two sides in turns.
+
+    ``ours`` is a KVCache whose launches do nothing, and so is what the host does on a GPU. ``dynamic`` is transformers'
+    DynamicCache with its sdpa function. What its operators compute has to be small, so it has few and narrow tokens.
+    """
+    from benchmarks.gpu.methods import Dynamic, Ours
+
+    def tokens(heads: int, count: int, dim: int) -> torch.Tensor:
+        return torch.zeros(1, heads, count, dim, dtype=torch.bfloat16)
+
+    ours = Ours(codec, 8, 128)
+    with torch.inference_mode():
+        ours.step(tokens(32, 1, 128), tokens(8, 1024, 128), tokens(8, 1024, 128))
+        ours.cache.layers[0].flush()
+        sides: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
+            "ours": (ours, (tokens(32, 1, 128), tokens(8, 1, 128), tokens(8, 1, 128))),
+            "dynamic": (None, (tokens(4, 1, 16), tokens(1, 1, 16), tokens(1, 1, 16))),
+        }
+        found: dict[str, list[float]] = {name: [] for name in sides}
+        for number in range(rounds):
+            if number % 16 == 0:
+                sides["dynamic"] = Dynamic(tokens(1, 16, 16), tokens(1, 16, 16)), sides["dynamic"][1]
+            for name, (method, new) in sides.items():
+                before = time.perf_counter()
+                method.step(*new)
+                found[name].append((time.perf_counter() - before) * 1e6)
+    return {name: round(statistics.median(taken), 1) for name, taken in found.items()}
+
+
 def compile_cases(parts: list[str]) -> list[str]:
     """Compile what the cases launch whose names match one of ``parts``; what is wrong with the kernels, in words."""
     from benchmarks.gpu import cases
@@ -210,9 +243,13 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", help="regular expressions: compile what these cases launch")
     parser.add_argument("--codecs", nargs="+", default=["none", "rotated8", "unbiased4"], help="of the counts")
     parser.add_argument("--tokens", type=int, default=1024, help="of the prompt whose packing is counted")
+    parser.add_argument("--times", action="store_true", help="time the Python of a plain step in place of counting")
     args = parser.parse_args()
     torch.set_num_threads(1)
     install()
+    if args.times:
+        print(json.dumps({codec: times_of(codec) for codec in args.codecs}))
+        return 0
     if args.cases is None:
         print(json.dumps({codec: counts_of(codec, args.tokens) for codec in args.codecs}))
         return 0

@@ -75,7 +75,7 @@ class ResidentTable:
         start, stop = self._same, pages.columns
         if start < stop:
             arrays = pages.addresses, pages.counts, pages.first
-            _send(np.stack([array[:, start:stop] for array in arrays]), table[:, :, start:stop])
+            send(np.stack([array[:, start:stop] for array in arrays]), table[:, :, start:stop])
             self._same = stop
         return DeviceTable(table, table.shape[2], self._bring_positions(pages, table) if positions else None)
 
@@ -87,12 +87,12 @@ class ResidentTable:
             self._same_positions = 0
         start, stop = self._same_positions, pages.columns
         if start < stop:
-            _send(pages.host_positions(start, stop).astype(np.int32), self._positions[:, start:stop])
+            send(pages.host_positions(start, stop).astype(np.int32), self._positions[:, start:stop])
             self._same_positions = stop
         return self._positions
 
 
-def _send(array: np.ndarray, to: torch.Tensor) -> None:
+def send(array: np.ndarray, to: torch.Tensor) -> None:
     """Copy an array of the host into a tensor, on a GPU without waiting for it."""
     source = torch.from_numpy(array)
     if to.is_cuda:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -31,8 +31,6 @@ class Pages:
         scattered: positions ``[P]`` of the pages whose positions have gaps, by ``(row, column)``.
         key_mean: float32 ``[rows, Dk]``, the mean that was subtracted from the rotated keys; None if there is none.
         heads: number of KV heads.
-        resident: the table on the device that follows a table on the host; None for pages without such a table.
-        version: the version of the host's table that these pages are.
         prepared: what a backend has computed of these pages for later calls, by the name of the backend.
     """
 
@@ -44,10 +42,10 @@ class Pages:
     scattered: dict[tuple[int, int], np.ndarray]
     key_mean: torch.Tensor | None
     heads: int
-    resident: ResidentTable | None = field(default=None, repr=False, compare=False)
-    version: int = field(default=-1, repr=False, compare=False)
     prepared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    _own_table: ResidentTable | None = field(default=None, init=False, repr=False, compare=False)
+    # The table on the device, and the version of it that these pages are. Pages made from others have one of their own.
+    _resident: ResidentTable | None = field(default=None, init=False, repr=False, compare=False)
+    _version: int = field(default=-1, init=False, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -70,7 +68,7 @@ class Pages:
         """The pages of the first ``columns`` columns."""
         if columns >= self.columns:
             return self
-        return replace(
+        fewer = replace(
             self,
             addresses=self.addresses[:, :columns],
             counts=self.counts[:, :columns],
@@ -78,6 +76,8 @@ class Pages:
             scattered={at: p for at, p in self.scattered.items() if at[1] < columns},
             prepared={},
         )
+        fewer._resident, fewer._version = self._resident, self._version
+        return fewer
 
     def on_device(self, positions: bool = False) -> DeviceTable:
         """The table on the device of the pages. Only what has changed since an earlier call is sent there.
@@ -87,11 +87,15 @@ class Pages:
         Args:
             positions: whether the positions of all tokens are wanted too.
         """
-        if self.resident is not None and self.resident.version == self.version:
-            return self.resident.brought(self, positions)
-        if self._own_table is None:
-            self._own_table = ResidentTable()
-        return self._own_table.brought(self, positions)
+        resident = self._resident
+        if resident is None or resident.version != self._version:
+            resident = ResidentTable()
+            self.follow(resident)
+        return resident.brought(self, positions)
+
+    def follow(self, resident: ResidentTable) -> None:
+        """Use a table on the device that follows the table of which these are the pages, for as long as it does."""
+        self._resident, self._version = resident, resident.version
 
     def host_positions(self, start: int, stop: int) -> np.ndarray:
         """Original positions ``[rows, stop - start, P]``, int64; undefined behind the count of a page."""
@@ -206,12 +210,15 @@ class Slots:
         values: ``[B, Hkv, slots, Dv]``.
         positions: int64 ``[B, slots]`` on the host.
         lengths: int64 ``[B]`` on the host, the number of slots in use.
+        positions_on_device: gives the positions on the device of the keys, int64 ``[B, slots]``. A call that asks for
+            them writes the position of its token there too.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     positions: np.ndarray
     lengths: np.ndarray
+    positions_on_device: Callable[[], torch.Tensor]
 
 
 @dataclass
@@ -223,10 +230,11 @@ class CallInputs:
         keys: of the new token, ``[B, Hkv, 1, Dk]``, or its latents. No sequence has padding here.
         values: of the new token, ``[B, Hkv, 1, Dv]``, or its rotary keys.
         pages: the pages; None if there are none.
-        slots: the buffer of full-precision tokens, of which every sequence has equally many.
+        slots: the buffer of full-precision tokens, of which every sequence has equally many unless ``ragged``.
         scoring: how scores are made.
         window: tokens a query sees (sliding windows); None for all.
         up: the up-projections, if latents are stored; None if keys and values are.
+        ragged: whether sequences hold different numbers of tokens. Then a token goes to the first free slot of each.
     """
 
     query: torch.Tensor
@@ -237,6 +245,7 @@ class CallInputs:
     scoring: Scoring
     window: int | None
     up: UpProjections | None = None
+    ragged: bool = False
 
 
 class Attention(NamedTuple):

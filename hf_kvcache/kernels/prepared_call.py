@@ -34,6 +34,8 @@ class PreparedCall(Protocol):
     ) -> torch.Tensor:
         """Store the token in ``slot`` with its position, count it, and attend to it and to all tokens before it.
 
+        In a ragged batch ``slot`` is that of the longest sequence.
+
         Returns:
             ``[B, 1, Hq, Dv]``.
 
@@ -44,6 +46,23 @@ class PreparedCall(Protocol):
 
 def prepare(inputs: CallInputs) -> PreparedCall | None:
     """A prepared call for such tokens by the backend of their device; None if the backend has no such call."""
-    op = "decode" if inputs.up is None else "latent_decode"
-    make = getattr(implementation(op, inputs.query.device), "PreparedCall", None)
-    return make(inputs) if make is not None and make.supports(inputs) else None
+    device, latents = inputs.query.device, inputs.up is not None
+    make = getattr(implementation(_operation(latents), device), "PreparedCall", None)
+    if make is None or (inputs.ragged and not takes_ragged(latents, device)):
+        return None
+    return make(inputs) if make.supports(inputs) else None
+
+
+def takes_ragged(latents: bool, device: torch.device) -> bool:
+    """Whether prepared calls on a device can be for sequences that hold different numbers of tokens.
+
+    Args:
+        latents: whether the calls are over latents; else over keys and values.
+        device: where the tokens are.
+    """
+    make = getattr(implementation(_operation(latents), device), "PreparedCall", None)
+    return getattr(make, "takes_ragged", False)
+
+
+def _operation(latents: bool) -> str:
+    return "latent_decode" if latents else "decode"

@@ -14,7 +14,7 @@ from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.padding import padding_of
 from hf_kvcache.kernels.inputs import CallInputs, Scoring, Slots, UpProjections
 from hf_kvcache.kernels.padding import NO_PADDING
-from hf_kvcache.kernels.prepared_call import PreparedCall, prepare
+from hf_kvcache.kernels.prepared_call import PreparedCall, prepare, takes_ragged
 from hf_kvcache.layers.attention import AttentionOverPages
 from hf_kvcache.layers.new_tokens import NewTokens
 from hf_kvcache.storage import PagedStorage
@@ -46,7 +46,8 @@ class PreparedDecoding:
         """Store one token of each sequence, and compute its attention over itself and all tokens before it.
 
         Args:
-            storage: the storage. It holds the same number of tokens of each sequence, and no page packed ahead.
+            storage: the storage. It holds no page packed ahead, and the same number of tokens of each sequence unless
+                the backend takes ragged batches.
             new: one token of each sequence, none of them padding.
             query: ``[B, Hq, 1, Dk]``.
             scoring: how scores are computed.
@@ -56,7 +57,8 @@ class PreparedDecoding:
             ``[B, 1, Hq, Dv]``. None, with nothing stored, if no kernel can store and attend in one call.
         """
         dense, call, known, keys, values = storage.dense, self._latest, self._scoring, new.keys, new.values
-        slot, kind = dense.longest, (query.shape, query.stride(), query.dtype, keys.stride(), values.stride())
+        slot, ragged = dense.longest, dense.uniform_length is None
+        kind = (query.shape, query.stride(), query.dtype, keys.stride(), values.stride(), ragged)
         if slot == dense.positions.shape[1]:
             dense.reserve(slot + 1)
         if (
@@ -71,14 +73,16 @@ class PreparedDecoding:
             or known.softcap != scoring.softcap
             or (up is not None and call.up is not up)
         ):
-            slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths)
-            inputs = CallInputs(query, keys, values, storage.pages(), slots, scoring, self.window, up)
+            slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths, dense.positions_on_device)
+            inputs = CallInputs(query, keys, values, storage.pages(), slots, scoring, self.window, up, ragged)
             self._version, self._kind, self._scoring = storage.table.version, kind, scoring
             call = self._latest = prepare(inputs)
             if call is None:
                 return None
         output = call(query, keys, values, slot, new.position)
-        dense.uniform_length = dense.longest = slot + 1  # the call has counted it in `lengths`
+        dense.longest = slot + 1  # the call has counted it in `lengths`
+        if not ragged:
+            dense.uniform_length = slot + 1
         new.stored = True
         return output
 
@@ -110,9 +114,9 @@ class DecodeSteps(AttentionOverPages):
         """Store the new token and compute its attention by a prepared call.
 
         Returns:
-            ``[B, 1, Hq, Dv]``. None, with nothing stored, if the update is not plain decoding: it has several tokens, a
-            padded or ragged batch, a mask that hides more than causality does, tokens that may be rolled back, or a
-            gradient.
+            ``[B, 1, Hq, Dv]``. None, with nothing stored, if the update is not plain decoding: it has several tokens or
+            new padding, a padded or ragged batch that the backend does not take, a mask that hides more than causality
+            and padding do, tokens that may be rolled back, or a gradient.
         """
         query, keys = call.query, new.keys
         if (
@@ -123,14 +127,18 @@ class DecodeSteps(AttentionOverPages):
             or new.stored
             or self.rollback.recording
             or storage.writer.ahead  # whose tokens leave the buffer without a change of the table
-            or storage.dense.uniform_length is None
-            or self.padding is not NO_PADDING
             or query.shape[0] != keys.shape[0]
             or query.shape[1] % storage.heads
             or (query.requires_grad and torch.is_grad_enabled())
         ):
             return None
-        if call.mask is not None:
+        if self.padding is not NO_PADDING or storage.dense.uniform_length is None:
+            if call.mask is None or not takes_ragged(self.takes_expansion, query.device):
+                return None
+            padding = padding_of(call.mask, new.position, 1, self.sliding_window)
+            if padding is None or not padding.hides_only(self.padding) or padding.valid is not None:
+                return None
+        elif call.mask is not None:
             padding = padding_of(call.mask, new.position, 1, self.sliding_window)
             if padding is None or not padding.none:
                 return None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
+from hf_kvcache.kernels.device_table import send
 from hf_kvcache.storage.integrity import IntegrityError
 
 #: Slots of a buffer before the first token, at least.
@@ -41,10 +44,28 @@ class DenseBuffer:
         self.lengths = np.zeros(batch, dtype=np.int64)
         self.uniform_length: int | None = 0
         self.longest = 0
+        # The positions on the device, and a copy of what was sent there.
+        self._there: tuple[torch.Tensor, np.ndarray] | None = None
 
     @property
     def capacity(self) -> int:
         return self.positions.shape[1]
+
+    def positions_on_device(self) -> torch.Tensor:
+        """The positions on the device of the keys, int64 ``[B, capacity]``. They are sent there if they have changed.
+
+        The tensor stays the same as long as the capacity does.
+        """
+        if self._there is None or self._there[1].shape != self.positions.shape:
+            with torch.inference_mode(False):
+                there = torch.empty(self.positions.shape, dtype=torch.int64, device=self.keys.device)
+        elif np.array_equal(self._there[1], self.positions):
+            return self._there[0]
+        else:
+            there = self._there[0]
+        self._there = there, self.positions.copy()
+        send(self._there[1], there)
+        return there
 
     def append_one(self, keys: torch.Tensor, values: torch.Tensor, position: int, valid: np.ndarray | None) -> None:
         """Append one token to each sequence; ``valid [B]`` is False where it is padding, which is not stored."""
@@ -116,7 +137,11 @@ class DenseBuffer:
         other.__dict__.update(self.__dict__)
         other.keys, other.values = self.keys.clone(), self.values.clone()
         other.positions, other.lengths = self.positions.copy(), self.lengths.copy()
+        other._there = None
         return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_there": None}
 
     def reserve(self, slots: int) -> None:
         """Make room for ``slots`` slots. A short sequence has a small buffer: it doubles until it has its usual size.

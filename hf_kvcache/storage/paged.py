@@ -271,18 +271,9 @@ def _read(table: PageTable, layout: PageLayout, key_mean: torch.Tensor | None) -
     if table.columns == 0:
         return None
     addresses, counts, first = table.arrays(table.columns)
-    return Pages(
-        layout,
-        table.pool.slabs(),
-        addresses,
-        counts,
-        first,
-        table.scattered(),
-        key_mean,
-        table.heads,
-        table.resident,
-        table.version,
-    )
+    pages = Pages(layout, table.pool.slabs(), addresses, counts, first, table.scattered(), key_mean, table.heads)
+    pages.follow(table.resident)
+    return pages
 
 
 def _check_order(table: PageTable, dense: DenseBuffer, ahead: int, page_size: int) -> None:

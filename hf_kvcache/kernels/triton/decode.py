@@ -9,6 +9,7 @@ from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.triton import attention_cases, launch
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.device import on_their_device
+from hf_kvcache.kernels.triton.step import PreparedCall as PreparedCall
 from hf_kvcache.kernels.visibility import Visibility
 
 
