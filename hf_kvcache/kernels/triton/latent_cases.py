@@ -128,7 +128,7 @@ def dense_case(
             **_MASK,
             **_PARTIAL,
             **_SIZES,
-            **{"slots": "i32", "first_split": "i32", "start": "i64"},
+            **{"slots": "i32", "first_split": "i32", "skipped": "i32", "start": "i64"},
         },
         constants={
             "R": rank,

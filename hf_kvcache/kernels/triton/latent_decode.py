@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +10,8 @@ import triton
 import triton.language as tl
 
 from hf_kvcache.kernels.hadamard import rotate
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.inputs import Attention, CallInputs, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import SideFormat
-from hf_kvcache.kernels.reference.hadamard import rotation_signs
 from hf_kvcache.kernels.triton import latent_cases
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import Config, architecture, programs_wanted
@@ -29,6 +27,7 @@ from hf_kvcache.kernels.triton.latent_configs import (
     reads,
 )
 from hf_kvcache.kernels.triton.latent_kernels import dense_kernel, merge_kernel, pages_kernel
+from hf_kvcache.kernels.triton.latent_step import LatentPreparedCall, signs, supports_step
 from hf_kvcache.kernels.triton.launch import dense_compute, scoring_arguments
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES, level_tables
 from hf_kvcache.kernels.visibility import Visibility
@@ -97,6 +96,17 @@ def latent_attend(
     if len(parts) == 1:
         return parts[0]
     return Attention(torch.cat([p.output for p in parts], 1), torch.cat([p.log_sum_exp for p in parts], 2))
+
+
+class PreparedCall(LatentPreparedCall):
+    """A plain decode step with both projections, prepared once for many tokens."""
+
+    @staticmethod
+    def supports(inputs: CallInputs) -> bool:
+        """Whether a call can be prepared for such tokens."""
+        slots = DenseTokens(inputs.slots.keys, inputs.slots.values)
+        see = Visibility(0, 1, None, 0, True, None)
+        return supports_step(inputs) and supports(inputs.query, inputs.pages, slots, see, inputs.scoring, False)
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
@@ -318,6 +328,7 @@ def _attend_tokens(
         slots=slots,
         per_split=plan.per_split,
         first_split=first_split,
+        skipped=0,
         start=call.visibility.start,
         R=call.rank,
         DR=rotary_dim,
@@ -340,7 +351,7 @@ def _merge(call: _Call, page_splits: int, splits: int, partial: torch.Tensor, ls
     merge_kernel[call.rows_m, call.batch](
         partial,
         lse,
-        _signs(call.rank, call.device) if rotation == "signed_hadamard" else partial,
+        signs(call.rank, call.device) if rotation == "signed_hadamard" else partial,
         partial if sinks is None else sinks.float(),
         output,
         log_sum_exp,
@@ -358,11 +369,3 @@ def _merge(call: _Call, page_splits: int, splits: int, partial: torch.Tensor, ls
         num_warps=4,
     )
     return Attention(output, log_sum_exp)
-
-
-@lru_cache(maxsize=16)
-def _signs(dim: int, device: torch.device) -> torch.Tensor:
-    """The signs of the signed rotation, float32 ``[dim]``."""
-    # A cached tensor made under inference_mode could not be used outside it.
-    with torch.inference_mode(False):
-        return rotation_signs(dim, "signed_hadamard").to(device)

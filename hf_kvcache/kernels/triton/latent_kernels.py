@@ -299,6 +299,7 @@ def pages_kernel(
         "mask_shift",
         "mask_columns",
         "first_split",
+        "skipped",
         "start",
     ]
 )
@@ -341,6 +342,7 @@ def dense_kernel(
     mask_shift,
     mask_columns,
     first_split,
+    skipped,
     start,
     inner,
     softcap,
@@ -381,13 +383,13 @@ def dense_kernel(
         slots: number of slots.
         per_split: slots of a split, a multiple of ``BLOCK_N``.
         first_split: index of the first split in ``partial``, after the splits of the pages.
-        start: position of the first query.
+        skipped: splits of the grid before those of this kernel.
         DR_PAD: ``DR`` rounded up to a power of two that dot products take.
         COMPUTE: type in which dot products take latents and rotary keys.
         CONTINUED: whether to go on from what ``partial`` holds.
     """
     row, batch, head, m = locate(rows_m, 1, BLOCK_M)
-    split = tl.program_id(1)
+    split = tl.program_id(1) - skipped
     to = split + first_split
     channel = tl.arange(0, R)
     turned_channel = tl.arange(0, DR_PAD)

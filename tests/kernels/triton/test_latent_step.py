@@ -1,0 +1,142 @@
+"""A prepared decode step over latents by Triton kernels against one softmax per query over all tokens, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hf_kvcache.kernels.inputs import CallInputs, Slots, UpProjections
+from hf_kvcache.kernels.triton import latent_step
+from hf_kvcache.kernels.triton.latent_decode import PreparedCall
+from hf_kvcache.kernels.workspace import scratch
+from tests.kernels.cpu.cases import Call
+from tests.kernels.test_latent_decode import Shape, expected, make_call, make_case, on
+from tests.kernels.triton.fixtures import bfloat16_dot, poisoned_outputs  # noqa: F401
+from tests.tolerances import TOLERANCES, assert_within
+
+#: Slots of the buffer behind those in use, which hold NaN. Widths of the query and of an output of a head.
+SPARE, NOPE, VALUE = 3, 24, 12
+
+
+class Step:
+    """A call in latent space whose last full-precision token is the new one, as a step with both projections."""
+
+    def __init__(self, call: Call, device: torch.device) -> None:
+        batch, heads, _, width = call.query.shape
+        rank, dtype = call.dense.keys.shape[3], call.query.dtype
+        rng = np.random.default_rng(3)
+        # As a model has it: the halves of one weight, and tokens before heads in memory.
+        weight = torch.from_numpy(rng.normal(size=(heads, NOPE + VALUE, rank)) * NOPE**-0.5).to(dtype)
+        query = torch.from_numpy(rng.normal(size=(batch, 1, heads, NOPE + width - rank))).to(dtype).transpose(1, 2)
+        absorbed = torch.einsum("bhqd,hdr->bhqr", query[..., :NOPE].double(), weight[:, :NOPE].double())
+        exact = call._replace(query=torch.cat([absorbed, query[..., NOPE:].double()], -1))
+        self.wanted = torch.einsum("bqhr,hvr->bqhv", expected(exact).output, weight[:, NOPE:].double())
+        self.call = call = on(call, device)
+        weight, self.query = weight.to(device), query.to(device)
+        self.up = UpProjections(weight[:, :NOPE], weight[:, NOPE:])
+        tokens = call.dense.keys, call.dense.values
+        self.slot, room = tokens[0].shape[2] - 1, tokens[0].shape[2] + SPARE
+        self.buffers = [x.new_full((batch, 1, room, x.shape[3]), torch.nan) for x in tokens]
+        for buffer, x in zip(self.buffers, tokens, strict=True):
+            buffer[:, :, : self.slot] = x[:, :, :-1]
+        self.new = [x[:, :, -1:].contiguous() for x in tokens]
+        positions, lengths = np.zeros((batch, room), np.int64), np.full(batch, self.slot, np.int64)
+        slots = Slots(self.buffers[0], self.buffers[1], positions, lengths, lambda: torch.empty(0))
+        self.inputs = CallInputs(self.query, *self.new, call.pages, slots, call.scoring, None, self.up)
+
+    def run(self, prepared: PreparedCall) -> torch.Tensor:
+        """The output, with NaN in all memory that the kernels are to write."""
+        for tag in ("partial", "lse", "rotated", "turned"):
+            scratch(f"triton.{tag}", (1 << 17,), torch.float32, self.query.device).fill_(torch.nan)
+        for tag in ("absorbed", "weighted"):
+            scratch(f"triton.{tag}", (1 << 14,), self.query.dtype, self.query.device).fill_(torch.nan)
+        return prepared(self.query, *self.new, self.slot, self.call.visibility.start)
+
+
+def verify(call: Call, device: torch.device) -> None:
+    """Two equal steps give the right output, and store the token and nothing else."""
+    step = Step(call, device)
+    assert PreparedCall.supports(step.inputs)
+    prepared = PreparedCall(step.inputs)
+    first, again = (step.run(prepared) for _ in range(2))
+    assert torch.equal(first.view(torch.uint8), again.view(torch.uint8)) and first.is_contiguous()
+    assert_within(first.cpu(), step.wanted, TOLERANCES[call.query.dtype])
+    for buffer, tokens in zip(step.buffers, (step.call.dense.keys, step.call.dense.values), strict=True):
+        assert torch.equal(buffer[:, :, : step.slot + 1], tokens) and buffer[:, :, step.slot + 1 :].isnan().all()
+    slots = step.inputs.slots
+    assert (slots.positions[:, step.slot] == call.visibility.start).all() and (slots.lengths == step.slot + 1).all()
+
+
+def make(codec: str | None, shape: Shape, dtype: torch.dtype = torch.float16, **features: Any) -> Call:
+    return make_call(make_case(codec, shape, dtype, query_dtype=dtype, dense_dtype=dtype, **features))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codec", ["bfloat16", "int8 rotated", "int4 rotated in groups", "turboquant4", "fp8"])
+def test_codecs(codec: str, dtype: torch.dtype, device: torch.device) -> None:
+    verify(make(codec, Shape(64, 16, 32, 5, batch=2), dtype, columns=5, slots=9), device)
+
+
+CASES: dict[str, tuple[str | None, Shape, dict[str, Any]]] = {
+    "no pages": (None, Shape(32, 8, 16, 3), {"slots": 20}),
+    "nothing but the token": (None, Shape(16, 8, 8, 1), {"slots": 1}),
+    "no rotary keys": ("int8", Shape(64, 0, 16, 4, batch=2), {"columns": 3}),
+    "rotary keys that fill no dot product": ("int8", Shape(32, 24, 24, 7), {"columns": 2}),
+    "more heads than a program takes": ("int8 rotated", Shape(32, 8, 16, 35), {"columns": 19, "slots": 70}),
+    "more sequences than a program takes": ("int4 rotated", Shape(16, 8, 16, 2, batch=18), {"columns": 1}),
+    "pages that are not full": ("int8", Shape(32, 8, 16, 3, batch=2), {"ragged": True}),
+    "soft cap and sinks": ("int8 rotated", Shape(32, 8, 16, 3, batch=2), {"softcap": 3.0, "sinks": True}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases(name: str, device: torch.device) -> None:
+    codec, shape, features = CASES[name]
+    verify(make(codec, shape, **features), device)
+
+
+def test_packed_rotary_keys(device: torch.device) -> None:
+    """Rotary keys in a rotated basis of their own."""
+    stored = make_case("int8 rotated", Shape(16, 16, 16, 3)).formats
+    assert stored is not None
+    base = make_case("turboquant4", Shape(32, 16, 16, 3), query_dtype=torch.float16, dense_dtype=torch.float16)
+    assert base.formats is not None
+    verify(make_call(replace(base, formats=(base.formats[0], replace(stored[0], dim=16)))), device)
+
+
+@pytest.mark.parametrize("programs", [1, 200])
+def test_programs_do_not_matter(programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One split of everything, and many."""
+    monkeypatch.setattr(latent_step, "programs_wanted", lambda device: programs)
+    monkeypatch.setattr(latent_step, "_LEAST_TOKENS", 16)
+    verify(make("int8", Shape(16, 8, 16, 2, batch=2), columns=20, slots=70), device)
+
+
+def test_partial_results_are_few(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits grow with the root of the length, until there are enough for the device."""
+    monkeypatch.setattr(latent_step, "programs_wanted", lambda device: 264)
+    found = []
+    for columns in (4, 16, 64, 256):
+        step = Step(make("int8", Shape(32, 8, 64, 64), columns=columns, slots=3), device)
+        found.append(latent_step.LatentPlan(step.inputs).splits.pages)
+    assert found[0] * 2 == found[1] and found[1] < found[2] <= found[3] <= 132 // 2
+
+
+def test_what_is_left_to_the_general_path(device: torch.device) -> None:
+    """Models in 32 bits, weights of another dtype, windows, and layouts that do not fit."""
+    step = Step(make("int8", Shape(32, 8, 16, 2), columns=2), device)
+    inputs, up = step.inputs, step.up
+    assert PreparedCall.supports(inputs)
+    single = Step(make("int8", Shape(32, 8, 16, 2), torch.float32, columns=2), device)
+    other = [
+        single.inputs,
+        replace(inputs, window=5),
+        replace(inputs, up=replace(up, keys=up.keys.float())),
+        replace(inputs, up=replace(up, values=up.values.transpose(1, 2).contiguous().transpose(1, 2))),
+        replace(inputs, query=inputs.query[..., 1:]),
+    ]
+    assert not any(PreparedCall.supports(each) for each in other)
