@@ -75,10 +75,11 @@ def make(codec: str | None, shape: Shape, dtype: torch.dtype = torch.float16, **
     return make_call(make_case(codec, shape, dtype, query_dtype=dtype, dense_dtype=dtype, **features))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("codec", ["bfloat16", "int8 rotated", "int4 rotated in groups", "turboquant4", "fp8"])
-def test_codecs(codec: str, dtype: torch.dtype, device: torch.device) -> None:
-    verify(make(codec, Shape(64, 16, 32, 5, batch=2), dtype, columns=5, slots=9), device)
+def test_codecs(codec: str, device: torch.device) -> None:
+    # The interpreter computes products of bfloat16 in float32, for which packed pages are decoded first.
+    dtype = torch.bfloat16 if codec == "bfloat16" else torch.float16
+    verify(make(codec, Shape(32, 16, 16, 5, batch=2), dtype, columns=5, slots=9), device)
 
 
 CASES: dict[str, tuple[str | None, Shape, dict[str, Any]]] = {
