@@ -96,14 +96,14 @@ def install() -> None:
     triton.runtime.driver.set_active(Driver())
     from hf_kvcache.codecs import pages as encoding
     from hf_kvcache.kernels import dispatch
-    from hf_kvcache.kernels.triton import configs, latent_decode, launch, pack, step
+    from hf_kvcache.kernels.triton import configs, extend, latent_decode, latent_step, launch, pack, step
 
     replaced: dict[str, Any] = {
         "architecture": lambda device: "sm90",
         "architecture_of": lambda device: "sm90",
         "programs_wanted": lambda device: 2 * _PROPERTIES["multiprocessor_count"],
     }
-    for module in (configs, launch, latent_decode, pack, step):
+    for module in (configs, extend, latent_decode, latent_step, launch, pack, step):
         for name, value in replaced.items():
             if hasattr(module, name):
                 setattr(module, name, value)

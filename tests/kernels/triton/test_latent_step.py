@@ -13,6 +13,7 @@ from hf_kvcache.kernels.inputs import CallInputs, Slots, UpProjections
 from hf_kvcache.kernels.triton import latent_step
 from hf_kvcache.kernels.triton.latent_decode import PreparedCall
 from hf_kvcache.kernels.workspace import scratch
+from tests.choosing import chosen
 from tests.kernels.cpu.cases import Call
 from tests.kernels.test_latent_decode import Shape, expected, make_call, make_case, on
 from tests.kernels.triton.fixtures import bfloat16_dot, poisoned_outputs  # noqa: F401
@@ -75,7 +76,11 @@ def make(codec: str | None, shape: Shape, dtype: torch.dtype = torch.float16, **
     return make_call(make_case(codec, shape, dtype, query_dtype=dtype, dense_dtype=dtype, **features))
 
 
-@pytest.mark.parametrize("codec", ["bfloat16", "int8 rotated", "int4 rotated in groups", "turboquant4", "fp8"])
+@chosen(
+    "codec",
+    ["bfloat16", "int8 rotated", "int4 rotated in groups", "turboquant4", "fp8"],
+    fast=[("bfloat16",), ("int4 rotated in groups",)],
+)
 def test_codecs(codec: str, device: torch.device) -> None:
     # The interpreter computes products of bfloat16 in float32, for which packed pages are decoded first.
     dtype = torch.bfloat16 if codec == "bfloat16" else torch.float16
@@ -94,7 +99,9 @@ CASES: dict[str, tuple[str | None, Shape, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@chosen(
+    "name", CASES, fast=[("nothing but the token",), ("pages that are not full",), ("soft cap and sinks",)]
+)
 def test_cases(name: str, device: torch.device) -> None:
     codec, shape, features = CASES[name]
     verify(make(codec, shape, **features), device)
@@ -109,6 +116,7 @@ def test_packed_rotary_keys(device: torch.device) -> None:
     verify(make_call(replace(base, formats=(base.formats[0], replace(stored[0], dim=16)))), device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("programs", [1, 200])
 def test_programs_do_not_matter(programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """One split of everything, and many."""
@@ -118,13 +126,17 @@ def test_programs_do_not_matter(programs: int, device: torch.device, monkeypatch
 
 
 def test_partial_results_are_few(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splits grow with the root of the length, until there are enough for the device."""
+    """Bytes of partial results, written and read, are fewer than a program's share of the pages times the programs."""
     monkeypatch.setattr(latent_step, "programs_wanted", lambda device: 264)
-    found = []
-    for columns in (4, 16, 64, 256):
-        step = Step(make("int8", Shape(32, 8, 64, 64), columns=columns, slots=3), device)
-        found.append(latent_step.LatentPlan(step.inputs).splits.pages)
-    assert found[0] * 2 == found[1] and found[1] < found[2] <= found[3] <= 132 // 2
+    for columns, heads in ((64, 64), (256, 64), (700, 4)):
+        call = make("int8", Shape(32, 8, 64, heads), columns=columns, slots=3)
+        plan = latent_step.LatentPlan(Step(call, device).inputs)
+        assert call.pages is not None
+        pages, partial = columns * call.pages.layout.record_bytes, heads * 32 * 4
+        found, most = plan.splits.pages, 132 // -(-heads // plan.config.block_m) - plan.splits.dense
+        assert 2 * found * partial <= pages / found * 132 and found <= most
+        # Whole pages make fewer splits, but not as few as half of them.
+        assert found > most / 2 or 2 * (2 * found) * partial > pages / (2 * found) * 132
 
 
 def test_what_is_left_to_the_general_path(device: torch.device) -> None:
