@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.pretended_parts
 
-One layer, bfloat16. A step has DeepSeek-V3's widths with 16 heads, for a batch of two, behind 1,024 tokens. A chunk has
+One layer, bfloat16. A step has DeepSeek-V3's widths with 16 heads, for a batch of two, behind 1,000 tokens. A chunk has
 64 queries of 32 query heads, 8 KV heads and a head dimension of 128, behind 2,048 tokens in pages. To be run in a
 process of its own, as :mod:`~benchmarks.gpu.pretended`.
 """
@@ -46,7 +46,7 @@ def latent_step(bits: int | None) -> dict[str, int]:
     draw = torch.Generator().manual_seed(0)
     query, latents, rotary = (
         torch.randn(2, *shape, generator=draw).bfloat16()
-        for shape in ((_HEADS, 1, _WIDTH + _ROTARY), (1, 1024, _RANK), (1, 1024, _ROTARY))
+        for shape in ((_HEADS, 1, _WIDTH + _ROTARY), (1, 1000, _RANK), (1, 1000, _ROTARY))
     )
     cache.update(latents, rotary, 0)
 

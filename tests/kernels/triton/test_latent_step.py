@@ -8,9 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import DeepseekV3Config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
+from hf_kvcache import LatentKVCache
+from hf_kvcache.kernels import prepared_call
 from hf_kvcache.kernels.inputs import CallInputs, Slots, UpProjections
-from hf_kvcache.kernels.triton import latent_step
+from hf_kvcache.kernels.triton import latent_decode, latent_step
 from hf_kvcache.kernels.triton.latent_decode import PreparedCall
 from hf_kvcache.kernels.workspace import scratch
 from tests.choosing import chosen
@@ -153,3 +158,51 @@ def test_what_is_left_to_the_general_path(device: torch.device) -> None:
         replace(inputs, query=inputs.query[..., 1:]),
     ]
     assert not any(PreparedCall.supports(each) for each in other)
+
+
+@pytest.mark.slow
+def test_a_layer_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps over page events and a crop, each by a prepared call, against those of the general path."""
+    heads, rank, rotary, width, steps = 3, 32, 16, 24, 30
+    config = DeepseekV3Config(
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        kv_lora_rank=rank,
+        qk_rope_head_dim=rotary,
+        qk_nope_head_dim=width,
+        v_head_dim=VALUE,
+        hidden_size=32,
+        q_lora_rank=16,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    module: Any = DeepseekV3Attention(config, 0).half().eval()
+    caches = [LatentKVCache(config, bits=8, rotary_codec="int8", page_size=16, tail_length=8, sink_length=2) for _ in range(2)]
+    function = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+    query, latents, turned = (
+        torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).half()
+        for shape in ((heads, 50 + steps, width + rotary), (1, 50 + steps, rank), (1, 50 + steps, rotary))
+    )
+    used = []
+    original = PreparedCall.__call__
+    monkeypatch.setattr(PreparedCall, "__call__", lambda *given: used.append(1) or original(*given))
+
+    def act(number: int, start: int, stop: int) -> torch.Tensor:
+        module_of = {0: latent_decode}.get(number)
+        monkeypatch.setattr(prepared_call, "implementation", lambda op, device: module_of)
+        new = latents[:, :, start:stop], turned[:, :, start:stop]
+        keys, values = module.expand_kv(*caches[number].update(*new, 0))
+        return function(module, query[:, :, start:stop], keys, values, None, scaling=module.scaling)[0]
+
+    with torch.inference_mode():
+        for start, stop in [(0, 50), *((at, at + 1) for at in range(50, 50 + steps))]:
+            if start == 70:
+                for cache in caches:
+                    cache.crop(-3)
+            ours, wanted = (act(number, start, stop) for number in range(2))
+            assert_within(ours, wanted.double(), TOLERANCES[torch.float16])
+    storages = [cache.layers[0].storage for cache in caches]
+    assert len(used) == steps and storages[0] is not None and storages[1] is not None
+    assert storages[0].table.columns == storages[1].table.columns > 3
+    assert torch.equal(storages[0].dense.keys, storages[1].dense.keys)
