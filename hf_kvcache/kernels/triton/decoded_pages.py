@@ -1,8 +1,7 @@
 """Pages decoded into scratch memory, a bounded number of tokens at a time, where many queries read them.
 
-A kernel that decodes pages as it reads them decodes them once for every block of queries. With hundreds of queries it is
-cheaper to decode a page once, and to read the result as full-precision tokens. What is read often is then in the cache
-of the GPU, not in its memory.
+A kernel that decodes pages as it reads them decodes them once for every block of queries. With hundreds of queries it
+is cheaper to decode a page once, and to read the result as full-precision tokens.
 """
 
 from __future__ import annotations
@@ -172,9 +171,7 @@ def columns_at_a_time(pages: Pages, dtypes: tuple[torch.dtype, ...]) -> int:
     return max(1, min(pages.columns, SCRATCH_BYTES // (token_bytes * pages.layout.page_size)))
 
 
-def _decode(
-    pages: Pages, start: int, taken: int, placed: int, dtypes: tuple[torch.dtype, ...], arch: str
-) -> Decoded:
+def _decode(pages: Pages, start: int, taken: int, placed: int, dtypes: tuple[torch.dtype, ...], arch: str) -> Decoded:
     layout, rows = pages.layout, pages.rows
     count = taken * layout.page_size
     keys, values = (
@@ -224,7 +221,13 @@ def _side(layout: PageLayout, name: str) -> Side | None:
 def decode_case(arch: str, name: str, layout: PageLayout, dtypes: tuple[torch.dtype, ...]) -> CompileCase:
     """:func:`decode_kernel` for the compile report, with everything that it may have to write."""
     types = [str(TRITON_TYPES[dtype]) for dtype in dtypes]
-    pointers = {"pages": "*i64", "page_positions": "*i32", "key_mean": "*fp32", "tables": "*fp32", "keys": f"*{types[0]}"}
+    pointers = {
+        "pages": "*i64",
+        "page_positions": "*i32",
+        "key_mean": "*fp32",
+        "tables": "*fp32",
+        "keys": f"*{types[0]}",
+    }
     pointers |= {"values": f"*{types[1]}", "positions": "*i64", "unused": "*u8"}
     centered = layout.sides["keys"].centered
     return CompileCase(

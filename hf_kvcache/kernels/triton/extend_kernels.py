@@ -137,7 +137,7 @@ def tokens_kernel(
     key_there, value_there = key_channel < KEY_DIM, value_channel < VALUE_DIM
     q = load_query(query, query_b, query_h, query_q, batch, head, m, rows_m, key_channel, key_there, GROUP)
     q_peak = tl.full([BLOCK_M], 1.0, tl.float32)
-    if COMPUTE == tl.float16:
+    if tl.float16 == COMPUTE:
         # Queries of a model in bfloat16, or rotated ones, may leave the range of half precision.
         q_peak = tl.max(tl.abs(q), 1)
         q_peak = tl.where(q_peak > 0, q_peak, 1.0)

@@ -397,16 +397,16 @@ def dense_kernel(
     turned_there = turned_channel < DR
     q = load_query(query, query_b, query_h, query_q, batch, head, m, rows_m, channel, there, GROUP)
     q_peak = tl.full([BLOCK_M], 1.0, tl.float32)
-    if COMPUTE == tl.float16:
+    if tl.float16 == COMPUTE:
         # Absorbed queries may leave the range of half precision.
         q_peak = tl.max(tl.abs(q), 1)
     if DR > 0:
         turned = load_query(
             turned_query, turned_b, turned_h, turned_q, batch, head, m, rows_m, turned_channel, turned_there, GROUP
         )
-        if COMPUTE == tl.float16:
+        if tl.float16 == COMPUTE:
             q_peak = tl.maximum(q_peak, tl.max(tl.abs(turned), 1))
-    if COMPUTE == tl.float16:
+    if tl.float16 == COMPUTE:
         q_peak = tl.where(q_peak > 0, q_peak, 1.0)
         q = q / q_peak[:, None]
         if DR > 0:

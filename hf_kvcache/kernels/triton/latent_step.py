@@ -74,7 +74,9 @@ class LatentPlan:
         self.capacity, self.rank = slots.keys.shape[2:]
         self.rotary = slots.values.shape[3]
         self.nope, self.value_dim = inputs.up.keys.shape[1], inputs.up.values.shape[1]
-        self.config = step_config(self.arch, self.heads, None if pages is None else reads(pages.layout, self.dtype, self.arch))
+        self.config = step_config(
+            self.arch, self.heads, None if pages is None else reads(pages.layout, self.dtype, self.arch)
+        )
         self.columns, self.page_size, page_bytes = 0, 1, 0
         if pages is not None:
             self.columns, self.page_size = pages.columns, pages.layout.page_size

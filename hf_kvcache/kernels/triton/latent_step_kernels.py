@@ -134,7 +134,9 @@ def project_kernel(
             tl.store(turned + to[:, None] * DR + place[None, :], x, mask=inside_rotary)
 
 
-@triton.jit(do_not_specialize=["slots", "rows", "columns", "capacity", "per_split", "page_splits", "per_dense", "rows_m"])
+@triton.jit(
+    do_not_specialize=["slots", "rows", "columns", "capacity", "per_split", "page_splits", "per_dense", "rows_m"]
+)
 def step_kernel(
     slots,
     # Queries.
@@ -204,7 +206,7 @@ def step_kernel(
     """
     stride_h: tl.constexpr = R + DR
     rotated_h: tl.constexpr = R if ROTATED else R + DR
-    if LATENTS is not None:
+    if LATENTS is not None:  # noqa: SIM102 (known to the compiler, unlike the second condition)
         if tl.program_id(1) < page_splits:
             pages_kernel(
                 rotated,

@@ -49,10 +49,10 @@ class Step:
         self.buffers = [x.new_full((batch, 1, room, x.shape[3]), torch.nan) for x in tokens]
         for buffer, x in zip(self.buffers, tokens, strict=True):
             buffer[:, :, : self.slot] = x[:, :, :-1]
-        self.new = [x[:, :, -1:].contiguous() for x in tokens]
+        self.keys, self.values = (x[:, :, -1:].contiguous() for x in tokens)
         positions, lengths = np.zeros((batch, room), np.int64), np.full(batch, self.slot, np.int64)
         slots = Slots(self.buffers[0], self.buffers[1], positions, lengths, lambda: torch.empty(0))
-        self.inputs = CallInputs(self.query, *self.new, call.pages, slots, call.scoring, None, self.up)
+        self.inputs = CallInputs(self.query, self.keys, self.values, call.pages, slots, call.scoring, None, self.up)
 
     def run(self, prepared: PreparedCall) -> torch.Tensor:
         """The output, with NaN in all memory that the kernels are to write."""
@@ -60,7 +60,7 @@ class Step:
             scratch(f"triton.{tag}", (1 << 17,), torch.float32, self.query.device).fill_(torch.nan)
         for tag in ("absorbed", "weighted"):
             scratch(f"triton.{tag}", (1 << 14,), self.query.dtype, self.query.device).fill_(torch.nan)
-        return prepared(self.query, *self.new, self.slot, self.call.visibility.start)
+        return prepared(self.query, self.keys, self.values, self.slot, self.call.visibility.start)
 
 
 def verify(call: Call, device: torch.device) -> None:
@@ -104,9 +104,7 @@ CASES: dict[str, tuple[str | None, Shape, dict[str, Any]]] = {
 }
 
 
-@chosen(
-    "name", CASES, fast=[("nothing but the token",), ("pages that are not full",), ("soft cap and sinks",)]
-)
+@chosen("name", CASES, fast=[("nothing but the token",), ("pages that are not full",), ("soft cap and sinks",)])
 def test_cases(name: str, device: torch.device) -> None:
     codec, shape, features = CASES[name]
     verify(make(codec, shape, **features), device)
@@ -178,15 +176,22 @@ def test_a_layer_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     module: Any = DeepseekV3Attention(config, 0).half().eval()
-    caches = [LatentKVCache(config, bits=8, rotary_codec="int8", page_size=16, tail_length=8, sink_length=2) for _ in range(2)]
+    caches = [
+        LatentKVCache(config, bits=8, rotary_codec="int8", page_size=16, tail_length=8, sink_length=2) for _ in range(2)
+    ]
     function = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
     query, latents, turned = (
         torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).half()
         for shape in ((heads, 50 + steps, width + rotary), (1, 50 + steps, rank), (1, 50 + steps, rotary))
     )
-    used = []
+    used: list[PreparedCall] = []
     original = PreparedCall.__call__
-    monkeypatch.setattr(PreparedCall, "__call__", lambda *given: used.append(1) or original(*given))
+
+    def counted(call: PreparedCall, *given: Any) -> torch.Tensor:
+        used.append(call)
+        return original(call, *given)
+
+    monkeypatch.setattr(PreparedCall, "__call__", counted)
 
     def act(number: int, start: int, stop: int) -> torch.Tensor:
         module_of = {0: latent_decode}.get(number)
@@ -202,7 +207,8 @@ def test_a_layer_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
                     cache.crop(-3)
             ours, wanted = (act(number, start, stop) for number in range(2))
             assert_within(ours, wanted.double(), TOLERANCES[torch.float16])
-    storages = [cache.layers[0].storage for cache in caches]
-    assert len(used) == steps and storages[0] is not None and storages[1] is not None
+    layers: list[Any] = [cache.layers[0] for cache in caches]
+    storages = [layer.storage for layer in layers]
+    assert len(used) == steps
     assert storages[0].table.columns == storages[1].table.columns > 3
     assert torch.equal(storages[0].dense.keys, storages[1].dense.keys)
