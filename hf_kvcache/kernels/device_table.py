@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from hf_kvcache.kernels.inputs import Pages
-
 #: Columns of a table, at least.
 _LEAST_COLUMNS = 16
+
+
+class HostTable(Protocol):
+    """A table on the host; :class:`~hf_kvcache.kernels.inputs.Pages` describes it."""
+
+    addresses: np.ndarray
+    counts: np.ndarray
+    first: np.ndarray
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def columns(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def host_positions(self, start: int, stop: int) -> np.ndarray: ...
 
 
 class DeviceTable(NamedTuple):
@@ -69,7 +85,7 @@ class ResidentTable:
             self._table = torch.zeros(shape, dtype=torch.int64, device=device)
         return self._table
 
-    def brought(self, pages: Pages, positions: bool) -> DeviceTable:
+    def brought(self, pages: HostTable, positions: bool) -> DeviceTable:
         """The table on the device as ``pages`` say it, with the positions of all tokens if ``positions``."""
         table = self.reserve(pages.rows, pages.columns, pages.device)
         start, stop = self._same, pages.columns
@@ -79,16 +95,17 @@ class ResidentTable:
             self._same = stop
         return DeviceTable(table, table.shape[2], self._bring_positions(pages, table) if positions else None)
 
-    def _bring_positions(self, pages: Pages, table: torch.Tensor) -> torch.Tensor:
+    def _bring_positions(self, pages: HostTable, table: torch.Tensor) -> torch.Tensor:
+        start, stop = self._same_positions, pages.columns
+        if start >= stop and self._positions is not None:
+            return self._positions
+        positions = pages.host_positions(start, stop).astype(np.int32)
         if self._positions is None:
             with torch.inference_mode(False):
-                shape = *table.shape[1:], pages.layout.page_size
+                shape = *table.shape[1:], positions.shape[2]
                 self._positions = torch.zeros(shape, dtype=torch.int32, device=table.device)
-            self._same_positions = 0
-        start, stop = self._same_positions, pages.columns
-        if start < stop:
-            send(pages.host_positions(start, stop).astype(np.int32), self._positions[:, start:stop])
-            self._same_positions = stop
+        send(positions, self._positions[:, start:stop])
+        self._same_positions = stop
         return self._positions
 
 

@@ -56,13 +56,14 @@ class DenseBuffer:
 
         The tensor stays the same as long as the capacity does.
         """
-        if self._there is None or self._there[1].shape != self.positions.shape:
-            with torch.inference_mode(False):
-                there = torch.empty(self.positions.shape, dtype=torch.int64, device=self.keys.device)
-        elif np.array_equal(self._there[1], self.positions):
-            return self._there[0]
+        held, device = self._there, self.keys.device
+        if held is not None and held[0].device == device and held[1].shape == self.positions.shape:
+            there = held[0]
+            if np.array_equal(held[1], self.positions):
+                return there
         else:
-            there = self._there[0]
+            with torch.inference_mode(False):
+                there = torch.empty(self.positions.shape, dtype=torch.int64, device=device)
         self._there = there, self.positions.copy()
         send(self._there[1], there)
         return there

@@ -21,9 +21,9 @@ HERE = Settings(torch.device("cpu"), tiny=True)
 #: Triton kernels that a step may launch, torch operators, and uploads from the host; one layer of 32/8/128, bfloat16,
 #: 1,024 tokens. They are what the package does today: they may fall, not rise.
 BUDGET = {
-    "none": {"prompt": (0, 27, 0), "step": (3, 2, 1), "page event": (3, 10, 1)},
-    "rotated8": {"prompt": (8, 27, 0), "step": (4, 3, 1), "page event": (8, 11, 1)},
-    "unbiased4": {"prompt": (9, 442, 3), "step": (4, 3, 1), "page event": (8, 193, 2)},
+    "none": {"prompt": (0, 27, 0), "step": (2, 0, 0), "page event": (2, 8, 0), "step after it": (2, 1, 1)},
+    "rotated8": {"prompt": (8, 27, 0), "step": (2, 0, 0), "page event": (6, 8, 0), "step after it": (2, 1, 1)},
+    "unbiased4": {"prompt": (9, 442, 3), "step": (2, 0, 0), "page event": (6, 190, 1), "step after it": (2, 1, 1)},
 }
 
 
@@ -82,6 +82,16 @@ def test_launches_of_a_step_of_a_page_event_and_of_a_prompt() -> None:
         for moment, budget in moments.items():
             found = tuple(counted[codec][moment][what] for what in ("kernels", "operators", "uploads"))
             assert all(n <= most for n, most in zip(found, budget, strict=True)), (codec, moment, found, budget)
+
+
+@pytest.mark.slow
+def test_the_python_of_a_step() -> None:
+    """A plain step takes the host little longer than a step of DynamicCache on tiny tensors (0.8 times it, measured).
+
+    The general path takes ten times as long. The bound is wide, because the times of a busy machine vary.
+    """
+    taken = json.loads(pretended("--times", "--codecs", "unbiased4").splitlines()[-1])["unbiased4"]
+    assert taken["ours"] < 2 * taken["dynamic"]
 
 
 @pytest.mark.slow

@@ -2,95 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import triton
 
 from hf_kvcache.kernels.device_table import send
 from hf_kvcache.kernels.inputs import CallInputs, DenseTokens, UpProjections
-from hf_kvcache.kernels.page import SideFormat
-from hf_kvcache.kernels.reference.hadamard import rotation_matrix, rotation_signs
-from hf_kvcache.kernels.triton.configs import (
-    Config,
-    architecture,
-    attention_config,
-    dot_precision,
-    programs_wanted,
-    single_precision,
-)
-from hf_kvcache.kernels.triton.launch import can_attend, codes_of, dense_compute, page_sides
+from hf_kvcache.kernels.triton.configs import architecture, programs_wanted
+from hf_kvcache.kernels.triton.launch import can_attend
 from hf_kvcache.kernels.triton.prepared_launch import PreparedLaunch, current_stream
 from hf_kvcache.kernels.triton.sides import level_tables
+from hf_kvcache.kernels.triton.step_config import MERGE_WARPS, StepKind
 from hf_kvcache.kernels.triton.step_kernels import merge_kernel, step_kernel
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
-
-#: Pages and full-precision tokens of a split, at least.
-LEAST_PAGES, LEAST_TOKENS = 2, 128
-#: Splits that ``merge_kernel`` reads at a time, and its warps.
-MERGED_SPLITS, MERGE_WARPS = 16, 4
-
-
-class Turn(NamedTuple):
-    """How kernels rotate a side: the kind, what they read for it, and the logarithm of the width."""
-
-    kind: str
-    tensor: torch.Tensor | None
-    log_dim: int
-
-
-class Splits(NamedTuple):
-    """How a step is divided: splits of the pages, splits of the slots, slots of such a split."""
-
-    pages: int
-    dense: int
-    per_dense: int
-
-    @property
-    def all(self) -> int:
-        return self.pages + self.dense
-
-
-@dataclass
-class _Plan:
-    """The sizes of a step, and how it is divided."""
-
-    inputs: CallInputs
-
-    def __post_init__(self) -> None:
-        inputs = self.inputs
-        self.device = inputs.query.device
-        self.arch = architecture(self.device)
-        self.batch, self.query_heads = inputs.query.shape[:2]
-        self.heads, self.capacity = inputs.slots.keys.shape[1:3]
-        self.key_dim, self.value_dim = inputs.slots.keys.shape[3], inputs.slots.values.shape[3]
-        self.rows, self.group = self.batch * self.heads, self.query_heads // self.heads
-        layout = None if inputs.pages is None else inputs.pages.layout
-        codes = None if layout is None else codes_of(layout)
-        self.config, self.dense_config = self._config(codes), self._config(None)
-
-    def _config(self, codes: Any) -> Config:
-        dim = max(self.key_dim, self.value_dim)
-        config = attention_config(self.arch, dim, self.group, codes)
-        single = self.inputs.query.dtype == torch.float32 and self.arch != "cpu"
-        return single_precision(config, dim) if single else config
-
-    @property
-    def blocks(self) -> int:
-        """Programs of a split."""
-        return self.rows * -(-self.group // self.config.block_m)
-
-    def splits(self, columns: int) -> Splits:
-        """The splits of ``columns`` pages and of all slots, so many that they fill the device."""
-        wanted = -(-programs_wanted(self.device) // self.blocks)
-        per_dense = triton.next_power_of_2(max(LEAST_TOKENS, -(-self.capacity // wanted)))
-        dense = -(-self.capacity // per_dense)
-        return Splits(min(max(1, wanted - dense), -(-columns // LEAST_PAGES)), dense, per_dense)
 
 
 def supports(inputs: CallInputs) -> bool:
@@ -128,18 +55,31 @@ class PreparedCall:
     def __init__(self, inputs: CallInputs, state: torch.Tensor | None = None, columns: int | None = None) -> None:
         self.pages, self.slots, self.state = inputs.pages, inputs.slots, state
         self.up: UpProjections | None = None
-        self._inputs, self._plan = inputs, _Plan(inputs)
+        self._inputs, query, slots = inputs, inputs.query, inputs.slots
+        self._device, self._index = query.device, query.device.index or 0
+        self._batch, self._query_heads = query.shape[:2]
+        self._heads, capacity = slots.keys.shape[1:3]
+        self._kind = StepKind(
+            architecture(self._device),
+            query.dtype,
+            slots.keys.dtype,
+            None if inputs.pages is None else inputs.pages.layout,
+            slots.keys.shape[3],
+            slots.values.shape[3],
+            self._query_heads // self._heads,
+        )
         held = 0 if inputs.pages is None else inputs.pages.columns
-        self._splits = self._plan.splits(held if columns is None else columns)
-        self._device, self._index = inputs.query.device, inputs.query.device.index or 0
-        self._like = inputs.query.new_empty(self._plan.batch, 1, self._plan.query_heads, self._plan.value_dim)
+        self._splits = self._kind.splits(
+            held if columns is None else columns, capacity, self._batch * self._heads, programs_wanted(self._device)
+        )
+        self._like = query.new_empty(self._batch, 1, self._query_heads, slots.values.shape[3])
         # In a ragged batch a state of its own. It and positions on the device are right for the next position only:
         # the general path stores tokens without writing there.
         self._own_state, self._next = inputs.ragged and state is None, -1
         self._follows = self._own_state or (inputs.window is not None and state is None)
         if self._own_state:
             with torch.inference_mode(False):
-                self.state = torch.empty(2 + self._plan.batch, dtype=torch.int64, device=self._device)
+                self.state = torch.empty(2 + self._batch, dtype=torch.int64, device=self._device)
         self._prepare()
 
     supports = staticmethod(supports)
@@ -192,82 +132,61 @@ class PreparedCall:
 
     def _prepare(self) -> None:
         """Fill in all arguments of both launches but those of a token."""
-        plan, splits = self._plan, self._splits
-        self._thread = get_ident()
-        shape = splits.all, plan.rows, plan.group
-        partial = scratch("triton.partial", (*shape, plan.value_dim), torch.float32, plan.device)
-        lse = scratch("triton.lse", shape, torch.float32, plan.device)
-        constants = step_constants(plan, self.state is not None)
-        arguments = {
-            **_buffer(self._inputs, partial),
-            **_pages(self._inputs, partial),
-            "state": partial if self.state is None else self.state,
-            "partial": partial,
-            "partial_lse": lse,
-            "page_splits": splits.pages,
-            "per_dense": splits.per_dense,
-            "rows": plan.rows,
-            "heads": plan.heads,
-            "rows_m": plan.group,
-            **constants,
-        }
-        config = plan.config
-        options = {"num_warps": config.num_warps, **config.options}
-        grid = plan.blocks, splits.all
-        self._step = PreparedLaunch(step_kernel, grid, arguments, options)
-        self._merge = self._merge_launch(partial, lse)
+        self._thread, kind = get_ident(), self._kind
+        shape = self._splits.all, self._batch * self._heads, kind.group
+        self._partial = scratch("triton.partial", (*shape, kind.value_dim), torch.float32, self._device)
+        self._lse = scratch("triton.lse", shape, torch.float32, self._device)
+        self._step, self._merge = self._prepare_step(), self._prepare_merge()
 
-    def _merge_launch(self, partial: torch.Tensor, lse: torch.Tensor) -> PreparedLaunch:
-        plan, pages, sinks = self._plan, self.pages, self._inputs.scoring.sink_logits
-        turn = NO_TURN if pages is None else turn_of(pages.layout.sides["values"], plan.device)
+    def _prepare_step(self) -> PreparedLaunch:
+        inputs, pages, kind = self._inputs, self.pages, self._kind
+        window, turn = inputs.window is not None, kind.query_turn(self._device)
+        placed = 0 if pages is None or not window else 2 if pages.scattered else 1
         arguments = {
-            "partial": partial,
-            "partial_lse": lse,
-            "rotation": partial if turn.tensor is None else turn.tensor,
-            "sinks": partial if sinks is None else sinks,
-            "state": partial if self.state is None else self.state,
-            "stride": plan.batch * plan.query_heads,
+            **_buffer_arguments(inputs, self._partial),
+            **_page_arguments(inputs, placed == 2, self._partial),
+            "rotation": self._partial if turn.tensor is None else turn.tensor,
+            "state": self._partial if self.state is None else self.state,
+            "partial": self._partial,
+            "partial_lse": self._lse,
+            "page_splits": self._splits.pages,
+            "per_dense": self._splits.per_dense,
+            "rows": self._batch * self._heads,
+            "heads": self._heads,
+            "rows_m": kind.group,
+            **kind.step_constants(
+                turn,
+                state=self.state is not None,
+                full=pages is None or pages.full,
+                placed=placed,
+                window=window,
+                centered=pages is not None and pages.key_mean is not None,
+                softcap=inputs.scoring.softcap is not None,
+            ),
+        }
+        grid = self._batch * self._heads * kind.blocks, self._splits.all
+        return PreparedLaunch(step_kernel, grid, arguments, {"num_warps": kind.config.num_warps, **kind.config.options})
+
+    def _prepare_merge(self) -> PreparedLaunch:
+        sinks, turn = self._inputs.scoring.sink_logits, self._kind.output_turn(self._device)
+        unread = self._partial
+        arguments = {
+            "partial": self._partial,
+            "partial_lse": self._lse,
+            "rotation": unread if turn.tensor is None else turn.tensor,
+            "sinks": unread if sinks is None else sinks,
+            "state": unread if self.state is None else self.state,
+            "stride": self._batch * self._query_heads,
             "page_splits": self._splits.pages,
             "splits": self._splits.all,
-            "batch": plan.batch,
-            "query_heads": plan.query_heads,
-            **merge_constants(plan.value_dim, turn),
-            "STATE_PAD": triton.next_power_of_2(plan.batch + 2),
-            "SINKS": sinks is not None,
-            "ADVANCE": self.state is not None,
+            "batch": self._batch,
+            "query_heads": self._query_heads,
+            **self._kind.merge_constants(turn, self._batch, sinks is not None, self.state is not None),
         }
-        grid = plan.batch * plan.query_heads, 1
-        return PreparedLaunch(merge_kernel, grid, arguments, {"num_warps": MERGE_WARPS})
+        return PreparedLaunch(merge_kernel, (self._batch * self._query_heads, 1), arguments, {"num_warps": MERGE_WARPS})
 
 
-NO_TURN = Turn("none", None, 0)
-
-
-@lru_cache(maxsize=64)
-def turn_of(fmt: SideFormat, device: torch.device, in_registers: bool = True) -> Turn:
-    """How kernels rotate a side; by a matrix from memory where the width is no power of two or ``in_registers`` is no.
-
-    In registers a query costs some 300 instructions and no memory, while a matrix has more bytes than the pages of a
-    short split.
-    """
-    if fmt.rotation == "none":
-        return NO_TURN
-    # A cached tensor made under inference_mode could not be used outside it.
-    with torch.inference_mode(False):
-        if in_registers and fmt.dim & (fmt.dim - 1) == 0:
-            return Turn("butterfly", rotation_signs(fmt.dim, fmt.rotation).to(device), fmt.dim.bit_length() - 1)
-        return Turn("matrix", rotation_matrix(fmt.dim, fmt.rotation, torch.float32, device), 0)
-
-
-def query_turn(inputs: CallInputs) -> Turn:
-    """How the query is rotated. Where dot products are in fp32, the transform in registers would make them spill."""
-    if inputs.pages is None:
-        return NO_TURN
-    fmt = inputs.pages.layout.sides["keys"]
-    return turn_of(fmt, inputs.query.device, inputs.query.dtype != torch.float32)
-
-
-def _buffer(inputs: CallInputs, unread: torch.Tensor) -> dict[str, Any]:
+def _buffer_arguments(inputs: CallInputs, unread: torch.Tensor) -> dict[str, Any]:
     """The arguments of ``step_kernel`` about the new token and the full-precision tokens, and about scoring."""
     slots, scoring = inputs.slots, inputs.scoring
     strides = {
@@ -294,68 +213,18 @@ def _buffer(inputs: CallInputs, unread: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _pages(inputs: CallInputs, unread: torch.Tensor) -> dict[str, Any]:
-    """The arguments of ``step_kernel`` about the pages."""
+def _page_arguments(inputs: CallInputs, places: bool, unread: torch.Tensor) -> dict[str, Any]:
+    """The arguments of ``step_kernel`` about the pages, with the position of each token if ``places``."""
     pages = inputs.pages
     if pages is None:
-        unused = ("pages", "page_places", "key_mean", "tables", "rotation")
-        return {name: unread for name in unused} | {"columns": 0, "capacity": 0}
-    table = pages.on_device(positions=inputs.window is not None and bool(pages.scattered))
-    sides = pages.layout.sides
-    turn = query_turn(inputs)
+        names = "pages", "page_places", "key_mean", "tables"
+        return dict.fromkeys(names, unread) | {"columns": 0, "capacity": 0}
+    table, sides = pages.on_device(places), pages.layout.sides
     return {
         "pages": table.table,
         "page_places": table.table if table.positions is None else table.positions,
         "key_mean": unread if pages.key_mean is None else pages.key_mean,
         "tables": level_tables(sides["keys"].table, sides["values"].table, pages.device),
-        "rotation": unread if turn.tensor is None else turn.tensor,
         "columns": pages.columns,
         "capacity": table.capacity,
-    }
-
-
-def step_constants(plan: _Plan, state: bool) -> dict[str, Any]:
-    """The constants of ``step_kernel``."""
-    inputs, config, pages = plan.inputs, plan.config, plan.inputs.pages
-    keys = values = None
-    turn, block_n, placed = NO_TURN, config.block_n, 0
-    if pages is not None:
-        keys, values = page_sides(pages.layout, inputs.query.dtype, config.block_m, plan.arch)
-        turn = query_turn(inputs)
-        block_n = min(block_n, keys.page_pad)
-        placed = 0 if inputs.window is None else 2 if pages.scattered else 1
-    return {
-        "KEYS": keys,
-        "VALUES": values,
-        "KEY_DIM": plan.key_dim,
-        "VALUE_DIM": plan.value_dim,
-        "KEY_PAD": triton.next_power_of_2(plan.key_dim),
-        "VALUE_PAD": triton.next_power_of_2(plan.value_dim),
-        "COMPUTE": dense_compute(inputs.query.dtype, inputs.slots.keys.dtype, plan.arch),
-        "PRECISION": dot_precision(plan.arch),
-        "GROUP": plan.group,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": block_n,
-        "DENSE_N": plan.dense_config.block_n,
-        "STAGES": config.num_stages,
-        "LEAST_PAGES": LEAST_PAGES,
-        "LOG_D": turn.log_dim,
-        "STATE": state,
-        "FULL": pages is None or pages.full,
-        "PLACED": placed,
-        "WINDOW": inputs.window is not None,
-        "CENTERED": pages is not None and pages.key_mean is not None,
-        "SOFTCAP": inputs.scoring.softcap is not None,
-        "ROTATION": turn.kind,
-    }
-
-
-def merge_constants(value_dim: int, turn: Turn) -> dict[str, Any]:
-    """The constants of ``merge_kernel`` about the widths."""
-    return {
-        "DIM": value_dim,
-        "DIM_PAD": triton.next_power_of_2(value_dim),
-        "LOG_D": turn.log_dim,
-        "BLOCK_S": MERGED_SPLITS,
-        "ROTATION": turn.kind,
     }

@@ -356,6 +356,7 @@ def step_kernel(
     BLOCK_N: tl.constexpr,
     DENSE_N: tl.constexpr,
     STAGES: tl.constexpr,
+    DENSE_STAGES: tl.constexpr,
     LEAST_PAGES: tl.constexpr,
     LOG_D: tl.constexpr,
     # Switches.
@@ -411,7 +412,8 @@ def step_kernel(
         BLOCK_M: query heads of a program.
         BLOCK_N: tokens of a page that are computed at a time.
         DENSE_N: slots that are computed at a time.
-        STAGES: depth of the software pipeline.
+        STAGES: depth of the software pipeline over pages.
+        DENSE_STAGES: that over slots.
         LEAST_PAGES: pages of a split, at least.
         LOG_D: the logarithm of ``Dk``, for ``"butterfly"``.
         STATE: whether lengths are read from ``state``; then the grid may be larger than they need.
@@ -469,7 +471,7 @@ def step_kernel(
                 PRECISION,
                 GROUP,
                 DENSE_N,
-                STAGES,
+                DENSE_STAGES,
                 WINDOW,
                 SOFTCAP,
             )

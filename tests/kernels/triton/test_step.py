@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from hf_kvcache.kernels.inputs import CallInputs, Pages, Scoring, Slots
 from hf_kvcache.kernels.triton.step import PreparedCall, supports
 from hf_kvcache.kernels.workspace import scratch
+from tests.choosing import chosen
 from tests.kernels.triton.calls import Call, Random, Shape, expected, make_call, ragged, scattered
+from tests.kernels.triton.conftest import INTERPRETED
 from tests.kernels.triton.fixtures import bfloat16_dot, poisoned_outputs  # noqa: F401
 from tests.tolerances import assert_near
 
@@ -94,10 +97,14 @@ def stored(step: Step) -> None:
         assert torch.equal(step.there[:, :count], dense.positions)
 
 
-@pytest.mark.parametrize("spec", ["unbiased4", "rotated8", "none", "int4", "fp8", "kvarn2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@chosen(
+    "spec, dtype",
+    ["unbiased4", "rotated8", "none", "int4", "fp8", "kvarn2"],
+    [torch.float32, torch.bfloat16],
+    fast=[("unbiased4", torch.bfloat16), ("int4", torch.float32)],
+)
 def test_codecs(spec: str, dtype: torch.dtype, device: torch.device) -> None:
-    check(make_call(spec, Shape(dtype=dtype, columns=7, slots=9), device=device))
+    check(make_call(spec, Shape(dtype=dtype, heads=1, columns=7, slots=9), device=device))
 
 
 SHAPES = {
@@ -111,12 +118,12 @@ SHAPES = {
     "no pages": Shape(columns=0),
     "nothing but the token": Shape(columns=0, slots=1),
     "an empty buffer": Shape(slots=1, columns=1),
-    "several splits of slots": Shape(slots=300, columns=2),
+    "several splits of slots": Shape(slots=140, columns=2, heads=1),
     "several splits of pages": Shape(columns=19, heads=1),
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@chosen("name", SHAPES, fast=[("width 80",), ("odd groups",), ("nothing but the token",), ("several splits of slots",)])
 def test_shapes(name: str, device: torch.device) -> None:
     check(make_call("unbiased4", SHAPES[name], device=device))
 
@@ -125,30 +132,28 @@ def with_window(call: Call, window: int) -> Call:
     return replace(call, visibility=replace(call.visibility, window=window))
 
 
-@pytest.mark.parametrize("window", [1, 4, 20, 41, 1000])
-@pytest.mark.parametrize("gaps", [False, True])
+@chosen("window, gaps", [1, 4, 20, 41, 1000], [False, True], fast=[(20, True)])
 def test_windows(window: int, gaps: bool, device: torch.device) -> None:
-    call = make_call("int8", Shape(columns=3, slots=6, batch=2), device=device)
+    call = make_call("int8", Shape(columns=3, slots=6, heads=1, batch=2), device=device)
     check(with_window(scattered(call) if gaps else call, window))
 
 
-def test_rows_of_unequal_length(device: torch.device) -> None:
-    call = make_call("unbiased4", Shape(columns=5, batch=2), device=device)
-    check(ragged(call))
-    check(with_window(ragged(call), 60))
+@chosen("windowed", [False, True], fast=[(False,)])
+def test_rows_of_unequal_length(windowed: bool, device: torch.device) -> None:
+    call = ragged(make_call("unbiased4", Shape(columns=4, heads=1, batch=2), device=device))
+    check(with_window(call, 60) if windowed else call)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("sink", [None, torch.float32, torch.bfloat16])
+@chosen("softcap, sink", [None, 2.0], [None, torch.float32, torch.bfloat16], fast=[(2.0, torch.bfloat16)])
 def test_scoring(softcap: float | None, sink: torch.dtype | None, device: torch.device) -> None:
-    call = make_call("rotated4", Shape(batch=2, group=3), device=device)
-    logits = None if sink is None else Random(5).normal(6).to(sink).to(device)
+    call = make_call("rotated4", Shape(batch=2, heads=1, group=3), device=device)
+    logits = None if sink is None else Random(5).normal(3).to(sink).to(device)
     check(replace(call, scoring=Scoring(0.3, softcap, logits)))
 
 
 def test_a_sequence_of_tokens(device: torch.device) -> None:
     """One prepared call for one token after the other, each attending to those that it stored before."""
-    call = make_call("unbiased4", Shape(slots=SPARE + 4), device=device)
+    call = make_call("unbiased4", Shape(heads=1, slots=SPARE + 4), device=device)
     dense = call.dense
     start = call.visibility.start - SPARE
     step = Step(replace(call, dense=dense.until(4), visibility=replace(call.visibility, start=start)))
@@ -161,12 +166,13 @@ def test_a_sequence_of_tokens(device: torch.device) -> None:
         now = replace(call, dense=seen, visibility=replace(call.visibility, start=step.position + number))
         keys, values = new_token(seen.keys), new_token(seen.values)
         output = prepared(call.query, keys, values, step.slot + number, step.position + number)
-        assert_near(output, expected(now).output)
+        assert_near(output.cpu(), expected(now).output)
         assert torch.equal(output, captured(call.query, keys, values, 0, 0))
     assert step.slots.lengths.tolist() == [SPARE + 4]
     assert step.slots.positions[0, 3:].tolist() == [start, start + 1, start + 2, start + 3]
 
 
+@pytest.mark.slow
 def test_a_grid_for_more_pages_than_there_are(device: torch.device) -> None:
     """With a state, the grid may be made for pages that are still to come; the table grows in place."""
     call = make_call("unbiased4", Shape(columns=8, heads=1), device=device)
@@ -181,19 +187,26 @@ def test_a_grid_for_more_pages_than_there_are(device: torch.device) -> None:
         fewer = replace(
             call, pages=all_pages.until(columns), keys=call.keys[:, :columns], values=call.values[:, :columns]
         )
-        assert_near(step.run(prepared), expected(fewer).output)
+        assert_near(step.run(prepared).cpu(), expected(fewer).output)
 
 
 def test_other_threads_have_their_own_scratch_memory(device: torch.device) -> None:
-    import threading
-
-    step = Step(make_call("unbiased4", Shape(), device=device))
+    step = Step(make_call(None, Shape(columns=0), device=device))
     prepared = PreparedCall(step.inputs)
     first, found = step.run(prepared), []
     thread = threading.Thread(target=lambda: found.append(step.run(prepared)))
     thread.start()
     thread.join()
     assert torch.equal(first, found[0])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")
+@pytest.mark.parametrize("spec", ["unbiased4", "rotated8", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(spec: str, dtype: torch.dtype, device: torch.device) -> None:
+    """A usual size, with many splits."""
+    shape = Shape(2, 8, 4, 1, 128, 128, page_size=128, columns=64, slots=200, dtype=dtype)
+    check(make_call(spec, shape, device=device))
 
 
 def test_what_is_left_to_the_general_path(device: torch.device) -> None:

@@ -14,10 +14,15 @@ from hf_kvcache.kernels import prepared_call
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.triton import decode
 from hf_kvcache.kernels.triton.step import PreparedCall
+from tests.choosing import chosen
 from tests.generation.layers import Layer, States, states
+from tests.kernels.triton.conftest import INTERPRETED
 from tests.tolerances import assert_near
 
-PROMPT, STEPS = 45, 20
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="its layers are on the CPU")
+
+#: A page event comes with the eighth token.
+PROMPT, STEPS = 37, 9
 
 
 class Both:
@@ -82,23 +87,23 @@ def prompt(new: States, mask: torch.Tensor | None = None) -> Callable[[Layer], N
 @pytest.mark.parametrize("kind", ["full", "sliding"])
 def test_decoding_with_page_events_and_rollbacks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of either path in turn, on windows that move and on tokens that are taken back."""
-    both, tokens = Both(monkeypatch, kind, "unbiased4"), states(PROMPT + STEPS + 2, batch=2)
+    both, tokens = Both(monkeypatch, kind, "unbiased4"), states(PROMPT + STEPS + 2)
     both.each(prompt(tokens.at(0, PROMPT)))
     for at in range(PROMPT, PROMPT + STEPS):
-        general = at % 7 == 3
+        general = at % 5 == 0
         both.each((lambda layer, at=at: layer(tokens.at(at, at + 1))) if general else step(tokens.at(at, at + 1)))
-    assert both.calls >= STEPS - 4
+    assert both.calls == STEPS - 2
     if kind == "full":
         both.each(lambda layer: layer.cache.crop(-3))
         both.each(step(tokens.at(PROMPT + STEPS, PROMPT + STEPS + 1)))
 
 
-@pytest.mark.parametrize("kind", ["full", "sliding"])
+@chosen("kind", ["full", "sliding"], fast=[("full",)])
 def test_a_padded_batch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences of unequal length, each of which gets its token in a slot of its own."""
-    both, tokens = Both(monkeypatch, kind, "rotated8"), states(PROMPT + STEPS, batch=3)
-    mask = torch.ones(3, PROMPT + STEPS, dtype=torch.bool)
-    mask[0, :9], mask[2, :30] = False, False
+    both, tokens = Both(monkeypatch, kind, "rotated8"), states(PROMPT + STEPS, batch=2)
+    mask = torch.ones(2, PROMPT + STEPS, dtype=torch.bool)
+    mask[1, :30] = False
     both.each(prompt(tokens.at(0, PROMPT), mask[:, :PROMPT]))
     for at in range(PROMPT, PROMPT + STEPS):
         seen = mask[:, : at + 1].clone()

@@ -1,0 +1,100 @@
+"""Specializations of the kernels of a decode step for the compile report, at 4 query heads per KV head."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.kernels.page import PageLayout
+from hf_kvcache.kernels.triton.attention_cases import formats
+from hf_kvcache.kernels.triton.compile_case import CompileCase
+from hf_kvcache.kernels.triton.sides import TRITON_TYPES
+from hf_kvcache.kernels.triton.step_config import MERGE_WARPS, StepKind
+from hf_kvcache.kernels.triton.step_kernels import merge_kernel, step_kernel
+
+_GROUP, _PAGE, _BATCH = 4, 64, 1
+_CPU = torch.device("cpu")
+#: Codec, width and dtype of the query: the defaults at the usual width, and what needs more registers.
+_CASES = [
+    *(
+        (codec, 128, torch.bfloat16)
+        for codec in ("unbiased4", "rotated8", "rotated4", "unbiased2", "unbiased3", "dense")
+    ),
+    *((codec, dim, torch.bfloat16) for dim in (64, 256) for codec in ("unbiased4", "rotated8")),
+    ("rotated8", 128, torch.float32),
+]
+
+
+def compile_cases(architecture: str) -> list[CompileCase]:
+    """The cases for a target."""
+    steps = [_step_case(architecture, *case) for case in _CASES]
+    with_state = _step_case(architecture, "unbiased4", 128, torch.bfloat16, state=True)
+    windowed = _step_case(architecture, "rotated8", 128, torch.bfloat16, window=True)
+    return [*steps, with_state, windowed, *(_merge_case(architecture, dim) for dim in (64, 128, 256))]
+
+
+def _kind(arch: str, codec: str, dim: int, dtype: torch.dtype) -> StepKind:
+    return StepKind(arch, dtype, dtype, PageLayout(*formats(codec, dim), _PAGE), dim, dim, _GROUP)
+
+
+def _step_case(
+    arch: str, codec: str, dim: int, dtype: torch.dtype, state: bool = False, window: bool = False
+) -> CompileCase:
+    kind = _kind(arch, codec, dim, dtype)
+    assert kind.layout is not None
+    tokens = f"*{TRITON_TYPES[dtype]}"
+    strides = [f"{name}_{axis}" for name in ("query", "new_key", "new_value") for axis in "bh"]
+    strides += [f"{name}_{axis}" for name in ("key", "value") for axis in "bhn"]
+    pointers = {
+        **dict.fromkeys(("query", "new_keys", "new_values", "keys", "values"), tokens),
+        **dict.fromkeys(("positions", "pages", "state"), "*i64"),
+        "page_places": "*i64",
+        **dict.fromkeys(("key_mean", "tables", "rotation", "partial", "partial_lse"), "*fp32"),
+    }
+    sizes = ("slot", "position", "columns", "capacity", "page_splits", "per_dense", "rows", "heads", "rows_m", "window")
+    constants = kind.step_constants(
+        kind.query_turn(_CPU),
+        state=state,
+        full=not window,
+        placed=int(window),
+        window=window,
+        centered=kind.layout.sides["keys"].centered,
+        softcap=False,
+    )
+    config, block_n = kind.config, constants["BLOCK_N"]
+    name = f"step {codec} D={dim}" + (" fp32" if dtype == torch.float32 else "")
+    return CompileCase(
+        name=name + (" state" if state else "") + (" window" if window else ""),
+        kernel=step_kernel,
+        signature={
+            **pointers,
+            **dict.fromkeys((*strides, "position_b", *sizes), "i32"),
+            "inner": "fp32",
+            "softcap": "fp32",
+        },
+        constants=constants,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        aligned=(*pointers, *strides, "position_b"),
+        loop_bytes=kind.layout.record_bytes * block_n // _PAGE,
+        tensor_cores=True,
+        options=config.options,
+    )
+
+
+def _merge_case(arch: str, dim: int) -> CompileCase:
+    kind = _kind(arch, "unbiased4", dim, torch.bfloat16)
+    pointers = {
+        "output": "*bf16",
+        **dict.fromkeys(("partial", "partial_lse", "rotation", "sinks"), "*fp32"),
+        "state": "*i64",
+    }
+    sizes = ("stride", "page_splits", "splits", "batch", "query_heads")
+    return CompileCase(
+        name=f"merge D={dim}",
+        kernel=merge_kernel,
+        signature={**pointers, **dict.fromkeys(sizes, "i32")},
+        constants=kind.merge_constants(kind.output_turn(_CPU), _BATCH, sinks=False, advance=False),
+        num_warps=MERGE_WARPS,
+        num_stages=1,
+        aligned=tuple(pointers),
+    )
