@@ -82,7 +82,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
 def _attend(
     query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility, scoring: Scoring
 ) -> Attention:
-    call = launch._Call(query, pages, dense, visibility, scoring, False)
+    call = launch.Call(query, pages, dense, visibility, scoring, False)
     if pages is None or not _decodes_first(call, pages):
         return launch.attend(query, pages, dense, visibility, scoring, False, own_last=True)
     single = query.dtype == torch.float32
@@ -100,10 +100,10 @@ def _attend(
         _launch(call, by_row, part.tokens, over_pages, 0, partial, lse, part.start > 0)
     if call.slots:
         _launch(call, query, dense, over_dense, over_pages.splits, partial, lse, False)
-    return Attention(*launch._combine(call, over_pages.splits, splits, partial, lse))
+    return Attention(*launch.combine(call, over_pages.splits, splits, partial, lse))
 
 
-def _decodes_first(call: launch._Call, pages: Pages) -> bool:
+def _decodes_first(call: launch.Call, pages: Pages) -> bool:
     codes, dim = launch.codes_of(pages.layout), max(call.query.shape[-1], call.value_dim)
     blocks = triton.cdiv(call.rows_m, call.config(dim, codes).block_m)
     fits = call.query.dtype != torch.float32 or dim <= MOST_SINGLE_DIM
@@ -117,7 +117,7 @@ class _Plan(NamedTuple):
     splits: int
 
 
-def _plan(call: launch._Call, tokens: int, dtype: torch.dtype) -> _Plan:
+def _plan(call: launch.Call, tokens: int, dtype: torch.dtype) -> _Plan:
     config = extend_config(call.arch, max(call.query.shape[-1], call.value_dim), call.rows_m, dtype)
     wanted = triton.cdiv(programs_wanted(call.device), call.blocks(config.block_m))
     most = triton.cdiv(tokens, _per_split(tokens, min(wanted, max(1, tokens // _LEAST_TOKENS)), config))
@@ -129,7 +129,7 @@ def _per_split(tokens: int, splits: int, config: Config) -> int:
 
 
 def _launch(
-    call: launch._Call,
+    call: launch.Call,
     query: torch.Tensor,
     tokens: DenseTokens,
     plan: _Plan,
@@ -184,7 +184,7 @@ def _launch(
     )
 
 
-def _compute(call: launch._Call, tokens: DenseTokens) -> Any:
+def _compute(call: launch.Call, tokens: DenseTokens) -> Any:
     """The type in which dot products take tokens: decoded ones in their own."""
     if tokens is call.dense:
         return launch.dense_compute(call.query.dtype, tokens.keys.dtype, call.arch)
