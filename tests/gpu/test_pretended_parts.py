@@ -23,7 +23,7 @@ BUDGET = {f"latents {bits}": (3, 1, 0) for bits in (None, 8, 4)} | {
 def test_launches_of_a_step_over_latents_and_of_a_chunk() -> None:
     pytest.importorskip("triton", exc_type=ImportError)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval")])}
-    command = [sys.executable, "-m", "benchmarks.gpu.pretended_latents"]
+    command = [sys.executable, "-m", "benchmarks.gpu.pretended_parts"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     counted = json.loads(done.stdout.splitlines()[-1])

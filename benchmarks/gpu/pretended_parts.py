@@ -1,6 +1,6 @@
 """What a step over latents and a chunk of queries ask of a GPU, counted on the pretended one.
 
-    python -m benchmarks.gpu.pretended_latents
+    python -m benchmarks.gpu.pretended_parts
 
 One layer, bfloat16. A step has DeepSeek-V3's widths with 16 heads, for a batch of two, behind 1,000 tokens. A chunk has
 64 queries of 32 query heads, 8 KV heads and a head dimension of 128, behind 2,048 tokens in pages. To be run in a
