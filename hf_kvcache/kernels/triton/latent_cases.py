@@ -62,7 +62,7 @@ def pages_case(arch: str, codec: str, heads: int, everything: bool = False, rank
     """``pages_kernel`` for a bfloat16 query over full pages that it sees, or over some of them under a mask."""
     fmt = latent_format(codec, rank)
     layout = PageLayout(fmt, latent_format("bf16", _ROTARY), _PAGE)
-    config = latent_config(arch, heads, reads(layout, torch.bfloat16, arch))
+    config = latent_config(arch, heads, reads(layout, torch.bfloat16, arch), everything)
     latents, rotary = page_sides(layout, torch.bfloat16, arch)
     pointers = {
         "query": "*bf16" if fmt.rotation == "none" else "*fp32",

@@ -31,13 +31,14 @@ Read = Literal["codes", "halves", "tokens", "singles"]
 _LARGE = ("sm80", "sm90", "sm100")
 
 
-def latent_config(arch: str, queries: int, read: Read) -> Config:
+def latent_config(arch: str, queries: int, read: Read, masked: bool = False) -> Config:
     """The largest tiles with 8 warps on a multiprocessor and without spills, according to the compile report.
 
     Args:
         arch: the architecture, as in :func:`hf_kvcache.kernels.triton.configs.architecture`.
         queries: queries of a sequence: heads times query tokens.
         read: what the program reads.
+        masked: whether there is a mask. Beside coded pages, its places leave registers for fewer tokens at a time.
     """
     amd = arch.startswith("gfx")
     most = 16 if read == "singles" or (amd and read == "codes") else 32
@@ -47,7 +48,8 @@ def latent_config(arch: str, queries: int, read: Read) -> Config:
     if read == "singles":
         return Config(block_m, 16, 8, 3 if arch == "sm80" else 2, {})
     # Three stages are one tile ahead, since a page's address has to be read before.
-    return Config(block_m, 16 if read == "tokens" and arch not in _LARGE else 32, 8, 3, {})
+    few = (read == "tokens" and arch not in _LARGE) or (read == "codes" and masked)
+    return Config(block_m, 16 if few else 32, 8, 3, {})
 
 
 def page_sides(layout: PageLayout, dtype: torch.dtype, arch: str) -> tuple[Side, Side | None]:

@@ -216,7 +216,8 @@ def _page_plan(call: _Call) -> _Plan:
     if dtypes is not None:
         config = latent_config(call.arch, call.rows_m, "singles" if dtypes[0] == torch.float32 else "tokens")
         return _token_plan(call, config, columns_at_a_time(pages, dtypes) * layout.page_size)._replace(dtypes=dtypes)
-    config = latent_config(call.arch, call.rows_m, reads(layout, call.query.dtype, call.arch))
+    masked = call.visibility.mask is not None
+    config = latent_config(call.arch, call.rows_m, reads(layout, call.query.dtype, call.arch), masked)
     per_split = call.per_split(call.columns, triton.cdiv(_LEAST_TOKENS, layout.page_size), config)
     return _Plan(config, per_split, triton.cdiv(call.columns, per_split))
 
