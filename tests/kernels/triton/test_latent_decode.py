@@ -88,7 +88,7 @@ def test_two_sizes_of_row_tiles(queries: int, device: torch.device) -> None:
 
 @chosen("codec", ["int8 rotated", "turboquant4"], fast=[("int8 rotated",)])
 def test_many_queries_read_decoded_pages(codec: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In half precision, part by part, with queries that would leave its range, a window and pages that are not full."""
+    """In half precision, part by part; queries that would leave its range, a window, pages that are not full."""
     monkeypatch.setattr(triton_configs, "MOST_READING_PAGES", 32)
     case = make_case(codec, Shape(32, 8, 16, 5, 7, 2), window=30, ragged=True, size=3e5, columns=5)
     call = make_call(replace(case, dense_dtype=torch.bfloat16, query_dtype=torch.bfloat16))
