@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.kernels.attention import read_pages
+from hf_kvcache.kernels.column_sums import column_sums
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.pack import decode_side
 from hf_kvcache.kernels.reference import decode as reference
@@ -37,11 +38,16 @@ def attend(
 ) -> Attention:
     """As :func:`hf_kvcache.kernels.reference.decode.attend`.
 
-    The reference does calls with soft-capping or ``sums``, which torch's kernel has no arguments for.
+    The reference does calls with soft-capping, which torch's kernel has no argument for. Sums of probabilities are
+    computed in a second pass.
     """
-    if scoring.softcap is not None or sums:
+    if scoring.softcap is not None:
         return reference.attend(query, pages, dense, visibility, scoring, sums, read_pages)
-    return reference.attend(query, pages, dense, visibility, scoring, read_pages=_read_pages)
+    result = reference.attend(query, pages, dense, visibility, scoring, read_pages=_read_pages)
+    if sums:
+        page_sums, dense_sums = column_sums(query, result.log_sum_exp, pages, dense, visibility, scoring)
+        result = result._replace(page_sums=page_sums, dense_sums=dense_sums)
+    return result
 
 
 def _read_pages(

@@ -85,9 +85,14 @@ def _attend_pages(
 
 def absorb(query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Queries ``[B, H, q, dn]`` in latent space, ``[B, H, q, r]``, by the key up-projection ``weight [H, dn, r]``."""
-    return torch.matmul(query, weight)
+    batch, heads, length, _ = query.shape
+    # By head: a product that broadcasts the weight over a batch would copy it for every sequence.
+    absorbed = torch.bmm(query.transpose(0, 1).flatten(1, 2), weight)
+    return absorbed.view(heads, batch, length, -1).transpose(0, 1)
 
 
 def expand(latents: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Weighted latents ``[B, q, H, r]`` as outputs ``[B, q, H, dv]``, by the value up-projection ``[H, dv, r]``."""
-    return torch.matmul(latents.transpose(1, 2), weight.transpose(-1, -2)).transpose(1, 2)
+    batch, length, heads, _ = latents.shape
+    expanded = torch.bmm(latents.permute(2, 0, 1, 3).flatten(1, 2), weight.transpose(1, 2))
+    return expanded.view(heads, batch, length, -1).permute(1, 2, 0, 3)

@@ -1,17 +1,38 @@
-"""Attention of a long block of new queries by the Triton kernels of ``decode``, over blocks of queries."""
+"""Attention of a long block of new queries by Triton kernels.
+
+Packed pages that many blocks of queries read are decoded once, part by part, and then read as full-precision tokens.
+Few blocks of queries, and pages that hold full-precision elements, are left to the kernels of ``decode``.
+"""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+import triton
+import triton.language as tl
 
+from hf_kvcache.kernels.column_sums import column_sums
+from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.triton import attention_cases, launch
+from hf_kvcache.kernels.triton import extend_cases, launch
 from hf_kvcache.kernels.triton.compile_case import CompileCase
+from hf_kvcache.kernels.triton.configs import Config, dot_precision, programs_wanted
+from hf_kvcache.kernels.triton.decoded_pages import columns_at_a_time, decoded_pages
 from hf_kvcache.kernels.triton.device import on_their_device
+from hf_kvcache.kernels.triton.extend_configs import MOST_SINGLE_DIM, extend_config
+from hf_kvcache.kernels.triton.extend_kernels import tokens_kernel
+from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.kernels.workspace import scratch
 
-#: Elements of partial outputs, and of scores for sums, at a time; a longer block of queries is cut.
+#: Elements of partial outputs of a split at a time; a longer block of queries is cut.
 _MOST_ELEMENTS = 1 << 26
+#: Blocks of queries of a row from which on pages are decoded first. A decoded token is written and read in 16 bits,
+#: which takes longer than to decode 4 bits twice.
+_LEAST_BLOCKS = 3
+#: Tokens of a split, at least.
+_LEAST_TOKENS = 512
 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
@@ -31,38 +52,140 @@ def attend(
     """Attention of many new queries, as :func:`hf_kvcache.kernels.reference.decode.attend`.
 
     The last full-precision tokens are those of the queries. Under causality, a query reads none behind its own token.
+    Beside its result, a call takes memory for partial outputs of at most ``_MOST_ELEMENTS`` elements a split, and for
+    decoded pages (:data:`~hf_kvcache.kernels.triton.decoded_pages.SCRATCH_BYTES`). Sums of probabilities are computed
+    in a second pass, so that no matrix of queries times keys is held.
     """
     batch, query_heads, length, _ = query.shape
     slots = dense.keys.shape[2]
-    widest = dense.values.shape[-1]
-    if sums:
-        widest = max(widest, slots, 0 if pages is None else pages.columns * pages.layout.page_size)
-    block = max(1, _MOST_ELEMENTS // (batch * query_heads * widest))
+    block = max(1, _MOST_ELEMENTS // (batch * query_heads * dense.values.shape[-1]))
     parts = []
     for start in range(0, length, block):
         queries = slice(start, min(start + block, length))
-        seen = max(0, slots - (length - queries.stop)) if visibility.causal and not sums else slots
-        parts.append(
-            launch.attend(
-                query[:, :, queries], pages, dense.until(seen), visibility.part(queries), scoring, sums, own_last=True
-            )
-        )
-    return parts[0] if len(parts) == 1 else _join(parts)
-
-
-def _join(parts: list[Attention]) -> Attention:
-    all_sums = [[getattr(p, name) for p in parts] for name in ("page_sums", "dense_sums")]
-    page_sums, dense_sums = (None if m[0] is None else torch.stack(m).sum(0) for m in all_sums)
-    output = torch.cat([p.output for p in parts], 1)
-    return Attention(output, torch.cat([p.log_sum_exp for p in parts], 2), page_sums, dense_sums)
+        seen = max(0, slots - (length - queries.stop)) if visibility.causal else slots
+        parts.append(_attend(query[:, :, queries], pages, dense.until(seen), visibility.part(queries), scoring))
+    result = parts[0]
+    if len(parts) > 1:
+        output, log_sum_exp = torch.cat([p.output for p in parts], 1), torch.cat([p.log_sum_exp for p in parts], 2)
+        result = Attention(output, log_sum_exp)
+    if sums:
+        page_sums, dense_sums = column_sums(query, result.log_sum_exp, pages, dense, visibility, scoring)
+        result = result._replace(page_sums=page_sums, dense_sums=dense_sums)
+    return result
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
     """Specializations of a long block of queries for the compile report."""
-    cases = []
-    for dim in (64, 128, 256):
-        cases += [
-            attention_cases.pages_case(architecture, "extend", codec, dim, 512) for codec in ("unbiased4", "rotated8")
-        ]
-        cases.append(attention_cases.dense_case(architecture, "extend", dim, 512))
-    return cases
+    return extend_cases.compile_cases(architecture)
+
+
+def _attend(
+    query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility, scoring: Scoring
+) -> Attention:
+    call = launch.Call(query, pages, dense, visibility, scoring, False)
+    if pages is None or not _decodes_first(call, pages):
+        return launch.attend(query, pages, dense, visibility, scoring, False, own_last=True)
+    single = query.dtype == torch.float32
+    dtypes = (torch.float32, torch.float32) if single else (torch.float16, torch.float16)
+    over_pages = _plan(call, columns_at_a_time(pages, dtypes) * pages.layout.page_size, dtypes[0])
+    exact = launch.dense_compute(query.dtype, dense.keys.dtype, call.arch) == tl.float32
+    over_dense = _plan(call, call.slots, torch.float32 if exact else query.dtype)
+    splits = over_pages.splits + over_dense.splits
+    partial = scratch("triton.partial", (splits, call.rows, call.rows_m, call.value_dim), torch.float32, call.device)
+    lse = scratch("triton.lse", (splits, call.rows, call.rows_m), torch.float32, call.device)
+    fmt = pages.layout.sides["keys"]
+    rotated = query if fmt.rotation == "none" else rotate(query.float(), fmt)
+    by_row = rotated.reshape(call.rows, call.group, call.length, -1)
+    for part in decoded_pages(pages, visibility, dtypes, call.arch):
+        _launch(call, by_row, part.tokens, over_pages, 0, partial, lse, part.start > 0)
+    if call.slots:
+        _launch(call, query, dense, over_dense, over_pages.splits, partial, lse, False)
+    return Attention(*launch.combine(call, over_pages.splits, splits, partial, lse))
+
+
+def _decodes_first(call: launch.Call, pages: Pages) -> bool:
+    codes, dim = launch.codes_of(pages.layout), max(call.query.shape[-1], call.value_dim)
+    blocks = triton.cdiv(call.rows_m, call.config(dim, codes).block_m)
+    fits = call.query.dtype != torch.float32 or dim <= MOST_SINGLE_DIM
+    return codes is not None and pages.columns > 0 and blocks >= _LEAST_BLOCKS and fits
+
+
+class _Plan(NamedTuple):
+    """How tokens are attended to: the configuration, and the splits of as many of them as there are at a time."""
+
+    config: Config
+    splits: int
+
+
+def _plan(call: launch.Call, tokens: int, dtype: torch.dtype) -> _Plan:
+    config = extend_config(call.arch, max(call.query.shape[-1], call.value_dim), call.rows_m, dtype)
+    wanted = triton.cdiv(programs_wanted(call.device), call.blocks(config.block_m))
+    most = triton.cdiv(tokens, _per_split(tokens, min(wanted, max(1, tokens // _LEAST_TOKENS)), config))
+    return _Plan(config, most)
+
+
+def _per_split(tokens: int, splits: int, config: Config) -> int:
+    return max(1, triton.cdiv(triton.cdiv(tokens, splits), config.block_n)) * config.block_n
+
+
+def _launch(
+    call: launch.Call,
+    query: torch.Tensor,
+    tokens: DenseTokens,
+    plan: _Plan,
+    first_split: int,
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+    continued: bool,
+) -> None:
+    """Attend to tokens in splits from ``first_split`` on, or ``continued``, go on with those of an earlier launch."""
+    slots, key_dim, value_dim = tokens.keys.shape[2], tokens.keys.shape[-1], tokens.values.shape[-1]
+    config, own = plan.config, tokens is call.dense
+    per_split = _per_split(slots, plan.splits, config)
+    positions = partial if tokens.positions is None else tokens.positions
+    unused = partial if tokens.unused is None else tokens.unused.view(torch.uint8)
+    tokens_kernel[call.blocks(config.block_m), triton.cdiv(slots, per_split)](
+        query,
+        tokens.keys,
+        tokens.values,
+        positions,
+        unused,
+        partial,
+        lse,
+        *query.stride()[:3],
+        *tokens.keys.stride()[:3],
+        *tokens.values.stride()[:3],
+        positions.stride(0),
+        unused.stride(0),
+        rows=call.rows,
+        slots=slots,
+        per_split=per_split,
+        rows_m=call.rows_m,
+        heads=tokens.keys.shape[1],
+        first_split=first_split,
+        start=call.visibility.start,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        KEY_PAD=triton.next_power_of_2(key_dim),
+        VALUE_PAD=triton.next_power_of_2(value_dim),
+        COMPUTE=_compute(call, tokens),
+        PRECISION=dot_precision(call.arch),
+        GROUP=call.group,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
+        PLACED=tokens.positions is not None,
+        UNUSED=tokens.unused is not None,
+        OWN_LAST=own and tokens.positions is not None and call.visibility.causal,
+        CONTINUED=continued,
+        num_warps=config.num_warps,
+        **config.options,
+        **launch.scoring_arguments(call.visibility, call.scoring),
+    )
+
+
+def _compute(call: launch.Call, tokens: DenseTokens) -> Any:
+    """The type in which dot products take tokens: decoded ones in their own."""
+    if tokens is call.dense:
+        return launch.dense_compute(call.query.dtype, tokens.keys.dtype, call.arch)
+    return TRITON_TYPES[tokens.keys.dtype]

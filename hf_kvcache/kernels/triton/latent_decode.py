@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from hf_kvcache.kernels.hadamard import rotate
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.inputs import Attention, CallInputs, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.page import SideFormat
-from hf_kvcache.kernels.reference.hadamard import rotation_signs
 from hf_kvcache.kernels.triton import latent_cases
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import Config, architecture, programs_wanted
+from hf_kvcache.kernels.triton.decoded_pages import columns_at_a_time, decoded_pages
 from hf_kvcache.kernels.triton.device import on_their_device
-from hf_kvcache.kernels.triton.latent_configs import MERGED_AT_ONCE, PRECISION, latent_config, page_sides, reads
+from hf_kvcache.kernels.triton.latent_configs import (
+    LEAST_DIM,
+    MERGED_AT_ONCE,
+    PRECISION,
+    decoded_dtypes,
+    latent_config,
+    page_sides,
+    reads,
+)
 from hf_kvcache.kernels.triton.latent_kernels import dense_kernel, merge_kernel, pages_kernel
+from hf_kvcache.kernels.triton.latent_step import LatentPreparedCall, signs, supports_step
 from hf_kvcache.kernels.triton.launch import dense_compute, scoring_arguments
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES, level_tables
 from hf_kvcache.kernels.visibility import Visibility
@@ -89,6 +96,17 @@ def latent_attend(
     if len(parts) == 1:
         return parts[0]
     return Attention(torch.cat([p.output for p in parts], 1), torch.cat([p.log_sum_exp for p in parts], 2))
+
+
+class PreparedCall(LatentPreparedCall):
+    """A plain decode step with both projections, prepared once for many tokens."""
+
+    @staticmethod
+    def supports(inputs: CallInputs) -> bool:
+        """Whether a call can be prepared for such tokens."""
+        slots = DenseTokens(inputs.slots.keys, inputs.slots.values)
+        see = Visibility(0, 1, None, 0, True, None)
+        return supports_step(inputs) and supports(inputs.query, inputs.pages, slots, see, inputs.scoring, False)
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
@@ -161,61 +179,94 @@ class _Call:
 
 
 def _attend(call: _Call) -> Attention:
-    page_config, dense_config, per_split = _configs(call)
-    page_splits = triton.cdiv(call.columns, per_split)
-    step = call.per_split(call.slots, _LEAST_TOKENS, dense_config)
-    step = triton.cdiv(step, dense_config.block_n) * dense_config.block_n
-    splits = page_splits + triton.cdiv(call.slots, step)
+    over_pages, over_dense = _page_plan(call), _dense_plan(call)
+    splits = over_pages.splits + over_dense.splits
     partial = scratch("triton.partial", (splits, call.batch, call.rows_m, call.rank), torch.float32, call.device)
     lse = scratch("triton.lse", (splits, call.batch, call.rows_m), torch.float32, call.device)
-    if page_splits:
-        assert call.pages is not None
-        _attend_pages(call, call.pages, page_config, per_split, page_splits, partial, lse)
+    if call.pages is not None and over_pages.splits:
+        _attend_pages(call, call.pages, over_pages, partial, lse)
     if call.slots:
-        _attend_dense(call, dense_config, step, page_splits, partial, lse)
-    return _merge(call, page_splits, splits, partial, lse)
+        query, turned = call.query[..., : call.rank], call.query[..., call.rank :]
+        _attend_tokens(call, query, turned, call.dense, over_dense, over_pages.splits, partial, lse, False)
+    return _merge(call, over_pages.splits, splits, partial, lse)
 
 
-def _configs(call: _Call) -> tuple[Config, Config, int]:
-    """The configurations of the kernels over pages and over full-precision tokens, and the pages of a split."""
+class _Plan(NamedTuple):
+    """How pages or tokens are attended to.
+
+    Attributes:
+        config: the configuration of the kernel.
+        per_split: pages or tokens of a split.
+        splits: number of splits.
+        dtypes: of latents and rotary keys, if pages are decoded first.
+    """
+
+    config: Config
+    per_split: int
+    splits: int
+    dtypes: tuple[torch.dtype, ...] | None = None
+
+
+def _page_plan(call: _Call) -> _Plan:
+    pages = call.pages
+    if pages is None:
+        return _Plan(latent_config(call.arch, call.rows_m, "tokens"), 1, 0)
+    layout = pages.layout
+    dtypes = decoded_dtypes(layout, call.rows_m, call.query.dtype, call.arch)
+    if dtypes is not None:
+        config = latent_config(call.arch, call.rows_m, "singles" if dtypes[0] == torch.float32 else "tokens")
+        return _token_plan(call, config, columns_at_a_time(pages, dtypes) * layout.page_size)._replace(dtypes=dtypes)
+    masked = call.visibility.mask is not None
+    config = latent_config(call.arch, call.rows_m, reads(layout, call.query.dtype, call.arch), masked)
+    per_split = call.per_split(call.columns, triton.cdiv(_LEAST_TOKENS, layout.page_size), config)
+    return _Plan(config, per_split, triton.cdiv(call.columns, per_split))
+
+
+def _dense_plan(call: _Call) -> _Plan:
     compute = dense_compute(call.query.dtype, call.dense.keys.dtype, call.arch)
-    dense = latent_config(call.arch, call.rows_m, "singles" if compute == tl.float32 else "tokens")
-    if call.pages is None:
-        return dense, dense, 1
-    layout = call.pages.layout
-    pages = latent_config(call.arch, call.rows_m, reads(layout, call.query.dtype, call.arch))
-    return pages, dense, call.per_split(call.columns, triton.cdiv(_LEAST_TOKENS, layout.page_size), pages)
+    config = latent_config(call.arch, call.rows_m, "singles" if compute == tl.float32 else "tokens")
+    return _token_plan(call, config, call.slots)
 
 
-def _attend_pages(
-    call: _Call,
-    pages: Pages,
-    config: Config,
-    per_split: int,
-    splits: int,
-    partial: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    latents, rotary = page_sides(pages.layout, call.query.dtype, call.arch)
+def _token_plan(call: _Call, config: Config, tokens: int) -> _Plan:
+    per_split = triton.cdiv(call.per_split(tokens, _LEAST_TOKENS, config), config.block_n) * config.block_n
+    return _Plan(config, per_split, triton.cdiv(tokens, per_split))
+
+
+def _attend_pages(call: _Call, pages: Pages, plan: _Plan, partial: torch.Tensor, lse: torch.Tensor) -> None:
     formats = pages.layout.sides["keys"], pages.layout.sides["values"]
     query = _rotated(call.query[..., : call.rank], formats[0])
     turned = _rotated(call.query[..., call.rank :], formats[1])
-    start = call.visibility.start
-    uploaded = torch.from_numpy(np.stack([pages.addresses, pages.counts, pages.first - start]))
-    uploaded = uploaded.to(call.device, non_blocking=True)
-    placed, positions = 0, uploaded
+    if plan.dtypes is None:
+        _read_pages(call, pages, query, turned, plan, partial, lse)
+        return
+    for part in decoded_pages(pages, call.visibility, plan.dtypes, call.arch):
+        _attend_tokens(call, query, turned, part.tokens, plan, 0, partial, lse, part.start > 0)
+
+
+def _read_pages(
+    call: _Call,
+    pages: Pages,
+    query: torch.Tensor,
+    turned: torch.Tensor,
+    plan: _Plan,
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Attend to pages as they are, with both parts of the query in their rotated bases."""
+    latents, rotary = page_sides(pages.layout, call.query.dtype, call.arch)
+    placed = 0
     held = pages.first[pages.counts > 0]
     if not call.visibility.sees_all(int(held.min()) if held.size else 0):
         placed = 2 if pages.scattered else 1
-    if placed == 2:
-        positions = (pages.positions(0, pages.columns) - start).int()
+    table = pages.on_device(positions=placed == 2)
     mask = call.mask(partial)
-    pages_kernel[call.blocks(config), splits](
+    pages_kernel[call.blocks(plan.config), plan.splits](
         query,
         turned,
-        uploaded,
-        positions,
-        level_tables(formats[0].table, formats[1].table, call.device),
+        table.table,
+        table.table if table.positions is None else table.positions,
+        level_tables(pages.layout.sides["keys"].table, pages.layout.sides["values"].table, call.device),
         mask.tensor,
         partial,
         lse,
@@ -223,13 +274,15 @@ def _attend_pages(
         *turned.stride()[:3],
         *mask.strides,
         columns=pages.columns,
-        per_split=per_split,
+        capacity=table.capacity,
+        start=call.visibility.start,
+        per_split=plan.per_split,
         LATENTS=latents,
         ROTARY=rotary,
-        BLOCK_N=min(config.block_n, latents.page_pad),
+        BLOCK_N=min(plan.config.block_n, latents.page_pad),
         FULL=pages.full,
         PLACED=placed,
-        **call.common(mask, config),
+        **call.common(mask, plan.config),
     )
 
 
@@ -237,43 +290,56 @@ def _rotated(query: torch.Tensor, fmt: SideFormat) -> torch.Tensor:
     return query if fmt.rotation == "none" else rotate(query.float(), fmt)
 
 
-def _attend_dense(
-    call: _Call, config: Config, per_split: int, first_split: int, partial: torch.Tensor, lse: torch.Tensor
+def _attend_tokens(
+    call: _Call,
+    query: torch.Tensor,
+    turned: torch.Tensor,
+    tokens: DenseTokens,
+    plan: _Plan,
+    first_split: int,
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+    continued: bool,
 ) -> None:
-    dense = call.dense
-    rotary_dim = dense.values.shape[-1]
-    positions = partial if dense.positions is None else dense.positions
-    unused = partial if dense.unused is None else dense.unused.view(torch.uint8)
+    """Attend to tokens in splits from ``first_split`` on, or ``continued``, go on with those of an earlier launch."""
+    slots, rotary_dim, config = tokens.keys.shape[2], tokens.values.shape[-1], plan.config
+    positions = partial if tokens.positions is None else tokens.positions
+    unused = partial if tokens.unused is None else tokens.unused.view(torch.uint8)
     mask = call.mask(partial)
-    dense_kernel[call.blocks(config), triton.cdiv(call.slots, per_split)](
-        call.query,
-        dense.keys,
-        dense.values,
+    own = tokens is call.dense
+    dense_kernel[call.blocks(config), triton.cdiv(slots, plan.per_split)](
+        query,
+        turned,
+        tokens.keys,
+        tokens.values,
         positions,
         unused,
         mask.tensor,
         partial,
         lse,
-        *call.query.stride()[:3],
-        dense.keys.stride(0),
-        dense.keys.stride(2),
-        dense.values.stride(0),
-        dense.values.stride(2),
+        *query.stride()[:3],
+        *turned.stride()[:3],
+        tokens.keys.stride(0),
+        tokens.keys.stride(2),
+        tokens.values.stride(0),
+        tokens.values.stride(2),
         positions.stride(0),
         unused.stride(0),
         *mask.strides,
-        slots=call.slots,
-        per_split=per_split,
+        slots=slots,
+        per_split=plan.per_split,
         first_split=first_split,
+        skipped=0,
         start=call.visibility.start,
         R=call.rank,
         DR=rotary_dim,
-        DR_PAD=max(16, triton.next_power_of_2(rotary_dim)),
-        COMPUTE=dense_compute(call.query.dtype, dense.keys.dtype, call.arch),
+        DR_PAD=max(LEAST_DIM, triton.next_power_of_2(rotary_dim)),
+        COMPUTE=dense_compute(call.query.dtype if own else tokens.keys.dtype, tokens.keys.dtype, call.arch),
         PRECISION=PRECISION,
         BLOCK_N=config.block_n,
-        PLACED=dense.positions is not None,
-        UNUSED=dense.unused is not None,
+        PLACED=tokens.positions is not None,
+        UNUSED=tokens.unused is not None,
+        CONTINUED=continued,
         **call.common(mask, config),
     )
 
@@ -286,7 +352,7 @@ def _merge(call: _Call, page_splits: int, splits: int, partial: torch.Tensor, ls
     merge_kernel[call.rows_m, call.batch](
         partial,
         lse,
-        _signs(call.rank, call.device) if rotation == "signed_hadamard" else partial,
+        signs(call.rank, call.device) if rotation == "signed_hadamard" else partial,
         partial if sinks is None else sinks.float(),
         output,
         log_sum_exp,
@@ -304,11 +370,3 @@ def _merge(call: _Call, page_splits: int, splits: int, partial: torch.Tensor, ls
         num_warps=4,
     )
     return Attention(output, log_sum_exp)
-
-
-@lru_cache(maxsize=16)
-def _signs(dim: int, device: torch.device) -> torch.Tensor:
-    """The signs of the signed rotation, float32 ``[dim]``."""
-    # A cached tensor made under inference_mode could not be used outside it.
-    with torch.inference_mode(False):
-        return rotation_signs(dim, "signed_hadamard").to(device)

@@ -28,6 +28,7 @@ from hf_kvcache.kernels.triton.attention_parts import (
     store_partial,
     weigh,
 )
+from hf_kvcache.kernels.triton.extend_kernels import load_partial
 from hf_kvcache.kernels.triton.sides import (
     channels,
     levels_of,
@@ -107,7 +108,19 @@ def _apply_mask(
         return scores + tl.where(inside & (added > lowest), added, float("-inf")) * LOG2_E
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "per_split", "rows_m", "window", "mask_shift", "mask_columns"])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "columns",
+        "capacity",
+        "start",
+        "per_split",
+        "rows_m",
+        "window",
+        "mask_shift",
+        "mask_columns",
+    ]
+)
 def pages_kernel(
     # Query.
     query,
@@ -134,6 +147,8 @@ def pages_kernel(
     # Sizes and scoring.
     rows,
     columns,
+    capacity,
+    start,
     per_split,
     rows_m,
     window,
@@ -165,8 +180,8 @@ def pages_kernel(
         query: ``[B, H, q, r]`` in the rotated basis of the latents; the last dimension is contiguous.
         turned_query: ``[B, H, q, dr]`` in the rotated basis of the rotary keys; the last dimension is contiguous. Not
             read without ``ROTARY``.
-        pages: int64 ``[3, rows, columns]``: addresses of the records, token counts, first positions.
-        positions: int32 ``[rows, columns, P]``; read if ``PLACED == 2``. Positions are relative to the first query's.
+        pages: int64 ``[3, rows, capacity]``: addresses of the records, token counts, first positions.
+        positions: int32 ``[rows, capacity, P]``; read if ``PLACED == 2``.
         tables: fp32 ``[2, 16]``, the levels of latents and rotary keys; read where a side has ``level="table"``.
         mask: ``[B, H or 1, q or 1, mask_columns]`` of bytes or floats; read if there is a ``MASK``. The last dimension
             is contiguous; the stride of a dimension of size 1 is 0.
@@ -176,6 +191,8 @@ def pages_kernel(
             query (``turned_b`` ...) and the mask (``mask_b`` ...) likewise.
         rows: sequences.
         columns: pages of a row.
+        capacity: the distance between rows of the table.
+        start: position of the first query.
         per_split: pages of a split.
         rows_m: queries of a row.
         window: tokens a query sees, itself included; used if ``WINDOW``.
@@ -223,7 +240,9 @@ def pages_kernel(
     acc = tl.full([BLOCK_M, LATENTS.dim], 0.0, tl.float32)
     last = tl.minimum((split + 1) * per_split, columns)
     for tile in tl.range(split * per_split * TILES, last * TILES, num_stages=STAGES):
-        place, first, token, held, keep, record = locate_tokens(pages, row, rows, columns, tile, LATENTS, BLOCK_N, FULL)
+        place, first, token, held, keep, record = locate_tokens(
+            pages, row, rows, capacity, tile, LATENTS, BLOCK_N, FULL
+        )
         latents = _load_latents(record, first, held, table, channel, there, LATENTS, BLOCK_N, MASKED)
         if SWAPPED:
             scores = tl.trans(tl.dot(latents, tl.trans(q), input_precision=LATENTS.precision))
@@ -247,7 +266,7 @@ def pages_kernel(
             scores += tl.dot(turned, tl.trans(keys), input_precision=ROTARY.precision) * turned_peak[:, None]
         scores = finish_scores(scores, ones, none, inner, softcap, SOFTCAP)
         if PLACED > 0:
-            at = page_positions(pages, positions, place, rows, columns, token, keep, LATENTS, PLACED)
+            at = page_positions(pages, positions, place, rows, capacity, token, keep, LATENTS, PLACED) - start
             seen = sees(at, m, window, keep, GROUP, CAUSAL, WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
             if MASK != "none":
@@ -280,12 +299,14 @@ def pages_kernel(
         "mask_shift",
         "mask_columns",
         "first_split",
+        "skipped",
         "start",
     ]
 )
 def dense_kernel(
     # Query.
     query,
+    turned_query,
     # Full-precision tokens.
     latents,
     rotary,
@@ -300,6 +321,9 @@ def dense_kernel(
     query_b,
     query_h,
     query_q,
+    turned_b,
+    turned_h,
+    turned_q,
     latent_b,
     latent_n,
     rotary_b,
@@ -318,6 +342,7 @@ def dense_kernel(
     mask_shift,
     mask_columns,
     first_split,
+    skipped,
     start,
     inner,
     softcap,
@@ -339,13 +364,16 @@ def dense_kernel(
     UNUSED: tl.constexpr,
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    CONTINUED: tl.constexpr,
 ):
     """Attention of ``BLOCK_M`` queries of a sequence over a split of full-precision tokens.
 
-    The query ``[B, H, q, r + dr]`` is in the model's basis, its rotary part last. All other arguments are described
-    here or in :func:`pages_kernel`.
+    The tokens may also be decoded pages. All arguments that are not described here are those of :func:`pages_kernel`.
 
     Args:
+        query: ``[B, H, q, r]`` in the basis of the latents; the last dimension is contiguous.
+        turned_query: ``[B, H, q, dr]`` in the basis of the rotary keys; the last dimension is contiguous. Not read if
+            ``DR`` is 0.
         latents: ``[B, slots, r]``; the last dimension is contiguous.
         rotary: ``[B, slots, dr]``; the last dimension is contiguous. Not read if ``DR`` is 0.
         positions: int64 ``[B, slots]``; read if ``PLACED``.
@@ -355,28 +383,46 @@ def dense_kernel(
         slots: number of slots.
         per_split: slots of a split, a multiple of ``BLOCK_N``.
         first_split: index of the first split in ``partial``, after the splits of the pages.
-        start: position of the first query.
+        skipped: splits of the grid before those of this kernel.
         DR_PAD: ``DR`` rounded up to a power of two that dot products take.
         COMPUTE: type in which dot products take latents and rotary keys.
+        CONTINUED: whether to go on from what ``partial`` holds.
     """
     row, batch, head, m = locate(rows_m, 1, BLOCK_M)
-    split = tl.program_id(1)
+    split = tl.program_id(1) - skipped
+    to = split + first_split
     channel = tl.arange(0, R)
     turned_channel = tl.arange(0, DR_PAD)
     there = channel < R
     turned_there = turned_channel < DR
-    q = load_query(query, query_b, query_h, query_q, batch, head, m, rows_m, channel, there, GROUP).to(COMPUTE)
+    q = load_query(query, query_b, query_h, query_q, batch, head, m, rows_m, channel, there, GROUP)
+    q_peak = tl.full([BLOCK_M], 1.0, tl.float32)
+    if tl.float16 == COMPUTE:
+        # Absorbed queries may leave the range of half precision.
+        q_peak = tl.max(tl.abs(q), 1)
     if DR > 0:
         turned = load_query(
-            query + R, query_b, query_h, query_q, batch, head, m, rows_m, turned_channel, turned_there, GROUP
-        ).to(COMPUTE)
-    ones = tl.full([BLOCK_M], 1.0, tl.float32)
+            turned_query, turned_b, turned_h, turned_q, batch, head, m, rows_m, turned_channel, turned_there, GROUP
+        )
+        if tl.float16 == COMPUTE:
+            q_peak = tl.maximum(q_peak, tl.max(tl.abs(turned), 1))
+    if tl.float16 == COMPUTE:
+        q_peak = tl.where(q_peak > 0, q_peak, 1.0)
+        q = q / q_peak[:, None]
+        if DR > 0:
+            turned = turned / q_peak[:, None]
+    q = q.to(COMPUTE)
+    if DR > 0:
+        turned = turned.to(COMPUTE)
     none = tl.zeros([BLOCK_M], tl.float32)
     latents += batch.to(tl.int64) * latent_b
     rotary += batch.to(tl.int64) * rotary_b
     mask += batch.to(tl.int64) * mask_b
-    peak, total = empty_softmax(BLOCK_M)
-    acc = tl.zeros([BLOCK_M, R], tl.float32)
+    if CONTINUED:
+        acc, peak, total = load_partial(partial, partial_lse, row, rows, m, rows_m, to, channel, there, R, BLOCK_M)
+    else:
+        peak, total = empty_softmax(BLOCK_M)
+        acc = tl.zeros([BLOCK_M, R], tl.float32)
     last = tl.minimum((split + 1) * per_split, slots)
     for first in tl.range(split * per_split, last, BLOCK_N, num_stages=STAGES):
         slot, keep = locate_slots(unused, unused_b, batch, first, slots, BLOCK_N, UNUSED)
@@ -392,7 +438,7 @@ def dense_kernel(
                 other=0.0,
             )
             scores = tl.dot(turned, tl.trans(keys.to(COMPUTE)), scores, input_precision=PRECISION)
-        scores = finish_scores(scores, ones, none, inner, softcap, SOFTCAP)
+        scores = finish_scores(scores, q_peak, none, inner, softcap, SOFTCAP)
         seen = keep[None, :]
         if PLACED:
             at = slot_positions(positions, position_b, batch, slot, keep, start)
@@ -404,8 +450,7 @@ def dense_kernel(
         scores = tl.where(seen, scores, float("-inf"))
         weights, decay, peak, total = weigh(scores, scores, peak, total)
         acc = tl.dot(weights.to(COMPUTE), tile, acc * decay[:, None], input_precision=PRECISION)
-    split += first_split
-    store_partial(partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, channel, there, R)
+    store_partial(partial, partial_lse, acc, peak, total, row, rows, m, rows_m, to, channel, there, R)
 
 
 @triton.jit

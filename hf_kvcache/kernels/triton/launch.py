@@ -88,8 +88,8 @@ def scoring_arguments(visibility: Visibility, scoring: Scoring) -> dict[str, Any
 
 
 @dataclass
-class _Call:
-    """One attention call, its sizes, and the arguments that its kernels share."""
+class Call:
+    """One attention call, its sizes, and the arguments that its kernels share, in ``decode`` and in ``extend``."""
 
     query: torch.Tensor
     pages: Pages | None
@@ -154,7 +154,7 @@ def attend(
     Args:
         own_last: whether the last full-precision tokens are those of the queries, one each.
     """
-    call = _Call(query, pages, dense, visibility, scoring, sums)
+    call = Call(query, pages, dense, visibility, scoring, sums)
     page_config, dense_config, page_tokens = _configs(call)
     page_splits = triton.cdiv(call.columns, page_tokens) if call.columns else 0
     step = triton.next_power_of_2(call.per_split(call.slots, _LEAST_TOKENS, dense_config.block_m))
@@ -169,11 +169,11 @@ def attend(
     if call.slots:
         dense_scores = call.scores("dense_scores", call.slots)
         _attend_dense(call, dense_config, step, page_splits, own_last, partial, lse, dense_scores)
-    output, log_sum_exp = _combine(call, page_splits, splits, partial, lse)
+    output, log_sum_exp = combine(call, page_splits, splits, partial, lse)
     return Attention(output, log_sum_exp, _sums(call, page_scores, log_sum_exp), _sums(call, dense_scores, log_sum_exp))
 
 
-def _configs(call: _Call) -> tuple[Config, Config, int]:
+def _configs(call: Call) -> tuple[Config, Config, int]:
     """The configurations of the kernels over pages and over full-precision tokens, and the pages of a split."""
     dim = max(call.query.shape[-1], call.value_dim)
     dense = call.config(dim, None)
@@ -184,7 +184,7 @@ def _configs(call: _Call) -> tuple[Config, Config, int]:
 
 
 def _attend_pages(
-    call: _Call,
+    call: Call,
     pages: Pages,
     config: Config,
     per_split: int,
@@ -238,7 +238,7 @@ def page_placement(pages: Pages, visibility: Visibility) -> int:
 
 
 def _attend_dense(
-    call: _Call,
+    call: Call,
     config: Config,
     per_split: int,
     first_split: int,
@@ -288,9 +288,10 @@ def _attend_dense(
     )
 
 
-def _combine(
-    call: _Call, page_splits: int, splits: int, partial: torch.Tensor, lse: torch.Tensor
+def combine(
+    call: Call, page_splits: int, splits: int, partial: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp from partial results, of which the first ``page_splits`` are in the rotated basis."""
     output = call.query.new_empty(call.batch, call.length, call.query_heads, call.value_dim)
     log_sum_exp = torch.empty(call.batch, call.query_heads, call.length, device=call.device)
     rotation = None
@@ -336,7 +337,7 @@ def sums_shape(arch: str) -> tuple[int, int]:
     return 512, 2 if arch.startswith("gfx") else 4
 
 
-def _sums(call: _Call, scores: torch.Tensor | None, log_sum_exp: torch.Tensor) -> torch.Tensor | None:
+def _sums(call: Call, scores: torch.Tensor | None, log_sum_exp: torch.Tensor) -> torch.Tensor | None:
     if not call.sums or scores is None:
         return None
     keys = scores.shape[-1]

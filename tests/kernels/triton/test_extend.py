@@ -7,14 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_kvcache.kernels.triton import extend
+from hf_kvcache.kernels.triton import decoded_pages, extend
 from hf_kvcache.kernels.workspace import scratch
 from tests.kernels.triton.calls import Call, Random, Shape, check, make_call, ragged, scattered
 
 
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts the few tokens of a test into parts and splits, as the many of a real call."""
+    monkeypatch.setattr(decoded_pages, "SCRATCH_BYTES", 2 * 16 * 128 * 4)
+    monkeypatch.setattr(extend, "_LEAST_TOKENS", 16)
+
+
 def run(call: Call, sums: bool = False) -> None:
     """Check a call, with NaN in all memory that the kernels are to write."""
-    for tag in ("partial", "lse", "page_scores", "dense_scores"):
+    for tag in ("partial", "lse", "page_scores", "dense_scores", "decoded.keys", "decoded.values"):
         scratch(f"triton.{tag}", (1 << 17,), torch.float32, call.query.device).fill_(float("nan"))
     assert extend.supports(call.query, call.pages, call.dense, call.visibility)
     check(extend.attend(*call.arguments, sums=sums), call)
@@ -22,8 +29,32 @@ def run(call: Call, sums: bool = False) -> None:
 
 @pytest.mark.parametrize("spec", ["unbiased4", "kvarn3", "rotated8", "fp8", "none"])
 def test_codecs(spec: str, device: torch.device) -> None:
-    """More queries than a program computes, over pages and the tokens of the queries."""
+    """More queries than a program computes, over pages in two parts and the tokens of the queries."""
     run(make_call(spec, Shape(1, 1, 4, 19, slots=24), device=device))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_pages_are_decoded_once_for_many_queries(
+    group: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few blocks of queries read the pages; more read decoded tokens, a part of them at a time, in the same memory."""
+    decoded = []
+    original = extend.decoded_pages
+
+    def noted(*given):
+        for part in original(*given):
+            decoded.append((part.start, part.keys.data_ptr(), part.keys.shape))
+            yield part
+
+    monkeypatch.setattr(extend, "decoded_pages", noted)
+    run(make_call("unbiased4", Shape(1, 1, group, 19, columns=5, slots=24), device=device))
+    parts = [] if group == 1 else [(0, 32), (2, 32), (4, 16)]
+    assert [(start, shape[1]) for start, _, shape in decoded] == parts and len({at for _, at, _ in decoded}) <= 1
+
+
+def test_widths_that_are_no_power_of_two(device: torch.device) -> None:
+    """Keys and values of different widths, pages that fill no block of tokens, more query heads than a block."""
+    run(make_call("rotated4", Shape(2, 1, 5, 17, 80, 48, page_size=24, slots=17), device=device))
 
 
 @pytest.mark.parametrize(("group", "length", "slots"), [(1, 17, 17), (3, 33, 40), (8, 20, 21), (1, 100, 133)])

@@ -11,6 +11,7 @@ import torch
 
 from hf_kvcache.kernels.inputs import Attention
 from hf_kvcache.kernels.latent_decode import latent_attend
+from hf_kvcache.kernels.triton import decoded_pages
 from hf_kvcache.kernels.triton import latent_configs as triton_configs
 from hf_kvcache.kernels.triton import latent_decode as kernels
 from hf_kvcache.kernels.workspace import scratch
@@ -27,8 +28,9 @@ SHAPES = (Shape(16, 8, 8, 1, 1, 1), Shape(64, 16, 32, 5, 1, 2), Shape(32, 24, 24
 
 @pytest.fixture(autouse=True)
 def several_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cuts the few tokens of a test into splits, as a GPU would cut many."""
+    """Cuts the few tokens of a test into splits and parts, as a GPU would cut many."""
     monkeypatch.setattr(kernels, "_LEAST_TOKENS", 16)
+    monkeypatch.setattr(decoded_pages, "SCRATCH_BYTES", 1 << 13)
 
 
 def run(call: Call, device: torch.device) -> Attention:
@@ -81,6 +83,20 @@ def test_two_sizes_of_row_tiles(queries: int, device: torch.device) -> None:
     )
     assert call.pages is not None and triton_configs.reads(call.pages.layout, dtype, "cpu") == "codes"
     assert triton_configs.latent_config("cpu", 5 * queries, "codes").block_m == (16 if queries == 1 else 32)
+    verify(call, device)
+
+
+@chosen("codec", ["int8 rotated", "turboquant4"], fast=[("int8 rotated",)])
+def test_many_queries_read_decoded_pages(codec: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision, part by part; queries that would leave its range, a window, pages that are not full."""
+    monkeypatch.setattr(triton_configs, "MOST_READING_PAGES", 32)
+    case = make_case(codec, Shape(32, 8, 16, 5, 7, 2), window=30, ragged=True, size=3e5, columns=5)
+    call = make_call(replace(case, dense_dtype=torch.bfloat16, query_dtype=torch.bfloat16))
+    call = call._replace(scoring=replace(call.scoring, scaling=1e-6))
+    assert call.pages is not None
+    monkeypatch.setattr(triton_configs, "reads", lambda *given: "codes")  # the interpreter has no bfloat16
+    decoded = triton_configs.decoded_dtypes(call.pages.layout, 35, torch.bfloat16, "cpu")
+    assert decoded == (torch.float16, torch.float16)
     verify(call, device)
 
 
