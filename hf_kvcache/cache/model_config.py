@@ -21,6 +21,9 @@ from hf_kvcache.layers.evicting import ATTENDS_OUTSIDE, EvictingLayer
 from hf_kvcache.layers.evicting_mla import EvictingLatentLayer, check_policy
 from hf_kvcache.layers.mla import IndexedLatentLayer, LatentLayer
 from hf_kvcache.layers.options import LayerOptions
+from hf_kvcache.layers.own import OwnLayer
+from hf_kvcache.layers.static import StaticLayer
+from hf_kvcache.utils.validation import whole
 
 #: Layer types for which this package has layers; for other types the cache has transformers' own layers.
 OWN_LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -171,7 +174,9 @@ def places_in_pass(config: PreTrainedConfig, layers: int) -> list[int]:
     return [order.index(layer) for layer in held]
 
 
-def _own_layer(index: int, layer_type: str, options: LayerOptions, sliding_window: int | None) -> KVCacheLayer:
+def _own_layer(index: int, layer_type: str, options: LayerOptions, sliding_window: int | None) -> OwnLayer:
+    if options.max_length is not None:
+        return StaticLayer(index, options, sliding_window)
     if options.latents == "native":
         kind = IndexedLatentLayer if layer_type == INDEXED else LatentLayer
         return kind(index, options, sliding_window)
@@ -180,6 +185,28 @@ def _own_layer(index: int, layer_type: str, options: LayerOptions, sliding_windo
 
         return LowRankLayer(index, options, options.latents[index], sliding_window)
     return KVCacheLayer(index, options, sliding_window)
+
+
+def check_static(config: PreTrainedConfig, options: LayerOptions, bind: bool) -> None:
+    """Raise ValueError if a cache with these settings cannot have a maximum length."""
+    whole("max_length", options.max_length, options.sink_length + options.tail_length + options.page_size)
+    given = f"max_length={options.max_length!r}"
+    if not bind:
+        raise ValueError(f"bind=False with {given}; accepted: bind=True, since compiled code reads the pages only")
+    if options.eviction is not None or options.latents is not None:
+        what = "eviction" if options.eviction is not None else "latents"
+        raise ValueError(f"{given} with {what}; accepted: caches that hold keys and values of every token")
+    types, _ = layer_types(config)
+    other = sorted(set(types) - set(OWN_LAYER_TYPES))
+    known = architecture(config)
+    if other or cross_attention_layers(config):
+        raise ValueError(
+            f"{given} for a {config.model_type!r} model with layers of type {other or 'cross-attention'}; accepted: "
+            f"models with layers of {' and '.join(OWN_LAYER_TYPES)} only"
+        )
+    if options.deferred or (known is not None and known.outside):
+        why = "some layers read the keys of others" if options.deferred else "some layers attend in code of their own"
+        raise ValueError(f"{given} for a {config.model_type!r} model: {why}; accepted for it: max_length=None")
 
 
 def _check_eviction(config: PreTrainedConfig, types: list[str], evicting: list[int], options: LayerOptions) -> None:
