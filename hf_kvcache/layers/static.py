@@ -217,7 +217,7 @@ class StaticLayer(CacheLayerMixin):
     @property
     def traced_length(self) -> Any:
         """Number of tokens seen, as a tensor without dimensions, for code that is being compiled; 0 at first."""
-        return 0 if self.tensors is None else self.tensors.state[0]
+        return 0 if self.tensors is None else torch.ops.hf_kvcache.tokens_seen(self.tensors.state)
 
     # -- the handles' protocol ------------------------------------------------------------------------------------
 

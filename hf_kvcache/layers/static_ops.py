@@ -1,4 +1,4 @@
-"""The operator that compiled code calls for a layer with a fixed maximum length (``torch.ops.hf_kvcache.*``).
+"""The operators that compiled code calls for a layer with a fixed maximum length (``torch.ops.hf_kvcache.*``).
 
 An operator takes only tensors, plain numbers and strings. The state of a layer is given as tensors that the operator
 changes. What is fixed is given as a string, by which the settings are found.
@@ -86,6 +86,21 @@ def static_attend(
 def _(query: Tensor, keys: Tensor, values: Tensor, *rest: object) -> Tensor:
     batch, heads, length, _ = query.shape
     return query.new_empty(batch, length, heads, values.shape[3])
+
+
+@torch.library.custom_op("hf_kvcache::tokens_seen", mutates_args=())
+def tokens_seen(state: Tensor) -> Tensor:
+    """The number of tokens that a layer has seen, a copy without dimensions.
+
+    It is an operator because inductor may compute what depends on it again in a later layer. From ``state`` itself,
+    which :func:`static_attend` changes, it would then read the length after this step.
+    """
+    return state[0].clone()
+
+
+@tokens_seen.register_fake
+def _(state: Tensor) -> Tensor:
+    return state.new_empty(())
 
 
 def attend_and_store(
