@@ -223,7 +223,9 @@ class KVCache(CacheContract):
     def _refuse_static(self, what: str) -> None:
         """Raise ValueError if the cache has a maximum length, with which it does not have the method ``what``."""
         if self.options.max_length is not None:
-            raise ValueError(f"{what} of a cache with max_length={self.options.max_length!r}; accepted: max_length=None")
+            raise ValueError(
+                f"{what} of a cache with max_length={self.options.max_length!r}; accepted: max_length=None"
+            )
 
     def integrity(self) -> None:
         """Check the invariants of the storage: references, free pages, ascending positions.

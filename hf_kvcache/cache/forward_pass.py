@@ -60,9 +60,7 @@ class ForwardPass:
 
     def in_every_pass(self, layers: Sequence[Any]) -> list[OwnLayer]:
         """The layers of this package to which every pass adds tokens."""
-        return [
-            layer for layer in layers if isinstance(layer, OwnLayer) and layer.index not in self.not_in_every_pass
-        ]
+        return [layer for layer in layers if isinstance(layer, OwnLayer) and layer.index not in self.not_in_every_pass]
 
     def complete_length(self, layers: Sequence[Any]) -> int:
         """Number of tokens that every layer has seen."""

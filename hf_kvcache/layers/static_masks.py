@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.kernels.visibility import visible
-from hf_kvcache.layers.static_storage import StaticStorage
+from hf_kvcache.layers.static_contents import StaticContents
 from hf_kvcache.layers.static_tensors import FIRST, GAPS, LAST
 
 
@@ -28,7 +28,7 @@ class MaskReading(NamedTuple):
     mask: torch.Tensor | None
 
 
-def read_mask(mask: torch.Tensor | None, storage: StaticStorage, length: int) -> MaskReading:
+def read_mask(mask: torch.Tensor | None, storage: StaticContents, length: int) -> MaskReading:
     """Read the mask of ``length`` new tokens.
 
     Padding are the new tokens at either end of the update that none of them sees, as in the layers without a maximum.
@@ -76,7 +76,7 @@ def new_valid(mask: torch.Tensor | None, length: int, start: int, batch: int) ->
 def _valid(new: np.ndarray, batch: int) -> np.ndarray | None:
     """Which new tokens are no padding, from what their queries see of them, ``[B or 1, T or 1, T]``."""
     # Nearly every token sees itself, so that few columns have to be read.
-    own = new.diagonal(0, 1, 2).copy() if new.shape[1] == new.shape[2] else new.any(1)
+    own: np.ndarray = np.array(new.diagonal(0, 1, 2) if new.shape[1] == new.shape[2] else new.any(1))
     if own.all():
         return None
     columns = np.flatnonzero(~own.all(0))
@@ -85,7 +85,7 @@ def _valid(new: np.ndarray, batch: int) -> np.ndarray | None:
     return None if between.all() else np.broadcast_to(between, (batch, between.shape[1])).copy()
 
 
-def _read_one(shown: torch.Tensor, storage: StaticStorage) -> MaskReading | None:
+def _read_one(shown: torch.Tensor, storage: StaticContents) -> MaskReading | None:
     """What a mask ``[B or 1, L]`` of one new token says if that is plain; else None, and it is read in full."""
     rows, seen, counters = shown.numpy(), storage.seen, storage.numbers.counters
     start = storage.settings.start(seen)
@@ -105,7 +105,7 @@ def _read_one(shown: torch.Tensor, storage: StaticStorage) -> MaskReading | None
 
 
 def _read_block(
-    mask: torch.Tensor, shown: torch.Tensor, storage: StaticStorage, length: int, plain: bool
+    mask: torch.Tensor, shown: torch.Tensor, storage: StaticContents, length: int, plain: bool
 ) -> MaskReading:
     """Read ``shown [B or 1, 1 or T, L]`` in full: compare it with what the tokens held and the new ones would show."""
     found, seen, width = shown.numpy(), storage.seen, shown.shape[-1]

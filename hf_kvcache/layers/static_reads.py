@@ -1,4 +1,4 @@
-"""The tokens of a layer with a fixed maximum length as dense tensors, for code that cannot read pages."""
+"""What a layer with a fixed maximum length holds: its tokens as dense tensors, and the bytes of its parts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from hf_kvcache.kernels.workspace import scratch
-from hf_kvcache.layers.static_storage import StaticStorage
+from hf_kvcache.layers.static_contents import StaticContents
 
 
-def dense_states(storage: StaticStorage, side: str, length: int) -> torch.Tensor:
+def dense_states(storage: StaticContents, side: str, length: int) -> torch.Tensor:
     """All ``"keys"`` or ``"values"`` at the positions before ``length``, dense.
 
     Returns:
@@ -29,7 +29,7 @@ def dense_states(storage: StaticStorage, side: str, length: int) -> torch.Tensor
     return out
 
 
-def _decoded(storage: StaticStorage, side: str) -> torch.Tensor | None:
+def _decoded(storage: StaticContents, side: str) -> torch.Tensor | None:
     """One side of all pages, float32 ``[B, H, columns * P, D]``; None if there is no page."""
     pages = storage.pages()
     if pages is None:
@@ -38,3 +38,22 @@ def _decoded(storage: StaticStorage, side: str) -> torch.Tensor | None:
     out = scratch(f"static.{side}", shape, torch.float32, pages.device)
     decoded = storage.settings.encoder.decode(side, pages.records(0, pages.columns), pages.key_mean, out)
     return decoded.unflatten(0, (storage.batch, storage.heads))
+
+
+def bytes_of(storage: StaticContents) -> dict[str, int]:
+    """Bytes by part, as :func:`hf_kvcache.storage.memory.bytes_by_part` names them; ``slack`` is room for tokens."""
+    layout, tensors = storage.layout, storage.tensors
+    pages, lengths = int(storage.pages_held.sum()) * storage.heads, storage.lengths
+    dense_bytes = tensors.dense_keys.nbytes + tensors.dense_values.nbytes
+    slot = dense_bytes // (storage.batch * storage.slots)
+    sinks = int(np.minimum(lengths, storage.settings.sink_length).sum())
+    tail = int(lengths.sum()) - sinks
+    packed = pages * (layout.code_bytes + layout.scale_bytes)
+    return {
+        "codes": pages * layout.code_bytes,
+        "scales": pages * layout.scale_bytes,
+        "sinks": sinks * slot,
+        "tail": tail * slot,
+        "tables": tensors.state.nbytes + tensors.page_positions.nbytes + tensors.key_mean.nbytes,
+        "slack": tensors.records.nbytes - packed + dense_bytes - (sinks + tail) * slot,
+    }

@@ -53,7 +53,9 @@ class StaticSettings:
     def describe(self) -> str:
         """The settings as a string, the same for equal settings."""
         codec, layout = self.encoder.codec, self.encoder.layout
-        parts = [f"{type(part).__module__}.{type(part).__qualname__} {vars(part)}" for part in (codec.keys, codec.values)]
+        parts = [
+            f"{type(part).__module__}.{type(part).__qualname__} {vars(part)}" for part in (codec.keys, codec.values)
+        ]
         sizes = (self.sink_length, self.tail_length, self.max_length, self.window, layout.page_size)
         return f"{parts} {layout.sides} {sizes}"
 
