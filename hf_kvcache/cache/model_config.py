@@ -197,16 +197,21 @@ def check_static(config: PreTrainedConfig, options: LayerOptions, bind: bool) ->
         what = "eviction" if options.eviction is not None else "latents"
         raise ValueError(f"{given} with {what}; accepted: caches that hold keys and values of every token")
     types, _ = layer_types(config)
-    other = sorted(set(types) - set(OWN_LAYER_TYPES))
-    known = architecture(config)
-    if other or cross_attention_layers(config):
-        raise ValueError(
-            f"{given} for a {config.model_type!r} model with layers of type {other or 'cross-attention'}; accepted: "
-            f"models with layers of {' and '.join(OWN_LAYER_TYPES)} only"
-        )
-    if options.deferred or (known is not None and known.outside):
-        why = "some layers read the keys of others" if options.deferred else "some layers attend in code of their own"
-        raise ValueError(f"{given} for a {config.model_type!r} model: {why}; accepted for it: max_length=None")
+    other, known = sorted(set(types) - set(OWN_LAYER_TYPES)), architecture(config)
+    if options.deferred:
+        why = "some layers read the keys of others"
+    elif cross_attention_layers(config):
+        why = "some layers attend to an image"
+    elif other:
+        why = f"it has layers of type {', '.join(other)}"
+    elif known is not None and known.outside:
+        why = f"{known.outside[0].__name__} attends in code of its own"
+    else:
+        return
+    raise ValueError(
+        f"{given} for a {config.model_type!r} model: {why}; accepted: max_length=None, or models "
+        f"in which every layer has keys and values of its own ({', '.join(OWN_LAYER_TYPES)})"
+    )
 
 
 def _check_eviction(config: PreTrainedConfig, types: list[str], evicting: list[int], options: LayerOptions) -> None:

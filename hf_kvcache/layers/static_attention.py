@@ -84,11 +84,7 @@ class StaticAttention:
         Raises:
             RuntimeError: if the memory is not allocated yet.
         """
-        if self.tensors is None:
-            raise RuntimeError(
-                "the first update of a cache with max_length was compiled, before its memory was allocated; accepted: "
-                "a prompt that is not compiled (as generate() does it), or cache.early_initialization(...) before it"
-            )
+        self._allocated()
         if self._new is not None:
             raise RuntimeError(f"layer {self.index}: attention has not read the latest update, which was not compiled")
         states = TracedStates(self, key_states, value_states)
@@ -103,8 +99,7 @@ class StaticAttention:
         scoring: Scoring,
     ) -> torch.Tensor:
         """Attention ``[B, T, Hq, Dv]`` in code that is being compiled: one operator, which also stores the tokens."""
-        tensors = self.tensors
-        assert tensors is not None
+        tensors = self._allocated()
         return torch.ops.hf_kvcache.static_attend(
             query,
             states.keys,
@@ -125,8 +120,21 @@ class StaticAttention:
 
     @property
     def traced_length(self) -> Any:
-        """Number of tokens seen, as a tensor without dimensions, for code that is being compiled; 0 at first."""
-        return 0 if self.tensors is None else torch.ops.hf_kvcache.tokens_seen(self.tensors.state)
+        """Number of tokens seen, as a tensor without dimensions, for code that is being compiled.
+
+        Raises:
+            RuntimeError: if the memory is not allocated yet.
+        """
+        return torch.ops.hf_kvcache.tokens_seen(self._allocated().state)
+
+    def _allocated(self) -> StaticTensors:
+        if self.tensors is None:
+            raise RuntimeError(
+                "the first update of a cache with max_length is being compiled, before its memory is allocated; "
+                "accepted: a prompt that is not compiled (as generate() does it), or cache.early_initialization(...) "
+                "before it"
+            )
+        return self.tensors
 
     def has_history(self) -> bool:
         """Whether attention must read more than the latest update, or its mask is wider than that."""
