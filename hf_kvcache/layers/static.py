@@ -17,7 +17,7 @@ from hf_kvcache.layers.static_attention import StaticAttention
 from hf_kvcache.layers.static_ops import settings_key
 from hf_kvcache.layers.static_reads import dense_states
 from hf_kvcache.layers.static_storage import StaticStorage
-from hf_kvcache.layers.static_tensors import Numbers, StaticTensors
+from hf_kvcache.layers.static_tensors import StaticTensors
 
 
 class StaticLayer(StaticAttention, CacheLayerMixin):
@@ -133,8 +133,8 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
 
     def reset(self) -> None:
         """Drop all tokens. The memory stays; an update with another batch size allocates it anew."""
-        if self.tensors is not None:
-            Numbers(self.tensors).clear()
+        if self.storage is not None:
+            self.storage.clear()
         self._new = None
         self.version += 1
 
@@ -223,14 +223,16 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
     @torch.inference_mode(False)
     def _select(self, rows: np.ndarray) -> None:
         """Replace sequence ``i`` by sequence ``rows[i]``."""
-        if self.tensors is None:
+        tensors, storage = self.tensors, self.storage
+        if tensors is None or storage is None:
             return
         if self._new is not None:
             self._flush(self._new, None)
-        chosen = self.tensors.select(self.settings, rows)
+        chosen = tensors.select(self.settings, rows)
         if len(rows) == self.batch_size:
-            for own, new in zip(self.tensors, chosen, strict=True):
+            for own, new in zip(tensors, chosen, strict=True):
                 own.copy_(new)  # graphs know the addresses
+            storage.changed()
         else:
             self.tensors = chosen
         self.version += 1
@@ -247,6 +249,10 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StaticLayer:
         return self.fork()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A storage has memory addresses, which mean nothing in another process.
+        return self.__dict__ | {"_storage": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

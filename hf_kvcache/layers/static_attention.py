@@ -15,7 +15,7 @@ from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.static_masks import new_valid
 from hf_kvcache.layers.static_ops import attend_and_store, settings_key
 from hf_kvcache.layers.static_reads import dense_states
-from hf_kvcache.layers.static_storage import StaticStorage
+from hf_kvcache.layers.static_storage import StaticStorage, storage_of
 from hf_kvcache.layers.static_tensors import StaticSettings, StaticTensors
 
 
@@ -39,6 +39,7 @@ class StaticAttention:
         #: Incremented whenever the handles that earlier updates returned become invalid.
         self.version = 0
         self.tensors: StaticTensors | None = None
+        self._storage: StaticStorage | None = None
         self._new: NewTokens | None = None
 
     @property
@@ -50,7 +51,11 @@ class StaticAttention:
     @property
     def storage(self) -> StaticStorage | None:
         """The tensors as the host reads and changes them; None before the first update."""
-        return None if self.tensors is None else StaticStorage(self.tensors, self.settings)
+        if self.tensors is None:
+            return None
+        if self._storage is None or self._storage.tensors is not self.tensors:
+            self._storage = storage_of(self.tensors, self.settings)
+        return self._storage
 
     @torch.inference_mode(False)
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -98,7 +103,16 @@ class StaticAttention:
         causal: bool,
         scoring: Scoring,
     ) -> torch.Tensor:
-        """Attention ``[B, T, Hq, Dv]`` in code that is being compiled: one operator, which also stores the tokens."""
+        """Attention ``[B, T, Hq, Dv]`` in code that is being compiled: one operator, which also stores the tokens.
+
+        Raises:
+            RuntimeError: if a gradient is wanted, or the memory is not allocated yet.
+        """
+        if torch.is_grad_enabled() and query.requires_grad:
+            raise RuntimeError(
+                "a compiled step of a cache with max_length has no gradient; accepted: with torch.no_grad() or "
+                "torch.inference_mode() around it"
+            )
         tensors = self._allocated()
         return torch.ops.hf_kvcache.static_attend(
             query,

@@ -13,12 +13,23 @@ from hf_kvcache.kernels.attention import attend as attend_kernel
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.layers.static_masks import read_mask
-from hf_kvcache.layers.static_storage import StaticStorage
+from hf_kvcache.layers.static_storage import StaticStorage, storage_of
 from hf_kvcache.layers.static_tensors import StaticSettings, StaticTensors
 
 Tensor = torch.Tensor
 
 _known: dict[str, StaticSettings] = {}
+#: Defined here and not by ``torch.library.custom_op``, whose wrappers in Python take longer than a small kernel.
+_LIBRARY = torch.library.Library("hf_kvcache", "FRAGMENT")
+_STATE = (
+    "Tensor(a!) records, Tensor(b!) key_mean, Tensor(c!) dense_keys, Tensor(d!) dense_values, "
+    "Tensor(e!) page_positions, Tensor(f!) state"
+)
+_LIBRARY.define(
+    f"static_attend(Tensor query, Tensor keys, Tensor values, Tensor? mask, {_STATE}, str settings, bool causal, "
+    "float scaling, float? softcap, Tensor? sink_logits) -> Tensor"
+)
+_LIBRARY.define("tokens_seen(Tensor state) -> Tensor")
 
 
 def settings_key(settings: StaticSettings) -> str:
@@ -28,11 +39,6 @@ def settings_key(settings: StaticSettings) -> str:
     return key
 
 
-@torch.library.custom_op(
-    "hf_kvcache::static_attend",
-    mutates_args=("records", "key_mean", "dense_keys", "dense_values", "page_positions", "state"),
-    device_types="cpu",
-)
 def static_attend(
     query: Tensor,
     keys: Tensor,
@@ -78,17 +84,15 @@ def static_attend(
         ValueError: if there is no room for the tokens, or the mask shows padding, of which nothing is held.
     """
     tensors = StaticTensors(records, key_mean, dense_keys, dense_values, page_positions, state)
-    storage = StaticStorage(tensors, _known[settings])
+    storage = storage_of(tensors, _known[settings])
     return attend_and_store(storage, query, keys, values, mask, causal, Scoring(scaling, softcap, sink_logits))
 
 
-@static_attend.register_fake
-def _(query: Tensor, keys: Tensor, values: Tensor, *rest: object) -> Tensor:
+def _attend_fake(query: Tensor, keys: Tensor, values: Tensor, *rest: object) -> Tensor:
     batch, heads, length, _ = query.shape
     return query.new_empty(batch, length, heads, values.shape[3])
 
 
-@torch.library.custom_op("hf_kvcache::tokens_seen", mutates_args=())
 def tokens_seen(state: Tensor) -> Tensor:
     """The number of tokens that a layer has seen, a copy without dimensions.
 
@@ -98,9 +102,14 @@ def tokens_seen(state: Tensor) -> Tensor:
     return state[0].clone()
 
 
-@tokens_seen.register_fake
-def _(state: Tensor) -> Tensor:
+def _seen_fake(state: Tensor) -> Tensor:
     return state.new_empty(())
+
+
+_LIBRARY.impl("static_attend", static_attend, "CPU")
+_LIBRARY.impl("tokens_seen", tokens_seen, "CPU")
+torch.library.register_fake("hf_kvcache::static_attend", _attend_fake, lib=_LIBRARY)
+torch.library.register_fake("hf_kvcache::tokens_seen", _seen_fake, lib=_LIBRARY)
 
 
 def attend_and_store(
@@ -116,6 +125,11 @@ def attend_and_store(
     length = keys.shape[2]
     storage.check_room(length)
     valid, mask = read_mask(mask, storage, length)
+    if length == 1 and valid is None and mask is None:
+        output = storage.steps.attend(storage, query, keys, values, scoring)
+        if output is not None:
+            storage.finish_step()
+            return output
     visibility = _visibility(storage, length, mask, causal)
     if length == 1:
         one = None if valid is None else valid[:, 0]

@@ -5,11 +5,14 @@ What is packed, and when, is the same as in :mod:`hf_kvcache.storage`.
 
 from __future__ import annotations
 
+from weakref import WeakValueDictionary
+
 import numpy as np
 import torch
 
 from hf_kvcache.layers.static_contents import StaticContents
-from hf_kvcache.layers.static_tensors import FIRST, GAPS, LAST, MEAN_KNOWN
+from hf_kvcache.layers.static_steps import StaticSteps
+from hf_kvcache.layers.static_tensors import FIRST, GAPS, LAST, MEAN_KNOWN, StaticSettings, StaticTensors
 
 #: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
 _ENCODE_ELEMENTS = 1 << 19
@@ -22,6 +25,22 @@ class StaticStorage(StaticContents):
         tensors: the state.
         settings: for which it was allocated.
     """
+
+    def __init__(self, tensors: StaticTensors, settings: StaticSettings) -> None:
+        super().__init__(tensors, settings)
+        self.steps = StaticSteps()
+        # If the next token has this position, those before it stand side by side; -1: ask the counters.
+        self._follows = -1
+
+    def changed(self) -> None:
+        """Take note that the tensors were changed otherwise than by the methods here, or that pages were."""
+        self._follows = -1
+        self.steps.forget()
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.numbers.clear()
+        self.changed()
 
     # -- storing --------------------------------------------------------------------------------------------------
 
@@ -67,16 +86,32 @@ class StaticStorage(StaticContents):
         rows = np.arange(self.batch) if valid is None else np.flatnonzero(valid)
         self._note_places(rows, np.full((len(rows), 1), self.seen))
         self.lengths[rows] += 1
+        self._follows = -1
+        self._settle_one()
+
+    def finish_step(self) -> None:
+        """:meth:`finish_one` of a token that is no padding in any row, whose slot is counted."""
+        seen = self.seen
+        if self._follows == seen:
+            self.numbers.counters[LAST] = seen
+        else:
+            self._note_places(np.arange(self.batch), np.full((self.batch, 1), seen))
+        self._follows = seen + 1
+        self._settle_one()
+
+    def _settle_one(self) -> None:
+        """Count one more token as seen, pack the pages that are due, and drop those outside of the window."""
         self.numbers.seen += 1
         keep_from = self.settings.start(self.seen)
-        due = np.flatnonzero(self.lengths == self.slots)
-        if len(due):
+        if self.lengths.max() == self.slots:
+            due = np.flatnonzero(self.lengths == self.slots)
             start, stop = self.settings.sink_length, self.settings.sink_length + self.page_size
             every = slice(None) if len(due) == self.batch else torch.from_numpy(due)
             keys, values = (x[every, :, start:stop] for x in (self.tensors.dense_keys, self.tensors.dense_values))
             self._pack(due, keys, values, self.numbers.positions[due, start:stop], keep_from)
             self._drop_packed(every, due, start, stop)
-        self._drop_before(keep_from)
+        if keep_from:
+            self._drop_before(keep_from)
 
     def store_block(self, keys: torch.Tensor, values: torch.Tensor, valid: np.ndarray | None) -> None:
         """:meth:`store` of several tokens of each sequence."""
@@ -93,6 +128,7 @@ class StaticStorage(StaticContents):
                 new = keys[one][:, :, index], values[one][:, :, index]
                 self._store_rows(np.array([row]), *new, positions[held], keep_from)
         self.numbers.seen += length
+        self._follows = -1
 
     def _store_rows(
         self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray, keep_from: int
@@ -147,6 +183,7 @@ class StaticStorage(StaticContents):
 
     def truncate_from(self, position: int) -> None:
         """Forget the tokens at ``position`` and after, none of which may be packed."""
+        self._follows = -1
         self.lengths[:] = self._kept(position)
         self.numbers.seen[:] = position
         counters, paged = self.numbers.counters, self.tensors.page_positions.numpy()
@@ -212,6 +249,7 @@ class StaticStorage(StaticContents):
         self.numbers.first[table_rows[:, None], head_columns] = paged[:, :, 0].repeat(self.heads, 0)
         known[rows] = 1
         self.pages_held[rows] += pages
+        self.steps.forget()
 
     def _drop_packed(self, every: slice | torch.Tensor, rows: np.ndarray, start: int, stop: int) -> None:
         """Remove the slots ``start ... stop - 1`` of sequences that use all slots, shifting the rest down."""
@@ -228,6 +266,9 @@ class StaticStorage(StaticContents):
             return
         last = self.tensors.page_positions.numpy()[:, :, -1]
         stale = ((last < position) & (np.arange(last.shape[1]) < held[:, None])).sum(1)
+        if not stale.any():
+            return
+        self.steps.forget()
         for row in np.flatnonzero(stale).tolist():
             rows, shift = slice(row * self.heads, (row + 1) * self.heads), -int(stale[row])
             for table in (self.numbers.places, self.numbers.first):
@@ -235,3 +276,19 @@ class StaticStorage(StaticContents):
             positions = self.tensors.page_positions.numpy()
             positions[row] = np.roll(positions[row], shift, 0)
         held -= stale
+
+
+#: The storages in use, by the addresses of their tensors. Their layers keep them alive.
+_live: WeakValueDictionary[tuple[int, ...], StaticStorage] = WeakValueDictionary()
+
+
+def storage_of(tensors: StaticTensors, settings: StaticSettings) -> StaticStorage:
+    """The storage over these tensors: the one in use, or a new one.
+
+    A graph may give copies of a layer's tensors to an operator, and copy them back. Copies have other addresses.
+    """
+    at = tuple(tensor.data_ptr() for tensor in tensors)
+    known = _live.get(at)
+    if known is None:
+        known = _live[at] = StaticStorage(tensors, settings)
+    return known
