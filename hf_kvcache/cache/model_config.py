@@ -12,7 +12,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from hf_kvcache.codecs.base import side_format
 from hf_kvcache.eviction import Policy, available, resolve
 from hf_kvcache.eviction.options import EvictionOptions, LayerPlace
-from hf_kvcache.integration.architecture import architecture
+from hf_kvcache.integration.architecture import architecture, recomputing
 from hf_kvcache.integration.rope import reason_against
 from hf_kvcache.integration.versions import RELEASE, layer_types
 from hf_kvcache.layers.base import KVCacheLayer
@@ -204,6 +204,8 @@ def check_static(config: PreTrainedConfig, options: LayerOptions, bind: bool) ->
         why = "some layers attend to an image"
     elif other:
         why = f"it has layers of type {', '.join(other)}"
+    elif recomputing(config) is not None:
+        why = "it drops its cache where its rotary embedding changes"
     elif known is not None and known.outside:
         why = f"{known.outside[0].__name__} attends in code of its own"
     else:
