@@ -113,10 +113,10 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
         self._new = NewTokens(key_states, value_states, storage.seen)
         self.version += 1
         # As long as the mask: see get_mask_sizes.
-        total = self.max_length if length == 1 else storage.seen + length
+        self._width = self.max_length if length == 1 else storage.seen + length
         return (
-            KVHandle(self, "keys", (batch, heads, total, key_dim), key_states),
-            KVHandle(self, "values", (batch, heads, total, value_states.shape[3]), value_states),
+            KVHandle(self, "keys", (batch, heads, self._width, key_dim), key_states),
+            KVHandle(self, "values", (batch, heads, self._width, value_states.shape[3]), value_states),
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

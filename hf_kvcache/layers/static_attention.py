@@ -41,6 +41,8 @@ class StaticAttention:
         self.tensors: StaticTensors | None = None
         self._storage: StaticStorage | None = None
         self._new: NewTokens | None = None
+        #: The length of the handles of the latest update.
+        self._width = 0
 
     @property
     def max_length(self) -> int:
@@ -195,7 +197,8 @@ class StaticAttention:
 
     def note_dense_read(self) -> None:
         """Record that the keys and values are read as dense tensors."""
-        self._latest().read = True
+        if self._new is not None:
+            self._new.read = True
 
     def is_unread(self) -> bool:
         """Whether nothing has read the handles of the latest update, although they cover earlier tokens."""
@@ -206,11 +209,11 @@ class StaticAttention:
 
         They are as long as the mask of these queries.
         """
-        new, storage = self._latest(), self.storage
+        new, storage = self._new, self.storage
         assert storage is not None
-        stop = new.position + new.length
-        dense = dense_states(storage, side, self.max_length if new.length == 1 else stop)
-        dense[:, :, new.position : stop] = getattr(new, side)
+        dense = dense_states(storage, side, self._width)
+        if new is not None:
+            dense[:, :, new.position : new.position + new.length] = getattr(new, side)
         return dense
 
     def _latest(self) -> NewTokens:

@@ -43,7 +43,7 @@ def _slow(family: str, backend: str) -> Any:
 #: gpt_oss has sink logits, sliding windows and additive masks; gemma2 soft-capping and sliding windows.
 CASES = [
     ("llama", "eager", 300),
-    ("gpt_oss", "eager", 40),
+    ("gpt_oss", "eager", 24),
     *(_slow(family, "inductor") for family in ("llama", "gemma2", "gpt_oss")),
     _slow("qwen3", "aot_eager"),
     _slow("gemma2", "aot_eager"),
@@ -57,7 +57,7 @@ def test_one_graph_serves_every_step(family: str, backend: str, steps: int) -> N
     step = torch.compile(model.forward, fullgraph=True, backend=backend)
     expected = decode(model, model, quantized(model, "unbiased4"), steps)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for length in (steps, 40):
+        for length in (steps, 24):
             cache = quantized(model, "unbiased4", max_length=MAX)
             assert torch.equal(decode(model, step, cache, length), expected[:, :length])
             cache.integrity()
@@ -96,6 +96,7 @@ def test_generate_compiles_its_steps() -> None:
     assert torch.equal(found.tokens[1], alone.tokens[0])
 
 
+@pytest.mark.slow
 def test_a_prompt_can_be_compiled_too() -> None:
     """After early initialization, and a second block behind it."""
     model = families.build("llama")
@@ -173,6 +174,16 @@ def test_sequences_are_chosen_and_repeated(family: str) -> None:
     one.integrity()
     again = model(token.expand(3, -1), **as_cache(one)).logits
     torch.testing.assert_close(again, both[1:].expand(3, -1, -1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [{}, {"prefill_chunk_size": 16}])
+def test_generate_without_compilation(mode: dict[str, Any]) -> None:
+    """A prompt of one token, and a long one in chunks."""
+    model = families.build("gemma2")
+    ids = prompt(60) if mode else prompt(1)
+    expected = generate(model, ids, quantized(model, "int8"), 40, **mode)
+    found = generate(model, ids, quantized(model, "int8", max_length=MAX), 40, **mode)
+    assert torch.equal(found.tokens, expected.tokens)
 
 
 def test_crop() -> None:

@@ -90,8 +90,8 @@ CASES = [
     ("none", 24, "one row"),
     ("unbiased2", 40, "left-padded"),
     ("int8", None, "padding between turns"),
-    ("kvarn4", 24, "padding between turns"),
-    ("rotated4", None, "right-padded"),
+    pytest.param("kvarn4", 24, "padding between turns", marks=pytest.mark.slow),
+    pytest.param("rotated4", None, "right-padded", marks=pytest.mark.slow),
     ("fp8", 64, "from the first token"),
 ]
 
