@@ -13,7 +13,6 @@ from hf_kvcache.cache.forward_pass import ForwardPass
 from hf_kvcache.cache.model_checks import ReadCheck, drop_limit, warn_if_dropped
 from hf_kvcache.cache.model_config import check_states, make_layers
 from hf_kvcache.cache.other_states import OtherStates
-from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.utils.validation import whole
@@ -94,12 +93,10 @@ class CacheContract(OtherStates):
 
         Models call this at the beginning of a forward pass.
         """
-        if self.options.max_length is not None and is_dynamo_compiling():
-            return self.options.max_length, 0
-        return self._get_mask_sizes(query_length, layer_idx)
-
-    @outside_graphs
-    def _get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if is_dynamo_compiling():
+            if self.options.max_length is not None:
+                return self.options.max_length, 0
+            return _get_mask_sizes(self, query_length, layer_idx)
         # A compiled pass does not say how far it has come; the lengths of its layers do.
         if not self._pass.ended or self.options.max_length is not None:
             self.check_complete()
@@ -141,12 +138,10 @@ class CacheContract(OtherStates):
 
         While a cache with a maximum length is compiled this is a tensor, since a number would be part of the graph.
         """
-        if self.options.max_length is not None and is_dynamo_compiling():
-            return self.layers[layer_idx].traced_length  # type: ignore[union-attr]
-        return self._get_seq_length(layer_idx)
-
-    @outside_graphs
-    def _get_seq_length(self, layer_idx: int) -> int:
+        if is_dynamo_compiling():
+            if self.options.max_length is not None:
+                return self.layers[layer_idx].traced_length  # type: ignore[union-attr]
+            return _get_seq_length(self, layer_idx)
         length = int(super().get_seq_length(layer_idx))
         if self._drop_limit is not None and 0 < length <= self._drop_limit:
             warn_if_dropped(self.config, length)
@@ -219,3 +214,5 @@ class CacheContract(OtherStates):
 
 
 _update = torch.compiler.disable(CacheContract.update)
+_get_mask_sizes = torch.compiler.disable(CacheContract.get_mask_sizes)
+_get_seq_length = torch.compiler.disable(CacheContract.get_seq_length)
