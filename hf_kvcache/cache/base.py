@@ -12,6 +12,7 @@ from hf_kvcache.cache.contract import CacheContract
 from hf_kvcache.cache.memory import MemoryReport, layer_report
 from hf_kvcache.cache.model_config import (
     check_formats,
+    check_static,
     decoder_config,
     shares_keys,
 )
@@ -26,8 +27,8 @@ from hf_kvcache.integration.architecture import modeling_file
 from hf_kvcache.integration.attention import check_registration
 from hf_kvcache.integration.binding import IMPLEMENTATION
 from hf_kvcache.integration.binding import bind as bind_config
-from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.options import LayerOptions
+from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.lowrank.projection import LayerProjection
 from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
 
@@ -52,6 +53,8 @@ class KVCache(CacheContract):
         bits: bits per element, unless the name of the codec has them.
         key_bits: bits of the keys in place of ``bits``.
         value_bits: bits of the values in place of ``bits``.
+        max_length: number of tokens, padding included, for which all memory is allocated at once, so that ``generate``
+            can compile the decode steps. None lets the cache grow.
         **codec_options: options of the codec such as ``group_size``.
 
     Raises:
@@ -74,6 +77,7 @@ class KVCache(CacheContract):
         bits: int | None = None,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        max_length: int | None = None,
         **codec_options: Any,
     ) -> None:
         decoder = decoder_config(config)
@@ -103,8 +107,11 @@ class KVCache(CacheContract):
             deferred=shares_keys(decoder),
             eviction=eviction,
             latents=latents,
+            max_length=max_length,
             config=decoder,
         )
+        if max_length is not None:
+            check_static(decoder, options, bind)
         check_formats(decoder, options)
         super().__init__(decoder, options)
         if bind:
@@ -141,6 +148,7 @@ class KVCache(CacheContract):
             RuntimeError: if a forward pass ended in the middle.
         """
         self.check_complete()
+        self._refuse_static("compress()")
         compress(self.layers, self.fork, model, input_ids, attention_mask, prompt_ids, replayed)
 
     def replay(
@@ -159,13 +167,14 @@ class KVCache(CacheContract):
             attention probability that a token got from any query of the head's group.
         """
         self.check_complete()
+        self._refuse_static("replay()")
         return replay(self.layers, self.fork, model, input_ids, attention_mask, prompt_ids)
 
     def fork(self) -> KVCache:
         """An independent copy of the cache. It shares the pages, which is safe because written pages never change."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.layers = [layer.fork() if isinstance(layer, KVCacheLayer) else deepcopy(layer) for layer in self.layers]
+        other.layers = [layer.fork() if isinstance(layer, OwnLayer) else deepcopy(layer) for layer in self.layers]
         other._pass, other._read_check = self._pass.copy(), self._read_check.copy()
         return other
 
@@ -190,6 +199,7 @@ class KVCache(CacheContract):
             ValueError: if a layer of transformers' own holds something that cannot be saved.
         """
         self.check_complete()
+        self._refuse_static("state_dict()")
         return export_state(self.layers, self.options)
 
     def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device | str | None = None) -> None:
@@ -205,9 +215,17 @@ class KVCache(CacheContract):
             ValueError: if the state was saved with other settings or is damaged. The error names the difference, and
                 the cache is not changed.
         """
+        self._refuse_static("load_state_dict()")
         in_every_pass = {layer.index for layer in self._pass.in_every_pass(self.layers)}
         self.layers = import_state(self.layers, self.options, in_every_pass, state, device)
         self._pass.end()
+
+    def _refuse_static(self, what: str) -> None:
+        """Raise ValueError if the cache has a maximum length, with which it does not have the method ``what``."""
+        if self.options.max_length is not None:
+            raise ValueError(
+                f"{what} of a cache with max_length={self.options.max_length!r}; accepted: max_length=None"
+            )
 
     def integrity(self) -> None:
         """Check the invariants of the storage: references, free pages, ascending positions.

@@ -13,9 +13,8 @@ from hf_kvcache.cache.forward_pass import ForwardPass
 from hf_kvcache.cache.model_checks import ReadCheck, drop_limit, warn_if_dropped
 from hf_kvcache.cache.model_config import check_states, make_layers
 from hf_kvcache.cache.other_states import OtherStates
-from hf_kvcache.integration.compiling import outside_graphs
-from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.options import LayerOptions
+from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.utils.validation import whole
 
 
@@ -37,9 +36,9 @@ class CacheContract(OtherStates):
         self._drop_limit = drop_limit(config)
 
     @property
-    def own_layers(self) -> list[KVCacheLayer]:
+    def own_layers(self) -> list[OwnLayer]:
         """The layers of this package, in order; transformers' own layers are left out."""
-        return [layer for layer in self.layers if isinstance(layer, KVCacheLayer)]
+        return [layer for layer in self.layers if isinstance(layer, OwnLayer)]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -61,6 +60,8 @@ class CacheContract(OtherStates):
             RuntimeError: if an earlier forward pass was interrupted, or the model did not read the handles.
         """
         if is_dynamo_compiling():
+            if self.options.max_length is not None:
+                return self.layers[layer_idx].trace_update(key_states, value_states)  # type: ignore[union-attr]
             return _update(self, key_states, value_states, layer_idx, *args, **kwargs)
         if not 0 <= layer_idx < len(self.layers):
             raise ValueError(
@@ -87,13 +88,17 @@ class CacheContract(OtherStates):
             self.check_complete()
         self._pass.enter_other_layer(layer_idx)
 
-    @outside_graphs
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset, in tokens seen, of the keys that a layer's mask for ``query_length`` new tokens covers.
 
         Models call this at the beginning of a forward pass.
         """
-        if not self._pass.ended:
+        if is_dynamo_compiling():
+            if self.options.max_length is not None:
+                return self.options.max_length, 0
+            return _get_mask_sizes(self, query_length, layer_idx)
+        # A compiled pass does not say how far it has come; the lengths of its layers do.
+        if not self._pass.ended or self.options.max_length is not None:
             self.check_complete()
         return super().get_mask_sizes(query_length, layer_idx)
 
@@ -128,9 +133,15 @@ class CacheContract(OtherStates):
         # Phi-3 drops a cache that is true. An empty cache is false, so that a prompt longer than Phi-3's limit is kept.
         return self._drop_limit is None or super().get_seq_length() > 0
 
-    @outside_graphs
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens that a layer has seen, padding included."""
+        """Number of tokens that a layer has seen, padding included.
+
+        While a cache with a maximum length is compiled this is a tensor, since a number would be part of the graph.
+        """
+        if is_dynamo_compiling():
+            if self.options.max_length is not None:
+                return self.layers[layer_idx].traced_length  # type: ignore[union-attr]
+            return _get_seq_length(self, layer_idx)
         length = int(super().get_seq_length(layer_idx))
         if self._drop_limit is not None and 0 < length <= self._drop_limit:
             warn_if_dropped(self.config, length)
@@ -174,7 +185,7 @@ class CacheContract(OtherStates):
             layer.reset()
         # transformers' own layers would keep zeroed states of the old batch size, so new layers replace them.
         fresh = make_layers(self.config, self.options)
-        self.layers = [a if isinstance(a, KVCacheLayer) else b for a, b in zip(self.layers, fresh, strict=True)]
+        self.layers = [a if isinstance(a, OwnLayer) else b for a, b in zip(self.layers, fresh, strict=True)]
         self._pass.end()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -203,3 +214,5 @@ class CacheContract(OtherStates):
 
 
 _update = torch.compiler.disable(CacheContract.update)
+_get_mask_sizes = torch.compiler.disable(CacheContract.get_mask_sizes)
+_get_seq_length = torch.compiler.disable(CacheContract.get_seq_length)

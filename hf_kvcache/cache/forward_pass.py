@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_kvcache.cache.model_config import borrowing_layers, places_in_pass
-from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.cross_attention import cross_attention_layers
+from hf_kvcache.layers.own import OwnLayer
 
 
 class ForwardPass:
@@ -32,7 +32,7 @@ class ForwardPass:
         self.places = places_in_pass(config, len(layers))
         self.cross = cross_attention_layers(config)
         self.not_in_every_pass = self.cross | borrowing_layers(config)
-        own = [layer.index for layer in layers if isinstance(layer, KVCacheLayer)]
+        own = [layer.index for layer in layers if isinstance(layer, OwnLayer)]
         self.final = max(self.places[index] for index in own if index not in self.not_in_every_pass)
         self.reached = self.final
 
@@ -58,11 +58,9 @@ class ForwardPass:
         """Whether the latest pass has come to a layer."""
         return self.places[index] <= self.reached
 
-    def in_every_pass(self, layers: Sequence[Any]) -> list[KVCacheLayer]:
+    def in_every_pass(self, layers: Sequence[Any]) -> list[OwnLayer]:
         """The layers of this package to which every pass adds tokens."""
-        return [
-            layer for layer in layers if isinstance(layer, KVCacheLayer) and layer.index not in self.not_in_every_pass
-        ]
+        return [layer for layer in layers if isinstance(layer, OwnLayer) and layer.index not in self.not_in_every_pass]
 
     def complete_length(self, layers: Sequence[Any]) -> int:
         """Number of tokens that every layer has seen."""
@@ -84,7 +82,7 @@ class ForwardPass:
         for index, layer in enumerate(layers):
             if index in self.cross:
                 continue
-            if isinstance(layer, KVCacheLayer):
+            if isinstance(layer, OwnLayer):
                 layer.check_whole()
                 if length:
                     layer.check_take_back(length)
@@ -98,7 +96,7 @@ class ForwardPass:
         if not length:
             return False
         for index, layer in enumerate(layers):
-            if isinstance(layer, KVCacheLayer) and index not in self.cross:
+            if isinstance(layer, OwnLayer) and index not in self.cross:
                 layer.take_back(length)
         for index, tokens in added.items():
             layers[index].crop(-tokens)

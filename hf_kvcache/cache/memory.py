@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 from hf_kvcache.layers.base import KVCacheLayer
+from hf_kvcache.layers.own import OwnLayer
+from hf_kvcache.layers.static import StaticLayer
+from hf_kvcache.layers.static_reads import bytes_of
 from hf_kvcache.storage.memory import bytes_by_part, packed_elements
 
 #: The parts of a report, in the order in which they are printed.
@@ -23,7 +26,7 @@ class MemoryReport:
 
     Attributes:
         parts: bytes by part. ``codes`` are the packed elements and ``scales`` their scales and zero points. ``sinks``
-            and ``tail`` are full-precision tokens. ``tables`` are page tables on the host. ``other`` are the states of
+            and ``tail`` are full-precision tokens. ``tables`` are page tables. ``other`` are the states of
             transformers' own layers, and the queries and sums that evicting layers record. ``slack`` is allocated and
             not used: free pages, empty slots, alignment.
         full_bf16: bytes that a bfloat16 DynamicCache would hold for the same tokens.
@@ -89,6 +92,8 @@ def _mib(size: int) -> str:
 
 def layer_report(layer: Any) -> MemoryReport:
     """The bytes that one layer of a cache holds."""
+    if isinstance(layer, StaticLayer):
+        return _static_report(layer)
     if isinstance(layer, KVCacheLayer):
         return _own_report(layer)
     report = MemoryReport()
@@ -109,14 +114,29 @@ def _own_report(layer: KVCacheLayer) -> MemoryReport:
     report.parts["other"] = tensor_bytes(layer.own_tensors())
     report.packed_elements = packed_elements(storage)
     report.packed_bits = 8 * (report.parts["codes"] + report.parts["scales"])
+    _note_full(report, layer, storage.batch * storage.heads * sum(storage.encoder.widths.values()), storage.dtype)
+    return report
+
+
+def _static_report(layer: StaticLayer) -> MemoryReport:
+    report, storage = MemoryReport(), layer.storage
+    if storage is None:
+        return report
+    report.parts.update(bytes_of(storage))
+    widths = sum(storage.settings.encoder.widths.values())
+    report.packed_elements = int(storage.pages_held.sum()) * storage.heads * storage.page_size * widths
+    report.packed_bits = 8 * (report.parts["codes"] + report.parts["scales"])
+    _note_full(report, layer, storage.batch * storage.heads * widths, layer.dtype)
+    return report
+
+
+def _note_full(report: MemoryReport, layer: OwnLayer, elements: int, dtype: torch.dtype) -> None:
+    """Note what a DynamicCache would hold: its tokens have ``elements`` elements in all sequences."""
     tokens = layer.get_seq_length()
     if layer.sliding_window is not None:
         tokens = min(tokens, layer.sliding_window - 1)
-    widths = sum(storage.encoder.widths.values())
-    elements = storage.batch * storage.heads * tokens * widths
-    report.full_bf16 = 2 * elements
-    report.full_same_dtype = storage.dtype.itemsize * elements
-    return report
+    report.full_bf16 = 2 * tokens * elements
+    report.full_same_dtype = dtype.itemsize * tokens * elements
 
 
 def tensor_bytes(value: Any) -> int:

@@ -11,8 +11,8 @@ from transformers.utils import logging
 from hf_kvcache.integration.architecture import architecture, recomputing
 from hf_kvcache.integration.masks import mask_is_expected
 from hf_kvcache.integration.versions import RELEASE
-from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.options import LayerOptions
+from hf_kvcache.layers.own import OwnLayer
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +36,7 @@ class ReadCheck:
         latest, had_to_be_read = self._updated
         layer, expected = layers[layer_idx], mask_is_expected(self._options)
         # If no mask was made before, update() was called by hand, and its handles need not be read.
-        self._updated = layer_idx, expected and isinstance(layer, KVCacheLayer) and layer.get_seq_length() > 0
+        self._updated = layer_idx, expected and isinstance(layer, OwnLayer) and layer.get_seq_length() > 0
         if not had_to_be_read or not expected:
             return
         if not layers[latest].is_unread():

@@ -12,7 +12,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from hf_kvcache.codecs.base import side_format
 from hf_kvcache.eviction import Policy, available, resolve
 from hf_kvcache.eviction.options import EvictionOptions, LayerPlace
-from hf_kvcache.integration.architecture import architecture
+from hf_kvcache.integration.architecture import architecture, recomputing
 from hf_kvcache.integration.rope import reason_against
 from hf_kvcache.integration.versions import RELEASE, layer_types
 from hf_kvcache.layers.base import KVCacheLayer
@@ -21,6 +21,9 @@ from hf_kvcache.layers.evicting import ATTENDS_OUTSIDE, EvictingLayer
 from hf_kvcache.layers.evicting_mla import EvictingLatentLayer, check_policy
 from hf_kvcache.layers.mla import IndexedLatentLayer, LatentLayer
 from hf_kvcache.layers.options import LayerOptions
+from hf_kvcache.layers.own import OwnLayer
+from hf_kvcache.layers.static import StaticLayer
+from hf_kvcache.utils.validation import whole
 
 #: Layer types for which this package has layers; for other types the cache has transformers' own layers.
 OWN_LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -171,7 +174,9 @@ def places_in_pass(config: PreTrainedConfig, layers: int) -> list[int]:
     return [order.index(layer) for layer in held]
 
 
-def _own_layer(index: int, layer_type: str, options: LayerOptions, sliding_window: int | None) -> KVCacheLayer:
+def _own_layer(index: int, layer_type: str, options: LayerOptions, sliding_window: int | None) -> OwnLayer:
+    if options.max_length is not None:
+        return StaticLayer(index, options, sliding_window)
     if options.latents == "native":
         kind = IndexedLatentLayer if layer_type == INDEXED else LatentLayer
         return kind(index, options, sliding_window)
@@ -180,6 +185,35 @@ def _own_layer(index: int, layer_type: str, options: LayerOptions, sliding_windo
 
         return LowRankLayer(index, options, options.latents[index], sliding_window)
     return KVCacheLayer(index, options, sliding_window)
+
+
+def check_static(config: PreTrainedConfig, options: LayerOptions, bind: bool) -> None:
+    """Raise ValueError if a cache with these settings cannot have a maximum length."""
+    whole("max_length", options.max_length, options.sink_length + options.tail_length + options.page_size)
+    given = f"max_length={options.max_length!r}"
+    if not bind:
+        raise ValueError(f"bind=False with {given}; accepted: bind=True, since compiled code reads the pages only")
+    if options.eviction is not None or options.latents is not None:
+        what = "eviction" if options.eviction is not None else "latents"
+        raise ValueError(f"{given} with {what}; accepted: caches that hold keys and values of every token")
+    types, _ = layer_types(config)
+    other, known = sorted(set(types) - set(OWN_LAYER_TYPES)), architecture(config)
+    if options.deferred:
+        why = "some layers read the keys of others"
+    elif cross_attention_layers(config):
+        why = "some layers attend to an image"
+    elif other:
+        why = f"it has layers of type {', '.join(other)}"
+    elif recomputing(config) is not None:
+        why = "it drops its cache where its rotary embedding changes"
+    elif known is not None and known.outside:
+        why = f"{known.outside[0].__name__} attends in code of its own"
+    else:
+        return
+    raise ValueError(
+        f"{given} for a {config.model_type!r} model: {why}; accepted: max_length=None, or models "
+        f"in which every layer has keys and values of its own ({', '.join(OWN_LAYER_TYPES)})"
+    )
 
 
 def _check_eviction(config: PreTrainedConfig, types: list[str], evicting: list[int], options: LayerOptions) -> None:

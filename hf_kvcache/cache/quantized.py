@@ -19,7 +19,8 @@ class QuantizedKVCache(KVCache):
         key_bits: bits of the keys in place of ``bits``.
         value_bits: bits of the values in place of ``bits``.
         codec: how pages are stored. ``"auto"`` takes the codec that was measured best for the given bits.
-        sink_length: as in :class:`KVCache`, like ``tail_length``, ``page_size``, ``validate`` and ``bind``.
+        sink_length: as in :class:`KVCache`, like ``tail_length``, ``page_size``, ``validate``, ``bind`` and
+            ``max_length``.
         **codec_options: options of the codec such as ``group_size``.
 
     Raises:
@@ -40,6 +41,7 @@ class QuantizedKVCache(KVCache):
         page_size: int = 128,
         validate: bool = False,
         bind: bool = True,
+        max_length: int | None = None,
         **codec_options: Any,
     ) -> None:
         super().__init__(
@@ -53,5 +55,6 @@ class QuantizedKVCache(KVCache):
             bits=bits,
             key_bits=key_bits,
             value_bits=value_bits,
+            max_length=max_length,
             **codec_options,
         )

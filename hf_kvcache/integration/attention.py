@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.binding import IMPLEMENTATION, previous_implementation
+from hf_kvcache.integration.compiling import TracedStates
 from hf_kvcache.integration.handle import CachedStates, KVHandle
 from hf_kvcache.integration.masks import mask_function
 from hf_kvcache.integration.versions import COLLECTOR, RELEASE, collects_attentions
@@ -86,6 +87,8 @@ def attention_function(
         previous implementation gives them, else None. For weights the cache is read as dense tensors.
     """
     if is_dynamo_compiling():
+        if isinstance(key, TracedStates):
+            return _attend_in_graph(module, query, key, attention_mask, scaling, dropout, kwargs)
         return _attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if not (isinstance(key, KVHandle) and isinstance(value, KVHandle)):
         return _attend_by_previous(module, query, (key, value), attention_mask, scaling, dropout, kwargs)
@@ -102,8 +105,7 @@ def attention_function(
             layer.note_attended(AttentionCall(query, attention_mask, scoring, module=module))
         return result
     _check_supported(module, dropout, kwargs)
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal = _is_causal(module, kwargs)
     call = AttentionCall(query, attention_mask, scoring, causal, module)
     if not torch.is_grad_enabled() and not with_weights:
         return layer.attend(call), None
@@ -122,6 +124,28 @@ def attention_function(
 
 
 _attention = torch.compiler.disable(attention_function)
+
+
+def _attend_in_graph(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    states: TracedStates,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """The attention function of a layer whose attention is part of the graph that is being compiled."""
+    _check_supported(module, dropout, kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(scaling, kwargs.get("softcap"), _sink_logits(module, kwargs))
+    causal = bool(_is_causal(module, kwargs))
+    return states.layer.trace_attend(states, query, attention_mask, causal, scoring), None
+
+
+def _is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    causal = kwargs.get("is_causal")
+    return getattr(module, "is_causal", True) if causal is None else causal
 
 
 def _gives_weights(module: torch.nn.Module, layer: CachedStates) -> bool:

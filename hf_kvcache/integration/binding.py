@@ -34,12 +34,14 @@ class _Bound(str):
 
     def __eq__(self, other: object) -> bool:
         # Models that compare the implementation's name (Gemma 4, Falcon) behave as if they were not bound.
-        return str.__eq__(self, other) or self.previous == other
+        return other == IMPLEMENTATION or other == self.previous
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = str.__hash__
+    # Comparison and hash say nothing of `str`, whose own methods torch.compile cannot trace.
+    def __hash__(self) -> int:
+        return hash(IMPLEMENTATION)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Bound, (self.previous,)

@@ -1,13 +1,15 @@
-"""Keeping the cache's own code, which is Python over packed memory, out of ``torch.compile``."""
+"""``torch.compile``: which code of the cache is part of graphs, and which is kept out of them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch.compiler import is_dynamo_compiling
+
+from hf_kvcache.kernels.inputs import Scoring
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,3 +30,29 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return call
+
+
+class TracesAttention(Protocol):
+    """A layer whose attention can be part of a graph."""
+
+    def trace_attend(
+        self, states: TracedStates, query: torch.Tensor, mask: torch.Tensor | None, causal: bool, scoring: Scoring
+    ) -> torch.Tensor:
+        """Attention ``[B, T, Hq, Dv]`` of the queries of ``states``, which stores their tokens."""
+
+
+class TracedStates:
+    """What ``update`` returns while a model is compiled, if the layer's attention can be part of the graph.
+
+    Only the attention function of this package can use it. It is no tensor: any other use is an error while the model
+    is being compiled, and no wrong result later.
+
+    Args:
+        layer: the layer.
+        keys: of the new tokens, ``[B, Hkv, T, Dk]``.
+        values: of the new tokens, ``[B, Hkv, T, Dv]``.
+    """
+
+    def __init__(self, layer: TracesAttention, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.layer, self.keys, self.values = layer, keys, values
+        self.dtype, self.device = keys.dtype, keys.device

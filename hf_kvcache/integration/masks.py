@@ -7,6 +7,7 @@ from typing import Any
 from weakref import ref
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
@@ -54,17 +55,22 @@ def latest_padding(owner: Any, start: int, length: int, batch: int) -> Padding |
     return padding if mask is None or (mask.dim() == 2 and mask.shape[0] == batch) else None
 
 
-@outside_graphs
 def mask_function(**kwargs: Any) -> torch.Tensor | None:
     """The mask of the implementation set before the binding, with its padding attached if it is plainly causal.
 
     Any other cache needs just this mask. The padding that is attached only spares this package's attention from reading
     the mask.
     """
-    previous = previous_implementation(kwargs["config"])
-    if previous not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
-        return None  # as transformers does for an implementation without a mask function
-    mask = ALL_MASK_ATTENTION_FUNCTIONS[previous](**kwargs)
+    if is_dynamo_compiling() and isinstance(kwargs["q_offset"], torch.Tensor):
+        return _previous_mask(kwargs)  # for a cache with a maximum length: the mask is part of the graph
+    return _mask_with_padding(kwargs)
+
+
+@outside_graphs
+def _mask_with_padding(kwargs: dict[str, Any]) -> torch.Tensor | None:
+    mask = _previous_mask(kwargs)
+    if mask is None and not _makes_masks(kwargs):
+        return None
     known, window = _causal_window(kwargs.get("mask_function"))
     if known:
         padding = Padding(kwargs.get("attention_mask"), int(kwargs["q_offset"]), kwargs["q_length"], window)
@@ -72,6 +78,18 @@ def mask_function(**kwargs: Any) -> torch.Tensor | None:
         if isinstance(mask, torch.Tensor):
             attach_padding(mask, padding)
     return mask
+
+
+def _makes_masks(kwargs: dict[str, Any]) -> bool:
+    """Whether the implementation set before the binding has a mask function; transformers makes no masks without."""
+    return previous_implementation(kwargs["config"]) in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+
+
+def _previous_mask(kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The mask of the implementation set before the binding."""
+    if not _makes_masks(kwargs):
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[previous_implementation(kwargs["config"])](**kwargs)
 
 
 def _causal_window(function: Any) -> tuple[bool, int | None]:

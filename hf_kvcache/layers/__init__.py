@@ -16,6 +16,10 @@ tokens are dropped, and how drafts are undone).
 The other kinds of layers are ``mla`` (latents that the model caches itself), ``evicting_mla`` (the same with eviction),
 ``low_rank`` (coefficients in a calibrated basis) and ``cross_attention`` (states of an image).
 
+Layers with a fixed maximum length are built from other parts, on tensors whose addresses never change:
+``static_tensors`` (the state), ``static_contents`` (reading it), ``static_storage`` (storing tokens), ``static_steps``
+(prepared calls), ``static_masks``, ``static_reads``, ``static_ops`` (the operators), ``static_attention``, ``static``.
+
 Their parts are ``options`` (the settings that all layers of a cache share), ``new_tokens`` (the tokens of the latest
 update), ``rollback`` (tokens that a ``crop`` may remove), ``drafts`` (updates that an evicting layer can repeat) and
 ``indexer_keys`` (the keys of a sparse-attention indexer).

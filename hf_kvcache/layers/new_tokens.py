@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -65,8 +66,15 @@ class NewTokens:
         )
 
 
+class HoldsDense(Protocol):
+    """A storage whose ``dense`` has full-precision ``keys [B, Hkv, n, Dk]`` and ``values [B, Hkv, n, Dv]``."""
+
+    @property
+    def dense(self) -> Any: ...
+
+
 def check_update(
-    index: int, storage: PagedStorage | None, keys: torch.Tensor, values: torch.Tensor, finite: bool, least: int = 1
+    index: int, storage: HoldsDense | None, keys: torch.Tensor, values: torch.Tensor, finite: bool, least: int = 1
 ) -> None:
     """Raise ValueError unless new keys and values fit each other and the stored tokens of layer ``index``.
 

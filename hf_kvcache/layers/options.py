@@ -27,6 +27,7 @@ class LayerOptions:
         eviction: the settings of eviction in full-attention layers; None if these keep every token.
         latents: ``"native"`` if the model caches latents itself, or the low-rank bases of each layer by its number;
             None if pages hold keys and values.
+        max_length: number of tokens that a sequence can have, if all memory is allocated at once; None if it grows.
         config: the model's config. Errors name caches that work with it.
     """
 
@@ -38,4 +39,5 @@ class LayerOptions:
     deferred: bool
     eviction: EvictionOptions | None = None
     latents: Literal["native"] | dict[int, LayerProjection] | None = None
+    max_length: int | None = None
     config: PreTrainedConfig | None = field(default=None, repr=False, compare=False)

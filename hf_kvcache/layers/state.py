@@ -12,6 +12,7 @@ from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
 from hf_kvcache.layers.new_tokens import NewTokens
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.rollback import RollbackWindow
+from hf_kvcache.layers.rows import check_rows
 from hf_kvcache.storage import PagedStorage
 
 #: Error of a layer that cannot return to an earlier length. Filled in with the layer's number and the missing tokens.
@@ -120,29 +121,8 @@ class LayerState:
     # -- sequences and copies -------------------------------------------------------------------------------------
 
     def check_rows(self, argument: str, rows: torch.Tensor) -> np.ndarray:
-        """The numbers of sequences in ``rows`` as an array on the host, none negative.
-
-        Args:
-            argument: name of the user's argument, for errors.
-            rows: numbers of sequences, or a bool mask ``[B]``.
-
-        Raises:
-            ValueError: if a number is not that of a sequence of the layer.
-        """
-        rows = torch.as_tensor(rows, device="cpu")
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero().flatten()
-        if rows.is_floating_point():
-            raise ValueError(f"{argument}={rows.tolist()!r}: accepted: whole numbers or booleans")
-        indices = rows.cpu().numpy().astype(np.int64)
-        if self.storage is None:
-            return indices
-        batch = self.storage.batch
-        if indices.ndim != 1 or ((indices < -batch) | (indices >= batch)).any():
-            raise ValueError(
-                f"{argument}={indices.tolist()!r} is not a list of sequences of this cache; accepted: 0 to {batch - 1}"
-            )
-        return np.where(indices < 0, indices + batch, indices)
+        """The numbers of sequences in ``rows``; see :func:`hf_kvcache.layers.rows.check_rows`."""
+        return check_rows(argument, rows, self.batch_size)
 
     def is_every_row(self, rows: np.ndarray) -> bool:
         """Whether ``rows`` names all sequences, in their order."""

@@ -1,0 +1,186 @@
+"""The operators that compiled code calls for a layer with a fixed maximum length (``torch.ops.hf_kvcache.*``).
+
+An operator takes only tensors, plain numbers and strings. The state of a layer is given as tensors that the operator
+changes. What is fixed is given as a string, by which the settings are found.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from hf_kvcache.kernels.attention import attend as attend_kernel
+from hf_kvcache.kernels.inputs import DenseTokens, Scoring
+from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.layers.static_masks import read_mask
+from hf_kvcache.layers.static_storage import StaticStorage, storage_of
+from hf_kvcache.layers.static_tensors import StaticSettings, StaticTensors
+
+Tensor = torch.Tensor
+
+_known: dict[str, StaticSettings] = {}
+#: Defined here and not by ``torch.library.custom_op``, whose wrappers in Python take longer than a small kernel.
+_LIBRARY = torch.library.Library("hf_kvcache", "FRAGMENT")
+_STATE = (
+    "Tensor(a!) records, Tensor(b!) key_mean, Tensor(c!) dense_keys, Tensor(d!) dense_values, "
+    "Tensor(e!) page_positions, Tensor(f!) state"
+)
+_LIBRARY.define(
+    f"static_attend(Tensor query, Tensor keys, Tensor values, Tensor? mask, {_STATE}, str settings, bool causal, "
+    "float scaling, float? softcap, Tensor? sink_logits) -> Tensor"
+)
+_LIBRARY.define("tokens_seen(Tensor state) -> Tensor")
+
+
+def settings_key(settings: StaticSettings) -> str:
+    """The string that stands for ``settings`` in a graph, the same for equal settings."""
+    key = settings.describe()
+    _known.setdefault(key, settings)
+    return key
+
+
+def static_attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    records: Tensor,
+    key_mean: Tensor,
+    dense_keys: Tensor,
+    dense_values: Tensor,
+    page_positions: Tensor,
+    state: Tensor,
+    settings: str,
+    causal: bool,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Store new tokens in the tensors of a layer, and compute their attention over all tokens that the layer holds.
+
+    Pages that are full afterwards are packed. If there is an error, nothing is stored.
+
+    Args:
+        query: ``[B, Hq, T, Dk]``.
+        keys: of the new tokens, ``[B, H, T, Dk]``.
+        values: ``[B, H, T, Dv]``.
+        mask: see :func:`hf_kvcache.layers.static_masks.read_mask`.
+        records: see :class:`hf_kvcache.layers.static_tensors.StaticTensors`, like the five that follow.
+        key_mean: as there.
+        dense_keys: as there.
+        dense_values: as there.
+        page_positions: as there.
+        state: as there.
+        settings: what :func:`settings_key` returned.
+        causal: whether later tokens are hidden where there is no mask.
+        scaling: see :class:`hf_kvcache.kernels.inputs.Scoring`, like the two that follow.
+        softcap: as there.
+        sink_logits: as there.
+
+    Returns:
+        ``[B, T, Hq, Dv]``.
+
+    Raises:
+        ValueError: if there is no room for the tokens, or the mask shows padding, of which nothing is held.
+    """
+    tensors = StaticTensors(records, key_mean, dense_keys, dense_values, page_positions, state)
+    storage = storage_of(tensors, _known[settings])
+    return attend_and_store(storage, query, keys, values, mask, causal, Scoring(scaling, softcap, sink_logits))
+
+
+def _attend_fake(query: Tensor, keys: Tensor, values: Tensor, *rest: object) -> Tensor:
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, length, heads, values.shape[3])
+
+
+def tokens_seen(state: Tensor) -> Tensor:
+    """The number of tokens that a layer has seen, a copy without dimensions.
+
+    It is an operator because inductor may compute what depends on it again in a later layer. From ``state`` itself,
+    which :func:`static_attend` changes, it would then read the length after this step.
+    """
+    return state[0].clone()
+
+
+def _seen_fake(state: Tensor) -> Tensor:
+    return state.new_empty(())
+
+
+_LIBRARY.impl("static_attend", static_attend, "CPU")
+_LIBRARY.impl("tokens_seen", tokens_seen, "CPU")
+torch.library.register_fake("hf_kvcache::static_attend", _attend_fake, lib=_LIBRARY)
+torch.library.register_fake("hf_kvcache::tokens_seen", _seen_fake, lib=_LIBRARY)
+
+
+def attend_and_store(
+    storage: StaticStorage,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scoring: Scoring,
+) -> Tensor:
+    """What :func:`static_attend` does, for code that is not compiled."""
+    length = keys.shape[2]
+    storage.check_room(length)
+    valid, mask = read_mask(mask, storage, length)
+    if length == 1 and valid is None and mask is None:
+        output = storage.steps.attend(storage, query, keys, values, scoring)
+        if output is not None:
+            storage.finish_step()
+            return output
+    visibility = _visibility(storage, length, mask, causal)
+    if length == 1:
+        one = None if valid is None else valid[:, 0]
+        storage.put_one(keys, values, one)
+        dense = _dense_with_one(storage, visibility, one)
+    else:
+        dense = _dense_with_block(storage, keys, values, valid)
+    output = attend_kernel(query, storage.pages(), dense, visibility, scoring).output
+    if length == 1:
+        storage.finish_one(one)
+    else:
+        storage.store_block(keys, values, valid)
+    return output
+
+
+def _visibility(storage: StaticStorage, length: int, mask: Tensor | None, causal: bool) -> Visibility:
+    """Which keys the queries of ``length`` new tokens may see; ``mask`` is one that has to be read."""
+    start, window = storage.seen, storage.settings.window
+    if mask is None:
+        return Visibility(start, length, None, 0, causal, window)
+    if mask.dim() == 2:
+        return Visibility(start, length, mask[:, None, None].bool(), 0, causal, window)
+    # The mask includes causality and the window.
+    return Visibility(start, length, mask, 0, causal and mask.shape[2] != length, None)
+
+
+def _dense_with_one(storage: StaticStorage, visibility: Visibility, valid: np.ndarray | None) -> DenseTokens:
+    """The full-precision tokens, the one of each sequence that was put in its slot among them."""
+    lengths = storage.lengths + (1 if valid is None else valid)
+    longest, uniform = int(lengths.max()), bool(lengths.min() == lengths.max())
+    keys, values = storage.tensors.dense_keys[:, :, :longest], storage.tensors.dense_values[:, :, :longest]
+    positions = storage.numbers.positions[:, :longest]
+    if uniform and visibility.sees_all(int(positions[:, 0].min())):
+        return DenseTokens(keys, values)
+    unused = None if uniform else torch.from_numpy(np.arange(longest) >= lengths[:, None])
+    return DenseTokens(keys, values, torch.from_numpy(positions), unused)
+
+
+def _dense_with_block(storage: StaticStorage, keys: Tensor, values: Tensor, valid: np.ndarray | None) -> DenseTokens:
+    """The full-precision tokens, followed by new ones that are not stored yet."""
+    tensors, (batch, _, length, _) = storage.tensors, keys.shape
+    longest = int(storage.lengths.max())
+    if longest:
+        keys = torch.cat([tensors.dense_keys[:, :, :longest], keys], 2)
+        values = torch.cat([tensors.dense_values[:, :, :longest], values], 2)
+    new = np.broadcast_to(np.arange(storage.seen, storage.seen + length), (batch, length))
+    # Kernels read the positions of a sequence side by side.
+    positions = np.ascontiguousarray(np.concatenate([storage.numbers.positions[:, :longest], new], 1))
+    unused = None
+    if valid is not None or storage.lengths.min() != longest:
+        padding = np.zeros((batch, length), dtype=bool) if valid is None else ~valid
+        hidden = np.concatenate([np.arange(longest) >= storage.lengths[:, None], padding], 1)
+        unused = torch.from_numpy(np.ascontiguousarray(hidden))
+    return DenseTokens(keys, values, torch.from_numpy(positions), unused)

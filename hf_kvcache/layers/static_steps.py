@@ -1,0 +1,63 @@
+"""Plain steps of a layer with a fixed maximum length by prepared calls, as in :mod:`hf_kvcache.layers.decode_step`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_kvcache.kernels.inputs import CallInputs, Scoring, Slots
+from hf_kvcache.kernels.prepared_call import PreparedCall, prepare
+from hf_kvcache.layers.static_contents import StaticContents
+
+
+class StaticSteps:
+    """Attention of single tokens, none of them padding, by a kernel call whose arguments are filled in once."""
+
+    def __init__(self) -> None:
+        self._call: PreparedCall | None = None
+        self._kind: tuple[Any, ...] = ()
+
+    def forget(self) -> None:
+        """Prepare the next call anew: the layer has other pages."""
+        self._call = None
+
+    def attend(
+        self,
+        contents: StaticContents,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scoring: Scoring,
+    ) -> torch.Tensor | None:
+        """Put a token of each sequence in its slot, count the slot, and compute the token's attention.
+
+        Args:
+            contents: the tensors of the layer, always the same ones.
+            query: ``[B, Hq, 1, Dk]``.
+            keys: ``[B, H, 1, Dk]``.
+            values: ``[B, H, 1, Dv]``.
+            scoring: how scores are computed.
+
+        Returns:
+            ``[B, 1, Hq, Dv]``. None, with nothing stored, if sequences hold different numbers of tokens, or no kernel
+            can store and attend in one call.
+        """
+        lengths, sinks = contents.lengths, scoring.sink_logits
+        slot = int(lengths[0])
+        if len(lengths) > 1 and (lengths != slot).any():
+            return None
+        address = None if sinks is None else sinks.data_ptr()
+        shapes = (query.shape, query.stride(), query.dtype, keys.stride(), values.stride(), keys.dtype)
+        kind = (shapes, scoring.scaling, scoring.softcap, address)
+        if self._call is None or self._kind != kind:
+            # A call on the CPU asks for these attributes only.
+            slots = Slots.__new__(Slots)
+            slots.keys, slots.values = contents.tensors.dense_keys, contents.tensors.dense_values
+            slots.positions, slots.lengths = contents.numbers.positions, lengths
+            window = contents.settings.window
+            self._call = prepare(CallInputs(query, keys, values, contents.pages(), slots, scoring, window))
+            self._kind = kind
+        if self._call is None:
+            return None
+        return self._call(query, keys, values, slot, contents.seen)

@@ -1,0 +1,161 @@
+"""The state of a layer with a fixed maximum length: tensors whose addresses never change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from hf_kvcache.codecs.pages import PageEncoder
+
+#: Counters of each sequence: slots of the dense buffer in use, pages, whether the key mean is fixed, positions of the
+#: first and of the last token that is no padding (-1 before there is one), whether padding stands between them.
+LENGTH, PAGES, MEAN_KNOWN, FIRST, LAST, GAPS = range(6)
+_COUNTERS = 6
+
+
+@dataclass(frozen=True)
+class StaticSettings:
+    """What is fixed when the tensors of a layer are allocated.
+
+    Attributes:
+        encoder: makes page records.
+        sink_length: number of tokens at the start of a sequence that stay in full precision.
+        tail_length: number of newest tokens that stay in full precision.
+        max_length: number of tokens that a sequence can have, padding included.
+        window: number of tokens that a query sees, its own included; None for full attention.
+    """
+
+    encoder: PageEncoder
+    sink_length: int
+    tail_length: int
+    max_length: int
+    window: int | None
+
+    @property
+    def slots(self) -> int:
+        """Slots of the dense buffer: with the last one in use, a page is due."""
+        return self.sink_length + self.tail_length + self.encoder.layout.page_size
+
+    @property
+    def pages(self) -> int:
+        """Pages that a row can hold."""
+        page_size = self.encoder.layout.page_size
+        most = max(0, self.max_length - self.sink_length - self.tail_length) // page_size
+        return most if self.window is None else min(most, -(-self.window // page_size) + 1)
+
+    def start(self, seen: int) -> int:
+        """Position of the first token that the query at position ``seen`` may see."""
+        return 0 if self.window is None else max(seen - self.window + 1, 0)
+
+    def describe(self) -> str:
+        """The settings as a string, the same for equal settings."""
+        codec, layout = self.encoder.codec, self.encoder.layout
+        parts = [
+            f"{type(part).__module__}.{type(part).__qualname__} {vars(part)}" for part in (codec.keys, codec.values)
+        ]
+        sizes = (self.sink_length, self.tail_length, self.max_length, self.window, layout.page_size)
+        return f"{parts} {layout.sides} {sizes}"
+
+
+class StaticTensors(NamedTuple):
+    """The tensors of ``B`` sequences of ``H`` KV heads, with room for ``R`` pages a row and ``C`` dense slots.
+
+    Attributes:
+        records: uint8 ``[B * H * R, record_bytes]``.
+        key_mean: float32 ``[B, H, dim]``, what is subtracted from the rotated keys; ``dim`` is 0 if nothing is.
+        dense_keys: ``[B, H, C, Dk]``: sinks, then the tail.
+        dense_values: ``[B, H, C, Dv]``.
+        page_positions: int32 ``[B, R, P]``, the position of each packed token.
+        state: int64, the numbers that :class:`Numbers` names.
+    """
+
+    records: torch.Tensor
+    key_mean: torch.Tensor
+    dense_keys: torch.Tensor
+    dense_values: torch.Tensor
+    page_positions: torch.Tensor
+    state: torch.Tensor
+
+    @classmethod
+    @torch.inference_mode(False)
+    def allocate(cls, settings: StaticSettings, keys: torch.Tensor, values: torch.Tensor) -> StaticTensors:
+        """Tensors for keys ``[B, H, T, Dk]`` and values ``[B, H, T, Dv]`` like these, without a token."""
+        layout, (batch, heads) = settings.encoder.layout, keys.shape[:2]
+        slots, pages, device = settings.slots, settings.pages, keys.device
+        mean_dim = layout.sides["keys"].dim if settings.encoder.centered else 0
+        tensors = cls(
+            torch.zeros(batch * heads * pages, layout.record_bytes, dtype=torch.uint8, device=device),
+            torch.zeros(batch, heads, mean_dim, device=device),
+            keys.new_zeros(batch, heads, slots, keys.shape[3]),
+            values.new_zeros(batch, heads, slots, values.shape[3]),
+            torch.zeros(batch, pages, layout.page_size, dtype=torch.int32, device=device),
+            torch.zeros(_numbers(batch, heads, slots, pages), dtype=torch.int64, device=device),
+        )
+        Numbers(tensors).clear()
+        return tensors
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Sequences, KV heads, dense slots and pages a row."""
+        batch, heads, slots, _ = self.dense_keys.shape
+        return batch, heads, slots, self.page_positions.shape[1]
+
+    def select(self, settings: StaticSettings, rows: np.ndarray) -> StaticTensors:
+        """Copies of the sequences ``rows``, which may repeat, in new tensors."""
+        index, (_, heads, _, pages) = torch.from_numpy(rows), self.sizes
+        dense_keys, dense_values = self.dense_keys[index], self.dense_values[index]
+        other = StaticTensors.allocate(settings, dense_keys, dense_values)
+        records = self.records.view(pages, -1, heads, self.records.shape[1])[:, index]
+        chosen = StaticTensors(
+            records.view(other.records.shape),
+            self.key_mean[index],
+            dense_keys,
+            dense_values,
+            self.page_positions[index],
+            other.state,
+        )
+        new, old = Numbers(other), Numbers(self)
+        table_rows = (rows[:, None] * heads + np.arange(heads)).reshape(-1)
+        new.seen[:], new.counters[:], new.positions[:] = old.seen, old.counters[:, rows], old.positions[rows]
+        new.first[:] = old.first[table_rows]
+        columns = (old.places[table_rows] - table_rows[:, None]) // len(old.places)
+        new.places[:] = columns * len(new.places) + np.arange(len(new.places))[:, None]
+        return chosen
+
+
+def _numbers(batch: int, heads: int, slots: int, pages: int) -> int:
+    return 1 + batch * (_COUNTERS + slots) + 2 * batch * heads * pages
+
+
+class Numbers:
+    """Views of ``state`` on the host. Writing to them changes the state.
+
+    Attributes:
+        seen: ``[1]``, tokens seen, padding included.
+        counters: ``[6, B]``, see :data:`LENGTH` and those beside it.
+        positions: ``[B, C]``, positions of the tokens in the dense buffer.
+        places: ``[B * H, R]``, the record of each page.
+        first: ``[B * H, R]``, the position of each page's first token.
+    """
+
+    def __init__(self, tensors: StaticTensors) -> None:
+        batch, heads, slots, pages = tensors.sizes
+        flat, rows = tensors.state.numpy(), batch * heads
+        stops = np.cumsum([1, _COUNTERS * batch, batch * slots, rows * pages, rows * pages]).tolist()
+        self.seen = flat[: stops[0]]
+        self.counters = flat[stops[0] : stops[1]].reshape(_COUNTERS, batch)
+        self.positions = flat[stops[1] : stops[2]].reshape(batch, slots)
+        self.places = flat[stops[2] : stops[3]].reshape(rows, pages)
+        self.first = flat[stops[3] : stops[4]].reshape(rows, pages)
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.seen[:] = 0
+        self.counters[:] = 0
+        self.counters[FIRST:GAPS] = -1
+        rows, pages = self.places.shape
+        # Column by column, so that the pages that are read together lie together.
+        self.places[:] = np.arange(pages) * rows + np.arange(rows)[:, None]
