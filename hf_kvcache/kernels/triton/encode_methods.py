@@ -102,52 +102,52 @@ def float8(x, record, token, real, side: tl.constexpr):
 
 @triton.jit
 def nearest(y, side: tl.constexpr):
-    """The levels nearest to ``y``, and their codes. Levels are symmetric about 0: the magnitude is looked up."""
-    table: tl.constexpr = side.table
-    half: tl.constexpr = 1 << (side.bits - 1)
+    """The levels nearest to ``y``, which carry their codes: see :func:`codes_of`."""
+    levels: tl.constexpr = side.levels
+    edges: tl.constexpr = side.edges
     size = tl.abs(y)
     if side.bits == 1:
-        level = tl.full(y.shape, table[half], tl.float32)
-        index = tl.zeros(y.shape, tl.int32)
+        level = tl.full(y.shape, levels[0], tl.float32)
     elif side.bits == 2:
-        level, index = _of_two(size, half, side)
+        level = tl.where(size > edges[0], levels[1], levels[0])
     elif side.bits == 3:
-        level, index = _of_four(size, half, side)
+        upper = size > edges[1]
+        odd = size > tl.where(upper, edges[2], edges[0])
+        level = _one_of_four(upper, odd, 0, side)
     else:
-        upper_level, upper = _of_four(size, half + 4, side)
-        lower_level, lower = _of_four(size, half, side)
-        high = size > (table[half + 3] + table[half + 4]) / 2
-        level, index = tl.where(high, upper_level, lower_level), tl.where(high, upper + 4, lower)
-    positive = y > 0
-    return tl.where(positive, level, -level), tl.where(positive, half + index, half - 1 - index)
+        top = size > edges[3]
+        upper = size > tl.where(top, edges[5], edges[1])
+        odd = size > tl.where(top, tl.where(upper, edges[6], edges[4]), tl.where(upper, edges[2], edges[0]))
+        level = tl.where(top, _one_of_four(upper, odd, 4, side), _one_of_four(upper, odd, 0, side))
+    return tl.where(y > 0, level, -level)
 
 
 @triton.jit
-def _of_two(size, first: tl.constexpr, side: tl.constexpr):
-    """Of levels ``first`` and the next one, the nearest to ``size``, and whether it is the second one, as int32."""
-    table: tl.constexpr = side.table
-    high = size > (table[first] + table[first + 1]) / 2
-    return tl.where(high, table[first + 1], table[first]), high.to(tl.int32)
+def _one_of_four(upper, odd, first: tl.constexpr, side: tl.constexpr):
+    """Of level ``first`` and the next three, number ``2 * upper + odd``."""
+    levels: tl.constexpr = side.levels
+    return tl.where(
+        upper, tl.where(odd, levels[first + 3], levels[first + 2]), tl.where(odd, levels[first + 1], levels[first])
+    )
 
 
 @triton.jit
-def _of_four(size, first: tl.constexpr, side: tl.constexpr):
-    """Of level ``first`` and the next three, the nearest to ``size``, and its number among them."""
-    table: tl.constexpr = side.table
-    upper_level, upper = _of_two(size, first + 2, side)
-    lower_level, lower = _of_two(size, first, side)
-    high = size > (table[first + 1] + table[first + 2]) / 2
-    return tl.where(high, upper_level, lower_level), tl.where(high, upper + 2, lower)
+def codes_of(level, side: tl.constexpr):
+    """The codes of levels that :func:`nearest` gave: the last bits of positive ones, turned over in negative ones."""
+    number, most = level.to(tl.int32, bitcast=True), (1 << side.bits) - 1
+    return (number ^ (number >> 31)) & most
 
 
 @triton.jit
-def unbiased_gain(x, approximation):
-    """fp32 ``[block]``: the factor of each token that makes ``<x, factor * approximation>`` equal ``<x, x>``."""
-    length = tl.sqrt(tl.sum(x * x, 1))
-    other = tl.maximum(tl.sqrt(tl.sum(approximation * approximation, 1)), _TINY)
-    cosine = tl.sum(x * approximation, 1) / tl.maximum(length * other, _TINY)
-    slope = tl.where(cosine >= _POOR, 1.0 / tl.maximum(cosine, _POOR), tl.maximum(cosine, 0.0) / (_POOR * _POOR))
-    return slope * length / other
+def unbiased_gain(x, approximation, axis: tl.constexpr):
+    """The factor of each token that makes ``<x, factor * approximation>`` equal ``<x, x>``; less for a poor one."""
+    product = tl.sum(x * approximation, axis)
+    square = tl.sum(x * x, axis)
+    other = tl.maximum(tl.sum(approximation * approximation, axis), _TINY * _TINY)
+    # The cosine is compared by its square.
+    good = (product > 0) & (product * product >= _POOR * _POOR * square * other)
+    poor = tl.maximum(product, 0.0) / (other * (_POOR * _POOR))
+    return tl.where(good, square / tl.where(good, product, 1.0), poor)
 
 
 @triton.jit
@@ -155,79 +155,90 @@ def norms(x, record, token, real, there, side: tl.constexpr):
     """TurboQuant: levels of the direction, and a scale that gives the decoded vector the length of the original."""
     norm = tl.sqrt(tl.sum(x * x, 1))
     inverse = tl.sqrt(side.dim * 1.0) / tl.maximum(norm, 1e-12)
-    level, code = nearest(x * inverse[:, None], side)
-    level = keep(level, real, there, side)
+    level = keep(nearest(x * inverse[:, None], side), real, there, side)
     decoded = tl.sqrt(tl.sum(level * level, 1))
     store_by_token(record, side.scale_at, as_scale(norm / tl.where(real, decoded, 1.0)), token, real)
-    return code
+    return codes_of(level, side)
 
 
 @triton.jit
 def unbiased_values(x, record, token, real, there, side: tl.constexpr):
     """A scale for each token."""
     scale = tl.maximum(tl.sqrt(tl.sum(x * x, 1) / side.dim), _TINY)
-    level, code = nearest(x * (1.0 / scale)[:, None], side)
-    level = keep(level, real, there, side)
+    level = keep(nearest(x * (1.0 / scale)[:, None], side), real, there, side)
     fitted = tl.sum(x * level, 1) / tl.where(real, tl.sum(level * level, 1), 1.0)
     scale = tl.maximum(as_scale(fitted).to(tl.float32), _TINY)
-    level, code = nearest(x * (1.0 / scale)[:, None], side)
-    gain = unbiased_gain(x, keep(level, real, there, side))
+    level = keep(nearest(x * (1.0 / scale)[:, None], side), real, there, side)
+    gain = unbiased_gain(x, level, 1)
     store_by_token(record, side.scale_at, as_scale(gain), token, real)
-    return code
+    return codes_of(level, side)
 
 
 @triton.jit
 def unbiased_keys(x, record, token, real, there, side: tl.constexpr):
-    """A scale and a zero point for each channel, and a gain for each token."""
-    gain, scale, zero = _standardize(x, real, there, side)
-    level, code = nearest((x * (1.0 / gain)[:, None] - zero[None, :]) * (1.0 / scale)[None, :], side)
-    level = keep(level, real, there, side)
-    scale, zero = _fit_line(level, x, 1.0 / gain, real, there, side)
-    fitted = level * scale[None, :] + zero[None, :]
-    fitted_gain = tl.sum(x * fitted, 1) / tl.maximum(tl.sum(fitted * fitted, 1), _TINY)
-    inverse = 1.0 / tl.where(fitted_gain > gain / 4, fitted_gain, gain)
+    """A scale and a zero point for each channel, and a gain for each token. Tiles are turned: ``[dim_pad, block]``.
+
+    Registers hold ``x`` and its levels, and what else has their size is made anew each time: hence sums in one pass,
+    of numbers less about their mean, and codes from levels.
+    """
+    inverse, scale, zero = _standardize(x, real, there, side)
+    level = _levels(x, inverse, scale, zero, real, there, side)
+    scale, zero = _fit_line(level, x, inverse, zero, real, there, side)
+    fitted = level * scale[:, None] + zero[:, None]
+    fitted_gain = tl.sum(x * fitted, 0) / tl.maximum(tl.sum(fitted * fitted, 0), _TINY)
+    inverse = tl.where(fitted_gain * inverse > 0.25, 1.0 / tl.maximum(fitted_gain, _TINY), inverse)
     scale, zero = tl.maximum(as_scale(scale).to(tl.float32), _TINY), as_scale(zero).to(tl.float32)
-    level, code = nearest((x * inverse[:, None] - zero[None, :]) * (1.0 / scale)[None, :], side)
-    level = keep(level, real, there, side)
-    scale, zero = _fit_line(level, x, inverse, real, there, side)
+    level = _levels(x, inverse, scale, zero, real, there, side)
+    scale, zero = _fit_line(level, x, inverse, zero, real, there, side)
     store_by_channel(record, side.scale_at, as_scale(scale), 0, side)
     store_by_channel(record, side.zero_at, as_scale(zero), 0, side)
     # The gain is fitted last, to the vectors as they will be decoded.
-    decoded = level * as_scale(scale).to(tl.float32)[None, :] + as_scale(zero).to(tl.float32)[None, :]
-    store_by_token(record, side.other_at, as_scale(unbiased_gain(x, decoded)), token, real)
-    return code
+    decoded = level * as_scale(scale).to(tl.float32)[:, None] + as_scale(zero).to(tl.float32)[:, None]
+    store_by_token(record, side.other_at, as_scale(unbiased_gain(x, decoded, 0)), token, real)
+    return tl.trans(codes_of(level, side))
+
+
+@triton.jit
+def _levels(x, inverse, scale, zero, real, there, side: tl.constexpr):
+    """The levels of ``(x * inverse - zero) / scale``, 0 where there is no token or no channel."""
+    level = nearest((x * inverse[None, :] - zero[:, None]) * (1.0 / scale)[:, None], side)
+    return keep(level, real, there, side)
 
 
 @triton.jit
 def _standardize(x, real, there, side: tl.constexpr):
-    """A gain for each token, and a scale and a mean for each channel, that make the entries close to N(0, 1)."""
-    gain = tl.full([side.block], 1.0, tl.float32)
-    mean, scale = _moments(x, real, there, side)
+    """The inverse of a gain for each token, and a scale and a mean for each channel, with entries close to N(0, 1)."""
+    inverse = tl.full([side.block], 1.0, tl.float32)
+    mean, scale = _moments(x, inverse, tl.sum(x, 1) / side.page, real, there, side)
     for _ in tl.static_range(2):
-        y = (x - mean[None, :] * gain[:, None]) * (1.0 / scale)[None, :]
-        gain = tl.maximum(tl.sqrt(tl.sum(y * y, 1) / side.dim), 1e-4)
-        mean, scale = _moments(x * (1.0 / gain)[:, None], real, there, side)
-    return gain, scale, mean
+        y = (x * inverse[None, :] - mean[:, None]) * (1.0 / scale)[:, None]
+        # The gain grows by the root of the mean square, and is 1e-4 at least.
+        inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(y * y, 0) / side.dim) / inverse, 1e-4)
+        mean, scale = _moments(x, inverse, mean, real, there, side)
+    return inverse, scale, mean
 
 
 @triton.jit
-def _moments(y, real, there, side: tl.constexpr):
-    """The mean and the standard deviation of each channel."""
-    mean = tl.sum(y, 0) / side.page
-    y = keep(y - mean[None, :], real, there, side)
-    return mean, tl.maximum(tl.sqrt(tl.sum(y * y, 0) / side.page), _TINY)
+def _moments(x, inverse, near, real, there, side: tl.constexpr):
+    """The mean and the standard deviation of each channel of ``x * inverse``; ``near`` is a number near the mean."""
+    y = keep(x * inverse[None, :] - near[:, None], real, there, side)
+    mean = tl.sum(y, 1) / side.page
+    variance = tl.sum(y * y, 1) / side.page - mean * mean
+    return near + mean, tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)), _TINY)
 
 
 @triton.jit
-def _fit_line(level, x, inverse, real, there, side: tl.constexpr):
-    """Scale and zero of each channel that bring ``level * scale + zero`` closest to ``x * inverse``."""
-    level_mean = tl.sum(level, 0) / side.page
-    y = x * inverse[:, None]
-    y_mean = tl.sum(y, 0) / side.page
-    spread = keep(level - level_mean[None, :], real, there, side)
-    covariance = tl.sum(spread * (y - y_mean[None, :]), 0)
-    scale = tl.maximum(covariance / tl.maximum(tl.sum(spread * spread, 0), _TINY), _TINY)
-    return scale, y_mean - scale * level_mean
+def _fit_line(level, x, inverse, near, real, there, side: tl.constexpr):
+    """Scale and zero of each channel that bring ``level * scale + zero`` closest to ``x * inverse``.
+
+    ``near`` is a number near the mean of ``x * inverse``. The mean of the levels is near 0.
+    """
+    y = keep(x * inverse[None, :] - near[:, None], real, there, side)
+    level_mean, mean = tl.sum(level, 1) / side.page, tl.sum(y, 1) / side.page
+    covariance = tl.sum(level * y, 1) / side.page - level_mean * mean
+    variance = tl.sum(level * level, 1) / side.page - level_mean * level_mean
+    scale = tl.maximum(covariance / tl.maximum(variance, _TINY / side.page), _TINY)
+    return scale, near + mean - scale * level_mean
 
 
 @triton.jit

@@ -11,10 +11,12 @@ but for 3 bits ``2 * (p % 4) + p // 4 % 2``.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -58,7 +60,8 @@ class EncodedSide:
         zero_at: that of the zero points.
         other_at: that of the second scales.
         paddings: where fields end that have padding behind them.
-        table: the levels of a table.
+        levels: the positive levels of a table, see :func:`marked_levels`.
+        edges: the middles between them.
         element: element type of dense pages.
         rotated: whether vectors are multiplied with a rotation first.
         centered: whether a key mean is subtracted then.
@@ -82,7 +85,8 @@ class EncodedSide:
     zero_at: int
     other_at: int
     paddings: tuple[int, ...]
-    table: tuple[float, ...]
+    levels: tuple[float, ...]
+    edges: tuple[float, ...]
     element: Any
     rotated: bool
     centered: bool
@@ -93,6 +97,11 @@ class EncodedSide:
     def segment(self) -> int:
         """Channels of a segment."""
         return self.dim // self.segments
+
+    @property
+    def turned(self) -> bool:
+        """Whether tiles are ``[dim_pad, block]``: a thread then holds few channels and many tokens of a tile."""
+        return self.method == "unbiased_keys"
 
     @property
     def full(self) -> bool:
@@ -114,7 +123,8 @@ def describe(layout: PageLayout, name: str, method: str, dtype: torch.dtype, pre
     dim_pad = max(LEAST, triton.next_power_of_2(fmt.dim))
     channel = fmt.level != "dense" and fmt.axis == "channel"
     whole = method in WHOLE_PAGES
-    most = max(LEAST, min(ELEMENTS // dim_pad, triton.next_power_of_2(page)))
+    elements = ELEMENTS if dim_pad <= 256 else ELEMENTS // 2  # more of the rotation's columns wait in registers
+    most = max(LEAST, min(elements // dim_pad, triton.next_power_of_2(page)))
     tokens = page if whole else fmt.group if channel else min(most, page)
     fields = {
         field: layout.fields[f"{name}.{field}"]
@@ -141,13 +151,26 @@ def describe(layout: PageLayout, name: str, method: str, dtype: torch.dtype, pre
         zero_at=at[2],
         other_at=at[3],
         paddings=tuple(end for end in ends if end % ALIGNMENT),
-        table=fmt.table,
+        levels=marked_levels(fmt.table),
+        edges=tuple((a + b) / 2 for a, b in itertools.pairwise(fmt.table[len(fmt.table) // 2 :])),
         element=None if fmt.dense_dtype is None else TRITON_TYPES[fmt.dense_dtype],
         rotated=fmt.level != "dense" and fmt.rotation != "none",
         centered=fmt.level != "dense" and fmt.centered,
         depth=max(LEAST, depth),
         precision=precision,
     )
+
+
+def marked_levels(table: tuple[float, ...]) -> tuple[float, ...]:
+    """The positive levels of a table that is symmetric about 0, each with its code as the last bits of its float32.
+
+    That changes a level by 2e-6 of itself at most, half precision's rounding of scales by 5e-4. A kernel then carries
+    levels alone, for codes and numbers in registers of their own do not fit.
+    """
+    positive = np.array(table[len(table) // 2 :], dtype=np.float32)
+    codes = np.arange(len(positive), 2 * len(positive), dtype=np.uint32)
+    mask = np.uint32(max(len(table) - 1, 0))
+    return tuple(((positive.view(np.uint32) & ~mask) | codes).view(np.float32).tolist())
 
 
 def segments_of(bits: int) -> int:
@@ -170,7 +193,7 @@ def rotation_by_places(
         device: where the result is to be.
 
     Returns:
-        ``[dim_pad, dim_pad]`` of -1, 0 and 1 in ``dtype``, and fp32 ``[dim_pad]``; 0 where no channel is.
+        ``[places, channels]``, padded, of -1, 0 and 1 in ``dtype``, and fp32 ``[dim_pad]``; 0 where no channel is.
     """
     # A cached tensor made under inference_mode could not be used outside it.
     with torch.inference_mode(False):
@@ -183,7 +206,7 @@ def rotation_by_places(
         there = place // segments < dim // segments
         channel = (segment * (dim // segments) + place // segments)[there]
         signs = torch.zeros(dim_pad, dim_pad, dtype=dtype, device="cpu")
-        signs[:dim, there] = matrix[:, channel].sign().to(dtype)
+        signs[there, :dim] = matrix.T[channel].sign().to(dtype)
         factors = torch.zeros(dim_pad, device="cpu")
         factors[there] = matrix[:, channel].abs().amax(0).float()
         return signs.to(device), factors.to(device)
@@ -211,33 +234,52 @@ def load_rotated(source, stride, token, real, signs, factors, key_mean, side: tl
         signs: the rotation from :func:`rotation_by_places`, or anything if there is none.
         factors: its factors.
         key_mean: pointer to the rotated mean, fp32 ``[dim]``, or anything if there is none.
-        side: description of the side.
+        side: description of the side. If it is ``turned``, the result is ``[dim_pad, block]``.
     """
     channel, there = places(side)
     rows = source + token[:, None] * stride
     if side.rotated:
         place = tl.arange(0, side.dim_pad)
-        x = tl.zeros([side.block, side.dim_pad], tl.float32)
+        if side.turned:
+            x = tl.zeros([side.dim_pad, side.block], tl.float32)
+        else:
+            x = tl.zeros([side.block, side.dim_pad], tl.float32)
         steps: tl.constexpr = side.dim_pad // side.depth
-        for step in tl.static_range(steps):
+        for step in range(steps):
             k = step * side.depth + tl.arange(0, side.depth)
             part = tl.load(rows + k[None, :], mask=real[:, None] & (k < side.dim)[None, :], other=0.0)
-            columns = tl.load(signs + k[:, None] * side.dim_pad + place[None, :])
-            x = tl.dot(part, columns, x, input_precision=side.precision)
-        x = x * tl.load(factors + place)[None, :]
+            if side.turned:
+                columns = tl.load(signs + place[:, None] * side.dim_pad + k[None, :])
+                x = tl.dot(columns, tl.trans(part), x, input_precision=side.precision)
+            else:
+                columns = tl.load(signs + place[None, :] * side.dim_pad + k[:, None])
+                x = tl.dot(part, columns, x, input_precision=side.precision)
+        x = x * turn(tl.load(factors + place), side)
     else:
         x = tl.load(rows + channel[None, :], mask=real[:, None] & there[None, :], other=0.0).to(tl.float32)
+        if side.turned:
+            x = tl.trans(x)
     if side.centered:
-        mean = tl.load(key_mean + channel, mask=there, other=0.0)
-        x = keep(x - mean[None, :], real, there, side)
+        x = keep(x - turn(tl.load(key_mean + channel, mask=there, other=0.0), side), real, there, side)
     return x
 
 
 @triton.jit
+def turn(x, side: tl.constexpr):
+    """A number of each place ``[dim_pad]`` as it broadcasts to the tile."""
+    if side.turned:
+        return x[:, None]
+    else:
+        return x[None, :]
+
+
+@triton.jit
 def keep(x, real, there, side: tl.constexpr):
-    """``x [block, dim_pad]``, 0 where there is no token or no channel."""
+    """A tile, 0 where there is no token or no channel."""
     if side.full:
         return x
+    elif side.turned:
+        return tl.where(real[None, :] & there[:, None], x, 0.0)
     else:
         return tl.where(real[:, None] & there[None, :], x, 0.0)
 
