@@ -106,29 +106,11 @@ def nearest(y, side: tl.constexpr):
     levels: tl.constexpr = side.levels
     edges: tl.constexpr = side.edges
     size = tl.abs(y)
-    if side.bits == 1:
-        level = tl.full(y.shape, levels[0], tl.float32)
-    elif side.bits == 2:
-        level = tl.where(size > edges[0], levels[1], levels[0])
-    elif side.bits == 3:
-        upper = size > edges[1]
-        odd = size > tl.where(upper, edges[2], edges[0])
-        level = _one_of_four(upper, odd, 0, side)
-    else:
-        top = size > edges[3]
-        upper = size > tl.where(top, edges[5], edges[1])
-        odd = size > tl.where(top, tl.where(upper, edges[6], edges[4]), tl.where(upper, edges[2], edges[0]))
-        level = tl.where(top, _one_of_four(upper, odd, 4, side), _one_of_four(upper, odd, 0, side))
+    # One by one: a comparison and a choice take their constants as part of the instruction, and no registers.
+    level = tl.full(y.shape, levels[0], tl.float32)
+    for i in tl.static_range(len(edges)):
+        level = tl.where(size > edges[i], levels[i + 1], level)
     return tl.where(y > 0, level, -level)
-
-
-@triton.jit
-def _one_of_four(upper, odd, first: tl.constexpr, side: tl.constexpr):
-    """Of level ``first`` and the next three, number ``2 * upper + odd``."""
-    levels: tl.constexpr = side.levels
-    return tl.where(
-        upper, tl.where(odd, levels[first + 3], levels[first + 2]), tl.where(odd, levels[first + 1], levels[first])
-    )
 
 
 @triton.jit
@@ -183,13 +165,14 @@ def unbiased_keys(x, record, token, real, there, side: tl.constexpr):
     """
     inverse, scale, zero = _standardize(x, real, there, side)
     level = _levels(x, inverse, scale, zero, real, there, side)
-    scale, zero = _fit_line(level, x, inverse, zero, real, there, side)
+    # Not about `zero` itself: the compiler would keep the differences that the levels were found from, one more tile.
+    scale, zero = _fit_line(level, x, inverse, zero + scale, real, there, side)
     fitted = level * scale[:, None] + zero[:, None]
     fitted_gain = tl.sum(x * fitted, 0) / tl.maximum(tl.sum(fitted * fitted, 0), _TINY)
     inverse = tl.where(fitted_gain * inverse > 0.25, 1.0 / tl.maximum(fitted_gain, _TINY), inverse)
     scale, zero = tl.maximum(as_scale(scale).to(tl.float32), _TINY), as_scale(zero).to(tl.float32)
     level = _levels(x, inverse, scale, zero, real, there, side)
-    scale, zero = _fit_line(level, x, inverse, zero, real, there, side)
+    scale, zero = _fit_line(level, x, inverse, zero + scale, real, there, side)
     store_by_channel(record, side.scale_at, as_scale(scale), 0, side)
     store_by_channel(record, side.zero_at, as_scale(zero), 0, side)
     # The gain is fitted last, to the vectors as they will be decoded.
