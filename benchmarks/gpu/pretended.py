@@ -93,14 +93,14 @@ def install() -> None:
     triton.runtime.driver.set_active(Driver())
     from hf_kvcache.codecs import pages as encoding
     from hf_kvcache.kernels import dispatch
-    from hf_kvcache.kernels.triton import configs, latent_decode, launch, pack
+    from hf_kvcache.kernels.triton import configs, encode, latent_decode, launch, pack
 
     replaced: dict[str, Any] = {
         "architecture": lambda device: "sm90",
         "architecture_of": lambda device: "sm90",
         "programs_wanted": lambda device: 2 * _PROPERTIES["multiprocessor_count"],
     }
-    for module in (configs, launch, latent_decode, pack):
+    for module in (configs, encode, latent_decode, launch, pack):
         for name, value in replaced.items():
             if hasattr(module, name):
                 setattr(module, name, value)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from hf_kvcache.kernels.page import PageLayout, SideFormat
-from hf_kvcache.kernels.triton import encode_cases, key_mean
+from hf_kvcache.kernels.triton import encode_cases
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import architecture as architecture_of
 from hf_kvcache.kernels.triton.configs import dot_precision, lanes
@@ -41,6 +41,10 @@ from hf_kvcache.kernels.triton.encode_side import (
     store_codes,
     store_padding,
 )
+from hf_kvcache.kernels.triton.key_mean import compile_cases as mean_cases
+from hf_kvcache.kernels.triton.key_mean import key_mean, supports_mean
+
+__all__ = ["compile_cases", "encode_pages", "key_mean", "supports_encoding", "supports_mean"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Elements of a program's tile that a thread holds.
@@ -215,14 +219,38 @@ def _encode_kernel(
         of_keys = count * KEYS.blocks
         if program < of_keys:
             _encode_side(
-                keys, keys_sequence, keys_head, keys_token, key_signs, key_factors, key_mean,
-                records, stride, program, rows, heads, KEYS, ADDRESSES,
+                keys,
+                keys_sequence,
+                keys_head,
+                keys_token,
+                key_signs,
+                key_factors,
+                key_mean,
+                records,
+                stride,
+                program,
+                rows,
+                heads,
+                KEYS,
+                ADDRESSES,
             )
     if VALUES is not None:
         if program >= of_keys:
             _encode_side(
-                values, values_sequence, values_head, values_token, value_signs, value_factors, key_mean,
-                records, stride, program - of_keys, rows, heads, VALUES, ADDRESSES,
+                values,
+                values_sequence,
+                values_head,
+                values_token,
+                value_signs,
+                value_factors,
+                key_mean,
+                records,
+                stride,
+                program - of_keys,
+                rows,
+                heads,
+                VALUES,
+                ADDRESSES,
             )
 
 
@@ -309,4 +337,4 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 tensor_cores=keys.rotated and dtype != torch.float32,
             )
         )
-    return cases + key_mean.compile_cases(architecture)
+    return cases + mean_cases(architecture)

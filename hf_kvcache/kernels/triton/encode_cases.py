@@ -41,7 +41,9 @@ def formats(codec: str, dims: tuple[int, int]) -> tuple[SideFormat, SideFormat, 
         return SideFormat(key_dim, bits, group=64, rotation="hadamard"), dense, ("integer", "dense")
     if name == "unbiased":
         keys = SideFormat(key_dim, bits, "table", "channel", _PAGE, True, True, "hadamard", True, table)
-        values = SideFormat(value_dim, bits, "table", group=value_dim, zero=False, rotation="signed_hadamard", table=table)
+        values = SideFormat(
+            value_dim, bits, "table", group=value_dim, zero=False, rotation="signed_hadamard", table=table
+        )
         return keys, values, ("unbiased_keys", "unbiased_values")
     other, method = name == "kvarn", "kvarn" if name == "kvarn" else "integer"
     rotation: Any = "none" if name == "int" else "hadamard"
@@ -58,7 +60,9 @@ def described(
     """The descriptions of both sides of a case."""
     keys, values, methods = formats(codec, dims)
     layout, precision = PageLayout(keys, values, _PAGE), dot_precision(architecture)
-    made = [describe(layout, side, method, dtype, precision) for side, method in zip(layout.sides, methods, strict=True)]
+    made = [
+        describe(layout, side, method, dtype, precision) for side, method in zip(layout.sides, methods, strict=True)
+    ]
     return made[0], made[1]
 
 

@@ -87,7 +87,9 @@ def integers_by_group(x, record, token, real, side: tl.constexpr):
 @triton.jit
 def float8(x, record, token, real, side: tl.constexpr):
     """e4m3 with a scale for each token."""
-    scale = as_scale(tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), tl.full([side.block], _FLOAT8_MAX, tl.float32)), _SCALE_MIN))
+    scale = as_scale(
+        tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), tl.full([side.block], _FLOAT8_MAX, tl.float32)), _SCALE_MIN)
+    )
     store_by_token(record, side.scale_at, scale, token, real)
     y = tl.div_rn(x, scale.to(tl.float32)[:, None] + tl.zeros_like(x))
     magnitude = tl.minimum(tl.abs(y), _FLOAT8_MAX)

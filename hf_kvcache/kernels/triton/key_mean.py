@@ -115,7 +115,14 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         CompileCase(
             "key mean D=128",
             _mean_kernel,
-            {"sums": "*fp32", "stretches": "i32", "tokens": "i32", "signs": "*fp32", "factors": "*fp32", "mean": "*fp32"},
+            {
+                "sums": "*fp32",
+                "stretches": "i32",
+                "tokens": "i32",
+                "signs": "*fp32",
+                "factors": "*fp32",
+                "mean": "*fp32",
+            },
             constants | {"DEPTH": _DEPTH},
             num_warps=_WARPS,
             num_stages=1,
