@@ -36,7 +36,7 @@ def encode_pages(
 
 
 def write_key_mean(fmt: SideFormat, keys: torch.Tensor, mean: torch.Tensor) -> bool:
-    """Write the mean of ``keys [b, heads, n, D]`` over their tokens, rotated, into ``mean [b, heads, D]``, if a kernel can.
+    """Write the rotated mean of ``keys [b, heads, n, D]`` over tokens into ``mean [b, heads, D]``, if a kernel can.
 
     Returns:
         Whether it was written.

@@ -238,7 +238,7 @@ class PageWriter:
         table.append(table_rows, ids.T, paged[:, :, 0].repeat(table.heads, 0), self.page_size)
 
     def _key_mean_of(self, rows: np.ndarray) -> torch.Tensor | None:
-        """The key mean of the sequences ``rows``, ``[b, page heads, dim]``, a view if it can be; None if there is none."""
+        """The key mean of the sequences ``rows``, ``[b, page heads, dim]``; None if there is none."""
         return None if self.key_mean is None else self.key_mean[_index(rows, self.key_mean.device)]
 
     def _fix_mean_of(self, rows: np.ndarray, keys: torch.Tensor) -> None:

@@ -119,7 +119,7 @@ def _supports_side(fmt: SideFormat, page_size: int, method: str | None, dtype: t
         return True
     if dtype not in _DTYPES or method not in _KNOWN or not _KNOWN[method](fmt, page_size):
         return False
-    if fmt.level == "dense" or fmt.axis == "token" and method not in WHOLE_PAGES:
+    if fmt.level == "dense" or (fmt.axis == "token" and method not in WHOLE_PAGES):
         tokens = LEAST
     else:
         tokens = page_size if method in WHOLE_PAGES else fmt.group
@@ -234,7 +234,7 @@ def _encode_kernel(
                 KEYS,
                 ADDRESSES,
             )
-    if VALUES is not None:
+    if VALUES is not None:  # noqa: SIM102 (this one is decided by the compiler)
         if program >= of_keys:
             _encode_side(
                 values,

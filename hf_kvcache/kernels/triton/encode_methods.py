@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_kvcache.kernels.triton.encode_side import as_scale, keep, places, store_by_channel, store_by_token
+from hf_kvcache.kernels.triton.encode_side import as_scale, keep, store_by_channel, store_by_token
 
 #: 1.5 * 2**23: adding and subtracting it rounds to the nearest whole number, ties to even, as torch does.
 _ROUNDER = tl.constexpr(12582912.0)

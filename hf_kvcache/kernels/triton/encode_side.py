@@ -1,8 +1,8 @@
 """One side of a page as the encoding kernel sees it, and the parts of that kernel that all methods share.
 
-A program holds a tile of some tokens in registers. Its columns are *places*, an order of the channels in which the codes
-of a byte stand side by side, so that bytes are put together without data crossing threads. The rotation is a matrix
-product on the matrix units, and its columns come in any order at no cost: the places are the columns of the matrix.
+A program holds a tile of some tokens in registers. Its columns are *places*, an order of the channels in which the
+codes of a byte stand side by side. The rotation is a matrix product on the matrix units, whose columns may come in any
+order: the places are the columns of the matrix.
 
 A row of codes has :attr:`EncodedSide.segments` segments (8 for 3 bits, whose two planes have 4 and 8). The channel at
 place ``p`` is number ``p // segments`` of the segment that ``p % segments`` stands for, which is that number itself,

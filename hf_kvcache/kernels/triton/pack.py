@@ -1,6 +1,6 @@
 """Bit packing and page decoding by Triton kernels.
 
-:mod:`~hf_kvcache.kernels.triton.encode` rounds and packs in one launch. Codes that were rounded in torch are packed here.
+:mod:`~hf_kvcache.kernels.triton.encode` rounds and packs in one launch. Codes rounded in torch are packed here.
 
 A row is read in eighths of ``D / 8`` elements. A plane of ``w`` bits has ``w`` eighths of bytes, and the bytes of its
 eighth ``r`` hold the elements of the eighths ``r``, ``r + w``, ``r + 2 w``, ..., the first in the lowest bits.
