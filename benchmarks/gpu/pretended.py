@@ -163,6 +163,7 @@ def counts_of(codec: str, tokens: int) -> dict[str, dict[str, int]]:
     first.step(query, keys, values)
     first.cache.layers[0].flush()
     method = Ours(codec, heads, dim)
+    method.module(32, dim)  # whose weights are not the cache's
     layer, new = method.cache.layers[0], (query, key, value)
     found: dict[str, dict[str, int]] = {}
     with Counts().counting() as found["prompt"]:

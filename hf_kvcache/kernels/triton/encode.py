@@ -16,7 +16,7 @@ from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton import encode_cases
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import architecture as architecture_of
-from hf_kvcache.kernels.triton.configs import dot_precision, lanes
+from hf_kvcache.kernels.triton.configs import lanes
 from hf_kvcache.kernels.triton.device import on_their_device
 from hf_kvcache.kernels.triton.encode_methods import (
     evened,
@@ -35,6 +35,7 @@ from hf_kvcache.kernels.triton.encode_side import (
     EncodedSide,
     describe,
     load_rotated,
+    operand_of,
     places,
     rotation_by_places,
     segments_of,
@@ -91,8 +92,8 @@ def encode_pages(
     sides, rotations = [], []
     for name, method, x in zip(layout.sides, methods, (keys, values), strict=True):
         fmt = layout.sides[name]
-        side = None if fmt.dim == 0 else describe(layout, name, str(method), x.dtype, dot_precision(arch))
-        rotations += [None, None] if side is None else _rotation(side, fmt, x)
+        side = None if fmt.dim == 0 else describe(layout, name, str(method), x.dtype, arch)
+        rotations += [None, None] if side is None else _rotation(side, fmt, x, arch)
         sides.append(side)
     blocks = sum(side.blocks for side in sides if side is not None)
     _encode_kernel[(rows * count * blocks,)](
@@ -159,11 +160,13 @@ _KNOWN: dict[str | None, Callable[[SideFormat, int], bool]] = {
 }
 
 
-def _rotation(side: EncodedSide, fmt: SideFormat, x: torch.Tensor) -> list[torch.Tensor | None]:
+def _rotation(side: EncodedSide, fmt: SideFormat, x: torch.Tensor, arch: str) -> list[torch.Tensor | None]:
     """Signs and factors of a side's rotation; Nones if there is none."""
     if not side.rotated:
         return [None, None]
-    return list(rotation_by_places(side.dim, side.dim_pad, side.bits, fmt.rotation, x.dtype, x.device))
+    return list(
+        rotation_by_places(side.dim, side.dim_pad, side.bits, fmt.rotation, operand_of(x.dtype, arch), x.device)
+    )
 
 
 def _warps(sides: list[EncodedSide | None], arch: str) -> int:
@@ -334,7 +337,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 num_warps=_warps([keys, values], architecture),
                 num_stages=1,
                 aligned=encode_cases.aligned(signature),
-                tensor_cores=keys.rotated and dtype != torch.float32,
+                tensor_cores=keys.rotated,
             )
         )
     return cases + mean_cases(architecture)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from hf_kvcache.kernels.page import PageLayout, SideFormat
-from hf_kvcache.kernels.triton.configs import dot_precision
 from hf_kvcache.kernels.triton.encode_side import EncodedSide, describe
 
 _PAGE = 128
@@ -59,9 +58,9 @@ def described(
 ) -> tuple[EncodedSide, EncodedSide]:
     """The descriptions of both sides of a case."""
     keys, values, methods = formats(codec, dims)
-    layout, precision = PageLayout(keys, values, _PAGE), dot_precision(architecture)
+    layout = PageLayout(keys, values, _PAGE)
     made = [
-        describe(layout, side, method, dtype, precision) for side, method in zip(layout.sides, methods, strict=True)
+        describe(layout, side, method, dtype, architecture) for side, method in zip(layout.sides, methods, strict=True)
     ]
     return made[0], made[1]
 
@@ -74,7 +73,7 @@ def arguments(keys: EncodedSide, values: EncodedSide, dtype: torch.dtype) -> tup
     constants: dict[str, Any] = {"KEYS": keys, "VALUES": values, "ADDRESSES": False}
     for name, side in zip(_ROTATIONS, (keys, keys, values, values), strict=True):
         if side.rotated:
-            signature[name] = element if name.endswith("signs") else "*fp32"
+            signature[name] = "*bf16" if name.endswith("signs") else "*fp32"
         else:
             constants[name] = None
     if keys.centered:

@@ -66,7 +66,7 @@ class EncodedSide:
         rotated: whether vectors are multiplied with a rotation first.
         centered: whether a key mean is subtracted then.
         depth: channels of the unrotated vectors that a step of the matrix product takes.
-        precision: how dot products of fp32 are to be done.
+        operand: type in which that product takes vectors and signs.
     """
 
     method: str
@@ -91,7 +91,7 @@ class EncodedSide:
     rotated: bool
     centered: bool
     depth: int
-    precision: str
+    operand: Any
 
     @property
     def segment(self) -> int:
@@ -109,7 +109,7 @@ class EncodedSide:
         return self.dim == self.dim_pad and self.tokens == self.block and self.page % self.tokens == 0
 
 
-def describe(layout: PageLayout, name: str, method: str, dtype: torch.dtype, precision: str) -> EncodedSide:
+def describe(layout: PageLayout, name: str, method: str, dtype: torch.dtype, arch: str) -> EncodedSide:
     """The compile-time description of side ``name`` of a layout, for vectors of a dtype.
 
     Args:
@@ -117,13 +117,14 @@ def describe(layout: PageLayout, name: str, method: str, dtype: torch.dtype, pre
         name: ``"keys"`` or ``"values"``.
         method: name of the encoding.
         dtype: of the vectors that are encoded.
-        precision: how dot products of fp32 are to be done, as in ``tl.dot``.
+        arch: the architecture.
     """
     fmt, page = layout.sides[name], layout.page_size
     dim_pad = max(LEAST, triton.next_power_of_2(fmt.dim))
     channel = fmt.level != "dense" and fmt.axis == "channel"
     whole = method in WHOLE_PAGES
-    elements = ELEMENTS if dim_pad <= 256 else ELEMENTS // 2  # more of the rotation's columns wait in registers
+    # More of the rotation's columns, or the parts of float32, wait in registers too.
+    elements = ELEMENTS // 2 if dim_pad > 256 or dtype == torch.float32 else ELEMENTS
     most = max(LEAST, min(elements // dim_pad, triton.next_power_of_2(page)))
     tokens = page if whole else fmt.group if channel else min(most, page)
     fields = {
@@ -133,7 +134,7 @@ def describe(layout: PageLayout, name: str, method: str, dtype: torch.dtype, pre
     }
     at = [fields[field].offset if field in fields else -1 for field in ("codes", "scale", "zero", "other")]
     ends = (field.offset + field.nbytes for field in fields.values())
-    depth = min(dim_pad, _MOST_DEPTH // (2 if dtype == torch.float32 else 1), _MOST_DEPTH * 128 // dim_pad)
+    depth = min(dim_pad, _MOST_DEPTH // (4 if dtype == torch.float32 else 1), _MOST_DEPTH * 128 // dim_pad)
     return EncodedSide(
         method=method,
         dim=fmt.dim,
@@ -157,8 +158,16 @@ def describe(layout: PageLayout, name: str, method: str, dtype: torch.dtype, pre
         rotated=fmt.level != "dense" and fmt.rotation != "none",
         centered=fmt.level != "dense" and fmt.centered,
         depth=max(LEAST, depth),
-        precision=precision,
+        operand=TRITON_TYPES[operand_of(dtype, arch)],
     )
+
+
+def operand_of(dtype: torch.dtype, arch: str) -> torch.dtype:
+    """The type in which vectors of a dtype are multiplied with the signs of a rotation, which are exact in all.
+
+    The interpreter multiplies no bfloat16. Vectors in float32 become sums of three in bfloat16, which has their range.
+    """
+    return torch.float32 if arch == "cpu" else torch.float16 if dtype == torch.float16 else torch.bfloat16
 
 
 def marked_levels(table: tuple[float, ...]) -> tuple[float, ...]:
@@ -189,7 +198,7 @@ def rotation_by_places(
         dim_pad: number of places.
         bits: bits of a code.
         kind: the rotation.
-        dtype: of the vectors. Signs are exact in all of them, so products with the vectors are too.
+        dtype: of the signs.
         device: where the result is to be.
 
     Returns:
@@ -250,10 +259,9 @@ def load_rotated(source, stride, token, real, signs, factors, key_mean, side: tl
             part = tl.load(rows + k[None, :], mask=real[:, None] & (k < side.dim)[None, :], other=0.0)
             if side.turned:
                 columns = tl.load(signs + place[:, None] * side.dim_pad + k[None, :])
-                x = tl.dot(columns, tl.trans(part), x, input_precision=side.precision)
             else:
                 columns = tl.load(signs + place[None, :] * side.dim_pad + k[:, None])
-                x = tl.dot(part, columns, x, input_precision=side.precision)
+            x = _add_product(x, part, columns, side)
         x = x * turn(tl.load(factors + place), side)
     else:
         x = tl.load(rows + channel[None, :], mask=real[:, None] & there[None, :], other=0.0).to(tl.float32)
@@ -262,6 +270,28 @@ def load_rotated(source, stride, token, real, signs, factors, key_mean, side: tl
     if side.centered:
         x = keep(x - turn(tl.load(key_mean + channel, mask=there, other=0.0), side), real, there, side)
     return x
+
+
+@triton.jit
+def _add_product(x, part, columns, side: tl.constexpr):
+    """``x`` and the product of a part of the vectors with their columns of the rotation."""
+    if side.operand != tl.float32 and part.dtype == tl.float32:
+        # Three numbers of 8 bits, whose sum is the number. The signs are exact, so this is, but for the sums.
+        for _ in tl.static_range(3):
+            piece = part.to(side.operand)
+            part -= piece.to(tl.float32)
+            x = _dot(x, piece, columns, side)
+        return x
+    else:
+        return _dot(x, part.to(side.operand), columns, side)
+
+
+@triton.jit
+def _dot(x, part, columns, side: tl.constexpr):
+    if side.turned:
+        return tl.dot(columns, tl.trans(part), x, input_precision="ieee")
+    else:
+        return tl.dot(part, columns, x, input_precision="ieee")
 
 
 @triton.jit
