@@ -92,8 +92,7 @@ def _mean_kernel(
         total = tl.zeros([DEPTH], tl.float32)
         for stretch in range(0, stretches):
             total += tl.load(sums + (row * stretches + stretch) * DIM + k, mask=k < DIM, other=0.0)
-        columns = tl.load(signs + k[:, None] * PAD + channel[None, :])
-        rotated += tl.sum((total / tokens)[:, None] * columns, 0)
+        rotated += tl.sum((total / tokens)[None, :] * tl.load(signs + channel[:, None] * PAD + k[None, :]), 1)
     rotated *= tl.load(factors + channel)
     tl.store(mean + row * DIM + channel, rotated, mask=channel < DIM)
 
