@@ -82,10 +82,10 @@ def cut(encoder: PageEncoder, pages: Pages) -> tuple[torch.Tensor, torch.Tensor,
 @pytest.mark.parametrize(
     ("spec", "dim", "page", "dtype", "options"),
     [
-        ("int4", 40, 24, torch.float32, {}),
+        pytest.param("int4", 40, 24, torch.float32, {}, marks=pytest.mark.slow),
         ("int3", 64, 24, torch.float16, {"group_size": 8}),
-        ("int2", 72, 16, torch.bfloat16, {}),
-        ("int8", 64, 40, torch.float32, {"group_size": 4}),
+        pytest.param("int2", 72, 16, torch.bfloat16, {}, marks=pytest.mark.slow),
+        pytest.param("int8", 64, 40, torch.float32, {"group_size": 4}, marks=pytest.mark.slow),
         ("int4", 32, 16, torch.float32, {"group_size": 16}),
         ("fp8", 72, 24, torch.bfloat16, {}),
         ("none", 40, 24, torch.float16, {}),
@@ -134,8 +134,8 @@ def check_errors(encoder: PageEncoder, pages: Pages, records: torch.Tensor) -> N
     ("spec", "dim", "page", "dtype", "options"),
     [
         ("unbiased4", 80, 24, torch.bfloat16, {}),
-        ("unbiased3", 64, 32, torch.float32, {}),
-        ("unbiased2", 72, 24, torch.float16, {}),
+        pytest.param("unbiased3", 64, 32, torch.float32, {}, marks=pytest.mark.slow),
+        pytest.param("unbiased2", 72, 24, torch.float16, {}, marks=pytest.mark.slow),
         ("unbiased1", 64, 16, torch.float32, {}),
         ("rotated8", 80, 24, torch.float16, {}),
         ("rotated4", 64, 16, torch.float32, {"key_axis": "token", "group_size": 16}),
@@ -151,7 +151,7 @@ def test_the_same_error(
     check_errors(encoder, pages, by_kernel(encoder, pages))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_rotation_in_half_precision(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The product as GPUs do it: signs in 16 bits, vectors in float32 in three parts. 8 bits show an error of 1e-3."""
     if device.type == "cpu":
@@ -163,7 +163,7 @@ def test_rotation_in_half_precision(dtype: torch.dtype, device: torch.device, mo
 
 def test_records_by_their_addresses(device: torch.device) -> None:
     """Records that lie anywhere, in an order of their own, are those that lie side by side; others stay."""
-    encoder = make_encoder("unbiased3", 40, 16)
+    encoder = make_encoder("unbiased3", 32, 16)
     pages = make_pages(encoder, device)
     memory = torch.full((24, encoder.layout.record_bytes), GUARD, dtype=torch.uint8, device=device)
     places = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:8]
