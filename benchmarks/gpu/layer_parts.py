@@ -199,28 +199,6 @@ def packing(layer: Layer, tokens: int) -> None:
     each(layer, "packing", parts, 5)
 
 
-def run(codec: str, elements: int, case: str) -> None:
-        encoder = PageEncoder(resolve(codec), layer.dim, layer.dim, 128, keys.dtype)
-
-        def pack() -> None:
-            storage = PagedStorage(encoder, keys, values, 4, 128)
-            storage.append_block(keys, values, 0, None)
-
-        with patch.object(page_writer, "_ENCODE_ELEMENTS", elements):
-            pack()
-            ms, count = wall_ms(layer.settings, pack), None
-            if elements == usual:
-                count = sum(kernel.number for kernel in kernels_of(layer.settings, pack, 1))
-            layer.results.add(f"packing {case}", ms=ms, kernels=count)
-
-    parts: dict[str, Part] = {}
-    for codec in ("unbiased4", "rotated8", "kvarn4", "none", "fp8"):
-        for elements in (usual, usual << 4, usual << 8):
-            case = f"T={tokens} {codec}, {elements >> 10} Ki elements at a time"
-            parts[case] = partial(run, codec, elements, case)
-    each(layer, "packing", parts, 5)
-
-
 def launches(layer: Layer, tokens: int) -> None:
     """Does another number of programs, of warps or of stages read pages faster?"""
     if not layer.settings.kernels:

@@ -18,7 +18,6 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 CASES: tuple[tuple[str, int, int, torch.dtype], ...] = (
     ("unbiased4", 128, 128, torch.bfloat16),
     ("rotated8", 128, 128, torch.bfloat16),
-    ("unbiased4", 128, 128, torch.float32),
     ("unbiased3", 80, 80, torch.bfloat16),
     ("unbiased2", 64, 64, torch.bfloat16),
     ("kvarn4", 128, 128, torch.bfloat16),
