@@ -70,7 +70,9 @@ def encode_side(
         Whether it was encoded.
     """
     faster = implementation("pack", x.device)
-    if not hasattr(faster, "encode_side") or not faster.supports_encoding(layout, side, method, x):
+    if faster is None or not hasattr(faster, "encode_side"):
+        return False
+    if not faster.supports_encoding(layout, side, method, x):
         return False
     faster.encode_side(layout, side, method, x, key_mean, records)
     return True

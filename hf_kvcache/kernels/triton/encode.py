@@ -89,7 +89,8 @@ def encode_pages(
         return
     assert records.stride(-1) == 1 and len(records) == rows * count
     arch = architecture_of(keys.device)
-    sides, rotations = [], []
+    sides: list[EncodedSide | None] = []
+    rotations: list[torch.Tensor | None] = []
     for name, method, x in zip(layout.sides, methods, (keys, values), strict=True):
         fmt = layout.sides[name]
         side = None if fmt.dim == 0 else describe(layout, name, str(method), x.dtype, arch)
