@@ -21,7 +21,7 @@ from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
 from hf_kvcache.kernels.latent_decode import absorb, expand, latent_attend
 from hf_kvcache.kernels.visibility import Visibility
-from hf_kvcache.storage import PagedStorage, page_writer
+from hf_kvcache.storage import PagedStorage
 
 if TYPE_CHECKING:
     from benchmarks.gpu.layer import Layer
@@ -163,29 +163,25 @@ def mla_steps(layer: Layer, tokens: int, heads: int) -> None:
 
 
 def packing(layer: Layer, tokens: int) -> None:
-    """Packing a prompt, with the usual number of elements at a time and with more."""
+    """Packing a prompt."""
     keys, values = layer.tokens(1, tokens)
-    usual = page_writer._ENCODE_ELEMENTS
 
-    def run(codec: str, elements: int, case: str) -> None:
+    def run(codec: str, case: str) -> None:
         encoder = PageEncoder(resolve(codec), layer.dim, layer.dim, 128, keys.dtype)
 
         def pack() -> None:
             storage = PagedStorage(encoder, keys, values, 4, 128)
             storage.append_block(keys, values, 0, None)
 
-        with patch.object(page_writer, "_ENCODE_ELEMENTS", elements):
-            pack()
-            ms, count = wall_ms(layer.settings, pack), None
-            if elements == usual:
-                count = sum(kernel.number for kernel in kernels_of(layer.settings, pack, 1))
-            layer.results.add(f"packing {case}", ms=ms, kernels=count)
+        pack()
+        ms = wall_ms(layer.settings, pack)
+        count = sum(kernel.number for kernel in kernels_of(layer.settings, pack, 1))
+        layer.results.add(f"packing {case}", ms=ms, kernels=count)
 
     parts: dict[str, Part] = {}
     for codec in ("unbiased4", "rotated8", "kvarn4", "none", "fp8"):
-        for elements in (usual, usual << 4, usual << 8):
-            case = f"T={tokens} {codec}, {elements >> 10} Ki elements at a time"
-            parts[case] = partial(run, codec, elements, case)
+        case = f"T={tokens} {codec}"
+        parts[case] = partial(run, codec, case)
     each(layer, "packing", parts, 5)
 
 

@@ -31,9 +31,9 @@ _SHOWN = {
     "slowest us": "{} us slowest",
 }
 #: Cases of a layer of which only the best of each codec is printed, and cases that are not printed: more query heads,
-#: projections, packing otherwise than usual.
+#: projections.
 _LAUNCHES = re.compile(r"launch (T=\d+ \S+) (.*)")
-_UNPRINTED = re.compile(r".* Hq=(8|64) .*|latents .*(absorb|expand)|packing .* \d{4,} Ki .*")
+_UNPRINTED = re.compile(r".* Hq=(8|64) .*|latents .*(absorb|expand)")
 
 
 def write(folder: Path, say: Callable[[str], None]) -> bool:

@@ -12,6 +12,8 @@ from hf_kvcache.kernels.page import SideFormat
 class BFloat16Side(SideCodec):
     """Stores the vectors in bfloat16."""
 
+    method = "dense"
+
     def format(self, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:
         return SideFormat(dim, 16, level="dense", zero=False, dense_dtype=torch.bfloat16)
 

@@ -15,6 +15,8 @@ _FLOAT8_MAX = torch.finfo(_FLOAT8).max
 class Float8Side(SideCodec):
     """Each vector scaled to the range of e4m3 and cast."""
 
+    method = "float8"
+
     def format(self, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:
         return SideFormat(dim, 8, level="float8", axis="token", group=dim, zero=False)
 

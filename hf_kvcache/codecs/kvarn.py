@@ -67,6 +67,8 @@ class VarianceNormalizedSide(SideCodec):
         axis: the axis with scale and zero; the other axis has a second scale.
     """
 
+    method = "kvarn"
+
     def __init__(self, bits: int, axis: Axis) -> None:
         self.bits, self.axis = bits, axis
 

@@ -12,6 +12,8 @@ from hf_kvcache.kernels.page import SideFormat
 class DenseSide(SideCodec):
     """Stores the vectors as they are."""
 
+    method = "dense"
+
     def format(self, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:
         return SideFormat(dim, 8 * dtype.itemsize, level="dense", zero=False, dense_dtype=dtype)
 

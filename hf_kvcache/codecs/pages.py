@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.codecs.base import Codec, Encoded, SideCodec, side_format
-from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.hadamard import rotate
-from hf_kvcache.kernels.pack import decode_side, pack_bits
+from hf_kvcache.kernels.pack import (
+    can_encode_pages,
+    decode_side,
+    encode_pages,
+    encode_side,
+    pack_bits,
+    write_key_mean,
+)
 from hf_kvcache.kernels.page import PageLayout
 
 
@@ -63,10 +69,40 @@ class PageEncoder:
         Returns:
             uint8 records ``[N / group, record_bytes]``.
         """
+        if can_encode_pages(self.layout, self._methods, keys.unsqueeze(1), values.unsqueeze(1)):
+            records = torch.empty(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
+            self._encode_at_once(keys.unsqueeze(1), values.unsqueeze(1), key_mean, records)
+            return records
         records = torch.zeros(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
         self._encode_side("keys", self.codec.keys, keys, key_mean, records)
         self._encode_side("values", self.codec.values, values, None, records)
         return records
+
+    def writes_at_once(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether :meth:`write` can encode such keys and values."""
+        return can_encode_pages(self.layout, self._methods, keys, values)
+
+    def write(
+        self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None, records: torch.Tensor
+    ) -> None:
+        """Encode whole pages where they lie, in one launch, if :meth:`writes_at_once`.
+
+        Args:
+            keys: ``[b, Hkv, n * P, Dk]`` in the model's basis.
+            values: ``[b, Hkv, n * P, Dv]``.
+            key_mean: what to subtract from the rotated keys, ``[b, Hkv, dim]``; or None.
+            records: uint8 records ``[n * b * Hkv, record_bytes]``, page by page and for each page row by row, or their
+                addresses, int64 ``[n * b * Hkv]``.
+        """
+        self._encode_at_once(keys, values, None if key_mean is None else key_mean.flatten(0, 1), records)
+
+    def write_key_mean(self, keys: torch.Tensor, mean: torch.Tensor) -> bool:
+        """Write the key mean of ``keys [b, Hkv, n, Dk]`` into ``mean [b, Hkv / group, dim]`` by kernels, if they can.
+
+        Returns:
+            Whether it was written.
+        """
+        return write_key_mean(self.layout.sides["keys"], keys, mean)
 
     def decode(
         self, side: str, records: torch.Tensor, key_mean: torch.Tensor | None, out: torch.Tensor
@@ -88,6 +124,15 @@ class PageEncoder:
             decoded = decoded + key_mean.unsqueeze(1)
         return rotate(decoded, self.layout.sides[side], inverse=True).float().transpose(0, 1).flatten(1, 2)
 
+    @property
+    def _methods(self) -> tuple[str | None, str | None]:
+        return self.codec.keys.method, self.codec.values.method
+
+    def _encode_at_once(
+        self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None, records: torch.Tensor
+    ) -> None:
+        encode_pages(self.layout, self._methods, keys, values, key_mean, records)
+
     def _encode_side(
         self, side: str, codec: SideCodec, x: torch.Tensor, key_mean: torch.Tensor | None, records: torch.Tensor
     ) -> None:
@@ -96,9 +141,7 @@ class PageEncoder:
             return
         if fmt.level != "dense":
             x = x.float()
-            faster = implementation("pack", x.device)
-            if faster is not None and faster.supports_encoding(self.layout, side, codec.method, x):
-                faster.encode_side(self.layout, side, codec.method, x, key_mean, records)
+            if encode_side(self.layout, side, codec.method, x, key_mean, records):
                 return
             x = rotate(x, fmt)
             if key_mean is not None:

@@ -1,15 +1,81 @@
-"""Packing of codes into bytes, and decoding of page records, by the backend of their device."""
+"""Encoding of pages, packing of codes into bytes, and decoding of records, by the backend of their device."""
 
 from __future__ import annotations
 
 import torch
 
 from hf_kvcache.kernels.dispatch import implementation
-from hf_kvcache.kernels.page import PageLayout
+from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.reference import levels
 from hf_kvcache.kernels.reference import pack as reference
 
-__all__ = ["decode_side", "pack_bits"]
+__all__ = ["can_encode_pages", "decode_side", "encode_pages", "encode_side", "pack_bits", "write_key_mean"]
+
+#: Names of the encodings of keys and of values; None for one that no kernel has.
+Methods = tuple[str | None, str | None]
+
+
+def can_encode_pages(layout: PageLayout, methods: Methods, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether :func:`encode_pages` can encode such keys and values ``[b, heads, n * P, D]``."""
+    faster = implementation("encode", keys.device)
+    return faster is not None and faster.supports_encoding(layout, methods, keys, values)
+
+
+def encode_pages(
+    layout: PageLayout,
+    methods: Methods,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_mean: torch.Tensor | None,
+    records: torch.Tensor,
+) -> None:
+    """Encode whole pages in one launch; see :func:`hf_kvcache.kernels.triton.encode.encode_pages`."""
+    faster = implementation("encode", keys.device)
+    assert faster is not None
+    faster.encode_pages(layout, methods, keys, values, key_mean, records)
+
+
+def write_key_mean(fmt: SideFormat, keys: torch.Tensor, mean: torch.Tensor) -> bool:
+    """Write the rotated mean of ``keys [b, heads, n, D]`` over tokens into ``mean [b, heads, D]``, if a kernel can.
+
+    Returns:
+        Whether it was written.
+    """
+    faster = implementation("encode", keys.device)
+    if faster is None or not mean.is_contiguous() or not faster.supports_mean(fmt, keys):
+        return False
+    faster.key_mean(fmt, keys, mean)
+    return True
+
+
+def encode_side(
+    layout: PageLayout,
+    side: str,
+    method: str | None,
+    x: torch.Tensor,
+    key_mean: torch.Tensor | None,
+    records: torch.Tensor,
+) -> bool:
+    """Encode one side of pages by the C++ kernels, which take a side at a time, if they can.
+
+    Args:
+        layout: the layout of the records.
+        side: ``"keys"`` or ``"values"``.
+        method: name of the encoding.
+        x: float32 ``[N, P, D]`` in the model's basis.
+        key_mean: float32 ``[N, D]``, what to subtract from the rotated vectors of each page; or None.
+        records: uint8 ``[N, record_bytes]``; only the fields of this side are written.
+
+    Returns:
+        Whether it was encoded.
+    """
+    faster = implementation("pack", x.device)
+    if faster is None or not hasattr(faster, "encode_side"):
+        return False
+    if not faster.supports_encoding(layout, side, method, x):
+        return False
+    faster.encode_side(layout, side, method, x, key_mean, records)
+    return True
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -52,6 +52,12 @@ class LowRankEncoder(PageEncoder):
             vectors += projection.mean.unsqueeze(1)
         return vectors.unflatten(3, (self.group, -1)).transpose(2, 3).flatten(0, 2)
 
+    def writes_at_once(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        return False  # coefficients of a long prompt are made in portions
+
+    def write_key_mean(self, keys: torch.Tensor, mean: torch.Tensor) -> bool:
+        return False
+
     def _project(self, projection: SideProjection, x: torch.Tensor) -> torch.Tensor:
         """Coefficients ``[N / group, P, r]``, float32, of ``x [N, P, D]``.
 

@@ -116,9 +116,10 @@ class DenseBuffer:
             stop = int(self.lengths[row].max()) if isinstance(row, slice) else int(self.lengths[row])
             rest = slice(start + count, stop)
             moved = slice(start, stop - count)
-            # The ranges overlap: copy out first.
-            self.keys[row, ..., moved, :] = self.keys[row, ..., rest, :].clone()
-            self.values[row, ..., moved, :] = self.values[row, ..., rest, :].clone()
+            for side in (self.keys, self.values):
+                left = side[row, ..., rest, :]
+                # Ranges that overlap are copied out first.
+                side[row, ..., moved, :] = left.clone() if stop - count - start > count else left
             self.positions[row, ..., moved] = self.positions[row, ..., rest].copy()
         self.lengths[rows] -= count
         self._note_lengths()

@@ -67,7 +67,7 @@ class PageWriter:
         for pages in np.unique(due[due > 0]).tolist():
             rows = np.flatnonzero(due == pages)
             span = slice(first, first + pages * self.page_size)
-            index = slice(None) if len(rows) == len(due) else torch.from_numpy(rows).to(dense.keys.device)
+            index = _index(rows, dense.keys.device)
             keys, values = dense.keys[index, :, span], dense.values[index, :, span]
             self._pack(rows, keys, values, dense.positions[rows, span], keep_from, as_packed)
             dense.drop_oldest(rows, pages * self.page_size)
@@ -133,8 +133,14 @@ class PageWriter:
         self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Records of whole pages of the sequences ``rows``: columns ``[start, stop)``, a bounded number at a time."""
-        key_mean = self.key_mean_of(rows)
         pages = keys.shape[2] // self.page_size
+        if self.encoder.writes_at_once(keys, values):
+            count = pages * keys.shape[0] * keys.shape[1]
+            records = torch.empty(count, self.encoder.layout.record_bytes, dtype=torch.uint8, device=keys.device)
+            self.encoder.write(keys, values, self._key_mean_of(rows), records)
+            yield 0, pages, records
+            return
+        key_mean = self.key_mean_of(rows)
         step = max(1, _ENCODE_ELEMENTS // (keys.shape[0] * keys.shape[1] * self.page_size * keys.shape[3]))
         for start in range(0, pages, step):
             stop = min(start + step, pages)
@@ -148,9 +154,8 @@ class PageWriter:
 
     def key_mean_of(self, rows: np.ndarray) -> torch.Tensor | None:
         """The key mean of the sequences ``rows``, ``[len(rows) * page heads, dim]``; None if there is none."""
-        if self.key_mean is None:
-            return None
-        return self.key_mean[torch.from_numpy(rows).to(self.key_mean.device)].flatten(0, 1)
+        mean = self._key_mean_of(rows)
+        return None if mean is None else mean.flatten(0, 1)
 
     def fix_key_mean(self, rows: np.ndarray, mean: torch.Tensor) -> None:
         """Take ``mean [b, page heads, dim]``, of the first keys that are packed, as the key mean; it never changes."""
@@ -216,16 +221,36 @@ class PageWriter:
     def _write(self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
         """Encode whole pages of ``keys [b, Hkv, n * P, Dk]`` and append them to the table."""
         pages, table, pool = keys.shape[2] // self.page_size, self.table, self.table.pool
-        if self.key_mean is not None and not self.key_mean_known[rows].all():
-            self.fix_key_mean(rows, self.encoder.key_mean_of(keys.float().mean(2)))
+        self._fix_mean_of(rows, keys)
         table_rows = table.rows_of(rows)
         # Column by column, so that the pages that are read together lie together.
         ids = pool.allocate(pages * len(table_rows)).reshape(pages, len(table_rows))
-        for start, stop, records in self.encode(rows, keys, values):
-            pool.write(ids[start:stop].flatten(), records)
+        if self.encoder.writes_at_once(keys, values):
+            records = pool.side_by_side(ids.flatten())
+            if records is None:
+                records = torch.from_numpy(pool.addresses(ids.flatten())).to(keys.device, non_blocking=True)
+            self.encoder.write(keys, values, self._key_mean_of(rows), records)
+        else:
+            for start, stop, records in self.encode(rows, keys, values):
+                pool.write(ids[start:stop].flatten(), records)
         paged = positions.reshape(len(rows), pages, self.page_size)
         self._note_positions(paged, ids)
         table.append(table_rows, ids.T, paged[:, :, 0].repeat(table.heads, 0), self.page_size)
+
+    def _key_mean_of(self, rows: np.ndarray) -> torch.Tensor | None:
+        """The key mean of the sequences ``rows``, ``[b, page heads, dim]``; None if there is none."""
+        return None if self.key_mean is None else self.key_mean[_index(rows, self.key_mean.device)]
+
+    def _fix_mean_of(self, rows: np.ndarray, keys: torch.Tensor) -> None:
+        """Take the mean of ``keys [b, Hkv, n, Dk]`` as the key mean of those of ``rows`` that have none yet."""
+        if self.key_mean is None or self.key_mean_known[rows].all():
+            return
+        index = _index(rows, keys.device)
+        unknown = not self.key_mean_known[rows].any()
+        if unknown and isinstance(index, slice) and self.encoder.write_key_mean(keys, self.key_mean[index]):
+            self.key_mean_known[rows] = True
+        else:
+            self.fix_key_mean(rows, self.encoder.key_mean_of(keys.float().mean(2)))
 
     def _note_positions(self, positions: np.ndarray, ids: np.ndarray) -> None:
         """Remember every position of the pages whose tokens do not stand side by side."""
@@ -233,3 +258,11 @@ class PageWriter:
         for row, column in np.argwhere(scattered).tolist():
             for page in ids[column, row * heads : (row + 1) * heads].tolist():
                 self.table.pool.note_positions(page, positions[row, column].copy())
+
+
+def _index(rows: np.ndarray, device: torch.device) -> slice | torch.Tensor:
+    """What picks the sequences ``rows``: a slice, which copies and uploads nothing, if they stand side by side."""
+    first = int(rows[0])
+    if (rows == np.arange(first, first + len(rows))).all():
+        return slice(first, first + len(rows))
+    return torch.from_numpy(rows).to(device)

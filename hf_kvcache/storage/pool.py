@@ -146,6 +146,15 @@ class PagePool:
         owner = np.searchsorted(self._starts, ids, side="right") - 1
         return self._bases[owner] + (ids - self._starts[owner]) * self.record_bytes
 
+    def side_by_side(self, ids: np.ndarray) -> torch.Tensor | None:
+        """The pages ``ids``, uint8 ``[len(ids), record_bytes]``, as a view; None unless they lie so in one slab."""
+        index = int(np.searchsorted(self._starts, ids[0], side="right")) - 1
+        slab, first = self._slabs[index], int(ids[0] - self._starts[index])
+        assert slab is not None
+        if first + len(ids) > slab.shape[0] or not bool((np.diff(ids) == 1).all()):
+            return None
+        return slab[first : first + len(ids)]
+
     def slabs(self) -> list[torch.Tensor]:
         """The tensors in which pages lie, uint8 ``[n, record_bytes]``."""
         return [slab for slab in self._slabs if slab is not None]

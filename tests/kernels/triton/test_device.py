@@ -20,7 +20,8 @@ CALLED = {
     "column_sums": ("column_sums",),
     "latent_decode": ("latent_attend",),
     "hadamard": ("rotate",),
-    "pack": ("pack_bits", "decode_side", "encode_side"),
+    "pack": ("pack_bits", "decode_side"),
+    "encode": ("encode_pages", "key_mean"),
 }
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_kvcache.codecs import resolve
-from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton import pack
 from tests.kernels.bytes_by_hand import bytes_by_hand
@@ -16,7 +14,6 @@ from tests.tolerances import assert_near
 
 BITS = [1, 2, 3, 4, 8]
 DIMS = [8, 40, 128]
-CANARY = 0xA5
 
 
 def random_codes(bits: int, *shape: int) -> torch.Tensor:
@@ -71,37 +68,3 @@ def test_decode_dense_side(device: torch.device) -> None:
         records = pages.view(torch.uint8).flatten(1).repeat(1, 2).to(device)
         decoded = pack.decode_side(layout, "values", records, torch.full((3, PAGE, 40), float("nan"), device=device))
         assert torch.equal(decoded.cpu(), pages.float())
-
-
-@pytest.mark.parametrize(
-    ("spec", "group", "dim"),
-    [("int2", None, 64), ("int3", 8, 40), ("int4", None, 40), ("int8", 4, 64), ("int3", None, 64)],
-)
-def test_encode_asymmetric(spec: str, group: int | None, dim: int, device: torch.device) -> None:
-    """Codes, scales and zero points are those of torch byte for byte, and nothing else is written."""
-    x = Random(0).normal(4, 24, dim)
-    # A page of noise, one of a single number, one beyond half precision's range, one below it.
-    x[1], x[2], x[3] = 0.5, x[2] * 1e5, x[3] * 1e-7
-    encoder = PageEncoder(resolve(spec, group_size=group), dim, dim, 24, torch.float32)
-    layout = encoder.layout
-    expected = encoder.encode(x, x, None)
-    for side in ("keys", "values"):
-        if not pack.can_encode(layout.sides[side]):
-            assert side == "values" and group is not None  # groups of channels
-            continue
-        records = torch.full((4, layout.record_bytes), CANARY, dtype=torch.uint8, device=device)
-        pack.encode_asymmetric(layout, side, x.to(device), records)
-        written = torch.zeros(layout.record_bytes, dtype=torch.bool)
-        for name, field in layout.fields.items():
-            if name.startswith(side):
-                written[field.offset : field.offset + field.nbytes] = True
-        assert torch.equal(records.cpu()[:, written], expected[:, written])
-        assert (records.cpu()[:, ~written] == CANARY).all()
-
-
-def test_what_cannot_be_encoded() -> None:
-    """Levels from a table, second scales, and groups of channels are rounded in torch."""
-    assert not pack.can_encode(SideFormat(64, 4, level="table", group=64, table=tuple(range(16))))
-    assert not pack.can_encode(SideFormat(64, 4, group=64, other=True))
-    assert not pack.can_encode(SideFormat(64, 4, group=32))
-    assert pack.can_encode(SideFormat(64, 4, axis="channel", group=8)) and pack.can_encode(SideFormat(64, 4, group=64))

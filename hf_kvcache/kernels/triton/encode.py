@@ -1,0 +1,344 @@
+"""Packing in one launch: a Triton kernel that rotates, rounds and packs keys and values straight into page records.
+
+A program makes some tokens of one side of one record. Vectors are read where the model or the buffer of full-precision
+tokens has them, and bytes are written where the record lies: nothing is copied, cut or put together around the launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.triton import encode_cases
+from hf_kvcache.kernels.triton.compile_case import CompileCase
+from hf_kvcache.kernels.triton.configs import architecture as architecture_of
+from hf_kvcache.kernels.triton.configs import lanes
+from hf_kvcache.kernels.triton.device import on_their_device
+from hf_kvcache.kernels.triton.encode_methods import (
+    evened,
+    float8,
+    integers_by_channel,
+    integers_by_group,
+    integers_by_token,
+    norms,
+    unbiased_keys,
+    unbiased_values,
+)
+from hf_kvcache.kernels.triton.encode_side import (
+    LEAST,
+    MOST_ELEMENTS,
+    WHOLE_PAGES,
+    EncodedSide,
+    describe,
+    load_rotated,
+    operand_of,
+    places,
+    rotation_by_places,
+    segments_of,
+    store_codes,
+    store_padding,
+)
+from hf_kvcache.kernels.triton.key_mean import compile_cases as mean_cases
+from hf_kvcache.kernels.triton.key_mean import key_mean, supports_mean
+
+__all__ = ["compile_cases", "encode_pages", "key_mean", "supports_encoding", "supports_mean"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: Elements of a program's tile that a thread holds.
+_PER_THREAD = 32
+_MOST_WARPS = 16
+
+
+def supports_encoding(
+    layout: PageLayout, methods: tuple[str | None, str | None], keys: torch.Tensor, values: torch.Tensor
+) -> bool:
+    """Whether :func:`encode_pages` can encode such pages."""
+    return all(
+        _supports_side(layout.sides[side], layout.page_size, method, x.dtype)
+        for side, method, x in zip(layout.sides, methods, (keys, values), strict=True)
+    )
+
+
+@on_their_device
+def encode_pages(
+    layout: PageLayout,
+    methods: tuple[str | None, str | None],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_mean: torch.Tensor | None,
+    records: torch.Tensor,
+) -> None:
+    """Encode whole pages of keys and values, in one launch.
+
+    Args:
+        layout: the layout of the records.
+        methods: names of the encodings of keys and of values.
+        keys: ``[b, heads, n * P, Dk]`` in the model's basis; only the last dimension must be contiguous.
+        values: ``[b, heads, n * P, Dv]``, as the keys.
+        key_mean: fp32 ``[b * heads, Dk]``, what to subtract from the rotated keys; or None.
+        records: where the bytes go, page by page and for each page row by row: the records themselves, uint8
+            ``[n * b * heads, record_bytes]``, or their addresses, int64 ``[n * b * heads]``. All bytes are written.
+    """
+    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    rows, count = keys.shape[0] * keys.shape[1], keys.shape[2] // layout.page_size
+    if rows * count == 0:
+        return
+    assert records.stride(-1) == 1 and len(records) == rows * count
+    arch = architecture_of(keys.device)
+    sides: list[EncodedSide | None] = []
+    rotations: list[torch.Tensor | None] = []
+    for name, method, x in zip(layout.sides, methods, (keys, values), strict=True):
+        fmt = layout.sides[name]
+        side = None if fmt.dim == 0 else describe(layout, name, str(method), x.dtype, arch)
+        rotations += [None, None] if side is None else _rotation(side, fmt, x, arch)
+        sides.append(side)
+    blocks = sum(side.blocks for side in sides if side is not None)
+    _encode_kernel[(rows * count * blocks,)](
+        keys,
+        values,
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        *rotations,
+        None if key_mean is None else key_mean.contiguous(),
+        records,
+        records.stride(0),
+        rows * count,
+        rows,
+        keys.shape[1],
+        KEYS=sides[0],
+        VALUES=sides[1],
+        ADDRESSES=records.dtype == torch.int64,
+        num_warps=_warps(sides, arch),
+    )
+
+
+def _supports_side(fmt: SideFormat, page_size: int, method: str | None, dtype: torch.dtype) -> bool:
+    if fmt.dim == 0:
+        return True
+    if dtype not in _DTYPES or method not in _KNOWN or not _KNOWN[method](fmt, page_size):
+        return False
+    if fmt.level == "dense" or (fmt.axis == "token" and method not in WHOLE_PAGES):
+        tokens = LEAST
+    else:
+        tokens = page_size if method in WHOLE_PAGES else fmt.group
+    tile = triton.next_power_of_2(max(tokens, LEAST)) * triton.next_power_of_2(max(fmt.dim, LEAST))
+    return bool(tile <= MOST_ELEMENTS and (fmt.bits >= 8 or fmt.dim % 8 == 0))
+
+
+def _is_whole(fmt: SideFormat, page_size: int) -> bool:
+    """Whether a whole page or row shares a scale."""
+    return fmt.group == (page_size if fmt.axis == "channel" else fmt.dim)
+
+
+def _is_integer(fmt: SideFormat, page_size: int) -> bool:
+    if fmt.level != "integer" or not fmt.zero or fmt.other:
+        return False
+    # Groups of channels must be rows of a tile: powers of two that lie in a segment.
+    in_segments = fmt.group & (fmt.group - 1) == 0 and fmt.dim // segments_of(fmt.bits) % fmt.group == 0
+    return fmt.axis == "channel" or _is_whole(fmt, page_size) or in_segments
+
+
+def _has_levels(fmt: SideFormat, page_size: int, keys: bool) -> bool:
+    """Whether a side has the fields of its method, and a table in which a level can be looked up by its magnitude."""
+    symmetric = all(abs(a + b) < 1e-6 for a, b in zip(fmt.table, reversed(fmt.table), strict=True))
+    fields = (fmt.axis, fmt.zero, fmt.other) == (("channel", True, True) if keys else ("token", False, False))
+    return fmt.level == "table" and fmt.bits <= 4 and symmetric and fields and _is_whole(fmt, page_size)
+
+
+#: Whether the kernel knows a format, by the method of its encoding.
+_KNOWN: dict[str | None, Callable[[SideFormat, int], bool]] = {
+    "dense": lambda fmt, page_size: fmt.level == "dense" and fmt.dense_dtype in _DTYPES,
+    "float8": lambda fmt, page_size: fmt.level == "float8" and fmt.axis == "token" and _is_whole(fmt, page_size),
+    "integer": _is_integer,
+    "kvarn": lambda fmt, page_size: fmt.level == "integer" and fmt.other and fmt.zero and _is_whole(fmt, page_size),
+    "norm": lambda fmt, page_size: _has_levels(fmt, page_size, keys=False),
+    "unbiased_keys": lambda fmt, page_size: _has_levels(fmt, page_size, keys=True),
+    "unbiased_values": lambda fmt, page_size: _has_levels(fmt, page_size, keys=False),
+}
+
+
+def _rotation(side: EncodedSide, fmt: SideFormat, x: torch.Tensor, arch: str) -> list[torch.Tensor | None]:
+    """Signs and factors of a side's rotation; Nones if there is none."""
+    if not side.rotated:
+        return [None, None]
+    return list(
+        rotation_by_places(side.dim, side.dim_pad, side.bits, fmt.rotation, operand_of(x.dtype, arch), x.device)
+    )
+
+
+def _warps(sides: list[EncodedSide | None], arch: str) -> int:
+    """Warps of a program."""
+    most = max(side.block * side.dim_pad for side in sides if side is not None)
+    return max(1, min(_MOST_WARPS, most // (_PER_THREAD * lanes(arch))))
+
+
+@triton.jit
+def _encode_kernel(
+    keys,
+    values,
+    keys_sequence,
+    keys_head,
+    keys_token,
+    values_sequence,
+    values_head,
+    values_token,
+    key_signs,
+    key_factors,
+    value_signs,
+    value_factors,
+    key_mean,
+    records,
+    stride,
+    count,
+    rows,
+    heads,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    ADDRESSES: tl.constexpr,
+):
+    """Encode pages; grid (tokens of sides of records). Programs of the keys, which take longest, come first.
+
+    Args:
+        keys: ``[b, heads, n * P, Dk]``, with strides ``keys_sequence``, ``keys_head`` and ``keys_token``.
+        values: ``[b, heads, n * P, Dv]``, the same.
+        key_signs: the rotation of the keys from :func:`rotation_by_places`; None without one.
+        key_factors: its factors.
+        value_signs: the rotation of the values.
+        value_factors: its factors.
+        key_mean: fp32 ``[rows, Dk]``; None unless a mean is subtracted.
+        records: uint8, records ``stride`` bytes apart; with ``ADDRESSES``, int64 addresses of the records.
+        count: number of records.
+        rows: ``b * heads``.
+        heads: heads of a sequence.
+        KEYS: description of the keys; None if they have no channels.
+        VALUES: the same for values.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    of_keys = count * 0
+    if KEYS is not None:
+        of_keys = count * KEYS.blocks
+        if program < of_keys:
+            _encode_side(
+                keys,
+                keys_sequence,
+                keys_head,
+                keys_token,
+                key_signs,
+                key_factors,
+                key_mean,
+                records,
+                stride,
+                program,
+                rows,
+                heads,
+                KEYS,
+                ADDRESSES,
+            )
+    if VALUES is not None:  # noqa: SIM102 (this one is decided by the compiler)
+        if program >= of_keys:
+            _encode_side(
+                values,
+                values_sequence,
+                values_head,
+                values_token,
+                value_signs,
+                value_factors,
+                key_mean,
+                records,
+                stride,
+                program - of_keys,
+                rows,
+                heads,
+                VALUES,
+                ADDRESSES,
+            )
+
+
+@triton.jit
+def _encode_side(
+    source,
+    sequence_stride,
+    head_stride,
+    token_stride,
+    signs,
+    factors,
+    key_mean,
+    records,
+    stride,
+    program,
+    rows,
+    heads,
+    side: tl.constexpr,
+    ADDRESSES: tl.constexpr,
+):
+    """Encode ``side.tokens`` tokens of a side: those of number ``program``, record by record."""
+    index, block = program // side.blocks, (program % side.blocks).to(tl.int32)
+    column, row = index // rows, index % rows
+    if ADDRESSES:
+        record = tl.load(records + index).to(tl.pointer_type(tl.uint8))
+    else:
+        record = records + index * stride
+    record = tl.multiple_of(record, 16)
+    source += row // heads * sequence_stride + row % heads * head_stride + column * side.page * token_stride
+    i = tl.arange(0, side.block)
+    token = block * side.tokens + i
+    real = (i < side.tokens) & (token < side.page)
+    _, there = places(side)
+    mean = key_mean
+    if side.centered:
+        mean += row * side.dim
+    x = load_rotated(source, token_stride, token, real, signs, factors, mean, side)
+    if side.method == "dense":
+        channel = tl.arange(0, side.dim_pad)
+        target = (record + side.codes_at).to(tl.pointer_type(side.element)) + token[:, None] * side.dim
+        tl.store(target + channel[None, :], x.to(side.element), mask=real[:, None] & there[None, :])
+    else:
+        store_codes(record, _codes(x, record, block, token, real, there, side), token, real, side)
+    if block == 0:
+        store_padding(record, side)
+
+
+@triton.jit
+def _codes(x, record, block, token, real, there, side: tl.constexpr):
+    """The codes of a tile, whose scales are stored."""
+    if side.method == "unbiased_keys":
+        return unbiased_keys(x, record, token, real, there, side)
+    elif side.method == "unbiased_values":
+        return unbiased_values(x, record, token, real, there, side)
+    elif side.method == "norm":
+        return norms(x, record, token, real, there, side)
+    elif side.method == "kvarn":
+        return evened(x, record, token, real, there, side)
+    elif side.method == "float8":
+        return float8(x, record, token, real, side)
+    elif side.channel:
+        return integers_by_channel(x, record, block, real, there, side)
+    elif side.group == side.dim:
+        return integers_by_token(x, record, token, real, there, side)
+    else:
+        return integers_by_group(x, record, token, real, side)
+
+
+def compile_cases(architecture: str) -> list[CompileCase]:
+    """Specializations for the compile report: of the defaults, of other codecs, and of the key mean."""
+    cases = []
+    for codec, key_dim, value_dim, dtype in encode_cases.CASES:
+        keys, values = encode_cases.described(codec, (key_dim, value_dim), dtype, architecture)
+        signature, constants = encode_cases.arguments(keys, values, dtype)
+        cases.append(
+            CompileCase(
+                name=f"encode {codec} {signature['keys'][1:]} D={key_dim}",
+                kernel=_encode_kernel,
+                signature=signature,
+                constants=constants,
+                num_warps=_warps([keys, values], architecture),
+                num_stages=1,
+                aligned=encode_cases.aligned(signature),
+                tensor_cores=keys.rotated,
+            )
+        )
+    return cases + mean_cases(architecture)

@@ -1,0 +1,130 @@
+"""The key mean in two launches: sums of stretches of tokens, then their sum in a fixed order, rotated."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_kvcache.kernels.page import SideFormat
+from hf_kvcache.kernels.triton.compile_case import CompileCase
+from hf_kvcache.kernels.triton.device import on_their_device
+from hf_kvcache.kernels.triton.encode_side import LEAST, rotation_by_places
+
+#: Tokens that a program sums, and those that it loads at a time.
+_STRETCH, _TOKENS = 256, 32
+_WARPS = 4
+#: Channels of the mean that are rotated at a time.
+_DEPTH = 32
+
+
+def supports_mean(fmt: SideFormat, keys: torch.Tensor) -> bool:
+    """Whether :func:`key_mean` can do such keys."""
+    return keys.dtype in (torch.float32, torch.float16, torch.bfloat16) and fmt.rotation != "none"
+
+
+@on_their_device
+def key_mean(fmt: SideFormat, keys: torch.Tensor, mean: torch.Tensor) -> None:
+    """The mean of keys over their tokens, in the rotated basis.
+
+    Args:
+        fmt: the format of the keys' side.
+        keys: ``[b, heads, n, D]``, ``n`` at least 1; only the last dimension must be contiguous.
+        mean: fp32 ``[b, heads, D]``, contiguous, overwritten.
+    """
+    keys = keys if keys.stride(-1) == 1 else keys.contiguous()
+    batch, heads, tokens, dim = keys.shape
+    rows, stretches = batch * heads, triton.cdiv(tokens, _STRETCH)
+    if rows == 0:
+        return
+    assert mean.is_contiguous() and mean.shape == (batch, heads, dim)
+    sums = torch.empty(rows, stretches, dim, device=keys.device)
+    dim_pad = max(LEAST, triton.next_power_of_2(dim))
+    signs, factors = rotation_by_places(dim, dim_pad, 8, fmt.rotation, torch.float32, keys.device)
+    _sum_kernel[(rows, stretches)](
+        keys, *keys.stride()[:3], sums, heads, tokens, DIM=dim, PAD=dim_pad, STRETCH=_STRETCH, TOKENS=_TOKENS,
+        num_warps=_WARPS,
+    )  # fmt: skip
+    _mean_kernel[(rows,)](
+        sums, stretches, tokens, signs, factors, mean, DIM=dim, PAD=dim_pad, DEPTH=min(_DEPTH, dim_pad),
+        num_warps=_WARPS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _sum_kernel(
+    keys,
+    sequence_stride,
+    head_stride,
+    token_stride,
+    sums,
+    heads,
+    tokens,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    STRETCH: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Sum ``STRETCH`` tokens of a row into fp32 ``sums [rows, stretches, DIM]``; grid (rows, stretches)."""
+    row, stretch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, PAD)
+    source = keys + row // heads * sequence_stride + row % heads * head_stride + stretch * STRETCH * token_stride
+    held = tokens - stretch * STRETCH
+    total = tl.zeros([TOKENS, PAD], tl.float32)
+    for first in range(0, STRETCH, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        mask = (token < held)[:, None] & (channel < DIM)[None, :]
+        total += tl.load(source + token[:, None] * token_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = (row * tl.num_programs(1) + stretch) * DIM + channel
+    tl.store(sums + at, tl.sum(total, 0), mask=channel < DIM)
+
+
+@triton.jit(do_not_specialize=["stretches", "tokens"])
+def _mean_kernel(
+    sums, stretches, tokens, signs, factors, mean, DIM: tl.constexpr, PAD: tl.constexpr, DEPTH: tl.constexpr
+):
+    """Sum ``sums [rows, stretches, DIM]``, divide by the number of tokens and rotate; grid (rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, PAD)
+    rotated = tl.zeros([PAD], tl.float32)
+    for start in range(0, PAD, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        total = tl.zeros([DEPTH], tl.float32)
+        for stretch in range(0, stretches):
+            total += tl.load(sums + (row * stretches + stretch) * DIM + k, mask=k < DIM, other=0.0)
+        rotated += tl.sum((total / tokens)[None, :] * tl.load(signs + channel[:, None] * PAD + k[None, :]), 1)
+    rotated *= tl.load(factors + channel)
+    tl.store(mean + row * DIM + channel, rotated, mask=channel < DIM)
+
+
+def compile_cases(architecture: str) -> list[CompileCase]:
+    """Specializations for the compile report."""
+    constants = {"DIM": 128, "PAD": 128}
+    strides = ("sequence_stride", "head_stride", "token_stride")
+    return [
+        CompileCase(
+            "key mean, sums bf16 D=128",
+            _sum_kernel,
+            {"keys": "*bf16", **dict.fromkeys(strides, "i32"), "sums": "*fp32", "heads": "i32", "tokens": "i32"},
+            constants | {"STRETCH": _STRETCH, "TOKENS": _TOKENS},
+            num_warps=_WARPS,
+            num_stages=1,
+            aligned=("keys", *strides, "sums"),
+        ),
+        CompileCase(
+            "key mean D=128",
+            _mean_kernel,
+            {
+                "sums": "*fp32",
+                "stretches": "i32",
+                "tokens": "i32",
+                "signs": "*fp32",
+                "factors": "*fp32",
+                "mean": "*fp32",
+            },
+            constants | {"DEPTH": _DEPTH},
+            num_warps=_WARPS,
+            num_stages=1,
+            aligned=("sums", "signs", "factors", "mean"),
+        ),
+    ]
