@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.storage.integrity import IntegrityError
+from hf_kvcache.storage.transfers import is_run, rows_of, to_device
 
 #: A new slab holds at least this fraction of the pages there are: few slabs, little slack.
 _GROWTH = 1 / 64
@@ -128,17 +129,19 @@ class PagePool:
     def write(self, ids: np.ndarray, records: torch.Tensor) -> None:
         """Store uint8 ``records [n, record_bytes]`` in the pages ``ids``."""
         for slab, slots, where in self._by_slab(ids):
-            rows = records if len(where) == len(ids) else records[torch.from_numpy(where)]
-            if slots[-1] - slots[0] == len(slots) - 1 and bool((np.diff(slots) == 1).all()):
-                slab[slots[0] : slots[0] + len(slots)] = rows
+            rows = records if len(where) == len(ids) else rows_of(records, where)
+            if is_run(slots):
+                slab[int(slots[0]) : int(slots[-1]) + 1] = rows
             else:
-                slab[torch.from_numpy(slots).to(self.device)] = rows
+                slab[to_device(slots, self.device)] = rows
 
     def read(self, ids: np.ndarray) -> torch.Tensor:
         """A copy of the pages ``ids``, uint8 ``[len(ids), record_bytes]``."""
         out = torch.empty(len(ids), self.record_bytes, dtype=torch.uint8, device=self.device)
         for slab, slots, where in self._by_slab(ids):
-            out[torch.from_numpy(where).to(self.device)] = slab[torch.from_numpy(slots).to(self.device)]
+            if len(where) == len(ids):
+                return slab[to_device(slots, self.device)]
+            out[to_device(where, self.device)] = slab[to_device(slots, self.device)]
         return out
 
     def addresses(self, ids: np.ndarray) -> np.ndarray:
