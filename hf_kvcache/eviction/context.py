@@ -68,8 +68,8 @@ class Context:
         output_weight: ``[hidden, Hq * Dv]``, the weight of the output projection; None if not asked for.
         seed: for policies that draw random numbers.
         aligned: whether all heads are known to hold the same tokens.
-        reach: gives the number of places, from the first on, that hold all that query ``i`` sees, in the head where they
-            are most. The host knows it, and so need not ask the device; None where it has to.
+        reach: gives the number of places, from the first on, that hold all that query ``i`` sees, in the head that
+            needs most. The host knows it, and so need not ask the device; None where it has to.
     """
 
     keys: torch.Tensor

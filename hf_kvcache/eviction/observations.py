@@ -267,7 +267,8 @@ class Observations:
         for row in range(storage.batch):
             counted, one = np.flatnonzero(valid[row]), slice(row, row + 1)
             if len(counted):  # else all of it is padding
-                accumulated.add_rows(one, prompt_sums(*(tokens_of(x[one], counted) for x in (query, keys)), scoring))
+                sums = prompt_sums(tokens_of(query[one], counted), tokens_of(keys[one], counted), scoring)
+                accumulated.add_rows(one, sums)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Queries and accumulated attention as tensors by name, not the block; the tensors are views."""

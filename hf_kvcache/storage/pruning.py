@@ -1,13 +1,13 @@
 """Dropping tokens of a storage, head by head, and packing the kept tokens that leave the dense buffer.
 
-What is kept is known on the device. The host has to know it too, for the page table. So this is done in three steps: the
-device lists what will lie in pages (:func:`plan`), the lists of all sequences are read back at once (:func:`read_back`,
-the only step that waits for the device), and each plan is carried out (:func:`carry_out`).
+What is kept is known on the device, and the page table, on the host, has to know some of it. So there are three steps.
+The device lists what will lie in pages (:func:`plan`). The lists of all sequences are read back at once, which is the
+only step that waits for the device (:func:`read_back`). Each plan is carried out (:func:`carry_out`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,11 +136,11 @@ def plan(held: TokenView, keep: torch.Tensor | None, tail: int, most: int) -> Pr
 def read_back(plans: Sequence[PrunePlan]) -> list[KeptTokens]:
     """What the host has to know of each plan. Waits for the device once, and not at all where every token stays."""
     reports = [planned.report for planned in plans if planned.report is not None]
-    arrays = iter(())
+    arrays: Iterator[np.ndarray] = iter(())
     if reports:
         read = to_host(reports[0].flatten() if len(reports) == 1 else torch.cat([x.flatten() for x in reports]))
-        parts = np.split(read, np.cumsum([x.numel() for x in reports])[:-1])
-        arrays = iter([part.reshape(report.shape) for part, report in zip(parts, reports, strict=True)])
+        ends = np.cumsum([x.numel() for x in reports]).tolist()
+        arrays = iter([read[end - x.numel() : end].reshape(x.shape) for end, x in zip(ends, reports, strict=True)])
     return [_all_kept(planned) if planned.report is None else _kept(planned, next(arrays)) for planned in plans]
 
 

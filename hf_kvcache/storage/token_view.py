@@ -10,7 +10,7 @@ import torch
 
 from hf_kvcache.storage.page_table import NOWHERE
 from hf_kvcache.storage.paged import PagedStorage
-from hf_kvcache.storage.transfers import front, ascending_on, rows_of, to_device
+from hf_kvcache.storage.transfers import ascending_on, front, rows_of, to_device
 
 #: Pages that share scales cannot be merged: those with fewer of their tokens than this share are given up.
 _SPARSE = 1 / 4
@@ -90,8 +90,7 @@ class TokenView:
         if self.columns:
             table_rows = storage.table.rows_of(self.rows)
             paged = storage.table.positions(0, self.columns, storage.page_size, table_rows)
-            paged = to_device(paged.reshape(*self.shape[:2], -1), device)
-            positions = torch.cat([positions, paged], 2)
+            positions = torch.cat([positions, to_device(paged.reshape(*self.shape[:2], -1), device)], 2)
         arranged = self._arranged(positions)
         return arranged if self.everywhere else arranged.masked_fill(~self.exists, NOWHERE)
 
