@@ -21,7 +21,7 @@ def to_host(tensor: torch.Tensor) -> np.ndarray:
 
 
 def rows_of(tensor: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-    """The sequences ``rows`` of ``tensor [B, ...]``: itself if these are all of them, in order; else a view or a copy."""
+    """The sequences ``rows`` of ``tensor [B, ...]``: itself if these are all, in order; else a view or a copy."""
     if is_run(rows):
         start, stop = int(rows[0]), int(rows[-1]) + 1
         return tensor if stop - start == tensor.shape[0] else tensor[start:stop]
