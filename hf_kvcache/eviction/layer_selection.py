@@ -20,7 +20,7 @@ from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.gathering import is_tokenwise
 from hf_kvcache.storage.token_view import TokenView
-from hf_kvcache.storage.transfers import ascending_on, to_device
+from hf_kvcache.storage.transfers import ascending_on
 
 #: Scores are told apart to one in so many.
 _SCORE_STEPS = 1 << 14
@@ -100,7 +100,7 @@ class LayerSelection:
         keep = slots < min(storage.sink_length, used)
         keep = keep | ((slots >= used - storage.tail_length) & (slots < used))
         if recent:
-            counts = held.tokens if held.everywhere else to_device(held.counts, storage.device)[..., None]
+            counts = held.tokens if held.everywhere else held.counts_on_device
             keep = keep | (torch.arange(held.tokens, device=storage.device) >= counts - recent)
         pinned = self.pinned.at(held.rows, held.positions)
         keep = keep if pinned is None else keep | pinned

@@ -11,6 +11,7 @@ import torch
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.storage.dense_buffer import DenseBuffer
 from hf_kvcache.storage.page_table import PageTable
+from hf_kvcache.storage.transfers import rows_of, to_device
 
 #: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
 _ENCODE_ELEMENTS = 1 << 19
@@ -150,15 +151,15 @@ class PageWriter:
         """The key mean of the sequences ``rows``, ``[len(rows) * page heads, dim]``; None if there is none."""
         if self.key_mean is None:
             return None
-        return self.key_mean[torch.from_numpy(rows).to(self.key_mean.device)].flatten(0, 1)
+        return rows_of(self.key_mean, rows).flatten(0, 1)
 
     def fix_key_mean(self, rows: np.ndarray, mean: torch.Tensor) -> None:
         """Take ``mean [b, page heads, dim]``, of the first keys that are packed, as the key mean; it never changes."""
         new = np.flatnonzero(~self.key_mean_known[rows])
         if self.key_mean is None or len(new) == 0:
             return
-        index, device = torch.from_numpy(new).to(mean.device), self.key_mean.device
-        self.key_mean[torch.from_numpy(rows[new]).to(device)] = mean[index].to(self.key_mean.dtype)
+        index = to_device(rows[new], self.key_mean.device)
+        self.key_mean[index] = rows_of(mean, new).to(self.key_mean.dtype)
         self.key_mean_known[rows] = True
 
     def note_truncated(self) -> None:

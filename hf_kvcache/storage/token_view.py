@@ -68,6 +68,11 @@ class TokenView:
         return bool((self.counts == self.tokens).all())
 
     @cached_property
+    def counts_on_device(self) -> torch.Tensor:
+        """:attr:`counts` on the storage's device, ``[b, Hkv, 1]``."""
+        return to_device(self.counts, self._device)[..., None]
+
+    @cached_property
     def slots(self) -> torch.Tensor:
         """int64 ``[b, Hkv, T]``: a slot of the dense buffer, or ``dense slots + column * P + place`` in a page."""
         return self._arranged(torch.arange(self.used + self.columns * self.storage.page_size, device=self._device))
@@ -77,7 +82,7 @@ class TokenView:
         """bool ``[b, Hkv, T]``, False behind the last token of a head that holds fewer."""
         if self.everywhere:
             return torch.ones((), dtype=torch.bool, device=self._device).expand(self.shape)
-        return torch.arange(self.tokens, device=self._device) < to_device(self.counts, self._device)[..., None]
+        return torch.arange(self.tokens, device=self._device) < self.counts_on_device
 
     @cached_property
     def positions(self) -> torch.Tensor:

@@ -8,11 +8,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+#: Bytes up to which CUDA copies pageable memory before a call returns.
+_COPIED_AT_ONCE = 1 << 16
+
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """``array`` as a tensor on ``device``, without waiting for the device. On a CPU it shares the array's memory."""
-    # From memory that is not pinned, the driver takes a copy before the call returns: the array may change then.
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    source = torch.from_numpy(np.ascontiguousarray(array))
+    # The driver takes a copy of little memory before the call returns. For more it may wait, unless it is pinned.
+    if device.type == "cuda" and array.nbytes > _COPIED_AT_ONCE:
+        source = source.pin_memory()
+    return source.to(device, non_blocking=True)
 
 
 def to_host(tensor: torch.Tensor) -> np.ndarray:
