@@ -45,8 +45,17 @@ class LatestQueries:
     def see(self, query: torch.Tensor, position: int, valid: np.ndarray | None) -> None:
         """Take in ``query [B, Hq, n, D]`` from ``position`` on, of which ``valid [B, n]`` is False for padding."""
         window, count = self.ring.shape[2], query.shape[2]
-        if valid is None and (self.counts == self.counts[0]).all():
-            self._write(slice(None), query[:, :, -window:], np.arange(position, position + count)[-window:])
+        if valid is None and (len(self.counts) == 1 or (self.counts == self.counts[0]).all()):
+            if count > 1:
+                self._write(slice(None), query[:, :, -window:], np.arange(position, position + count)[-window:])
+                return
+            # Every decoding step comes here.
+            seen = int(self.counts[0])
+            self.ring.narrow(2, seen % window, 1).copy_(query)
+            self.positions[:, seen % window] = position
+            self.counts += 1
+            if seen >= window:
+                np.maximum(self.lost, seen + 1 - window, out=self.lost)
         elif count == 1:
             rows = np.arange(len(self.counts)) if valid is None else np.flatnonzero(valid[:, 0])
             self._write_one(rows, query, position)
@@ -208,7 +217,7 @@ class Observations:
         """Remember ``query [B, Hq, n, D]`` from ``position`` on, as far as it is wanted."""
         if not self.wanted:
             return
-        every, query = self.wanted == ALL_QUERIES, query.detach()
+        every, query = self.wanted == ALL_QUERIES, query.detach() if query.requires_grad else query
         if self.latest is None:
             self.latest = LatestQueries.of(query, _DECODED_QUERIES if every else self.wanted)
         self.latest.see(query, position, valid)
