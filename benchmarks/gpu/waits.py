@@ -35,29 +35,32 @@ NAME = "pretended"
 class Away(torch.Tensor):
     """A tensor of the pretended device."""
 
-    inner: torch.Tensor
+    content: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Away:
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls, content: torch.Tensor) -> Away:
+        made = torch.Tensor._make_wrapper_subclass(
             cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
+            content.shape,
+            strides=content.stride(),
+            storage_offset=content.storage_offset(),
+            dtype=content.dtype,
             device=torch.device(NAME, 0),
         )
-        made.inner = inner
+        made.content = content
         return made
 
     def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+        return self.content.data_ptr()
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.inner.untyped_storage()
+        return self.content.untyped_storage()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, *call: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"{func}: tensors of the pretended device are used outside of it")
 
 
@@ -91,8 +94,8 @@ class PretendedDevice(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         if away or made_there:
             self._note(func, name, args, kwargs, given, away, made_there)
-        known = {id(x.inner): x for x in away}
-        args, kwargs = tree_map(lambda x: x.inner if isinstance(x, Away) else x, (args, kwargs))
+        known = {id(x.content): x for x in away}
+        args, kwargs = tree_map(lambda x: x.content if isinstance(x, Away) else x, (args, kwargs))
         result = func(*args, **kwargs)
         stays = made_there or (away and (to is None or made_there) and not _into_host(name, given))
 
@@ -112,9 +115,7 @@ class PretendedDevice(TorchDispatchMode):
             blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
             if (name == "_to_copy" and not away) or (name == "copy_" and isinstance(args[0], Away) and host):
                 self._count("waits" if blocking else "uploads", f"upload of {tuple(given[-1].shape)}")
-            elif _into_host(name, given) or (
-                name == "_to_copy" and not made_there and kwargs.get("device") is not None
-            ):
+            elif _into_host(name, given) or (kwargs.get("device") is not None and not made_there):
                 self._count("waits", f"read-back of {tuple(given[-1].shape)}")
             else:
                 self.found["operators"] += 1
