@@ -69,12 +69,11 @@ class LayerSelection:
         if policy.head_floor is not None and (held.counts.sum(1) <= quota * storage.heads).all():
             return Choice(None, held.tokens)
         recent = max(min(policy.recent(quota), quota - least + storage.tail_length), 0)
-        hard = self.protected(held, 0)
         protected = self.protected(held, recent)
         context = self.context(held, quota, protected)
         keep = choose(self.scores(context), context.protected, context.held, quota, policy.head_floor)
         if not is_tokenwise(storage.layout):
-            keep = keep & ~held.in_sparse_pages(keep, hard)
+            keep = keep & ~held.in_sparse_pages(keep, self.protected(held, 0))
         # Of the newest tokens, these are protected in any case.
         in_tail = max(min(held.used - storage.sink_length, storage.tail_length), 0)
         return Choice(keep, max(quota, least + max(recent - in_tail, 0)))
@@ -96,12 +95,13 @@ class LayerSelection:
 
     def protected(self, held: TokenView, recent: int) -> torch.Tensor:
         """bool ``[b, Hkv, T]``: sinks, tail, pins, and the newest ``recent`` tokens."""
-        storage, used, slots = held.storage, held.used, held.slots
-        keep = slots < min(storage.sink_length, used)
-        keep = keep | ((slots >= used - storage.tail_length) & (slots < used))
-        if recent:
-            counts = held.tokens if held.everywhere else held.counts_on_device
-            keep = keep | (torch.arange(held.tokens, device=storage.device) >= counts - recent)
+        storage, used = held.storage, held.used
+        sinks = min(used, storage.sink_length)
+        newest = max(recent, min(used - sinks, storage.tail_length))
+        # Of a head's tokens, sinks are the first and the tail the last.
+        number = torch.arange(held.tokens, device=storage.device)
+        counts = held.tokens if held.everywhere else held.counts_on_device
+        keep = ((number < sinks) | (number >= counts - newest)).expand(held.shape)
         pinned = self.pinned.at(held.rows, held.positions)
         keep = keep if pinned is None else keep | pinned
         return keep if held.everywhere else keep & held.exists

@@ -116,16 +116,15 @@ def plan(held: TokenView, keep: torch.Tensor | None, tail: int, most: int) -> Pr
         return PrunePlan(held, stop, None, None, None)
     if not held.everywhere:
         keep = keep & held.exists
-    slots, size, columns = held.slots, held.storage.page_size, held.columns
+    slots, columns = held.slots, held.columns
     leaving = keep & (slots >= sinks) & (slots < stop)
     moved, parts = leaving, [leaving.sum(-1)]
     if columns:
         paged = keep & (slots >= used)
         moved = leaving | paged
         # Tokens of the dense buffer count into a column of their own.
-        page = ((slots - used) // size).masked_fill(slots < used, columns)
         survive = torch.zeros(*keep.shape[:2], columns + 1, dtype=torch.int64, device=keep.device)
-        parts.append(survive.scatter_add_(2, page, paged.long())[..., :-1].flatten(1))
+        parts.append(survive.scatter_add_(2, held.page, paged.long())[..., :-1].flatten(1))
     # Sinks and tail stay where they are.
     listed = max(min(most, held.tokens) - (used - stop + sinks), 0)
     places = front(moved.flatten(1), listed * keep.shape[1])

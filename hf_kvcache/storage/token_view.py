@@ -78,6 +78,12 @@ class TokenView:
         return self._arranged(torch.arange(self.used + self.columns * self.storage.page_size, device=self._device))
 
     @cached_property
+    def page(self) -> torch.Tensor:
+        """int64 ``[b, Hkv, T]``, the page column of each token; the number of columns for those of the dense buffer."""
+        behind = self.slots - self.used
+        return (behind // self.storage.page_size).masked_fill(behind < 0, self.columns)
+
+    @cached_property
     def exists(self) -> torch.Tensor:
         """bool ``[b, Hkv, T]``, False behind the last token of a head that holds fewer."""
         if self.everywhere:
@@ -90,8 +96,11 @@ class TokenView:
         storage, device = self.storage, self._device
         sinks = min(self.used, storage.sink_length)
         at = storage.dense.positions[self.rows, : self.used]
-        dense = torch.cat([ascending_on(device, part) for part in (at[:, :sinks], at[:, sinks:])], 1)
-        positions = dense[:, None].expand(-1, storage.heads, -1)
+        # Nothing was dropped between them, or sinks and tail stand apart.
+        together = len(at) == 1 and self.used > 0 and int(at[0, -1]) - int(at[0, 0]) == self.used - 1
+        parts = [at] if together else [at[:, :sinks], at[:, sinks:]]
+        dense = [ascending_on(device, part) for part in parts]
+        positions = (dense[0] if together else torch.cat(dense, 1))[:, None].expand(-1, storage.heads, -1)
         if self.columns:
             table_rows = storage.table.rows_of(self.rows)
             paged = storage.table.positions(0, self.columns, storage.page_size, table_rows)
@@ -116,8 +125,7 @@ class TokenView:
 
     def in_sparse_pages(self, keep: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
         """Tokens of pages that would be left with few of their tokens, none of them protected; all ``[b, Hkv, T]``."""
-        size, columns = self.storage.page_size, self.columns
-        page = torch.where(self.slots >= self.used, (self.slots - self.used) // size, columns)
+        size, columns, page = self.storage.page_size, self.columns, self.page
 
         def per_page(mask: torch.Tensor) -> torch.Tensor:
             counts = torch.zeros(*mask.shape[:2], columns + 1, dtype=torch.int64, device=mask.device)

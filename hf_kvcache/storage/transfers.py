@@ -62,9 +62,8 @@ def front(mask: torch.Tensor, count: int) -> torch.Tensor:
 
     ``count`` is at least the number of True in any row. Unlike ``nonzero``, this does not wait for the device.
     """
-    rank = mask.cumsum(-1) - 1
-    # One place more, for all that is False.
+    # One place more, the first, takes all that is False.
     places = torch.zeros(*mask.shape[:-1], count + 1, dtype=torch.int64, device=mask.device)
-    number = torch.arange(mask.shape[-1], device=mask.device).expand_as(rank)
-    places.scatter_(-1, rank.masked_fill(~mask, count), number)
-    return places[..., :count]
+    number = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
+    places.scatter_(-1, mask.cumsum(-1) * mask, number)
+    return places[..., 1:]

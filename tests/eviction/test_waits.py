@@ -50,7 +50,7 @@ def check(found: dict[str, Any]) -> None:
 
 
 def test_an_eviction_waits_once_and_a_plain_step_never() -> None:
-    check(counted("--codecs", "unbiased4", "--padded", "no", "--policies", "snapkv", "h2o", "ada-expected", "tova"))
+    check(counted("--codecs", "unbiased4", "--padded", "no", "--policies", "snapkv", "h2o", "ada-expected"))
 
 
 @pytest.mark.slow
