@@ -237,22 +237,23 @@ class Layers:
         layer.flush()
 
     def count(self, counter: PretendedDevice | None) -> dict[str, Any]:
-        """What the second layer asks for: of a prompt, of the last plain step and of the last step that evicts."""
+        """What the second layer asks for: of a prompt, and of the last step that is plain, that evicts, that packs."""
         found: dict[str, Any] = {}
         for start, stop in [(0, PROMPT), *((at, at + 1) for at in range(PROMPT, PROMPT + STEPS))]:
             mask = None
             if self.padded:
                 mask = (torch.arange(stop) >= torch.tensor([[7], [0]])).to(self.device)
             self.run(start, stop, 0, mask)
-            evictor: Any = cast(Any, self.cache.layers[1]).evictor
-            before = 0 if evictor is None else evictor.evictions
+            layer: Any = self.cache.layers[1]
+            before = (0, 0) if start == 0 else (layer.evictor.evictions, layer.storage.table.version)
             if counter is None:
                 self.run(start, stop, 1, mask)
                 continue
             with counter.counting() as counts:
                 self.run(start, stop, 1, mask)
-            evicted = cast(Any, self.cache.layers[1]).evictor.evictions > before
-            moment = "prompt" if start == 0 else "eviction" if evicted else "step"
+            after = layer.evictor.evictions, layer.storage.table.version
+            moment = "step" if after == before else "eviction" if after[0] > before[0] else "packing"
+            moment = "prompt" if start == 0 else moment
             found[moment] = dict(counts) | {"where": dict(counter.where)}
         return found
 
