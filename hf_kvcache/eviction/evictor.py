@@ -174,13 +174,16 @@ class Evictor:
 
     def keep_only(self, storage: PagedStorage, keep: list[torch.Tensor], seen: int) -> None:
         """Drop every token that ``keep``, bool ``[1, Hkv, T]`` for each sequence, does not name, of those held."""
-        changes, selection = [], self.selection()
-        for row, mask in enumerate(keep):
-            held = TokenView.of(storage, np.array([row]))
-            mask = (mask.to(storage.device) | selection.protected(held, 0)) & held.exists
-            # Nobody knows yet how many these are: this waits for the device once more.
-            counts = to_host(mask.sum(-1))
-            choice = Choice(None if (counts == held.counts).all() else mask, int(counts.max(initial=0)))
+        selection, views = self.selection(), [TokenView.of(storage, np.array([row])) for row in range(len(keep))]
+        masks = [
+            (mask.to(storage.device) | selection.protected(held, 0)) & held.exists
+            for mask, held in zip(keep, views, strict=True)
+        ]
+        # Nobody knows yet how many these are: this waits for the device once more.
+        counts = to_host(torch.cat([mask.sum(-1) for mask in masks]))
+        changes = []
+        for held, mask, count in zip(views, masks, counts, strict=True):
+            choice = Choice(None if (count == held.counts[0]).all() else mask, int(count.max(initial=0)))
             changes.append(self._change(held, choice))
         self._prune(storage, changes, seen, fit=False)
         self.schedule.pending = False
