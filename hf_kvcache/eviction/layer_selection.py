@@ -81,8 +81,8 @@ class LayerSelection:
     def most_protected(self, held: TokenView) -> int:
         """The most tokens of a head that :meth:`protected` names if no newest ones are asked for."""
         storage, used = held.storage, held.used
-        slots = np.arange(used)
-        slots = slots[(slots < storage.sink_length) | (slots >= used - storage.tail_length)]
+        sinks = min(used, storage.sink_length)
+        slots = np.concatenate([np.arange(sinks), np.arange(max(sinks, used - storage.tail_length), used)])
         positions = storage.dense.positions[held.rows[:, None], slots]
         return len(slots) + self.pinned.most_outside(held.rows, positions)
 
