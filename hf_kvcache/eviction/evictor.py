@@ -13,7 +13,7 @@ from hf_kvcache.eviction.base import ALL_QUERIES
 from hf_kvcache.eviction.budget import PinnedPositions
 from hf_kvcache.eviction.compensation import compensate_values
 from hf_kvcache.eviction.layer_selection import Choice, LayerSelection
-from hf_kvcache.eviction.observations import Observations
+from hf_kvcache.eviction.observations import AccumulatedAttention, Observations
 from hf_kvcache.eviction.options import Attending, EvictionOptions, LayerPlace
 from hf_kvcache.eviction.schedule import EvictionSchedule
 from hf_kvcache.eviction.sinks import MovingSinks
@@ -273,8 +273,8 @@ class Evictor:
             if self.policy.moves_sinks:
                 gone = self.pinned.counts - storage.tokens()
                 self._sinks.move(storage, self.selection().rope(), held.rows, gone[held.rows])
-            if change.sums is not None:
-                self._move_sums(storage, change)
+            if self.observations.accumulated is not None:
+                _move_sums(self.observations.accumulated, storage, change)
 
     def _compensate(self, held: TokenView, keep: torch.Tensor, most: int) -> None:
         """New values for the kept tokens that are not packed yet, of which a head has ``most`` in all."""
@@ -282,16 +282,6 @@ class Evictor:
         if queries is not None:
             scoring = selection.scoring(queries[0].shape[-1])
             compensate_values(held, keep, selection.protected(held, 0), *queries, scoring, most)
-
-    def _move_sums(self, storage: PagedStorage, change: Change) -> None:
-        """Put the sums of kept tokens where these lie now."""
-        accumulated, keep, sums = self.observations.accumulated, change.plan.keep, change.sums
-        assert accumulated is not None and sums is not None
-        after = TokenView.of(storage, change.plan.held.rows)
-        if keep is not None:
-            sums = sums.gather(2, front(keep, after.tokens))
-        accumulated.put(after, sums)
-        accumulated.trim(storage.dense.capacity, storage.table.columns * storage.page_size)
 
     def _groups(self, storage: PagedStorage, rows: np.ndarray) -> Iterator[np.ndarray]:
         """``rows`` in groups that hold equally many tokens: all together without padding, else one by one."""
@@ -302,6 +292,16 @@ class Evictor:
             yield rows
         else:
             yield from rows[:, None]
+
+
+def _move_sums(accumulated: AccumulatedAttention, storage: PagedStorage, change: Change) -> None:
+    """Put the sums of kept tokens where these lie now."""
+    keep, sums, after = change.plan.keep, change.sums, TokenView.of(storage, change.plan.held.rows)
+    assert sums is not None
+    if keep is not None:
+        sums = sums.gather(2, front(keep, after.tokens))
+    accumulated.put(after, sums)
+    accumulated.trim(storage.dense.capacity, storage.table.columns * storage.page_size)
 
 
 def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
