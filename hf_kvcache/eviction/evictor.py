@@ -159,7 +159,7 @@ class Evictor:
         Waits for the device once, and not at all where nothing has to be dropped.
         """
         selection = self.selection()
-        held = [TokenView.of(storage, group) for group in self._groups(storage, rows)]
+        held = [TokenView.of(storage, group) for group in _groups(self.pinned, storage, rows)]
         self._prune(storage, [self._change(each, selection.chosen(each)) for each in held], seen)
         self.schedule.pending = False
         self.observations.block = None
@@ -169,7 +169,7 @@ class Evictor:
 
     def pack(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
         """Pack the tokens of the sequences ``rows`` that are due; drop none."""
-        held = [TokenView.of(storage, group) for group in self._groups(storage, rows)]
+        held = [TokenView.of(storage, group) for group in _groups(self.pinned, storage, rows)]
         self._prune(storage, [self._change(each, Choice(None, each.tokens)) for each in held], seen)
 
     def keep_only(self, storage: PagedStorage, keep: list[torch.Tensor], seen: int) -> None:
@@ -283,15 +283,16 @@ class Evictor:
             scoring = selection.scoring(queries[0].shape[-1])
             compensate_values(held, keep, selection.protected(held, 0), *queries, scoring, most)
 
-    def _groups(self, storage: PagedStorage, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """``rows`` in groups that hold equally many tokens: all together without padding, else one by one."""
-        if len(rows) == 0:
-            return
-        lengths = storage.dense.lengths[rows]
-        if not self.pinned.padded and (lengths == lengths[0]).all():
-            yield rows
-        else:
-            yield from rows[:, None]
+
+def _groups(pinned: PinnedPositions, storage: PagedStorage, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """``rows`` in groups that hold equally many tokens: all together without padding, else one by one."""
+    if len(rows) == 0:
+        return
+    lengths = storage.dense.lengths[rows]
+    if not pinned.padded and (lengths == lengths[0]).all():
+        yield rows
+    else:
+        yield from rows[:, None]
 
 
 def _move_sums(accumulated: AccumulatedAttention, storage: PagedStorage, change: Change) -> None:
