@@ -189,7 +189,7 @@ def _score_sequence(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tu
     assert layer.storage is not None and layer.evictor is not None
     held, selection = TokenView.of(layer.storage, np.array([row])), layer.evictor.selection()
     protected = selection.protected(held, 0)
-    quota = max(selection.quota(row), int(protected.sum(-1).max(initial=0)))
+    quota = max(selection.quota(row), selection.most_protected(held))
     context = selection.context(held, quota, protected)
     context.replayed = largest[row : row + 1, :, : held.tokens]
     return context, selection.scores(context)

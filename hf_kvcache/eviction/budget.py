@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces, padding_by_sequence
+from hf_kvcache.storage.transfers import to_device
 
 Pin = tuple[int, int] | range | torch.Tensor | None
 
@@ -139,17 +140,47 @@ class PinnedPositions:
         """Non-padding tokens among the first ``seen`` of each sequence, int64 ``[B]``."""
         return seen - self.padding.before(seen).counts(len(self.counts))
 
-    def at(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Which of ``positions [b, Hkv, T]`` of the sequences ``rows`` are pinned."""
+    def at(self, rows: np.ndarray, positions: torch.Tensor) -> torch.Tensor | None:
+        """Which of ``positions [b, Hkv, T]`` of the sequences ``rows`` are pinned; None if nothing is."""
         length = self.mask.shape[1]
         if length == 0:
-            return np.zeros(positions.shape, bool)
+            return None
         inside = positions < length
-        return self.mask[rows[:, None, None], np.where(inside, positions, 0)] & inside
+        mask = to_device(self.mask[rows], positions.device)
+        index = positions.masked_fill(~inside, 0).flatten(1)
+        return mask.gather(1, index).view(positions.shape) & inside
+
+    def most_outside(self, rows: np.ndarray, positions: np.ndarray) -> int:
+        """The most pinned tokens that a head of the sequences ``rows`` holds at others than ``positions [b, n]``.
+
+        Pinned tokens are never dropped, so that every head holds all of them that were seen.
+        """
+        length = self.mask.shape[1]
+        if length == 0:
+            return 0
+        pinned = self.mask[rows]
+        seen = self.counts + self.padding.counts(len(self.counts))
+        pinned &= np.arange(length) < seen[rows, None]
+        for i, row in enumerate(rows):
+            pinned[i, positions[i][positions[i] < length]] = False
+            padding = self.padding.positions[self.padding.rows == row]
+            pinned[i, padding[padding < length]] = False
+        return int(pinned.sum(1).max(initial=0))
 
     def numbers(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """``positions [b, ...]`` of the sequences ``rows`` as they would be without padding."""
         return self.padding.numbers(rows, positions)
+
+    def numbers_on_device(self, rows: np.ndarray, positions: torch.Tensor) -> torch.Tensor:
+        """:meth:`numbers` of ``positions [b, ...]`` that lie on a device; a copy."""
+        if self.padding is NO_PADDING:
+            return positions.clone(memory_format=torch.contiguous_format)
+        numbers = []
+        for row, at in zip(rows, positions, strict=True):
+            # The places of a sequence ascend: each update adds later ones.
+            places = to_device(self.padding.positions[self.padding.rows == row], positions.device)
+            numbers.append(at - torch.searchsorted(places, at.contiguous()))
+        return torch.stack(numbers)
 
     def select(self, rows: np.ndarray) -> PinnedPositions:
         """A copy with the sequences ``rows`` only, which may repeat."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +10,10 @@ import torch
 
 from hf_kvcache.kernels.inputs import Scoring
 
-#: Probabilities computed at a time: as many as stay in a core's cache, and never all queries times all keys.
+#: Probabilities computed at a time, never all queries times all keys: on a CPU as many as stay in a core's cache,
+#: elsewhere as many as take 64 MiB, since every strip is some launches.
 _STRIP_ELEMENTS = 1 << 19
+_STRIP_ELEMENTS_ELSEWHERE = 1 << 24
 _FEWEST_QUERIES = 16
 
 
@@ -65,6 +67,9 @@ class Context:
         rope: the layer's rotary embedding; None if not asked for.
         output_weight: ``[hidden, Hq * Dv]``, the weight of the output projection; None if not asked for.
         seed: for policies that draw random numbers.
+        aligned: whether all heads are known to hold the same tokens.
+        reach: gives the number of places, from the first on, that hold all that query ``i`` sees, in the head that
+            needs most. The host knows it, and so need not ask the device; None where it has to.
     """
 
     keys: torch.Tensor
@@ -84,6 +89,8 @@ class Context:
     rope: Rope | None = None
     output_weight: torch.Tensor | None = None
     seed: int = 0
+    aligned: bool = False
+    reach: Callable[[int], int] | None = None
 
     @property
     def groups(self) -> int:
@@ -122,10 +129,11 @@ class Context:
             return  # a sequence of which all is padding so far
         queries = self.queries.float().unflatten(1, (heads, -1)) * self.scoring.inner
         at = self.query_positions.expand(batch, -1)
-        step = max(_FEWEST_QUERIES, _STRIP_ELEMENTS // (batch * self.queries.shape[1] * tokens))
+        elements = _STRIP_ELEMENTS if self.keys.device.type == "cpu" else _STRIP_ELEMENTS_ELSEWHERE
+        step = max(_FEWEST_QUERIES, elements // (batch * self.queries.shape[1] * tokens))
         for start in range(0, queries.shape[3], step):
             part = slice(start, start + step)
-            seen = max(1, int((self.positions <= at[:, part].max()).sum(-1).max()))
+            seen = max(1, self._reached(at, min(start + step, queries.shape[3]) - 1))
             # The heads of a group as rows of one matrix: broadcasting would copy the keys for each of them.
             rows = queries[:, :, :, part].flatten(2, 3)
             scores = (rows @ self.keys[:, :, :seen].mT).unflatten(2, (queries.shape[2], -1))
@@ -134,6 +142,12 @@ class Context:
             # Places without a token have positions beyond those of any query.
             hidden = self.positions[:, :, None, :seen] > at[:, None, part, None]
             yield self._softmax(scores.masked_fill_(hidden[:, :, None], -torch.inf))
+
+    def _reached(self, at: torch.Tensor, query: int) -> int:
+        """How many places, from the first on, hold all that a query at ``at [B, n]`` sees."""
+        if self.reach is not None:
+            return self.reach(query)
+        return int((self.positions <= at[:, query].max()).sum(-1).max())
 
     def _softmax(self, scores: torch.Tensor) -> torch.Tensor:
         total = scores.logsumexp(-1, keepdim=True)

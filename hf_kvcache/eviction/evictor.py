@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,15 +12,29 @@ from hf_kvcache.eviction import Policy
 from hf_kvcache.eviction.base import ALL_QUERIES
 from hf_kvcache.eviction.budget import PinnedPositions
 from hf_kvcache.eviction.compensation import compensate_values
-from hf_kvcache.eviction.layer_selection import LayerSelection
-from hf_kvcache.eviction.observations import Observations
+from hf_kvcache.eviction.layer_selection import Choice, LayerSelection
+from hf_kvcache.eviction.observations import AccumulatedAttention, Observations
 from hf_kvcache.eviction.options import Attending, EvictionOptions, LayerPlace
 from hf_kvcache.eviction.schedule import EvictionSchedule
 from hf_kvcache.eviction.sinks import MovingSinks
 from hf_kvcache.kernels.inputs import Attention
 from hf_kvcache.storage import PagedStorage
-from hf_kvcache.storage.pruning import keep_only
+from hf_kvcache.storage.pruning import PrunePlan, carry_out, plan, read_back
 from hf_kvcache.storage.token_view import TokenView
+from hf_kvcache.storage.transfers import front, to_host
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a choice does to some sequences.
+
+    Attributes:
+        plan: which tokens will lie in pages.
+        sums: the accumulated attention ``[b, Hkv, T]`` of the tokens held before; None if there is none.
+    """
+
+    plan: PrunePlan
+    sums: torch.Tensor | None
 
 
 class Evictor:
@@ -140,16 +154,13 @@ class Evictor:
             self.evict(storage, due, seen)
 
     def evict(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
-        """Choose the tokens that the sequences ``rows`` keep, after ``seen`` tokens in all, and drop the others."""
-        for group in self._groups(storage, rows):
-            held, selection = TokenView.of(storage, group), self.selection()
-            keep = selection.chosen(held)
-            if self.options.compensate and not (keep == held.exists).all():
-                queries = self.observations.latest_queries(group, self.options.compensate)
-                if queries is not None:
-                    scoring = selection.scoring(queries[0].shape[-1])
-                    compensate_values(held, keep, selection.protected(held, 0), *queries, scoring)
-            self._apply(storage, held, keep, seen)
+        """Choose the tokens that the sequences ``rows`` keep, after ``seen`` tokens in all, and drop the others.
+
+        Waits for the device once, and not at all where nothing has to be dropped.
+        """
+        selection = self.selection()
+        held = [TokenView.of(storage, group) for group in _groups(self.pinned, storage, rows)]
+        self._prune(storage, [self._change(each, selection.chosen(each)) for each in held], seen)
         self.schedule.pending = False
         self.observations.block = None
         if self.options.interval is None and self.options.evict_prefill is None:
@@ -158,15 +169,23 @@ class Evictor:
 
     def pack(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
         """Pack the tokens of the sequences ``rows`` that are due; drop none."""
-        for group in self._groups(storage, rows):
-            held = TokenView.of(storage, group)
-            self._apply(storage, held, held.exists, seen)
+        held = [TokenView.of(storage, group) for group in _groups(self.pinned, storage, rows)]
+        self._prune(storage, [self._change(each, Choice(None, each.tokens)) for each in held], seen)
 
     def keep_only(self, storage: PagedStorage, keep: list[torch.Tensor], seen: int) -> None:
         """Drop every token that ``keep``, bool ``[1, Hkv, T]`` for each sequence, does not name, of those held."""
-        for row, mask in enumerate(keep):
-            held = TokenView.of(storage, np.array([row]))
-            self._apply(storage, held, mask.cpu().numpy() | self.selection().protected(held, 0), seen)
+        selection, views = self.selection(), [TokenView.of(storage, np.array([row])) for row in range(len(keep))]
+        masks = [
+            (mask.to(storage.device) | selection.protected(held, 0)) & held.exists
+            for mask, held in zip(keep, views, strict=True)
+        ]
+        # Nobody knows yet how many these are: this waits for the device once more.
+        counts = to_host(torch.cat([mask.sum(-1) for mask in masks]))
+        changes = []
+        for held, mask, count in zip(views, masks, counts, strict=True):
+            choice = Choice(None if (count == held.counts[0]).all() else mask, int(count.max(initial=0)))
+            changes.append(self._change(held, choice))
+        self._prune(storage, changes, seen, fit=False)
         self.schedule.pending = False
 
     # -- going back, copies, saving -------------------------------------------------------------------------------
@@ -228,33 +247,62 @@ class Evictor:
 
     # -- internals ------------------------------------------------------------------------------------------------
 
-    def _apply(self, storage: PagedStorage, held: TokenView, keep: np.ndarray, seen: int) -> None:
-        """Drop the tokens that ``keep`` does not name, pack those that leave the tail; sums move with their keys."""
+    def _change(self, held: TokenView, choice: Choice) -> Change:
+        """What dropping all but the chosen tokens means; waits for nothing and changes nothing."""
         accumulated = self.observations.accumulated
         sums = None if accumulated is None else accumulated.by_token(held)
-        dropped = not (keep == held.exists).all()
-        if dropped:
-            self.schedule.note_eviction(seen)
-        keep_only(held, keep, self.schedule.tail(held, dropped))
-        if self.policy.moves_sinks:
-            gone = self.pinned.counts - storage.tokens()
-            self._sinks.move(storage, self.selection().rope(), held.rows, gone[held.rows])
-        if accumulated is None or sums is None:
-            return
-        after = TokenView.of(storage, held.rows)
-        order = torch.from_numpy(np.argsort(~keep, axis=-1, kind="stable")[..., : after.tokens].copy())
-        accumulated.put(after, sums.gather(2, order.to(sums.device)))
-        accumulated.trim(storage.dense.capacity, storage.table.columns * storage.page_size)
+        tail = self.schedule.tail(held, choice.keep is not None)
+        return Change(plan(held, choice.keep, tail, choice.most), sums)
 
-    def _groups(self, storage: PagedStorage, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """``rows`` in groups that hold equally many tokens: all together without padding, else one by one."""
-        if len(rows) == 0:
-            return
-        lengths = storage.dense.lengths[rows]
-        if not self.pinned.padded and (lengths == lengths[0]).all():
-            yield rows
-        else:
-            yield from rows[:, None]
+    def _prune(self, storage: PagedStorage, changes: list[Change], seen: int, fit: bool = True) -> None:
+        """Drop the tokens that no change keeps, pack those that leave the tail; sums move with their keys.
+
+        Args:
+            storage: the layer's tokens.
+            changes: those of some sequences.
+            seen: tokens seen in all.
+            fit: whether kept values are fitted to the attention of the latest queries, if the options say so.
+        """
+        for change, kept in zip(changes, read_back([change.plan for change in changes]), strict=True):
+            held, keep = change.plan.held, change.plan.keep
+            if keep is not None:
+                self.schedule.note_eviction(seen)
+                if fit and self.options.compensate:
+                    self._compensate(held, keep, kept.most(change.plan))
+            carry_out(change.plan, kept)
+            if self.policy.moves_sinks:
+                gone = self.pinned.counts - storage.tokens()
+                self._sinks.move(storage, self.selection().rope(), held.rows, gone[held.rows])
+            if self.observations.accumulated is not None:
+                _move_sums(self.observations.accumulated, storage, change)
+
+    def _compensate(self, held: TokenView, keep: torch.Tensor, most: int) -> None:
+        """New values for the kept tokens that are not packed yet, of which a head has ``most`` in all."""
+        queries, selection = self.observations.latest_queries(held.rows, self.options.compensate), self.selection()
+        if queries is not None:
+            scoring = selection.scoring(queries[0].shape[-1])
+            compensate_values(held, keep, selection.protected(held, 0), *queries, scoring, most)
+
+
+def _groups(pinned: PinnedPositions, storage: PagedStorage, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """``rows`` in groups that hold equally many tokens: all together without padding, else one by one."""
+    if len(rows) == 0:
+        return
+    lengths = storage.dense.lengths[rows]
+    if not pinned.padded and (lengths == lengths[0]).all():
+        yield rows
+    else:
+        yield from rows[:, None]
+
+
+def _move_sums(accumulated: AccumulatedAttention, storage: PagedStorage, change: Change) -> None:
+    """Put the sums of kept tokens where these lie now."""
+    keep, sums, after = change.plan.keep, change.sums, TokenView.of(storage, change.plan.held.rows)
+    assert sums is not None
+    if keep is not None:
+        sums = sums.gather(2, front(keep, after.tokens))
+    accumulated.put(after, sums)
+    accumulated.trim(storage.dense.capacity, storage.table.columns * storage.page_size)
 
 
 def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +20,22 @@ from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.gathering import is_tokenwise
 from hf_kvcache.storage.token_view import TokenView
+from hf_kvcache.storage.transfers import ascending_on
 
 #: Scores are told apart to one in so many.
 _SCORE_STEPS = 1 << 14
+
+
+class Choice(NamedTuple):
+    """Which tokens stay.
+
+    Attributes:
+        keep: bool ``[b, Hkv, T]``; None if all of them do. Else every sequence, or some, loses tokens.
+        most: tokens that a head keeps at most, on average over the heads of any sequence.
+    """
+
+    keep: torch.Tensor | None
+    most: int
 
 
 @dataclass(frozen=True)
@@ -45,20 +60,31 @@ class LayerSelection:
     def policy(self) -> Policy:
         return self.options.policy
 
-    def chosen(self, held: TokenView) -> np.ndarray:
-        """The tokens that stay, bool ``[b, Hkv, T]``."""
-        policy, row = self.policy, int(held.rows[0])
-        hard = self.protected(held, 0)
-        most_protected = int(hard.sum(-1).max(initial=0))
-        quota = max(self.quota(row), most_protected)
-        if (held.exists.sum(-1) <= quota).all():
-            return held.exists
-        recent = min(policy.recent(quota), quota - most_protected + held.storage.tail_length)
-        protected = self.protected(held, max(recent, 0))
+    def chosen(self, held: TokenView) -> Choice:
+        """The tokens that stay. Waits for nothing: how many they are, the host knows without asking the device."""
+        policy, storage, least = self.policy, held.storage, self.most_protected(held)
+        quota = max(self.quota(int(held.rows[0])), least)
+        if (held.counts <= quota).all():
+            return Choice(None, held.tokens)
+        if policy.head_floor is not None and (held.counts.sum(1) <= quota * storage.heads).all():
+            return Choice(None, held.tokens)
+        recent = max(min(policy.recent(quota), quota - least + storage.tail_length), 0)
+        protected = self.protected(held, recent)
         context = self.context(held, quota, protected)
-        scores = self.scores(context)
-        keep = choose(scores, context.protected, context.held, quota, policy.head_floor).cpu().numpy()
-        return keep if is_tokenwise(held.storage.layout) else keep & ~held.in_sparse_pages(keep, hard)
+        keep = choose(self.scores(context), context.protected, context.held, quota, policy.head_floor)
+        if not is_tokenwise(storage.layout):
+            keep = keep & ~held.in_sparse_pages(keep, self.protected(held, 0))
+        # Of the newest tokens, these are protected in any case.
+        in_tail = max(min(held.used - storage.sink_length, storage.tail_length), 0)
+        return Choice(keep, max(quota, least + max(recent - in_tail, 0)))
+
+    def most_protected(self, held: TokenView) -> int:
+        """The most tokens of a head that :meth:`protected` names if no newest ones are asked for."""
+        storage, used = held.storage, held.used
+        sinks = min(used, storage.sink_length)
+        slots = np.concatenate([np.arange(sinks), np.arange(max(sinks, used - storage.tail_length), used)])
+        positions = storage.dense.positions[held.rows[:, None], slots]
+        return len(slots) + self.pinned.most_outside(held.rows, positions)
 
     def quota(self, row: int) -> int:
         """Tokens that a head of sequence ``row`` keeps on average."""
@@ -67,16 +93,20 @@ class LayerSelection:
             budget.tokens(seen), place.evicting_index, place.num_evicting, budget.least, seen
         )
 
-    def protected(self, held: TokenView, recent: int) -> np.ndarray:
+    def protected(self, held: TokenView, recent: int) -> torch.Tensor:
         """bool ``[b, Hkv, T]``: sinks, tail, pins, and the newest ``recent`` tokens."""
         storage, used = held.storage, held.used
-        in_buffer = held.slots < used
-        keep = in_buffer & ((held.slots < storage.sink_length) | (held.slots >= used - storage.tail_length))
-        number = np.arange(held.tokens)
-        keep |= number >= held.exists.sum(-1, keepdims=True) - recent
-        return (keep | self.pinned.at(held.rows, held.positions)) & held.exists
+        sinks = min(used, storage.sink_length)
+        newest = max(recent, min(used - sinks, storage.tail_length))
+        # Of a head's tokens, sinks are the first and the tail the last.
+        number = torch.arange(held.tokens, device=storage.device)
+        counts = held.tokens if held.everywhere else held.counts_on_device
+        keep = ((number < sinks) | (number >= counts - newest)).expand(held.shape)
+        pinned = self.pinned.at(held.rows, held.positions)
+        keep = keep if pinned is None else keep | pinned
+        return keep if held.everywhere else keep & held.exists
 
-    def context(self, held: TokenView, quota: int, protected: np.ndarray) -> Context:
+    def context(self, held: TokenView, quota: int, protected: torch.Tensor) -> Context:
         """What the policy sees of the tokens ``held``; padding takes up no positions."""
         policy, device, observations = self.policy, held.storage.device, self.observations
         # All of it copies: a policy may write where it likes without changing the cache, or what is chosen of it.
@@ -87,15 +117,16 @@ class LayerSelection:
         context = Context(
             keys=keys,
             values=values,
-            positions=self._numbers(held.rows, held.positions, device),
-            held=None if held.exists.all() else torch.tensor(held.exists, device=device),
-            protected=torch.tensor(protected, device=device),
+            positions=self.pinned.numbers_on_device(held.rows, held.positions),
+            held=None if held.everywhere else held.exists.clone(),
+            protected=protected.clone(memory_format=torch.contiguous_format),
             seen=int(self.pinned.counts[held.rows[0]]),
             quota=quota,
             scoring=scoring,
             layer=self.place.layer_index,
             layers=self.place.num_layers,
             seed=self.options.seed,
+            aligned=held.columns == 0,
         )
         if policy.needs_rope:
             context.rope = self.rope()
@@ -103,7 +134,9 @@ class LayerSelection:
             context.output_weight = output_weight(self._module, values.shape[-1]).clone()
         queries = observations.latest_queries(held.rows, policy.observed) if policy.observed else None
         if queries is not None:
-            context.queries, context.query_positions = queries[0], self._numbers(held.rows, queries[1], device)
+            numbers = self.pinned.numbers(held.rows, queries[1])
+            context.queries, context.query_positions = queries[0], ascending_on(device, numbers).contiguous()
+            context.reach = partial(_reach, held, queries[1])
         if observations.accumulated is not None:
             context.accumulated = observations.accumulated.by_token(held)
         return context
@@ -143,10 +176,6 @@ class LayerSelection:
     def _module(self) -> torch.nn.Module | None:
         return None if self.attending is None else self.attending.module
 
-    def _numbers(self, rows: np.ndarray, positions: np.ndarray, device: torch.device) -> torch.Tensor:
-        """A copy of ``positions [b, ...]`` as they would be without padding."""
-        return torch.tensor(self.pinned.numbers(rows, positions), device=device)
-
 
 def round_scores(scores: torch.Tensor) -> torch.Tensor:
     """``scores`` to some digits, so that tokens that are equal but for rounding are equal, and the newer one stays.
@@ -158,10 +187,27 @@ def round_scores(scores: torch.Tensor) -> torch.Tensor:
     return torch.ldexp((mantissa * _SCORE_STEPS).round() / _SCORE_STEPS, exponent)
 
 
+def _reach(held: TokenView, at: np.ndarray, number: int) -> int:
+    """How many of a head's tokens, from the first on, hold all that a query sees, in the head where they are most.
+
+    Tokens in pages count in any case: the host does not look for theirs that are newer than the query.
+
+    Args:
+        held: the tokens.
+        at: int64 ``[b, n]``, the positions of the queries.
+        number: which of the queries.
+    """
+    newer = held.used
+    for row, query in zip(held.rows, at[:, number], strict=True):
+        positions = held.storage.dense.positions[row, : held.used]
+        newer = min(newer, held.used - int(positions.searchsorted(query, side="right")))
+    return held.tokens - newer
+
+
 def _no_states(held: TokenView, side: str) -> torch.Tensor:
     """Zeros ``[b, Hkv, T, D]`` that take no memory, for a policy that does not look at them."""
     dim = held.storage.layout.sides[side].dim
-    return torch.zeros(1, device=held.storage.device).expand(*held.exists.shape, dim)
+    return torch.zeros(1, device=held.storage.device).expand(*held.shape, dim)
 
 
 def _apart(storage: PagedStorage, states: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from hf_kvcache.eviction.prompt_sums import prompt_sums
 from hf_kvcache.kernels.inputs import Attention, Scoring
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.token_view import TokenView
+from hf_kvcache.storage.transfers import is_run, rows_of, to_device, tokens_of
 
 #: Latest queries that are remembered while decoding for a policy that wants all of an update's.
 _DECODED_QUERIES = 64
@@ -43,22 +44,38 @@ class LatestQueries:
 
     def see(self, query: torch.Tensor, position: int, valid: np.ndarray | None) -> None:
         """Take in ``query [B, Hq, n, D]`` from ``position`` on, of which ``valid [B, n]`` is False for padding."""
-        window = self.ring.shape[2]
-        if valid is None and (self.counts == self.counts[0]).all():
-            self._write(slice(None), query[:, :, -window:], np.arange(position, position + query.shape[2])[-window:])
-            return
-        for row in range(len(self.counts)):
-            counted = np.arange(query.shape[2]) if valid is None else np.flatnonzero(valid[row])
-            counted = counted[-window:]
-            if len(counted):
-                index = torch.from_numpy(counted).to(query.device)
-                self._write(slice(row, row + 1), query[row : row + 1, :, index], position + counted)
+        window, count = self.ring.shape[2], query.shape[2]
+        if valid is None and (len(self.counts) == 1 or (self.counts == self.counts[0]).all()):
+            if count > 1:
+                self._write(slice(None), query[:, :, -window:], np.arange(position, position + count)[-window:])
+                return
+            # Every decoding step comes here.
+            seen = int(self.counts[0])
+            self.ring.narrow(2, seen % window, 1).copy_(query)
+            self.positions[:, seen % window] = position
+            self.counts += 1
+            if seen >= window:
+                np.maximum(self.lost, seen + 1 - window, out=self.lost)
+        elif count == 1:
+            rows = np.arange(len(self.counts)) if valid is None else np.flatnonzero(valid[:, 0])
+            self._write_one(rows, query, position)
+        else:
+            for row in range(len(self.counts)):
+                counted = np.arange(count) if valid is None else np.flatnonzero(valid[row])
+                counted = counted[-window:]
+                if len(counted):
+                    new = tokens_of(query[row : row + 1], counted)
+                    self._write(slice(row, row + 1), new, position + counted)
 
     def latest(self, rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
         """Queries ``[b, Hq, n, D]`` and positions ``[b, n]``, oldest first; ``rows`` have seen equally many queries."""
-        order = np.arange(int(self.lost[rows[0]]), int(self.counts[rows[0]])) % self.ring.shape[2]
-        index = torch.from_numpy(order).to(self.ring.device)
-        chosen = self.ring[torch.from_numpy(rows).to(self.ring.device)][:, :, index]
+        window, lost, count = self.ring.shape[2], int(self.lost[rows[0]]), int(self.counts[rows[0]])
+        order, start = np.arange(lost, count) % window, lost % window
+        chosen = rows_of(self.ring, rows)
+        if start + count - lost <= window:
+            chosen = chosen[:, :, start : start + count - lost].clone()
+        else:
+            chosen = torch.cat([chosen[:, :, start:], chosen[:, :, : start + count - lost - window]], 2)
         return chosen, self.positions[rows][:, order]
 
     def forget(self, numbers: np.ndarray) -> None:
@@ -69,18 +86,30 @@ class LatestQueries:
     @torch.inference_mode(False)
     def select(self, rows: np.ndarray) -> LatestQueries:
         """A copy with the sequences ``rows`` only, which may repeat."""
-        index = torch.from_numpy(rows).to(self.ring.device)
-        return LatestQueries(self.ring[index], self.positions[rows], self.counts[rows], self.lost[rows])
+        return LatestQueries(
+            self.ring[to_device(rows, self.ring.device)], self.positions[rows], self.counts[rows], self.lost[rows]
+        )
 
     def _write(self, rows: slice, query: torch.Tensor, positions: np.ndarray) -> None:
         window, count, new = self.ring.shape[2], int(self.counts[rows][0]), len(positions)
-        slots = np.arange(count, count + new) % window
-        if new == 1:
-            self.ring[rows, :, int(slots[0])] = query[:, :, 0]
-        else:
-            self.ring[rows, :, torch.from_numpy(slots).to(self.ring.device)] = query
-        self.positions[rows, slots] = positions
+        first = count % window
+        behind = min(new, window - first)  # slots up to the end of the ring; the others are at its beginning
+        self.ring[rows, :, first : first + behind] = query[:, :, :behind]
+        self.positions[rows, first : first + behind] = positions[:behind]
+        if new > behind:
+            self.ring[rows, :, : new - behind] = query[:, :, behind:]
+            self.positions[rows, : new - behind] = positions[behind:]
         self.counts[rows] += new
+        self.lost[rows] = np.maximum(self.lost[rows], self.counts[rows] - window)
+
+    def _write_one(self, rows: np.ndarray, query: torch.Tensor, position: int) -> None:
+        """Take in one query ``[B, Hq, 1, D]`` of each of the sequences ``rows``, at slots of their own."""
+        window, device = self.ring.shape[2], query.device
+        slots = self.counts[rows] % window
+        index = torch.arange(len(rows), device=device) if is_run(rows) and rows[0] == 0 else to_device(rows, device)
+        self.ring[index, :, to_device(slots, device)] = rows_of(query, rows)[:, :, 0]
+        self.positions[rows, slots] = position
+        self.counts[rows] += 1
         self.lost[rows] = np.maximum(self.lost[rows], self.counts[rows] - window)
 
 
@@ -111,35 +140,35 @@ class AccumulatedAttention:
         if pages is not None:
             self.pages[:, :, : pages.shape[2]] += pages.unflatten(1, (heads, -1)).mean(2)
 
-    def add_rows(self, rows: np.ndarray, dense: torch.Tensor) -> None:
+    def add_rows(self, rows: slice, dense: torch.Tensor) -> None:
         """Add ``dense [b, Hkv, n]`` to the first ``n`` slots of the sequences ``rows``."""
         self._reserve(dense.shape[2], 0)
-        self.dense[torch.from_numpy(rows).to(dense.device), :, : dense.shape[2]] += dense
+        self.dense[rows, :, : dense.shape[2]] += dense
 
     def by_token(self, held: TokenView) -> torch.Tensor:
         """The accumulated attention of the tokens ``held``, ``[b, Hkv, T]``; changes nothing."""
-        rows = torch.from_numpy(held.rows).to(self.dense.device)
         wanted = ((self.dense, held.used), (self.pages, held.columns * held.storage.page_size))
-        return held.pick(torch.cat([_first_places(sums[rows], count) for sums, count in wanted], 2))
+        return held.pick(torch.cat([_first_places(rows_of(sums, held.rows), count) for sums, count in wanted], 2))
 
     def put(self, held: TokenView, accumulated: torch.Tensor) -> None:
         """Set the sums of the tokens ``held`` to ``accumulated [b, Hkv, T]``, and those of all other places to 0."""
-        rows = torch.from_numpy(held.rows).to(self.dense.device)
         places = held.columns * held.storage.page_size
         self._reserve(held.used, places)
         both = torch.zeros(*accumulated.shape[:2], held.used + places + 1, device=accumulated.device)
         # The last place takes what stands where there is no token.
-        index = torch.from_numpy(np.where(held.exists, held.slots, both.shape[2] - 1)).to(accumulated.device)
+        index = held.slots if held.everywhere else held.slots.masked_fill(~held.exists, both.shape[2] - 1)
         both.scatter_(2, index, accumulated)
-        self.dense[rows] = 0.0
-        self.pages[rows] = 0.0
-        self.dense[rows, :, : held.used] = both[:, :, : held.used]
-        self.pages[rows, :, :places] = both[:, :, held.used : -1]
+        for sums, part in ((self.dense, both[:, :, : held.used]), (self.pages, both[:, :, held.used : -1])):
+            filled = _first_places(part, sums.shape[2])
+            if len(held.rows) == len(sums):
+                sums.copy_(filled)
+            else:
+                sums[to_device(held.rows, sums.device)] = filled
 
     def forget_behind(self, slots: np.ndarray) -> None:
         """Set what lies in the dense buffer behind the first ``slots [B]`` slots of each sequence to 0."""
         behind = np.arange(self.dense.shape[2]) >= slots[:, None]
-        self.dense.masked_fill_(torch.from_numpy(behind).to(self.dense.device)[:, None], 0.0)
+        self.dense.masked_fill_(to_device(behind, self.dense.device)[:, None], 0.0)
 
     @torch.inference_mode(False)
     def trim(self, slots: int, places: int) -> None:
@@ -149,7 +178,7 @@ class AccumulatedAttention:
     @torch.inference_mode(False)
     def select(self, rows: np.ndarray) -> AccumulatedAttention:
         """A copy with the sequences ``rows`` only, which may repeat."""
-        index = torch.from_numpy(rows).to(self.dense.device)
+        index = to_device(rows, self.dense.device)
         return AccumulatedAttention(self.dense[index], self.pages[index])
 
     @torch.inference_mode(False)
@@ -188,7 +217,7 @@ class Observations:
         """Remember ``query [B, Hq, n, D]`` from ``position`` on, as far as it is wanted."""
         if not self.wanted:
             return
-        every, query = self.wanted == ALL_QUERIES, query.detach()
+        every, query = self.wanted == ALL_QUERIES, query.detach() if query.requires_grad else query
         if self.latest is None:
             self.latest = LatestQueries.of(query, _DECODED_QUERIES if every else self.wanted)
         self.latest.see(query, position, valid)
@@ -207,13 +236,13 @@ class Observations:
             query, positions = self.latest.latest(rows)
             return query[:, :, last], positions[:, last]
         query, position, valid = self.block
-        query = query[torch.from_numpy(rows).to(query.device)]
+        query = rows_of(query, rows)
         if valid is None:
             positions = np.tile(position + np.arange(query.shape[2]), (len(rows), 1))
         else:
             counted = np.flatnonzero(valid[rows[0]])
-            query, positions = query[:, :, torch.from_numpy(counted).to(query.device)], position + counted[None]
-        return query[:, :, last], positions[:, last]
+            query, positions = tokens_of(query, counted), position + counted[None]
+        return query[:, :, last].clone(), positions[:, last]
 
     def add_attention(self, storage: PagedStorage, attention: Attention, fresh: int, valid: np.ndarray | None) -> None:
         """Add the sums of one call of attention; its last ``fresh`` full-precision tokens are not stored yet."""
@@ -227,9 +256,9 @@ class Observations:
         averaged = dense[:, :, stored:].unflatten(1, (storage.heads, -1)).mean(2)
         for row in range(storage.batch if fresh else 0):
             counted = np.arange(fresh) if valid is None else np.flatnonzero(valid[row])
-            new = averaged[row : row + 1][:, :, torch.from_numpy(counted).to(dense.device)]
+            new = tokens_of(averaged[row : row + 1], counted)
             empty = new.new_zeros(1, storage.heads, int(storage.dense.lengths[row]))
-            accumulated.add_rows(np.array([row]), torch.cat([empty, new], 2))
+            accumulated.add_rows(slice(row, row + 1), torch.cat([empty, new], 2))
 
     def add_prompt(
         self,
@@ -241,13 +270,14 @@ class Observations:
     ) -> None:
         """Add the attention of a first update to its own ``keys``, where it was computed elsewhere."""
         accumulated = self._accumulated(storage)
+        if valid is None:
+            accumulated.add_rows(slice(None), prompt_sums(query, keys, scoring))
+            return
         for row in range(storage.batch):
-            counted = np.arange(keys.shape[2]) if valid is None else np.flatnonzero(valid[row])
-            if len(counted) == 0:
-                continue  # all of it is padding
-            index = torch.from_numpy(counted).to(keys.device)
-            row_query, row_keys = query[row : row + 1][:, :, index], keys[row : row + 1][:, :, index]
-            accumulated.add_rows(np.array([row]), prompt_sums(row_query, row_keys, scoring))
+            counted, one = np.flatnonzero(valid[row]), slice(row, row + 1)
+            if len(counted):  # else all of it is padding
+                sums = prompt_sums(tokens_of(query[one], counted), tokens_of(keys[one], counted), scoring)
+                accumulated.add_rows(one, sums)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Queries and accumulated attention as tensors by name, not the block; the tensors are views."""
@@ -290,7 +320,7 @@ class Observations:
         block = self.block
         if block is not None:
             valid = None if block[2] is None else block[2][rows]
-            block = (block[0][torch.from_numpy(rows).to(block[0].device)], block[1], valid)
+            block = (block[0][to_device(rows, block[0].device)], block[1], valid)
         return replace(
             self,
             latest=None if self.latest is None else self.latest.select(rows),

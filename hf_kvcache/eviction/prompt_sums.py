@@ -16,12 +16,12 @@ def prompt_sums(query: torch.Tensor, keys: torch.Tensor, scoring: Scoring) -> to
     """Probability of each key of a prompt, summed over its queries and averaged over the heads of a group.
 
     Args:
-        query: ``[1, Hq, n, Dk]``, of the non-padding tokens, not scaled.
-        keys: ``[1, Hkv, n, Dk]``, of the same tokens.
+        query: ``[B, Hq, n, Dk]``, of the non-padding tokens, not scaled.
+        keys: ``[B, Hkv, n, Dk]``, of the same tokens.
         scoring: how the model scores.
 
     Returns:
-        Float32 ``[1, Hkv, n]``.
+        Float32 ``[B, Hkv, n]``.
     """
     # Sums need the log-sum-exp of every query, which whoever computed the attention did not hand on. One pass over
     # strips of scores gives both. Two passes, of which `column_sums` is the second, compute all scores twice: they are
@@ -29,13 +29,15 @@ def prompt_sums(query: torch.Tensor, keys: torch.Tensor, scoring: Scoring) -> to
     # and a head dimension of 64, strips take 252 ms and two passes 317 ms (of which the log-sum-exp 162 ms).
     length = keys.shape[2]
     # The values are of no account: keys stand in for them.
-    dense = DenseTokens(keys, keys, torch.arange(length, device=keys.device)[None])
+    dense = DenseTokens(keys, keys, torch.arange(length, device=keys.device).expand(len(keys), -1).contiguous())
     visibility = Visibility(0, length, None, 0, True, None)
     faster = implementation("column_sums", query.device)
     if faster is not None and faster.supports(query, None, dense, visibility):
         sums = sums_in_two_passes(query, dense, visibility, scoring)
     else:
-        sums = sums_in_strips(query, keys, scoring)
+        # A sequence at a time: its sums are those that it would have alone.
+        alone = zip(query.split(1), keys.split(1), strict=True)
+        sums = torch.cat([sums_in_strips(one_query, one_keys, scoring) for one_query, one_keys in alone])
     return sums.unflatten(1, (keys.shape[1], -1)).mean(2)
 
 
@@ -57,6 +59,7 @@ def sums_in_strips(query: torch.Tensor, keys: torch.Tensor, scoring: Scoring) ->
         layers=1,
         queries=query,
         query_positions=positions,
+        reach=lambda query: query + 1,
     )
     return context.received().flatten(1, 2)
 
@@ -64,6 +67,6 @@ def sums_in_strips(query: torch.Tensor, keys: torch.Tensor, scoring: Scoring) ->
 def sums_in_two_passes(
     query: torch.Tensor, dense: DenseTokens, visibility: Visibility, scoring: Scoring
 ) -> torch.Tensor:
-    """``[1, Hq, n]``, from the log-sum-exp that attention returns and a second pass over the keys."""
+    """``[B, Hq, n]``, from the log-sum-exp that attention returns and a second pass over the keys."""
     log_sum_exp = attend(query, None, dense, visibility, scoring).log_sum_exp
     return column_sums(query, log_sum_exp, None, dense, visibility, scoring)[1]

@@ -11,6 +11,8 @@ from hf_kvcache.eviction.options import EvictionOptions
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.token_view import TokenView
 
+_NONE = np.zeros(0, np.int64)
+
 
 @dataclass
 class EvictionSchedule:
@@ -65,9 +67,10 @@ class EvictionSchedule:
 
     def due(self, storage: PagedStorage) -> np.ndarray:
         """The sequences whose tail has grown by a step; none while a prompt waits."""
-        if self.waits:
-            return np.zeros(0, np.int64)
-        return np.flatnonzero(storage.dense.lengths >= self._full(storage))
+        full = self._full(storage)
+        if storage.dense.longest < full or self.waits:
+            return _NONE
+        return np.flatnonzero(storage.dense.lengths >= full)
 
     def tail(self, held: TokenView, dropped: bool) -> int:
         """Tokens that stay in the tail; where none is ``dropped``, as many as if tokens had come one by one.

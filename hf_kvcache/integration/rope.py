@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -55,26 +56,46 @@ class LayerRope:
 
     def pairs(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., D]`` as complex64 ``[..., D / 2]``, in the order of :attr:`frequencies`."""
-        return torch.complex(x[..., self.first.to(x.device)].float(), x[..., self.second.to(x.device)].float())
+        real, imaginary = (x[..., self._index(name, x.device)].float() for name in ("first", "second"))
+        return torch.complex(real, imaginary)
 
     def _tables(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine of each rotated pair ``[..., n, P]``, as the model itself computes them."""
         tables = self.embedding(positions.to(x.device).reshape(1, -1))
         cos, sin = (
-            table[0, :, _index(column, x.device)].reshape(*positions.shape, -1)
-            for table, column in zip(tables, self.columns, strict=True)
+            table[0, :, self._index(name, x.device)].reshape(*positions.shape, -1)
+            for table, name in zip(tables, ("cosines", "sines"), strict=True)
         )
         return cos, sin
 
     def _rotated(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        moving = self.columns.shape[1]
-        first, second = (_index(dims[:moving], x.device) for dims in (self.first, self.second))
+        first, second = (self._index(name, x.device) for name in ("moving first", "moving second"))
         real, imaginary = x[..., first].float(), x[..., second].float()
         shape = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1])
         rotated = x.float().expand(*shape, -1).clone()
         rotated[..., first] = real * cos - imaginary * sin
         rotated[..., second] = imaginary * cos + real * sin
         return rotated
+
+    def _index(self, name: str, device: torch.device) -> slice | torch.Tensor:
+        """Which dimensions, or columns of tables, ``name`` stands for; asked for once a device."""
+        key = name, device
+        if key not in self._indices:
+            moving = self.columns.shape[1]
+            dims = {
+                "first": self.first,
+                "second": self.second,
+                "moving first": self.first[:moving],
+                "moving second": self.second[:moving],
+                "cosines": self.columns[0],
+                "sines": self.columns[1],
+            }
+            self._indices[key] = _index(dims[name], device)
+        return self._indices[key]
+
+    @cached_property
+    def _indices(self) -> dict[tuple[str, torch.device], slice | torch.Tensor]:
+        return {}
 
 
 def _index(dims: torch.Tensor, device: torch.device) -> slice | torch.Tensor:

@@ -7,7 +7,9 @@ of them form pairs, and which columns of cosines and sines each of them reads.
 from __future__ import annotations
 
 import inspect
+from copy import deepcopy
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -39,10 +41,24 @@ class Embedding(NamedTuple):
         """``cos, sin``, float32 ``[1, n, C]``, at ``positions [1, n]``."""
         like = torch.empty(0, device=positions.device)
         arguments = () if self.layer_type is None else (self.layer_type,)
-        tables = self.rotary.to(positions.device)(like, positions, *arguments)
+        tables = _on_device(self.rotary, positions.device)(like, positions, *arguments)
         if not (isinstance(tables, tuple) and len(tables) == 2):
             raise TypeError(f"{type(self.rotary).__name__} gives a {type(tables).__name__}, not cosines and sines")
         return tables
+
+
+#: Copies of rotary embeddings on other devices than the CPU. Moving one to and fro would wait for the device each time.
+_copies: WeakKeyDictionary[torch.nn.Module, dict[torch.device, torch.nn.Module]] = WeakKeyDictionary()
+
+
+def _on_device(rotary: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """``rotary``, which is on the CPU, or its copy on another ``device``."""
+    if device.type == "cpu":
+        return rotary
+    copies = _copies.setdefault(rotary, {})
+    if device not in copies:
+        copies[device] = deepcopy(rotary).to(device)
+    return copies[device]
 
 
 class RopeError(ValueError):

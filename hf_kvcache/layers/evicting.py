@@ -174,7 +174,7 @@ class EvictingLayer(EvictingAttention):
         views = [TokenView.of(storage, np.array([row])) for row in range(storage.batch)]
         out = torch.full((storage.batch, storage.heads, max(view.tokens for view in views)), -1, device="cpu")
         for row, view in enumerate(views):
-            out[row, :, : view.tokens] = torch.from_numpy(np.where(view.exists, view.positions, -1)[0])
+            out[row, :, : view.tokens] = view.positions.masked_fill(~view.exists, -1)[0]
         return out
 
     # -- storing and rolling back ---------------------------------------------------------------------------------

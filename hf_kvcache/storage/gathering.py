@@ -32,7 +32,7 @@ def gather_tokens(layout: PageLayout, records: torch.Tensor, index: torch.Tensor
         uint8 ``[m, record_bytes]``.
     """
     out = torch.zeros(len(index), layout.record_bytes, dtype=torch.uint8, device=records.device)
-    first = index[:, 0] // layout.page_size
+    page, place = index // layout.page_size, index % layout.page_size
     for side, fmt in layout.sides.items():
         shared = _shared_names(fmt)
         for name in ("codes", "scale", "zero", "other"):
@@ -40,9 +40,9 @@ def gather_tokens(layout: PageLayout, records: torch.Tensor, index: torch.Tensor
             if source is None or target is None:
                 continue
             if name in shared:
-                target.copy_(source[first])
+                target.copy_(source[page[:, 0]])
             else:
-                target.copy_(source[index // layout.page_size, index % layout.page_size])
+                target.copy_(source[page, place])
     return out
 
 

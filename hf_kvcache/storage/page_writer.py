@@ -11,6 +11,7 @@ import torch
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.storage.dense_buffer import DenseBuffer
 from hf_kvcache.storage.page_table import PageTable
+from hf_kvcache.storage.transfers import is_run, rows_of, to_device
 
 #: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
 _ENCODE_ELEMENTS = 1 << 19
@@ -162,8 +163,8 @@ class PageWriter:
         new = np.flatnonzero(~self.key_mean_known[rows])
         if self.key_mean is None or len(new) == 0:
             return
-        index, device = torch.from_numpy(new).to(mean.device), self.key_mean.device
-        self.key_mean[torch.from_numpy(rows[new]).to(device)] = mean[index].to(self.key_mean.dtype)
+        index = to_device(rows[new], self.key_mean.device)
+        self.key_mean[index] = rows_of(mean, new).to(self.key_mean.dtype)
         self.key_mean_known[rows] = True
 
     def note_truncated(self) -> None:
@@ -175,7 +176,7 @@ class PageWriter:
     def select(self, rows: np.ndarray) -> None:
         """Replace the sequences by ``rows`` of them, which may repeat; the table and the buffer do so themselves."""
         if self.key_mean is not None:
-            self.key_mean = self.key_mean[torch.from_numpy(rows).to(self.key_mean.device)]
+            self.key_mean = self.key_mean[to_device(rows, self.key_mean.device)]
         self.key_mean_known = self.key_mean_known[rows]
 
     def fork(self, table: PageTable, dense: DenseBuffer) -> PageWriter:
@@ -228,7 +229,7 @@ class PageWriter:
         if self.encoder.writes_at_once(keys, values):
             records = pool.side_by_side(ids.flatten())
             if records is None:
-                records = torch.from_numpy(pool.addresses(ids.flatten())).to(keys.device, non_blocking=True)
+                records = to_device(pool.addresses(ids.flatten()), keys.device)
             self.encoder.write(keys, values, self._key_mean_of(rows), records)
         else:
             for start, stop, records in self.encode(rows, keys, values):
@@ -239,15 +240,15 @@ class PageWriter:
 
     def _key_mean_of(self, rows: np.ndarray) -> torch.Tensor | None:
         """The key mean of the sequences ``rows``, ``[b, page heads, dim]``; None if there is none."""
-        return None if self.key_mean is None else self.key_mean[_index(rows, self.key_mean.device)]
+        return None if self.key_mean is None else rows_of(self.key_mean, rows)
 
     def _fix_mean_of(self, rows: np.ndarray, keys: torch.Tensor) -> None:
         """Take the mean of ``keys [b, Hkv, n, Dk]`` as the key mean of those of ``rows`` that have none yet."""
         if self.key_mean is None or self.key_mean_known[rows].all():
             return
-        index = _index(rows, keys.device)
         unknown = not self.key_mean_known[rows].any()
-        if unknown and isinstance(index, slice) and self.encoder.write_key_mean(keys, self.key_mean[index]):
+        # Of sequences side by side the rows are a view, which can be written to.
+        if unknown and is_run(rows) and self.encoder.write_key_mean(keys, rows_of(self.key_mean, rows)):
             self.key_mean_known[rows] = True
         else:
             self.fix_key_mean(rows, self.encoder.key_mean_of(keys.float().mean(2)))
@@ -258,11 +259,3 @@ class PageWriter:
         for row, column in np.argwhere(scattered).tolist():
             for page in ids[column, row * heads : (row + 1) * heads].tolist():
                 self.table.pool.note_positions(page, positions[row, column].copy())
-
-
-def _index(rows: np.ndarray, device: torch.device) -> slice | torch.Tensor:
-    """What picks the sequences ``rows``: a slice, which copies and uploads nothing, if they stand side by side."""
-    first = int(rows[0])
-    if (rows == np.arange(first, first + len(rows))).all():
-        return slice(first, first + len(rows))
-    return torch.from_numpy(rows).to(device)

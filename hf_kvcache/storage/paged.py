@@ -17,6 +17,7 @@ from hf_kvcache.storage.page_table import PageTable, page_spans
 from hf_kvcache.storage.page_writer import PageWriter
 from hf_kvcache.storage.pool import PagePool
 from hf_kvcache.storage.serialization import export_pages, export_storage, import_pages, import_storage
+from hf_kvcache.storage.transfers import tokens_of
 
 
 class PagedStorage:
@@ -116,9 +117,8 @@ class PagedStorage:
             self._append_rows(slice(None), keys, values, positions, pack, keep_from)
             return
         for row in range(self.batch):
-            held = slice(None) if valid is None else np.flatnonzero(valid[row])
-            index = held if isinstance(held, slice) else torch.from_numpy(held).to(self.device)
-            new_keys, new_values = keys[row : row + 1][:, :, index], values[row : row + 1][:, :, index]
+            held = np.arange(keys.shape[2]) if valid is None else np.flatnonzero(valid[row])
+            new_keys, new_values = (tokens_of(x[row : row + 1], held) for x in (keys, values))
             self._append_rows(slice(row, row + 1), new_keys, new_values, positions[held], pack, keep_from)
 
     def due(self, slots: Any) -> Any:

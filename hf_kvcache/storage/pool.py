@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.storage.integrity import IntegrityError
+from hf_kvcache.storage.transfers import is_run, rows_of, to_device
 
 #: A new slab holds at least this fraction of the pages there are: few slabs, little slack.
 _GROWTH = 1 / 64
@@ -128,17 +129,25 @@ class PagePool:
     def write(self, ids: np.ndarray, records: torch.Tensor) -> None:
         """Store uint8 ``records [n, record_bytes]`` in the pages ``ids``."""
         for slab, slots, where in self._by_slab(ids):
-            rows = records if len(where) == len(ids) else records[torch.from_numpy(where)]
-            if slots[-1] - slots[0] == len(slots) - 1 and bool((np.diff(slots) == 1).all()):
-                slab[slots[0] : slots[0] + len(slots)] = rows
+            rows = records if len(where) == len(ids) else rows_of(records, where)
+            if is_run(slots):
+                slab[int(slots[0]) : int(slots[-1]) + 1] = rows
             else:
-                slab[torch.from_numpy(slots).to(self.device)] = rows
+                slab[self._sent(slots)] = rows
 
     def read(self, ids: np.ndarray) -> torch.Tensor:
         """A copy of the pages ``ids``, uint8 ``[len(ids), record_bytes]``."""
+        parts = list(self._by_slab(ids))
+        if len(parts) == 1:
+            slab, slots, _ = parts[0]
+            return slab[int(slots[0]) : int(slots[-1]) + 1].clone() if is_run(slots) else slab[self._sent(slots)]
         out = torch.empty(len(ids), self.record_bytes, dtype=torch.uint8, device=self.device)
-        for slab, slots, where in self._by_slab(ids):
-            out[torch.from_numpy(where).to(self.device)] = slab[torch.from_numpy(slots).to(self.device)]
+        # Sent at once: slots, and the places that they take.
+        pairs = [np.stack([slots, where]) for _, slots, where in parts] or [np.zeros((2, 0), np.int64)]
+        both = np.concatenate(pairs, 1)
+        index = self._sent(both).split([len(slots) for _, slots, _ in parts], 1)
+        for (slab, _, _), (slots, where) in zip(parts, index, strict=True):
+            out[where] = slab[slots]
         return out
 
     def addresses(self, ids: np.ndarray) -> np.ndarray:
@@ -233,6 +242,9 @@ class PagePool:
         for slab, start in zip(self._slabs, self._starts.tolist(), strict=True):
             if slab is not None:
                 yield np.arange(start, start + slab.shape[0])
+
+    def _sent(self, numbers: np.ndarray) -> torch.Tensor:
+        return to_device(numbers, self.device)
 
     def _by_slab(self, ids: np.ndarray) -> Iterator[tuple[torch.Tensor, np.ndarray, np.ndarray]]:
         """For each slab that holds some of ``ids``: the slab, the slots in it and their places in ``ids``."""

@@ -10,6 +10,7 @@ import torch
 
 from hf_kvcache.storage.page_table import NOWHERE
 from hf_kvcache.storage.paged import PagedStorage
+from hf_kvcache.storage.transfers import ascending_on, front, rows_of, to_device
 
 #: Pages that share scales cannot be merged: those with fewer of their tokens than this share are given up.
 _SPARSE = 1 / 4
@@ -19,100 +20,153 @@ _SPARSE = 1 / 4
 class TokenView:
     """Sinks, then pages, then tail of some sequences that use equally many slots of the dense buffer.
 
+    The host knows how many tokens each head holds. Which ones they are, the device knows: looking at them there waits
+    for nothing.
+
     Attributes:
         storage: the storage that holds the tokens; the view is valid until the storage changes.
         rows: the sequences, ``[b]``.
-        slots: int64 ``[b, Hkv, T]``: a slot of the dense buffer, or ``dense slots + column * P + place`` in a page.
-        exists: bool ``[b, Hkv, T]``, False behind the last token of a head that holds fewer.
-        positions: int64 ``[b, Hkv, T]``, original positions, ``NOWHERE`` where there is no token.
+        counts: int64 ``[b, Hkv]`` on the host, the tokens that each head holds.
     """
 
     storage: PagedStorage
     rows: np.ndarray
-    slots: np.ndarray
-    exists: np.ndarray
-    positions: np.ndarray
+    counts: np.ndarray
 
     @classmethod
     def of(cls, storage: PagedStorage, rows: np.ndarray) -> TokenView:
         """The tokens of the sequences ``rows`` of ``storage``, which use equally many slots of the dense buffer."""
-        used, size, batch = int(storage.dense.lengths[rows[0]]), storage.page_size, len(rows)
-        sinks = min(used, storage.sink_length)
-        table_rows = storage.table.rows_of(rows)
-        columns = int(storage.table.lengths[table_rows].max(initial=0))
-        counts = storage.table.counts(table_rows, columns)
-        paged = np.arange(size) < counts[:, :, None]
-        shape = (batch, storage.heads, -1)
-        dense = np.broadcast_to(np.arange(used), (batch, storage.heads, used))
-        in_pages = np.broadcast_to(used + np.arange(columns * size), (batch, storage.heads, columns * size))
-        slots = np.concatenate([dense[..., :sinks], in_pages, dense[..., sinks:]], -1)
-        exists = np.ones(slots.shape, bool)
-        exists[..., sinks : sinks + columns * size] = paged.reshape(shape)
-        at = np.repeat(storage.dense.positions[rows, None, :used], storage.heads, 1)
-        page_positions = storage.table.positions(0, columns, size, table_rows).reshape(shape)
-        positions = np.concatenate([at[..., :sinks], page_positions, at[..., sinks:]], -1)
-        if not exists.all():
-            order = np.argsort(~exists, axis=-1, kind="stable")[..., : int(exists.sum(-1).max(initial=0))]
-            slots, exists, positions = (np.take_along_axis(x, order, -1) for x in (slots, exists, positions))
-        return cls(storage, rows, slots, exists, np.where(exists, positions, NOWHERE))
+        table, used = storage.table, int(storage.dense.lengths[rows[0]])
+        table_rows = table.rows_of(rows)
+        columns = int(table.lengths[table_rows].max(initial=0))
+        paged = table.counts(table_rows, columns).sum(1, dtype=np.int64)
+        return cls(storage, rows, used + paged.reshape(len(rows), storage.heads))
 
-    @property
+    @cached_property
     def used(self) -> int:
         """Dense slots that each of the sequences uses."""
         return int(self.storage.dense.lengths[self.rows[0]])
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Tokens of the head that holds most."""
-        return self.slots.shape[-1]
+        return int(self.counts.max(initial=0))
 
     @cached_property
     def columns(self) -> int:
         """Pages of the head that has most."""
         return int(self.storage.table.lengths[self.storage.table.rows_of(self.rows)].max(initial=0))
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(b, Hkv, T)``."""
+        return len(self.rows), self.storage.heads, self.tokens
+
     @cached_property
-    def index(self) -> torch.Tensor:
-        """``slots`` on the storage's device, 0 where there is no token."""
-        return torch.from_numpy(np.where(self.exists, self.slots, 0)).to(self.storage.device)
+    def everywhere(self) -> bool:
+        """Whether all heads hold equally many tokens."""
+        return bool((self.counts == self.tokens).all())
+
+    @cached_property
+    def counts_on_device(self) -> torch.Tensor:
+        """:attr:`counts` on the storage's device, ``[b, Hkv, 1]``."""
+        return to_device(self.counts, self._device)[..., None]
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """int64 ``[b, Hkv, T]``: a slot of the dense buffer, or ``dense slots + column * P + place`` in a page."""
+        return self._arranged(torch.arange(self.used + self.columns * self.storage.page_size, device=self._device))
+
+    @cached_property
+    def page(self) -> torch.Tensor:
+        """int64 ``[b, Hkv, T]``, the page column of each token; the number of columns for those of the dense buffer."""
+        behind = self.slots - self.used
+        return (behind // self.storage.page_size).masked_fill(behind < 0, self.columns)
+
+    @cached_property
+    def exists(self) -> torch.Tensor:
+        """bool ``[b, Hkv, T]``, False behind the last token of a head that holds fewer."""
+        if self.everywhere:
+            return torch.ones((), dtype=torch.bool, device=self._device).expand(self.shape)
+        return torch.arange(self.tokens, device=self._device) < self.counts_on_device
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 ``[b, Hkv, T]``, original positions, ``NOWHERE`` where there is no token."""
+        storage, device = self.storage, self._device
+        sinks = min(self.used, storage.sink_length)
+        at = storage.dense.positions[self.rows, : self.used]
+        # Nothing was dropped between them, or sinks and tail stand apart.
+        together = len(at) == 1 and self.used > 0 and int(at[0, -1]) - int(at[0, 0]) == self.used - 1
+        parts = [at] if together else [at[:, :sinks], at[:, sinks:]]
+        dense = [ascending_on(device, part) for part in parts]
+        positions = (dense[0] if together else torch.cat(dense, 1))[:, None].expand(-1, storage.heads, -1)
+        if self.columns:
+            table_rows = storage.table.rows_of(self.rows)
+            paged = storage.table.positions(0, self.columns, storage.page_size, table_rows)
+            positions = torch.cat([positions, to_device(paged.reshape(*self.shape[:2], -1), device)], 2)
+        arranged = self._arranged(positions)
+        return arranged if self.everywhere else arranged.masked_fill(~self.exists, NOWHERE)
 
     def pick(self, by_slot: torch.Tensor) -> torch.Tensor:
         """``by_slot [b, Hkv, dense slots + columns * P]`` in the order of the tokens, 0 where there is none."""
-        return by_slot.gather(2, self.index).masked_fill_(self._missing, 0)
+        picked = self._arranged(by_slot)
+        return picked if self.everywhere else picked.masked_fill(~self.exists, 0)
 
     def states(self, side: str) -> torch.Tensor:
         """Keys or values, float32 ``[b, Hkv, T, D]``, decoded; 0 where there is no token."""
-        storage, used = self.storage, self.used
-        dense = getattr(storage.dense, side)[:, :, :used]
-        if len(self.rows) < storage.batch:
-            dense = dense[torch.from_numpy(self.rows).to(storage.device)]
+        dense = rows_of(getattr(self.storage.dense, side)[:, :, : self.used], self.rows)
         packed = self._decoded(side)
         if packed is None:  # all of it lies in the order of its tokens already
             return dense.float()
         whole = torch.cat([dense.float(), packed], 2)
-        picked = whole.gather(2, self.index.unsqueeze(-1).expand(-1, -1, -1, whole.shape[-1]))
-        return picked.masked_fill_(self._missing.unsqueeze(-1), 0)
+        picked = whole.gather(2, self._index.unsqueeze(-1).expand(-1, -1, -1, whole.shape[-1]))
+        return picked if self.everywhere else picked.masked_fill_(~self.exists.unsqueeze(-1), 0)
 
-    def in_sparse_pages(self, keep: np.ndarray, protected: np.ndarray) -> np.ndarray:
+    def in_sparse_pages(self, keep: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
         """Tokens of pages that would be left with few of their tokens, none of them protected; all ``[b, Hkv, T]``."""
-        size = self.storage.page_size
-        columns = int(self.slots.max(initial=0)) // size + 1
-        page = np.where(self.slots >= self.used, (self.slots - self.used) // size, columns)
+        size, columns, page = self.storage.page_size, self.columns, self.page
 
-        def per_page(mask: np.ndarray) -> np.ndarray:
-            counts = np.zeros((*mask.shape[:2], columns + 1), np.int64)
-            row, head, token = np.nonzero(mask)
-            np.add.at(counts, (row, head, page[row, head, token]), 1)
-            return counts
+        def per_page(mask: torch.Tensor) -> torch.Tensor:
+            counts = torch.zeros(*mask.shape[:2], columns + 1, dtype=torch.int64, device=mask.device)
+            return counts.scatter_add_(2, page, mask.long())
 
         kept = per_page(keep & self.exists)
         sparse = (kept < _SPARSE * size) & (kept < per_page(self.exists)) & (per_page(protected) == 0)
         sparse[..., columns] = False
-        return np.take_along_axis(sparse, page, 2)
+        return sparse.gather(2, page)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.storage.device
 
     @cached_property
-    def _missing(self) -> torch.Tensor:
-        return torch.from_numpy(~self.exists).to(self.storage.device)
+    def _index(self) -> torch.Tensor:
+        """:attr:`slots`, 0 where there is no token."""
+        return self.slots if self.everywhere else self.slots.masked_fill(~self.exists, 0)
+
+    @cached_property
+    def _order(self) -> torch.Tensor | None:
+        """Which places of sinks, pages and tail hold the tokens, ``[b, Hkv, T]``; None if all of them do."""
+        storage, used, size, device = self.storage, self.used, self.storage.page_size, self._device
+        table_rows = storage.table.rows_of(self.rows)
+        counts = storage.table.counts(table_rows, self.columns)
+        if (counts == size).all():
+            return None
+        sinks, shape = min(used, storage.sink_length), self.shape[:2]
+        paged = torch.arange(size, device=device) < to_device(counts, device)[:, :, None]
+        dense = torch.ones(*shape, used, dtype=torch.bool, device=device)
+        present = torch.cat([dense[..., :sinks], paged.reshape(*shape, -1), dense[..., sinks:]], 2)
+        return front(present, self.tokens)
+
+    def _arranged(self, by_slot: torch.Tensor) -> torch.Tensor:
+        """``by_slot [..., dense slots + columns * P]`` as ``[b, Hkv, T]`` in the order of tokens."""
+        used, sinks = self.used, min(self.used, self.storage.sink_length)
+        if self.columns:
+            parts = by_slot[..., :sinks], by_slot[..., used:], by_slot[..., sinks:used]
+            by_slot = torch.cat(parts, -1)
+        by_slot = by_slot.expand(*self.shape[:2], -1)
+        return by_slot if self._order is None else by_slot.gather(2, self._order)
 
     def _decoded(self, side: str) -> torch.Tensor | None:
         """The pages of the sequences, ``[b, Hkv, columns * P, D]``; arbitrary where a row has no page."""

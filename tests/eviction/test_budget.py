@@ -77,13 +77,19 @@ def test_span_is_over_non_padding_tokens(data: st.DataObject, batch: int, start:
             pinned, real = pinned.select(rows), real[rows]
     number = real.cumsum(1) - 1
     expected = real & (number >= start) & (number < start + length)
-    everywhere = np.broadcast_to(np.arange(real.shape[1] + 5), (batch, 1, real.shape[1] + 5))
-    found = pinned.at(np.arange(batch), everywhere)[:, 0]
+    everywhere = torch.arange(real.shape[1] + 5).expand(batch, 1, -1)
+    pins = pinned.at(np.arange(batch), everywhere)
+    found = np.zeros(everywhere.shape, bool)[:, 0] if pins is None else pins[:, 0].numpy()
     assert np.array_equal(found[:, : real.shape[1]], expected) and not found[:, real.shape[1] :].any()
+    known = np.tile(np.array(data.draw(st.lists(st.integers(0, 20), max_size=3, unique=True)), np.int64), (batch, 1))
+    outside = [np.delete(row, [at for at in known[0] if at < len(row)]).sum() for row in expected]
+    assert pinned.most_outside(np.arange(batch), known) == max(outside, default=0)
     assert pinned.counts.tolist() == real.sum(1).tolist()
     for row in range(batch):
         at = np.flatnonzero(real[row])
         assert pinned.numbers(np.array([row]), at[None])[0].tolist() == list(range(len(at)))
+        on_device = pinned.numbers_on_device(np.array([row]), torch.from_numpy(at)[None, None])
+        assert on_device[0, 0].tolist() == list(range(len(at)))
 
 
 def test_mask_is_by_position() -> None:

@@ -99,7 +99,7 @@ def look(storage: PagedStorage, lists: Lists) -> None:
 def drop(storage: PagedStorage, lists: Lists, row: int, share: float, draw: np.random.Generator) -> None:
     """Keep a random ``share`` of what may go of a sequence, another in each head."""
     held = TokenView.of(storage, np.array([row]))
-    keep = draw.random(held.exists.shape) < share
+    keep = torch.from_numpy(draw.random(held.shape) < share)
     keep |= (held.slots < held.used) & ((held.slots < SINKS) | (held.slots >= held.used - TAIL))
     keep_only(held, keep, TAIL)
     lists.rows[row] = [

@@ -154,7 +154,7 @@ class Toy:
         storage.check()
         held = TokenView.of(storage, np.array([row]))
         keys, values = held.states("keys")[0], held.states("values")[0]
-        exists = [torch.from_numpy(head) for head in held.exists[0]]
+        exists = list(held.exists[0])
         return Kept(
             [held.positions[0, h][held.exists[0, h]].tolist() for h in range(storage.heads)],
             [keys[h][real] for h, real in enumerate(exists)],

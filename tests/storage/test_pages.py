@@ -79,7 +79,7 @@ def test_pages_are_one_object_until_they_change() -> None:
         step()
         assert storage.pages() is pages
 
-    def keep() -> np.ndarray:
+    def keep() -> torch.Tensor:
         held = TokenView.of(storage, np.arange(2))
         return held.exists & (held.positions != 24)
 

@@ -9,6 +9,7 @@ import torch
 from hf_kvcache.eviction.attended import pool_mean
 from hf_kvcache.eviction.base import ALL_QUERIES, Policy
 from hf_kvcache.eviction.context import Context
+from hf_kvcache.eviction.factors import lower_factor
 from hf_kvcache.eviction.registry import register
 from hf_kvcache.utils.validation import between, flag, odd, whole
 
@@ -80,13 +81,13 @@ class Compactor(Policy):
         keys = (keys - keys.sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp_min(1)) * present
         if not self.exact and self.sketch < keys.shape[-1]:
             projection = torch.randn(keys.shape[-1], self.sketch, generator=ctx.generator(), device="cpu")
-            keys = keys @ projection.to(keys.device) / math.sqrt(self.sketch)
+            keys = keys @ projection.to(keys.device, non_blocking=True) / math.sqrt(self.sketch)
         keys = keys.double()
         gram = keys.mT @ keys
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         # With fewer tokens than dimensions, or keys that are all alike, the matrix has no inverse.
         diagonal += _ROUNDING * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float64).tiny
-        lower = torch.linalg.cholesky(gram)
+        lower = lower_factor(gram)
         return torch.linalg.solve_triangular(lower, keys.mT, upper=False).square().sum(-2).float()
 
     def _attention(self, ctx: Context) -> tuple[torch.Tensor, torch.Tensor]:

@@ -77,7 +77,7 @@ class ExpectedAttention(Policy):
         mean = (queries * weights).sum(2)
         apart = queries - mean[:, :, None]
         covariance = apart.transpose(-1, -2) @ (apart * weights)
-        turn = _average_rotation(ctx.rope, ctx.seen, self.future, queries.shape[-1]).to(queries.device)
+        turn = _average_rotation(ctx.rope, ctx.seen, self.future, queries.shape[-1], queries.device)
         mean, covariance = mean @ turn, turn.T @ covariance @ turn
         heads = ctx.keys.shape[1]
         return mean.unflatten(1, (heads, -1)), covariance.unflatten(1, (heads, -1))
@@ -93,10 +93,10 @@ class ExpectedAttention(Policy):
         return (logits - total.clamp_min(torch.finfo(logits.dtype).min)).clamp_max(_LARGEST_LOGARITHM).exp()
 
 
-def _average_rotation(rope: Rope, start: int, count: int, dim: int) -> torch.Tensor:
+def _average_rotation(rope: Rope, start: int, count: int, dim: int, device: torch.device) -> torch.Tensor:
     """``[D, D]``: row ``i`` is the ``i``-th unit vector, rotated to each of ``count`` positions and averaged."""
-    units = rope.pairs(torch.eye(dim, device="cpu"))
+    units = rope.pairs(torch.eye(dim, device=device))
     # A vector whose pairs are all 1: what becomes of its pairs is what every pair is multiplied by.
     ones = units.real.sum(-1).expand(count, dim)
-    factors = rope.pairs(rope.rotate(ones, torch.arange(start, start + count, device="cpu"))).mean(0)
+    factors = rope.pairs(rope.rotate(ones, torch.arange(start, start + count, device=device))).mean(0)
     return ((units * factors) @ units.mH).real

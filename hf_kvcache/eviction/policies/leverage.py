@@ -7,6 +7,7 @@ import torch
 from hf_kvcache.eviction.attended import pool_mean
 from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.context import Context
+from hf_kvcache.eviction.factors import lower_factor
 from hf_kvcache.eviction.registry import register
 from hf_kvcache.utils.validation import between, odd
 
@@ -51,5 +52,5 @@ def leverage(x: torch.Tensor, held: torch.Tensor, ridge: float) -> torch.Tensor:
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     # With keys that are all alike the matrix would have no inverse.
     diagonal += ridge * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
-    lower = torch.linalg.cholesky(gram).float()
+    lower = lower_factor(gram).float()
     return torch.linalg.solve_triangular(lower, x.mT, upper=False).square().sum(-2)

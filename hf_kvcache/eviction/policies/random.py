@@ -19,4 +19,4 @@ class Random(Policy):
     def score(self, ctx: Context) -> torch.Tensor:
         batch, heads, tokens, _ = ctx.keys.shape
         draws = torch.rand(heads, tokens, generator=ctx.generator(), device="cpu")
-        return draws.to(ctx.keys.device).expand(batch, -1, -1)
+        return draws.to(ctx.keys.device, non_blocking=True).expand(batch, -1, -1)

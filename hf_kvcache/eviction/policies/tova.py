@@ -32,7 +32,7 @@ class TOVA(Policy):
         weights = part[:, :, :, -1].mean(2)
         if self.per_head:
             return weights
-        if ctx.held is None and bool((ctx.positions == ctx.positions[:, :1]).all()):
+        if ctx.aligned:
             return weights.mean(1, keepdim=True).expand_as(weights)
         return _mean_by_position(weights, ctx.positions)
 
@@ -42,8 +42,10 @@ def _mean_by_position(weights: torch.Tensor, positions: torch.Tensor) -> torch.T
 
     Places without a token meet only each other: their positions are beyond all others.
     """
-    distinct, index = positions.unique(return_inverse=True)
-    index = index.flatten(1)
-    total = weights.new_zeros(len(weights), len(distinct)).scatter_add_(1, index, weights.flatten(1))
+    ordered, order = positions.flatten(1).sort(dim=1, stable=True)
+    new = torch.nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
+    # The number of each token's position among the different ones. How many these are, nobody has to know.
+    index = torch.zeros_like(order).scatter_(1, order, new.cumsum(1))
+    total = torch.zeros_like(weights).flatten(1).scatter_add_(1, index, weights.flatten(1))
     holders = torch.zeros_like(total).scatter_add_(1, index, torch.ones_like(weights).flatten(1))
     return (total / holders.clamp_min(1)).gather(1, index).view_as(weights)

@@ -91,14 +91,16 @@ class TriAttention(Policy):
         Turning the query on is the same as turning the key back, so that keys are taken as they are held.
         """
         assert ctx.rope is not None
-        offsets = 2 ** torch.arange(self.offset.bit_length(), dtype=torch.float64, device="cpu")
+        frequencies = ctx.rope.frequencies.double()
+        offsets = 2 ** torch.arange(self.offset.bit_length(), dtype=torch.float64, device=frequencies.device)
         # In float64, where an angle of many turns keeps its fraction.
-        turns = torch.exp(1j * (ctx.seen + offsets)[:, None] * ctx.rope.frequencies.cpu().double()).mean(0)
+        turns = torch.exp(1j * (ctx.seen + offsets)[:, None] * frequencies).mean(0)
         length = ctx.rope.pairs(
             ctx.rope.rotate(torch.ones(1, ctx.keys.shape[-1], device="cpu"), torch.zeros(1, device="cpu").long())
         )[0].real
-        turns = (turns * length).to(typical.mean)
-        return typical.mean * turns, (typical.length - typical.mean.abs()) * length.to(typical.length)
+        turns = (turns * length).to(typical.mean.dtype).to(typical.mean.device, non_blocking=True)
+        length = length.to(typical.length.device, non_blocking=True)
+        return typical.mean * turns, (typical.length - typical.mean.abs()) * length.to(typical.length.dtype)
 
 
 def _normalized(scores: torch.Tensor, ctx: Context) -> torch.Tensor:

@@ -67,7 +67,7 @@ def test_pages_with_holes_and_rows_without(codec: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(native, "_CHUNK_TOKENS", 32)
     storage = storage_of(codec, 150)
     held = TokenView.of(storage, np.arange(2))
-    keep = np.random.default_rng(0).random(held.exists.shape) < np.array([0.9, 0.1])[:, None]
+    keep = torch.from_numpy(np.random.default_rng(0).random(held.shape) < np.array([0.9, 0.1])[:, None])
     keep[..., :2] = keep[..., -5:] = True
     keep_only(held, keep)
     pages = storage.pages()
@@ -88,8 +88,8 @@ def test_a_row_without_pages_sees_none_of_the_others() -> None:
     """Its queries see nothing, not even full-precision tokens: output 0, log-sum-exp of minus infinity."""
     storage = storage_of("none", 150)
     held = TokenView.of(storage, np.arange(1))
-    number = np.arange(held.tokens)
-    keep = np.broadcast_to((number < 2) | (number >= held.tokens - 5), held.exists.shape)  # sinks and tail only
+    number = torch.arange(held.tokens)
+    keep = ((number < 2) | (number >= held.tokens - 5)).expand(held.shape)  # sinks and tail only
     keep_only(held, keep)
     pages = storage.pages()
     assert pages is not None and (pages.counts.sum(1) == 0).any()
