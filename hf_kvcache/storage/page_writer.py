@@ -68,8 +68,7 @@ class PageWriter:
         for pages in np.unique(due[due > 0]).tolist():
             rows = np.flatnonzero(due == pages)
             span = slice(first, first + pages * self.page_size)
-            index = _index(rows, dense.keys.device)
-            keys, values = dense.keys[index, :, span], dense.values[index, :, span]
+            keys, values = (rows_of(x, rows)[:, :, span] for x in (dense.keys, dense.values))
             self._pack(rows, keys, values, dense.positions[rows, span], keep_from, as_packed)
             dense.drop_oldest(rows, pages * self.page_size)
         dense.shrink()
