@@ -176,7 +176,7 @@ def _warps(sides: list[EncodedSide | None], arch: str) -> int:
     return max(1, min(_MOST_WARPS, most // (_PER_THREAD * lanes(arch))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "rows", "heads"])
 def _encode_kernel(
     keys,
     values,

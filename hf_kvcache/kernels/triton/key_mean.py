@@ -51,7 +51,7 @@ def key_mean(fmt: SideFormat, keys: torch.Tensor, mean: torch.Tensor) -> None:
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["heads", "tokens"])
 def _sum_kernel(
     keys,
     sequence_stride,
