@@ -241,7 +241,7 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
     def fork(self) -> StaticLayer:
         """An independent copy, with memory of its own."""
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
+        other.__dict__.update(self.__getstate__())
         if self.tensors is not None:
             other.tensors = StaticTensors(*(tensor.clone() for tensor in self.tensors))
         other._new = None if self._new is None else self._new.copy()
