@@ -101,6 +101,8 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
                 for the tokens.
             RuntimeError: if the tokens of the update before were not read by attention.
         """
+        if self.tensors is not None and self.get_seq_length() == 0 and not self.tensors.fit(key_states, value_states):
+            self.tensors = self._storage = None  # after a reset; allocated anew for another batch
         check_update(self.index, self.storage, key_states, value_states, self.options.validate)
         if self._new is not None:
             self._flush(self._new, None)
@@ -234,7 +236,7 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
                 own.copy_(new)  # graphs know the addresses
             storage.changed()
         else:
-            self.tensors = chosen
+            self.tensors, self._storage = chosen, None
         self.version += 1
 
     @torch.inference_mode(False)

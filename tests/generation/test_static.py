@@ -244,6 +244,9 @@ def test_reset_keeps_the_memory() -> None:
         model(prompt(40, 2), **as_cache(held))
     assert torch.equal(step(model, cache), step(model, fresh))
     assert [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors] == before
+    cache.reset()
+    model(prompt(40, 3), **as_cache(cache))  # another batch: allocated anew
+    assert cache.batch_size == 3
 
 
 def test_other_attention_reads_the_cache_as_dense_tensors() -> None:
