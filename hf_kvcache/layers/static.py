@@ -101,6 +101,8 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
                 for the tokens.
             RuntimeError: if the tokens of the update before were not read by attention.
         """
+        if self.tensors is not None and self.get_seq_length() == 0 and not self.tensors.fit(key_states, value_states):
+            self.tensors = self._storage = None  # after a reset; allocated anew for another batch
         check_update(self.index, self.storage, key_states, value_states, self.options.validate)
         if self._new is not None:
             self._flush(self._new, None)
@@ -234,14 +236,14 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
                 own.copy_(new)  # graphs know the addresses
             storage.changed()
         else:
-            self.tensors = chosen
+            self.tensors, self._storage = chosen, None
         self.version += 1
 
     @torch.inference_mode(False)
     def fork(self) -> StaticLayer:
         """An independent copy, with memory of its own."""
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
+        other.__dict__.update(self.__getstate__())
         if self.tensors is not None:
             other.tensors = StaticTensors(*(tensor.clone() for tensor in self.tensors))
         other._new = None if self._new is None else self._new.copy()

@@ -103,6 +103,14 @@ class StaticTensors(NamedTuple):
         batch, heads, slots, _ = self.dense_keys.shape
         return batch, heads, slots, self.page_positions.shape[1]
 
+    def fit(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether the memory is for keys and values of these shapes, but for the tokens, and of this dtype."""
+        pairs = ((keys, self.dense_keys), (values, self.dense_values))
+        return all(
+            new.dtype == own.dtype and new.dim() == 4 and new[:, :, :0].shape == own[:, :, :0].shape
+            for new, own in pairs
+        )
+
     def select(self, settings: StaticSettings, rows: np.ndarray) -> StaticTensors:
         """Copies of the sequences ``rows``, which may repeat, in new tensors."""
         index, (_, heads, _, pages) = torch.from_numpy(rows), self.sizes

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
@@ -214,6 +217,24 @@ def test_an_interrupted_pass_is_noticed_and_taken_back() -> None:
     assert torch.equal(step(model, cache), step(model, other))
 
 
+def test_copies_and_their_memory() -> None:
+    """Copies decode on by themselves, and what a cache held is free when it goes."""
+    model = families.build("llama")
+    cache = filled(model)
+    step(model, cache)
+    copies = [deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+    expected = step(model, cache)
+    held = weakref.ref(cache.layers[0].tensors.records)
+    gc.disable()
+    try:
+        del cache
+        assert held() is None
+    finally:
+        gc.enable()
+    for copy in copies:
+        assert torch.equal(step(model, copy), expected)
+
+
 def test_reset_keeps_the_memory() -> None:
     model = families.build("gpt_oss")
     cache, fresh = filled(model), quantized(model, "unbiased4", max_length=MAX)
@@ -223,6 +244,9 @@ def test_reset_keeps_the_memory() -> None:
         model(prompt(40, 2), **as_cache(held))
     assert torch.equal(step(model, cache), step(model, fresh))
     assert [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors] == before
+    cache.reset()
+    model(prompt(40, 3), **as_cache(cache))  # another batch: allocated anew
+    assert cache.batch_size == 3
 
 
 def test_other_attention_reads_the_cache_as_dense_tensors() -> None:
