@@ -61,8 +61,10 @@ class PageEncoder:
             key_mean: what to subtract from the rotated keys of each record, ``[N / group, dim]``; or None.
 
         Returns:
-            uint8 records ``[N / group, record_bytes]``.
+            uint8 records ``[N / group, record_bytes]``. On the meta device there are no values to encode.
         """
+        if keys.is_meta:
+            return torch.empty(keys.shape[0] // self.group, self.layout.record_bytes, dtype=torch.uint8, device="meta")
         records = torch.zeros(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
         self._encode_side("keys", self.codec.keys, keys, key_mean, records)
         self._encode_side("values", self.codec.values, values, None, records)

@@ -11,6 +11,7 @@ import torch
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.storage.dense_buffer import DenseBuffer
 from hf_kvcache.storage.page_table import PageTable
+from hf_kvcache.utils.autocast import without_autocast
 
 #: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
 _ENCODE_ELEMENTS = 1 << 19
@@ -135,7 +136,8 @@ class PageWriter:
         """Records of whole pages of the sequences ``rows``: columns ``[start, stop)``, a bounded number at a time."""
         key_mean = self.key_mean_of(rows)
         pages = keys.shape[2] // self.page_size
-        step = max(1, _ENCODE_ELEMENTS // (keys.shape[0] * keys.shape[1] * self.page_size * keys.shape[3]))
+        page = keys.shape[0] * keys.shape[1] * self.page_size * keys.shape[3]
+        step = pages if keys.is_meta else max(1, _ENCODE_ELEMENTS // page)
         for start in range(0, pages, step):
             stop = min(start + step, pages)
             span = slice(start * self.page_size, stop * self.page_size)
@@ -209,8 +211,7 @@ class PageWriter:
             self.lost_before = max(self.lost_before, int(positions[:, skip - 1].max()) + 1)
         keys, values, positions = keys[:, :, skip:], values[:, :, skip:], positions[:, skip:]
         if keys.shape[2]:
-            # Autocast would round what is packed before the codec does.
-            with torch.autocast(keys.device.type, enabled=False):
+            with without_autocast(keys.device):
                 self._write(rows, as_packed(rows, keys, positions), values, positions)
 
     def _write(self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:

@@ -10,6 +10,7 @@ import torch
 from hf_kvcache.storage.gathering import gather_tokens, is_tokenwise
 from hf_kvcache.storage.paged import PagedStorage
 from hf_kvcache.storage.token_view import TokenView
+from hf_kvcache.utils.autocast import without_autocast
 
 
 @dataclass
@@ -41,8 +42,7 @@ def keep_only(held: TokenView, keep: np.ndarray, tail: int | None = None) -> Non
         keep: bool ``[b, Hkv, T]``; of the sinks and the newest ``tail`` tokens it must name all.
         tail: newest tokens that stay in full precision; the storage's ``tail_length`` by default.
     """
-    # Autocast would round what is packed before the codec does.
-    with torch.autocast(held.storage.device.type, enabled=False):
+    with without_autocast(held.storage.device):
         _keep_only(held, keep, held.storage.tail_length if tail is None else tail)
 
 
