@@ -6,14 +6,13 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig
 
 from hf_kvcache.planning import Plan, plan
 from hf_kvcache.planning.caches import DEFAULT
-from hf_kvcache.planning.sizes import show_bytes
+from hf_kvcache.planning.sizes import parse_count, show_bytes
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -41,17 +40,20 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def _run(args: argparse.Namespace) -> int:
     config = AutoConfig.from_pretrained(args.model)
-    options: dict[str, Any] = {
-        "batch": args.batch,
-        "caches": args.caches.split(","),
-        "dtype": _DTYPES.get(args.dtype),
-        "bandwidth": args.bandwidth,
-    }
-    found = plan(config, args.context, memory=args.memory, **options)
+    context = parse_count("context", args.context)
+    found = plan(
+        config,
+        context,
+        args.batch,
+        args.caches.split(","),
+        _DTYPES.get(args.dtype),
+        args.memory,
+        args.bandwidth,
+        sorted({max(context * part // 8, 1) for part in range(1, 9)}) if args.plot else (),
+    )
     print(as_json(found) if args.json else as_text(found))
     if args.plot:
-        lengths = sorted({max(found.context * part // 8, 1) for part in range(1, 9)})
-        _plot([plan(config, length, **options) for length in lengths], Path(args.plot))
+        _plot(found, Path(args.plot))
     return 0
 
 
@@ -90,18 +92,16 @@ def as_text(found: Plan) -> str:
     return "\n".join([*lines, *(f"not told: {reason}" for reason in found.unknown)])
 
 
-def _plot(plans: list[Plan], path: Path) -> None:
+def _plot(found: Plan, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise RuntimeError("--plot needs matplotlib; install it with: pip install matplotlib") from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for index, row in enumerate(plans[-1].caches):
-        axes.plot(
-            [p.context for p in plans], [p.caches[index].bytes / 2**30 for p in plans], marker="o", label=row.name
-        )
-    axes.set(xlabel=f"tokens of each of {plans[-1].batch} sequences", ylabel="GiB", title=plans[-1].model_type)
+    for row in found.caches:
+        axes.plot(list(row.curve), [size / 2**30 for size in row.curve.values()], marker="o", label=row.name)
+    axes.set(xlabel=f"tokens of each of {found.batch} sequences", ylabel="GiB", title=found.model_type)
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.savefig(path, dpi=100)

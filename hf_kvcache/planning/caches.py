@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedConfig
@@ -43,7 +44,8 @@ def maker(name: str) -> Make:
 
 def _dynamic(config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
-    # transformers adds layers that run several times (Dory) when they come.
-    more = len(KVCache(config, bind=False).layers) - len(cache.layers)
-    cache.layers += [DynamicLayer() for _ in range(more)]
+    with suppress(ValueError):  # this package has no cache for the model
+        # transformers adds layers that run several times (Dory) when they come.
+        more = len(KVCache(config, bind=False).layers) - len(cache.layers)
+        cache.layers += [DynamicLayer() for _ in range(more)]
     return cache

@@ -38,10 +38,17 @@ class Holding:
     Args:
         make: makes an empty cache.
         calls: what the model gives to each of its layers in a forward pass.
+        fill: the cache after a pass of so many sequences and tokens, for layers of transformers' own that repeated
+            calls do not fill as a pass would; None if there are none.
     """
 
-    def __init__(self, make: Callable[[], Cache], calls: list[tuple[LayerCall, ...]]) -> None:
-        self._make, self._calls = make, calls
+    def __init__(
+        self,
+        make: Callable[[], Cache],
+        calls: list[tuple[LayerCall, ...]],
+        fill: Callable[[int, int], Cache] | None = None,
+    ) -> None:
+        self._make, self._calls, self._fill = make, calls, fill
         self._known: dict[tuple[int, int], Held] = {}
 
     def bytes(self, batch: int, tokens: int) -> Held:
@@ -53,17 +60,21 @@ class Holding:
 
     def _find(self, batch: int, tokens: int) -> Held:
         total, alike = Held(0, 0), dict[Any, Held]()
-        for layer, calls in zip(self._make().layers, self._calls, strict=True):
+        filled = None if self._fill is None else self._fill(batch, tokens).layers
+        for index, (layer, calls) in enumerate(zip(self._make().layers, self._calls, strict=True)):
+            if filled is not None and not isinstance(layer, KVCacheLayer):
+                total += _held_by(filled[index])
+                continue
             kind = type(layer), getattr(layer, "sliding_window", None), repr(calls)
             if kind not in alike:
-                alike[kind] = _held_by(layer, calls, batch, tokens)
+                for call in calls:
+                    call.repeat(layer, batch, tokens)
+                alike[kind] = _held_by(layer)
             total += alike[kind]
         return total
 
 
-def _held_by(layer: Any, calls: tuple[LayerCall, ...], batch: int, tokens: int) -> Held:
-    for call in calls:
-        call.repeat(layer, batch, tokens)
+def _held_by(layer: Any) -> Held:
     if isinstance(layer, KVCacheLayer):
         layer.flush()
     parts = layer_report(layer).parts

@@ -16,12 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from hf_kvcache.cache.memory import tensor_bytes
 from hf_kvcache.integration.architecture import model_class
 from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.layers.base import KVCacheLayer
 
 #: Sequences and tokens of the two passes. Both grow, by different numbers.
 _PASSES = ((2, 11), (3, 13))
+#: Sequences and tokens of a third, longer one, which shows whether the two have told all.
+_CHECK = (2, 301)
 #: Methods of a cache's layers that models call, by the beginnings of their names.
 _CALLS = ("update", "store")
 _BATCH, _TOKENS = "batch", "tokens"
@@ -110,6 +113,27 @@ class ModelOnMeta:
                 raise self._not_told(f"calls of layer {index} depend on the number of tokens")
             found.append(tuple(_merged(x, y) for x, y in zip(a, b, strict=True)))
         return found
+
+    def tell_all(self, make_cache: Callable[[], Cache], calls: list[tuple[LayerCall, ...]]) -> bool:
+        """Whether repeating the calls gives what a longer pass gives to transformers' own layers.
+
+        Layers that compress their states say something else in a longer pass (DeepSeek V4).
+        """
+        repeated, run = make_cache(), self.filled(make_cache, *_CHECK)
+        for layer, of_layer, other in zip(repeated.layers, calls, run.layers, strict=True):
+            if isinstance(layer, KVCacheLayer):
+                continue
+            for call in of_layer:
+                call.repeat(layer, *_CHECK)
+            if tensor_bytes(vars(layer)) != tensor_bytes(vars(other)):
+                return False
+        return True
+
+    def filled(self, make_cache: Callable[[], Cache], batch: int, tokens: int) -> Cache:
+        """A cache after a pass of that size."""
+        cache = make_cache()
+        self._pass(cache, batch, tokens)
+        return cache
 
     def _pass(self, cache: Cache, batch: int, tokens: int) -> list[list[tuple[str, Any, Any]]]:
         """The calls to each layer: names, arguments and named arguments."""

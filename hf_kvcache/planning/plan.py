@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -35,6 +35,7 @@ class CachePlan:
         longest_context: tokens of each sequence that fit beside the weights; None without ``memory``, 0 if none fit.
         largest_batch: sequences of that context that fit beside the weights; None without ``memory``.
         step_floor_ms: the time in which a decode step can read weights and cache; None without ``bandwidth``.
+        curve: bytes at each of the ``lengths`` that were asked for.
     """
 
     name: str
@@ -43,6 +44,7 @@ class CachePlan:
     longest_context: int | None = None
     largest_batch: int | None = None
     step_floor_ms: float | None = None
+    curve: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def plan(
     dtype: torch.dtype | None = None,
     memory: int | str | None = None,
     bandwidth: int | float | str | None = None,
+    lengths: Sequence[int] = (),
 ) -> Plan:
     """Plan the memory of a model's caches from its config.
 
@@ -93,6 +96,7 @@ def plan(
         dtype: dtype of weights, keys and values; by default the config's, or bfloat16.
         memory: bytes of the device, ``"80GB"``; with it the plan says what fits beside the weights.
         bandwidth: bytes a second that the device reads, ``"3350GB/s"``; with it the plan has the least time of a step.
+        lengths: other numbers of tokens for which bytes are wanted, for a plot.
 
     Raises:
         ValueError: if an argument is out of range, or the config does not tell enough.
@@ -110,7 +114,8 @@ def plan(
     fitting = None if room is None else room - model.bytes
     rows = []
     for name, holding in _holdings(model, makers, unknown).items():
-        rows.append(_row(name, holding, batch, tokens, active, fitting, speed))
+        row = _row(name, holding, batch, tokens, active, fitting, speed)
+        rows.append(replace(row, curve={n: holding.bytes(batch, n).total for n in lengths}))
     try:
         formula = textbook(decoder, dtype)
     except NotTold as error:
@@ -124,12 +129,15 @@ def _holdings(model: ModelOnMeta, makers: dict[str, Make], unknown: list[str]) -
     found: dict[str, Holding] = {}
     # Caches of this package are given the same by a model. transformers' own are given keys and values for latents.
     calls: dict[bool, list[tuple[LayerCall, ...]]] = {}
+    told: dict[bool, bool] = {}
     for name, make in makers.items():
         try:
-            ours = isinstance(make(model.config), KVCache)
+            empty = partial(make, model.config)
+            ours = isinstance(empty(), KVCache)
             if ours not in calls:
-                calls[ours] = model.calls(partial(make, model.config))
-            found[name] = Holding(partial(make, model.config), calls[ours])
+                calls[ours] = model.calls(empty)
+                told[ours] = model.tell_all(empty, calls[ours])
+            found[name] = Holding(empty, calls[ours], None if told[ours] else partial(model.filled, empty))
         except ValueError as error:
             unknown.append(f"{name}: {error}")
         finally:
