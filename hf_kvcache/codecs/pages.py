@@ -67,8 +67,10 @@ class PageEncoder:
             key_mean: what to subtract from the rotated keys of each record, ``[N / group, dim]``; or None.
 
         Returns:
-            uint8 records ``[N / group, record_bytes]``.
+            uint8 records ``[N / group, record_bytes]``. On the meta device there are no values to encode.
         """
+        if keys.is_meta:
+            return torch.empty(keys.shape[0] // self.group, self.layout.record_bytes, dtype=torch.uint8, device="meta")
         if can_encode_pages(self.layout, self._methods, keys.unsqueeze(1), values.unsqueeze(1)):
             records = torch.empty(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
             self._encode_at_once(keys.unsqueeze(1), values.unsqueeze(1), key_mean, records)

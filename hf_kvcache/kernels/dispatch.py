@@ -63,8 +63,8 @@ def _implementation(op: str, device_type: str, forced: str) -> ModuleType | None
     if forced and forced not in BACKENDS:
         raise ValueError(f"{VARIABLE}={forced!r}; accepted: {', '.join(BACKENDS)}")
     backend = forced or ("native" if device_type == "cpu" else "triton")
-    if backend == "reference" or op not in OPERATIONS[backend]:
-        return None
+    if device_type == "meta" or backend == "reference" or op not in OPERATIONS[backend]:
+        return None  # on the meta device there is nothing to compute
     reason = reason_missing(backend, device_type)
     if reason is not None:
         _warn(backend, reason)

@@ -12,6 +12,7 @@ from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.storage.dense_buffer import DenseBuffer
 from hf_kvcache.storage.page_table import PageTable
 from hf_kvcache.storage.transfers import is_run, rows_of, to_device
+from hf_kvcache.utils.autocast import without_autocast
 
 #: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
 _ENCODE_ELEMENTS = 1 << 19
@@ -141,7 +142,8 @@ class PageWriter:
             yield 0, pages, records
             return
         key_mean = self.key_mean_of(rows)
-        step = max(1, _ENCODE_ELEMENTS // (keys.shape[0] * keys.shape[1] * self.page_size * keys.shape[3]))
+        page = keys.shape[0] * keys.shape[1] * self.page_size * keys.shape[3]
+        step = pages if keys.is_meta else max(1, _ENCODE_ELEMENTS // page)
         for start in range(0, pages, step):
             stop = min(start + step, pages)
             span = slice(start * self.page_size, stop * self.page_size)
@@ -214,8 +216,7 @@ class PageWriter:
             self.lost_before = max(self.lost_before, int(positions[:, skip - 1].max()) + 1)
         keys, values, positions = keys[:, :, skip:], values[:, :, skip:], positions[:, skip:]
         if keys.shape[2]:
-            # Autocast would round what is packed before the codec does.
-            with torch.autocast(keys.device.type, enabled=False):
+            with without_autocast(keys.device):
                 self._write(rows, as_packed(rows, keys, positions), values, positions)
 
     def _write(self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:

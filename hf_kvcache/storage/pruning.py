@@ -17,6 +17,7 @@ from hf_kvcache.storage.gathering import gather_tokens, is_tokenwise
 from hf_kvcache.storage.paged import PagedStorage
 from hf_kvcache.storage.token_view import TokenView
 from hf_kvcache.storage.transfers import front, rows_of, to_device, to_host
+from hf_kvcache.utils.autocast import without_autocast
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,7 @@ def read_back(plans: Sequence[PrunePlan]) -> list[KeptTokens]:
 
 def carry_out(planned: PrunePlan, kept: KeptTokens) -> None:
     """Drop and pack what a plan says; waits for nothing."""
-    # Autocast would round what is packed before the codec does.
-    with torch.autocast(planned.held.storage.device.type, enabled=False):
+    with without_autocast(planned.held.storage.device):
         _carry_out(planned, kept)
 
 

@@ -1,0 +1,248 @@
+"""A model on the ``meta`` device: how many bytes its weights are, and what its layers give to a cache.
+
+Two short passes of different sizes through the real model show the arguments of every call to every layer of the cache.
+A dimension that grows by as much as the batch is the batch (and a number), one that grows as the tokens do is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from hf_kvcache.cache.memory import tensor_bytes
+from hf_kvcache.integration.architecture import model_class
+from hf_kvcache.integration.versions import with_cache
+from hf_kvcache.layers.base import KVCacheLayer
+
+#: Sequences and tokens of the two passes. Both grow, by different numbers.
+_PASSES = ((2, 11), (3, 13))
+#: Sequences and tokens of a third, longer one, which shows whether the two have told all.
+_CHECK = (2, 301)
+#: Methods of a cache's layers that models call, by the beginnings of their names.
+_CALLS = ("update", "store")
+_BATCH, _TOKENS = "batch", "tokens"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a tensor that a model gives to a cache.
+
+    Attributes:
+        dims: a number, and what is added to it: ``"batch"``, ``"tokens"`` or nothing (``""``).
+        dtype: the dtype.
+    """
+
+    dims: tuple[tuple[int, str], ...]
+    dtype: torch.dtype
+
+    def blank(self, batch: int, tokens: int) -> torch.Tensor:
+        """A tensor of this shape on the ``meta`` device."""
+        sizes = {"": 0, _BATCH: batch, _TOKENS: tokens}
+        return torch.empty([more + sizes[what] for more, what in self.dims], dtype=self.dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A call of a method of a cache's layer in one forward pass.
+
+    Attributes:
+        method: its name.
+        arguments: the positional arguments; tensors as their shapes.
+        named: the other arguments, by name, in the order of their names.
+    """
+
+    method: str
+    arguments: tuple[Any, ...]
+    named: tuple[tuple[str, Any], ...]
+
+    def repeat(self, layer: Any, batch: int, tokens: int) -> None:
+        """Make the call on ``layer``, with blank tensors."""
+
+        def blank(value: Any) -> Any:
+            return value.blank(batch, tokens) if isinstance(value, Shape) else value
+
+        getattr(layer, self.method)(*map(blank, self.arguments), **{name: blank(v) for name, v in self.named})
+
+
+class NotTold(ValueError):
+    """A config does not tell what a plan needs."""
+
+
+class ModelOnMeta:
+    """The model of a config, without weights.
+
+    Args:
+        config: the config of the model's decoder.
+        dtype: the dtype of its weights, and so of its keys and values.
+
+    Attributes:
+        parameters: number of weights.
+        bytes: bytes of the weights.
+        expert_bytes: bytes of those that belong to routed experts.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+        made: Any = model_class(config)
+        if made is None:
+            raise NotTold(f"config of {config.model_type!r}: transformers knows no class for it; accepted: its models")
+        with torch.device("meta"):
+            self.model: PreTrainedModel = made._from_config(config, dtype=dtype).eval()
+        self.config = config
+        weights = {id(p): (name, p) for name, p in self.model.named_parameters()}.values()
+        self.parameters = sum(p.numel() for _, p in weights)
+        self.bytes = sum(p.numel() * p.element_size() for _, p in weights)
+        self.expert_bytes = sum(p.numel() * p.element_size() for name, p in weights if ".experts." in name)
+
+    def calls(self, make_cache: Callable[[], Cache]) -> list[tuple[LayerCall, ...]]:
+        """What each layer of such a cache is given in a forward pass, in order.
+
+        Raises:
+            NotTold: if the model does not run on the ``meta`` device as far as its last layer.
+        """
+        first, second = (self._pass(make_cache(), *size) for size in _PASSES)
+        found = []
+        for index, (a, b) in enumerate(zip(first, second, strict=True)):
+            if [call[0] for call in a] != [call[0] for call in b]:
+                raise self._not_told(f"calls of layer {index} depend on the number of tokens")
+            found.append(tuple(_merged(x, y) for x, y in zip(a, b, strict=True)))
+        return found
+
+    def tell_all(self, make_cache: Callable[[], Cache], calls: list[tuple[LayerCall, ...]]) -> bool:
+        """Whether repeating the calls gives what a longer pass gives to transformers' own layers.
+
+        Layers that compress their states say something else in a longer pass (DeepSeek V4).
+        """
+        repeated, run = make_cache(), self.filled(make_cache, *_CHECK)
+        for layer, of_layer, other in zip(repeated.layers, calls, run.layers, strict=True):
+            if isinstance(layer, KVCacheLayer):
+                continue
+            for call in of_layer:
+                call.repeat(layer, *_CHECK)
+            if tensor_bytes(vars(layer)) != tensor_bytes(vars(other)):
+                return False
+        return True
+
+    def filled(self, make_cache: Callable[[], Cache], batch: int, tokens: int) -> Cache:
+        """A cache after a pass of that size."""
+        cache = make_cache()
+        self._pass(cache, batch, tokens)
+        return cache
+
+    def _pass(self, cache: Cache, batch: int, tokens: int) -> list[list[tuple[str, Any, Any]]]:
+        """The calls to each layer: names, arguments and named arguments."""
+        seen: list[list[tuple[str, Any, Any]]] = [[] for _ in cache.layers]
+        for layer, calls in zip(cache.layers, seen, strict=True):
+            _record(layer, calls)
+        ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
+        with torch.no_grad(), _on_meta() as reasons:
+            try:
+                self.model(input_ids=ids, use_cache=True, **with_cache(self.model, cache))
+            except Exception as error:
+                reasons.append(f"{type(error).__name__}: {error}")
+        reached = max((index for index, calls in enumerate(seen) if calls), default=-1)
+        if reached < _last_storing(cache):
+            raise self._not_told(f"it stops on the meta device behind layer {reached} ({reasons[0][:120]})")
+        return seen
+
+    def _not_told(self, reason: str) -> NotTold:
+        return NotTold(f"config of {self.config.model_type!r}: no plan for it, {reason}")
+
+
+def _last_storing(cache: Cache) -> int:
+    """The last layer that is given something. Layers without a cache of their own are transformers' dummies."""
+    return max(i for i, layer in enumerate(cache.layers) if type(layer).__name__ != "DummyLayer")
+
+
+def _record(layer: Any, calls: list[tuple[str, Any, Any]]) -> None:
+    """Note the calls to the ``layer`` from now on."""
+    plain = isinstance(layer, KVCacheLayer) and layer.options.latents != "native"
+
+    def watched(name: str) -> Callable[..., Any]:
+        method = getattr(layer, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, args, kwargs))
+            result = method(*args, **kwargs)
+            # Without earlier tokens all states are the new ones, and a model that reads handles needs values.
+            return args[:2] if name == "update" and plain else result
+
+        return call
+
+    for name in dir(type(layer)):
+        if name.startswith(_CALLS) and callable(getattr(layer, name)):
+            setattr(layer, name, watched(name))
+
+
+def _merged(first: tuple[str, Any, Any], second: tuple[str, Any, Any]) -> LayerCall:
+    """One call from its forms in both passes."""
+
+    def merge(a: Any, b: Any) -> Any:
+        return Shape(tuple(map(_dim, a.shape, b.shape)), a.dtype) if isinstance(a, torch.Tensor) else a
+
+    (name, args, named), (_, other_args, other_named) = first, second
+    rest = tuple((key, merge(named[key], other_named[key])) for key in sorted(named))
+    return LayerCall(name, tuple(map(merge, args, other_args)), rest)
+
+
+def _dim(first: int, second: int) -> tuple[int, str]:
+    sizes = zip(*_PASSES, strict=True)
+    growth = {after - before: what for (before, after), what in zip(sizes, (_BATCH, _TOKENS), strict=True)}
+    if first == second:
+        return first, ""
+    what = growth.get(second - first)
+    if what is None:
+        raise NotTold(f"a state of the model has {first} entries for {_PASSES[0]} and {second} for {_PASSES[1]}")
+    return first - _PASSES[0][(_BATCH, _TOKENS).index(what)], what
+
+
+@contextmanager
+def _on_meta() -> Iterator[list[str]]:
+    """Let models run on the ``meta`` device, where there are no values to decide by; yields what went wrong.
+
+    Numbers read from tensors are 1. A module that needs values (the routing of experts, say) gives back its input:
+    what comes behind it has the right shapes, and only shapes are looked at.
+    """
+    import torch.fx.experimental._config as fx
+
+    reasons: list[str] = []
+    original, nonzero = torch.nn.Module.__call__, fx.meta_nonzero_assume_all_nonzero
+
+    def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = next((x for x in (*args, kwargs.get("hidden_states")) if isinstance(x, torch.Tensor)), None)
+        if given is not None and type(self).__name__.endswith("Experts"):
+            return given  # many operators, and no cache
+        try:
+            return original(self, *args, **kwargs)
+        except Exception as error:
+            if given is None:
+                raise
+            reasons.append(f"{type(self).__name__}: {error}")
+            return given
+
+    with ExitStack() as stack:
+        stack.enter_context(_Ones())
+        stack.callback(setattr, torch.nn.Module, "__call__", original)
+        stack.callback(setattr, fx, "meta_nonzero_assume_all_nonzero", nonzero)
+        torch.nn.Module.__call__ = call  # type: ignore[method-assign]
+        fx.meta_nonzero_assume_all_nonzero = True
+        yield reasons
+
+
+class _Ones(TorchDispatchMode):
+    """Reads ones from tensors on the ``meta`` device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.ones((), dtype=args[0].dtype).item()
+        to = kwargs.get("device")
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and to is not None and to.type != "meta":
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=to)
+        return func(*args, **kwargs)

@@ -1,0 +1,202 @@
+"""``plan``: what the caches of a model hold and cost at some length, and what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from transformers import PreTrainedConfig
+
+from hf_kvcache.cache.base import KVCache
+from hf_kvcache.cache.model_config import decoder_config
+from hf_kvcache.integration.binding import unbind
+from hf_kvcache.planning.caches import DEFAULT, Make, maker
+from hf_kvcache.planning.formula import Textbook, textbook
+from hf_kvcache.planning.holding import Held, Holding
+from hf_kvcache.planning.model import LayerCall, ModelOnMeta, NotTold
+from hf_kvcache.planning.sizes import parse_bytes, parse_count
+from hf_kvcache.utils.validation import whole
+
+#: Longest context and largest batch that are looked for.
+_MOST_TOKENS, _MOST_SEQUENCES = 1 << 30, 1 << 16
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """One cache at the context and batch of the plan.
+
+    Attributes:
+        name: the name by which it was asked for.
+        bytes: bytes that it holds after a prompt of that length, as its ``memory().total`` says.
+        bytes_per_token: what the last tokens added, averaged over 1,024 tokens, in bytes a token of one sequence.
+        longest_context: tokens of each sequence that fit beside the weights; None without ``memory``, 0 if none fit.
+        largest_batch: sequences of that context that fit beside the weights; None without ``memory``.
+        step_floor_ms: the time in which a decode step can read weights and cache; None without ``bandwidth``.
+        curve: bytes at each of the ``lengths`` that were asked for.
+    """
+
+    name: str
+    bytes: int
+    bytes_per_token: float
+    longest_context: int | None = None
+    largest_batch: int | None = None
+    step_floor_ms: float | None = None
+    curve: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the caches of a model would hold.
+
+    Attributes:
+        model_type: the model's type.
+        context: tokens of each sequence.
+        batch: number of sequences.
+        dtype: dtype of the weights, keys and values.
+        parameters: number of the model's weights (of a vision-language model, those of its language model).
+        weight_bytes: bytes of these weights.
+        active_bytes: bytes of the weights that one token reads: of routed experts, only those that are chosen.
+        textbook: the textbook formula; None if the config does not name its terms.
+        caches: a row for each cache.
+        unknown: what the config does not tell and which caches there are not for the model, in words.
+    """
+
+    model_type: str
+    context: int
+    batch: int
+    dtype: torch.dtype
+    parameters: int
+    weight_bytes: int
+    active_bytes: int
+    textbook: Textbook | None
+    caches: list[CachePlan]
+    unknown: list[str] = field(default_factory=list)
+
+
+def plan(
+    config: PreTrainedConfig,
+    context: int | str = 131072,
+    batch: int = 1,
+    caches: Sequence[str] = DEFAULT,
+    dtype: torch.dtype | None = None,
+    memory: int | str | None = None,
+    bandwidth: int | float | str | None = None,
+    lengths: Sequence[int] = (),
+) -> Plan:
+    """Plan the memory of a model's caches from its config.
+
+    Args:
+        config: the model's config.
+        context: tokens of each sequence, ``"128k"`` for 131,072.
+        batch: number of sequences.
+        caches: names of caches; see :mod:`hf_kvcache.planning.caches`.
+        dtype: dtype of weights, keys and values; by default the config's, or bfloat16.
+        memory: bytes of the device, ``"80GB"``; with it the plan says what fits beside the weights.
+        bandwidth: bytes a second that the device reads, ``"3350GB/s"``; with it the plan has the least time of a step.
+        lengths: other numbers of tokens for which bytes are wanted, for a plot.
+
+    Raises:
+        ValueError: if an argument is out of range, or the config does not tell enough.
+        TypeError: if ``config`` is not a model's config.
+    """
+    tokens, room = parse_count("context", context), None if memory is None else parse_bytes("memory", memory)
+    speed = None if bandwidth is None else parse_bytes("bandwidth", bandwidth)
+    whole("batch", batch, 1)
+    makers = {name: maker(name) for name in caches}
+    decoder = deepcopy(decoder_config(config))  # caches bind the config that they are made for
+    own = getattr(decoder, "dtype", None)
+    dtype = dtype or (own if isinstance(own, torch.dtype) else torch.bfloat16)
+    model = ModelOnMeta(decoder, dtype)
+    active, unknown = _active_bytes(model)
+    fitting = None if room is None else room - model.bytes
+    rows = []
+    for name, holding in _holdings(model, makers, unknown).items():
+        row = _row(name, holding, batch, tokens, active, fitting, speed)
+        rows.append(replace(row, curve={n: holding.bytes(batch, n).total for n in lengths}))
+    try:
+        formula = textbook(decoder, dtype)
+    except NotTold as error:
+        formula = None
+        unknown.append(str(error))
+    return Plan(decoder.model_type, tokens, batch, dtype, model.parameters, model.bytes, active, formula, rows, unknown)
+
+
+def _holdings(model: ModelOnMeta, makers: dict[str, Make], unknown: list[str]) -> dict[str, Holding]:
+    """What each cache holds, by its name; reasons why there is no such cache are added to ``unknown``."""
+    found: dict[str, Holding] = {}
+    # Caches of this package are given the same by a model. transformers' own are given keys and values for latents.
+    calls: dict[bool, list[tuple[LayerCall, ...]]] = {}
+    told: dict[bool, bool] = {}
+    for name, make in makers.items():
+        try:
+            empty = partial(make, model.config)
+            ours = isinstance(empty(), KVCache)
+            if ours not in calls:
+                calls[ours] = model.calls(empty)
+                told[ours] = model.tell_all(empty, calls[ours])
+            found[name] = Holding(empty, calls[ours], None if told[ours] else partial(model.filled, empty))
+        except ValueError as error:
+            unknown.append(f"{name}: {error}")
+        finally:
+            unbind(model.config)
+    return found
+
+
+def _row(
+    name: str, holding: Holding, batch: int, tokens: int, active: int, room: int | None, speed: int | None
+) -> CachePlan:
+    held = holding.bytes(batch, tokens)
+    before = max(tokens - 1024, 0)
+    earlier = holding.bytes(batch, before) if before else Held(0, 0)
+    longest = largest = None
+    if room is not None:
+        longest = _most(lambda n: holding.bytes(batch, n).total, room, _MOST_TOKENS)
+        largest = _most(lambda n: holding.bytes(n, tokens).total, room, _MOST_SEQUENCES)
+    return CachePlan(
+        name,
+        held.total,
+        (held.total - earlier.total) / (tokens - before) / batch,
+        longest,
+        largest,
+        None if speed is None else 1e3 * (active + held.read) / speed,
+    )
+
+
+def _most(size: Callable[[int], int], room: int, limit: int) -> int:
+    """The largest number up to ``limit`` whose ``size`` is at most ``room``, 0 if that of 1 is not.
+
+    Sizes grow with the number, nearly in proportion from some number on: so the next guess is on the line through the
+    two that enclose the answer, and in their middle where that does not help.
+    """
+    low, high = 0, 1
+    while high <= limit and size(high) <= room:
+        low, high = high, high * 4
+    halve = False
+    while high - low > 1:
+        middle = (low + high) // 2
+        if low and not halve:
+            below, above = size(low), size(high)
+            middle = low + (room - below) * (high - low) // max(above - below, 1)
+        guess = min(max(middle, low + 1), high - 1)
+        before = high - low
+        low, high = (guess, high) if size(guess) <= room else (low, guess)
+        halve = (high - low) * 2 > before and not halve
+    return min(low, limit)
+
+
+def _active_bytes(model: ModelOnMeta) -> tuple[int, list[str]]:
+    """Bytes of the weights that one token reads, and what is not known of them."""
+    if not model.expert_bytes:
+        return model.bytes, []
+    chosen = _first_number(model.config, "num_experts_per_tok", "top_k_experts", "moe_top_k", "num_experts_per_token")
+    experts = _first_number(model.config, "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+    if chosen is None or experts is None:
+        return model.bytes, ["how many experts a token reads; the floor of a step counts all of them"]
+    return model.bytes - model.expert_bytes + model.expert_bytes * chosen // experts, []
+
+
+def _first_number(config: PreTrainedConfig, *names: str) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)

@@ -1,0 +1,13 @@
+"""Autocast, where a device has it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A context without autocast, which would round what is packed before the codec does."""
+    # The meta device computes nothing, and torch has no autocast for it.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

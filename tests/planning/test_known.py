@@ -1,0 +1,114 @@
+"""Plans of well-known models, whose sizes are public, against arithmetic by hand; and bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from hf_kvcache.cli.main import main
+from hf_kvcache.planning import parse_bytes, parse_count, plan, textbook
+from hf_kvcache.planning.plan import _most
+
+FOLDER = Path(__file__).parent / "configs"
+T = 131072
+#: A layer of Kimi Linear or Qwen3-Next without attention: a state of 32 heads of 128 x 128 in float32.
+_STATE = 32 * 128 * 128 * 4
+#: Billions of weights; bytes a token of DynamicCache, all layers; bytes that do not grow with the tokens. Layers with a
+#: window hold one token less than it, and each of them a number of 8 bytes.
+KNOWN = {
+    "llama_3.1_8b": (8.03, 2 * 32 * 8 * 128 * 2, 0),
+    "qwen3_30b_a3b": (30.5, 2 * 48 * 4 * 128 * 2, 0),
+    "gemma_3_27b": (27.0, 2 * 10 * 16 * 128 * 2, 52 * (2 * 16 * 128 * 2 * 1023 + 8)),
+    "gpt_oss_120b": (117, 2 * 18 * 8 * 64 * 2, 18 * (2 * 8 * 64 * 2 * 127 + 8)),
+    "deepseek_v3": (671, 61 * (512 + 64) * 2, 0),
+    "qwen3_next_80b_a3b": (80, 2 * 12 * 2 * 256 * 2, 36 * (_STATE + (2 * 16 + 32) * 128 * 4 * 2)),
+    "kimi_linear_48b_a3b": (49, 6 * (512 + 64) * 2, 21 * (_STATE + 3 * 32 * 128 * 4 * 2)),
+    # A fourth of the tokens in 20 layers, with a key of 128 for the indexer, and a 128th of them in 23.
+    "deepseek_v4_flash": (284, 20 * (512 + 128) * 2 // 4 + 23 * 512 * 2 // 128, None),
+}
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(FOLDER / f"{name}.json")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("llama_3.1_8b", "gpt_oss_120b") else pytest.mark.slow) for n in KNOWN]
+)
+def test_known_models(name: str) -> None:
+    billions, per_token, constant = KNOWN[name]
+    (full,) = (found := plan(config_of(name), T, 1, ["full"], torch.bfloat16)).caches
+    assert found.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    assert full.bytes_per_token == per_token
+    if constant is not None:
+        assert full.bytes == per_token * T + constant
+
+
+def test_textbook_formula() -> None:
+    """Llama-3.1-8B in fp16: 0.125 MiB a token with its 8 KV heads, 0.5 MiB with 32; 16 and 64 GiB at 128k."""
+    formula = textbook(config_of("llama_3.1_8b"), torch.float16)
+    assert (formula.bytes_per_token, formula.bytes_per_token_unshared) == (2**17, 2**19)
+    assert formula.bytes(T) == 16 * 2**30 and formula.bytes_per_token_unshared * T == 64 * 2**30
+
+
+def test_what_fits_and_the_floor_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four layers of Llama-3.1-8B: 2**14 bytes a token, 2**31 bytes at 128k."""
+    config = json.loads((FOLDER / "llama_3.1_8b.json").read_text()) | {"num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["--model", str(tmp_path), "--memory", "8GB", "--bandwidth", "2000GB/s"]
+    assert main(["plan", *arguments, "--dtype", "bf16", "--caches", "full,quantized:4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    full, packed = found["caches"]
+    room = 8 * 10**9 - found["weight_bytes"]
+    assert full["longest_context"] == room // 2**14 and full["largest_batch"] == room // 2**31
+    assert full["step_floor_ms"] == pytest.approx((found["weight_bytes"] + 2**31) / 2e9)
+    assert 3.5 < packed["longest_context"] / full["longest_context"] < 4 and found["textbook"]["bytes"] == 2**31
+
+
+def test_the_most_that_fits() -> None:
+    """Steps and jumps of a size are found exactly, whatever the room."""
+
+    def size(n: int) -> int:
+        return 100 + n // 7 * 50 + (1000 if n > 40 else 0)
+
+    for room in range(0, 3000, 7):
+        right = max((n for n in range(1, 500) if size(n) <= room), default=0)
+        assert _most(size, room, 10**6) == right
+    assert _most(size, 10**9, 64) == 64
+
+
+def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of("llama_3.1_8b")
+    config.num_hidden_layers = 2
+    config.save_pretrained(tmp_path)
+    arguments = ["--context", "4k", "--caches", "full,none", "--plot", str(tmp_path / "plan.png")]
+    assert main(["plan", "--model", str(tmp_path), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "32.00 MiB" in printed and "8,192 bytes a token" in printed and "1.49 billion" in printed
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def test_sizes() -> None:
+    assert parse_count("context", "128k") == T and parse_count("context", 7) == 7
+    assert parse_bytes("memory", "80GB") == 80 * 10**9 and parse_bytes("memory", "1.5 GiB") == 3 * 2**29
+    assert parse_bytes("bandwidth", "3350GB/s") == 3350 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"context": "lots"}, "context='lots'; accepted: a positive whole number"),
+        ({"context": 0}, "context=0; accepted"),
+        ({"batch": 0}, "batch=0"),
+        ({"memory": "80 GPUs"}, "memory='80 GPUs'; accepted: a positive number of bytes"),
+        ({"caches": ["quantised:4"]}, "'quantised:4'; accepted: 'full'"),
+        ({"caches": ["quantized:four"]}, "'quantized:four'; accepted: 'full'"),
+    ],
+)
+def test_bad_input(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(config_of("llama_3.1_8b"), **arguments)  # type: ignore[arg-type]
