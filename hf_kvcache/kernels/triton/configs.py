@@ -111,6 +111,8 @@ def attention_config(arch: str, dim: int, queries: int, codes: Codes | None) -> 
         block_n = min(block_n, 32)  # with more, scores that are kept and slots that are unused would spill
     # More warps, where the output of a program would take more than half of the registers of a thread.
     warps = 8 if block_m * dim >= min(most, 64) * 256 and block_m > 16 else 4
+    if codes is not None and codes.bits == 3 and dim > 128 and most == _MOST_QUERIES_ELSEWHERE:
+        warps = 8  # with fewer, both planes of a tile spill
     if codes is not None and block_m <= 32:
         # With more, a thread would load less than 16 bytes of the tile (of 3-bit codes: of their lower two bits).
         loads = block_n * dim * bit_planes(codes.bits)[0] // (8 * (16 if amd else 8))
