@@ -217,7 +217,7 @@ class StaticStorage(StaticContents):
         skip = int(stale[0]) * self.page_size
         if skip < keys.shape[2]:
             # Autocast would round what is packed before the codec does.
-            with torch.autocast(keys.device.type, enabled=False):
+            with without_autocast(keys.device):
                 self._write(rows, keys[:, :, skip:], values[:, :, skip:], positions[:, skip:])
 
     def _write(self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
