@@ -13,6 +13,7 @@ import torch
 from hf_kvcache.layers.static_contents import StaticContents
 from hf_kvcache.layers.static_steps import StaticSteps
 from hf_kvcache.layers.static_tensors import FIRST, GAPS, LAST, MEAN_KNOWN, StaticSettings, StaticTensors
+from hf_kvcache.utils.autocast import without_autocast
 
 #: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
 _ENCODE_ELEMENTS = 1 << 19
@@ -216,7 +217,6 @@ class StaticStorage(StaticContents):
             return
         skip = int(stale[0]) * self.page_size
         if skip < keys.shape[2]:
-            # Autocast would round what is packed before the codec does.
             with without_autocast(keys.device):
                 self._write(rows, keys[:, :, skip:], values[:, :, skip:], positions[:, skip:])
 
