@@ -138,9 +138,13 @@ class EvictingLayer(EvictingAttention):
         return state
 
     def restore(
-        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: torch.device | str | None = None
+        self,
+        tensors: dict[str, torch.Tensor],
+        progress: dict[str, int],
+        device: torch.device | str | None = None,
+        owned: bool = False,
     ) -> None:
-        super().restore(tensors, progress, device)
+        super().restore(tensors, progress, device, owned)
         if self.evictor is not None:
             prefix = "evictor."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

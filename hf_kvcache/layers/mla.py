@@ -196,9 +196,13 @@ class IndexedLatentLayer(LatentLayer):
         return state if keys is None else state | {"indexer": keys.clone()}
 
     def restore(
-        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: torch.device | str | None = None
+        self,
+        tensors: dict[str, torch.Tensor],
+        progress: dict[str, int],
+        device: torch.device | str | None = None,
+        owned: bool = False,
     ) -> None:
-        super().restore({name: x for name, x in tensors.items() if name != "indexer"}, progress, device)
+        super().restore({name: x for name, x in tensors.items() if name != "indexer"}, progress, device, owned)
         if "indexer" in tensors:
             self.indexer.append(tensors["indexer"].to(self.device))
 

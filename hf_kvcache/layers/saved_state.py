@@ -65,7 +65,11 @@ class SavedState(DecodeSteps):
         check_storage(empty.storage, tensors, progress["seen"])
 
     def restore(
-        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: torch.device | str | None = None
+        self,
+        tensors: dict[str, torch.Tensor],
+        progress: dict[str, int],
+        device: torch.device | str | None = None,
+        owned: bool = False,
     ) -> None:
         """Replace the content of the layer by a saved one.
 
@@ -74,6 +78,7 @@ class SavedState(DecodeSteps):
             progress: what :meth:`progress` returned.
             device: where the layer is to lie. None leaves the tensors where they are until the first update, which
                 moves them to its own device.
+            owned: whether nobody else has the tensors; then those that need not move are not copied.
         """
         self.reset()
         if tensors:
@@ -82,7 +87,7 @@ class SavedState(DecodeSteps):
             tensors = {n: x.to(to if x.is_floating_point() or n == "records" else "cpu") for n, x in tensors.items()}
             self.lazy_initialization(tensors["dense.keys"], tensors["dense.values"])
             assert self.storage is not None
-            self.storage.restore(tensors)
+            self.storage.restore(tensors, owned)
             self.padding = padding_places(*tensors["padding_places"].numpy())
             self._movable = device is None
         self._seen = progress["seen"]
