@@ -50,7 +50,7 @@ def export_state(layers: Sequence[Any], options: LayerOptions) -> dict[str, torc
         layer_values.append({"kind": type(layer).__name__, **values})
         state |= {f"layers.{index}.{name}": tensor for name, tensor in tensors.items()}
     listed = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in state.items()}
-    return {_META: _encode_meta(_settings(options) | {"layers": layer_values, "tensors": listed})} | state
+    return {_META: _encode_meta(describe_settings(options) | {"layers": layer_values, "tensors": listed})} | state
 
 
 def import_state(
@@ -78,7 +78,7 @@ def import_state(
         ValueError: if the state was not made by this package, was saved with other settings or layers, or is damaged.
     """
     meta = _decode_meta(state)
-    for name, value in _settings(options).items():
+    for name, value in describe_settings(options).items():
         _compare(name, meta.get(name), value)
     _check_listed(meta, state)
     if len(meta["layers"]) != len(layers):
@@ -173,7 +173,7 @@ def _compare(name: str, saved: Any, own: Any) -> None:
         raise ValueError(f"state was saved with {name}={saved!r}; accepted by this cache: {own!r}")
 
 
-def _settings(options: LayerOptions) -> dict[str, Any]:
+def describe_settings(options: LayerOptions) -> dict[str, Any]:
     config = _config(options)
     return {
         "format": _FORMAT,

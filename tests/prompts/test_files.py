@@ -116,7 +116,9 @@ def test_loading_copies_nothing(kind: str, tmp_path: Path) -> None:
         if layer in loaded.own_layers:
             tensors += [*layer.storage.pool.slabs(), layer.storage.dense.keys, layer.storage.dense.values]
         else:
-            tensors += [x for value in vars(layer).values() for x in (value.values() if isinstance(value, dict) else ())]
+            tensors += [
+                x for value in vars(layer).values() for x in (value.values() if isinstance(value, dict) else ())
+            ]
     spans = [
         [int(end, 16) for end in line.split()[0].split("-")]
         for line in Path("/proc/self/maps").read_text().splitlines()
