@@ -78,7 +78,7 @@ class DiskTier:
 
         Args:
             name: of the prompt.
-            size: bytes that the file will not exceed.
+            size: bytes that the file will have.
             fill: is called with the open file.
             instead: prompts that are no longer needed once the file is there.
 

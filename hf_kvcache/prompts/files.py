@@ -14,7 +14,7 @@ from hf_kvcache.cache import files
 from hf_kvcache.cache.base import KVCache
 from hf_kvcache.prompts.accounting import bytes_beside_pages, pages_of
 from hf_kvcache.prompts.digests import prompt_digests
-from hf_kvcache.utils.safetensors import write_file
+from hf_kvcache.utils.safetensors import file_size, write_file
 
 #: Bytes of a header for each tensor, and for each token, at most.
 _PER_TENSOR, _PER_TOKEN, _PER_FILE = 512, 24, 16384
@@ -36,13 +36,13 @@ class PromptFile:
         described = files.about(cache.options, cache.layers, type(cache).__name__, ids[None], private)
         described |= {"settings": None, "settings_missing": "the file belongs to a PromptStore"}
         self.about = described | {"prompt_digests": prompt_digests(ids)}
-        content = sum(x.numel() * x.element_size() for x in self.state.values())
-        #: Bytes that the file does not exceed.
-        self.size = content + _header(len(self.state), len(ids))
+        self._metadata = {"format": files.FORMAT, "about": json.dumps(self.about)}
+        #: Bytes of the file.
+        self.size = file_size(self.state, self._metadata)
 
     def write(self, file: Any) -> None:
         """Write the file to an open one."""
-        write_file(file.write, self.state, {"format": files.FORMAT, "about": json.dumps(self.about)})
+        write_file(file.write, self.state, self._metadata)
 
     def content(self) -> bytes:
         """The whole file."""
@@ -54,11 +54,8 @@ class PromptFile:
 def largest_file(cache: KVCache, tokens: int) -> int:
     """Bytes that the file of a cache after ``tokens`` tokens does not exceed, without making it."""
     pages = sum(len(ids) * pool.record_bytes for pool, ids in pages_of(cache).items())
-    return pages + bytes_beside_pages(cache) + _header(_TENSORS * len(cache.layers), tokens)
-
-
-def _header(tensors: int, tokens: int) -> int:
-    return _PER_TENSOR * tensors + _PER_TOKEN * tokens + _PER_FILE
+    header = _PER_TENSOR * _TENSORS * len(cache.layers) + _PER_TOKEN * tokens + _PER_FILE
+    return pages + bytes_beside_pages(cache) + header
 
 
 def prompt_tokens(about: dict[str, Any]) -> np.ndarray | None:

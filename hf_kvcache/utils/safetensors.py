@@ -77,6 +77,25 @@ def write_file(
     Returns:
         The number of bytes written.
     """
+    fields, size = _fields(tensors)
+    digest = _header_digest(fields, metadata)
+    for name in fields:
+        digest.update(_content(name, fields, tensors))
+    header = _header(fields, metadata, digest.hexdigest())
+    write(memoryview(header))
+    for name in fields:
+        write(_content(name, fields, tensors))
+    return len(header) + size
+
+
+def file_size(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
+    """The number of bytes that :func:`write_file` writes."""
+    fields, size = _fields(tensors)
+    return len(_header(fields, metadata, hashlib.sha256().hexdigest())) + size
+
+
+def _fields(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, dict[str, Any]], int]:
+    """What the header says of each tensor and of the gaps between them, and the number of bytes behind the header."""
     fields: dict[str, dict[str, Any]] = {}
     size = 0
 
@@ -89,15 +108,13 @@ def write_file(
         add(name, _DTYPES[tensor.dtype], list(tensor.shape), tensor.numel() * tensor.element_size())
         if gap := -size % _ALIGNMENT:
             add(f"{_PAD}{len(fields)}", "U8", [gap], gap)
-    digest = _header_digest(fields, metadata)
-    for name in fields:
-        digest.update(_content(name, fields, tensors))
-    header = json.dumps({"__metadata__": {**metadata, _DIGEST: digest.hexdigest()}, **fields}).encode()
+    return fields, size
+
+
+def _header(fields: Mapping[str, Any], metadata: Mapping[str, str], digest: str) -> bytes:
+    header = json.dumps({"__metadata__": {**metadata, _DIGEST: digest}, **fields}).encode()
     header += b" " * (-(len(header) + 8) % _ALIGNMENT)
-    write(memoryview(len(header).to_bytes(8, "little") + header))
-    for name in fields:
-        write(_content(name, fields, tensors))
-    return 8 + len(header) + size
+    return len(header).to_bytes(8, "little") + header
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
