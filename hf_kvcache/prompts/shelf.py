@@ -5,7 +5,9 @@ from __future__ import annotations
 import tempfile
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -76,6 +78,7 @@ class Shelf:
         self._private_files = DigestIndex()
         self._damaged: set[str] = set()
         self._writer = BackgroundWriter()
+        self._notes: deque[Callable[[], None]] = deque()  # what the background thread has done
         self._stats = StoreStats()
 
     # -- finding --------------------------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ class Shelf:
                 self._stats.hits_by_tier[tier] += 1
 
     def _local(self, ids: np.ndarray) -> list[_Candidate]:
-        with self._lock:
+        with self._locked():
             depth, path, below = self._tree.match(ids)
             found = [self._candidate(length, entry) for length, entry in path]
             if depth and not self.only_whole:
@@ -167,7 +170,7 @@ class Shelf:
         Raises:
             ValueError: if the cache alone is over a budget.
         """
-        with self._lock:
+        with self._locked():
             self._memory.check_fits(cache)
             self._check_files(cache, ids)
             entry = self._tree.get(ids)
@@ -213,33 +216,47 @@ class Shelf:
                 )
 
     def _write(self, entry: Entry, cache: KVCache, replaced: list[str]) -> None:
-        """Write a prompt to the disk and to the remote tier; runs in the background and raises nothing."""
-        name, prompt = name_of(entry.ids), None
+        """Write a prompt to the disk and to the remote tier, in the background.
+
+        Whoever holds the lock may wait for this, so it must not wait for the lock: it leaves notes.
+        """
+        name = name_of(entry.ids)
         try:
             prompt = PromptFile(cache, entry.ids, self._private)
             if self._disk is not None:
                 if name in self._damaged:
                     self._disk.delete(name)
                 if self._disk.write(name, prompt.size, prompt.write, replaced):
-                    self._damaged.discard(name)
-                else:
-                    replaced = []
+                    self._notes.append(lambda: self._note_written(name, entry, replaced))
         except Exception as error:
-            self._note_failure("a prompt could not be written to the disk", error)
+            entry.written.set()
+            self._notes.append(self._note_failure)
+            what = f"a prompt could not be written to the disk: {type(error).__name__}: {error}"
+            warnings.warn(what, RuntimeWarning, stacklevel=2)
+            return
         finally:
             entry.written.set()
-        self._note_files(name, entry, replaced)
-        if self._remote is not None and prompt is not None:
+            self._notes.append(lambda: self._forget_if_gone(entry))
+        if self._remote is not None:
             self._remote.write(name, prompt)
 
-    def _note_files(self, name: str, entry: Entry, replaced: list[str]) -> None:
+    def _note_written(self, name: str, entry: Entry, replaced: list[str]) -> None:
+        self._damaged.discard(name)
+        entry.file = name
+        self._files[name] = entry
+        for other in replaced:
+            self._forget_file(other)
+
+    def _note_failure(self) -> None:
+        self._stats.failures += 1
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The lock, with all notes read."""
         with self._lock:
-            if self._disk is not None and self._disk.path(name).exists():
-                entry.file = name
-                self._files[name] = entry
-                for other in replaced:
-                    self._forget_file(other)
-            self._forget_if_gone(entry)
+            while self._notes:
+                self._notes.popleft()()
+            yield
 
     # -- the disk -------------------------------------------------------------------------------------------------
 
@@ -247,7 +264,7 @@ class Shelf:
         """Take note of files that have come or gone, whoever wrote or deleted them."""
         if self._disk is None:
             return
-        with self._lock:
+        with self._locked():
             names = self._disk.names()
             if names is None:
                 return
@@ -302,11 +319,6 @@ class Shelf:
             self._forget_file(name)
         warnings.warn(f"a stored prompt is skipped: {error}", RuntimeWarning, stacklevel=2)
 
-    def _note_failure(self, what: str, error: Exception) -> None:
-        with self._lock:
-            self._stats.failures += 1
-        warnings.warn(f"{what}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
-
     def _download(self, name: str) -> KVCache | None:
         assert self._remote is not None
         content = self._remote.read(name)
@@ -342,7 +354,7 @@ class Shelf:
     def stats(self) -> StoreStats:
         """What was done, and what is held."""
         self._look_at_disk()
-        with self._lock:
+        with self._locked():
             found = StoreStats(**{**vars(self._stats), "hits_by_tier": dict(self._stats.hits_by_tier)})
             found.entries = {"memory": len(self._memory), "disk": len(self._files), "remote": 0}
             found.entries["remote"] = 0 if self._remote is None else len(self._remote)
@@ -362,5 +374,5 @@ class Shelf:
 
     def entries(self) -> Iterator[Entry]:
         """All entries whose tokens are known."""
-        with self._lock:
+        with self._locked():
             return iter(list(self._tree.match(np.zeros(0, np.int64))[2]))

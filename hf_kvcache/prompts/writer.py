@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 
@@ -56,5 +57,7 @@ def _work(tasks: queue.Queue[Callable[[], None] | None]) -> None:
             if task is None:
                 return
             task()
+        except Exception:  # a warning that is made an error must not end the thread
+            traceback.print_exc()
         finally:
             tasks.task_done()
