@@ -24,7 +24,7 @@ class StoreStats:
             remote tier are not known.
         evictions: entries that were dropped because a budget was full, by tier, by this store.
         not_stored: prompts that found no room because caches in use fill the memory.
-        damaged: files that were skipped because they are damaged.
+        damaged: files that are skipped because they are damaged.
         failures: times that a tier could not be reached or written.
     """
 
