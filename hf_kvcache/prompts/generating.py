@@ -19,6 +19,10 @@ from hf_kvcache.utils.validation import whole
 _SEVERAL = ("num_beams", "num_return_sequences")
 
 
+#: A prompt is read as a whole unless this share of it is stored: the first pass of an empty cache is the model's own.
+_LEAST_SHARE = 1 / 16
+
+
 class Store(Protocol):
     """What generation needs of a store."""
 
@@ -26,7 +30,7 @@ class Store(Protocol):
 
     def make_cache(self) -> KVCache: ...
 
-    def fetch(self, input_ids: Any) -> tuple[KVCache, int]: ...
+    def fetch(self, input_ids: Any, *, least: int) -> tuple[KVCache, int]: ...
 
     def put(self, input_ids: Any, cache: KVCache) -> None: ...
 
@@ -59,7 +63,7 @@ def _one(
     options: dict[str, Any],
     given: torch.Tensor,
 ) -> Any:
-    cache, length = store.fetch(ids)
+    cache, length = store.fetch(ids, least=_least(ids.shape[1]))
     last = ids.shape[1] - 1
     for stop in [*sorted(n for n in set(checkpoints) if length < n < last), last]:
         if stop > length:
@@ -84,7 +88,7 @@ def _batch(
 
     The columns are padding, what is stored, padding, and the rest of the prompt.
     """
-    found = [store.fetch(ids) for ids in prompts]
+    found = [store.fetch(ids, least=_least(len(ids))) for ids in prompts]
     lengths = [length for _, length in found]
     stored, rest = max(lengths), max(len(ids) - n for ids, n in zip(prompts, lengths, strict=True))
     ids = np.full((len(prompts), stored + rest), _pad_token(model), dtype=np.int64)
@@ -154,6 +158,10 @@ def _behind(given: torch.Tensor, output: Any, prompt: int) -> Any:
         return whole_output
     output.sequences = whole_output
     return output
+
+
+def _least(tokens: int) -> int:
+    return max(1, int(tokens * _LEAST_SHARE))
 
 
 def _model(model: PreTrainedModel) -> Any:

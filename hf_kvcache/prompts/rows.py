@@ -70,10 +70,13 @@ def take_out(cache: KVCache, row: int) -> KVCache:
 
 
 def to_keep(cache: KVCache) -> KVCache:
-    """A fork of a cache for a store: in a pool of its own if the pool of the cache is not well filled."""
+    """A fork of a cache for a store, without room for more tokens, and without a pool that is not well filled."""
     fork = cache.fork()
     for layer in fork.own_layers:
         storage = layer.storage
-        if storage is not None and storage.pool.free_pages > _UNUSED * storage.pool.held_pages:
+        if storage is None:
+            continue
+        storage.dense.shrink(storage.dense.longest)
+        if storage.pool.free_pages > _UNUSED * storage.pool.held_pages:
             layer.storage = compact(storage)
     return fork

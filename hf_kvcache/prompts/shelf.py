@@ -68,8 +68,11 @@ class Shelf:
 
     # -- finding --------------------------------------------------------------------------------------------------
 
-    def find(self, ids: np.ndarray) -> tuple[KVCache | None, int, str]:
-        """A fork of the cache of the longest stored beginning of ``ids [T]``, its length and its tier."""
+    def find(self, ids: np.ndarray, least: int = 1) -> tuple[KVCache | None, int, str]:
+        """A fork of the cache of the longest stored beginning of ``ids [T]``, its length and its tier.
+
+        None, 0 and no tier if there is none of ``least`` tokens.
+        """
         with self._locked():
             self._catalog.look_at_disk()
             candidates = self._catalog.candidates(ids)
@@ -81,6 +84,7 @@ class Shelf:
                 for n, name, whole in found
                 if n > best and (whole or not self._only_whole)
             ]
+        candidates = [candidate for candidate in candidates if candidate.length >= least]
         for candidate in sorted(candidates, key=lambda x: (-x.length, _RANK[x.tier])):
             cache = self._open(candidate)
             if cache is not None and can_crop(cache, candidate.length):

@@ -19,7 +19,7 @@ from hf_kvcache.prompts.namespace import KnownModel, digest_of, namespace_of
 from hf_kvcache.prompts.shelf import Shelf
 from hf_kvcache.prompts.sizes import size
 from hf_kvcache.prompts.stats import StoreStats
-from hf_kvcache.utils.validation import flag
+from hf_kvcache.utils.validation import flag, whole
 
 
 class PromptStore:
@@ -88,7 +88,7 @@ class PromptStore:
         """An empty cache."""
         return self._make()
 
-    def fetch(self, input_ids: Any, attention_mask: Any = None) -> tuple[KVCache, int]:
+    def fetch(self, input_ids: Any, attention_mask: Any = None, least: int = 1) -> tuple[KVCache, int]:
         """A cache that has read the longest stored beginning of a prompt.
 
         The model needs a token to go on from, so the last token is never part of it. The cache is a fork: what is done
@@ -97,6 +97,7 @@ class PromptStore:
         Args:
             input_ids: the prompt, ``[T]`` or ``[1, T]``, or a batch ``[B, T]``.
             attention_mask: ``[B, T]``, 0 for padding on the left; None if there is none.
+            least: tokens that a stored beginning must have to be worth it.
 
         Returns:
             The cache, and how many columns of ``input_ids`` it has read. For a batch that is the most that every
@@ -107,14 +108,14 @@ class PromptStore:
         """
         prompts = rows.prompts_of(input_ids, attention_mask)
         if len(prompts) == 1:
-            cache, length, tier = self._shelf.find(prompts[0][:-1])
+            cache, length, tier = self._shelf.find(prompts[0][:-1], whole("least", least))
             self._shelf.note(len(prompts[0]), length, tier)
             return (self.make_cache(), 0) if cache is None else (cache, length)
-        return self._fetch_batch(prompts)
+        return self._fetch_batch(prompts, whole("least", least))
 
-    def _fetch_batch(self, prompts: list[Any]) -> tuple[KVCache, int]:
+    def _fetch_batch(self, prompts: list[Any], least: int) -> tuple[KVCache, int]:
         width = max(len(ids) for ids in prompts)
-        found = [self._shelf.find(ids[:-1]) if self.joinable else (None, 0, "") for ids in prompts]
+        found = [self._shelf.find(ids[:-1], least) if self.joinable else (None, 0, "") for ids in prompts]
         # Every sequence ends where the one ends that has least.
         columns = min(width - len(ids) + length for ids, (_, length, _) in zip(prompts, found, strict=True))
         keep = [max(columns - (width - len(ids)), 0) for ids in prompts]
