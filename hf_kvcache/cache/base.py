@@ -219,6 +219,7 @@ class KVCache(CacheContract):
         """:meth:`load_state_dict` of tensors that nobody else has: they are kept, and written to, uncopied."""
         self._replace_content(state, device, True)
 
+    @torch.inference_mode(False)  # what is moved to another device is written to outside of that mode too
     def _replace_content(self, state: dict[str, torch.Tensor], device: torch.device | str | None, owned: bool) -> None:
         in_every_pass = {layer.index for layer in self._pass.in_every_pass(self.layers)}
         self.layers = import_state(self.layers, self.options, in_every_pass, state, device, owned)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -13,6 +14,11 @@ from hf_kvcache.prompts import PromptStore
 from tests.running import forward, prompt, small_cache
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+
+
+def some(names: list[str], *fast: str) -> list[Any]:
+    """Names for parametrization; all but the ``fast`` ones are slow."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def store_of(model: PreTrainedModel, codec: str = "rotated4", memory: Any = "50 MiB", **options: Any) -> PromptStore:
