@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from os import PathLike
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_kvcache.cache.contract import CacheContract
-from hf_kvcache.cache.files import read_about
-from hf_kvcache.cache.loading import read_cache, write_cache
 from hf_kvcache.cache.memory import MemoryReport, layer_report
 from hf_kvcache.cache.model_config import (
     check_formats,
@@ -19,7 +15,7 @@ from hf_kvcache.cache.model_config import (
     shares_keys,
 )
 from hf_kvcache.cache.replay import compress, replay
-from hf_kvcache.cache.serialization import export_state, import_state
+from hf_kvcache.cache.saving import SavableCache
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.latent import native_codec, native_option_names
 from hf_kvcache.codecs.registry import option_names as codec_option_names
@@ -35,7 +31,7 @@ from hf_kvcache.lowrank.projection import LayerProjection
 from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
 
 
-class KVCache(CacheContract):
+class KVCache(SavableCache):
     """A paged KV cache for ``model.generate(cache=cache)`` (``past_key_values=cache`` before transformers 5.24).
 
     Args:
@@ -189,109 +185,6 @@ class KVCache(CacheContract):
     def memory(self) -> MemoryReport:
         """The bytes that the cache holds, by part, in total and for each layer."""
         return MemoryReport.of_layers([layer_report(layer) for layer in self.layers])
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The content of the cache as a flat dictionary of tensors, ready for safetensors. Pages stay packed.
-
-        Raises:
-            RuntimeError: if a forward pass ended in the middle.
-            ValueError: if a layer of transformers' own holds something that cannot be saved.
-        """
-        self.check_complete()
-        return export_state(self.layers, self.options)
-
-    def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device | str | None = None) -> None:
-        """Replace the content of the cache by a saved one.
-
-        Args:
-            state: what :meth:`state_dict` of a cache with the same settings returned. All tensors are checked before
-                the cache is changed.
-            device: the device for the cache. Without it the tensors stay where they are. The layers of this package
-                then move to the device of the model with the first update; transformers' own layers do not.
-
-        Raises:
-            ValueError: if the state was saved with other settings or is damaged. The error names the difference, and
-                the cache is not changed.
-        """
-        self._replace_content(state, device, False)
-
-    def take_state(self, state: dict[str, torch.Tensor], device: torch.device | str | None = None) -> None:
-        """:meth:`load_state_dict` of tensors that nobody else has: they are kept, and written to, uncopied."""
-        self._replace_content(state, device, True)
-
-    @torch.inference_mode(False)  # what is moved to another device is written to outside of that mode too
-    def _replace_content(self, state: dict[str, torch.Tensor], device: torch.device | str | None, owned: bool) -> None:
-        in_every_pass = {layer.index for layer in self._pass.in_every_pass(self.layers)}
-        self.layers = import_state(self.layers, self.options, in_every_pass, state, device, owned)
-        self._pass.end()
-
-    def save(self, path: str | PathLike[str], input_ids: torch.Tensor | None = None, *, private: bool = False) -> None:
-        """Write the cache to a safetensors file. Pages are written as they are packed.
-
-        A file of that name is replaced once the new one is complete.
-
-        Args:
-            path: of the file.
-            input_ids: the tokens that the cache has seen, ``[B, n]`` or ``[n]``, to be written too.
-            private: whether only a digest of the tokens is written. Whoever can run the model may still be able to
-                tell the tokens from the keys and values.
-
-        Raises:
-            ValueError: if ``input_ids`` are not as many as the cache has seen, or the cache holds what cannot be saved.
-            RuntimeError: if a forward pass ended in the middle, or drafts are not confirmed.
-        """
-        write_cache(self, path, input_ids, private)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | PathLike[str],
-        config: PreTrainedConfig,
-        *,
-        input_ids: torch.Tensor | None = None,
-        empty: KVCache | None = None,
-        device: torch.device | str | None = None,
-        check_model: bool = True,
-        bind: bool = True,
-    ) -> Any:
-        """The cache in a file of :meth:`save`.
-
-        The file is mapped into memory. On a CPU nothing of it is copied, and what is packed is read where it lies in
-        the file. The file itself is never changed. Otherwise the cache moves to the device of the model with the first
-        update.
-
-        Args:
-            path: of the file.
-            config: the config of the model that is to go on with the cache.
-            input_ids: the tokens that the file must be of, ``[B, n]`` or ``[n]``.
-            empty: an empty cache with the settings of the saved one, which is filled. It is needed where a setting is
-                an object that a file cannot describe, such as a policy with a calibration.
-            device: the device for the cache.
-            check_model: whether the config must name the model and the revision that the cache was filled by. What the
-                shapes depend on is always checked.
-            bind: as in the constructor.
-
-        Returns:
-            A cache of the class that was saved.
-
-        Raises:
-            ValueError: if the file is missing, damaged, of another kind, model, class or settings, or of a newer
-                version of the format. The error says what differs.
-        """
-        return read_cache(cls, path, config, input_ids, empty, device, check_model, bind)
-
-    @staticmethod
-    def about_file(path: str | PathLike[str]) -> dict[str, Any]:
-        """What a file of :meth:`save` says of its cache, its content unread.
-
-        Returns:
-            ``model``, ``dtype``, ``class``, ``codec`` and ``policy``; ``seen``, the number of tokens; ``tokens``, their
-            ids ``[B, n]`` if they were saved; ``tokens_digest``; and what the cache is built from.
-
-        Raises:
-            ValueError: if the file is missing, damaged, of another kind or of a newer version.
-        """
-        return read_about(path)
 
     def integrity(self) -> None:
         """Check the invariants of the storage: references, free pages, ascending positions.

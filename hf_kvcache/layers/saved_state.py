@@ -12,6 +12,9 @@ from hf_kvcache.layers.decode_step import DecodeSteps
 from hf_kvcache.layers.new_tokens import check_update
 from hf_kvcache.storage.checking import check_like, check_storage
 
+#: Where tensors are to lie; None leaves them where they are.
+Device = torch.device | str | None
+
 
 class SavedState(DecodeSteps):
     """A layer that can be saved and restored. Saving does not change the layer."""
@@ -65,11 +68,7 @@ class SavedState(DecodeSteps):
         check_storage(empty.storage, tensors, progress["seen"])
 
     def restore(
-        self,
-        tensors: dict[str, torch.Tensor],
-        progress: dict[str, int],
-        device: torch.device | str | None = None,
-        owned: bool = False,
+        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: Device = None, owned: bool = False
     ) -> None:
         """Replace the content of the layer by a saved one.
 

@@ -159,7 +159,7 @@ class PromptStore:
             RuntimeError: if a forward pass ended in the middle, or the cache is in the middle of a draft.
         """
         prompts = rows.prompts_of(input_ids, attention_mask)
-        width = torch.as_tensor(input_ids).shape[-1]
+        width = torch.as_tensor(input_ids, device="cpu").shape[-1]
         taken = {width: cache} | dict(checkpoints or {})
         for length, one in taken.items():
             self._check(one, len(prompts), length, width)
