@@ -108,7 +108,7 @@ def test_killed_at_any_moment(model: PreTrainedModel, tmp_path: Path) -> None:
     """50 times two processes put and fetch, and are killed: every finished file opens and is right, budgets hold."""
     budget = FILES * one_file(model, tmp_path / "one")
     directory, draw = tmp_path / "two", random.Random(0)
-    for turn in range(25):
+    for turn in range(50):
         both = [start(directory, 2 * turn + number, budget, 100_000) for number in range(2)]
         for process in both:
             assert process.stdout is not None
