@@ -22,6 +22,7 @@ from benchmarks import (
     bench_memory,
     bench_model,
     bench_prefill,
+    bench_prompts,
     exact,
     methods,
     plots,
@@ -114,6 +115,13 @@ def test_model(model: PreTrainedModel, tmp_path: Path) -> None:
     # A page fills at 260 tokens only (4 sinks, a tail of 128 and a page): what it costs is taken over from there.
     packing = [row["packing_ms"] for row in decode if row["cache"] == "ours 4-bit"]
     assert packing[0] == packing[1]
+
+
+@pytest.mark.slow
+def test_prompts(tmp_path: Path) -> None:
+    argv = ["--quick", "--no-plots", "--prefix", "300", "--out", str(tmp_path)]
+    (row,) = rows_of(bench_prompts.main(argv))
+    assert row["memory_ms"] < row["first_ms"] and row["share_of_8"] < 1.05
 
 
 def test_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_kvcache.cache.contract import CacheContract
 from hf_kvcache.cache.memory import MemoryReport, layer_report
 from hf_kvcache.cache.model_config import (
     check_formats,
@@ -17,7 +16,7 @@ from hf_kvcache.cache.model_config import (
     shares_keys,
 )
 from hf_kvcache.cache.replay import compress, replay
-from hf_kvcache.cache.serialization import export_state, import_state
+from hf_kvcache.cache.saving import SavableCache
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.latent import native_codec, native_option_names
 from hf_kvcache.codecs.registry import option_names as codec_option_names
@@ -33,7 +32,7 @@ from hf_kvcache.lowrank.projection import LayerProjection
 from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
 
 
-class KVCache(CacheContract):
+class KVCache(SavableCache):
     """A paged KV cache for ``model.generate(cache=cache)`` (``past_key_values=cache`` before transformers 5.24).
 
     Args:
@@ -112,8 +111,13 @@ class KVCache(CacheContract):
         )
         if max_length is not None:
             check_static(decoder, options, bind)
-        check_formats(decoder, options)
-        super().__init__(decoder, options)
+        self._begin(options, bind)
+
+    def _begin(self, options: LayerOptions, bind: bool) -> None:
+        """Make the layers, and bind the config of the model."""
+        assert options.config is not None
+        check_formats(options.config, options)
+        super().__init__(options.config, options)
         if bind:
             check_registration(modeling_file(self.config))
             bind_config(self.config)
@@ -148,7 +152,7 @@ class KVCache(CacheContract):
             RuntimeError: if a forward pass ended in the middle.
         """
         self.check_complete()
-        self._refuse_static("compress()")
+        self.refuse_static("compress()")
         compress(self.layers, self.fork, model, input_ids, attention_mask, prompt_ids, replayed)
 
     def replay(
@@ -167,7 +171,7 @@ class KVCache(CacheContract):
             attention probability that a token got from any query of the head's group.
         """
         self.check_complete()
-        self._refuse_static("replay()")
+        self.refuse_static("replay()")
         return replay(self.layers, self.fork, model, input_ids, attention_mask, prompt_ids)
 
     def fork(self) -> KVCache:
@@ -190,42 +194,6 @@ class KVCache(CacheContract):
     def memory(self) -> MemoryReport:
         """The bytes that the cache holds, by part, in total and for each layer."""
         return MemoryReport.of_layers([layer_report(layer) for layer in self.layers])
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The content of the cache as a flat dictionary of tensors, ready for safetensors. Pages stay packed.
-
-        Raises:
-            RuntimeError: if a forward pass ended in the middle.
-            ValueError: if a layer of transformers' own holds something that cannot be saved.
-        """
-        self.check_complete()
-        self._refuse_static("state_dict()")
-        return export_state(self.layers, self.options)
-
-    def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device | str | None = None) -> None:
-        """Replace the content of the cache by a saved one.
-
-        Args:
-            state: what :meth:`state_dict` of a cache with the same settings returned. All tensors are checked before
-                the cache is changed.
-            device: the device for the cache. Without it the tensors stay where they are. The layers of this package
-                then move to the device of the model with the first update; transformers' own layers do not.
-
-        Raises:
-            ValueError: if the state was saved with other settings or is damaged. The error names the difference, and
-                the cache is not changed.
-        """
-        self._refuse_static("load_state_dict()")
-        in_every_pass = {layer.index for layer in self._pass.in_every_pass(self.layers)}
-        self.layers = import_state(self.layers, self.options, in_every_pass, state, device)
-        self._pass.end()
-
-    def _refuse_static(self, what: str) -> None:
-        """Raise ValueError if the cache has a maximum length, with which it does not have the method ``what``."""
-        if self.options.max_length is not None:
-            raise ValueError(
-                f"{what} of a cache with max_length={self.options.max_length!r}; accepted: max_length=None"
-            )
 
     def integrity(self) -> None:
         """Check the invariants of the storage: references, free pages, ascending positions.

@@ -64,10 +64,6 @@ class HeavyHitterCache(KVCache):
         bind: as in :class:`KVCache`.
         **options: options of the policy and of the codec.
 
-    Attributes:
-        policy: the eviction policy.
-        budget: the argument ``budget``.
-
     Raises:
         ValueError: for a model that cannot have such a cache, or an argument out of range.
         TypeError: if neither the cache nor the policy nor the codec has an argument.
@@ -119,7 +115,6 @@ class HeavyHitterCache(KVCache):
             seed=whole("seed", seed, 0),
             compensate=whole("compensate", compensate, 0),
         )
-        self.policy, self.budget = chosen, budget
         options |= widths
         super().__init__(
             config,
@@ -132,6 +127,18 @@ class HeavyHitterCache(KVCache):
             validate=validate,
             bind=bind,
         )
+
+    @property
+    def policy(self) -> Policy:
+        """The eviction policy."""
+        assert self.options.eviction is not None
+        return self.options.eviction.policy
+
+    @property
+    def budget(self) -> int | float:
+        """The argument ``budget``."""
+        assert self.options.eviction is not None
+        return self.options.eviction.budget.amount
 
 
 class SlidingWindowCache(HeavyHitterCache):

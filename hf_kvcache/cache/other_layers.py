@@ -43,7 +43,9 @@ def plain_values(layer: Any) -> dict[str, Any]:
     }
 
 
-def restore(layer: Any, saved: dict[str, torch.Tensor], values: dict[str, Any], device: Any) -> None:
+def restore(
+    layer: Any, saved: dict[str, torch.Tensor], values: dict[str, Any], device: Any, owned: bool = False
+) -> None:
     """Fill an empty layer with saved content.
 
     Args:
@@ -51,11 +53,13 @@ def restore(layer: Any, saved: dict[str, torch.Tensor], values: dict[str, Any], 
         saved: what :func:`tensors` returned.
         values: what :func:`plain_values` returned.
         device: where the tensors are to lie; None leaves them where they are.
+        owned: whether nobody else has the tensors; then those that need not move are not copied.
 
     Raises:
         ValueError: if the layer has other attributes.
     """
-    saved = {name: tensor.clone() if device is None else tensor.to(device) for name, tensor in saved.items()}
+    if not owned or device is not None:
+        saved = {name: tensor.clone() if device is None else tensor.to(device) for name, tensor in saved.items()}
     known = set(vars(layer))
     named = {name.split(".")[0] for name in saved}
     if strange := sorted((named | set(values)) - known - {"kind"}):

@@ -50,7 +50,7 @@ def export_state(layers: Sequence[Any], options: LayerOptions) -> dict[str, torc
         layer_values.append({"kind": type(layer).__name__, **values})
         state |= {f"layers.{index}.{name}": tensor for name, tensor in tensors.items()}
     listed = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in state.items()}
-    return {_META: _encode_meta(_settings(options) | {"layers": layer_values, "tensors": listed})} | state
+    return {_META: _encode_meta(describe_settings(options) | {"layers": layer_values, "tensors": listed})} | state
 
 
 def import_state(
@@ -59,6 +59,7 @@ def import_state(
     in_every_pass: Set[int],
     state: dict[str, torch.Tensor],
     device: torch.device | str | None,
+    owned: bool = False,
 ) -> list[Any]:
     """Make layers with a saved content.
 
@@ -68,6 +69,7 @@ def import_state(
         in_every_pass: numbers of the layers to which every forward pass adds tokens.
         state: what :func:`export_state` returned.
         device: where the new layers are to lie; see :meth:`hf_kvcache.KVCache.load_state_dict`.
+        owned: whether nobody else has the tensors of ``state``; then those that need not move are not copied.
 
     Returns:
         New layers, one for each of ``layers``.
@@ -76,7 +78,7 @@ def import_state(
         ValueError: if the state was not made by this package, was saved with other settings or layers, or is damaged.
     """
     meta = _decode_meta(state)
-    for name, value in _settings(options).items():
+    for name, value in describe_settings(options).items():
         _compare(name, meta.get(name), value)
     _check_listed(meta, state)
     if len(meta["layers"]) != len(layers):
@@ -87,7 +89,7 @@ def import_state(
         prefix = f"layers.{index}."
         tensors = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
         empty = layer.blank() if isinstance(layer, KVCacheLayer) else fresh[index]
-        restored.append(_import_layer(options, index, empty, tensors, values, device))
+        restored.append(_import_layer(options, index, empty, tensors, values, device, owned))
     _check_lengths(restored, in_every_pass)
     return restored
 
@@ -104,7 +106,13 @@ def _export_layer(index: int, layer: Any) -> tuple[dict[str, torch.Tensor], dict
 
 
 def _import_layer(
-    options: LayerOptions, index: int, layer: Any, tensors: dict[str, torch.Tensor], values: dict[str, Any], device: Any
+    options: LayerOptions,
+    index: int,
+    layer: Any,
+    tensors: dict[str, torch.Tensor],
+    values: dict[str, Any],
+    device: Any,
+    owned: bool,
 ) -> Any:
     """Fill an empty layer with its saved content; raises ValueError if the content is not that of such a layer."""
     if values.get("kind") != type(layer).__name__:
@@ -114,12 +122,12 @@ def _import_layer(
         )
     try:
         if not isinstance(layer, KVCacheLayer):
-            other_layers.restore(layer, tensors, values, device)
+            other_layers.restore(layer, tensors, values, device, owned)
             return layer
         if tensors:
             check_states(_config(options), tensors["dense.keys"])
             layer.check_tensors(tensors, values)
-        layer.restore(tensors, values, device)
+        layer.restore(tensors, values, device, owned)
         layer.check()
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -165,7 +173,7 @@ def _compare(name: str, saved: Any, own: Any) -> None:
         raise ValueError(f"state was saved with {name}={saved!r}; accepted by this cache: {own!r}")
 
 
-def _settings(options: LayerOptions) -> dict[str, Any]:
+def describe_settings(options: LayerOptions) -> dict[str, Any]:
     config = _config(options)
     return {
         "format": _FORMAT,

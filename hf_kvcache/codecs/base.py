@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -69,6 +69,8 @@ class Codec:
 
     keys: SideCodec
     values: SideCodec
+    #: The arguments by which the registry made the codec; None for one that was made otherwise.
+    arguments: dict[str, Any] | None = None
 
     def __init__(self, key_bits: int | None = None, value_bits: int | None = None) -> None:
         self.key_bits = check_bits(self, "key_bits", key_bits)

@@ -59,7 +59,9 @@ def resolve(
         raise TypeError(
             f"codec {codec_class.name!r} has no option {unknown[0]!r}; accepted: {', '.join(known) or 'none'}"
         )
-    return codec_class(key_bits, value_bits, **options)
+    built = codec_class(key_bits, value_bits, **options)
+    built.arguments = {"key_bits": key_bits, "value_bits": value_bits, **options}
+    return built
 
 
 def option_names(

@@ -11,6 +11,7 @@ from hf_kvcache.eviction.evictor import Evictor
 from hf_kvcache.layers.drafts import Undo
 from hf_kvcache.layers.evicting_attention import EvictingAttention
 from hf_kvcache.layers.new_tokens import NewTokens
+from hf_kvcache.layers.saved_state import Device
 from hf_kvcache.layers.state import CANNOT_TAKE_BACK
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.gathering import can_drop_tokens
@@ -138,9 +139,9 @@ class EvictingLayer(EvictingAttention):
         return state
 
     def restore(
-        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: torch.device | str | None = None
+        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: Device = None, owned: bool = False
     ) -> None:
-        super().restore(tensors, progress, device)
+        super().restore(tensors, progress, device, owned)
         if self.evictor is not None:
             prefix = "evictor."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

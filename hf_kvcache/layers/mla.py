@@ -19,6 +19,7 @@ from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.indexer_keys import IndexerKeys
 from hf_kvcache.layers.new_tokens import NewTokens
+from hf_kvcache.layers.saved_state import Device
 from hf_kvcache.storage import PagedStorage
 
 #: Tokens of each sequence that are expanded in one call.
@@ -196,9 +197,9 @@ class IndexedLatentLayer(LatentLayer):
         return state if keys is None else state | {"indexer": keys.clone()}
 
     def restore(
-        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: torch.device | str | None = None
+        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: Device = None, owned: bool = False
     ) -> None:
-        super().restore({name: x for name, x in tensors.items() if name != "indexer"}, progress, device)
+        super().restore({name: x for name, x in tensors.items() if name != "indexer"}, progress, device, owned)
         if "indexer" in tensors:
             self.indexer.append(tensors["indexer"].to(self.device))
 

@@ -12,6 +12,9 @@ from hf_kvcache.layers.decode_step import DecodeSteps
 from hf_kvcache.layers.new_tokens import check_update
 from hf_kvcache.storage.checking import check_like, check_storage
 
+#: Where tensors are to lie; None leaves them where they are.
+Device = torch.device | str | None
+
 
 class SavedState(DecodeSteps):
     """A layer that can be saved and restored. Saving does not change the layer."""
@@ -65,7 +68,7 @@ class SavedState(DecodeSteps):
         check_storage(empty.storage, tensors, progress["seen"])
 
     def restore(
-        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: torch.device | str | None = None
+        self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: Device = None, owned: bool = False
     ) -> None:
         """Replace the content of the layer by a saved one.
 
@@ -74,6 +77,7 @@ class SavedState(DecodeSteps):
             progress: what :meth:`progress` returned.
             device: where the layer is to lie. None leaves the tensors where they are until the first update, which
                 moves them to its own device.
+            owned: whether nobody else has the tensors; then those that need not move are not copied.
         """
         self.reset()
         if tensors:
@@ -82,7 +86,7 @@ class SavedState(DecodeSteps):
             tensors = {n: x.to(to if x.is_floating_point() or n == "records" else "cpu") for n, x in tensors.items()}
             self.lazy_initialization(tensors["dense.keys"], tensors["dense.values"])
             assert self.storage is not None
-            self.storage.restore(tensors)
+            self.storage.restore(tensors, owned)
             self.padding = padding_places(*tensors["padding_places"].numpy())
             self._movable = device is None
         self._seen = progress["seen"]

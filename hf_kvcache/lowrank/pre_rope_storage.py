@@ -55,8 +55,8 @@ class PreRopeStorage(PagedStorage):
         padding, lengths = (torch.from_numpy(array) for array in self.padding.by_sequence(self.batch))
         return super().state() | {"padding": padding, "padding_lengths": lengths}
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        super().restore(state)
+    def restore(self, state: dict[str, torch.Tensor], owned: bool = False) -> None:
+        super().restore(state, owned)
         self.padding = padding_by_sequence(state["padding"].numpy(), state["padding_lengths"].numpy())
 
     def as_packed(self, rows: np.ndarray, keys: torch.Tensor, positions: np.ndarray) -> torch.Tensor:

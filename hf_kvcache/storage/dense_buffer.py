@@ -104,6 +104,12 @@ class DenseBuffer:
         self.lengths[row] = count
         self._note_lengths()
 
+    def adopt(self, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
+        """Take ``keys [B, Hkv, n, Dk]`` and ``values`` as the slots, all of them in use, without copying them."""
+        self.keys, self.values, self.positions = keys, values, positions.copy()
+        self.lengths[:] = keys.shape[2]
+        self._note_lengths()
+
     def set_lengths(self, lengths: np.ndarray) -> None:
         """Set the number of slots that each sequence uses."""
         self.lengths = lengths.astype(np.int64)  # kernels count in it

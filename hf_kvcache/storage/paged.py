@@ -192,9 +192,14 @@ class PagedStorage:
         """The contents as tensors: each page once, the table as indices into them, and the dense tokens."""
         return export_storage(self.table, self.dense, self.writer)
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Fill a fresh storage with what :meth:`state` returned."""
-        import_storage(self.table, self.dense, self.writer, state)
+    def restore(self, state: dict[str, torch.Tensor], owned: bool = False) -> None:
+        """Fill a fresh storage with what :meth:`state` returned.
+
+        Args:
+            state: the tensors.
+            owned: whether nobody else has them; then those on the device of the storage are not copied.
+        """
+        import_storage(self.table, self.dense, self.writer, state, owned)
 
     # -- reading --------------------------------------------------------------------------------------------------
 

@@ -87,6 +87,26 @@ class PagePool:
             self._references[ids] = 1
         return ids
 
+    def adopt(self, records: torch.Tensor) -> np.ndarray:
+        """Make uint8 ``records [n, record_bytes]``, on the pool's device, pages without copying them.
+
+        The pool writes into the tensor once a page of it is free, so nobody else may read or write it.
+
+        Returns:
+            The page ids, ascending, with one reference each.
+        """
+        if records.shape[1:] != (self.record_bytes,) or not records.is_contiguous() or records.dtype != torch.uint8:
+            raise ValueError(f"records {records.dtype} {list(records.shape)}; accepted: uint8 [n, {self.record_bytes}]")
+        with self._locked():
+            if len(records) == 0:
+                return np.zeros(0, dtype=np.int64)
+            index = self._vacant_slab(len(records))
+            start = int(self._starts[index])
+            self._slabs[index], self._bases[index] = records, records.data_ptr()
+            ids = np.arange(start, start + len(records))
+            self._references[ids] = 1
+        return ids
+
     def retain(self, ids: np.ndarray) -> None:
         """Add a reference to each of ``ids``, which may repeat."""
         with self._locked():

@@ -32,12 +32,26 @@ def export_storage(table: PageTable, dense: DenseBuffer, writer: PageWriter) -> 
     return state
 
 
-def import_storage(table: PageTable, dense: DenseBuffer, writer: PageWriter, state: dict[str, torch.Tensor]) -> None:
-    """Fill the parts of an empty storage with what :func:`export_storage` returned."""
-    import_pages(table, state)
+def import_storage(
+    table: PageTable, dense: DenseBuffer, writer: PageWriter, state: dict[str, torch.Tensor], owned: bool = False
+) -> None:
+    """Fill the parts of an empty storage with what :func:`export_storage` returned.
+
+    Args:
+        table: receives the pages.
+        dense: receives the full-precision tokens.
+        writer: receives what it knows.
+        state: the tensors.
+        owned: whether nobody else has the tensors. They are then kept as they are, and written to, where they lie on
+            the device of the storage.
+    """
+    import_pages(table, state, owned)
     writer.ahead = int(state["ahead"])
     keys, values = (state[name].to(dense.keys.device) for name in ("dense.keys", "dense.values"))
-    dense.store(slice(None), keys, values, state["dense.positions"].numpy())
+    if owned:
+        dense.adopt(keys, values, state["dense.positions"].numpy())
+    else:
+        dense.store(slice(None), keys, values, state["dense.positions"].numpy())
     dense.set_lengths(state["dense.lengths"].numpy())
     if writer.key_mean is not None:
         writer.key_mean = state["center"].to(writer.key_mean.device)
@@ -69,12 +83,14 @@ def export_pages(table: PageTable) -> dict[str, torch.Tensor]:
     }
 
 
-def import_pages(table: PageTable, state: dict[str, torch.Tensor]) -> None:
-    """Fill an empty table and its pool with what :func:`export_pages` returned."""
+def import_pages(table: PageTable, state: dict[str, torch.Tensor], owned: bool = False) -> None:
+    """Fill an empty table with what :func:`export_pages` returned; ``owned`` as in :func:`import_storage`."""
     pool, cells = table.pool, state["table"].numpy()
-    ids = pool.allocate(len(state["records"]))
+    records = state["records"].to(pool.device)
+    ids = pool.adopt(records) if owned else pool.allocate(len(records))
     if len(ids):
-        pool.write(ids, state["records"].to(pool.device))
+        if not owned:
+            pool.write(ids, records)
         cells = np.where(cells >= 0, ids[cells], -1)
     for index, positions in zip(state["scattered"].tolist(), state["positions"].numpy(), strict=True):
         pool.note_positions(int(ids[index]), positions.copy())

@@ -22,11 +22,14 @@ FAST = {"mla": ["--prompt-tokens", "48"]}
 #: Those that load the default model.
 SLOW = {
     "calibrate_latent": [],
+    "chat_restart": [],
+    "document_questions": [],
     "endless": ["40"],
     "heavy_hitters": [],
     "quickstart": [],
     "reusable_context": [],
     "shared_prefix": [],
+    "shared_prefix_batch": [],
 }
 #: Those that need data as well.
 WITH_DATA = {"lm_eval_comparison"}

@@ -1,0 +1,282 @@
+"""Stored prompts of one namespace, in memory, on disk and elsewhere: finding one, and adding one."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_kvcache.cache.base import KVCache
+from hf_kvcache.cache.serialization import describe_settings
+from hf_kvcache.layers.evicting import EvictingLayer
+from hf_kvcache.prompts.accounting import Held
+from hf_kvcache.prompts.catalog import Candidate, Catalog
+from hf_kvcache.prompts.digests import name_of
+from hf_kvcache.prompts.disk import DiskTier
+from hf_kvcache.prompts.entry import Entry, can_crop, cropped, only_whole
+from hf_kvcache.prompts.files import PromptFile, largest_file, prompt_tokens, read_prompt
+from hf_kvcache.prompts.memory import MemoryTier
+from hf_kvcache.prompts.remote_tier import RemoteTier
+from hf_kvcache.prompts.stats import StoreStats
+from hf_kvcache.prompts.writer import BackgroundWriter
+
+#: Order in which equally long prompts are tried.
+_RANK = {"memory": 0, "disk": 1, "remote": 2}
+
+
+class Shelf:
+    """Stored prompts. Safe for several threads.
+
+    Args:
+        make_cache: makes an empty cache.
+        memory: bytes of entries in memory.
+        disk: files; None for none.
+        remote: files elsewhere; None for none.
+        private: whether files hold digests of the tokens in their place.
+
+    Attributes:
+        device: where caches from files are to lie; None leaves them in the mapped file until they are used.
+    """
+
+    def __init__(
+        self,
+        make_cache: Callable[[], KVCache],
+        memory: int,
+        disk: DiskTier | None,
+        remote: RemoteTier | None,
+        private: bool,
+    ) -> None:
+        self._make_cache, self._disk, self._remote, self._private = make_cache, disk, remote, private
+        empty = make_cache()
+        self._settings, self._only_whole = describe_settings(empty.options), only_whole(empty)
+        #: Whether a longer prompt can always stand in for one that it begins with.
+        self._replaceable = not self._only_whole and all(x.sliding_window is None for x in empty.own_layers)
+        self.device: Any = None
+        self._lock = threading.RLock()
+        self._catalog = Catalog(disk, self._only_whole)
+        self._memory = MemoryTier(memory, self._catalog.forget_if_gone)
+        self._writer = BackgroundWriter()
+        self._notes: deque[Callable[[], None]] = deque()  # what the background thread has done
+        self._stats = StoreStats()
+
+    # -- finding --------------------------------------------------------------------------------------------------
+
+    def find(self, ids: np.ndarray, least: int = 1) -> tuple[KVCache | None, int, str]:
+        """A fork of the cache of the longest stored beginning of ``ids [T]``, its length and its tier.
+
+        None, 0 and no tier if there is none of ``least`` tokens.
+        """
+        with self._locked():
+            self._catalog.look_at_disk()
+            candidates = self._catalog.candidates(ids)
+        best = max((candidate.length for candidate in candidates), default=0)
+        if self._remote is not None and best < len(ids):
+            found = self._remote.match(ids)
+            candidates += [
+                Candidate(n, "remote", None, name)
+                for n, name, whole in found
+                if n > best and (whole or not self._only_whole)
+            ]
+        candidates = [candidate for candidate in candidates if candidate.length >= least]
+        for candidate in sorted(candidates, key=lambda x: (-x.length, _RANK[x.tier])):
+            cache = self._open(candidate)
+            if cache is not None and can_crop(cache, candidate.length):
+                return cropped(cache, candidate.length), candidate.length, candidate.tier
+        return None, 0, ""
+
+    def note(self, tokens: int, saved: int, tier: str) -> None:
+        """Count a request of ``tokens`` tokens, of which ``saved`` were found in a tier."""
+        with self._lock:
+            self._stats.requests += 1
+            self._stats.tokens_requested += tokens
+            self._stats.tokens_saved += saved
+            if saved:
+                self._stats.hits += 1
+                self._stats.hits_by_tier[tier] += 1
+
+    def _open(self, candidate: Candidate) -> KVCache | None:
+        """The cache of a stored prompt, not to be changed; None if it is gone or damaged."""
+        entry, name = candidate.entry, candidate.name
+        with self._lock:
+            if entry is not None and entry.cache is not None:
+                self._memory.use(entry)
+                if entry.file is not None and self._disk is not None:
+                    self._disk.touch(entry.file)
+                return entry.cache
+        if candidate.tier == "remote":
+            return self._download(name)
+        return self._read(name) if name else None
+
+    def _read(self, name: str) -> KVCache | None:
+        assert self._disk is not None
+        path = self._disk.path(name)
+        try:
+            cache = read_prompt(path, self._make_cache(), name, self.device)
+        except (OSError, ValueError) as error:
+            with self._lock:
+                if path.exists():
+                    self._catalog.note_damaged(name, error)
+                else:
+                    self._catalog.forget_file(name)
+            return None
+        self._disk.touch(name)
+        with self._lock:
+            entry = self._catalog.of_file(name)
+            if entry is not None and entry.cache is None:
+                self._hold(entry, cache)
+        return cache
+
+    def _download(self, name: str) -> KVCache | None:
+        assert self._remote is not None
+        content = self._remote.read(name)
+        if content is None:
+            return None
+        if self._disk is not None and self._disk.write(name, len(content), lambda file: file.write(content), []):
+            with self._locked():
+                self._catalog.look_at_disk()
+            return self._read(name)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "prompt"
+            path.write_bytes(content)
+            try:
+                cache = read_prompt(path, self._make_cache(), name, self.device)
+                ids = prompt_tokens(KVCache.about_file(path))
+            except ValueError as error:
+                self._remote.forget(name)
+                with self._lock:
+                    self._catalog.note_damaged(name, error)
+                return None
+        if ids is not None:
+            with self._lock:
+                entry = self._catalog.get(ids) or Entry(ids)
+                if entry.cache is None:
+                    self._hold(entry, cache)
+                if entry.cache is not None:
+                    self._catalog.insert(entry)
+        return cache
+
+    def _hold(self, entry: Entry, cache: KVCache) -> None:
+        """Keep a cache in memory, if it fits."""
+        alone = Held()
+        alone.add(cache)
+        if alone.total <= self._memory.budget and not self._memory.add(entry, cache):
+            self._stats.not_stored += 1
+
+    # -- storing --------------------------------------------------------------------------------------------------
+
+    def store(self, ids: np.ndarray, cache: KVCache) -> None:
+        """Keep a cache, which nobody changes any more, as that of ``ids [T]``.
+
+        Raises:
+            ValueError: if the cache alone is over a budget, or cannot be saved.
+        """
+        with self._locked():
+            self._memory.check_fits(cache)
+            self._check_files(cache, ids)
+            entry = self._catalog.get(ids) or Entry(ids)
+            if entry.cache is not None:
+                self._memory.use(entry)
+                return
+            if not self._memory.add(entry, cache):
+                self._stats.not_stored += 1
+            writes = (self._disk is not None and entry.file is None) or self._remote is not None
+            if entry.cache is not None or writes:
+                self._catalog.insert(entry)
+            if not writes:
+                return
+            entry.written.clear()
+            replaced = [x.file for x in self._catalog.beginnings(ids) if x.file is not None and x is not entry]
+        self._writer.add(lambda: self._write(entry, cache, replaced if self._replaceable else []))
+
+    def check_settings(self, cache: KVCache) -> None:
+        """Raise ValueError unless a cache has the settings of those that this store makes."""
+        for name, value in describe_settings(cache.options).items():
+            if value != self._settings[name]:
+                raise ValueError(
+                    f"the cache has {name}={value!r}; accepted by this store: {self._settings[name]!r}, as make_cache "
+                    "makes them"
+                )
+
+    def _check_files(self, cache: KVCache, ids: np.ndarray) -> None:
+        """Raise ValueError if the cache cannot be saved, or its file alone is over the budget."""
+        if self._disk is None and self._remote is None:
+            return
+        for layer in cache.own_layers:
+            if isinstance(layer, EvictingLayer) and layer.evictor is not None and layer.evictor.schedule.pending:
+                raise ValueError("the prompt waits to be evicted; call compress() before the cache is put in the store")
+        size = largest_file(cache, len(ids))
+        if self._disk is not None and size > self._disk.budget:
+            raise ValueError(
+                f"disk={self._disk.budget!r} bytes may be less than the file of this prompt of {len(ids)} tokens takes;"
+                f" accepted: from {size}"
+            )
+
+    def _write(self, entry: Entry, cache: KVCache, replaced: list[str]) -> None:
+        """Write a prompt to the disk and to the remote tier, in the background.
+
+        Whoever holds the lock may wait for this, so it must not wait for the lock: it leaves notes.
+        """
+        name, catalog = name_of(entry.ids), self._catalog
+        try:
+            prompt = PromptFile(cache, entry.ids, self._private)
+            if self._disk is not None:
+                if name in catalog.damaged:
+                    self._disk.delete(name)
+                if self._disk.write(name, prompt.size, prompt.write, replaced):
+                    self._notes.append(lambda: catalog.note_written(name, entry, replaced))
+        except Exception as error:
+            self._notes.append(self._note_failure)
+            what = f"a prompt could not be written to the disk: {type(error).__name__}: {error}"
+            warnings.warn(what, RuntimeWarning, stacklevel=2)
+            return
+        finally:
+            entry.written.set()
+            self._notes.append(lambda: catalog.forget_if_gone(entry))
+        if self._remote is not None:
+            self._remote.write(name, prompt)
+
+    def _note_failure(self) -> None:
+        self._stats.failures += 1
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The lock, with all notes read."""
+        with self._lock:
+            while self._notes:
+                self._notes.popleft()()
+            yield
+
+    # -- the whole ------------------------------------------------------------------------------------------------
+
+    def stats(self) -> StoreStats:
+        """What was done, and what is held."""
+        with self._locked():
+            self._catalog.look_at_disk()
+            found = StoreStats(**{**vars(self._stats), "hits_by_tier": dict(self._stats.hits_by_tier)})
+            found.damaged = len(self._catalog.damaged)
+            disk, remote = self._disk, self._remote
+            found.entries = {"memory": len(self._memory), "disk": self._catalog.files, "remote": len(remote or ())}
+            found.bytes = {"memory": self._memory.used, "disk": disk.used if disk else 0, "remote": 0}
+            found.evictions = {"memory": self._memory.evictions, "disk": disk.evictions if disk else 0, "remote": 0}
+            found.failures += remote.failures if remote is not None else 0
+            return found
+
+    def flush(self) -> None:
+        """Wait until all prompts are written."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write all prompts, and end the background thread."""
+        self._writer.close()
+
+    def entries(self) -> list[Entry]:
+        """All entries whose tokens are known."""
+        with self._locked():
+            return list(self._catalog.entries())

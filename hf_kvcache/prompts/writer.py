@@ -1,0 +1,63 @@
+"""Writing prompts in the background."""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+import traceback
+import weakref
+from collections.abc import Callable
+
+#: Tasks that may wait. Whoever adds one more waits too, so that what waits stays small.
+_WAITING = 16
+
+
+class BackgroundWriter:
+    """Does one task after the other in a thread, which begins with the first task and ends with :meth:`close`."""
+
+    def __init__(self) -> None:
+        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING)
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def add(self, task: Callable[[], None]) -> None:
+        """Do ``task`` later. It must raise nothing."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=_work, args=(self._tasks,), daemon=True, name="hf_kvcache")
+                self._thread.start()
+                own = weakref.ref(self)
+                atexit.register(_close, own)
+        self._tasks.put(task)
+
+    def flush(self) -> None:
+        """Wait until all tasks are done."""
+        if self._thread is not None:
+            self._tasks.join()
+
+    def close(self) -> None:
+        """Do all tasks, and end the thread."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            self._tasks.put(None)
+            thread.join()
+
+
+def _close(writer: weakref.ref[BackgroundWriter]) -> None:
+    if (found := writer()) is not None:
+        found.close()
+
+
+def _work(tasks: queue.Queue[Callable[[], None] | None]) -> None:
+    while True:
+        task = tasks.get()
+        try:
+            if task is None:
+                return
+            task()
+        except Exception:  # a warning that is made an error must not end the thread
+            traceback.print_exc()
+        finally:
+            tasks.task_done()

@@ -1,0 +1,179 @@
+"""Prompts on disk: for a later process, for another process, and after damage."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_kvcache import KVCache
+from hf_kvcache.prompts import PromptStore
+from tests import families
+from tests.generation.kinds import KINDS, decode
+from tests.prompts.test_files import same
+from tests.prompts.toys import GREEDY, read, some, store_of, variant
+from tests.running import forward, prompt
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", some(["rotated4", "recurrent", "h2o"], "recurrent"))
+def test_a_later_store_goes_on(kind: str, tmp_path: Path) -> None:
+    """A second store finds what the first one wrote, bit for bit, as if it had been in memory."""
+    model, ids = KINDS[kind].build(), variant(80, 60, seed=1)
+    with PromptStore(lambda: KINDS[kind].cache(model), directory=tmp_path / "store", model=model) as first:
+        output = first.generate(model, ids, **GREEDY)
+    in_memory, length = first.fetch(ids)
+    later = PromptStore(lambda: KINDS[kind].cache(model), directory=tmp_path / "store", model=model)
+    from_disk, found = later.fetch(ids)
+    assert found == length == 79 and same(from_disk.state_dict(), in_memory.state_dict())
+    assert later.stats().hits_by_tier["disk"] == 1 and later.stats().entries["memory"] == 1
+    assert torch.equal(later.generate(model, ids, **GREEDY), output)
+    assert later.stats().hits_by_tier == {"memory": 1, "disk": 1, "remote": 0}
+    assert later.stats().bytes["disk"] == size_of(tmp_path)
+
+
+def test_two_stores_share_a_directory(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Files that another store writes or deletes are noticed; those of other settings are not even looked at."""
+    one, two = (store_of(model, directory=tmp_path) for _ in range(2))
+    other = store_of(model, "int8", directory=tmp_path)
+    ids = variant(80, 60, seed=1)
+    one.put(ids, read(model, ids))
+    one.flush()
+    assert two.fetch(variant(80, 60, seed=2))[1] == 60
+    assert other.fetch(ids)[1] == 0 and other.stats().entries["disk"] == 0
+    longer = torch.cat([ids, prompt(20)], 1)
+    two.put(longer, read(model, longer))
+    two.flush()
+    # The longer prompt stands in for the shorter one on disk, and in memory both are there.
+    assert one.stats().entries == {"memory": 1, "disk": 1, "remote": 0}
+    assert one.fetch(torch.cat([longer, ids], 1))[1] == 100
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+    assert one.stats().entries["disk"] == 0 and one.fetch(ids)[1] == 79
+
+
+def test_only_the_owner_may_read(model: PreTrainedModel, tmp_path: Path) -> None:
+    with store_of(model, directory=tmp_path / "store") as store:
+        store.put(prompt(40), read(model, prompt(40)))
+    for path in [tmp_path / "store", *(tmp_path / "store").rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_private_prompts(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Files without tokens are found by whole blocks, and as wholes."""
+    with store_of(model, directory=tmp_path, private=True) as store:
+        ids = variant(150, 150, seed=1)
+        store.put(ids, read(model, ids))
+    (path,) = tmp_path.rglob("*.safetensors")
+    assert KVCache.about_file(path)["tokens"] is None
+    for asked, length in ((torch.cat([ids, prompt(3)], 1), 150), (ids, 128), (variant(150, 100, seed=2), 64)):
+        later = store_of(model, directory=tmp_path, private=True)
+        cache, found = later.fetch(asked)
+        fresh = read(model, ids)
+        fresh.crop(length - 150) if length < 150 else None
+        assert found == length and same(cache.state_dict(), fresh.state_dict())
+
+
+def test_the_budget_is_hard(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Files of the prompts that were used longest ago make room, those of other namespaces too."""
+    ids = [variant(80, 0, seed=seed) for seed in range(5)]
+    sizes = store_of(model, directory=tmp_path / "one")
+    sizes.put(ids[0], read(model, ids[0]))
+    sizes.flush()
+    budget = int(3.2 * size_of(tmp_path))
+    stores = [store_of(model, directory=tmp_path / "two", disk=budget, namespace=name) for name in ("a", "b")]
+    for number, one in enumerate(ids):
+        stores[number % 2].put(one, read(model, one))
+        stores[number % 2].flush()
+        assert size_of(tmp_path / "two") <= budget
+        time.sleep(0.02)  # the clock of files
+        stores[0].fetch(torch.cat([ids[0], prompt(2)], 1))
+        time.sleep(0.02)
+    later = [store_of(model, directory=tmp_path / "two", disk=budget, namespace=name) for name in ("a", "b")]
+    lengths = [later[number % 2].fetch(torch.cat([one, prompt(2)], 1))[1] for number, one in enumerate(ids)]
+    assert lengths[0] == lengths[4] == 80 and lengths[1] == 0 and sum(n == 80 for n in lengths) == 3
+    small = store_of(model, directory=tmp_path / "three", disk=2000)
+    with pytest.raises(ValueError, match="disk=2000 bytes"):
+        small.put(ids[0], read(model, ids[0]))
+    assert small.stats().entries["memory"] == 0
+
+
+def test_damaged_files_are_skipped_once(model: PreTrainedModel, tmp_path: Path) -> None:
+    """One warning a file, no hit, no error; and the prompt can be stored again."""
+    ids = [variant(80, 0, seed=seed) for seed in range(4)]
+    with store_of(model, directory=tmp_path) as store:
+        for one in ids:
+            store.put(one, read(model, one))
+    paths = sorted(tmp_path.rglob("*.safetensors"))
+    whole = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(whole[0][: len(whole[0]) // 2])
+    paths[1].write_bytes(whole[1][:-5] + b"other")
+    paths[2].write_bytes(whole[3])  # the file of another prompt
+    later = store_of(model, directory=tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            found = [later.fetch(torch.cat([one, prompt(2)], 1)) for one in ids]
+    assert len(caught) == 3 == later.stats().damaged, [str(x.message) for x in caught]
+    assert sorted(length for _, length in found) == [0, 0, 0, 80]
+    for one in ids:
+        later.put(one, read(model, one))
+    later.flush()
+    again = store_of(model, directory=tmp_path)
+    for one in ids:
+        cache, length = again.fetch(torch.cat([one, prompt(2)], 1))
+        assert length == 80 and same(cache.state_dict(), read(model, one).state_dict())
+
+
+def test_foreign_directories_are_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("you")
+    with pytest.raises(ValueError, match="is no folder of a PromptStore"):
+        store_of(model, directory=tmp_path / "letters")
+    assert os.listdir(tmp_path / "letters") == ["dear.txt"]
+    with pytest.raises(ValueError, match="is no folder of a PromptStore"):
+        store_of(model, directory=tmp_path / "letters" / "dear.txt")
+    store_of(model, directory=tmp_path / "ours")
+    (tmp_path / "ours" / "hf_kvcache_prompts.json").write_text('{"format": "hf_kvcache prompts", "version": 2}')
+    with pytest.raises(ValueError, match="version 2; accepted: 1"):
+        store_of(model, directory=tmp_path / "ours")
+
+
+def test_models_are_kept_apart(model: PreTrainedModel, tmp_path: Path) -> None:
+    """What differs by weights, dtype or name only is never a hit; a model without a name has to be given."""
+    ids = prompt(40)
+    with store_of(model, directory=tmp_path) as store:
+        store.put(ids, read(model, ids))
+    asked = torch.cat([ids, ids], 1)
+    assert store_of(model, directory=tmp_path).fetch(asked)[1] == 40
+    changed = families.build("llama")
+    changed.lm_head.weight.data.mul_(1.001)
+    assert store_of(changed, directory=tmp_path).fetch(asked)[1] == 0
+    assert store_of(families.build("llama", dtype=torch.float64), directory=tmp_path).fetch(asked)[1] == 0
+    assert store_of(model, directory=tmp_path, namespace="other").fetch(asked)[1] == 0
+    with pytest.raises(ValueError, match="names no model"):
+        PromptStore(lambda: KINDS["none"].cache(model), directory=tmp_path)
+
+
+def test_a_waiting_eviction_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    from hf_kvcache import HeavyHitterCache
+
+    def make() -> HeavyHitterCache:
+        return HeavyHitterCache(model.config, 28, "snapkv", tail_length=4, page_size=8, evict_prefill="end")
+
+    store, cache = PromptStore(make, directory=tmp_path, model=model), make()
+    forward(model, prompt(40), cache)
+    with pytest.raises(ValueError, match=r"call compress\(\)"):
+        store.put(prompt(40), cache)
+    cache.compress()
+    store.put(prompt(40), cache)
+    assert torch.equal(decode(model, store.fetch(prompt(40).repeat(1, 2))[0], 5), decode(model, cache, 5))

@@ -1,0 +1,114 @@
+"""Prompts that several machines share: fsspec on a local folder and in memory, and a real Redis server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_kvcache.prompts import remote_tier
+from tests.prompts.test_files import same
+from tests.prompts.toys import read, store_of, variant
+from tests.running import prompt
+
+
+@pytest.fixture(autouse=True)
+def looking_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_tier, "REFRESH", 0.0)
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A Redis server of this test, at a free port."""
+    pytest.importorskip("redis")
+    program = os.environ.get("REDIS_SERVER") or shutil.which("redis-server")
+    if program is None:
+        pytest.skip("redis-server is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with socket.socket() as tried:
+                if tried.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield f"redis://127.0.0.1:{port}/0", process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+@pytest.mark.parametrize("disk", [True, False])
+def test_what_one_puts_another_finds(model: PreTrainedModel, scheme: str, disk: bool, tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}" if scheme == "memory" else f"file://{tmp_path / 'shared'}"
+    share_and_check(model, url, [tmp_path / "one", tmp_path / "two"] if disk else [None, None])
+
+
+def share_and_check(model: PreTrainedModel, url: str, directories: list[Path | None]) -> None:
+    """One store puts, another one finds it, keeps it on its own disk, and finds nothing for another model."""
+    one, two = (store_of(model, directory=directory, remote=url) for directory in directories)
+    ids = variant(150, 150, seed=1)
+    one.put(ids, read(model, ids))
+    one.flush()
+    cache, length = two.fetch(torch.cat([ids, prompt(3)], 1))
+    assert length == 150 and same(cache.state_dict(), read(model, ids).state_dict())
+    assert two.stats().hits_by_tier["remote"] == 1
+    assert two.stats().entries == {"memory": 1, "disk": int(directories[1] is not None), "remote": 1}
+    assert two.fetch(variant(150, 140, seed=2))[1] == 140  # from memory by now, token by token
+    three = store_of(model, remote=url)
+    cache, length = three.fetch(variant(150, 140, seed=2))  # by whole blocks
+    fresh = read(model, ids)
+    fresh.crop(128 - 150)
+    assert length == 128 and same(cache.state_dict(), fresh.state_dict())
+    assert store_of(model, "int8", remote=url).fetch(ids)[1] == 0
+
+
+def test_damage_and_absence_cost_only_hits(model: PreTrainedModel, tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    one = store_of(model, remote=f"file://{folder}")
+    for seed in (1, 2):
+        one.put(variant(80, 0, seed), read(model, variant(80, 0, seed)))
+    one.flush()
+    first, second = sorted(folder.rglob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-9])
+    second.unlink()
+    two = store_of(model, remote=f"file://{folder}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in (1, 2, 1, 2):
+            assert two.fetch(torch.cat([variant(80, 0, seed), prompt(2)], 1))[1] == 0
+    assert len(caught) == 1 and "skipped" in str(caught[0].message)
+
+
+def test_redis(model: PreTrainedModel, redis_server: tuple[str, subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    """Two stores share; the server is killed in the middle: one warning a store, no exception; what is local stays."""
+    url, process = redis_server
+    share_and_check(model, url, [tmp_path / "one", None])
+    one, two = store_of(model, remote=url), store_of(model, remote=url)
+    ids = variant(150, 150, seed=1)
+    assert one.fetch(torch.cat([ids, prompt(3)], 1))[1] == 150
+    process.kill()
+    process.wait()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(3, 6):
+            assert two.fetch(torch.cat([ids, prompt(3)], 1))[1] == 0
+            two.put(variant(40, 0, seed), read(model, variant(40, 0, seed)))
+            two.flush()
+        assert one.fetch(torch.cat([ids, prompt(3)], 1))[1] == 150
+        assert one.fetch(prompt(40, seed=9))[1] == 0
+    assert len(caught) == 2 and all("remote tier" in str(x.message) for x in caught)
+    assert two.stats().failures == 1 and two.stats().entries["memory"] == 3
