@@ -24,10 +24,10 @@ COLLECTOR = output_capturing._active_collector
 RELEASE: str = transformers.__version__
 
 #: Names that `generate` and the models have had for the argument that takes a cache, the newest first.
-_CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 #: The name in this release: ``"cache"`` from 5.24 on, ``"past_key_values"`` before.
-CACHE_ARGUMENT: str = next(name for name in _CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
+CACHE_ARGUMENT: str = next(name for name in CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
 
 
 def cache_argument(model: Any) -> str:
@@ -41,7 +41,7 @@ def cache_argument(model: Any) -> str:
 @cache
 def _cache_argument(forward: Callable[..., Any]) -> str:
     takes = inspect.signature(forward).parameters
-    return next((name for name in (CACHE_ARGUMENT, *_CACHE_NAMES) if name in takes), CACHE_ARGUMENT)
+    return next((name for name in (CACHE_ARGUMENT, *CACHE_NAMES) if name in takes), CACHE_ARGUMENT)
 
 
 def with_cache(model: Any, held: Any) -> dict[str, Any]:
@@ -120,4 +120,4 @@ def _candidates(cls: type, takes: Any, arguments: dict[str, Any]) -> Iterator[st
         return
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     free = [name for name, parameter in takes.items() if parameter.kind in named and name not in arguments]
-    yield from sorted(free, key=lambda name: _CACHE_NAMES.index(name) if name in _CACHE_NAMES else len(_CACHE_NAMES))
+    yield from sorted(free, key=lambda name: CACHE_NAMES.index(name) if name in CACHE_NAMES else len(CACHE_NAMES))

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache.cache.base import KVCache
-from hf_kvcache.integration.versions import CACHE_ARGUMENT, with_cache
+from hf_kvcache.integration.versions import CACHE_NAMES, CACHE_ARGUMENT, with_cache
 from hf_kvcache.prompts import rows
 from hf_kvcache.utils.validation import whole
 
@@ -191,7 +191,7 @@ def _check(
 ) -> None:
     """Raise ValueError for options that do not go with a store."""
     for name, value in options.items():
-        if name in ("past_key_values", "cache", "inputs", "inputs_embeds", "cache_implementation"):
+        if name in (*CACHE_NAMES, "inputs", "inputs_embeds", "cache_implementation"):
             raise ValueError(f"{name}={type(value).__name__}: the store makes the cache and knows prompts by input_ids")
         if isinstance(value, torch.Tensor):
             raise ValueError(f"{name} of shape {list(value.shape)}: the store knows prompts by their token ids only")
