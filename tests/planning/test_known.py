@@ -37,7 +37,7 @@ def config_of(name: str) -> PreTrainedConfig:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in ("llama_3.1_8b", "gpt_oss_120b") else pytest.mark.slow) for n in KNOWN]
+    "name", [pytest.param(n, marks=[] if n == "llama_3.1_8b" else pytest.mark.slow) for n in KNOWN]
 )
 def test_known_models(name: str) -> None:
     billions, per_token, constant = KNOWN[name]
