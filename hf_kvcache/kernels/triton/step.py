@@ -73,9 +73,9 @@ class PreparedCall:
             held if columns is None else columns, capacity, self._batch * self._heads, programs_wanted(self._device)
         )
         self._like = query.new_empty(self._batch, 1, self._query_heads, slots.values.shape[3])
-        # In a ragged batch a state of its own. It and positions on the device are right for the next slot and position
-        # only: the general path stores tokens, and windows drop some, without writing there.
-        self._own_state, self._next = inputs.ragged and state is None, (-1, -1)
+        # In a ragged batch a state of its own. It and positions on the device are right for the next position only:
+        # the general path stores tokens without writing there.
+        self._own_state, self._next = inputs.ragged and state is None, -1
         self._follows = self._own_state or (inputs.window is not None and state is None)
         if self._own_state:
             with torch.inference_mode(False):
@@ -90,7 +90,7 @@ class PreparedCall:
         if get_ident() != self._thread:
             self._prepare()  # with scratch memory of this thread
         if self._follows:
-            self._follow(slot, position)
+            self._follow(position)
         device = self._device
         output = torch.empty_like(self._like)
         if device.type == "cuda" and torch.cuda.current_device() != self._index:
@@ -107,15 +107,15 @@ class PreparedCall:
             slots.lengths.fill(slot + 1)
         return output
 
-    def _follow(self, slot: int, position: int) -> None:
-        """Bring to the device what others have changed in the slots, unless this call stored the latest token there."""
-        if (slot, position) != self._next:
+    def _follow(self, position: int) -> None:
+        """Bring to the device what the general path has stored, unless the latest token was stored by this call."""
+        if position != self._next:
             if self._inputs.window is not None:
                 self.slots.positions_on_device()
             if self._own_state and self.state is not None:
                 columns = 0 if self.pages is None else self.pages.columns
                 send(np.array([position, columns, *self.slots.lengths]), self.state)
-        self._next = slot + 1, position + 1
+        self._next = position + 1
 
     def _launch(
         self,
