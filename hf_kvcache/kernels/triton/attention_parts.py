@@ -77,7 +77,7 @@ def locate_tokens(pages, row, rows, columns, tile, side: tl.constexpr, BLOCK_N: 
 
 @triton.jit
 def page_positions(pages, positions, place, rows, columns, token, keep, side: tl.constexpr, PLACED: tl.constexpr):
-    """Positions ``[BLOCK_N]`` of the tokens of a page, relative to the first query."""
+    """Positions ``[BLOCK_N]`` of the tokens of a page."""
     if PLACED == 2:
         return tl.load(positions + place * side.page + token, mask=keep, other=0)
     else:

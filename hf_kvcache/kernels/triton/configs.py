@@ -43,6 +43,9 @@ class _Tile(NamedTuple):
     dense: tuple[int, int]
 
 
+#: Architectures on which a program may have 160 KiB of shared memory. On other GPUs of NVIDIA it is 99 KiB, on AMD's
+#: 64 KiB.
+LARGE_SHARED = ("sm80", "sm90", "sm100")
 #: Queries of a program, at most. With more, registers run out where they hold the operands of matrix instructions.
 _MOST_QUERIES = {"sm90": 64, "sm100": 64, "gfx942": 16}
 _MOST_QUERIES_ELSEWHERE = 32

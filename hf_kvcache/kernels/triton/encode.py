@@ -15,8 +15,8 @@ import triton.language as tl
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton import encode_cases
 from hf_kvcache.kernels.triton.compile_case import CompileCase
+from hf_kvcache.kernels.triton.configs import LARGE_SHARED, lanes
 from hf_kvcache.kernels.triton.configs import architecture as architecture_of
-from hf_kvcache.kernels.triton.configs import lanes
 from hf_kvcache.kernels.triton.device import on_their_device
 from hf_kvcache.kernels.triton.encode_methods import (
     evened,
@@ -51,14 +51,17 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Elements of a program's tile that a thread holds.
 _PER_THREAD = 32
 _MOST_WARPS = 16
+#: Elements of a tile that 64 KiB of shared memory hold, in 32 bits each.
+MOST_SHARED = (64 << 10) // 4
 
 
 def supports_encoding(
     layout: PageLayout, methods: tuple[str | None, str | None], keys: torch.Tensor, values: torch.Tensor
 ) -> bool:
     """Whether :func:`encode_pages` can encode such pages."""
+    arch = architecture_of(keys.device)
     return all(
-        _supports_side(layout.sides[side], layout.page_size, method, x.dtype)
+        _supports_side(layout.sides[side], layout.page_size, method, x.dtype, arch)
         for side, method, x in zip(layout.sides, methods, (keys, values), strict=True)
     )
 
@@ -113,10 +116,11 @@ def encode_pages(
         VALUES=sides[1],
         ADDRESSES=records.dtype == torch.int64,
         num_warps=_warps(sides, arch),
+        num_stages=_stages(arch),
     )
 
 
-def _supports_side(fmt: SideFormat, page_size: int, method: str | None, dtype: torch.dtype) -> bool:
+def _supports_side(fmt: SideFormat, page_size: int, method: str | None, dtype: torch.dtype, arch: str) -> bool:
     if fmt.dim == 0:
         return True
     if dtype not in _DTYPES or method not in _KNOWN or not _KNOWN[method](fmt, page_size):
@@ -126,7 +130,10 @@ def _supports_side(fmt: SideFormat, page_size: int, method: str | None, dtype: t
     else:
         tokens = page_size if method in WHOLE_PAGES else fmt.group
     tile = triton.next_power_of_2(max(tokens, LEAST)) * triton.next_power_of_2(max(fmt.dim, LEAST))
-    return bool(tile <= MOST_ELEMENTS and (fmt.bits >= 8 or fmt.dim % 8 == 0))
+    # Codes that are packed in another order than numbers are computed go through shared memory, all of a tile at once.
+    shared = fmt.bits < 8 and (method == "unbiased_keys" or fmt.rotation == "none")
+    most = MOST_SHARED if shared and arch != "cpu" and arch not in LARGE_SHARED else MOST_ELEMENTS
+    return bool(tile <= most and (fmt.bits >= 8 or fmt.dim % 8 == 0))
 
 
 def _is_whole(fmt: SideFormat, page_size: int) -> bool:
@@ -174,6 +181,11 @@ def _warps(sides: list[EncodedSide | None], arch: str) -> int:
     """Warps of a program."""
     most = max(side.block * side.dim_pad for side in sides if side is not None)
     return max(1, min(_MOST_WARPS, most // (_PER_THREAD * lanes(arch))))
+
+
+def _stages(arch: str) -> int:
+    """Steps of the rotation, where it takes several, whose loads overlap."""
+    return 2 if arch.startswith("gfx") else 3
 
 
 @triton.jit(do_not_specialize=["count", "rows", "heads"])
@@ -336,7 +348,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 signature=signature,
                 constants=constants,
                 num_warps=_warps([keys, values], architecture),
-                num_stages=1,
+                num_stages=_stages(architecture),
                 aligned=encode_cases.aligned(signature),
                 tensor_cores=keys.rotated,
             )

@@ -13,7 +13,7 @@ from hf_kvcache.kernels.triton.encode_side import LEAST, rotation_by_places
 
 #: Tokens that a program sums, and those that it loads at a time.
 _STRETCH, _TOKENS = 256, 32
-_WARPS = 4
+_SUM_WARPS, _MEAN_WARPS = 4, 8
 #: Channels of the mean that are rotated at a time.
 _DEPTH = 32
 
@@ -43,11 +43,11 @@ def key_mean(fmt: SideFormat, keys: torch.Tensor, mean: torch.Tensor) -> None:
     signs, factors = rotation_by_places(dim, dim_pad, 8, fmt.rotation, torch.float32, keys.device)
     _sum_kernel[(rows, stretches)](
         keys, *keys.stride()[:3], sums, heads, tokens, DIM=dim, PAD=dim_pad, STRETCH=_STRETCH, TOKENS=_TOKENS,
-        num_warps=_WARPS,
+        num_warps=_SUM_WARPS,
     )  # fmt: skip
     _mean_kernel[(rows,)](
         sums, stretches, tokens, signs, factors, mean, DIM=dim, PAD=dim_pad, DEPTH=min(_DEPTH, dim_pad),
-        num_warps=_WARPS,
+        num_warps=_MEAN_WARPS,
     )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
             _sum_kernel,
             {"keys": "*bf16", **dict.fromkeys(strides, "i32"), "sums": "*fp32", "heads": "i32", "tokens": "i32"},
             constants | {"STRETCH": _STRETCH, "TOKENS": _TOKENS},
-            num_warps=_WARPS,
+            num_warps=_SUM_WARPS,
             num_stages=1,
             aligned=("keys", *strides, "sums"),
         ),
@@ -123,7 +123,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 "mean": "*fp32",
             },
             constants | {"DEPTH": _DEPTH},
-            num_warps=_WARPS,
+            num_warps=_MEAN_WARPS,
             num_stages=1,
             aligned=("sums", "signs", "factors", "mean"),
         ),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from hf_kvcache.kernels.page import PageLayout
-from hf_kvcache.kernels.triton.configs import Config
+from hf_kvcache.kernels.triton.configs import LARGE_SHARED, Config
 from hf_kvcache.kernels.triton.launch import dense_compute
 from hf_kvcache.kernels.triton.sides import Side, describe_side
 
@@ -26,9 +26,6 @@ MERGED_AT_ONCE = 16
 #: What a program reads: codes of pages, 16-bit elements of pages, tokens of 16 bits (full-precision ones or decoded
 #: pages), or anything whose dot products are in float32.
 Read = Literal["codes", "halves", "tokens", "singles"]
-
-#: Architectures on which a program may have 160 KiB of shared memory. On other GPUs of NVIDIA it is 99 KiB.
-_LARGE = ("sm80", "sm90", "sm100")
 
 
 def latent_config(arch: str, queries: int, read: Read, masked: bool = False) -> Config:
@@ -48,7 +45,7 @@ def latent_config(arch: str, queries: int, read: Read, masked: bool = False) -> 
     if read == "singles":
         return Config(block_m, 16, 8, 3 if arch == "sm80" else 2, {})
     # Three stages are one tile ahead, since a page's address has to be read before.
-    few = (read == "tokens" and arch not in _LARGE) or (read == "codes" and masked)
+    few = (read == "tokens" and arch not in LARGE_SHARED) or (read == "codes" and masked)
     return Config(block_m, 16 if few else 32, 8, 3, {})
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.machine_code import TARGETS
 from hf_kvcache.codecs import resolve
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels.hadamard import rotation_matrix
@@ -16,6 +17,7 @@ from hf_kvcache.kernels.page import SideFormat
 from hf_kvcache.kernels.reference.levels import decode_side
 from hf_kvcache.kernels.reference.pack import unpack_bits
 from hf_kvcache.kernels.triton import encode
+from hf_kvcache.kernels.triton.compile_case import ARCHITECTURES
 from hf_kvcache.storage.paged import PagedStorage
 from tests.kernels.triton.calls import Random
 from tests.kernels.triton.fixtures import bfloat16_dot  # noqa: F401 (an autouse fixture)
@@ -228,6 +230,19 @@ def test_storage(spec: str, device: torch.device, monkeypatch: pytest.MonkeyPatc
                 torch.testing.assert_close(tensor.cpu(), wanted[name], rtol=1e-5, atol=1e-6)
             else:
                 assert (tensor.cpu() == wanted[name]).double().mean() > 0.9, name
+
+
+@pytest.mark.parametrize(("spec", "dim"), [("unbiased4", 256), ("int4", 256), ("int4", 160)])
+def test_tiles_that_shared_memory_does_not_hold(spec: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of 128 tokens as wide as Gemma's goes through 128 KiB of shared memory, which not all GPUs have."""
+    x = torch.zeros(1, 1, 128, dim, dtype=torch.bfloat16)
+    encoder = make_encoder(spec, dim, 128, torch.bfloat16)
+    for arch in ARCHITECTURES:
+        monkeypatch.setattr(encode, "architecture_of", lambda device, arch=arch: arch)
+        fits = TARGETS[arch].program_shared >= 4 * 128 * 256
+        assert encode.supports_encoding(encoder.layout, encoder._methods, x, x) == fits, arch
+        half = make_encoder(spec, dim, 64, torch.bfloat16)
+        assert encode.supports_encoding(half.layout, half._methods, x, x), arch
 
 
 def test_what_is_left_to_torch(device: torch.device) -> None:

@@ -110,3 +110,18 @@ def test_a_padded_batch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         both.each(step(tokens.at(at, at + 1), seen))
     assert both.calls == STEPS
     assert both.layers[0].cache.layers[0].storage.dense.uniform_length is None
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_window_that_drops_tokens_before_they_are_packed(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tail is longer than the window: tokens move to other slots, and the table of pages stays as it is."""
+    both, first, last = Both(monkeypatch, "sliding", "unbiased4", tail_length=32), 45, 56
+    tokens, mask = states(last, batch=batch), torch.ones(batch, last, dtype=torch.bool)
+    mask[1:, :3] = False
+    both.each(prompt(tokens.at(0, first), mask[:, :first]))
+    for at in range(first, last):
+        both.each(step(tokens.at(at, at + 1), mask[:, : at + 1].clone()))
+    assert both.calls == last - first
+    storage = both.layers[0].cache.layers[0].storage
+    assert storage.table.columns == 0
+    assert storage.dense.longest < first
