@@ -75,8 +75,8 @@ class PreparedDecoding:
         ):
             slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths, dense.positions_on_device)
             inputs = CallInputs(query, keys, values, storage.pages(), slots, scoring, self.window, up, ragged)
+            call = self._latest = prepare(inputs)  # may be interrupted: only then is it the call for all of these
             self._version, self._kind, self._scoring = storage.table.version, kind, scoring
-            call = self._latest = prepare(inputs)
             if call is None:
                 return None
         output = call(query, keys, values, slot, new.position)
