@@ -66,7 +66,7 @@ class PreparedDecoding:
             or known is None
             or self._version != storage.table.version
             or call.slots.keys is not dense.keys  # replaced together with the values and positions
-            or call.slots.lengths is not dense.lengths
+            or call.slots.lengths is not dense.lengths  # replaced whenever tokens leave the buffer or are taken back
             or self._kind != kind
             or known.sink_logits is not scoring.sink_logits
             or known.scaling != scoring.scaling

@@ -122,6 +122,8 @@ class DenseBuffer:
                 # Ranges that overlap are copied out first.
                 side[row, ..., moved, :] = left.clone() if stop - count - start > count else left
             self.positions[row, ..., moved] = self.positions[row, ..., rest].copy()
+        # Prepared calls look whether it is still the same array: the table may not change (tokens outside of a window).
+        self.lengths = self.lengths.copy()
         self.lengths[rows] -= count
         self._note_lengths()
 

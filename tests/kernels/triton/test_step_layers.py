@@ -15,7 +15,7 @@ from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.triton import decode
 from hf_kvcache.kernels.triton.step import PreparedCall
 from tests.choosing import chosen
-from tests.generation.layers import Layer, States, states
+from tests.generation.layers import PAGE, WINDOW, Layer, States, states
 from tests.kernels.triton.conftest import INTERPRETED
 from tests.tolerances import assert_near
 
@@ -110,3 +110,15 @@ def test_a_padded_batch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         both.each(step(tokens.at(at, at + 1), seen))
     assert both.calls == STEPS
     assert both.layers[0].cache.layers[0].storage.dense.uniform_length is None
+
+
+@chosen("padded", [False, True], fast=[(False,)])
+def test_a_window_in_which_no_page_begins(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tail is as long as the window, so that tokens leave the buffer without a change of the table."""
+    both, tokens = Both(monkeypatch, "sliding", "unbiased4", tail_length=WINDOW), states(PROMPT + 2 * PAGE, batch=2)
+    mask = torch.ones(2, PROMPT + 2 * PAGE, dtype=torch.bool)
+    mask[1, :30] = not padded
+    both.each(prompt(tokens.at(0, PROMPT), mask[:, :PROMPT] if padded else None))
+    for at in range(PROMPT, PROMPT + 2 * PAGE):
+        both.each(step(tokens.at(at, at + 1), mask[:, : at + 1].clone() if padded else None))
+    assert both.calls == 2 * PAGE
