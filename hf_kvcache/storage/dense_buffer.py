@@ -29,6 +29,8 @@ class DenseBuffer:
     Attributes:
         uniform_length: the number of slots in use if it is the same in every sequence, else None.
         longest: the most slots that a sequence uses.
+        lengths: int64 ``[B]``, slots in use. Prepared calls count in it, and keep slots and positions on the device; so
+            tokens that move to other slots give it a new array, by which callers see that the call is no longer right.
     """
 
     # Buffers made under inference mode could not be written outside of it, wherever a cache is used in both.
@@ -102,6 +104,7 @@ class DenseBuffer:
         self.keys[row, :, :count] = keys if isinstance(row, slice) else keys[0]
         self.values[row, :, :count] = values if isinstance(row, slice) else values[0]
         self.positions[row, :count] = positions
+        self.lengths = self.lengths.copy()
         self.lengths[row] = count
         self._note_lengths()
 
@@ -122,7 +125,6 @@ class DenseBuffer:
                 # Ranges that overlap are copied out first.
                 side[row, ..., moved, :] = left.clone() if stop - count - start > count else left
             self.positions[row, ..., moved] = self.positions[row, ..., rest].copy()
-        # Prepared calls look whether it is still the same array: the table may not change (tokens outside of a window).
         self.lengths = self.lengths.copy()
         self.lengths[rows] -= count
         self._note_lengths()

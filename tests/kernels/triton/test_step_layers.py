@@ -15,7 +15,7 @@ from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.triton import decode
 from hf_kvcache.kernels.triton.step import PreparedCall
 from tests.choosing import chosen
-from tests.generation.layers import PAGE, WINDOW, Layer, States, states
+from tests.generation.layers import Layer, States, states
 from tests.kernels.triton.conftest import INTERPRETED
 from tests.tolerances import assert_near
 
@@ -112,13 +112,16 @@ def test_a_padded_batch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert both.layers[0].cache.layers[0].storage.dense.uniform_length is None
 
 
-@chosen("padded", [False, True], fast=[(False,)])
-def test_a_window_in_which_no_page_begins(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tail is as long as the window, so that tokens leave the buffer without a change of the table."""
-    both, tokens = Both(monkeypatch, "sliding", "unbiased4", tail_length=WINDOW), states(PROMPT + 2 * PAGE, batch=2)
-    mask = torch.ones(2, PROMPT + 2 * PAGE, dtype=torch.bool)
-    mask[1, :30] = not padded
-    both.each(prompt(tokens.at(0, PROMPT), mask[:, :PROMPT] if padded else None))
-    for at in range(PROMPT, PROMPT + 2 * PAGE):
-        both.each(step(tokens.at(at, at + 1), mask[:, : at + 1].clone() if padded else None))
-    assert both.calls == 2 * PAGE
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_window_that_drops_tokens_before_they_are_packed(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tail is longer than the window: tokens move to other slots, and the table of pages stays as it is."""
+    both, first, last = Both(monkeypatch, "sliding", "unbiased4", tail_length=32), 45, 56
+    tokens, mask = states(last, batch=batch), torch.ones(batch, last, dtype=torch.bool)
+    mask[1:, :3] = False
+    both.each(prompt(tokens.at(0, first), mask[:, :first]))
+    for at in range(first, last):
+        both.each(step(tokens.at(at, at + 1), mask[:, : at + 1].clone()))
+    assert both.calls == last - first
+    storage = both.layers[0].cache.layers[0].storage
+    assert storage.table.columns == 0
+    assert storage.dense.longest < first
