@@ -66,7 +66,7 @@ class PreparedDecoding:
             or known is None
             or self._version != storage.table.version
             or call.slots.keys is not dense.keys  # replaced together with the values and positions
-            or call.slots.lengths is not dense.lengths
+            or call.slots.lengths is not dense.lengths  # replaced whenever tokens leave the buffer or are taken back
             or self._kind != kind
             or known.sink_logits is not scoring.sink_logits
             or known.scaling != scoring.scaling
@@ -75,8 +75,8 @@ class PreparedDecoding:
         ):
             slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths, dense.positions_on_device)
             inputs = CallInputs(query, keys, values, storage.pages(), slots, scoring, self.window, up, ragged)
+            call = self._latest = prepare(inputs)  # may be interrupted: only then is it the call for all of these
             self._version, self._kind, self._scoring = storage.table.version, kind, scoring
-            call = self._latest = prepare(inputs)
             if call is None:
                 return None
         output = call(query, keys, values, slot, new.position)

@@ -162,7 +162,8 @@ def _dense_with_one(storage: StaticStorage, visibility: Visibility, valid: np.nd
     longest, uniform = int(lengths.max()), bool(lengths.min() == lengths.max())
     keys, values = storage.tensors.dense_keys[:, :, :longest], storage.tensors.dense_values[:, :, :longest]
     positions = storage.numbers.positions[:, :longest]
-    if uniform and visibility.sees_all(int(positions[:, 0].min())):
+    oldest = int(positions[:, 0].min()) if longest else 0  # there is no token if all are padding
+    if uniform and visibility.sees_all(oldest):
         return DenseTokens(keys, values)
     unused = None if uniform else torch.from_numpy(np.arange(longest) >= lengths[:, None])
     return DenseTokens(keys, values, torch.from_numpy(positions), unused)

@@ -68,10 +68,23 @@ class Holding:
             kind = type(layer), getattr(layer, "sliding_window", None), repr(calls)
             if kind not in alike:
                 for call in calls:
-                    call.repeat(layer, batch, tokens)
+                    call.repeat(layer, batch, _as_many_held(layer, calls, tokens))
                 alike[kind] = _held_by(layer)
             total += alike[kind]
         return total
+
+
+def _as_many_held(layer: Any, calls: tuple[LayerCall, ...], tokens: int) -> int:
+    """A number of tokens after which a layer holds what it holds after ``tokens``, and not much more than its window.
+
+    What a layer with a window holds of a long prompt depends on where the prompt ends in a page, and on nothing else.
+    """
+    plain = isinstance(layer, KVCacheLayer) and [call.method for call in calls] == ["update"]
+    if not plain or layer.sliding_window is None:
+        return tokens
+    page = layer.options.page_size
+    enough = layer.sliding_window + layer.options.tail_length + 2 * page
+    return min(tokens, enough + (tokens - enough) % page)
 
 
 def _held_by(layer: Any) -> Held:

@@ -20,8 +20,8 @@ from hf_kvcache.planning.model import LayerCall, ModelOnMeta, NotTold
 from hf_kvcache.planning.sizes import parse_bytes, parse_count
 from hf_kvcache.utils.validation import whole
 
-#: Longest context and largest batch that are looked for.
-_MOST_TOKENS, _MOST_SEQUENCES = 1 << 30, 1 << 16
+#: Longest context and largest batch that are looked for. A cache keeps 8 bytes for each token of a prompt on the host.
+_MOST_TOKENS, _MOST_SEQUENCES = 1 << 26, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class CachePlan:
         name: the name by which it was asked for.
         bytes: bytes that it holds after a prompt of that length, as its ``memory().total`` says.
         bytes_per_token: what the last tokens added, averaged over 1,024 tokens, in bytes a token of one sequence.
-        longest_context: tokens of each sequence that fit beside the weights; None without ``memory``, 0 if none fit.
-        largest_batch: sequences of that context that fit beside the weights; None without ``memory``.
+        longest_context: tokens of each sequence that fit beside the weights, up to 67,108,864; None without ``memory``,
+            0 if none fit.
+        largest_batch: sequences of that context that fit beside the weights, up to 65,536; None without ``memory``.
         step_floor_ms: the time in which a decode step can read weights and cache; None without ``bandwidth``.
         curve: bytes at each of the ``lengths`` that were asked for.
     """
@@ -172,8 +173,13 @@ def _most(size: Callable[[int], int], room: int, limit: int) -> int:
     two that enclose the answer, and in their middle where that does not help.
     """
     low, high = 0, 1
-    while high <= limit and size(high) <= room:
-        low, high = high, high * 4
+    while size(high) <= room:
+        if high >= limit:
+            return limit
+        # No further beyond the answer than it takes: the longer the context, the longer its size is computed.
+        growth = (size(high) - size(low)) / (high - low) if low else 0.0
+        ahead = 1 + int(1.1 * (room - size(high)) / growth) if growth > 0 else 3 * high
+        low, high = high, min(high + min(ahead, 3 * high), limit)
     halve = False
     while high - low > 1:
         middle = (low + high) // 2
@@ -184,7 +190,7 @@ def _most(size: Callable[[int], int], room: int, limit: int) -> int:
         before = high - low
         low, high = (guess, high) if size(guess) <= room else (low, guess)
         halve = (high - low) * 2 > before and not halve
-    return min(low, limit)
+    return low
 
 
 def _active_bytes(model: ModelOnMeta) -> tuple[int, list[str]]:

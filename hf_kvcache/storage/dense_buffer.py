@@ -72,8 +72,9 @@ class DenseBuffer:
         else:
             with torch.inference_mode(False):
                 there = torch.empty(self.positions.shape, dtype=torch.int64, device=device)
-        self._there = there, self.positions.copy()
-        send(self._there[1], there)
+        positions = self.positions.copy()
+        send(positions, there)
+        self._there = there, positions
         return there
 
     def append_one(self, keys: torch.Tensor, values: torch.Tensor, position: int, valid: np.ndarray | None) -> None:

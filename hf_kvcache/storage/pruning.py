@@ -185,7 +185,9 @@ def _consecutive(first: np.ndarray, counts: np.ndarray, length: int) -> np.ndarr
 
 
 def _of_sequences(x: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """``x [b, n]`` at ``index [R, ...]``, where the rows of a sequence lie side by side."""
+    """``x [b, n]`` at ``index [R, ...]``, where the rows of a sequence lie side by side; 0 if there is nothing."""
+    if x.shape[1] == 0:  # no token will lie in a page
+        return np.zeros(index.shape, x.dtype)
     sequence = np.arange(len(index)).reshape(-1, *[1] * (index.ndim - 1)) // (len(index) // len(x))
     return x[sequence, np.minimum(index, x.shape[1] - 1)]
 

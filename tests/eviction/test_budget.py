@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_kvcache.eviction.budget import Budget, Pins
-from tests.eviction.toys import HEADS, PAGE, Toy, states
+from tests.eviction.toys import HEADS, PAGE, SINKS, TAIL, Toy, states
 
 
 @pytest.mark.parametrize("amount", [0.0, 1.0, -0.5, 1.5, "half", None, True, float("nan"), 3.0])
@@ -140,3 +140,11 @@ def test_padding_that_does_not_go_together_is_refused() -> None:
     other.restore(state)
     assert {name: x.tolist() for name, x in other.state().items()} == {name: x.tolist() for name, x in state.items()}
     assert other.numbers(np.array([1]), np.array([[2, 5]])).tolist() == [[0, 3]]
+
+
+@pytest.mark.parametrize("codec", ["none", "unbiased4"])
+def test_a_packed_prompt_of_which_no_page_stays(codec: str) -> None:
+    """The least budget, sinks and tail, where a prompt was packed before the first choice."""
+    toy = Toy("snapkv", codec, budget=SINKS + TAIL, evict_prefill=None)
+    toy.run(states(62, 2), [60])
+    assert toy.kept().positions == [[*range(SINKS), *range(62 - TAIL, 62)]] * HEADS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,8 @@ def test_counts_and_reach(case: str, padded: bool, monkeypatch: pytest.MonkeyPat
             assert seen <= found.reach(number) <= held.tokens
             assert held.columns or seen == found.reach(number)
             looked += 1
+        latest = replace(found, queries=found.queries[:, :, -1:], query_positions=found.query_positions[:, -1:])
+        assert torch.equal(latest.received(), replace(latest, reach=None).received())  # a policy may take some of them
         if found.aligned:
             assert (found.positions == found.positions[:, :1]).all()
         return found

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache
 from hf_kvcache.integration.padding import padding_of
 from hf_kvcache.kernels.dispatch import reason_missing
-from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.kernels.inputs import CallInputs, Scoring
 from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
+from hf_kvcache.layers import decode_step
 from hf_kvcache.layers.decode_step import PreparedDecoding
 from hf_kvcache.layers.new_tokens import NewTokens
 from tests import families
@@ -262,6 +263,24 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             decoding.step()
     assert_holds(decoding.storage, decoding.model, decoding.seen)
     decoding.check(decoding.step())
+
+
+def test_an_interrupted_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call prepared before it is not taken for the one that was wanted."""
+
+    def interrupted(inputs: CallInputs) -> None:
+        raise KeyboardInterrupt
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x], -1)[..., : x.shape[-1]]
+
+    decoding = Decoding()
+    decoding.check(decoding.step())
+    with monkeypatch.context() as patched:
+        patched.setattr(decode_step, "prepare", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoding.step(spread)
+    decoding.check(decoding.step(spread))
 
 
 def test_pages_packed_ahead_of_a_loaded_draft() -> None:

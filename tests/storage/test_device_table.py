@@ -10,7 +10,7 @@ import torch
 
 from hf_kvcache.kernels import device_table
 from hf_kvcache.kernels.inputs import Pages
-from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage import PagedStorage, dense_buffer
 from hf_kvcache.storage.pruning import keep_only
 from hf_kvcache.storage.token_view import TokenView
 from tests.storage.list_model import make_storage, random_tokens
@@ -133,3 +133,19 @@ def test_a_table_made_under_inference_mode_can_change_outside_of_it() -> None:
         check(storage.pages())
     storage.append_block(*random_tokens(1, 1, 40), 60, None)
     check(storage.pages())
+
+
+def test_positions_that_could_not_be_sent_are_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = make_storage("int8", 1, page_size=PAGE).dense
+    dense.append_one(*random_tokens(0, 1, 1), 0, None)
+    there = dense.positions_on_device()
+    dense.append_one(*random_tokens(1, 1, 1), 5, None)
+
+    def no_memory(array: np.ndarray, to: torch.Tensor) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dense_buffer, "send", no_memory)
+        with pytest.raises(MemoryError):
+            dense.positions_on_device()
+    assert dense.positions_on_device() is there and there[0, :2].tolist() == [0, 5]
