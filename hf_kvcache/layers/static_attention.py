@@ -10,7 +10,7 @@ from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.compiling import TracedStates
 from hf_kvcache.kernels.inputs import Scoring
-from hf_kvcache.layers.new_tokens import NewTokens
+from hf_kvcache.layers.new_tokens import NewTokens, check_fits
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.static_masks import new_valid
 from hf_kvcache.layers.static_ops import attend_and_store, settings_key
@@ -89,9 +89,11 @@ class StaticAttention:
         """:meth:`update` in code that is being compiled. The result is of use to the attention function only.
 
         Raises:
+            ValueError: if the shapes or dtypes do not fit the memory.
             RuntimeError: if the memory is not allocated yet.
         """
-        self._allocated()
+        held = self._allocated()
+        check_fits(self.index, (held.dense_keys, held.dense_values), key_states, value_states)
         if self._new is not None:
             raise RuntimeError(f"layer {self.index}: attention has not read the latest update, which was not compiled")
         states = TracedStates(self, key_states, value_states)
