@@ -249,7 +249,7 @@ class StaticStorage(StaticContents):
         self.numbers.first[table_rows[:, None], head_columns] = paged[:, :, 0].repeat(self.heads, 0)
         known[rows] = 1
         self.pages_held[rows] += pages
-        self.steps.forget()
+        self.numbers.page_events += 1
 
     def _drop_packed(self, every: slice | torch.Tensor, rows: np.ndarray, start: int, stop: int) -> None:
         """Remove the slots ``start ... stop - 1`` of sequences that use all slots, shifting the rest down."""
@@ -268,7 +268,7 @@ class StaticStorage(StaticContents):
         stale = ((last < position) & (np.arange(last.shape[1]) < held[:, None])).sum(1)
         if not stale.any():
             return
-        self.steps.forget()
+        self.numbers.page_events += 1
         for row in np.flatnonzero(stale).tolist():
             rows, shift = slice(row * self.heads, (row + 1) * self.heads), -int(stale[row])
             for table in (self.numbers.places, self.numbers.first):

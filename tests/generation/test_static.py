@@ -69,6 +69,31 @@ def test_one_graph_serves_every_step(family: str, backend: str, steps: int) -> N
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+def test_a_graph_may_work_on_copies() -> None:
+    """``aot_eager`` gives copies of a layer's tensors to its operator; steps that are not compiled follow them."""
+    model = families.build("gpt_oss")
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    found = []
+    for step, options in ((model, {}), (compiled, {"max_length": MAX})):
+        cache = quantized(model, "unbiased4", **options)
+        model(prompt(37), **as_cache(cache))
+        for run, count in ((model, 3), (step, 2 * PAGE), (model, 3), (step, PAGE)):
+            for seed in range(count):
+                run(prompt(1, seed=seed), **as_cache(cache))
+        found.append(model(prompt(1), **as_cache(cache)).logits)
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
+
+
+def test_a_compiled_step_must_fit_what_is_held() -> None:
+    model = families.build("llama")
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    cache = filled(model)
+    with pytest.raises(Exception, match=r"key_states \[3, .*does not go with what layer 0 holds: batch 2"):
+        step(prompt(1, 3), **as_cache(cache))
+    assert cache.get_seq_length() == 60
+    cache.integrity()
+
+
 def compiling(model: PreTrainedModel, **options: Any) -> list[tuple[int, ...]]:
     """Let ``generate`` compile on a CPU; returns a list that gets the shape of the tokens of each compiled step."""
     shapes: list[tuple[int, ...]] = []
