@@ -79,8 +79,7 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
 
     def decompressed(self, side: str) -> torch.Tensor:
         """All stored ``"keys"`` or ``"values"``, decompressed, ``[B, H, T, D]``; zeros stand for padding."""
-        assert self.storage is not None
-        return dense_states(self.storage, side, self.get_seq_length())
+        return self._dense(side, self.get_seq_length())
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -211,9 +211,13 @@ class StaticAttention:
 
         They are as long as the mask of these queries.
         """
+        return self._dense(side, self._width)
+
+    def _dense(self, side: str, length: int) -> torch.Tensor:
+        """The tokens at the positions before ``length``, dense, those of the latest update among them."""
         new, storage = self._new, self.storage
         assert storage is not None
-        dense = dense_states(storage, side, self._width)
+        dense = dense_states(storage, side, length)
         if new is not None:
             dense[:, :, new.position : new.position + new.length] = getattr(new, side)
         return dense

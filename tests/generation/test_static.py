@@ -94,6 +94,22 @@ def test_a_compiled_step_must_fit_what_is_held() -> None:
     cache.integrity()
 
 
+def test_keys_and_values_between_updates() -> None:
+    """``layer.keys`` has the tokens that attention has not stored yet, and goes out of date by a compiled step."""
+    model = families.build("llama")
+    cache = filled(model)
+    layer = cache.layers[0]
+    new = torch.randn(2, model.config.num_key_value_heads, 3, model.config.head_dim)
+    before = layer.keys.clone()
+    cache.update(new, -new, 0)
+    assert torch.equal(layer.keys + 0, torch.cat([before, new], 2)) and torch.equal(layer.values[:, :, 60:], -new)
+    cache.crop(0)
+    held = layer.keys
+    torch.compile(model.forward, fullgraph=True, backend="eager")(prompt(1, 2), **as_cache(cache))
+    with pytest.raises(RuntimeError, match="keys of layer 0 are out of date"):
+        held.sum()
+
+
 def compiling(model: PreTrainedModel, **options: Any) -> list[tuple[int, ...]]:
     """Let ``generate`` compile on a CPU; returns a list that gets the shape of the tokens of each compiled step."""
     shapes: list[tuple[int, ...]] = []
