@@ -15,7 +15,6 @@ from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.rows import check_rows
 from hf_kvcache.layers.static_attention import StaticAttention
 from hf_kvcache.layers.static_ops import settings_key
-from hf_kvcache.layers.static_reads import dense_states
 from hf_kvcache.layers.static_storage import StaticStorage
 from hf_kvcache.layers.static_tensors import StaticTensors
 
