@@ -94,11 +94,14 @@ def check_update(
     if storage is not None:
         check_fits(index, (storage.dense.keys, storage.dense.values), keys, values)
     if finite:
-        for name, states in (("key_states", keys), ("value_states", values)):
-            if not bool(states.isfinite().all()):
-                raise ValueError(
-                    f"{name} of layer {index} holds NaN or infinity; accepted with validate=True: finite numbers"
-                )
+        check_finite(keys, values, f" of layer {index}")
+
+
+def check_finite(keys: torch.Tensor, values: torch.Tensor, where: str = "") -> None:
+    """Raise ValueError if new keys or values hold NaN or infinity; ``where`` says of which layer they are."""
+    for name, states in (("key_states", keys), ("value_states", values)):
+        if not bool(states.isfinite().all()):
+            raise ValueError(f"{name}{where} holds NaN or infinity; accepted with validate=True: finite numbers")
 
 
 def check_fits(index: int, held: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor) -> None:

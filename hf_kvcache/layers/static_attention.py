@@ -79,6 +79,7 @@ class StaticAttention:
             options.tail_length,
             self.max_length,
             self.sliding_window,
+            options.validate,
         )
         self.tensors = StaticTensors.allocate(self.settings, key_states.detach(), value_states.detach())
         self.settings_key = settings_key(self.settings)

@@ -12,6 +12,7 @@ import torch
 from hf_kvcache.kernels.attention import attend as attend_kernel
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
 from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.layers.new_tokens import check_finite
 from hf_kvcache.layers.static_masks import read_mask
 from hf_kvcache.layers.static_storage import StaticStorage, storage_of
 from hf_kvcache.layers.static_tensors import StaticSettings, StaticTensors
@@ -81,10 +82,13 @@ def static_attend(
         ``[B, T, Hq, Dv]``.
 
     Raises:
-        ValueError: if there is no room for the tokens, or the mask shows padding, of which nothing is held.
+        ValueError: if there is no room for the tokens, the mask shows padding, of which nothing is held, or the keys or
+            values hold NaN or infinity and this is to be checked.
     """
     tensors = StaticTensors(records, key_mean, dense_keys, dense_values, page_positions, state)
     storage = storage_of(tensors, _known[settings])
+    if storage.settings.validate:
+        check_finite(keys, values)
     return attend_and_store(storage, query, keys, values, mask, causal, Scoring(scaling, softcap, sink_logits))
 
 

@@ -26,6 +26,7 @@ class StaticSettings:
         tail_length: number of newest tokens that stay in full precision.
         max_length: number of tokens that a sequence can have, padding included.
         window: number of tokens that a query sees, its own included; None for full attention.
+        validate: whether NaN and infinity in new tokens are errors.
     """
 
     encoder: PageEncoder
@@ -33,6 +34,7 @@ class StaticSettings:
     tail_length: int
     max_length: int
     window: int | None
+    validate: bool
 
     @property
     def slots(self) -> int:
@@ -57,7 +59,7 @@ class StaticSettings:
             f"{type(part).__module__}.{type(part).__qualname__} {vars(part)}" for part in (codec.keys, codec.values)
         ]
         sizes = (self.sink_length, self.tail_length, self.max_length, self.window, layout.page_size)
-        return f"{parts} {layout.sides} {sizes}"
+        return f"{parts} {layout.sides} {sizes} {self.validate}"
 
 
 class StaticTensors(NamedTuple):

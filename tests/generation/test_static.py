@@ -94,6 +94,18 @@ def test_a_compiled_step_must_fit_what_is_held() -> None:
     cache.integrity()
 
 
+def test_compiled_steps_are_validated() -> None:
+    """NaN is an error before anything is stored."""
+    model = families.build("llama")
+    cache = filled(model, validate=True)
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    step(prompt(1, 2), **as_cache(cache))
+    model.model.layers[0].self_attn.k_proj.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="key_states holds NaN or infinity"):
+        step(prompt(1, 2), **as_cache(cache))
+    assert cache.get_seq_length() == 61
+
+
 def test_keys_and_values_between_updates() -> None:
     """``layer.keys`` has the tokens that attention has not stored yet, and goes out of date by a compiled step."""
     model = families.build("llama")
