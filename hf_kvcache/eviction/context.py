@@ -70,6 +70,7 @@ class Context:
         aligned: whether all heads are known to hold the same tokens.
         reach: gives the number of places, from the first on, that hold all that query ``i`` sees, in the head that
             needs most. The host knows it, and so need not ask the device; None where it has to.
+        reach_of: the queries that ``reach`` counts for. With others in their place the device is asked.
     """
 
     keys: torch.Tensor
@@ -91,6 +92,7 @@ class Context:
     seed: int = 0
     aligned: bool = False
     reach: Callable[[int], int] | None = None
+    reach_of: torch.Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -145,7 +147,7 @@ class Context:
 
     def _reached(self, at: torch.Tensor, query: int) -> int:
         """How many places, from the first on, hold all that a query at ``at [B, n]`` sees."""
-        if self.reach is not None:
+        if self.reach is not None and self.queries is self.reach_of:
             return self.reach(query)
         return int((self.positions <= at[:, query].max()).sum(-1).max())
 

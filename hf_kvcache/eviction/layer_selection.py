@@ -136,7 +136,7 @@ class LayerSelection:
         if queries is not None:
             numbers = self.pinned.numbers(held.rows, queries[1])
             context.queries, context.query_positions = queries[0], ascending_on(device, numbers).contiguous()
-            context.reach = partial(_reach, held, queries[1])
+            context.reach, context.reach_of = partial(_reach, held, queries[1]), queries[0]
         if observations.accumulated is not None:
             context.accumulated = observations.accumulated.by_token(held)
         return context

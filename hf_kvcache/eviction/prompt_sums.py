@@ -60,6 +60,7 @@ def sums_in_strips(query: torch.Tensor, keys: torch.Tensor, scoring: Scoring) ->
         queries=query,
         query_positions=positions,
         reach=lambda query: query + 1,
+        reach_of=query,
     )
     return context.received().flatten(1, 2)
 

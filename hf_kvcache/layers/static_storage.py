@@ -190,10 +190,11 @@ class StaticStorage(StaticContents):
         counters, paged = self.numbers.counters, self.tensors.page_positions.numpy()
         for row in range(self.batch):
             slots, pages = int(self.lengths[row]), int(self.pages_held[row])
-            if slots:
-                counters[LAST, row] = self.numbers.positions[row, slots - 1]
-            elif pages:
-                counters[LAST, row] = paged[row, pages - 1, -1]
+            ends = self.numbers.positions[row, [0, slots - 1]].tolist() if slots else []
+            ends += paged[row, [0, pages - 1], [0, -1]].tolist() if pages else []
+            if ends:
+                counters[LAST, row] = max(ends)
+                counters[GAPS, row] = slots + pages * self.page_size != max(ends) - min(ends) + 1
             else:
                 counters[FIRST, row] = counters[LAST, row] = -1
                 counters[GAPS, row] = 0
