@@ -86,8 +86,15 @@ class StaticAttention:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def trace_update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Any, Any]:
+    def trace_update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, final: StaticAttention
+    ) -> tuple[Any, Any]:
         """:meth:`update` in code that is being compiled. The result is of use to the attention function only.
+
+        Args:
+            key_states: the keys ``[B, H, T, Dk]``.
+            value_states: the values ``[B, H, T, Dv]``.
+            final: the layer that a forward pass comes to last.
 
         Raises:
             ValueError: if the shapes or dtypes do not fit the memory.
@@ -97,7 +104,7 @@ class StaticAttention:
         check_fits(self.index, (held.dense_keys, held.dense_values), key_states, value_states)
         if self._new is not None:
             raise RuntimeError(f"layer {self.index}: attention has not read the latest update, which was not compiled")
-        states = TracedStates(self, key_states, value_states)
+        states = TracedStates(self, key_states, value_states, final._allocated().state)
         return states, states
 
     def trace_attend(
@@ -130,6 +137,7 @@ class StaticAttention:
             tensors.dense_values,
             tensors.page_positions,
             tensors.state,
+            states.final,
             self.settings_key,
             causal,
             scoring.scaling,

@@ -94,6 +94,19 @@ def test_a_compiled_step_must_fit_what_is_held() -> None:
     cache.integrity()
 
 
+def test_an_interrupted_compiled_pass_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.build("llama")
+    cache, other = filled(model), filled(model)
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(cache.layers[1].storage.steps, "attend", lambda *_: (_ for _ in ()).throw(MemoryError))
+        step(prompt(1, 2), **as_cache(cache))
+    with pytest.raises(RuntimeError, match=r"ended in the middle.*61 and 60"):
+        step(prompt(1, 2), **as_cache(cache))
+    cache.crop(0)
+    assert torch.equal(*(step(prompt(1, 2), **as_cache(held)).logits for held in (cache, other)))
+
+
 def test_compiled_steps_are_validated() -> None:
     """NaN is an error before anything is stored."""
     model = families.build("llama")
@@ -186,7 +199,20 @@ def test_operators() -> None:
     Numbers(layer.tensors).counters[LENGTH] = slots - 1
     keys, mask = torch.randn(batch, heads, 1, model.config.head_dim), torch.ones(batch, 1, 1, MAX).bool()
     mask[..., 38:] = False
-    given = (keys.repeat_interleave(2, 1), keys, keys, mask, *layer.tensors, layer.settings_key, True, 0.2, 30.0, None)
+    state = cache.layers[1].tensors.state
+    given = (
+        keys.repeat_interleave(2, 1),
+        keys,
+        keys,
+        mask,
+        *layer.tensors,
+        state,
+        layer.settings_key,
+        True,
+        0.2,
+        30.0,
+        None,
+    )
     torch.library.opcheck(torch.ops.hf_kvcache.static_attend.default, given)
     torch.library.opcheck(torch.ops.hf_kvcache.tokens_seen.default, (layer.tensors.state,))
 
