@@ -61,7 +61,8 @@ class CacheContract(OtherStates):
         """
         if is_dynamo_compiling():
             if self.options.max_length is not None:
-                return self.layers[layer_idx].trace_update(key_states, value_states)  # type: ignore[union-attr]
+                final = self.layers[self._pass.places.index(self._pass.final)]
+                return self.layers[layer_idx].trace_update(key_states, value_states, final)  # type: ignore[union-attr]
             return _update(self, key_states, value_states, layer_idx, *args, **kwargs)
         if not 0 <= layer_idx < len(self.layers):
             raise ValueError(

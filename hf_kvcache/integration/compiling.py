@@ -51,8 +51,9 @@ class TracedStates:
         layer: the layer.
         keys: of the new tokens, ``[B, Hkv, T, Dk]``.
         values: of the new tokens, ``[B, Hkv, T, Dv]``.
+        final: the state of the layer that a forward pass comes to last.
     """
 
-    def __init__(self, layer: TracesAttention, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.layer, self.keys, self.values = layer, keys, values
+    def __init__(self, layer: TracesAttention, keys: torch.Tensor, values: torch.Tensor, final: torch.Tensor) -> None:
+        self.layer, self.keys, self.values, self.final = layer, keys, values, final
         self.dtype, self.device = keys.dtype, keys.device

@@ -165,13 +165,14 @@ class HeldStates(torch.Tensor):
 
     def dense(self) -> torch.Tensor:
         """The states as a dense tensor ``[B, Hkv, T, D]``; raises RuntimeError if the layer has changed meanwhile."""
-        if self._at_version != self._layer.version:
+        held = self._layer.decompressed(self._side) if self._at_version == self._layer.version else None
+        if held is None or held.shape != self.shape:  # a compiled step changes no version
             raise RuntimeError(
                 f"{self._side} of layer {self._layer.index} are out of date: the cache was updated, cropped or "
                 f"reordered after they were read. Read cache.layers[{self._layer.index}].{self._side} again, or "
                 "clone() them before the change."
             )
-        return self._layer.decompressed(self._side).contiguous()
+        return held.contiguous()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"HeldStates({self._side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -36,6 +36,7 @@ class Padding:
     length: int
     window: int | None = None
     _compared: tuple[PaddingPlaces, bool] | None = field(default=None, repr=False, compare=False)
+    _shown_new: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def none(self) -> bool:
@@ -48,11 +49,12 @@ class Padding:
     @cached_property
     def _new(self) -> tuple[np.ndarray | None, bool]:
         """Which new tokens are no padding, and whether the mask hides some of these."""
-        mask, stop = self.attention_mask, self.start + self.length
+        mask, shown = self.attention_mask, self._shown_new
         if mask is None:
             return None, False
         self._check_length(mask)
-        shown = mask[:, self.start : stop].bool().cpu().numpy()
+        if shown is None:
+            shown = mask[:, self.start : self.start + self.length].bool().cpu().numpy()
         if shown.all():
             return None, False
         after_first = np.logical_or.accumulate(shown, 1)
@@ -89,19 +91,20 @@ class Padding:
 
     def _compare(self, places: PaddingPlaces) -> bool:
         mask = self.attention_mask
-        if self.none or mask is None:
+        if mask is None or (places is NO_PADDING and self.none):
             if places is not NO_PADDING:
                 raise _shows(int(places.rows[0]), int(places.positions[0]))
             return True
-        earlier = mask[:, : self.start].bool()
-        rows, positions = (torch.from_numpy(x).to(mask.device) for x in (places.rows, places.positions))
-        shown = earlier[rows, positions]
-        # One transfer: how many tokens each sequence sees, then which of the padding it sees.
-        counts = torch.cat([earlier.sum(1), shown.long()]).cpu().numpy()
-        if wrong := np.flatnonzero(counts[len(mask) :]).tolist():
+        self._check_length(mask)
+        batch, earlier = len(mask), mask[:, : self.start].bool()
+        shown, new = earlier[places.on_device(mask.device)], mask[:, self.start : self.start + self.length].bool()
+        # One transfer: how many tokens each sequence sees, which of the padding it sees, and which of the new tokens.
+        parts = earlier.sum(1), shown.long(), new.flatten().long()
+        counts, seen_padding, on_host = np.split(torch.cat(parts).cpu().numpy(), [batch, batch + len(shown)])
+        if wrong := np.flatnonzero(seen_padding).tolist():
             raise _shows(int(places.rows[wrong[0]]), int(places.positions[wrong[0]]))
-        as_many = np.array_equal(counts[: len(mask)], self.start - places.counts(len(mask)))
-        return as_many and not self._new[1]
+        self._shown_new = on_host.reshape(new.shape).astype(bool)
+        return np.array_equal(counts, self.start - places.counts(batch)) and not self._new[1]
 
 
 def attach_padding(mask: torch.Tensor, padding: Padding) -> None:

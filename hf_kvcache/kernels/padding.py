@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 
 class PaddingPlaces:
@@ -18,9 +19,18 @@ class PaddingPlaces:
     def __init__(self, rows: np.ndarray, positions: np.ndarray) -> None:
         self.rows, self.positions = rows, positions
         self._next: tuple[np.ndarray, int, PaddingPlaces] | None = None
+        self._there: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return padding_places, (self.rows, self.positions)  # without padding there is only one object, NO_PADDING
+
+    def on_device(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and positions as tensors on ``device``. They are sent there once."""
+        if device not in self._there:
+            with torch.inference_mode(False):
+                rows, positions = (torch.from_numpy(x).to(device) for x in (self.rows, self.positions))
+            self._there[device] = rows, positions
+        return self._there[device]
 
     def extend(self, position: int, valid: np.ndarray | None) -> PaddingPlaces:
         """The places after more tokens, from ``position`` on, which are padding where ``valid [B, T]`` is False."""

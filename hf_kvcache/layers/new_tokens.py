@@ -92,24 +92,31 @@ def check_update(
     if keys.dtype != values.dtype or not keys.is_floating_point():
         raise ValueError(f"key_states {keys.dtype}, value_states {values.dtype}: accepted: one floating dtype")
     if storage is not None:
-        held = storage.dense
-        for name, new, old in (("key_states", keys, held.keys), ("value_states", values, held.values)):
-            if new.shape[:2] != old.shape[:2] or new.shape[3] != old.shape[3] or new.dtype != old.dtype:
-                raise ValueError(
-                    f"{name} {list(new.shape)} {new.dtype} does not go with what layer {index} holds: "
-                    f"batch {old.shape[0]}, {old.shape[1]} heads, dim {old.shape[3]}, {old.dtype}. Call reset(), "
-                    "or use a cache of its own for each batch and model."
-                )
-            if new.device != old.device:
-                raise ValueError(
-                    f"{name} is on {new.device}; accepted: {old.device}, where the tokens of layer {index} are"
-                )
+        check_fits(index, (storage.dense.keys, storage.dense.values), keys, values)
     if finite:
-        for name, states in (("key_states", keys), ("value_states", values)):
-            if not bool(states.isfinite().all()):
-                raise ValueError(
-                    f"{name} of layer {index} holds NaN or infinity; accepted with validate=True: finite numbers"
-                )
+        check_finite(keys, values, f" of layer {index}")
+
+
+def check_finite(keys: torch.Tensor, values: torch.Tensor, where: str = "") -> None:
+    """Raise ValueError if new keys or values hold NaN or infinity; ``where`` says of which layer they are."""
+    for name, states in (("key_states", keys), ("value_states", values)):
+        if not bool(states.isfinite().all()):
+            raise ValueError(f"{name}{where} holds NaN or infinity; accepted with validate=True: finite numbers")
+
+
+def check_fits(index: int, held: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Raise ValueError unless new keys and values go with the stored ones ``held`` of layer ``index``."""
+    for name, new, old in (("key_states", keys, held[0]), ("value_states", values, held[1])):
+        if new.shape[:2] != old.shape[:2] or new.shape[3] != old.shape[3] or new.dtype != old.dtype:
+            raise ValueError(
+                f"{name} {list(new.shape)} {new.dtype} does not go with what layer {index} holds: "
+                f"batch {old.shape[0]}, {old.shape[1]} heads, dim {old.shape[3]}, {old.dtype}. Call reset(), "
+                "or use a cache of its own for each batch and model."
+            )
+        if new.device != old.device:
+            raise ValueError(
+                f"{name} is on {new.device}; accepted: {old.device}, where the tokens of layer {index} are"
+            )
 
 
 def dense_tokens(

@@ -15,7 +15,6 @@ from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.rows import check_rows
 from hf_kvcache.layers.static_attention import StaticAttention
 from hf_kvcache.layers.static_ops import settings_key
-from hf_kvcache.layers.static_reads import dense_states
 from hf_kvcache.layers.static_storage import StaticStorage
 from hf_kvcache.layers.static_tensors import StaticTensors
 
@@ -79,8 +78,7 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
 
     def decompressed(self, side: str) -> torch.Tensor:
         """All stored ``"keys"`` or ``"values"``, decompressed, ``[B, H, T, D]``; zeros stand for padding."""
-        assert self.storage is not None
-        return dense_states(self.storage, side, self.get_seq_length())
+        return self._dense(side, self.get_seq_length())
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

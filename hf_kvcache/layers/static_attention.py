@@ -10,7 +10,7 @@ from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.compiling import TracedStates
 from hf_kvcache.kernels.inputs import Scoring
-from hf_kvcache.layers.new_tokens import NewTokens
+from hf_kvcache.layers.new_tokens import NewTokens, check_fits
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.static_masks import new_valid
 from hf_kvcache.layers.static_ops import attend_and_store, settings_key
@@ -79,22 +79,32 @@ class StaticAttention:
             options.tail_length,
             self.max_length,
             self.sliding_window,
+            options.validate,
         )
         self.tensors = StaticTensors.allocate(self.settings, key_states.detach(), value_states.detach())
         self.settings_key = settings_key(self.settings)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def trace_update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Any, Any]:
+    def trace_update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, final: StaticAttention
+    ) -> tuple[Any, Any]:
         """:meth:`update` in code that is being compiled. The result is of use to the attention function only.
 
+        Args:
+            key_states: the keys ``[B, H, T, Dk]``.
+            value_states: the values ``[B, H, T, Dv]``.
+            final: the layer that a forward pass comes to last.
+
         Raises:
+            ValueError: if the shapes or dtypes do not fit the memory.
             RuntimeError: if the memory is not allocated yet.
         """
-        self._allocated()
+        held = self._allocated()
+        check_fits(self.index, (held.dense_keys, held.dense_values), key_states, value_states)
         if self._new is not None:
             raise RuntimeError(f"layer {self.index}: attention has not read the latest update, which was not compiled")
-        states = TracedStates(self, key_states, value_states)
+        states = TracedStates(self, key_states, value_states, final._allocated().state)
         return states, states
 
     def trace_attend(
@@ -127,6 +137,7 @@ class StaticAttention:
             tensors.dense_values,
             tensors.page_positions,
             tensors.state,
+            states.final,
             self.settings_key,
             causal,
             scoring.scaling,
@@ -209,9 +220,13 @@ class StaticAttention:
 
         They are as long as the mask of these queries.
         """
+        return self._dense(side, self._width)
+
+    def _dense(self, side: str, length: int) -> torch.Tensor:
+        """The tokens at the positions before ``length``, dense, those of the latest update among them."""
         new, storage = self._new, self.storage
         assert storage is not None
-        dense = dense_states(storage, side, self._width)
+        dense = dense_states(storage, side, length)
         if new is not None:
             dense[:, :, new.position : new.position + new.length] = getattr(new, side)
         return dense

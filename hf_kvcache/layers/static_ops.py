@@ -12,6 +12,7 @@ import torch
 from hf_kvcache.kernels.attention import attend as attend_kernel
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
 from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.layers.new_tokens import check_finite
 from hf_kvcache.layers.static_masks import read_mask
 from hf_kvcache.layers.static_storage import StaticStorage, storage_of
 from hf_kvcache.layers.static_tensors import StaticSettings, StaticTensors
@@ -26,8 +27,8 @@ _STATE = (
     "Tensor(e!) page_positions, Tensor(f!) state"
 )
 _LIBRARY.define(
-    f"static_attend(Tensor query, Tensor keys, Tensor values, Tensor? mask, {_STATE}, str settings, bool causal, "
-    "float scaling, float? softcap, Tensor? sink_logits) -> Tensor"
+    f"static_attend(Tensor query, Tensor keys, Tensor values, Tensor? mask, {_STATE}, Tensor final, str settings, "
+    "bool causal, float scaling, float? softcap, Tensor? sink_logits) -> Tensor"
 )
 _LIBRARY.define("tokens_seen(Tensor state) -> Tensor")
 
@@ -50,6 +51,7 @@ def static_attend(
     dense_values: Tensor,
     page_positions: Tensor,
     state: Tensor,
+    final: Tensor,
     settings: str,
     causal: bool,
     scaling: float,
@@ -71,6 +73,7 @@ def static_attend(
         dense_values: as there.
         page_positions: as there.
         state: as there.
+        final: the state of the layer that a forward pass comes to last; it has seen as many tokens as this one.
         settings: what :func:`settings_key` returned.
         causal: whether later tokens are hidden where there is no mask.
         scaling: see :class:`hf_kvcache.kernels.inputs.Scoring`, like the two that follow.
@@ -81,11 +84,25 @@ def static_attend(
         ``[B, T, Hq, Dv]``.
 
     Raises:
-        ValueError: if there is no room for the tokens, or the mask shows padding, of which nothing is held.
+        RuntimeError: if the forward pass before was interrupted.
+        ValueError: if there is no room for the tokens, the mask shows padding, of which nothing is held, or the keys or
+            values hold NaN or infinity and this is to be checked.
     """
     tensors = StaticTensors(records, key_mean, dense_keys, dense_values, page_positions, state)
     storage = storage_of(tensors, _known[settings])
+    _check_complete(storage, int(final[0]))
+    if storage.settings.validate:
+        check_finite(keys, values)
     return attend_and_store(storage, query, keys, values, mask, causal, Scoring(scaling, softcap, sink_logits))
+
+
+def _check_complete(storage: StaticStorage, complete: int) -> None:
+    """Raise RuntimeError if the forward pass before was interrupted, so that the last layer has fewer tokens."""
+    if storage.seen != complete:
+        raise RuntimeError(
+            "a compiled forward pass with this cache ended in the middle, by an exception or Ctrl-C: its layers have "
+            f"seen {storage.seen} and {complete} tokens. Call crop(0) to return to the last complete pass, or reset()"
+        )
 
 
 def _attend_fake(query: Tensor, keys: Tensor, values: Tensor, *rest: object) -> Tensor:

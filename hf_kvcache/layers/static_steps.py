@@ -19,7 +19,7 @@ class StaticSteps:
         self._kind: tuple[Any, ...] = ()
 
     def forget(self) -> None:
-        """Prepare the next call anew: the layer has other pages."""
+        """Prepare the next call anew: the tensors have other contents."""
         self._call = None
 
     def attend(
@@ -49,7 +49,8 @@ class StaticSteps:
             return None
         address = None if sinks is None else sinks.data_ptr()
         shapes = (query.shape, query.stride(), query.dtype, keys.stride(), values.stride(), keys.dtype)
-        kind = (shapes, scoring.scaling, scoring.softcap, address)
+        # Counted in the tensors, since a graph may have packed pages in copies of them.
+        kind = (shapes, scoring.scaling, scoring.softcap, address, int(contents.numbers.page_events[0]))
         if self._call is None or self._kind != kind:
             # A call on the CPU asks for these attributes only.
             slots = Slots.__new__(Slots)

@@ -190,10 +190,11 @@ class StaticStorage(StaticContents):
         counters, paged = self.numbers.counters, self.tensors.page_positions.numpy()
         for row in range(self.batch):
             slots, pages = int(self.lengths[row]), int(self.pages_held[row])
-            if slots:
-                counters[LAST, row] = self.numbers.positions[row, slots - 1]
-            elif pages:
-                counters[LAST, row] = paged[row, pages - 1, -1]
+            ends = self.numbers.positions[row, [0, slots - 1]].tolist() if slots else []
+            ends += paged[row, [0, pages - 1], [0, -1]].tolist() if pages else []
+            if ends:
+                counters[LAST, row] = max(ends)
+                counters[GAPS, row] = slots + pages * self.page_size != max(ends) - min(ends) + 1
             else:
                 counters[FIRST, row] = counters[LAST, row] = -1
                 counters[GAPS, row] = 0
@@ -249,7 +250,7 @@ class StaticStorage(StaticContents):
         self.numbers.first[table_rows[:, None], head_columns] = paged[:, :, 0].repeat(self.heads, 0)
         known[rows] = 1
         self.pages_held[rows] += pages
-        self.steps.forget()
+        self.numbers.page_events += 1
 
     def _drop_packed(self, every: slice | torch.Tensor, rows: np.ndarray, start: int, stop: int) -> None:
         """Remove the slots ``start ... stop - 1`` of sequences that use all slots, shifting the rest down."""
@@ -268,7 +269,7 @@ class StaticStorage(StaticContents):
         stale = ((last < position) & (np.arange(last.shape[1]) < held[:, None])).sum(1)
         if not stale.any():
             return
-        self.steps.forget()
+        self.numbers.page_events += 1
         for row in np.flatnonzero(stale).tolist():
             rows, shift = slice(row * self.heads, (row + 1) * self.heads), -int(stale[row])
             for table in (self.numbers.places, self.numbers.first):

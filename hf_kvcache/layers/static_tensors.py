@@ -26,6 +26,7 @@ class StaticSettings:
         tail_length: number of newest tokens that stay in full precision.
         max_length: number of tokens that a sequence can have, padding included.
         window: number of tokens that a query sees, its own included; None for full attention.
+        validate: whether NaN and infinity in new tokens are errors.
     """
 
     encoder: PageEncoder
@@ -33,6 +34,7 @@ class StaticSettings:
     tail_length: int
     max_length: int
     window: int | None
+    validate: bool
 
     @property
     def slots(self) -> int:
@@ -57,7 +59,7 @@ class StaticSettings:
             f"{type(part).__module__}.{type(part).__qualname__} {vars(part)}" for part in (codec.keys, codec.values)
         ]
         sizes = (self.sink_length, self.tail_length, self.max_length, self.window, layout.page_size)
-        return f"{parts} {layout.sides} {sizes}"
+        return f"{parts} {layout.sides} {sizes} {self.validate}"
 
 
 class StaticTensors(NamedTuple):
@@ -135,7 +137,7 @@ class StaticTensors(NamedTuple):
 
 
 def _numbers(batch: int, heads: int, slots: int, pages: int) -> int:
-    return 1 + batch * (_COUNTERS + slots) + 2 * batch * heads * pages
+    return 2 + batch * (_COUNTERS + slots) + 2 * batch * heads * pages
 
 
 class Numbers:
@@ -143,6 +145,7 @@ class Numbers:
 
     Attributes:
         seen: ``[1]``, tokens seen, padding included.
+        page_events: ``[1]``, how often pages were added or dropped.
         counters: ``[6, B]``, see :data:`LENGTH` and those beside it.
         positions: ``[B, C]``, positions of the tokens in the dense buffer.
         places: ``[B * H, R]``, the record of each page.
@@ -152,12 +155,13 @@ class Numbers:
     def __init__(self, tensors: StaticTensors) -> None:
         batch, heads, slots, pages = tensors.sizes
         flat, rows = tensors.state.numpy(), batch * heads
-        stops = np.cumsum([1, _COUNTERS * batch, batch * slots, rows * pages, rows * pages]).tolist()
+        stops = np.cumsum([1, 1, _COUNTERS * batch, batch * slots, rows * pages, rows * pages]).tolist()
         self.seen = flat[: stops[0]]
-        self.counters = flat[stops[0] : stops[1]].reshape(_COUNTERS, batch)
-        self.positions = flat[stops[1] : stops[2]].reshape(batch, slots)
-        self.places = flat[stops[2] : stops[3]].reshape(rows, pages)
-        self.first = flat[stops[3] : stops[4]].reshape(rows, pages)
+        self.page_events = flat[stops[0] : stops[1]]
+        self.counters = flat[stops[1] : stops[2]].reshape(_COUNTERS, batch)
+        self.positions = flat[stops[2] : stops[3]].reshape(batch, slots)
+        self.places = flat[stops[3] : stops[4]].reshape(rows, pages)
+        self.first = flat[stops[4] : stops[5]].reshape(rows, pages)
 
     def clear(self) -> None:
         """Forget all tokens."""

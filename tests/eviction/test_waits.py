@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.utils.backend_registration
 
 from tests.eviction.toys import reading_once
 
@@ -19,11 +18,6 @@ ROOT = Path(__file__).parents[2]
 #: A policy that accumulates attention adds it up at every step.
 BUDGET = {"prompt": (1, 5, 460), "step": (0, 0, 5), "eviction": (1, 10, 520)}
 ADDING_UP = 11
-
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this torch cannot be given a device in Python",
-)
 
 
 def counted(*arguments: str) -> dict[str, Any]:
@@ -64,32 +58,3 @@ def test_padded_sequences_wait_together() -> None:
     found = counted("--padded", "yes", "--policies", *(name for name in reading_once() if name != "keepall"))
     for name, counts in found.items():
         assert counts["same"] and [counts[at]["waits"] for at in ("prompt", "step", "eviction")] == [1, 0, 1], name
-
-
-def test_a_wait_is_seen() -> None:
-    """What waits is counted, and what mixes devices raises, or nothing above would mean anything."""
-    code = """
-import numpy as np, torch
-from benchmarks.gpu.waits import install
-mode = install()
-with mode, mode.counting() as found:
-    x = torch.randn(3, 4, device=mode.device)
-    asked = [lambda: x.cpu(), lambda: bool(x.any()), lambda: x.tolist(), lambda: x[x > 0], lambda: x.nonzero(),
-             lambda: torch.from_numpy(np.ones(3)).to(mode.device), lambda: x[torch.arange(2)],
-             lambda: torch.linalg.cholesky(x @ x.mT + torch.eye(3, device=mode.device)), lambda: x.max().item(),
-             lambda: torch.tensor([1.0], device=mode.device), lambda: x.unique()]
-    for number, ask in enumerate(asked, 1):
-        ask()
-        assert found["waits"] == number, (number, found)
-    torch.from_numpy(np.ones(3)).to(mode.device, non_blocking=True)
-    assert found["uploads"] == 1 and found["waits"] == len(asked)
-    try:
-        x + torch.ones(3, 4)
-    except RuntimeError as error:
-        assert "on the host" in str(error)
-    else:
-        raise AssertionError("two devices in one operator")
-"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

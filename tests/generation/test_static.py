@@ -69,6 +69,72 @@ def test_one_graph_serves_every_step(family: str, backend: str, steps: int) -> N
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+def test_a_graph_may_work_on_copies() -> None:
+    """``aot_eager`` gives copies of a layer's tensors to its operator; steps that are not compiled follow them."""
+    model = families.build("gpt_oss")
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    found = []
+    for step, options in ((model, {}), (compiled, {"max_length": MAX})):
+        cache = quantized(model, "unbiased4", **options)
+        model(prompt(37), **as_cache(cache))
+        for run, count in ((model, 3), (step, 2 * PAGE), (model, 3), (step, PAGE)):
+            for seed in range(count):
+                run(prompt(1, seed=seed), **as_cache(cache))
+        found.append(model(prompt(1), **as_cache(cache)).logits)
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
+
+
+def test_a_compiled_step_must_fit_what_is_held() -> None:
+    model = families.build("llama")
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    cache = filled(model)
+    with pytest.raises(Exception, match=r"key_states \[3, .*does not go with what layer 0 holds: batch 2"):
+        step(prompt(1, 3), **as_cache(cache))
+    assert cache.get_seq_length() == 60
+    cache.integrity()
+
+
+def test_an_interrupted_compiled_pass_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.build("llama")
+    cache, other = filled(model), filled(model)
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(cache.layers[1].storage.steps, "attend", lambda *_: (_ for _ in ()).throw(MemoryError))
+        step(prompt(1, 2), **as_cache(cache))
+    with pytest.raises(RuntimeError, match=r"ended in the middle.*61 and 60"):
+        step(prompt(1, 2), **as_cache(cache))
+    cache.crop(0)
+    assert torch.equal(*(step(prompt(1, 2), **as_cache(held)).logits for held in (cache, other)))
+
+
+def test_compiled_steps_are_validated() -> None:
+    """NaN is an error before anything is stored."""
+    model = families.build("llama")
+    cache = filled(model, validate=True)
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    step(prompt(1, 2), **as_cache(cache))
+    model.model.layers[0].self_attn.k_proj.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="key_states holds NaN or infinity"):
+        step(prompt(1, 2), **as_cache(cache))
+    assert cache.get_seq_length() == 61
+
+
+def test_keys_and_values_between_updates() -> None:
+    """``layer.keys`` has the tokens that attention has not stored yet, and goes out of date by a compiled step."""
+    model = families.build("llama")
+    cache = filled(model)
+    layer = cache.layers[0]
+    new = torch.randn(2, model.config.num_key_value_heads, 3, model.config.head_dim)
+    before = layer.keys.clone()
+    cache.update(new, -new, 0)
+    assert torch.equal(layer.keys + 0, torch.cat([before, new], 2)) and torch.equal(layer.values[:, :, 60:], -new)
+    cache.crop(0)
+    held = layer.keys
+    torch.compile(model.forward, fullgraph=True, backend="eager")(prompt(1, 2), **as_cache(cache))
+    with pytest.raises(RuntimeError, match="keys of layer 0 are out of date"):
+        held.sum()
+
+
 def compiling(model: PreTrainedModel, **options: Any) -> list[tuple[int, ...]]:
     """Let ``generate`` compile on a CPU; returns a list that gets the shape of the tokens of each compiled step."""
     shapes: list[tuple[int, ...]] = []
@@ -133,7 +199,20 @@ def test_operators() -> None:
     Numbers(layer.tensors).counters[LENGTH] = slots - 1
     keys, mask = torch.randn(batch, heads, 1, model.config.head_dim), torch.ones(batch, 1, 1, MAX).bool()
     mask[..., 38:] = False
-    given = (keys.repeat_interleave(2, 1), keys, keys, mask, *layer.tensors, layer.settings_key, True, 0.2, 30.0, None)
+    state = cache.layers[1].tensors.state
+    given = (
+        keys.repeat_interleave(2, 1),
+        keys,
+        keys,
+        mask,
+        *layer.tensors,
+        state,
+        layer.settings_key,
+        True,
+        0.2,
+        30.0,
+        None,
+    )
     torch.library.opcheck(torch.ops.hf_kvcache.static_attend.default, given)
     torch.library.opcheck(torch.ops.hf_kvcache.tokens_seen.default, (layer.tensors.state,))
 

@@ -117,3 +117,23 @@ def test_the_same_pages_and_outputs(codec: str, window: int | None, updates: str
         if number % 7 == 0:
             same(growing, static)
     same(growing, static)
+
+
+def test_padding_that_was_taken_back_is_forgotten() -> None:
+    """No mask is needed any more then. Before it come a step that is all padding, and tokens around more of it."""
+    generator = torch.Generator().manual_seed(0)
+    growing, static = layers("none", None)
+    mask = torch.zeros(2, 0, dtype=torch.long)
+    for new in ([[0], [0]], [[1], [1]], None, [[1], [1]], [[1], [0]], [[1], [1]], None, [[1, 1], [1, 1]]):
+        if new is None:
+            for layer in (growing, static):
+                layer.crop(-2)
+            mask = mask[:, :-2]
+            continue
+        mask = torch.cat([mask, torch.tensor(new)], 1)
+        keys = torch.randn(2, HEADS, len(new[0]), DIM, generator=generator)
+        queries = torch.randn(2, HEADS * GROUP, len(new[0]), DIM, generator=generator)
+        found = [step(layer, keys, queries, None if mask.all() else mask) for layer in (growing, static)]
+        shown = torch.tensor(new).bool()
+        torch.testing.assert_close(found[1][shown], found[0][shown], atol=2e-4, rtol=2e-4)
+        same(growing, static)

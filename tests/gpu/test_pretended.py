@@ -47,6 +47,8 @@ COSTS: dict[str, tuple[Callable[[torch.Tensor], Any], tuple[int, int, int, int]]
     "a mask that is filled": (lambda x: x.__setitem__(mask(), 0.0), (2, 0, 0, 0)),
     "an index on the host": (lambda x: x[torch.tensor([0, 2])], (1, 1, 0, 1)),
     "an index on the device": (lambda x: x[torch.arange(2, device="cuda")], (2, 0, 0, 0)),
+    "distinct values": (lambda x: x.unique(), (1, 0, 1, 1)),
+    "a factor that may not exist": (lambda x: torch.linalg.cholesky(torch.diag(x + 1)), (4, 0, 1, 1)),
     "a number of the host": (lambda x: x + torch.tensor(1.0), (1, 0, 0, 0)),
 }
 
