@@ -241,7 +241,7 @@ class _Ones(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return torch.ones((), dtype=args[0].dtype).item()
+            return torch.ones((), dtype=args[0].dtype, device="cpu").item()
         to = kwargs.get("device")
         if func is torch.ops.aten._to_copy.default and args[0].is_meta and to is not None and to.type != "meta":
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=to)

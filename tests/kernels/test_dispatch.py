@@ -20,7 +20,7 @@ from hf_kvcache.kernels.visibility import Visibility
 
 CPU = torch.device("cpu")
 # A device that need not be there: dispatch looks at its type alone.
-ELSEWHERE = torch.device("meta")
+ELSEWHERE = torch.device("xpu")
 BUILT = pytest.mark.skipif(library.reason_missing() is not None, reason="the native library was not built")
 
 
@@ -102,7 +102,12 @@ def test_native_for_another_device(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     """The native kernels are for the CPU alone."""
     monkeypatch.setenv(dispatch.VARIABLE, "native")
     assert name_of("decode", ELSEWHERE) is None and name_of("pack", ELSEWHERE) is None
-    assert len(messages(caplog)) == 1 and "native kernels are for the CPU, not meta" in messages(caplog)[0]
+    assert len(messages(caplog)) == 1 and "native kernels are for the CPU, not xpu" in messages(caplog)[0]
+
+
+def test_nothing_is_computed_on_the_meta_device(caplog: pytest.LogCaptureFixture) -> None:
+    """Plans run there; no kernels are missed."""
+    assert name_of("decode", torch.device("meta")) is None and not messages(caplog)
 
 
 @pytest.mark.parametrize("forced", ["", "native"])
