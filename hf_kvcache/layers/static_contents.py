@@ -84,6 +84,15 @@ class StaticContents:
             held[row, self.numbers.positions[row, : self.lengths[row]]] = True
         return held
 
+    def check_room(self, length: int) -> None:
+        """Raise ValueError unless there is room for ``length`` more tokens."""
+        most, seen = self.settings.max_length, self.seen
+        if seen + length > most:
+            raise ValueError(
+                f"max_length={most!r}: the cache has seen {seen} tokens, and {length} more do not fit; accepted: "
+                f"{seen + length} or more. Build the cache with a larger max_length"
+            )
+
     def check(self) -> None:
         """Raise IntegrityError if a counter is out of range, or positions do not ascend."""
         numbers, paged = self.numbers, self.tensors.page_positions.numpy()

@@ -45,15 +45,6 @@ class StaticStorage(StaticContents):
 
     # -- storing --------------------------------------------------------------------------------------------------
 
-    def check_room(self, length: int) -> None:
-        """Raise ValueError unless there is room for ``length`` more tokens."""
-        most, seen = self.settings.max_length, self.seen
-        if seen + length > most:
-            raise ValueError(
-                f"max_length={most!r}: the cache has seen {seen} tokens, and {length} more do not fit; accepted: "
-                f"{seen + length} or more. Build the cache with a larger max_length"
-            )
-
     def store(self, keys: torch.Tensor, values: torch.Tensor, valid: np.ndarray | None) -> None:
         """Store ``T`` tokens ``[B, H, T, D]``, but for those that ``valid [B, T]`` marks as padding, and pack them."""
         if keys.shape[2] > 1:
