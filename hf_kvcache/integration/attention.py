@@ -105,8 +105,7 @@ def attention_function(
             layer.note_attended(AttentionCall(query, attention_mask, scoring, module=module))
         return result
     _check_supported(module, dropout, kwargs)
-    causal = _is_causal(module, kwargs)
-    call = AttentionCall(query, attention_mask, scoring, causal, module)
+    call = AttentionCall(query, attention_mask, scoring, _is_causal(module, kwargs), module)
     if not torch.is_grad_enabled() and not with_weights:
         return layer.attend(call), None
     sources = [x for x in (query, *layer.differentiable()) if x.requires_grad]

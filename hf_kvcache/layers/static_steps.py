@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,10 +53,11 @@ class StaticSteps:
         # Counted in the tensors, since a graph may have packed pages in copies of them.
         kind = (shapes, scoring.scaling, scoring.softcap, address, int(contents.numbers.page_events[0]))
         if self._call is None or self._kind != kind:
-            # A call on the CPU asks for these attributes only.
-            slots = Slots.__new__(Slots)
-            slots.keys, slots.values = contents.tensors.dense_keys, contents.tensors.dense_values
-            slots.positions, slots.lengths = contents.numbers.positions, lengths
+            tensors, positions = contents.tensors, contents.numbers.positions
+            # On a CPU the positions on the device are those of the host.
+            slots = Slots(
+                tensors.dense_keys, tensors.dense_values, positions, lengths, partial(torch.from_numpy, positions)
+            )
             window = contents.settings.window
             self._call = prepare(CallInputs(query, keys, values, contents.pages(), slots, scoring, window))
             self._kind = kind
