@@ -96,7 +96,7 @@ def _batch(
     for row, (tokens, length) in enumerate(zip(prompts, lengths, strict=True)):
         for part, stop in ((tokens[:length], stored), (tokens[length:], stored + rest)):
             ids[row, stop - len(part) : stop], mask[row, stop - len(part) : stop] = part, 1
-    cache = rows.join(store.make_cache(), [one for one, _ in found], lengths) if stored else store.make_cache()
+    cache = rows.join(store.make_cache(), [one for one, _ in found], lengths, stored) if stored else store.make_cache()
     all_ids, all_mask = _on(model, ids), _on(model, mask)
     last = stored + rest - 1
     if last > stored:

@@ -206,6 +206,31 @@ def test_a_fetched_batch(model: PreTrainedModel) -> None:
     cache.integrity()
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_padding_before_all_sequences(model: PreTrainedModel, rows: int) -> None:
+    """Columns of padding count, though every sequence has some; and what is put is taken out of its padding."""
+    ids = torch.cat([variant(80, 60, seed=1), variant(80, 50, seed=2)])[:rows]
+    mask = torch.ones_like(ids)
+    mask[0, :6], mask[1:, :13] = 0, 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    padded = small_cache(model)
+    full = forward(model, ids, padded, attention_mask=mask, position_ids=positions)
+    store = store_of(model, "none")
+    with pytest.raises(ValueError, match="has padding at"):
+        store.put(ids, padded)
+    store.put(ids, padded, mask)
+    for row in range(rows):
+        alone, length = store.fetch(ids[row, mask[row].bool()][:40])
+        assert length == 39 == alone.get_seq_length()
+        fresh = read(model, ids[row, mask[row].bool()][None, :39], "none")
+        assert (decode(model, alone, 5) - decode(model, fresh, 5)).abs().max() < ROUNDING
+    cache, columns = store.fetch(ids, mask)
+    assert columns == 79 == cache.get_seq_length() and cache.batch_size == rows
+    rest = forward(model, ids[:, 79:], cache, attention_mask=mask, position_ids=positions[:, 79:])
+    assert (rest[:, -1] - full[:, -1]).abs().max() < ROUNDING
+    cache.integrity()
+
+
 def test_shared_prefixes_are_held_once(model: PreTrainedModel) -> None:
     """Eight requests with a prefix hold its pages once, and what each adds; so does a batch of them."""
     store = store_of(model)
@@ -268,6 +293,10 @@ def test_bad_input_changes_nothing(model: PreTrainedModel) -> None:
         store.fetch(ids.float())
     with pytest.raises(ValueError, match="hides tokens behind others"):
         store.fetch(ids, torch.cat([torch.ones(1, 39), torch.zeros(1, 1)], 1))
+    static = KVCache(model.config, "rotated4", max_length=260)
+    forward(model, ids, static)
+    with pytest.raises(ValueError, match=r"put\(\) of a cache with max_length=260"):
+        store.put(ids, static)
     drafting = cache.fork()
     drafting.activate_past_recording()
     forward(model, prompt(3), drafting)
