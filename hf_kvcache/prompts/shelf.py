@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from hf_kvcache.cache.base import KVCache
-from hf_kvcache.cache.serialization import describe_settings
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.prompts.accounting import Held
 from hf_kvcache.prompts.catalog import Candidate, Catalog
@@ -23,6 +22,7 @@ from hf_kvcache.prompts.disk import DiskTier
 from hf_kvcache.prompts.entry import Entry, can_crop, cropped, only_whole
 from hf_kvcache.prompts.files import PromptFile, largest_file, prompt_tokens, read_prompt
 from hf_kvcache.prompts.memory import MemoryTier
+from hf_kvcache.prompts.namespace import settings_of
 from hf_kvcache.prompts.remote_tier import RemoteTier
 from hf_kvcache.prompts.stats import StoreStats
 from hf_kvcache.prompts.writer import BackgroundWriter
@@ -55,7 +55,7 @@ class Shelf:
     ) -> None:
         self._make_cache, self._disk, self._remote, self._private = make_cache, disk, remote, private
         empty = make_cache()
-        self._settings, self._only_whole = describe_settings(empty.options), only_whole(empty)
+        self._settings, self._only_whole = settings_of(empty), only_whole(empty)
         #: Whether a longer prompt can always stand in for one that it begins with.
         self._replaceable = not self._only_whole and all(x.sliding_window is None for x in empty.own_layers)
         self.device: Any = None
@@ -197,7 +197,7 @@ class Shelf:
 
     def check_settings(self, cache: KVCache) -> None:
         """Raise ValueError unless a cache has the settings of those that this store makes."""
-        for name, value in describe_settings(cache.options).items():
+        for name, value in settings_of(cache).items():
             if value != self._settings[name]:
                 raise ValueError(
                     f"the cache has {name}={value!r}; accepted by this store: {self._settings[name]!r}, as make_cache "

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from hf_kvcache import KVCache
+from hf_kvcache import HeavyHitterCache, KVCache
 from hf_kvcache.codecs import specs
 from hf_kvcache.prompts import PromptStore
+from hf_kvcache.prompts.namespace import digest_of, namespace_of
 from tests.generation.kinds import KINDS, decode
 from tests.prompts.test_files import same
 from tests.prompts.test_tree import common
@@ -327,3 +328,47 @@ def test_another_model_is_refused(model: PreTrainedModel) -> None:
     changed.load_state_dict({**model.state_dict(), "lm_head.weight": weight * 1.001})
     with pytest.raises(ValueError, match="other weights"):
         store.generate(changed, ids, **GREEDY)
+
+
+def test_changes_of_a_known_model_are_refused(model: PreTrainedModel) -> None:
+    """Training in place, another active adapter, and saved buffers make another model of the same object."""
+
+    class Tuned(torch.nn.Linear):
+        """As PEFT's layers: what is active is no parameter."""
+
+        chosen = ("one",)
+
+        @property
+        def active_adapters(self) -> tuple[str, ...]:
+            return self.chosen
+
+    changed = type(model)(model.config).eval()
+    head = Tuned(*reversed(changed.lm_head.weight.shape), bias=False)
+    changed.lm_head = head
+    head.register_buffer("packed", torch.ones(3))
+    store, ids = store_of(changed), prompt(40)
+    for change in (
+        lambda: setattr(head, "chosen", ("two",)),
+        lambda: head.packed.zero_(),
+        lambda: head.weight.mul_(1.01),
+    ):
+        store.generate(changed, ids, **GREEDY)
+        with torch.no_grad():
+            change()
+        with pytest.raises(ValueError, match="other weights or adapters"):
+            store.generate(changed, ids, **GREEDY)
+        store = store_of(changed)
+
+
+def test_long_pins_keep_stores_apart(model: PreTrainedModel) -> None:
+    def make(at: int) -> HeavyHitterCache:
+        pin = torch.zeros(1, 2000, dtype=torch.bool)
+        pin[0, at] = True
+        return HeavyHitterCache(model.config, 2028, "snapkv", tail_length=4, page_size=8, pin=pin)
+
+    one, two = (namespace_of(make(at), model, None, "") for at in (900, 901))
+    assert one == namespace_of(make(900), model, None, "") and digest_of(one) != digest_of(two)
+    other = make(901)
+    forward(model, prompt(40), other)
+    with pytest.raises(ValueError, match="pins="):
+        PromptStore(lambda: make(900), model=model).put(prompt(40), other)
