@@ -50,6 +50,15 @@ def settings_of(cache: KVCache) -> dict[str, Any]:
     return describe_settings(cache.options) | {"pins": pins}
 
 
+def check_settings(cache: KVCache, settings: dict[str, Any]) -> None:
+    """Raise ValueError unless a cache has these :func:`settings_of` a store's caches."""
+    for name, value in settings_of(cache).items():
+        if value != settings[name]:
+            raise ValueError(
+                f"the cache has {name}={value!r}; accepted by this store: {settings[name]!r}, as make_cache makes them"
+            )
+
+
 def digest_of(namespace: dict[str, Any]) -> str:
     """A name for a namespace."""
     return hashlib.sha256(json.dumps(namespace, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -16,7 +16,7 @@ from hf_kvcache.cache.loading import check_savable
 from hf_kvcache.prompts import rows
 from hf_kvcache.prompts.chat import Chat
 from hf_kvcache.prompts.generating import generate
-from hf_kvcache.prompts.namespace import KnownModel, digest_of, namespace_of
+from hf_kvcache.prompts.namespace import KnownModel, check_settings, digest_of, namespace_of, settings_of
 from hf_kvcache.prompts.shelf import Shelf
 from hf_kvcache.prompts.sizes import size
 from hf_kvcache.prompts.stats import StoreStats
@@ -68,7 +68,7 @@ class PromptStore:
             raise ValueError(f"make_cache returned {empty!r}; accepted: a function that returns an empty KVCache")
         empty.refuse_static("a PromptStore")
         budgets = {"memory": size("memory", memory), "disk": size("disk", disk)}
-        self._make, self._known = make_cache, KnownModel(model)
+        self._make, self._known, self._settings = make_cache, KnownModel(model), settings_of(empty)
         described = namespace_of(empty, model, tokenizer, namespace)
         if (directory is not None or remote is not None) and described["model"]["name"] is None and model is None:
             raise ValueError("model=None: the config names no model; accepted: the model, whose weights are then known")
@@ -188,7 +188,7 @@ class PromptStore:
                 f"the cache has read {seen} tokens of {cache.batch_size} sequences; accepted with these input_ids: "
                 f"{length} of {batch}"
             )
-        self._shelf.check_settings(cache)
+        check_settings(cache, self._settings)
         if padding != [0] and not self.joinable:
             raise ValueError(
                 f"a {type(cache).__name__} of {batch} sequences of this model cannot be taken apart; accepted: caches "
