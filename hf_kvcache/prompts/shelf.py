@@ -85,8 +85,7 @@ class Shelf:
         for candidate in sorted(candidates, key=lambda x: (-x.length, _RANK[x.tier])):
             file = candidate.tier, candidate.name
             cache = None if file in gone else self._open(candidate)
-            if cache is None and candidate.name:
-                gone.add(file)
+            gone |= {file} if cache is None and candidate.name else set()
             if cache is not None and can_crop(cache, candidate.length):
                 return cropped(cache, candidate.length), candidate.length, candidate.tier
         return None, 0, ""

@@ -230,7 +230,9 @@ class PromptStore:
                 with a store; and as :meth:`put`.
         """
         self._known.check(model)
-        self._shelf.device = model.device
+        # Layers of a model on several devices move with their first update. None of them may lie on the first device.
+        split = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+        self._shelf.device = None if split or model.device.type == "meta" else model.device
         return generate(self, model, input_ids, attention_mask, keep_reply, checkpoints, generation_options)
 
     def chat(self, model: PreTrainedModel, tokenizer: Any, messages: Any = (), **generation_options: Any) -> Chat:

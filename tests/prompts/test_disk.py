@@ -42,6 +42,18 @@ def test_a_later_store_goes_on(kind: str, tmp_path: Path) -> None:
     assert later.stats().bytes["disk"] == size_of(tmp_path)
 
 
+def test_split_models_place_their_layers_themselves(model: PreTrainedModel, tmp_path: Path) -> None:
+    """A file is not moved to the first of several devices, where the layers of the others do not lie."""
+    store, split = store_of(model, directory=tmp_path), families.build("llama")
+    store.generate(model, prompt(40), **GREEDY)
+    assert store._shelf.device == model.device
+    split.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1}
+    later = store_of(split, directory=tmp_path)
+    store.flush()
+    assert torch.equal(later.generate(split, prompt(40), **GREEDY), store.generate(model, prompt(40), **GREEDY))
+    assert later._shelf.device is None and later.stats().hits_by_tier["disk"] == 1
+
+
 def test_two_stores_share_a_directory(model: PreTrainedModel, tmp_path: Path) -> None:
     """Files that another store writes or deletes are noticed; those of other settings are not even looked at."""
     one, two = (store_of(model, directory=tmp_path) for _ in range(2))
