@@ -162,8 +162,24 @@ def test_generate_is_that_of_the_model(model: PreTrainedModel) -> None:
             assert torch.equal(store.generate(model, ids, keep_reply=keep, **GREEDY), plain)
     found = store.generate(model, ids, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(found.sequences, plain)
-    beams = model.generate(ids, **as_cache(small_cache(model)), num_beams=3, **GREEDY)
-    assert torch.equal(store.generate(model, ids, num_beams=3, **GREEDY), beams)
+    for several in ({"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}):
+        for prompts in (variant(70, 40, seed=1), torch.cat([variant(70, 40, seed=1), variant(70, 20, seed=2)])):
+            beams = model.generate(prompts, **as_cache(small_cache(model)), **several, **GREEDY)
+            for _ in range(2):
+                assert torch.equal(store.generate(model, prompts, **several, **GREEDY), beams)
+
+
+@pytest.mark.parametrize("kind", some(["recurrent", "snapkv"], "recurrent"))
+def test_put_in_inference_mode(kind: str) -> None:
+    """What was read in inference mode can be gone on with outside of it."""
+    model = KINDS[kind].build()
+    store = PromptStore(lambda: KINDS[kind].cache(model), model=model)
+    with torch.inference_mode():
+        first = store.generate(model, prompt(40), keep_reply=True, **GREEDY)
+    assert torch.equal(store.generate(model, prompt(40), **GREEDY), first)
+    if kind == "recurrent":
+        beams = model.generate(prompt(40), **as_cache(KINDS[kind].cache(model)), num_beams=2, **GREEDY)
+        assert torch.equal(store.generate(model, prompt(40), num_beams=2, **GREEDY), beams)
 
 
 @pytest.mark.parametrize("kind", some(["none", "recurrent", "sliding", "low rank"], "none"))
@@ -308,6 +324,8 @@ def test_bad_input_changes_nothing(model: PreTrainedModel) -> None:
         small.put(ids, cache)
     with pytest.raises(ValueError, match="token ids only"):
         store.generate(model, ids, pixel_values=torch.ones(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens=3: assisted"):
+        store.generate(model, ids, prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="keep_reply=True with num_beams=2"):
         store.generate(model, ids, keep_reply=True, num_beams=2)
     for one in (store, small):
