@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from hf_kvcache.cache.model_config import (
     decoder_config,
     shares_keys,
 )
+from hf_kvcache.cache.other_layers import copied
 from hf_kvcache.cache.replay import compress, replay
 from hf_kvcache.cache.saving import SavableCache
 from hf_kvcache.codecs import Codec, resolve
@@ -178,7 +178,7 @@ class KVCache(SavableCache):
         """An independent copy of the cache. It shares the pages, which is safe because written pages never change."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.layers = [layer.fork() if isinstance(layer, OwnLayer) else deepcopy(layer) for layer in self.layers]
+        other.layers = [layer.fork() if isinstance(layer, OwnLayer) else copied(layer) for layer in self.layers]
         other._pass, other._read_check = self._pass.copy(), self._read_check.copy()
         return other
 

@@ -26,6 +26,8 @@ _KIND = "hf_kvcache cache"
 _VERSION = 1
 FORMAT = f"{_KIND} {_VERSION}"
 _WHAT = "a cache; accepted: what KVCache.save() writes"
+#: What every description of a cache has beside that of its model.
+_DESCRIBED = ("class", "seen", "tokens", "tokens_digest", "settings", "settings_missing")
 #: What a config may say of its model and another one leaves open.
 _OPTIONAL = ("name", "revision")
 
@@ -97,16 +99,20 @@ def check_ids(input_ids: torch.Tensor, batch: int, seen: int) -> np.ndarray:
     Raises:
         ValueError: unless they are whole numbers, ``seen`` for each of ``batch`` sequences.
     """
-    ids = torch.as_tensor(input_ids, device="cpu")
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"input_ids of {ids.dtype}; accepted: whole numbers")
-    if ids.dim() == 1:
-        ids = ids[None]
+    ids = whole_ids(input_ids)
     if tuple(ids.shape) != (batch, seen):
         raise ValueError(
             f"input_ids of shape {list(ids.shape)}; accepted: [{batch}, {seen}], the tokens that the cache has seen"
         )
-    return ids.numpy().astype(np.int64)
+    return ids
+
+
+def whole_ids(input_ids: torch.Tensor) -> np.ndarray:
+    """``input_ids [B, n]`` or ``[n]`` as int64 ``[B, n]`` on the host; raises ValueError unless whole numbers."""
+    ids = torch.as_tensor(input_ids, device="cpu")
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"input_ids of {ids.dtype}; accepted: whole numbers")
+    return (ids[None] if ids.dim() == 1 else ids).numpy().astype(np.int64)
 
 
 def write(
@@ -168,6 +174,8 @@ def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = json.loads(metadata["about"])
         if not isinstance(found, dict) or not isinstance(found["model"], dict):
             raise TypeError("no description of the model")
+        for name in _DESCRIBED:
+            found[name]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path={str(path)!r} is damaged: {error}") from error
     return found

@@ -92,11 +92,10 @@ def _subclasses(cls: Any) -> list[Any]:
 
 def _check_tokens(path: Any, described: dict[str, Any], input_ids: torch.Tensor) -> None:
     """Raise ValueError unless a file is of these tokens."""
-    ids = torch.as_tensor(input_ids, device="cpu")
-    ids = ids[None] if ids.dim() == 1 else ids
+    ids = files.whole_ids(input_ids)
     if described["tokens_digest"] is None:
         raise ValueError(f"path={str(path)!r} does not say of which tokens it is; accepted: input_ids=None")
-    if files.token_digest(ids.numpy()) != described["tokens_digest"]:
+    if files.token_digest(ids) != described["tokens_digest"]:
         raise ValueError(
             f"path={str(path)!r} is of other tokens than input_ids of shape {list(ids.shape)}: of {described['seen']} "
             f"tokens with the digest {described['tokens_digest'][:16]}..."

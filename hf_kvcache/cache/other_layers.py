@@ -6,6 +6,7 @@ tensors by number, and plain values (numbers, strings, booleans, None).
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -32,6 +33,22 @@ def tensors(index: int, layer: Any) -> dict[str, torch.Tensor]:
                 "cannot be saved; accepted: tensors, numbers, strings"
             )
     return found
+
+
+@torch.inference_mode(False)
+def copied(layer: Any) -> Any:
+    """A copy of a layer, to which a model can write outside of inference mode too."""
+    other = deepcopy(layer)
+    for name, value in list(vars(other).items()):
+        if isinstance(value, dict):
+            setattr(other, name, {key: _normal(part) for key, part in value.items()})
+        else:
+            setattr(other, name, _normal(value))
+    return other
+
+
+def _normal(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 def plain_values(layer: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,6 +20,9 @@ _MARKER = "hf_kvcache_prompts.json"
 _VERSION = 1
 _SUFFIX = ".safetensors"
 _LOCK = ".lock"
+#: Names that a store gives to the folders of namespaces and to the files of prompts. What has other names is not ours.
+_FOLDER = re.compile(r"[0-9a-f]{32}")
+_FILE = re.compile(r"[0-9a-f]{64}\.safetensors|\.([0-9a-f]{64}\.safetensors|namespace\.json)\.[0-9a-f]+\.tmp")
 #: The clock of a file system stands still for some milliseconds. A folder that has just changed is listed again.
 _CLOCK_NS = 100_000_000
 
@@ -39,16 +43,13 @@ class DiskTier:
     """
 
     def __init__(self, directory: Path, namespace: dict[str, Any], budget: int) -> None:
-        self.root, self.budget = directory, budget
+        self.root, self.budget, self._namespace = directory, budget, namespace
         self.folder = directory / digest_of(namespace)
         _claim(directory)
         self._lock = FileLock(directory / _LOCK, mode=0o600)
         with self._lock:
             self._drop_temporary()
-            _private_folder(self.folder)
-            about = self.folder / "namespace.json"
-            if not about.exists():
-                replace_file(about, lambda file: file.write(json.dumps(namespace, default=str).encode()), 0o600)
+            self._make_folder()
         self._listed: tuple[int, int] | None = None
         self.evictions = 0
 
@@ -59,7 +60,11 @@ class DiskTier:
     def names(self) -> set[str] | None:
         """The names of all prompts; None if none has come or gone since the last call."""
         now = time.time_ns()
-        changed = os.stat(self.folder).st_mtime_ns
+        try:
+            changed = os.stat(self.folder).st_mtime_ns
+        except FileNotFoundError:  # someone has deleted it; the next prompt makes it again
+            self._listed = None
+            return set()
         if self._listed is not None and self._listed[0] == changed and self._listed[1] > changed + _CLOCK_NS:
             return None
         self._listed = changed, now
@@ -85,9 +90,12 @@ class DiskTier:
         Returns:
             Whether the file is there; False if it does not fit into the budget.
         """
+        if not self.folder.exists():
+            _claim(self.root)
         with self._lock:
             if self.path(name).exists():
                 return True
+            self._make_folder()
             self._drop_temporary()
             if not self._make_room(size):
                 return False
@@ -114,13 +122,20 @@ class DiskTier:
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
         """When a file was used last, its size and its path."""
-        for folder in list(os.scandir(self.root)):
-            if folder.is_dir():
+        for folder in list(os.scandir(self.root)) if self.root.exists() else ():
+            if _FOLDER.fullmatch(folder.name) and folder.is_dir(follow_symlinks=False):
                 for entry in list(os.scandir(folder.path)):
                     with suppress(OSError):  # another process may have deleted it
-                        if entry.name.endswith((_SUFFIX, ".tmp")):
-                            found = entry.stat()
+                        if _FILE.fullmatch(entry.name):
+                            found = entry.stat(follow_symlinks=False)
                             yield found.st_mtime_ns, found.st_size, Path(entry.path)
+
+    def _make_folder(self) -> None:
+        _private_folder(self.folder)
+        about = self.folder / "namespace.json"
+        if not about.exists():
+            content = json.dumps(self._namespace, default=str).encode()
+            replace_file(about, lambda file: file.write(content), 0o600)
 
     def _make_room(self, size: int) -> bool:
         files = sorted(self._files())
@@ -164,6 +179,14 @@ def _claim(directory: Path) -> None:
         ) from error
     if found["version"] != _VERSION:
         raise ValueError(f"directory={str(directory)!r} has version {found['version']!r}; accepted: {_VERSION}")
+    if os.name == "posix" and directory.stat().st_mode & 0o077:
+        try:
+            _private_folder(directory)
+        except OSError as error:
+            raise ValueError(
+                f"directory={str(directory)!r} is open to others, who could put prompts there: {error}; accepted: a "
+                "folder of one's own"
+            ) from error
 
 
 def _private_folder(folder: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from io import BytesIO
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 
 from hf_kvcache.cache import files
 from hf_kvcache.cache.base import KVCache
+from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.prompts.accounting import bytes_beside_pages, pages_of
 from hf_kvcache.prompts.digests import prompt_digests
 from hf_kvcache.utils.safetensors import file_size, write_file
@@ -58,6 +61,19 @@ def largest_file(cache: KVCache, tokens: int) -> int:
     return pages + bytes_beside_pages(cache) + header
 
 
+def check_file(cache: KVCache, tokens: int, budget: int | None) -> None:
+    """Raise ValueError if a cache after ``tokens`` tokens cannot be saved, or its file alone may be over a budget."""
+    for layer in cache.own_layers:
+        if isinstance(layer, EvictingLayer) and layer.evictor is not None and layer.evictor.schedule.pending:
+            raise ValueError("the prompt waits to be evicted; call compress() before the cache is put in the store")
+    size = largest_file(cache, tokens)
+    if budget is not None and size > budget:
+        raise ValueError(
+            f"disk={budget!r} bytes may be less than the file of this prompt of {tokens} tokens takes; accepted: from "
+            f"{size}"
+        )
+
+
 def prompt_tokens(about: dict[str, Any]) -> np.ndarray | None:
     """The tokens ``[n]`` that a file says it is of; None if it is private.
 
@@ -66,6 +82,8 @@ def prompt_tokens(about: dict[str, Any]) -> np.ndarray | None:
     """
     try:
         tokens, digests, seen = about["tokens"], about["prompt_digests"], about["seen"]
+        if type(seen) is not int or not digests or not all(isinstance(digest, str) for digest in digests):
+            raise ValueError("no number of tokens, or no digests")
         if tokens is None:
             return None
         ids = np.array(tokens[0], dtype=np.int64)
@@ -98,3 +116,13 @@ def read_prompt(path: str | PathLike[str], empty: KVCache, digest: str, device: 
     if empty.get_seq_length() != about["seen"]:
         raise ValueError(f"path={str(path)!r} holds {empty.get_seq_length()} tokens, not {about['seen']}")
     return empty
+
+
+def read_content(
+    content: bytes, empty: KVCache, digest: str, device: torch.device | str | None
+) -> tuple[KVCache, np.ndarray | None]:
+    """:func:`read_prompt` of the content of a file that is nowhere on this machine, and :func:`prompt_tokens`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "prompt"
+        path.write_bytes(content)
+        return read_prompt(path, empty, digest, device), prompt_tokens(files.read_about(path))

@@ -17,6 +17,8 @@ from hf_kvcache.utils.validation import whole
 
 #: Options of ``generate`` that have several sequences for one prompt.
 _SEVERAL = ("num_beams", "num_return_sequences")
+#: Options with which transformers reads the whole prompt again on top of a cache that has read it.
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 #: A prompt is read as a whole unless this share of it is stored: the first pass of an empty cache is the model's own.
@@ -70,7 +72,7 @@ def _one(
             _read(model, cache, ids[:, :stop], torch.ones_like(ids[:, :stop]), length)
             store.put(ids[:, :stop], cache)
             length = stop
-    output = _model(model).generate(ids, attention_mask=torch.ones_like(ids), **{CACHE_ARGUMENT: cache}, **options)
+    output = _generate(model, cache, ids, torch.ones_like(ids), options)
     if keep_reply:
         _keep(store, cache, _sequences(output)[0])
     return _behind(given, output, ids.shape[1])
@@ -96,7 +98,7 @@ def _batch(
     for row, (tokens, length) in enumerate(zip(prompts, lengths, strict=True)):
         for part, stop in ((tokens[:length], stored), (tokens[length:], stored + rest)):
             ids[row, stop - len(part) : stop], mask[row, stop - len(part) : stop] = part, 1
-    cache = rows.join(store.make_cache(), [one for one, _ in found], lengths) if stored else store.make_cache()
+    cache = rows.join(store.make_cache(), [one for one, _ in found], lengths, stored) if stored else store.make_cache()
     all_ids, all_mask = _on(model, ids), _on(model, mask)
     last = stored + rest - 1
     if last > stored:
@@ -104,7 +106,7 @@ def _batch(
         for row, tokens in enumerate(prompts):
             if len(tokens) - 1 > lengths[row]:
                 store.put(tokens[:-1], rows.take_out(cache, row))
-    output = _model(model).generate(all_ids, attention_mask=all_mask, **{CACHE_ARGUMENT: cache}, **options)
+    output = _generate(model, cache, all_ids, all_mask, options)
     if keep_reply:
         for row, tokens in enumerate(prompts):
             reply = _sequences(output)[row, stored + rest :].cpu().numpy()
@@ -129,6 +131,22 @@ def _one_by_one(
     longest = max(reply.shape[1] for reply in replies)
     padded = [torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=_pad_token(model)) for x in replies]
     return torch.cat([given.to(model.device).repeat_interleave(several, 0), torch.cat(padded)], 1)
+
+
+def _generate(
+    model: PreTrainedModel, cache: KVCache, ids: torch.Tensor, mask: torch.Tensor, options: dict[str, Any]
+) -> Any:
+    """Generate behind a cache of ``ids`` but the last, which has one sequence for each prompt."""
+    several = max(_option(model, options, name) for name in _SEVERAL)
+    if several > 1 and cache.get_seq_length():
+        # `generate` repeats the ids, and leaves a cache as it is. Recurrent layers can be reordered, but not repeated.
+        cache.reorder_cache(torch.arange(ids.shape[0], device=model.device).repeat_interleave(several))
+    return _model(model).generate(ids, attention_mask=mask, **{CACHE_ARGUMENT: cache}, **options)
+
+
+def _option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
+    """An option of ``generate``, from where it takes it; 1 if there is none."""
+    return options.get(name, getattr(options.get("generation_config") or model.generation_config, name, 1)) or 1
 
 
 @torch.no_grad()
@@ -196,9 +214,13 @@ def _check(
         if isinstance(value, torch.Tensor):
             raise ValueError(f"{name} of shape {list(value.shape)}: the store knows prompts by their token ids only")
     for name in _SEVERAL:
-        value = options.get(name, getattr(options.get("generation_config", model.generation_config), name, 1)) or 1
+        value = _option(model, options, name)
         if keep_reply and value != 1:
             raise ValueError(f"keep_reply=True with {name}={value!r}; accepted: 1, since one reply follows a prompt")
+    for name in _ASSISTED:
+        given = options.get(name, getattr(options.get("generation_config") or model.generation_config, name, None))
+        if given is not None:
+            raise ValueError(f"{name}={given!r}: assisted generation reads the whole prompt again; accepted: None")
     for stop in checkpoints:
         whole("checkpoints", stop)
     if checkpoints and len(prompts) > 1:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 from weakref import ref
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache.cache.base import KVCache
@@ -24,18 +26,37 @@ def namespace_of(cache: KVCache, model: PreTrainedModel | None, tokenizer: Any, 
         name: what the user adds.
     """
     dtype = cache.config.dtype if model is None else model.dtype
-    eviction = cache.options.eviction
     return {
         "format": FORMAT,
         "class": type(cache).__name__,
         "model": fingerprint(cache.config if model is None else model.config),
         "weights": None if model is None else weights_digest(model),
         "dtype": str(dtype),
-        "settings": describe_settings(cache.options),
-        "pins": None if eviction is None else [eviction.pins.span, str(eviction.pins.mask)],
+        "settings": settings_of(cache),
         "tokenizer": None if tokenizer is None else [str(tokenizer.name_or_path), len(tokenizer)],
         "name": name,
     }
+
+
+def settings_of(cache: KVCache) -> dict[str, Any]:
+    """The settings of a cache, and which tokens are pinned, as values for JSON."""
+    eviction = cache.options.eviction
+    pins = None
+    if eviction is not None:
+        mask = eviction.pins.mask
+        # A digest: the text of a long array leaves out its middle.
+        given = None if mask is None else [list(mask.shape), hashlib.sha256(mask.tobytes()).hexdigest()]
+        pins = [eviction.pins.span, given]
+    return describe_settings(cache.options) | {"pins": pins}
+
+
+def check_settings(cache: KVCache, settings: dict[str, Any]) -> None:
+    """Raise ValueError unless a cache has these :func:`settings_of` a store's caches."""
+    for name, value in settings_of(cache).items():
+        if value != settings[name]:
+            raise ValueError(
+                f"the cache has {name}={value!r}; accepted by this store: {settings[name]!r}, as make_cache makes them"
+            )
 
 
 def digest_of(namespace: dict[str, Any]) -> str:
@@ -44,9 +65,9 @@ def digest_of(namespace: dict[str, Any]) -> str:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """A digest of samples of all weights that are loaded, adapters included."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    """A digest of samples of all weights that are loaded, adapters included, and of which adapters are active."""
+    digest = hashlib.sha256(json.dumps(_adapters(model), default=str).encode())
+    for name, weight in _weights(model):
         digest.update(f"{name} {list(weight.shape)}".encode())
         if not weight.is_meta and weight.numel():
             flat = weight.detach().flatten()
@@ -54,23 +75,49 @@ def weights_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and the buffers that are saved with them, where quantized models have their weights."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer
+
+
+def _adapters(model: PreTrainedModel) -> list[Any]:
+    """Which adapters each layer of PEFT uses, by the attributes that it keeps them in."""
+    names = "active_adapters", "disable_adapters", "merged", "scaling"
+    return [
+        [prefix, *(getattr(module, name, None) for name in names)]
+        for prefix, module in model.named_modules()
+        if isinstance(getattr(type(module), "active_adapters", None), property)
+    ]
+
+
+def _versions(model: PreTrainedModel) -> list[Any]:
+    """What changes with the weights, as far as torch counts it, without reading them."""
+    weights = [(id(x), 0 if x.is_inference() else x._version) for _, x in _weights(model)]
+    return [weights, json.dumps(_adapters(model), default=str)]
+
+
 class KnownModel:
     """The model that a store's prompts were read by, once it has been shown."""
 
     def __init__(self, model: PreTrainedModel | None) -> None:
         self._digest: str | None = None
-        self._latest: ref[PreTrainedModel] | None = None
+        self._latest: tuple[ref[PreTrainedModel], list[Any]] | None = None
         if model is not None:
             self.check(model)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError unless ``model`` has the weights of the first one that was shown."""
-        if self._latest is not None and self._latest() is model:
+        versions = _versions(model)
+        if self._latest is not None and self._latest[0]() is model and self._latest[1] == versions:
             return
         digest = weights_digest(model)
         if self._digest not in (None, digest):
             raise ValueError(
-                f"model={type(model).__name__} of {model.config.name_or_path!r} has other weights than the model that "
-                "this store was used with before; accepted: the same model. Open a store for each model."
+                f"model={type(model).__name__} of {model.config.name_or_path!r} has other weights or adapters than the "
+                "model that this store was used with before; accepted: the same. Open a store for each."
             )
-        self._digest, self._latest = digest, ref(model)
+        self._digest, self._latest = digest, (ref(model), versions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any, Protocol
 
 _SUFFIX = ".safetensors"
@@ -16,7 +17,7 @@ class Remote(Protocol):
         """The names of all files."""
 
     def about(self, names: list[str]) -> dict[str, dict[str, Any]]:
-        """The descriptions of files; those that are gone are left out."""
+        """The descriptions of files; those that are gone or cannot be read are left out."""
 
     def read(self, name: str) -> bytes:
         """The content of a file."""
@@ -36,6 +37,15 @@ def remote_of(url: str, namespace: str) -> Remote:
     if not separator:
         raise ValueError(f"remote={url!r}; accepted: a URL such as 's3://bucket/folder' or 'redis://host:6379/0', None")
     return RedisRemote(url, namespace) if scheme in ("redis", "rediss", "unix") else FileRemote(url, namespace)
+
+
+def _readable(found: dict[str, bytes]) -> dict[str, Any]:
+    """Descriptions as values. One that another machine is writing, or died over, is left out."""
+    values = {}
+    for name, content in found.items():
+        with suppress(ValueError):
+            values[name] = json.loads(content)
+    return values
 
 
 class FileRemote:
@@ -63,7 +73,7 @@ class FileRemote:
     def about(self, names: list[str]) -> dict[str, dict[str, Any]]:
         paths = {f"{self._folder}/{name}{_ABOUT}": name for name in names}
         found = self._fs.cat(list(paths), on_error="omit") if paths else {}
-        return {path.rsplit("/", 1)[-1].removesuffix(_ABOUT): json.loads(content) for path, content in found.items()}
+        return _readable({path.rsplit("/", 1)[-1].removesuffix(_ABOUT): content for path, content in found.items()})
 
     def read(self, name: str) -> bytes:
         return self._fs.cat_file(f"{self._folder}/{name}{_SUFFIX}")
@@ -94,7 +104,7 @@ class RedisRemote:
 
     def about(self, names: list[str]) -> dict[str, dict[str, Any]]:
         found = self._server.hmget(self._key, names) if names else []
-        return {name: json.loads(content) for name, content in zip(names, found, strict=True) if content is not None}
+        return _readable({name: content for name, content in zip(names, found, strict=True) if content is not None})
 
     def read(self, name: str) -> bytes:
         content = self._server.get(f"{self._key}:{name}")

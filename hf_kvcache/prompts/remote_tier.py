@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from contextlib import suppress
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class RemoteTier:
     def __init__(self, remote: Remote) -> None:
         self._remote, self._lock = remote, threading.Lock()
         self._index = DigestIndex()
+        self._missing: dict[str, float] = {}  # prompts that are gone or damaged though listed, and until when
         self._looks_again = self._works_again = 0.0
         self._warned = False
         self.failures = 0
@@ -56,13 +58,16 @@ class RemoteTier:
                 return
         try:
             self._remote.write(name, prompt.content(), {key: prompt.about[key] for key in ("seen", "prompt_digests")})
+            with self._lock:
+                self._missing.pop(name, None)
         except Exception as error:
             self._failed(error)
 
     def forget(self, name: str) -> None:
-        """Do not look for a prompt there until it is listed again."""
+        """Do not look for a prompt there for a while: it is gone or damaged. It may be written again."""
         with self._lock:
             self._index.remove(name)
+            self._missing[name] = time.monotonic() + PAUSE
 
     def _look(self) -> None:
         with self._lock:
@@ -71,10 +76,11 @@ class RemoteTier:
                 return
             self._looks_again = now + REFRESH
             known = self._index.names()
+            self._missing = {name: until for name, until in self._missing.items() if until > now}
+            missing = set(self._missing)
         try:
-            names = self._remote.names()
+            names = self._remote.names() - missing
             abouts = self._remote.about(sorted(names - known))
-            found = [(name, int(x["seen"]), [str(d) for d in x["prompt_digests"]]) for name, x in abouts.items()]
         except Exception as error:
             self._failed(error)
             return
@@ -82,8 +88,11 @@ class RemoteTier:
             self._warned = False
             for name in known - names:
                 self._index.remove(name)
-            for name, seen, digests in found:
-                self._index.add(name, seen, digests)
+            for name, about in abouts.items():
+                with suppress(IndexError, KeyError, TypeError, ValueError):  # no description of a prompt
+                    digests = [str(digest) for digest in about["prompt_digests"]]
+                    if digests[-1] == name and name not in self._missing:
+                        self._index.add(name, int(about["seen"]), digests)
 
     def _failed(self, error: Exception) -> None:
         with self._lock:

@@ -45,21 +45,36 @@ def prompts_of(input_ids: Any, attention_mask: Any = None) -> list[np.ndarray]:
     return [row[keep].astype(np.int64) for row, keep in zip(ids.numpy(), mask.numpy(), strict=True)]
 
 
+def width_of(input_ids: Any) -> int:
+    """Columns of ``input_ids``, padding included."""
+    return int(torch.as_tensor(input_ids, device="cpu").shape[-1])
+
+
 def joinable(cache: KVCache) -> bool:
     """Whether caches of this kind can be put together to a batch, and taken apart."""
     return all(can_join(layer) for layer in cache.layers)
 
 
-def join(empty: KVCache, caches: Sequence[KVCache], lengths: Sequence[int]) -> KVCache:
+def padding_of(cache: KVCache, row: int) -> np.ndarray:
+    """The positions of the padding of one sequence, ascending, as the layers of a cache say."""
+    layer = next((x for x in cache.own_layers if isinstance(x, KVCacheLayer) and x.is_initialized), None)
+    if layer is None:
+        return np.zeros(0, np.int64)
+    padding = layer.flushed().padding
+    return padding.positions[padding.rows == row]
+
+
+def join(empty: KVCache, caches: Sequence[KVCache], lengths: Sequence[int], total: int) -> KVCache:
     """The cache of a batch, whose sequences end at the same position, behind padding.
 
     Args:
         empty: an empty cache, which receives the layers.
         caches: caches of one sequence each.
         lengths: the tokens that they have seen.
+        total: columns of the batch, the padding included.
     """
     empty.layers = [
-        joined([cache.layers[index] for cache in caches], lengths, max(lengths)) for index in range(len(empty.layers))
+        joined([cache.layers[index] for cache in caches], lengths, total) for index in range(len(empty.layers))
     ]
     return empty
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_kvcache.cache.base import KVCache
-from hf_kvcache.cache.serialization import describe_settings
-from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.prompts.accounting import Held
 from hf_kvcache.prompts.catalog import Candidate, Catalog
 from hf_kvcache.prompts.digests import name_of
 from hf_kvcache.prompts.disk import DiskTier
 from hf_kvcache.prompts.entry import Entry, can_crop, cropped, only_whole
-from hf_kvcache.prompts.files import PromptFile, largest_file, prompt_tokens, read_prompt
+from hf_kvcache.prompts.files import PromptFile, check_file, read_content, read_prompt
 from hf_kvcache.prompts.memory import MemoryTier
 from hf_kvcache.prompts.remote_tier import RemoteTier
 from hf_kvcache.prompts.stats import StoreStats
@@ -55,7 +51,7 @@ class Shelf:
     ) -> None:
         self._make_cache, self._disk, self._remote, self._private = make_cache, disk, remote, private
         empty = make_cache()
-        self._settings, self._only_whole = describe_settings(empty.options), only_whole(empty)
+        self._only_whole = only_whole(empty)
         #: Whether a longer prompt can always stand in for one that it begins with.
         self._replaceable = not self._only_whole and all(x.sliding_window is None for x in empty.own_layers)
         self.device: Any = None
@@ -85,8 +81,11 @@ class Shelf:
                 if n > best and (whole or not self._only_whole)
             ]
         candidates = [candidate for candidate in candidates if candidate.length >= least]
+        gone = set()  # a file may be a candidate twice
         for candidate in sorted(candidates, key=lambda x: (-x.length, _RANK[x.tier])):
-            cache = self._open(candidate)
+            file = candidate.tier, candidate.name
+            cache = None if file in gone else self._open(candidate)
+            gone |= {file} if cache is None and candidate.name else set()
             if cache is not None and can_crop(cache, candidate.length):
                 return cropped(cache, candidate.length), candidate.length, candidate.tier
         return None, 0, ""
@@ -127,32 +126,39 @@ class Shelf:
                     self._catalog.forget_file(name)
             return None
         self._disk.touch(name)
+        self._hold_file(name, cache)
+        return cache
+
+    def _hold_file(self, name: str, cache: KVCache) -> None:
+        """Keep the cache of a file in memory, if the tokens are known."""
         with self._lock:
             entry = self._catalog.of_file(name)
             if entry is not None and entry.cache is None:
                 self._hold(entry, cache)
-        return cache
 
     def _download(self, name: str) -> KVCache | None:
         assert self._remote is not None
         content = self._remote.read(name)
         if content is None:
             return None
-        if self._disk is not None and self._disk.write(name, len(content), lambda file: file.write(content), []):
-            with self._locked():
-                self._catalog.look_at_disk()
-            return self._read(name)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "prompt"
-            path.write_bytes(content)
-            try:
-                cache = read_prompt(path, self._make_cache(), name, self.device)
-                ids = prompt_tokens(KVCache.about_file(path))
-            except ValueError as error:
+        if self._disk is not None and self._write_download(name, content):
+            downloaded = self._read(name)
+            if downloaded is None:
                 self._remote.forget(name)
-                with self._lock:
-                    self._catalog.note_damaged(name, error)
+                self._disk.delete(name)
                 return None
+            with self._locked():
+                self._catalog.damaged.discard(name)
+                self._catalog.look_at_disk()
+                self._hold_file(name, downloaded)
+            return downloaded
+        try:
+            cache, ids = read_content(content, self._make_cache(), name, self.device)
+        except ValueError as error:
+            self._remote.forget(name)
+            with self._lock:
+                self._catalog.note_damaged(name, error)
+            return None
         if ids is not None:
             with self._lock:
                 entry = self._catalog.get(ids) or Entry(ids)
@@ -161,6 +167,17 @@ class Shelf:
                 if entry.cache is not None:
                     self._catalog.insert(entry)
         return cache
+
+    def _write_download(self, name: str, content: bytes) -> bool:
+        """Write a file from elsewhere to the disk, in place of a damaged one; returns whether it is there."""
+        assert self._disk is not None
+        if name in self._catalog.damaged:
+            self._disk.delete(name)
+        try:
+            return self._disk.write(name, len(content), lambda file: file.write(content), [])
+        except (OSError, ValueError) as error:
+            self._note_failure(error)
+            return False
 
     def _hold(self, entry: Entry, cache: KVCache) -> None:
         """Keep a cache in memory, if it fits."""
@@ -179,7 +196,8 @@ class Shelf:
         """
         with self._locked():
             self._memory.check_fits(cache)
-            self._check_files(cache, ids)
+            if self._disk is not None or self._remote is not None:
+                check_file(cache, len(ids), None if self._disk is None else self._disk.budget)
             entry = self._catalog.get(ids) or Entry(ids)
             if entry.cache is not None:
                 self._memory.use(entry)
@@ -195,29 +213,6 @@ class Shelf:
             replaced = [x.file for x in self._catalog.beginnings(ids) if x.file is not None and x is not entry]
         self._writer.add(lambda: self._write(entry, cache, replaced if self._replaceable else []))
 
-    def check_settings(self, cache: KVCache) -> None:
-        """Raise ValueError unless a cache has the settings of those that this store makes."""
-        for name, value in describe_settings(cache.options).items():
-            if value != self._settings[name]:
-                raise ValueError(
-                    f"the cache has {name}={value!r}; accepted by this store: {self._settings[name]!r}, as make_cache "
-                    "makes them"
-                )
-
-    def _check_files(self, cache: KVCache, ids: np.ndarray) -> None:
-        """Raise ValueError if the cache cannot be saved, or its file alone is over the budget."""
-        if self._disk is None and self._remote is None:
-            return
-        for layer in cache.own_layers:
-            if isinstance(layer, EvictingLayer) and layer.evictor is not None and layer.evictor.schedule.pending:
-                raise ValueError("the prompt waits to be evicted; call compress() before the cache is put in the store")
-        size = largest_file(cache, len(ids))
-        if self._disk is not None and size > self._disk.budget:
-            raise ValueError(
-                f"disk={self._disk.budget!r} bytes may be less than the file of this prompt of {len(ids)} tokens takes;"
-                f" accepted: from {size}"
-            )
-
     def _write(self, entry: Entry, cache: KVCache, replaced: list[str]) -> None:
         """Write a prompt to the disk and to the remote tier, in the background.
 
@@ -232,9 +227,7 @@ class Shelf:
                 if self._disk.write(name, prompt.size, prompt.write, replaced):
                     self._notes.append(lambda: catalog.note_written(name, entry, replaced))
         except Exception as error:
-            self._notes.append(self._note_failure)
-            what = f"a prompt could not be written to the disk: {type(error).__name__}: {error}"
-            warnings.warn(what, RuntimeWarning, stacklevel=2)
+            self._note_failure(error)
             return
         finally:
             entry.written.set()
@@ -242,8 +235,13 @@ class Shelf:
         if self._remote is not None:
             self._remote.write(name, prompt)
 
-    def _note_failure(self) -> None:
-        self._stats.failures += 1
+    def _note_failure(self, error: Exception) -> None:
+        def count() -> None:
+            self._stats.failures += 1
+
+        self._notes.append(count)
+        what = f"a prompt could not be written to the disk: {type(error).__name__}: {error}"
+        warnings.warn(what, RuntimeWarning, stacklevel=3)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

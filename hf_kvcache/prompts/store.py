@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -15,7 +16,7 @@ from hf_kvcache.cache.loading import check_savable
 from hf_kvcache.prompts import rows
 from hf_kvcache.prompts.chat import Chat
 from hf_kvcache.prompts.generating import generate
-from hf_kvcache.prompts.namespace import KnownModel, digest_of, namespace_of
+from hf_kvcache.prompts.namespace import KnownModel, check_settings, digest_of, namespace_of, settings_of
 from hf_kvcache.prompts.shelf import Shelf
 from hf_kvcache.prompts.sizes import size
 from hf_kvcache.prompts.stats import StoreStats
@@ -67,7 +68,7 @@ class PromptStore:
             raise ValueError(f"make_cache returned {empty!r}; accepted: a function that returns an empty KVCache")
         empty.refuse_static("a PromptStore")
         budgets = {"memory": size("memory", memory), "disk": size("disk", disk)}
-        self._make, self._known = make_cache, KnownModel(model)
+        self._make, self._known, self._settings = make_cache, KnownModel(model), settings_of(empty)
         described = namespace_of(empty, model, tokenizer, namespace)
         if (directory is not None or remote is not None) and described["model"]["name"] is None and model is None:
             raise ValueError("model=None: the config names no model; accepted: the model, whose weights are then known")
@@ -101,21 +102,20 @@ class PromptStore:
             least: tokens that a stored beginning must have to be worth it.
 
         Returns:
-            The cache, and how many columns of ``input_ids`` it has read. For a batch that is the most that every
-            sequence has. Caches that cannot be put together to a batch are empty.
+            The cache, and how many columns of ``input_ids`` it has read, padding included. For a batch that is the most
+            that every sequence has. Caches that cannot be put together to a batch, or behind padding, are empty.
 
         Raises:
             ValueError: if the arguments are no prompts.
         """
-        prompts = rows.prompts_of(input_ids, attention_mask)
-        if len(prompts) == 1:
+        prompts, width = rows.prompts_of(input_ids, attention_mask), rows.width_of(input_ids)
+        if len(prompts) == 1 and len(prompts[0]) == width:
             cache, length, tier = self._shelf.find(prompts[0][:-1], whole("least", least))
             self._shelf.note(len(prompts[0]), length, tier)
             return (self.make_cache(), 0) if cache is None else (cache, length)
-        return self._fetch_batch(prompts, whole("least", least))
+        return self._fetch_batch(prompts, width, whole("least", least))
 
-    def _fetch_batch(self, prompts: list[Any], least: int) -> tuple[KVCache, int]:
-        width = max(len(ids) for ids in prompts)
+    def _fetch_batch(self, prompts: list[Any], width: int, least: int) -> tuple[KVCache, int]:
         found = [self._shelf.find(ids[:-1], least) if self.joinable else (None, 0, "") for ids in prompts]
         # Every sequence ends where the one ends that has least.
         columns = min(width - len(ids) + length for ids, (_, length, _) in zip(prompts, found, strict=True))
@@ -132,7 +132,7 @@ class PromptStore:
             if length < cache.get_seq_length():
                 cache.crop(length - cache.get_seq_length())
             caches.append(cache)
-        joined = rows.join(self.make_cache(), caches, keep)
+        joined = rows.join(self.make_cache(), caches, keep, columns)
         return joined, columns
 
     def put(
@@ -155,30 +155,32 @@ class PromptStore:
                 of their tokens or at a checkpoint.
 
         Raises:
-            ValueError: if the cache has read other numbers of tokens or sequences, has other settings than those that
-                ``make_cache`` makes, cannot be taken apart, or takes more than a budget.
+            ValueError: if the cache has read other numbers of tokens or sequences or other padding, has other settings
+                than those that ``make_cache`` makes, cannot be taken apart, or takes more than a budget.
             RuntimeError: if a forward pass ended in the middle, or the cache is in the middle of a draft.
         """
         prompts = rows.prompts_of(input_ids, attention_mask)
-        width = torch.as_tensor(input_ids, device="cpu").shape[-1]
+        width = rows.width_of(input_ids)
         taken = {width: cache} | dict(checkpoints or {})
-        for length, one in taken.items():
-            self._check(one, len(prompts), length, width)
         padding = [width - len(ids) for ids in prompts]
+        for length, one in taken.items():
+            self._check(one, padding, length, width)
         for length in sorted(taken):
             for row, ids in enumerate(prompts):
                 if length > padding[row]:
                     one = taken[length]
-                    alone = rows.to_keep(one) if len(prompts) == 1 else self._taken_out(one, row)
+                    alone = rows.to_keep(one) if padding == [0] else self._taken_out(one, row)
                     self._shelf.store(ids[: length - padding[row]], alone)
 
     def _taken_out(self, cache: KVCache, row: int) -> KVCache:
         return rows.to_keep(rows.take_out(cache, row))
 
-    def _check(self, cache: KVCache, batch: int, length: int, width: int) -> None:
-        """Raise the errors of :meth:`put`."""
+    def _check(self, cache: KVCache, padding: list[int], length: int, width: int) -> None:
+        """Raise the errors of :meth:`put`; ``padding [B]`` is how much of it stands before each prompt."""
+        batch = len(padding)
         if not isinstance(cache, KVCache):
             raise ValueError(f"cache is a {type(cache).__name__}; accepted: caches that make_cache makes")
+        cache.refuse_static("put()")
         check_savable(cache)
         seen = cache.get_seq_length()
         if seen != length or length > width or cache.batch_size != batch:
@@ -186,12 +188,19 @@ class PromptStore:
                 f"the cache has read {seen} tokens of {cache.batch_size} sequences; accepted with these input_ids: "
                 f"{length} of {batch}"
             )
-        self._shelf.check_settings(cache)
-        if batch > 1 and not self.joinable:
+        check_settings(cache, self._settings)
+        if padding != [0] and not self.joinable:
             raise ValueError(
                 f"a {type(cache).__name__} of {batch} sequences of this model cannot be taken apart; accepted: caches "
-                "of one sequence, or caches that keep every token of models with full attention"
+                "of one sequence without padding, or caches that keep every token of models with full attention"
             )
+        for row, count in enumerate(padding):
+            found = rows.padding_of(cache, row)
+            if not np.array_equal(found, np.arange(min(count, length))):
+                raise ValueError(
+                    f"sequence {row} of the cache has padding at {found.tolist()[:8]}, {len(found)} in all; accepted: "
+                    f"{count} before the prompt, as attention_mask says"
+                )
 
     def generate(
         self,
@@ -221,7 +230,9 @@ class PromptStore:
                 with a store; and as :meth:`put`.
         """
         self._known.check(model)
-        self._shelf.device = model.device
+        # Layers of a model on several devices move with their first update. None of them may lie on the first device.
+        split = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+        self._shelf.device = None if split or model.device.type == "meta" else model.device
         return generate(self, model, input_ids, attention_mask, keep_reply, checkpoints, generation_options)
 
     def chat(self, model: PreTrainedModel, tokenizer: Any, messages: Any = (), **generation_options: Any) -> Chat:

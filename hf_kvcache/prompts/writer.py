@@ -23,26 +23,27 @@ class BackgroundWriter:
 
     def add(self, task: Callable[[], None]) -> None:
         """Do ``task`` later. It must raise nothing."""
+        # Held until the task is in the queue, so that no other thread closes the writer in between.
         with self._lock:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():  # a forked process has no threads of its parent
                 self._thread = threading.Thread(target=_work, args=(self._tasks,), daemon=True, name="hf_kvcache")
                 self._thread.start()
                 own = weakref.ref(self)
                 atexit.register(_close, own)
-        self._tasks.put(task)
+            self._tasks.put(task)
 
     def flush(self) -> None:
         """Wait until all tasks are done."""
-        if self._thread is not None:
+        if self._thread is not None and self._thread.is_alive():
             self._tasks.join()
 
     def close(self) -> None:
         """Do all tasks, and end the thread."""
         with self._lock:
             thread, self._thread = self._thread, None
-        if thread is not None:
-            self._tasks.put(None)
-            thread.join()
+            if thread is not None and thread.is_alive():
+                self._tasks.put(None)
+                thread.join()
 
 
 def _close(writer: weakref.ref[BackgroundWriter]) -> None:

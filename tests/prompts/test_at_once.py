@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from hf_kvcache.prompts.writer import BackgroundWriter
 from tests import families
 from tests.generation.test_threads import at_once, switching_often  # noqa: F401
 from tests.prompts.test_disk import size_of
@@ -55,6 +57,28 @@ def test_eight_threads(model: PreTrainedModel, tmp_path: Path) -> None:
             entry.cache.integrity()
     store.flush()
     assert store.stats().bytes["disk"] == size_of(tmp_path)
+
+
+def test_closing_while_others_write(switching_often: None) -> None:  # noqa: F811
+    """A writer that one thread closes does what others give it at the same moment, and every close returns."""
+    writer, done = BackgroundWriter(), []
+
+    def add() -> None:
+        for _ in range(300):
+            writer.add(lambda: done.append(1))
+
+    def close() -> None:
+        for _ in range(150):
+            writer.close()
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (add, add, close, close)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    writer.close()
+    assert len(done) == 600
 
 
 def worker(directory: str, seed: int, budget: int, rounds: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import time
 import warnings
@@ -41,6 +42,18 @@ def test_a_later_store_goes_on(kind: str, tmp_path: Path) -> None:
     assert later.stats().bytes["disk"] == size_of(tmp_path)
 
 
+def test_split_models_place_their_layers_themselves(model: PreTrainedModel, tmp_path: Path) -> None:
+    """A file is not moved to the first of several devices, where the layers of the others do not lie."""
+    store, split = store_of(model, directory=tmp_path), families.build("llama")
+    store.generate(model, prompt(40), **GREEDY)
+    assert store._shelf.device == model.device
+    split.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1}
+    later = store_of(split, directory=tmp_path)
+    store.flush()
+    assert torch.equal(later.generate(split, prompt(40), **GREEDY), store.generate(model, prompt(40), **GREEDY))
+    assert later._shelf.device is None and later.stats().hits_by_tier["disk"] == 1
+
+
 def test_two_stores_share_a_directory(model: PreTrainedModel, tmp_path: Path) -> None:
     """Files that another store writes or deletes are noticed; those of other settings are not even looked at."""
     one, two = (store_of(model, directory=tmp_path) for _ in range(2))
@@ -66,6 +79,9 @@ def test_only_the_owner_may_read(model: PreTrainedModel, tmp_path: Path) -> None
         store.put(prompt(40), read(model, prompt(40)))
     for path in [tmp_path / "store", *(tmp_path / "store").rglob("*")]:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+    (tmp_path / "store").chmod(0o777)
+    store_of(model, directory=tmp_path / "store")
+    assert stat.S_IMODE((tmp_path / "store").stat().st_mode) == 0o700
 
 
 def test_private_prompts(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -146,6 +162,39 @@ def test_foreign_directories_are_refused(model: PreTrainedModel, tmp_path: Path)
     (tmp_path / "ours" / "hf_kvcache_prompts.json").write_text('{"format": "hf_kvcache prompts", "version": 2}')
     with pytest.raises(ValueError, match="version 2; accepted: 1"):
         store_of(model, directory=tmp_path / "ours")
+
+
+def test_only_its_own_files_are_deleted(model: PreTrainedModel, tmp_path: Path) -> None:
+    """What someone else puts into the directory neither counts nor is deleted, behind a link or not."""
+    ids = [variant(80, 0, seed=seed) for seed in range(3)]
+    (tmp_path / "weights").mkdir()
+    store = store_of(model, directory=tmp_path / "store", disk=100_000)
+    (tmp_path / "store" / ("0" * 32)).symlink_to(tmp_path / "weights")
+    (tmp_path / "store" / "mine").mkdir()
+    (namespace,) = (path.parent for path in tmp_path.rglob("namespace.json"))
+    others = [folder / "model.safetensors" for folder in (tmp_path / "weights", tmp_path / "store" / "mine")]
+    others += [namespace / "work.tmp", tmp_path / "weights" / f"{'1' * 64}.safetensors"]
+    for path in others:
+        path.write_bytes(bytes(100_000))
+        os.utime(path, (1, 1))
+    for one in ids:
+        store.put(one, read(model, one))
+    store.flush()
+    assert all(path.exists() for path in others)
+    own = sum(path.stat().st_size for path in namespace.glob("*.safetensors"))
+    assert 0 < own == store.stats().bytes["disk"] <= 100_000
+
+
+def test_a_deleted_directory_costs_only_hits(model: PreTrainedModel, tmp_path: Path) -> None:
+    store, ids = store_of(model, directory=tmp_path / "store"), prompt(40)
+    store.put(ids, read(model, ids))
+    store.flush()
+    shutil.rmtree(tmp_path / "store")
+    assert store.fetch(ids)[1] == 39 and store.stats().entries == {"memory": 1, "disk": 0, "remote": 0}
+    store.put(prompt(50), read(model, prompt(50)))
+    store.flush()
+    assert store_of(model, directory=tmp_path / "store").fetch(prompt(50))[1] == 49
+    assert store.stats().failures == 0
 
 
 def test_models_are_kept_apart(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ def test_private_tokens_are_not_in_the_file(model: PreTrainedModel, tmp_path: Pa
     KVCache.load(tmp_path / "file", model.config, input_ids=ids)
     with pytest.raises(ValueError, match="other tokens"):
         KVCache.load(tmp_path / "file", model.config, input_ids=ids + 1)
+    with pytest.raises(ValueError, match="float32; accepted: whole numbers"):
+        KVCache.load(tmp_path / "file", model.config, input_ids=ids + 0.5)
 
 
 def test_every_damage_is_found(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -155,6 +157,10 @@ def test_every_damage_is_found(model: PreTrainedModel, tmp_path: Path) -> None:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
         with pytest.raises(ValueError):  # of a digest, or of the model that a damaged header names
             KVCache.load(path, model.config)
+    for name in (b"tokens_digest", b"seen", b"settings", b"class"):  # a description without what is read first
+        path.write_bytes(whole.replace(name, name[:-1] + b"_", 1))
+        with pytest.raises(ValueError, match="damaged"):
+            KVCache.load(path, model.config, input_ids=prompt(40))
     path.write_bytes(whole)
     assert KVCache.load(path, model.config).get_seq_length() == 40
 

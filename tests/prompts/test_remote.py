@@ -10,12 +10,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache.prompts import remote_tier
+from hf_kvcache.prompts.digests import name_of
 from tests.prompts.test_files import same
 from tests.prompts.toys import read, store_of, variant
 from tests.running import prompt
@@ -91,6 +93,72 @@ def test_damage_and_absence_cost_only_hits(model: PreTrainedModel, tmp_path: Pat
         for seed in (1, 2, 1, 2):
             assert two.fetch(torch.cat([variant(80, 0, seed), prompt(2)], 1))[1] == 0
     assert len(caught) == 1 and "skipped" in str(caught[0].message)
+
+
+def test_one_unreadable_description_costs_one_prompt(model: PreTrainedModel, tmp_path: Path) -> None:
+    """A machine that died while it wrote a description does not close the tier for others, who may write it again."""
+    folder, ids = tmp_path / "shared", [variant(80, 0, seed) for seed in range(4)]
+    one = store_of(model, remote=f"file://{folder}")
+    for x in ids:
+        one.put(x, read(model, x))
+    one.flush()
+    paths = {path.stem: path for path in folder.rglob("*.json")}
+    names = [name_of(x[0].numpy()) for x in ids]
+    paths[names[0]].write_bytes(paths[names[0]].read_bytes()[:20])
+    paths[names[1]].write_text("[]")
+    paths[names[2]].write_bytes(paths[names[3]].read_bytes())
+    two = store_of(model, remote=f"file://{folder}")
+    found = [two.fetch(torch.cat([x, prompt(2)], 1))[1] for x in ids]
+    assert found == [0, 0, 0, 80] and two.stats().failures == 0
+    for x in ids:
+        two.put(x, read(model, x))
+    two.flush()
+    three = store_of(model, remote=f"file://{folder}")
+    assert [three.fetch(torch.cat([x, prompt(2)], 1))[1] for x in ids] == [80] * 4
+
+
+def test_a_good_file_elsewhere_replaces_a_damaged_one(model: PreTrainedModel, tmp_path: Path) -> None:
+    """A damaged download is not kept and not tried again at once; a good one takes the place of a damaged file."""
+    ids, url = variant(80, 0, seed=1), f"file://{tmp_path / 'shared'}"
+    asked = torch.cat([ids, prompt(2)], 1)
+    with store_of(model, directory=tmp_path / "local", remote=url) as store:
+        store.put(ids, read(model, ids))
+    (local,), (shared,) = ((tmp_path / name).rglob("*.safetensors") for name in ("local", "shared"))
+    whole = shared.read_bytes()
+    for path in (local, shared):
+        path.write_bytes(whole[:-9])
+    two, reads = store_of(model, directory=tmp_path / "local", remote=url), []
+    remote: Any = two._shelf._remote
+    remote._remote.read = lambda name, read=remote._remote.read: reads.append(name) or read(name)
+    with pytest.warns(RuntimeWarning, match="skipped") as caught:
+        assert [two.fetch(asked)[1] for _ in range(3)] == [0] * 3
+    assert len(caught) == 1 == len(reads) and not local.exists()
+    local.write_bytes(whole[:-9])
+    shared.write_bytes(whole)
+    three = store_of(model, directory=tmp_path / "local", remote=url)
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        assert three.fetch(asked)[1] == 0
+    cache, length = three.fetch(asked)
+    assert length == 80 and same(cache.state_dict(), read(model, ids).state_dict())
+    assert local.read_bytes() == whole and three.stats().damaged == 0
+    assert three.stats().entries == {"memory": 1, "disk": 1, "remote": 1}
+
+
+def test_a_full_disk_costs_only_the_file(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, url = variant(80, 0, seed=1), f"file://{tmp_path / 'shared'}"
+    with store_of(model, remote=url) as store:
+        store.put(ids, read(model, ids))
+    two = store_of(model, directory=tmp_path / "local", remote=url)
+
+    def full(*args: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("hf_kvcache.prompts.disk.replace_file", full)
+    with pytest.warns(RuntimeWarning, match="no space left"):
+        assert two.fetch(torch.cat([ids, prompt(2)], 1))[1] == 80
+    assert two.stats().failures == 1 and two.stats().entries["memory"] == 1
 
 
 def test_redis(model: PreTrainedModel, redis_server: tuple[str, subprocess.Popen[bytes]], tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from hf_kvcache import KVCache
+from hf_kvcache import HeavyHitterCache, KVCache
 from hf_kvcache.codecs import specs
 from hf_kvcache.prompts import PromptStore
+from hf_kvcache.prompts.namespace import digest_of, namespace_of
 from tests.generation.kinds import KINDS, decode
 from tests.prompts.test_files import same
 from tests.prompts.test_tree import common
@@ -161,8 +162,24 @@ def test_generate_is_that_of_the_model(model: PreTrainedModel) -> None:
             assert torch.equal(store.generate(model, ids, keep_reply=keep, **GREEDY), plain)
     found = store.generate(model, ids, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(found.sequences, plain)
-    beams = model.generate(ids, **as_cache(small_cache(model)), num_beams=3, **GREEDY)
-    assert torch.equal(store.generate(model, ids, num_beams=3, **GREEDY), beams)
+    for several in ({"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}):
+        for prompts in (variant(70, 40, seed=1), torch.cat([variant(70, 40, seed=1), variant(70, 20, seed=2)])):
+            beams = model.generate(prompts, **as_cache(small_cache(model)), **several, **GREEDY)
+            for _ in range(2):
+                assert torch.equal(store.generate(model, prompts, **several, **GREEDY), beams)
+
+
+@pytest.mark.parametrize("kind", some(["recurrent", "snapkv"], "recurrent"))
+def test_put_in_inference_mode(kind: str) -> None:
+    """What was read in inference mode can be gone on with outside of it."""
+    model = KINDS[kind].build()
+    store = PromptStore(lambda: KINDS[kind].cache(model), model=model)
+    with torch.inference_mode():
+        first = store.generate(model, prompt(40), keep_reply=True, **GREEDY)
+    assert torch.equal(store.generate(model, prompt(40), **GREEDY), first)
+    if kind == "recurrent":
+        beams = model.generate(prompt(40), **as_cache(KINDS[kind].cache(model)), num_beams=2, **GREEDY)
+        assert torch.equal(store.generate(model, prompt(40), num_beams=2, **GREEDY), beams)
 
 
 @pytest.mark.parametrize("kind", some(["none", "recurrent", "sliding", "low rank"], "none"))
@@ -202,6 +219,31 @@ def test_a_fetched_batch(model: PreTrainedModel) -> None:
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     full = forward(model, ids, small_cache(model), attention_mask=mask, position_ids=positions)
     rest = forward(model, ids[:, 60:], cache, attention_mask=mask, position_ids=positions[:, 60:])
+    assert (rest[:, -1] - full[:, -1]).abs().max() < ROUNDING
+    cache.integrity()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_padding_before_all_sequences(model: PreTrainedModel, rows: int) -> None:
+    """Columns of padding count, though every sequence has some; and what is put is taken out of its padding."""
+    ids = torch.cat([variant(80, 60, seed=1), variant(80, 50, seed=2)])[:rows]
+    mask = torch.ones_like(ids)
+    mask[0, :6], mask[1:, :13] = 0, 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    padded = small_cache(model)
+    full = forward(model, ids, padded, attention_mask=mask, position_ids=positions)
+    store = store_of(model, "none")
+    with pytest.raises(ValueError, match="has padding at"):
+        store.put(ids, padded)
+    store.put(ids, padded, mask)
+    for row in range(rows):
+        alone, length = store.fetch(ids[row, mask[row].bool()][:40])
+        assert length == 39 == alone.get_seq_length()
+        fresh = read(model, ids[row, mask[row].bool()][None, :39], "none")
+        assert (decode(model, alone, 5) - decode(model, fresh, 5)).abs().max() < ROUNDING
+    cache, columns = store.fetch(ids, mask)
+    assert columns == 79 == cache.get_seq_length() and cache.batch_size == rows
+    rest = forward(model, ids[:, 79:], cache, attention_mask=mask, position_ids=positions[:, 79:])
     assert (rest[:, -1] - full[:, -1]).abs().max() < ROUNDING
     cache.integrity()
 
@@ -268,6 +310,10 @@ def test_bad_input_changes_nothing(model: PreTrainedModel) -> None:
         store.fetch(ids.float())
     with pytest.raises(ValueError, match="hides tokens behind others"):
         store.fetch(ids, torch.cat([torch.ones(1, 39), torch.zeros(1, 1)], 1))
+    static = KVCache(model.config, "rotated4", max_length=260)
+    forward(model, ids, static)
+    with pytest.raises(ValueError, match=r"put\(\) of a cache with max_length=260"):
+        store.put(ids, static)
     drafting = cache.fork()
     drafting.activate_past_recording()
     forward(model, prompt(3), drafting)
@@ -278,6 +324,8 @@ def test_bad_input_changes_nothing(model: PreTrainedModel) -> None:
         small.put(ids, cache)
     with pytest.raises(ValueError, match="token ids only"):
         store.generate(model, ids, pixel_values=torch.ones(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens=3: assisted"):
+        store.generate(model, ids, prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="keep_reply=True with num_beams=2"):
         store.generate(model, ids, keep_reply=True, num_beams=2)
     for one in (store, small):
@@ -298,3 +346,47 @@ def test_another_model_is_refused(model: PreTrainedModel) -> None:
     changed.load_state_dict({**model.state_dict(), "lm_head.weight": weight * 1.001})
     with pytest.raises(ValueError, match="other weights"):
         store.generate(changed, ids, **GREEDY)
+
+
+def test_changes_of_a_known_model_are_refused(model: PreTrainedModel) -> None:
+    """Training in place, another active adapter, and saved buffers make another model of the same object."""
+
+    class Tuned(torch.nn.Linear):
+        """As PEFT's layers: what is active is no parameter."""
+
+        chosen = ("one",)
+
+        @property
+        def active_adapters(self) -> tuple[str, ...]:
+            return self.chosen
+
+    changed = type(model)(model.config).eval()
+    head = Tuned(*reversed(changed.lm_head.weight.shape), bias=False)
+    changed.lm_head = head
+    head.register_buffer("packed", torch.ones(3))
+    store, ids = store_of(changed), prompt(40)
+    for change in (
+        lambda: setattr(head, "chosen", ("two",)),
+        lambda: head.packed.zero_(),
+        lambda: head.weight.mul_(1.01),
+    ):
+        store.generate(changed, ids, **GREEDY)
+        with torch.no_grad():
+            change()
+        with pytest.raises(ValueError, match="other weights or adapters"):
+            store.generate(changed, ids, **GREEDY)
+        store = store_of(changed)
+
+
+def test_long_pins_keep_stores_apart(model: PreTrainedModel) -> None:
+    def make(at: int) -> HeavyHitterCache:
+        pin = torch.zeros(1, 2000, dtype=torch.bool)
+        pin[0, at] = True
+        return HeavyHitterCache(model.config, 2028, "snapkv", tail_length=4, page_size=8, pin=pin)
+
+    one, two = (namespace_of(make(at), model, None, "") for at in (900, 901))
+    assert one == namespace_of(make(900), model, None, "") and digest_of(one) != digest_of(two)
+    other = make(901)
+    forward(model, prompt(40), other)
+    with pytest.raises(ValueError, match="pins="):
+        PromptStore(lambda: make(900), model=model).put(prompt(40), other)
