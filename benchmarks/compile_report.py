@@ -162,7 +162,7 @@ def build(operation: str, target: str, index: int) -> Result:
 
 
 def problems(made: Compiled, case: machine_code.CompileCase, target: str) -> list[str]:
-    """What is wrong with a compiled case by itself. Spills are waived on AMD's GPUs only, other things nowhere."""
+    """What is wrong with a compiled case by itself. Spills are waived on AMD's GPUs and for packing only."""
     limits, found = TARGETS[target], {}
     warps = limits.resident_warps(made.registers, made.shared, case.num_warps)
     if made.spills or made.stack:
@@ -173,7 +173,7 @@ def problems(made: Compiled, case: machine_code.CompileCase, target: str) -> lis
         found["tensor cores"] = "no tensor-core instructions"
     if warps < LEAST_WARPS:
         found[WARPS] = f"{warps} resident warps, {LEAST_WARPS} are wanted"
-    waivable = {WARPS, SPILLS} if limits.amd else {WARPS}
+    waivable = {WARPS, SPILLS} if limits.amd or case.name.startswith("encode ") else {WARPS}
     needless = [f"{name} are waived without need" for name in case.waived if name in waivable and name not in found]
     return [text for name, text in found.items() if name not in waivable & case.waived.keys()] + needless
 

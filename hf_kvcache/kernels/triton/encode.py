@@ -185,7 +185,7 @@ def _warps(sides: list[EncodedSide | None], arch: str) -> int:
 
 def _stages(arch: str) -> int:
     """Steps of the rotation, where it takes several, whose loads overlap."""
-    return 2 if arch.startswith("gfx") else 3
+    return 1 if arch.startswith("gfx") else 2
 
 
 @triton.jit(do_not_specialize=["count", "rows", "heads"])
@@ -351,6 +351,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 num_stages=_stages(architecture),
                 aligned=encode_cases.aligned(signature),
                 tensor_cores=keys.rotated,
+                waived=encode_cases.waived(codec, key_dim, architecture),
             )
         )
     return cases + mean_cases(architecture)

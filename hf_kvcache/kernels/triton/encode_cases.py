@@ -27,6 +27,12 @@ CASES: tuple[tuple[str, int, int, torch.dtype], ...] = (
 )
 
 
+def waived(codec: str, dim: int, arch: str) -> dict[str, str]:
+    """What the report lets pass: packing is a small part of the time, so a few spills there cost little."""
+    known = (codec, dim, arch) == ("unbiased3", 80, "sm100")
+    return {"spills": "4 instructions, at a width that is padded to 128"} if known else {}
+
+
 def formats(codec: str, dims: tuple[int, int]) -> tuple[SideFormat, SideFormat, tuple[str, str]]:
     """The formats of both sides of a codec's pages and the methods. Where there is a table, its levels are made up."""
     name, bits = codec[:-1], int(codec[-1]) if codec[-1].isdigit() else 16

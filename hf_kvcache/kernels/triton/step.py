@@ -14,7 +14,7 @@ from hf_kvcache.kernels.triton.configs import architecture, programs_wanted
 from hf_kvcache.kernels.triton.launch import can_attend
 from hf_kvcache.kernels.triton.prepared_launch import PreparedLaunch, current_stream
 from hf_kvcache.kernels.triton.sides import level_tables
-from hf_kvcache.kernels.triton.step_config import MERGE_WARPS, StepKind
+from hf_kvcache.kernels.triton.step_config import StepKind
 from hf_kvcache.kernels.triton.step_kernels import merge_kernel, step_kernel
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
@@ -183,7 +183,7 @@ class PreparedCall:
             "query_heads": self._query_heads,
             **self._kind.merge_constants(turn, self._batch, sinks is not None, self.state is not None),
         }
-        return PreparedLaunch(merge_kernel, (self._batch * self._query_heads, 1), arguments, {"num_warps": MERGE_WARPS})
+        return PreparedLaunch(merge_kernel, (self._batch * self._query_heads, 1), arguments, self._kind.merge_options)
 
 
 def _buffer_arguments(inputs: CallInputs, unread: torch.Tensor) -> dict[str, Any]:

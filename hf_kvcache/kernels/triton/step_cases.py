@@ -8,7 +8,7 @@ from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.triton.attention_cases import formats
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
-from hf_kvcache.kernels.triton.step_config import MERGE_WARPS, StepKind
+from hf_kvcache.kernels.triton.step_config import StepKind
 from hf_kvcache.kernels.triton.step_kernels import merge_kernel, step_kernel
 
 _GROUP, _PAGE, _BATCH = 4, 64, 1
@@ -94,7 +94,7 @@ def _merge_case(arch: str, dim: int) -> CompileCase:
         kernel=merge_kernel,
         signature={**pointers, **dict.fromkeys(sizes, "i32")},
         constants=kind.merge_constants(kind.output_turn(_CPU), _BATCH, sinks=False, advance=False),
-        num_warps=MERGE_WARPS,
-        num_stages=1,
+        num_warps=kind.merge_options["num_warps"],
+        num_stages=kind.merge_options["num_stages"],
         aligned=tuple(pointers),
     )

@@ -16,8 +16,8 @@ from hf_kvcache.kernels.triton.launch import codes_of, dense_compute, page_sides
 
 #: Pages and full-precision tokens of a split, at least.
 LEAST_PAGES, LEAST_TOKENS = 2, 128
-#: Splits that ``merge_kernel`` reads at a time, and its warps.
-MERGED_SPLITS, MERGE_WARPS = 16, 4
+#: Splits that ``merge_kernel`` reads at a time.
+MERGED_SPLITS = 16
 
 
 class Turn(NamedTuple):
@@ -146,6 +146,11 @@ class StepKind:
             "SOFTCAP": softcap,
             "ROTATION": turn.kind,
         }
+
+    @property
+    def merge_options(self) -> dict[str, int]:
+        """How ``merge_kernel`` is compiled."""
+        return {"num_warps": 4 if self.value_dim <= 128 else 8, "num_stages": 1}
 
     def merge_constants(self, turn: Turn, batch: int, sinks: bool, advance: bool) -> dict[str, Any]:
         """The constants of ``merge_kernel``, which describes them."""

@@ -166,6 +166,7 @@ def test_waivers() -> None:
     assert "spills" in problems(spilling, waiving["spills"], "sm80")[0]
     assert "shared memory" in problems(replace(SOUND, shared=164 * 1024), waiving["shared memory"], "sm80")[0]
     assert problems(spilling, waiving["spills"], "gfx942") == []
+    assert problems(spilling, replace(waiving["spills"], name="encode a page"), "sm80") == []
     assert "without need" in problems(SOUND, waiving["spills"], "gfx942")[0]
 
 
