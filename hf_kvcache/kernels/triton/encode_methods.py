@@ -245,7 +245,7 @@ def evened(x, record, token, real, there, side: tl.constexpr):
 @triton.jit
 def _normalize_variance(x, real, there, side: tl.constexpr):
     """Logarithms of the scales of rows and columns: of 17 iterates, the one with the most even deviations."""
-    log_row, log_column = tl.zeros([side.block], tl.float32), tl.zeros([side.dim_pad], tl.float32)
+    log_row, log_column = tl.full([side.block], 0.0, tl.float32), tl.full([side.dim_pad], 0.0, tl.float32)
     best_row, best_column = log_row, log_column
     best = tl.max(log_row, 0) + float("inf")
     for _ in range(0, _ITERATIONS + 1):

@@ -250,9 +250,9 @@ def load_rotated(source, stride, token, real, signs, factors, key_mean, side: tl
     if side.rotated:
         place = tl.arange(0, side.dim_pad)
         if side.turned:
-            x = tl.zeros([side.dim_pad, side.block], tl.float32)
+            x = tl.full([side.dim_pad, side.block], 0.0, tl.float32)
         else:
-            x = tl.zeros([side.block, side.dim_pad], tl.float32)
+            x = tl.full([side.block, side.dim_pad], 0.0, tl.float32)
         steps: tl.constexpr = side.dim_pad // side.depth
         for step in range(steps):
             k = step * side.depth + tl.arange(0, side.depth)
