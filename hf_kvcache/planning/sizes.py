@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import re
+from hf_kvcache.utils.sizes import BYTES, parsed
 
-_NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z/]*)\s*", re.IGNORECASE)
 _COUNTS = {"": 1, "k": 1024, "m": 1024**2}
-_BYTES = {"": 1, "b": 1} | {
-    f"{prefix}{unit}": base**power
-    for power, prefix in enumerate("kmgt", 1)
-    for unit, base in (("b", 1000), ("ib", 1024))
-}
 
 
 def parse_count(name: str, text: str | int) -> int:
@@ -19,7 +13,7 @@ def parse_count(name: str, text: str | int) -> int:
     Raises:
         ValueError: if it is no positive whole number of tokens; the error has the ``name`` of the argument.
     """
-    value = text if isinstance(text, int) else _parsed(text, _COUNTS)
+    value = text if isinstance(text, int) else parsed(text, _COUNTS)
     if value is None or value < 1 or value != int(value):
         raise ValueError(f"{name}={text!r}; accepted: a positive whole number such as 131072 or '128k'")
     return int(value)
@@ -31,7 +25,7 @@ def parse_bytes(name: str, text: str | int | float) -> int:
     Raises:
         ValueError: if it is no positive number of bytes; the error has the ``name`` of the argument.
     """
-    value = text if isinstance(text, (int, float)) else _parsed(text.removesuffix("/s"), _BYTES)
+    value = text if isinstance(text, (int, float)) else parsed(text.removesuffix("/s"), BYTES)
     if value is None or not 0 < value < float("inf"):
         raise ValueError(f"{name}={text!r}; accepted: a positive number of bytes such as '80GB' or '2 GiB'")
     return int(value)
@@ -44,9 +38,3 @@ def show_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1024
     return f"{size:.2f} TiB"
-
-
-def _parsed(text: str, units: dict[str, int]) -> float | None:
-    found = _NUMBER.fullmatch(text)
-    unit = units.get(found[2].lower()) if found else None
-    return None if found is None or unit is None else float(found[1]) * unit
