@@ -70,7 +70,7 @@ class PageEncoder:
             uint8 records ``[N / group, record_bytes]``. On the meta device there are no values to encode.
         """
         if keys.is_meta:
-            return torch.empty(keys.shape[0] // self.group, self.layout.record_bytes, dtype=torch.uint8, device="meta")
+            return torch.empty(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device="meta")
         if can_encode_pages(self.layout, self._methods, keys.unsqueeze(1), values.unsqueeze(1)):
             records = torch.empty(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
             self._encode_at_once(keys.unsqueeze(1), values.unsqueeze(1), key_mean, records)
