@@ -37,7 +37,8 @@ class Catalog:
         only_whole: whether a prompt is of use only as a whole.
 
     Attributes:
-        damaged: names of files that are skipped.
+        damaged: files that are skipped, by name: the :meth:`.DiskTier.identity` of each. Another file of that name is
+            looked at again.
     """
 
     def __init__(self, disk: DiskTier | None, only_whole: bool) -> None:
@@ -45,7 +46,7 @@ class Catalog:
         self._tree: RadixTree[Entry] = RadixTree()
         self._files: dict[str, Entry | None] = {}  # entries by the name of their files; None where ids are not known
         self._private_files = DigestIndex()
-        self.damaged: set[str] = set()
+        self.damaged: dict[str, object] = {}
 
     @property
     def files(self) -> int:
@@ -96,34 +97,49 @@ class Catalog:
             return
         for name in set(self._files) - names:
             self.forget_file(name)
-        for name in names - set(self._files) - self.damaged:
-            self._add_file(name)
+        for name in names - set(self._files):
+            if name not in self.damaged or self.damaged[name] != self._identity(name):
+                self._add_file(name)
 
     def note_written(self, name: str, entry: Entry, replaced: list[str]) -> None:
         """Take note that an entry has a file now, in place of others."""
-        self.damaged.discard(name)
         self._tree.insert(entry.ids, entry)
-        self._files[name], entry.file = entry, name
+        self._files[name], entry.file, entry.lost = entry, name, False
         for other in replaced:
             self.forget_file(other)
 
-    def note_damaged(self, name: str, error: Exception) -> None:
-        """Skip a file from now on, with one warning."""
-        if name not in self.damaged:
-            self.damaged.add(name)
-            self.forget_file(name)
+    def note_damaged(self, name: str, error: Exception, identity: object) -> None:
+        """Skip a file from now on, with one warning; ``identity`` is that of the file that was read."""
+        warned = name in self.damaged
+        self.damaged[name] = identity
+        self.forget_file(name)
+        if not warned:
             warnings.warn(f"a stored prompt is skipped: {error}", RuntimeWarning, stacklevel=2)
+
+    def note_good(self, name: str) -> None:
+        """Take note that a file of this name was read to its end or written: it is not damaged, or no longer."""
+        self.damaged.pop(name, None)
 
     def forget_file(self, name: str) -> None:
         """Take note that a file is gone."""
         entry = self._files.pop(name, None)
         self._private_files.remove(name)
         if entry is not None:
-            entry.file = None
+            entry.file, entry.lost = None, True
             self.forget_if_gone(entry)
+
+    def is_covered(self, entry: Entry) -> bool:
+        """Whether the file of a longer prompt has the tokens of an entry too."""
+        depth, _, below = self._tree.match(entry.ids)
+        return depth == len(entry.ids) and any(other.file is not None for other in below if other is not entry)
+
+    def _identity(self, name: str) -> object:
+        assert self._disk is not None
+        return self._disk.identity(name)
 
     def _add_file(self, name: str) -> None:
         assert self._disk is not None
+        identity = self._identity(name)
         try:
             about = self._disk.about(name)
             ids = prompt_tokens(about)
@@ -132,7 +148,7 @@ class Catalog:
             digests = [str(x) for x in about["prompt_digests"]]
         except (OSError, ValueError) as error:
             if self._disk.path(name).exists():
-                self.note_damaged(name, error)
+                self.note_damaged(name, error, identity)
             return
         if ids is None:
             self._files[name] = None

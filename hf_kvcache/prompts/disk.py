@@ -78,6 +78,14 @@ class DiskTier:
         """What the file of a prompt says of it; raises ValueError if it is damaged or gone."""
         return read_about(self.path(name))
 
+    def identity(self, name: str) -> tuple[int, int, int] | None:
+        """What differs between two files that had the same name one after the other; None if there is none."""
+        try:
+            found = os.stat(self.path(name))
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
     def write(self, name: str, size: int, fill: Callable[[Any], Any], instead: list[str]) -> bool:
         """Write a prompt, and make room for it before.
 

@@ -20,12 +20,14 @@ class Entry:
         ids: int64 ``[n]``, its tokens.
         cache: the cache after these tokens, which is forked and never changed; None if it is not in memory.
         file: name of its file; None if there is none.
+        lost: whether it had a file that is gone.
         written: set unless the entry waits to be written.
     """
 
     ids: np.ndarray
     cache: KVCache | None = None
     file: str | None = None
+    lost: bool = False
     written: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:

@@ -36,6 +36,8 @@ class Store(Protocol):
 
     def put(self, input_ids: Any, cache: KVCache) -> None: ...
 
+    def put_each(self, prompts: Sequence[tuple[Any, KVCache]]) -> None: ...
+
 
 def generate(
     store: Store,
@@ -103,14 +105,15 @@ def _batch(
     last = stored + rest - 1
     if last > stored:
         _read(model, cache, all_ids[:, :last], all_mask[:, :last], stored)
-        for row, tokens in enumerate(prompts):
-            if len(tokens) - 1 > lengths[row]:
-                store.put(tokens[:-1], rows.take_out(cache, row))
+        new = [row for row, tokens in enumerate(prompts) if len(tokens) - 1 > lengths[row]]
+        store.put_each([(prompts[row][:-1], rows.take_out(cache, row)) for row in new])
     output = _generate(model, cache, all_ids, all_mask, options)
     if keep_reply:
-        for row, tokens in enumerate(prompts):
-            reply = _sequences(output)[row, stored + rest :].cpu().numpy()
-            _keep(store, rows.take_out(cache, row), torch.from_numpy(np.concatenate([tokens, reply])))
+        alone = [rows.take_out(cache, row) for row in range(len(prompts))]
+        replies = _sequences(output)[:, stored + rest :].cpu().numpy()
+        tokens = [np.concatenate(both) for both in zip(prompts, replies, strict=True)]
+        # The last token was never read.
+        store.put_each([(ids[: one.get_seq_length()], one) for ids, one in zip(tokens, alone, strict=True)])
     return _behind(given, output, stored + rest)
 
 

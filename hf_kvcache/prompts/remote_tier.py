@@ -51,15 +51,20 @@ class RemoteTier:
             self._failed(error)
         return None
 
+    def lacks(self, name: str) -> bool:
+        """Whether a prompt is not known to be there, as far as it can be reached."""
+        with self._lock:
+            return name not in self._index and time.monotonic() >= self._works_again
+
     def write(self, name: str, prompt: PromptFile) -> None:
         """Put a prompt there, unless it is known to be there."""
-        with self._lock:
-            if name in self._index or time.monotonic() < self._works_again:
-                return
+        if not self.lacks(name):
+            return
         try:
             self._remote.write(name, prompt.content(), {key: prompt.about[key] for key in ("seen", "prompt_digests")})
             with self._lock:
                 self._missing.pop(name, None)
+                self._index.add(name, prompt.about["seen"], prompt.about["prompt_digests"])
         except Exception as error:
             self._failed(error)
 

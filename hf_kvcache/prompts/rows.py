@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.cache.base import KVCache
+from hf_kvcache.cache.files import whole_ids
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.batching import can_join, joined, taken_out
 from hf_kvcache.storage import PagedStorage
@@ -28,21 +29,18 @@ def prompts_of(input_ids: Any, attention_mask: Any = None) -> list[np.ndarray]:
     Raises:
         ValueError: if the ids are no whole numbers, there are none, or padding stands elsewhere.
     """
-    ids = torch.as_tensor(input_ids, device="cpu")
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"input_ids of {ids.dtype}; accepted: whole numbers")
-    ids = ids[None] if ids.dim() == 1 else ids
-    if ids.dim() != 2 or not ids.numel():
+    ids = whole_ids(input_ids)
+    if ids.ndim != 2 or not ids.size:
         raise ValueError(f"input_ids of shape {list(ids.shape)}; accepted: [B, T] or [T], with at least one token")
     if attention_mask is None:
-        return list(ids.numpy().astype(np.int64))
+        return list(ids)
     mask = torch.as_tensor(attention_mask, device="cpu").bool()
     mask = mask[None] if mask.dim() == 1 else mask
-    if mask.shape != ids.shape:
+    if tuple(mask.shape) != ids.shape:
         raise ValueError(f"attention_mask of shape {list(mask.shape)}; accepted: {list(ids.shape)}")
     if (mask[:, :-1] & ~mask[:, 1:]).any() or not mask[:, -1].all():
         raise ValueError("attention_mask hides tokens behind others; accepted: padding on the left, none otherwise")
-    return [row[keep].astype(np.int64) for row, keep in zip(ids.numpy(), mask.numpy(), strict=True)]
+    return [row[keep] for row, keep in zip(ids, mask.numpy(), strict=True)]
 
 
 def width_of(input_ids: Any) -> int:

@@ -93,35 +93,36 @@ class Shelf:
     def note(self, tokens: int, saved: int, tier: str) -> None:
         """Count a request of ``tokens`` tokens, of which ``saved`` were found in a tier."""
         with self._lock:
-            self._stats.requests += 1
-            self._stats.tokens_requested += tokens
-            self._stats.tokens_saved += saved
-            if saved:
-                self._stats.hits += 1
-                self._stats.hits_by_tier[tier] += 1
+            self._stats.count(tokens, saved, tier)
 
     def _open(self, candidate: Candidate) -> KVCache | None:
         """The cache of a stored prompt, not to be changed; None if it is gone or damaged."""
         entry, name = candidate.entry, candidate.name
         with self._lock:
-            if entry is not None and entry.cache is not None:
+            cache = None if entry is None else entry.cache
+            if entry is not None and cache is not None:
                 self._memory.use(entry)
                 if entry.file is not None and self._disk is not None:
                     self._disk.touch(entry.file)
-                return entry.cache
+                # A file that made room for others is written again, unless prompts that have never had one wait.
+                again = entry.lost and self._writer.idle and self._lacks_file(entry)
+        if entry is not None and cache is not None:
+            if again:
+                self._write_later(entry, cache)
+            return cache
         if candidate.tier == "remote":
             return self._download(name)
         return self._read(name) if name else None
 
     def _read(self, name: str) -> KVCache | None:
         assert self._disk is not None
-        path = self._disk.path(name)
+        path, identity = self._disk.path(name), self._disk.identity(name)
         try:
             cache = read_prompt(path, self._make_cache(), name, self.device)
         except (OSError, ValueError) as error:
             with self._lock:
                 if path.exists():
-                    self._catalog.note_damaged(name, error)
+                    self._catalog.note_damaged(name, error, identity)
                 else:
                     self._catalog.forget_file(name)
             return None
@@ -132,6 +133,7 @@ class Shelf:
     def _hold_file(self, name: str, cache: KVCache) -> None:
         """Keep the cache of a file in memory, if the tokens are known."""
         with self._lock:
+            self._catalog.note_good(name)
             entry = self._catalog.of_file(name)
             if entry is not None and entry.cache is None:
                 self._hold(entry, cache)
@@ -148,7 +150,6 @@ class Shelf:
                 self._disk.delete(name)
                 return None
             with self._locked():
-                self._catalog.damaged.discard(name)
                 self._catalog.look_at_disk()
                 self._hold_file(name, downloaded)
             return downloaded
@@ -157,10 +158,11 @@ class Shelf:
         except ValueError as error:
             self._remote.forget(name)
             with self._lock:
-                self._catalog.note_damaged(name, error)
+                self._catalog.note_damaged(name, error, None)
             return None
-        if ids is not None:
-            with self._lock:
+        with self._lock:
+            self._catalog.note_good(name)
+            if ids is not None:
                 entry = self._catalog.get(ids) or Entry(ids)
                 if entry.cache is None:
                     self._hold(entry, cache)
@@ -188,43 +190,66 @@ class Shelf:
 
     # -- storing --------------------------------------------------------------------------------------------------
 
-    def store(self, ids: np.ndarray, cache: KVCache) -> None:
-        """Keep a cache, which nobody changes any more, as that of ``ids [T]``.
+    def store(self, prompts: list[tuple[np.ndarray, KVCache]]) -> None:
+        """Keep caches, which nobody changes any more, each as that of its tokens ``[T]``.
 
         Raises:
-            ValueError: if the cache alone is over a budget, or cannot be saved.
+            ValueError: if one of the caches alone is over a budget, or cannot be saved. Then none is kept.
         """
-        with self._locked():
+        for ids, cache in prompts:
             self._memory.check_fits(cache)
             if self._disk is not None or self._remote is not None:
                 check_file(cache, len(ids), None if self._disk is None else self._disk.budget)
+        for ids, cache in prompts:
+            self._store(ids, cache)
+
+    def _store(self, ids: np.ndarray, cache: KVCache) -> None:
+        with self._locked():
+            self._catalog.look_at_disk()
             entry = self._catalog.get(ids) or Entry(ids)
             if entry.cache is not None:
+                cache = entry.cache
                 self._memory.use(entry)
-                return
-            if not self._memory.add(entry, cache):
+            elif not self._memory.add(entry, cache):
                 self._stats.not_stored += 1
-            writes = (self._disk is not None and entry.file is None) or self._remote is not None
+            writes = self._lacks_file(entry) or self._is_wanted_elsewhere(entry)
             if entry.cache is not None or writes:
                 self._catalog.insert(entry)
-            if not writes:
-                return
-            entry.written.clear()
-            replaced = [x.file for x in self._catalog.beginnings(ids) if x.file is not None and x is not entry]
-        self._writer.add(lambda: self._write(entry, cache, replaced if self._replaceable else []))
+        if writes:
+            self._write_later(entry, cache)
 
-    def _write(self, entry: Entry, cache: KVCache, replaced: list[str]) -> None:
-        """Write a prompt to the disk and to the remote tier, in the background.
+    def _lacks_file(self, entry: Entry) -> bool:
+        """Whether an entry is to be written to the disk, and does not wait for that already."""
+        if self._disk is None or entry.file is not None or not entry.written.is_set():
+            return False
+        return not (self._replaceable and self._catalog.is_covered(entry))
+
+    def _is_wanted_elsewhere(self, entry: Entry) -> bool:
+        return self._remote is not None and entry.written.is_set() and self._remote.lacks(name_of(entry.ids))
+
+    def _write_later(self, entry: Entry, cache: KVCache) -> None:
+        """Write an entry in the background. The caller does not hold the lock."""
+        with self._lock:
+            if not entry.written.is_set():
+                return  # another thread was faster
+            to_disk = self._lacks_file(entry)
+            entry.written.clear()
+            replaced = [x.file for x in self._catalog.beginnings(entry.ids) if x.file is not None and x is not entry]
+        self._writer.add(lambda: self._write(entry, cache, replaced if self._replaceable else [], to_disk))
+
+    def _write(self, entry: Entry, cache: KVCache, replaced: list[str], to_disk: bool) -> None:
+        """Write a prompt to the disk, if asked to, and to the remote tier, in the background.
 
         Whoever holds the lock may wait for this, so it must not wait for the lock: it leaves notes.
         """
         name, catalog = name_of(entry.ids), self._catalog
         try:
             prompt = PromptFile(cache, entry.ids, self._private)
-            if self._disk is not None:
+            if self._disk is not None and to_disk:
                 if name in catalog.damaged:
                     self._disk.delete(name)
                 if self._disk.write(name, prompt.size, prompt.write, replaced):
+                    self._notes.append(lambda: catalog.note_good(name))
                     self._notes.append(lambda: catalog.note_written(name, entry, replaced))
         except Exception as error:
             self._note_failure(error)

@@ -39,3 +39,12 @@ class StoreStats:
     not_stored: int = 0
     damaged: int = 0
     failures: int = 0
+
+    def count(self, tokens: int, saved: int, tier: str) -> None:
+        """Count a request of ``tokens`` tokens, of which ``saved`` were found in a tier."""
+        self.requests += 1
+        self.tokens_requested += tokens
+        self.tokens_saved += saved
+        if saved:
+            self.hits += 1
+            self.hits_by_tier[tier] += 1

@@ -39,14 +39,14 @@ class PromptStore:
         disk: bytes of all files in the directory.
         remote: URL where several machines share prompts: of any file system that fsspec knows, or ``redis://``; None
             for none.
-        model: the model that reads the prompts. It is needed with a directory or a remote tier if its config has no
-            name. With it, a store in a directory is only shared by models with the same weights.
+        model: the model that reads the prompts. It is needed with a directory or a remote tier: what lies there is
+            shared by models with the same weights, and a config does not tell a checkpoint from its next version.
         tokenizer: the tokenizer of the prompts; stores with another one are kept apart.
         namespace: text that keeps stores apart which differ by something else.
         private: whether files hold digests of the tokens in their place.
 
     Raises:
-        ValueError: for a budget, a directory or a URL that is not accepted, or a model whose name is not known.
+        ValueError: for a budget, a directory or a URL that is not accepted, or one of these without a model.
         ImportError: if a package is missing that a tier needs.
     """
 
@@ -69,9 +69,12 @@ class PromptStore:
         empty.refuse_static("a PromptStore")
         budgets = {"memory": size("memory", memory), "disk": size("disk", disk)}
         self._make, self._known, self._settings = make_cache, KnownModel(model), settings_of(empty)
+        if model is None and (directory is not None or remote is not None):
+            raise ValueError(
+                "model=None with a directory or a remote tier; accepted: the model. Its weights keep these prompts "
+                "apart from those of another model, or of the same one after more training"
+            )
         described = namespace_of(empty, model, tokenizer, namespace)
-        if (directory is not None or remote is not None) and described["model"]["name"] is None and model is None:
-            raise ValueError("model=None: the config names no model; accepted: the model, whose weights are then known")
         tier, elsewhere = None, None
         if directory is not None:
             from hf_kvcache.prompts.disk import DiskTier
@@ -156,7 +159,8 @@ class PromptStore:
 
         Raises:
             ValueError: if the cache has read other numbers of tokens or sequences or other padding, has other settings
-                than those that ``make_cache`` makes, cannot be taken apart, or takes more than a budget.
+                than those that ``make_cache`` makes, cannot be taken apart, or takes more than a budget. Nothing of the
+                batch is kept then.
             RuntimeError: if a forward pass ended in the middle, or the cache is in the middle of a draft.
         """
         prompts = rows.prompts_of(input_ids, attention_mask)
@@ -165,15 +169,21 @@ class PromptStore:
         padding = [width - len(ids) for ids in prompts]
         for length, one in taken.items():
             self._check(one, padding, length, width)
-        for length in sorted(taken):
-            for row, ids in enumerate(prompts):
-                if length > padding[row]:
-                    one = taken[length]
-                    alone = rows.to_keep(one) if padding == [0] else self._taken_out(one, row)
-                    self._shelf.store(ids[: length - padding[row]], alone)
+        self._shelf.store(
+            [
+                (ids[: length - padding[row]], rows.to_keep(one if padding == [0] else rows.take_out(one, row)))
+                for length, one in sorted(taken.items())
+                for row, ids in enumerate(prompts)
+                if length > padding[row]
+            ]
+        )
 
-    def _taken_out(self, cache: KVCache, row: int) -> KVCache:
-        return rows.to_keep(rows.take_out(cache, row))
+    def put_each(self, prompts: Sequence[tuple[Any, KVCache]]) -> None:
+        """Keep the caches of several prompts ``[T]``, as :meth:`put` does, or none of them if it raises an error."""
+        found = [(rows.prompts_of(input_ids)[0], cache) for input_ids, cache in prompts]
+        for ids, cache in found:
+            self._check(cache, [0], len(ids), len(ids))
+        self._shelf.store([(ids, rows.to_keep(cache)) for ids, cache in found])
 
     def _check(self, cache: KVCache, padding: list[int], length: int, width: int) -> None:
         """Raise the errors of :meth:`put`; ``padding [B]`` is how much of it stands before each prompt."""

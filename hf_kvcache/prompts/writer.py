@@ -32,6 +32,11 @@ class BackgroundWriter:
                 atexit.register(_close, own)
             self._tasks.put(task)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no task waits or is being done."""
+        return not self._tasks.unfinished_tasks
+
     def flush(self) -> None:
         """Wait until all tasks are done."""
         if self._thread is not None and self._thread.is_alive():

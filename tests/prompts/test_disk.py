@@ -123,6 +123,59 @@ def test_the_budget_is_hard(model: PreTrainedModel, tmp_path: Path) -> None:
     assert small.stats().entries["memory"] == 0
 
 
+@pytest.mark.parametrize("used_by", ["put", "fetch"])
+def test_an_evicted_file_is_written_again(model: PreTrainedModel, tmp_path: Path, used_by: str) -> None:
+    """A prompt in memory whose file made room for others has one again once it is used, unless a longer one has it."""
+    ids = [variant(80, 0, seed=seed) for seed in range(4)]
+    caches = [read(model, one) for one in ids]
+    one = store_of(model, directory=tmp_path / "one")
+    one.put(ids[0], caches[0])
+    one.flush()
+    budget = int(3.2 * size_of(tmp_path / "one"))
+    store = store_of(model, directory=tmp_path / "two", disk=budget)
+    for number in range(4):
+        store.put(ids[number], caches[number])
+        store.flush()
+        time.sleep(0.02)  # the clock of files
+    assert store.stats().entries == {"memory": 4, "disk": 3, "remote": 0}
+    if used_by == "put":
+        store.put(ids[0], caches[0])
+    else:
+        assert store.fetch(torch.cat([ids[0], prompt(2)], 1))[1] == 80
+    store.flush()
+    assert store.stats().bytes["disk"] == size_of(tmp_path / "two") <= budget
+    later = store_of(model, directory=tmp_path / "two", disk=budget)
+    assert [later.fetch(torch.cat([x, prompt(2)], 1))[1] for x in ids] == [80, 0, 80, 80]
+    # The longer prompt takes the place of the shorter one, which is not written again beside it.
+    longer = torch.cat([ids[0], prompt(9)], 1)
+    store.put(longer, read(model, longer))
+    store.flush()
+    names = {path.name for path in (tmp_path / "two").rglob("*.safetensors")}
+    store.put(ids[0], caches[0])
+    assert store.fetch(torch.cat([ids[0], prompt(2)], 1))[1] == 80
+    store.flush()
+    assert {path.name for path in (tmp_path / "two").rglob("*.safetensors")} == names
+
+
+def test_a_damaged_file_that_another_process_replaced(model: PreTrainedModel, tmp_path: Path) -> None:
+    """What is skipped is the damaged file, not its name."""
+    ids = variant(80, 0, seed=1)
+    asked = torch.cat([ids, prompt(2)], 1)
+    with store_of(model, directory=tmp_path) as store:
+        store.put(ids, read(model, ids))
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-9])
+    one, two = (store_of(model, directory=tmp_path) for _ in range(2))
+    with pytest.warns(RuntimeWarning, match="skipped") as caught:
+        assert one.fetch(asked)[1] == two.fetch(asked)[1] == one.fetch(asked)[1] == 0
+    assert len(caught) == 2 and one.stats().damaged == 1
+    two.put(ids, read(model, ids))
+    two.flush()
+    cache, length = one.fetch(asked)
+    assert length == 80 and same(cache.state_dict(), read(model, ids).state_dict())
+    assert one.stats().damaged == 0 and one.stats().hits_by_tier["disk"] == 1
+
+
 def test_damaged_files_are_skipped_once(model: PreTrainedModel, tmp_path: Path) -> None:
     """One warning a file, no hit, no error; and the prompt can be stored again."""
     ids = [variant(80, 0, seed=seed) for seed in range(4)]
@@ -198,7 +251,7 @@ def test_a_deleted_directory_costs_only_hits(model: PreTrainedModel, tmp_path: P
 
 
 def test_models_are_kept_apart(model: PreTrainedModel, tmp_path: Path) -> None:
-    """What differs by weights, dtype or name only is never a hit; a model without a name has to be given."""
+    """What differs by weights, dtype or name only is never a hit; the model has to be given."""
     ids = prompt(40)
     with store_of(model, directory=tmp_path) as store:
         store.put(ids, read(model, ids))
@@ -209,8 +262,12 @@ def test_models_are_kept_apart(model: PreTrainedModel, tmp_path: Path) -> None:
     assert store_of(changed, directory=tmp_path).fetch(asked)[1] == 0
     assert store_of(families.build("llama", dtype=torch.float64), directory=tmp_path).fetch(asked)[1] == 0
     assert store_of(model, directory=tmp_path, namespace="other").fetch(asked)[1] == 0
-    with pytest.raises(ValueError, match="names no model"):
-        PromptStore(lambda: KINDS["none"].cache(model), directory=tmp_path)
+    # A name is not enough: a checkpoint that was trained again may have the name of the one before.
+    named = families.build("llama")
+    named.config._name_or_path = "someone/llama"
+    for options in ({"directory": tmp_path}, {"remote": f"file://{tmp_path / 'shared'}"}):
+        with pytest.raises(ValueError, match="model=None with a directory or a remote tier; accepted: the model"):
+            PromptStore(lambda: KINDS["none"].cache(named), **options)
 
 
 def test_a_waiting_eviction_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:

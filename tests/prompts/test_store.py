@@ -59,8 +59,8 @@ def run_any_order(model: PreTrainedModel, data: st.DataObject) -> None:
     users: list[tuple[KVCache, tuple[int, ...]]] = []
     cache: Any = None
     for _ in range(data.draw(st.integers(3, 12))):
-        action = data.draw(st.sampled_from(["put", "fetch", "fetch", "go on", "fork", "crop", "drop"]))
-        if action in ("put", "fetch"):
+        action = data.draw(st.sampled_from(["put", "fetch", "fetch", "generate", "go on", "fork", "crop", "drop"]))
+        if action in ("put", "fetch", "generate"):
             ids = variant(data.draw(st.integers(20, 90)), data.draw(st.integers(0, 19)), data.draw(st.integers(1, 3)))
             tokens = tuple(ids[0].tolist())
         if action == "put":
@@ -81,6 +81,8 @@ def run_any_order(model: PreTrainedModel, data: st.DataObject) -> None:
                     for state in put[other]
                     for expected in [restored(model, codec, state, length)]
                 )
+        elif action == "generate":
+            generate_and_check(model, store, codec, ids, data.draw(st.booleans()), put)
         elif users:
             number = data.draw(st.integers(0, len(users) - 1))
             cache, tokens = users[number]
@@ -108,6 +110,55 @@ def run_any_order(model: PreTrainedModel, data: st.DataObject) -> None:
     users, cache = [], None
     gc.collect()
     assert store.stats().bytes["memory"] == allocated(held(store))
+
+
+def generate_and_check(
+    model: PreTrainedModel,
+    store: PromptStore,
+    codec: str,
+    ids: torch.Tensor,
+    keep_reply: bool,
+    put: dict[tuple[int, ...], list[dict[str, torch.Tensor]]],
+) -> None:
+    """Generate through a store and by hand from the same beginning, and note what the store must have kept."""
+    tokens, last = tuple(ids[0].tolist()), ids.shape[1] - 1
+    cache, length = store.fetch(ids, least=max(1, ids.shape[1] // 16))
+    if length < last:
+        forward(model, ids[:, length:last], cache)
+        put.setdefault(tokens[:last], []).append(clone(cache))
+    expected = model.generate(ids, **as_cache(cache), **GREEDY)
+    assert torch.equal(store.generate(model, ids, keep_reply=keep_reply, **GREEDY), expected)
+    if codec == "none":
+        assert torch.equal(model.generate(ids, **as_cache(small_cache(model)), **GREEDY), expected)
+    if keep_reply:
+        put.setdefault(tuple(expected[0, : cache.get_seq_length()].tolist()), []).append(clone(cache))
+
+
+@pytest.mark.parametrize("kind", some(["snapkv", "recurrent"]))
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_order_of_things_that_cannot_be_cropped(kind: str, data: st.DataObject) -> None:
+    """Caches that evict or sum up are found at the ends of stored prompts only, and are what was put there."""
+    model = BUILT.setdefault(kind, KINDS[kind].build())
+    store = PromptStore(lambda: KINDS[kind].cache(model), data.draw(st.sampled_from([60_000, 400_000])), model=model)
+    put: dict[tuple[int, ...], list[dict[str, torch.Tensor]]] = {}
+    for _ in range(data.draw(st.integers(3, 10))):
+        ids = variant(data.draw(st.integers(20, 90)), data.draw(st.integers(0, 19)), data.draw(st.integers(1, 3)))
+        before = stored_tokens(store)
+        cache, length = store.fetch(ids)
+        tokens = tuple(ids[0].tolist())
+        assert length == max((len(x) for x in before if x == tokens[: len(x)] and len(x) < len(tokens)), default=0)
+        if length:
+            assert any(same(cache.state_dict(), state) for state in put[tokens[:length]])
+        forward(model, ids[:, length:], cache)
+        put.setdefault(tokens, []).append(clone(cache))
+        store.put(ids, cache)
+        forward(model, prompt(data.draw(st.integers(1, 30))), cache)  # changes nothing of what is stored
+        assert store.stats().bytes["memory"] <= store._shelf._memory.budget
+
+
+#: Models of kinds, built once for all examples.
+BUILT: dict[str, PreTrainedModel] = {}
 
 
 def clone(cache: KVCache) -> dict[str, torch.Tensor]:
@@ -246,6 +297,33 @@ def test_padding_before_all_sequences(model: PreTrainedModel, rows: int) -> None
     rest = forward(model, ids[:, 79:], cache, attention_mask=mask, position_ids=positions[:, 79:])
     assert (rest[:, -1] - full[:, -1]).abs().max() < ROUNDING
     cache.integrity()
+
+
+@pytest.mark.parametrize("how", ["put", "generate"])
+def test_a_batch_is_kept_as_a_whole_or_not(model: PreTrainedModel, how: str, tmp_path: Path) -> None:
+    """A later sequence that is over a budget leaves nothing of those before it."""
+    ids = torch.cat([torch.nn.functional.pad(variant(20, 0, seed=1), (60, 0)), variant(80, 0, seed=2)])
+    mask = torch.ones_like(ids)
+    mask[0, :60] = 0
+    enough = [0, 0]
+    for row in range(2):
+        one = store_of(model)
+        one.put(ids[row, mask[row].bool()], read(model, ids[row, mask[row].bool()][None]))
+        enough[row] = one.stats().bytes["memory"]
+    store = store_of(model, memory=sum(enough) // 2, directory=tmp_path)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    cache = small_cache(model, "rotated4")
+    forward(model, ids, cache, attention_mask=mask, position_ids=positions)
+    with pytest.raises(ValueError, match=r"this prompt of (79|80) tokens"):
+        if how == "put":
+            store.put(ids, cache, mask)
+        else:
+            store.generate(model, ids, mask, **GREEDY)
+    store.flush()
+    stats = store.stats()
+    assert stats.entries == {"memory": 0, "disk": 0, "remote": 0} and stats.bytes["memory"] == 0
+    store.put(ids[0, 60:], read(model, ids[:1, 60:]))
+    assert store.stats().entries["memory"] == 1
 
 
 def test_shared_prefixes_are_held_once(model: PreTrainedModel) -> None:
