@@ -147,7 +147,7 @@ class Catalog:
                 raise ValueError("the file does not have the name of its prompt")
             digests = [str(x) for x in about["prompt_digests"]]
         except (OSError, ValueError) as error:
-            if self._disk.path(name).exists():
+            if identity is not None and self._identity(name) == identity:
                 self.note_damaged(name, error, identity)
             return
         if ids is None:

@@ -116,12 +116,12 @@ class Shelf:
 
     def _read(self, name: str) -> KVCache | None:
         assert self._disk is not None
-        path, identity = self._disk.path(name), self._disk.identity(name)
+        identity = self._disk.identity(name)  # other processes delete and write files at any moment
         try:
-            cache = read_prompt(path, self._make_cache(), name, self.device)
+            cache = read_prompt(self._disk.path(name), self._make_cache(), name, self.device)
         except (OSError, ValueError) as error:
             with self._lock:
-                if path.exists():
+                if identity is not None and self._disk.identity(name) == identity:
                     self._catalog.note_damaged(name, error, identity)
                 else:
                     self._catalog.forget_file(name)

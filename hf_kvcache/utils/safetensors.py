@@ -57,7 +57,7 @@ def load_file(path: str | Path, argument: str, kind: str, what: str) -> tuple[di
             metadata = file.metadata() or {}
             names = [name for name in file.keys() if not name.startswith(_PAD)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch maps the file, and has errors of its own
         raise ValueError(f"{argument}={str(path)!r} cannot be read: {error}") from error
     if metadata.get("format") != kind:
         raise ValueError(f"{argument}={str(path)!r} is no file of {what}")

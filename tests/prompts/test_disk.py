@@ -8,13 +8,16 @@ import stat
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import KVCache
+from hf_kvcache.cache import files
 from hf_kvcache.prompts import PromptStore
+from hf_kvcache.utils import safetensors
 from tests import families
 from tests.generation.kinds import KINDS, decode
 from tests.prompts.test_files import same
@@ -174,6 +177,32 @@ def test_a_damaged_file_that_another_process_replaced(model: PreTrainedModel, tm
     cache, length = one.fetch(asked)
     assert length == 80 and same(cache.state_dict(), read(model, ids).state_dict())
     assert one.stats().damaged == 0 and one.stats().hits_by_tier["disk"] == 1
+
+
+@pytest.mark.parametrize("after", ["read_about", "check_digest", "read_header"])
+def test_a_file_that_goes_while_it_is_read(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """Another process may delete a file at any moment. That costs the hit, and nothing is said."""
+    ids = variant(80, 0, seed=1)
+    with store_of(model, directory=tmp_path) as store:
+        store.put(ids, read(model, ids))
+    (path,) = tmp_path.rglob("*.safetensors")
+    later = store_of(model, directory=tmp_path)
+    assert later.stats().entries["disk"] == 1
+    module = safetensors if after == "read_header" else files
+    function = getattr(module, after)
+
+    def then_gone(*args: Any) -> Any:
+        found = function(*args)
+        path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(module, after, then_gone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert later.fetch(ids)[1] == 0
+    assert not path.exists() and later.stats().damaged == 0 == later.stats().entries["disk"]
 
 
 def test_damaged_files_are_skipped_once(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from hf_kvcache.prompts import remote_tier
 from hf_kvcache.prompts.digests import name_of
 from tests.prompts.test_files import same
 from tests.prompts.toys import read, store_of, variant
+from tests.prompts.working import asked, sharer, start
 from tests.running import prompt
 
 
@@ -180,3 +181,26 @@ def test_redis(model: PreTrainedModel, redis_server: tuple[str, subprocess.Popen
         assert one.fetch(prompt(40, seed=9))[1] == 0
     assert len(caught) == 2 and all("remote tier" in str(x.message) for x in caught)
     assert two.stats().failures == 1 and two.stats().entries["memory"] == 3
+
+
+@pytest.mark.slow
+def test_two_processes_share_redis(model: PreTrainedModel, redis_server: tuple[str, subprocess.Popen[bytes]]) -> None:
+    """What another process put is found, and what it looks for was put here; without a server it goes on alone."""
+    url, server = redis_server
+    other, line = start(sharer, url)
+    store = store_of(model, remote=url)
+    cache, length = store.fetch(asked(0).repeat(1, 2))
+    assert length == asked(0).shape[1] and same(cache.state_dict(), read(model, asked(0)).state_dict())
+    assert store.stats().hits_by_tier["remote"] == 1
+    store.put(asked(1), read(model, asked(1)))
+    store.flush()
+    line.send("look")
+    assert line.recv() is True
+    server.kill()
+    server.wait()
+    line.send("look without it")
+    said, found = line.recv()
+    assert len(said) == 1 and "the remote tier of a prompt store fails" in said[0]
+    assert found == [asked(number).shape[1] for number in range(5)]
+    other.join(60)
+    assert other.exitcode == 0
