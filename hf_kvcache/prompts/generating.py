@@ -111,9 +111,9 @@ def _batch(
     if keep_reply:
         alone = [rows.take_out(cache, row) for row in range(len(prompts))]
         replies = _sequences(output)[:, stored + rest :].cpu().numpy()
-        tokens = [np.concatenate(both) for both in zip(prompts, replies, strict=True)]
+        whole_rows = [np.concatenate(both) for both in zip(prompts, replies, strict=True)]
         # The last token was never read.
-        store.put_each([(ids[: one.get_seq_length()], one) for ids, one in zip(tokens, alone, strict=True)])
+        store.put_each([(row[: one.get_seq_length()], one) for row, one in zip(whole_rows, alone, strict=True)])
     return _behind(given, output, stored + rest)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,14 +12,13 @@ import numpy as np
 from hf_kvcache.cache.base import KVCache
 from hf_kvcache.prompts.accounting import Held
 from hf_kvcache.prompts.catalog import Candidate, Catalog
-from hf_kvcache.prompts.digests import name_of
 from hf_kvcache.prompts.disk import DiskTier
 from hf_kvcache.prompts.entry import Entry, can_crop, cropped, only_whole
-from hf_kvcache.prompts.files import PromptFile, check_file, read_content, read_prompt
+from hf_kvcache.prompts.files import check_file, read_content, read_prompt
+from hf_kvcache.prompts.filing import Filing
 from hf_kvcache.prompts.memory import MemoryTier
 from hf_kvcache.prompts.remote_tier import RemoteTier
 from hf_kvcache.prompts.stats import StoreStats
-from hf_kvcache.prompts.writer import BackgroundWriter
 
 #: Order in which equally long prompts are tried.
 _RANK = {"memory": 0, "disk": 1, "remote": 2}
@@ -49,17 +46,15 @@ class Shelf:
         remote: RemoteTier | None,
         private: bool,
     ) -> None:
-        self._make_cache, self._disk, self._remote, self._private = make_cache, disk, remote, private
+        self._make_cache, self._disk, self._remote = make_cache, disk, remote
         empty = make_cache()
         self._only_whole = only_whole(empty)
-        #: Whether a longer prompt can always stand in for one that it begins with.
-        self._replaceable = not self._only_whole and all(x.sliding_window is None for x in empty.own_layers)
+        replaceable = not self._only_whole and all(x.sliding_window is None for x in empty.own_layers)
         self.device: Any = None
         self._lock = threading.RLock()
         self._catalog = Catalog(disk, self._only_whole)
         self._memory = MemoryTier(memory, self._catalog.forget_if_gone)
-        self._writer = BackgroundWriter()
-        self._notes: deque[Callable[[], None]] = deque()  # what the background thread has done
+        self._filing = Filing(self._catalog, disk, remote, private, replaceable)
         self._stats = StoreStats()
 
     # -- finding --------------------------------------------------------------------------------------------------
@@ -105,7 +100,7 @@ class Shelf:
                 if entry.file is not None and self._disk is not None:
                     self._disk.touch(entry.file)
                 # A file that made room for others is written again, unless prompts that have never had one wait.
-                again = entry.lost and self._writer.idle and self._lacks_file(entry)
+                again = entry.lost and self._filing.idle and self._filing.lacks_file(entry)
         if entry is not None and cache is not None:
             if again:
                 self._write_later(entry, cache)
@@ -178,7 +173,7 @@ class Shelf:
         try:
             return self._disk.write(name, len(content), lambda file: file.write(content), [])
         except (OSError, ValueError) as error:
-            self._note_failure(error)
+            self._filing.note_failure(error)
             return False
 
     def _hold(self, entry: Entry, cache: KVCache) -> None:
@@ -212,68 +207,24 @@ class Shelf:
                 self._memory.use(entry)
             elif not self._memory.add(entry, cache):
                 self._stats.not_stored += 1
-            writes = self._lacks_file(entry) or self._is_wanted_elsewhere(entry)
+            writes = self._filing.lacks_file(entry) or self._filing.is_wanted_elsewhere(entry)
             if entry.cache is not None or writes:
                 self._catalog.insert(entry)
         if writes:
             self._write_later(entry, cache)
 
-    def _lacks_file(self, entry: Entry) -> bool:
-        """Whether an entry is to be written to the disk, and does not wait for that already."""
-        if self._disk is None or entry.file is not None or not entry.written.is_set():
-            return False
-        return not (self._replaceable and self._catalog.is_covered(entry))
-
-    def _is_wanted_elsewhere(self, entry: Entry) -> bool:
-        return self._remote is not None and entry.written.is_set() and self._remote.lacks(name_of(entry.ids))
-
     def _write_later(self, entry: Entry, cache: KVCache) -> None:
-        """Write an entry in the background. The caller does not hold the lock."""
+        """Write an entry in the background. The caller does not hold the lock, since the queue may be full."""
         with self._lock:
-            if not entry.written.is_set():
-                return  # another thread was faster
-            to_disk = self._lacks_file(entry)
-            entry.written.clear()
-            replaced = [x.file for x in self._catalog.beginnings(entry.ids) if x.file is not None and x is not entry]
-        self._writer.add(lambda: self._write(entry, cache, replaced if self._replaceable else [], to_disk))
-
-    def _write(self, entry: Entry, cache: KVCache, replaced: list[str], to_disk: bool) -> None:
-        """Write a prompt to the disk, if asked to, and to the remote tier, in the background.
-
-        Whoever holds the lock may wait for this, so it must not wait for the lock: it leaves notes.
-        """
-        name, catalog = name_of(entry.ids), self._catalog
-        try:
-            prompt = PromptFile(cache, entry.ids, self._private)
-            if self._disk is not None and to_disk:
-                if name in catalog.damaged:
-                    self._disk.delete(name)
-                if self._disk.write(name, prompt.size, prompt.write, replaced):
-                    self._notes.append(lambda: catalog.note_good(name))
-                    self._notes.append(lambda: catalog.note_written(name, entry, replaced))
-        except Exception as error:
-            self._note_failure(error)
-            return
-        finally:
-            entry.written.set()
-            self._notes.append(lambda: catalog.forget_if_gone(entry))
-        if self._remote is not None:
-            self._remote.write(name, prompt)
-
-    def _note_failure(self, error: Exception) -> None:
-        def count() -> None:
-            self._stats.failures += 1
-
-        self._notes.append(count)
-        what = f"a prompt could not be written to the disk: {type(error).__name__}: {error}"
-        warnings.warn(what, RuntimeWarning, stacklevel=3)
+            task = self._filing.task(entry, cache)
+        if task is not None:
+            self._filing.add(task)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """The lock, with all notes read."""
         with self._lock:
-            while self._notes:
-                self._notes.popleft()()
+            self._filing.read_notes()
             yield
 
     # -- the whole ------------------------------------------------------------------------------------------------
@@ -288,16 +239,16 @@ class Shelf:
             found.entries = {"memory": len(self._memory), "disk": self._catalog.files, "remote": len(remote or ())}
             found.bytes = {"memory": self._memory.used, "disk": disk.used if disk else 0, "remote": 0}
             found.evictions = {"memory": self._memory.evictions, "disk": disk.evictions if disk else 0, "remote": 0}
-            found.failures += remote.failures if remote is not None else 0
+            found.failures = self._filing.failures + (remote.failures if remote is not None else 0)
             return found
 
     def flush(self) -> None:
         """Wait until all prompts are written."""
-        self._writer.flush()
+        self._filing.flush()
 
     def close(self) -> None:
         """Write all prompts, and end the background thread."""
-        self._writer.close()
+        self._filing.close()
 
     def entries(self) -> list[Entry]:
         """All entries whose tokens are known."""
