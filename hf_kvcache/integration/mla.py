@@ -22,6 +22,7 @@ from hf_kvcache.integration.architecture import modeling_file
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.integration.handle import CachedStates, KVHandle, attach_gradient
+from hf_kvcache.integration.offloading import keeps_weights
 from hf_kvcache.kernels.inputs import UpProjections
 
 logger = logging.get_logger(__name__)
@@ -205,7 +206,7 @@ class Expansion:
             return None
         if projection._forward_hooks or projection._forward_pre_hooks:
             return None
-        if "_hf_hook" in projection.__dict__ and not _keeps_weights(projection.__dict__["_hf_hook"]):
+        if not keeps_weights(projection):
             logger.warning_once(
                 f"kv_b_proj of {type(self.module).__name__} has a hook that moves its weight (offloading): every step "
                 "expands all latents, which is correct but slow. A device map that keeps the weight on the device of "
@@ -219,12 +220,6 @@ class Expansion:
         if known is None or not known.is_of(weight):
             known = _known_weights[self.module] = _Weight(weight, _split_if_plain(self, weight))
         return known.up
-
-
-def _keeps_weights(hook: Any) -> bool:
-    """Whether a hook of accelerate only moves inputs to the device of the module, as it does for a device map."""
-    parts = getattr(hook, "hooks", (hook,))
-    return all(getattr(part, "offload", None) is False for part in parts)
 
 
 class _Weight:

@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_kvcache.integration.binding import IMPLEMENTATION, bind, is_bound, unbind
+from hf_kvcache.integration.offloading import reads_on
 
 #: Called with an attention module and its queries ``[1, Hq, n, Dk]``, keys ``[1, Hkv, n, Dk]`` and values
 #: ``[1, Hkv, n, Dv]``. Keys and queries come after their rotary embedding, at positions ``0 .. n - 1``.
@@ -43,11 +44,11 @@ def record_attention(
     """
     if min(tokens, length) < 1:
         raise ValueError(f"tokens={tokens!r}, length={length!r}; accepted: whole numbers from 1")
-    found = False
+    found, device = False, reads_on(model)
     with _attention_recorded(model, record):
         for chunk in _chunks(texts, tokenizer, tokens, length):
             # The head is left out: its logits over the vocabulary would be the largest tensor of all.
-            getattr(model, "base_model", model)(input_ids=chunk.to(model.device), use_cache=False)
+            getattr(model, "base_model", model)(input_ids=chunk.to(device), use_cache=False)
             found = True
             if advance is not None:
                 advance(chunk.shape[1])

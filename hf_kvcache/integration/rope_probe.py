@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from hf_kvcache.integration.offloading import runs_on
 from hf_kvcache.integration.versions import ask_with_cache
 
 #: Number of random states that a module is shown. With more states, fewer dimensions are mistaken for each other.
@@ -133,10 +134,11 @@ def _answers(module: torch.nn.Module, config: Any, width: int) -> tuple[torch.Te
     dimension holds its partner. In the next rows the cosine of each column is one digit of the column's number, and in
     the last rows its sine is.
     """
+    device = runs_on(module)
     takes = inspect.signature(module.forward).parameters
     if "position_embeddings" not in takes:
         raise TypeError("its forward takes no position_embeddings")
-    weight = next(p for p in module.parameters() if p.is_floating_point())
+    weight = torch.empty(0, dtype=next(p.dtype for p in module.parameters() if p.is_floating_point()), device=device)
     digits = torch.arange(width, device="cpu") // _BASE ** torch.arange(_DIGITS, device="cpu")[:, None] % _BASE + 1
     one, zero, zeros = (
         torch.ones(1, width, device="cpu"),

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache.cache.base import KVCache
+from hf_kvcache.integration.offloading import reads_on
 from hf_kvcache.integration.versions import CACHE_ARGUMENT, CACHE_NAMES, with_cache
 from hf_kvcache.prompts import rows
 from hf_kvcache.utils.validation import whole
@@ -133,7 +134,7 @@ def _one_by_one(
     several = replies[0].shape[0]
     longest = max(reply.shape[1] for reply in replies)
     padded = [torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=_pad_token(model)) for x in replies]
-    return torch.cat([given.to(model.device).repeat_interleave(several, 0), torch.cat(padded)], 1)
+    return torch.cat([given.to(replies[0].device).repeat_interleave(several, 0), torch.cat(padded)], 1)
 
 
 def _generate(
@@ -143,7 +144,7 @@ def _generate(
     several = max(_option(model, options, name) for name in _SEVERAL)
     if several > 1 and cache.get_seq_length():
         # `generate` repeats the ids, and leaves a cache as it is. Recurrent layers can be reordered, but not repeated.
-        cache.reorder_cache(torch.arange(ids.shape[0], device=model.device).repeat_interleave(several))
+        cache.reorder_cache(torch.arange(ids.shape[0], device=ids.device).repeat_interleave(several))
     return _model(model).generate(ids, attention_mask=mask, **{CACHE_ARGUMENT: cache}, **options)
 
 
@@ -194,7 +195,7 @@ def _sequences(output: Any) -> torch.Tensor:
 
 
 def _on(model: PreTrainedModel, ids: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(ids).to(model.device)
+    return torch.from_numpy(ids).to(reads_on(model))
 
 
 def _pad_token(model: PreTrainedModel) -> int:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Any
 from weakref import ref
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.files import FORMAT, fingerprint
 from hf_kvcache.cache.serialization import describe_settings
+from hf_kvcache.integration.offloading import local_part, saved_tensors, value_of
 
 
 def namespace_of(cache: KVCache, model: PreTrainedModel | None, tokenizer: Any, name: str) -> dict[str, Any]:
@@ -67,21 +66,15 @@ def digest_of(namespace: dict[str, Any]) -> str:
 def weights_digest(model: PreTrainedModel) -> str:
     """A digest of samples of all weights that are loaded, adapters included, and of which adapters are active."""
     digest = hashlib.sha256(json.dumps(_adapters(model), default=str).encode())
-    for name, weight in _weights(model):
-        digest.update(f"{name} {list(weight.shape)}".encode())
-        if not weight.is_meta and weight.numel():
-            flat = weight.detach().flatten()
+    for name, tensor in saved_tensors(model):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        weight = value_of(model, name, tensor)
+        if weight is None:
+            raise ValueError(f"model={type(model).__name__} has no values for {name!r}; accepted: loaded weights")
+        if weight.numel():
+            flat = local_part(weight).detach().flatten()
             digest.update(flat[:: max(1, len(flat) // 16)].double().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, and the buffers that are saved with them, where quantized models have their weights."""
-    yield from model.named_parameters()
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}", buffer
 
 
 def _adapters(model: PreTrainedModel) -> list[Any]:
@@ -96,7 +89,8 @@ def _adapters(model: PreTrainedModel) -> list[Any]:
 
 def _versions(model: PreTrainedModel) -> list[Any]:
     """What changes with the weights, as far as torch counts it, without reading them."""
-    weights = [(id(x), 0 if x.is_inference() else x._version) for _, x in _weights(model)]
+    # What is offloaded is another tensor after each forward pass.
+    weights = [None if x.is_meta else (id(x), 0 if x.is_inference() else x._version) for _, x in saved_tensors(model)]
     return [weights, json.dumps(_adapters(model), default=str)]
 
 

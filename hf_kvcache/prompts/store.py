@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.loading import check_savable
+from hf_kvcache.integration.offloading import reads_on
 from hf_kvcache.prompts import rows
 from hf_kvcache.prompts.chat import Chat
 from hf_kvcache.prompts.generating import generate
@@ -242,7 +243,7 @@ class PromptStore:
         self._known.check(model)
         # Layers of a model on several devices move with their first update. None of them may lie on the first device.
         split = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
-        self._shelf.device = None if split or model.device.type == "meta" else model.device
+        self._shelf.device = None if split else reads_on(model)
         return generate(self, model, input_ids, attention_mask, keep_reply, checkpoints, generation_options)
 
     def chat(self, model: PreTrainedModel, tokenizer: Any, messages: Any = (), **generation_options: Any) -> Chat:
@@ -258,7 +259,7 @@ class PromptStore:
         def reply_to(ids: torch.Tensor) -> torch.Tensor:
             return self.generate(model, ids, keep_reply=True, **generation_options)
 
-        return Chat(reply_to, self.flush, tokenizer, list(messages), model.device)
+        return Chat(reply_to, self.flush, tokenizer, list(messages), reads_on(model))
 
     def stats(self) -> StoreStats:
         """What the store has done, and what it holds."""
