@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hf_kvcache.integration.offloading import runs_on, value_of
+
 #: Names that models give the output projection.
 _NAMES = ("o_proj", "dense", "out_proj", "wo", "Wo", "c_proj")
 
@@ -17,6 +19,9 @@ def output_weight(module: torch.nn.Module | None, value_dim: int) -> torch.Tenso
     if module is not None:
         for name in _NAMES:
             weight = getattr(getattr(module, name, None), "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.is_meta:
+                value = value_of(module, f"{name}.weight", weight)
+                weight = weight if value is None else value.to(runs_on(module))  # offloaded
             if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_floating_point():
                 # transformers' Conv1D (GPT-2) stores its weight transposed.
                 weight = weight.T if type(getattr(module, name)).__name__ == "Conv1D" else weight
