@@ -22,7 +22,7 @@ from hf_kvcache.integration.architecture import modeling_file
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.integration.handle import CachedStates, KVHandle, attach_gradient
-from hf_kvcache.integration.offloading import keeps_weights
+from hf_kvcache.integration.placement import keeps_weights
 from hf_kvcache.kernels.inputs import UpProjections
 
 logger = logging.get_logger(__name__)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from hf_kvcache.integration.placement import local_part
+
 #: Names that models give the projection of keys, alone or together with those of queries and values.
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
 #: Numbers of a weight that are kept.
@@ -56,7 +58,8 @@ def sample_weights(model: torch.nn.Module) -> dict[int, list[float]]:
     """Samples of the weights of the first and the last attention layer, by the layer's index.
 
     They are no hash, since the same weights are rounded differently in another dtype or file format. Layers whose
-    weights are not loaded are left out: quantized weights, and weights that are offloaded to a disk.
+    weights are not loaded are left out: quantized weights, weights that are offloaded, and those of which this process
+    has a part.
     """
     config: Any = getattr(model, "config", None)
     text = None if config is None else config.get_text_config(decoder=True)
@@ -102,7 +105,7 @@ def _key_weight(module: torch.nn.Module) -> torch.Tensor | None:
 
 
 def _is_loaded(weight: torch.Tensor) -> bool:
-    return not weight.is_meta and weight.is_floating_point()
+    return not weight.is_meta and weight.is_floating_point() and local_part(weight) is weight
 
 
 def _samples(weight: torch.Tensor) -> list[float]:

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_kvcache.integration.binding import IMPLEMENTATION, bind, is_bound, unbind
-from hf_kvcache.integration.offloading import reads_on
+from hf_kvcache.integration.placement import reads_on, refuse_tensor_parallel
 
 #: Called with an attention module and its queries ``[1, Hq, n, Dk]``, keys ``[1, Hkv, n, Dk]`` and values
 #: ``[1, Hkv, n, Dv]``. Keys and queries come after their rotary embedding, at positions ``0 .. n - 1``.
@@ -40,10 +40,12 @@ def record_attention(
         advance: called with the number of tokens of each chunk that has been read.
 
     Raises:
-        ValueError: if ``tokens`` or ``length`` is below 1, or the texts have no token.
+        ValueError: if ``tokens`` or ``length`` is below 1, the texts have no token, or several processes share the
+            model by tensor parallelism.
     """
     if min(tokens, length) < 1:
         raise ValueError(f"tokens={tokens!r}, length={length!r}; accepted: whole numbers from 1")
+    refuse_tensor_parallel(model, "recording attention")
     found, device = False, reads_on(model)
     with _attention_recorded(model, record):
         for chunk in _chunks(texts, tokenizer, tokens, length):

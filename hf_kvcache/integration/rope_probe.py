@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from hf_kvcache.integration.offloading import runs_on
+from hf_kvcache.integration.placement import runs_on
 from hf_kvcache.integration.versions import ask_with_cache
 
 #: Number of random states that a module is shown. With more states, fewer dimensions are mistaken for each other.

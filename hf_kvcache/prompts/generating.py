@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache.cache.base import KVCache
-from hf_kvcache.integration.offloading import reads_on
+from hf_kvcache.integration.placement import reads_on
 from hf_kvcache.integration.versions import CACHE_ARGUMENT, CACHE_NAMES, with_cache
 from hf_kvcache.prompts import rows
 from hf_kvcache.utils.validation import whole

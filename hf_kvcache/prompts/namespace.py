@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.files import FORMAT, fingerprint
 from hf_kvcache.cache.serialization import describe_settings
-from hf_kvcache.integration.offloading import local_part, saved_tensors, value_of
+from hf_kvcache.integration.placement import refuse_tensor_parallel, saved_tensors, value_of
 
 
 def namespace_of(cache: KVCache, model: PreTrainedModel | None, tokenizer: Any, name: str) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def weights_digest(model: PreTrainedModel) -> str:
         if weight is None:
             raise ValueError(f"model={type(model).__name__} has no values for {name!r}; accepted: loaded weights")
         if weight.numel():
-            flat = local_part(weight).detach().flatten()
+            flat = weight.detach().flatten()
             digest.update(flat[:: max(1, len(flat) // 16)].double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -104,7 +104,9 @@ class KnownModel:
             self.check(model)
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError unless ``model`` has the weights of the first one that was shown."""
+        """Raise ValueError unless ``model`` has the weights of the first one that was shown, and this process all."""
+        # The processes would have to find the same prompts, and each drops and reads files by itself.
+        refuse_tensor_parallel(model, "a PromptStore")
         versions = _versions(model)
         if self._latest is not None and self._latest[0]() is model and self._latest[1] == versions:
             return

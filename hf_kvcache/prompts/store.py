@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.loading import check_savable
-from hf_kvcache.integration.offloading import reads_on
+from hf_kvcache.integration.placement import reads_on
 from hf_kvcache.prompts import rows
 from hf_kvcache.prompts.chat import Chat
 from hf_kvcache.prompts.generating import generate

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.gpu.pretended_device import DEVICE, PretendedDevice, moved
 from hf_kvcache import HeavyHitterCache, KVCache
+from hf_kvcache.codecs import specs
 from hf_kvcache.prompts import PromptStore
 from hf_kvcache.prompts.namespace import weights_digest
 from tests import families
@@ -122,3 +123,17 @@ def test_offloaded_output_projections(tmp_path: Path) -> None:
 def weighed(model: PreTrainedModel) -> tuple[torch.Tensor, dict[int, Any]]:
     cache = HeavyHitterCache(model.config, 28, "critical-snapkv", sink_length=2, tail_length=4, page_size=8)
     return model.generate(prompt(60), **as_cache(cache), **GREEDY), measure(model)
+
+
+@pytest.mark.parametrize("codec", some(specs(), "turboquant4", "kvarn2"))
+def test_heads_are_packed_alone(model: PreTrainedModel, codec: str) -> None:
+    """What a head holds does not depend on which others lie beside it, as with tensor parallelism, to the bit."""
+    both, *one = (small_cache(model, codec) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    for length in (60, 1, 17, 1):
+        keys, values = torch.randn(2, 1, 2, length, 16, generator=generator)
+        for cache, heads in ((both, slice(2)), (one[0], slice(1)), (one[1], slice(1, 2))):
+            cache.update(keys[:, heads], values[:, heads], 0)
+    for side in ("keys", "values"):
+        whole, *parts = (getattr(cache.layers[0], side) for cache in (both, *one))
+        assert whole.shape == (1, 2, 79, 16) and torch.equal(whole, torch.cat(parts, 1))

@@ -1,6 +1,6 @@
-"""What accelerate's hooks say of a model whose weights it moves: where modules compute, and what the weights are.
+"""Where the weights of a model are: on one device or several, offloaded by accelerate, shared by several processes.
 
-A weight that is offloaded lies on the meta device, without a value, but while its module runs.
+A weight that accelerate offloads lies on the meta device, without a value, but while its module runs.
 """
 
 from __future__ import annotations
@@ -48,6 +48,16 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor that several processes share."""
     to_local: Any = getattr(tensor, "to_local", None)  # torch.distributed need not be there
     return tensor if to_local is None else to_local()
+
+
+def refuse_tensor_parallel(model: Any, what: str) -> None:
+    """Raise ValueError if each process has some of a model's heads, where ``what`` needs all of them."""
+    processes = getattr(model, "tp_size", None) or 1
+    if processes > 1:
+        raise ValueError(
+            f"{what} with a {type(model).__name__} that {processes} processes share by tensor parallelism: each has "
+            "some of the heads; accepted: a model that is loaded without a tp_plan"
+        )
 
 
 def value_of(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
