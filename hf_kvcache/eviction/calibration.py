@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from hf_kvcache.integration.model_identity import check_identity, model_identity
 from hf_kvcache.integration.recording import record_attention
+from hf_kvcache.utils.processes import ALONE, Processes
 from hf_kvcache.utils.safetensors import load_file
 
 _FORMAT = "hf_kvcache query statistics 1"
@@ -112,7 +113,12 @@ class QueryStatistics:
 
 
 def calibrate(
-    model: Any, texts: Sequence[str], tokenizer: Any, tokens: int = 16384, length: int = 2048
+    model: Any,
+    texts: Sequence[str],
+    tokenizer: Any,
+    tokens: int = 16384,
+    length: int = 2048,
+    processes: Processes = ALONE,
 ) -> QueryStatistics:
     """Measure a model's queries on texts of the kind that it will read.
 
@@ -122,10 +128,11 @@ def calibrate(
         tokenizer: the model's.
         tokens: how many are read.
         length: tokens that are read at a time.
+        processes: that each read their share of the texts; see :func:`~hf_kvcache.utils.processes.joined`.
 
     Raises:
-        ValueError: if ``tokens`` or ``length`` is below 1, the texts have no token, or the model has no rotary
-            embedding that can be undone.
+        ValueError: if ``tokens`` or ``length`` is below 1, the texts have no token, or none for a process, or the model
+            has no rotary embedding that can be undone.
     """
     # Not at the top: policies import this file, and policies know nothing of models.
     from hf_kvcache.integration.rope import rope_of
@@ -137,7 +144,8 @@ def calibrate(
         total = sums.setdefault(module.layer_idx, _Sums(rope.frequencies))
         total.add(rope.pairs(rope.unrotate(query, torch.arange(query.shape[2], device=query.device))))
 
-    record_attention(model, texts, tokenizer, tokens, length, note)
+    record_attention(model, texts, tokenizer, tokens, length, note, processes=processes)
+    processes.add_up({index: total.tensors() for index, total in sums.items()})
     if not sums:
         raise ValueError(f"model of type {model.config.model_type!r}; accepted: models with attention layers")
     return QueryStatistics({index: sums[index].means() for index in sorted(sums)}, model_identity(model.config))
@@ -150,7 +158,11 @@ class _Sums:
     frequencies: torch.Tensor
     mean: torch.Tensor | float = 0.0
     length: torch.Tensor | float = 0.0
-    count: int = 0
+    count: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64, device="cpu"))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All sums, to be changed in place."""
+        return [self.count, *(x for x in (self.mean, self.length) if isinstance(x, torch.Tensor))]
 
     def add(self, pairs: torch.Tensor) -> None:
         """Add queries as complex ``pairs [1, Hq, n, F]``."""

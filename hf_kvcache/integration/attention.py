@@ -12,6 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.binding import IMPLEMENTATION, previous_implementation
@@ -21,6 +22,8 @@ from hf_kvcache.integration.masks import mask_function
 from hf_kvcache.integration.versions import COLLECTOR, RELEASE, collects_attentions
 from hf_kvcache.kernels.attention import refuse_gradient
 from hf_kvcache.kernels.inputs import Scoring
+
+logger = logging.get_logger(__name__)
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -171,6 +174,11 @@ def _attend_by_previous(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over dense keys and values by the implementation that was set before the binding."""
     keys, values = states
+    if "write_index" in kwargs:  # an argument of transformers' continuous batching
+        logger.warning_once(
+            "continuous batching (generate_batch) keeps keys and values in a cache of its own, in full precision; a "
+            "KVCache that is given to it is not used. model.generate takes one"
+        )
     attend = _previous_function(module)
     return attend(module, query, keys, values, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 

@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_kvcache.integration.binding import IMPLEMENTATION, bind, is_bound, unbind
 from hf_kvcache.integration.placement import reads_on, refuse_tensor_parallel
+from hf_kvcache.utils.processes import ALONE, Processes
 
 #: Called with an attention module and its queries ``[1, Hq, n, Dk]``, keys ``[1, Hkv, n, Dk]`` and values
 #: ``[1, Hkv, n, Dv]``. Keys and queries come after their rotary embedding, at positions ``0 .. n - 1``.
@@ -27,6 +28,7 @@ def record_attention(
     length: int,
     record: Record,
     advance: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Let a model read texts, and call ``record`` with the states of every attention layer.
 
@@ -38,20 +40,23 @@ def record_attention(
         length: number of tokens that are read at a time; each chunk starts at position 0.
         record: called once per layer and chunk.
         advance: called with the number of tokens of each chunk that has been read.
+        processes: among which this one reads its share of the chunks, by turns; all are given the same texts.
 
     Raises:
-        ValueError: if ``tokens`` or ``length`` is below 1, the texts have no token, or several processes share the
-            model by tensor parallelism.
+        ValueError: if ``tokens`` or ``length`` is below 1, the texts have no token for any of the processes, or several
+            processes share the model by tensor parallelism.
     """
     if min(tokens, length) < 1:
         raise ValueError(f"tokens={tokens!r}, length={length!r}; accepted: whole numbers from 1")
     refuse_tensor_parallel(model, "recording attention")
     found, device = False, reads_on(model)
     with _attention_recorded(model, record):
-        for chunk in _chunks(texts, tokenizer, tokens, length):
+        for number, chunk in enumerate(_chunks(texts, tokenizer, tokens, length)):
+            found = True
+            if number % processes.count != processes.rank:
+                continue
             # The head is left out: its logits over the vocabulary would be the largest tensor of all.
             getattr(model, "base_model", model)(input_ids=chunk.to(device), use_cache=False)
-            found = True
             if advance is not None:
                 advance(chunk.shape[1])
     if not found:

@@ -10,6 +10,7 @@ from hf_kvcache.lowrank.methods import Method, resolve
 from hf_kvcache.lowrank.moment_collection import collect
 from hf_kvcache.lowrank.moments import Moments
 from hf_kvcache.lowrank.projection import Projection
+from hf_kvcache.utils.processes import ALONE, Processes
 
 
 def calibrate(
@@ -22,6 +23,7 @@ def calibrate(
     sinks: int = 4,
     names: Sequence[str] = (),
     progress: bool = True,
+    processes: Processes = ALONE,
     **options: Any,
 ) -> Projection:
     """Find the bases in which a model's keys and values can be stored.
@@ -36,6 +38,8 @@ def calibrate(
         sinks: first tokens of each chunk that do not count; see :func:`~hf_kvcache.lowrank.moment_collection.collect`.
         names: names of the texts, which are saved with the bases.
         progress: show a progress bar on stderr.
+        processes: that each read their share of the texts, with a whole model each; see
+            :func:`~hf_kvcache.utils.processes.joined`. All of them get the same bases.
         **options: options of the method: ``group``, ``before_rope``, ``center``.
 
     Raises:
@@ -44,7 +48,7 @@ def calibrate(
     """
     solver = resolve(method, **options)
     solver.group_size(model_identity(model.config)["key_value_heads"])
-    moments = collect(model, texts, tokenizer, tokens, length, sinks, solver.largest_group, progress)
+    moments = collect(model, texts, tokenizer, tokens, length, sinks, solver.largest_group, progress, processes)
     return solve(moments, solver, names)
 
 

@@ -14,6 +14,7 @@ from hf_kvcache.integration.recording import record_attention
 from hf_kvcache.integration.rope import LayerRope, rope_of
 from hf_kvcache.lowrank.distances import average_over_distances
 from hf_kvcache.lowrank.moments import LayerMoments, Moments, States, largest_divisor
+from hf_kvcache.utils.processes import ALONE, Processes
 
 
 def collect(
@@ -25,6 +26,7 @@ def collect(
     sinks: int = 4,
     group: int | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Moments:
     """Measure the moments of a model's attention layers while it reads texts.
 
@@ -43,10 +45,11 @@ def collect(
         group: largest number of neighbouring KV heads ``s`` side by side; None for all heads. In a layer whose heads
             it does not divide, the next smaller number that does is taken.
         progress: show a progress bar on stderr.
+        processes: that each read their share of the chunks; the moments are those of all chunks, for all of them.
 
     Raises:
-        ValueError: for a number out of range, texts without tokens enough, or a model in which no layer caches its
-            keys and values (latent attention caches latents).
+        ValueError: for a number out of range, texts without a chunk for each process, texts without tokens enough, or a
+            model in which no layer caches its keys and values (latent attention caches latents).
     """
     if sinks < 0 or length <= sinks:
         raise ValueError(f"sinks={sinks!r}; accepted: from 0 to below length={length!r}")
@@ -61,7 +64,8 @@ def collect(
             sums[module.layer_idx].add(query, key, value, sinks)
 
     with _bar(tokens) if progress else nullcontext() as advance:
-        record_attention(model, texts, tokenizer, tokens, length, record, advance)
+        record_attention(model, texts, tokenizer, tokens, length, record, advance, processes)
+    processes.add_up({index: layer.tensors() for index, layer in sums.items()})
     if not sums:
         raise ValueError(
             f"model of type {model.config.model_type!r}, chunks of up to length={length}; accepted: models whose "
@@ -102,6 +106,10 @@ class _WeightedSums:
         self.first: torch.Tensor | float = 0.0
         self.second: torch.Tensor | float = 0.0
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The sums, to be changed in place; none if nothing was added."""
+        return [x for x in (self.weight, self.first, self.second) if isinstance(x, torch.Tensor)]
+
     def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add states ``x [N, n, W]`` with ``weights [N, n]``, all float64."""
         weights = torch.ones_like(x[..., 0]) if weights is None else weights
@@ -128,7 +136,7 @@ class _LayerSums:
         self.length = min(length, window) if isinstance(window, int) else length
         self.keys, self.values, self.queries, self.scored = (_WeightedSums() for _ in range(4))
         self.keys_before, self.queries_before = _WeightedSums(), _WeightedSums()
-        self.count = 0
+        self.counted = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.rope: LayerRope | None
         try:
             self.rope = rope_of(module)
@@ -140,7 +148,7 @@ class _LayerSums:
         positions = torch.arange(sinks, key.shape[2], device=key.device)
         query, key, value = (x[:, :, sinks:] for x in (query, key, value))
         asked, keys, values = _per_head(query, self.heads), _float64(key), _float64(value)
-        self.count += key.shape[2]
+        self.counted += key.shape[2]
         self.keys.add(_group_heads(keys, self.group))
         self.values.add(_group_heads(values, self.group))
         self.queries.add(asked)
@@ -150,6 +158,16 @@ class _LayerSums:
         if self.rope is not None:
             self.keys_before.add(_group_heads(_float64(self.rope.unrotate(key, positions)), self.group))
             self.queries_before.add(_per_head(self.rope.unrotate(query, positions), self.heads))
+
+    @property
+    def count(self) -> int:
+        """Tokens that were added."""
+        return int(self.counted)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All sums, to be changed in place."""
+        parts = self.keys, self.values, self.queries, self.scored, self.keys_before, self.queries_before
+        return [self.counted, *(tensor for part in parts for tensor in part.tensors())]
 
     def moments(self) -> LayerMoments:
         """The moments of all states that were added."""
