@@ -18,6 +18,8 @@ from torch import distributed, multiprocessing
 from hf_kvcache.cli import main as cli
 from hf_kvcache.eviction import calibration
 from hf_kvcache.lowrank import Projection, calibrate
+from hf_kvcache.lowrank.moment_collection import collect
+from hf_kvcache.lowrank.moments import States
 from hf_kvcache.utils import processes
 from hf_kvcache_eval import runner
 from hf_kvcache_eval.fidelity import Fidelity
@@ -41,14 +43,14 @@ def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(shared: processes.Processes) -> dict[str, torch.Tensor]:
-    """Bases and query statistics of a tiny model."""
+    """Moments and query statistics of a tiny model. Bases are made of the moments, up to signs."""
     model = families.build("llama")
-    bases = calibrate(model, TEXTS, Letters(), "balanced", **SIZES, sinks=2, progress=False, processes=shared)
-    found = {"tokens": torch.tensor(bases.tokens)}
-    for index, layer in bases.bases.items():
-        for side in ("keys", "values"):
-            basis = getattr(layer, side)
-            found |= {f"{index} {side} {name}": x for name, x in vars(basis).items() if isinstance(x, torch.Tensor)}
+    moments = collect(model, TEXTS, Letters(), **SIZES, sinks=2, progress=False, processes=shared)
+    found = {"tokens": torch.tensor(moments.tokens)}
+    for index, layer in moments.layers.items():
+        for name, value in vars(layer).items():
+            parts = {"": value} if isinstance(value, torch.Tensor) else vars(value) if isinstance(value, States) else {}
+            found |= {f"{index} {name} {part}": x for part, x in parts.items()}
     queries = calibration.calibrate(model, TEXTS, Letters(), **SIZES, processes=shared)
     for index, statistics in queries.layers.items():
         found |= {f"{index} mean": statistics.mean, f"{index} length": statistics.length}
@@ -75,9 +77,11 @@ def check_in_process(rank: int, folder: Path) -> None:
         found, expected = measured(shared), torch.load(folder / "measured")
         assert found.keys() == expected.keys() and found["tokens"] == expected["tokens"]
         for name, x in expected.items():
-            torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5, msg=name)
+            # Sums in float64, in another order; statistics are kept in float32.
+            scale = 1e-12 if x.dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(found[name], x, rtol=scale, atol=scale * float(x.abs().max()), msg=name)
         with pytest.raises(ValueError, match="fewer chunks than processes: some of the 2 have read nothing"):
-            calibrate(families.build("llama"), TEXTS, Letters(), tokens=60, sinks=2, progress=False, processes=shared)
+            calibrate(families.build("llama"), TEXTS[:1], Letters(), sinks=2, progress=False, processes=shared)
         cells = compared(folder / "two", shared)
         torch.save([(cell.cache, cell.task, cell.status, cell.metrics) for cell in cells], folder / f"cells {rank}")
         written = len(list((folder / "two" / "cells").iterdir()))
@@ -134,10 +138,4 @@ def test_the_command_under_a_launcher(tmp_path: Path, monkeypatch: pytest.Monkey
         assert done.stdout.count("bases of 2 layers") == 1
         one, two = (Projection.load(tmp_path / name) for name in ("one", "two"))
         assert one.tokens == two.tokens and one.weights == two.weights and list(two.texts) == ["text.txt"]
-        for index, layer in one.bases.items():
-            for side in ("keys", "values"):
-                ours, theirs = (vars(getattr(x, side)) for x in (layer, two.bases[index]))
-                for name, value in ours.items():
-                    if isinstance(value, torch.Tensor):
-                        torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-5)
         (tmp_path / "two").unlink()
