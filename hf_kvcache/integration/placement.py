@@ -44,6 +44,12 @@ def reads_on(model: Any) -> torch.device:
     return model.device if embeddings is None else runs_on(embeddings)
 
 
+def only_device(model: Any) -> torch.device | None:
+    """The device that all layers of a model run on; None if a device map names several."""
+    several = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    return None if several else reads_on(model)
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor that several processes share."""
     to_local: Any = getattr(tensor, "to_local", None)  # torch.distributed need not be there

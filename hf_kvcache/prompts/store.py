@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.loading import check_savable
-from hf_kvcache.integration.placement import reads_on
+from hf_kvcache.integration.placement import only_device, reads_on
 from hf_kvcache.prompts import rows
 from hf_kvcache.prompts.chat import Chat
 from hf_kvcache.prompts.generating import generate
@@ -72,8 +72,8 @@ class PromptStore:
         self._make, self._known, self._settings = make_cache, KnownModel(model), settings_of(empty)
         if model is None and (directory is not None or remote is not None):
             raise ValueError(
-                "model=None with a directory or a remote tier; accepted: the model. Its weights keep these prompts "
-                "apart from those of another model, or of the same one after more training"
+                "model=None with a directory or a remote tier; accepted: the model, since a config does not tell its "
+                "weights from others, whose prompts may lie there too"
             )
         described = namespace_of(empty, model, tokenizer, namespace)
         tier, elsewhere = None, None
@@ -180,7 +180,7 @@ class PromptStore:
         )
 
     def put_each(self, prompts: Sequence[tuple[Any, KVCache]]) -> None:
-        """Keep the caches of several prompts ``[T]``, as :meth:`put` does, or none of them if it raises an error."""
+        """:meth:`put` of several prompts ``[T]`` and their caches, all of them or none."""
         found = [(rows.prompts_of(input_ids)[0], cache) for input_ids, cache in prompts]
         for ids, cache in found:
             self._check(cache, [0], len(ids), len(ids))
@@ -241,9 +241,7 @@ class PromptStore:
                 with a store; and as :meth:`put`.
         """
         self._known.check(model)
-        # Layers of a model on several devices move with their first update. None of them may lie on the first device.
-        split = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
-        self._shelf.device = None if split else reads_on(model)
+        self._shelf.device = only_device(model)  # without one, layers from files move with their first update
         return generate(self, model, input_ids, attention_mask, keep_reply, checkpoints, generation_options)
 
     def chat(self, model: PreTrainedModel, tokenizer: Any, messages: Any = (), **generation_options: Any) -> Chat:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from hf_kvcache import HeavyHitterCache, KVCache, QuantizedKVCache
 from hf_kvcache.codecs import specs
 from hf_kvcache.eviction.policies.snapkv import SnapKV
+from hf_kvcache.eviction.registry import available
+from hf_kvcache.prompts import PromptStore
 from hf_kvcache.utils import safetensors
 from tests.generation.kinds import KINDS, decode, filled
 from tests.lowrank.one_layer import rotation
@@ -53,16 +55,31 @@ def test_every_codec(model: PreTrainedModel, codec: str, tmp_path: Path) -> None
     assert KVCache.about_file(tmp_path / "file")["tokens"] == padded["input_ids"].tolist()
 
 
-@pytest.mark.parametrize("policy", some(["ada-snapkv", "streaming", "random"], "ada-snapkv"))
-def test_policies_with_options(model: PreTrainedModel, policy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", some([*available(), "ada-snapkv", "ada-critical-snapkv"], "ada-snapkv"))
+def test_every_policy(model: PreTrainedModel, policy: str, tmp_path: Path) -> None:
+    """Files, forks and stores give the state that was kept, and it goes on as before."""
     options: dict[str, Any] = {"window": 6, "floor": 0.4} if policy == "ada-snapkv" else {}
-    cache = HeavyHitterCache(model.config, 0.5, policy, tail_length=4, page_size=8, bits=4, pin=(3, 5), **options)
+
+    def make() -> HeavyHitterCache:
+        return HeavyHitterCache(model.config, 0.5, policy, tail_length=4, page_size=8, bits=4, pin=(3, 5), **options)
+
+    cache = make()
     forward(model, prompt(50), cache)
+    if policy == "kvzip":
+        cache.compress(model, prompt(50))
+    with PromptStore(make, directory=tmp_path / "store", model=model) as store:
+        store.put(prompt(50), cache)
+    later = PromptStore(make, directory=tmp_path / "store", model=model)
+    found, length = later.fetch(torch.cat([prompt(50), prompt(2)], 1))
+    assert length == 50 and later.stats().hits_by_tier["disk"] == 1
+    assert same(found.state_dict(), cache.state_dict()) and same(cache.fork().state_dict(), cache.state_dict())
     cache.save(tmp_path / "file")
     loaded = HeavyHitterCache.load(tmp_path / "file", model.config)
     assert loaded.options.eviction.describe() == cache.options.eviction.describe()  # type: ignore[union-attr]
     assert (loaded.budget, repr(loaded.policy)) == (cache.budget, repr(cache.policy))
-    assert torch.equal(decode(model, loaded, 40), decode(model, cache, 40))
+    expected = decode(model, cache, 40)
+    for one in (loaded, found):
+        assert torch.equal(decode(model, one, 40), expected)
 
 
 def test_low_rank_bases_go_along(model: PreTrainedModel, tmp_path: Path) -> None:
