@@ -72,7 +72,7 @@ class PromptStore:
         self._make, self._known, self._settings = make_cache, KnownModel(model), settings_of(empty)
         if model is None and (directory is not None or remote is not None):
             raise ValueError(
-                "model=None with a directory or a remote tier; accepted: the model, whose weights a config does not tell"
+                "model=None with a directory or a remote tier; accepted: the model, as a config tells no weights"
             )
         described = namespace_of(empty, model, tokenizer, namespace)
         tier, elsewhere = None, None
@@ -159,7 +159,7 @@ class PromptStore:
 
         Raises:
             ValueError: if the cache has read other numbers of tokens or sequences or other padding, has other settings
-                than those that ``make_cache`` makes, cannot be taken apart, or takes more than a budget. Nothing is kept.
+                than those that ``make_cache`` makes, cannot be taken apart, or is over a budget. Nothing is kept then.
             RuntimeError: if a forward pass ended in the middle, or the cache is in the middle of a draft.
         """
         prompts = rows.prompts_of(input_ids, attention_mask)

@@ -179,7 +179,7 @@ def test_a_damaged_file_that_another_process_replaced(model: PreTrainedModel, tm
     assert one.stats().damaged == 0 and one.stats().hits_by_tier["disk"] == 1
 
 
-@pytest.mark.parametrize("after", ["read_about", "check_digest", "read_header"])
+@pytest.mark.parametrize("after", ["read_about", "check_digest", "read_header", "mapping"])
 def test_a_file_that_goes_while_it_is_read(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
 ) -> None:
@@ -190,15 +190,23 @@ def test_a_file_that_goes_while_it_is_read(
     (path,) = tmp_path.rglob("*.safetensors")
     later = store_of(model, directory=tmp_path)
     assert later.stats().entries["disk"] == 1
-    module = safetensors if after == "read_header" else files
-    function = getattr(module, after)
+    module = files if after in ("read_about", "check_digest") else safetensors
+    function = getattr(module, after, None)
+
+    def while_mapping(*args: Any) -> Any:
+        path.unlink()
+        raise RuntimeError("unable to open file: No such file or directory")  # as torch says it
 
     def then_gone(*args: Any) -> Any:
+        assert function is not None
         found = function(*args)
         path.unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(module, after, then_gone)
+    if function is None:
+        monkeypatch.setattr(safetensors, "safe_open", while_mapping)
+    else:
+        monkeypatch.setattr(module, after, then_gone)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert later.fetch(ids)[1] == 0
