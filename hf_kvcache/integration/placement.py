@@ -40,7 +40,10 @@ def runs_on(module: torch.nn.Module) -> torch.device:
 
 def reads_on(model: Any) -> torch.device:
     """The device that a model takes token ids on."""
-    embeddings = model.get_input_embeddings()
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # transformers does not find those of every family
+        embeddings = None
     return model.device if embeddings is None else runs_on(embeddings)
 
 
