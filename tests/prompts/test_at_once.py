@@ -111,7 +111,7 @@ def test_killed_at_any_moment(model: PreTrainedModel, tmp_path: Path) -> None:
         check_all(model, directory, budget)
         assert {path.name for path in directory.rglob("*.safetensors")} == names, "opening loses nothing"
         assert not list(directory.rglob("*.tmp"))
-    assert names and halves > 10, "so many were killed in the middle of a write"
+    assert names and halves > 2, "so many were killed in the middle of a write"
 
 
 def check_all(model: PreTrainedModel, directory: Path, budget: int) -> None:
