@@ -116,7 +116,9 @@ class BlankEvictor(Evictor):
 
 
 def widest_split(total: int, heads: int, most: int, page: int) -> np.ndarray:
-    """How many of ``total`` tokens each head holds where they fill the most pages, and one head as many as it can.
+    """How many of ``total`` tokens each head holds where they fill the most pages.
+
+    One head has then as many pages as any can have, or one page less.
 
     Args:
         total: tokens of all heads together, at most ``heads * most``.
@@ -177,7 +179,7 @@ def fill(layer: Any, calls: tuple[LayerCall, ...], query: Shape, tokens: int, ke
         # In latent space a query is as wide as the latent and the rotary key beside it.
         width = sum(state.sizes(1, 1)[3] for state in calls[0].arguments[:2])
         asked = asked.new_empty(*asked.shape[:3], width)
-        layer.queries_for_policy = lambda given: given  # type: ignore[method-assign]
+        layer.queries_for_policy = lambda query: query
     for call in calls:
         call.repeat(layer, 1, tokens)
     layer.note_attended(AttentionCall(asked, None, Scoring(1.0)))

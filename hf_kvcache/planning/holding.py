@@ -15,6 +15,7 @@ from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.layers.low_rank import LowRankLayer
 from hf_kvcache.planning.evicting import fill, widest_split
 from hf_kvcache.planning.model import LayerCall, NotTold, Shape
+from hf_kvcache.storage import PagedStorage
 
 #: Parts of a report that a decode step does not read.
 _NOT_READ = ("tables", "slack")
@@ -119,15 +120,16 @@ class Holding:
         enough = max(most + most // page + 2, 2 * usual + 16)
         short = min(tokens, enough)
         held = self._simulated(layer, calls, short, kept, split)
-        if short == tokens:
-            return held
-        # What is held until tokens are dropped grows with every token.
-        growth = held.peak - self._simulated(layer, calls, short - 1, kept, split).peak
-        return Held(held.total, held.read, held.peak + growth * (tokens - short))
+        peak = held.peak
+        if short < tokens:
+            # What is held until tokens are dropped grows with every token.
+            peak += (tokens - short) * (peak - self._simulated(layer, calls, short - 1, kept, split).peak)
+        return Held(held.total, held.read, max(peak, held.total))
 
     def _simulated(
         self, layer: EvictingLayer, calls: tuple[LayerCall, ...], tokens: int, kept: int, split: Split | None
     ) -> Held:
+        """What a layer holds of one prompt that is as long as this; the peak is that before it drops tokens."""
         kind = type(layer), repr(calls), tokens, kept, split
         if kind not in self._simulations:
             layer.reset()
@@ -139,10 +141,12 @@ class Holding:
             elif evictor.schedule.waits:
                 evictor.evict(storage, np.zeros(1, np.int64), tokens)
             parts = layer_report(layer).parts
+            if split is not None or layer.eviction.policy.head_floor is not None:
+                parts["tables"] += _uncertain(storage)
             total = sum(parts.values())
             not_read = _NOT_READ if layer.eviction.policy.needs_accumulated else (*_NOT_READ, "other")
             peak = evictor.before + (0 if _waits(layer) else storage.pool.held_pages * storage.layout.record_bytes)
-            self._simulations[kind] = Held(total, total - sum(parts[name] for name in not_read), max(peak, total))
+            self._simulations[kind] = Held(total, total - sum(parts[name] for name in not_read), peak)
         return self._simulations[kind]
 
     def _query(self, layer: EvictingLayer, calls: tuple[LayerCall, ...]) -> Shape:
@@ -181,6 +185,17 @@ def _kept(layer: EvictingLayer, tokens: int) -> int:
         budget.tokens(tokens), place.evicting_index, place.num_evicting, budget.least, tokens
     )
     return max(quota, layer.options.sink_length + layer.options.tail_length)
+
+
+def _uncertain(storage: PagedStorage) -> int:
+    """Bytes by which a table where heads compete can be larger than the supposed one.
+
+    Of pages that are as many, any may store positions, and a head may have one page more than supposed.
+    """
+    table, stored = storage.table, len(storage.pool.positions)
+    pages, position = table.page_ids(), storage.page_size * table.lengths.itemsize
+    columns = table.nbytes - table.lengths.nbytes - stored * position
+    return (len(pages) - stored) * position + columns // max(table.columns, 1)
 
 
 def _waits(layer: EvictingLayer) -> bool:
