@@ -174,8 +174,8 @@ def fill(layer: Any, calls: tuple[LayerCall, ...], query: Shape, tokens: int, ke
         The evictor of the layer.
     """
     layer.make_evictor = lambda storage: BlankEvictor(layer, storage, kept)
-    asked = query.blank(1, tokens)
-    if isinstance(layer, EvictingLatentLayer):
+    asked, of_latents = query.blank(1, tokens), isinstance(layer, EvictingLatentLayer)
+    if of_latents:
         # In latent space a query is as wide as the latent and the rotary key beside it.
         width = sum(state.sizes(1, 1)[3] for state in calls[0].arguments[:2])
         asked = asked.new_empty(*asked.shape[:3], width)
