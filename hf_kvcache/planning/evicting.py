@@ -43,8 +43,8 @@ class BlankSelection(LayerSelection):
 class BlankEvictor(Evictor):
     """Drops as many tokens as a real evictor would, on the ``meta`` device.
 
-    Where a real layer would read from the device which tokens stay, this one supposes that what is held takes the most
-    bytes: between the tokens that a policy chose in a page, one was dropped, so that the page stores their positions.
+    Where a real layer would read from the device which tokens stay, this one takes the first ones, and counts the pages
+    that store positions when tokens were dropped between those that a policy chose.
 
     Args:
         layer: the layer.
@@ -53,6 +53,7 @@ class BlankEvictor(Evictor):
 
     Attributes:
         before: bytes that the layer held when tokens were chosen the last time.
+        apart: pages that store the positions of their tokens.
         leaving: tokens that each head moves into pages; None for equally many, or the split that takes most pages
             where heads compete.
     """
@@ -60,7 +61,7 @@ class BlankEvictor(Evictor):
     def __init__(self, layer: EvictingLayer, storage: PagedStorage, kept: int) -> None:
         super().__init__(layer.eviction, layer.place, storage)
         self.kept = kept
-        self.before = 0
+        self.before = self.apart = 0
         self.leaving: np.ndarray | None = None
 
     def selection(self) -> BlankSelection:
@@ -105,14 +106,14 @@ class BlankEvictor(Evictor):
         if self.leaving is not None:
             leaving = self.leaving
         elif self.policy.head_floor is None:
-            leaving = np.full(storage.heads, total // storage.heads)
+            leaving = np.full(storage.heads, total // storage.heads, dtype=np.int64)
         else:
             leaving = widest_split(total, storage.heads, free, storage.page_size)
         # Of the newest tokens, which stay in any case, those that are not in the tail.
         newest = max(self.policy.recent(self.kept) - storage.tail_length, 0)
-        lists = [apart(int(n), min(newest, int(n)), free, storage.page_size) + sinks for n in leaving]
-        positions = np.concatenate(lists)[None]
-        return KeptTokens(np.asarray(leaving, dtype=np.int64), np.zeros((storage.heads, 0), np.int64), positions)
+        self.apart += sum(pages_apart(n, min(newest, n), free, storage.page_size) for n in leaving.tolist())
+        positions = np.concatenate([sinks + np.arange(n) for n in leaving.tolist()])[None]
+        return KeptTokens(leaving, np.zeros((storage.heads, 0), np.int64), positions)
 
 
 def widest_split(total: int, heads: int, most: int, page: int) -> np.ndarray:
@@ -138,26 +139,18 @@ def widest_split(total: int, heads: int, most: int, page: int) -> np.ndarray:
     return held
 
 
-def apart(count: int, newest: int, free: int, page: int) -> np.ndarray:
-    """Places of ``count`` of ``free`` tokens, the ``newest`` of them the last ones, with a gap in every page that can.
+def pages_apart(count: int, newest: int, free: int, page: int) -> int:
+    """The most pages of a head that can hold tokens which do not stand side by side.
 
     Args:
-        count: tokens that stay.
+        count: tokens in pages.
         newest: how many of them are the last ones, side by side.
         free: tokens among which they were chosen.
         page: tokens of a page.
-
-    Returns:
-        int64 ``[count]``, ascending.
     """
-    chosen = count - newest
-    place = np.arange(count)
-    # Behind the first token of a page, as long as any were dropped and the page has another token.
-    gaps = (place % page == 0) & (place < chosen) & (place + 1 < count)
-    gaps &= gaps.cumsum() <= free - count
-    place += np.concatenate([np.zeros(1, np.int64), gaps.cumsum()[:-1]])[:count]
-    place[chosen:] = np.arange(free - newest, free)
-    return place
+    # A token is missing behind the first of a page, if that one was chosen and another is behind it.
+    can = -(-min(count - newest, count - 1) // page) if count else 0
+    return min(can, free - count)
 
 
 def fill(layer: Any, calls: tuple[LayerCall, ...], query: Shape, tokens: int, kept: int) -> BlankEvictor:

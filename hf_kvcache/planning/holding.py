@@ -141,8 +141,9 @@ class Holding:
             elif evictor.schedule.waits:
                 evictor.evict(storage, np.zeros(1, np.int64), tokens)
             parts = layer_report(layer).parts
+            parts["tables"] += _positions(storage, evictor.apart)
             if split is not None or layer.eviction.policy.head_floor is not None:
-                parts["tables"] += _uncertain(storage)
+                parts["tables"] += _uncertain(storage, evictor.apart)
             total = sum(parts.values())
             not_read = _NOT_READ if layer.eviction.policy.needs_accumulated else (*_NOT_READ, "other")
             peak = evictor.before + (0 if _waits(layer) else storage.pool.held_pages * storage.layout.record_bytes)
@@ -187,15 +188,19 @@ def _kept(layer: EvictingLayer, tokens: int) -> int:
     return max(quota, layer.options.sink_length + layer.options.tail_length)
 
 
-def _uncertain(storage: PagedStorage) -> int:
+def _positions(storage: PagedStorage, pages: int) -> int:
+    """Bytes of the positions of all tokens of so many pages."""
+    return pages * storage.page_size * storage.table.lengths.itemsize
+
+
+def _uncertain(storage: PagedStorage, apart: int) -> int:
     """Bytes by which a table where heads compete can be larger than the supposed one.
 
     Of pages that are as many, any may store positions, and a head may have one page more than supposed.
     """
-    table, stored = storage.table, len(storage.pool.positions)
-    pages, position = table.page_ids(), storage.page_size * table.lengths.itemsize
-    columns = table.nbytes - table.lengths.nbytes - stored * position
-    return (len(pages) - stored) * position + columns // max(table.columns, 1)
+    table = storage.table
+    columns = (table.nbytes - table.lengths.nbytes) // max(table.columns, 1)
+    return _positions(storage, len(table.page_ids()) - apart) + columns
 
 
 def _waits(layer: EvictingLayer) -> bool:
