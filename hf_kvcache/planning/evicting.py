@@ -43,29 +43,28 @@ class BlankSelection(LayerSelection):
 class BlankEvictor(Evictor):
     """Drops as many tokens as a real evictor would, on the ``meta`` device.
 
-    Where a real layer would read from the device which tokens stay, this one takes the first ones, and counts the pages
-    that store positions when tokens were dropped between those that a policy chose.
+    Where a real layer would read from the device which tokens stay, this one takes the first ones. So their pages store
+    no positions.
 
     Args:
         layer: the layer.
         storage: its tokens, of one sequence.
-        kept: tokens that a head keeps on average.
+        kept: tokens that a head keeps on average; None to drop and pack nothing.
 
     Attributes:
         before: bytes that the layer held when tokens were chosen the last time.
-        apart: pages that store the positions of their tokens.
         leaving: tokens that each head moves into pages; None for equally many, or the split that takes most pages
             where heads compete.
     """
 
-    def __init__(self, layer: EvictingLayer, storage: PagedStorage, kept: int) -> None:
+    def __init__(self, layer: EvictingLayer, storage: PagedStorage, kept: int | None) -> None:
         super().__init__(layer.eviction, layer.place, storage)
         self.kept = kept
-        self.before = self.apart = 0
+        self.before = 0
         self.leaving: np.ndarray | None = None
 
     def selection(self) -> BlankSelection:
-        return BlankSelection(self.options, self.place, self.pinned, self.observations, self.attending, self.kept)
+        return BlankSelection(self.options, self.place, self.pinned, self.observations, self.attending, self.kept or 0)
 
     def observe_first(
         self,
@@ -80,7 +79,8 @@ class BlankEvictor(Evictor):
 
     def evict(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
         self.before = self.held(storage)
-        super().evict(storage, rows, seen)
+        if self.kept is not None:
+            super().evict(storage, rows, seen)
 
     def compress(self, storage: PagedStorage, leaving: np.ndarray, seen: int) -> None:
         """Keep sinks, tail, and of the other tokens of each head as many as ``leaving [Hkv]`` says."""
@@ -109,9 +109,6 @@ class BlankEvictor(Evictor):
             leaving = np.full(storage.heads, total // storage.heads, dtype=np.int64)
         else:
             leaving = widest_split(total, storage.heads, free, storage.page_size)
-        # Of the newest tokens, which stay in any case, those that are not in the tail.
-        newest = max(self.policy.recent(self.kept) - storage.tail_length, 0)
-        self.apart += sum(pages_apart(n, min(newest, n), free, storage.page_size) for n in leaving.tolist())
         positions = np.concatenate([sinks + np.arange(n) for n in leaving.tolist()])[None]
         return KeptTokens(leaving, np.zeros((storage.heads, 0), np.int64), positions)
 
@@ -139,21 +136,7 @@ def widest_split(total: int, heads: int, most: int, page: int) -> np.ndarray:
     return held
 
 
-def pages_apart(count: int, newest: int, free: int, page: int) -> int:
-    """The most pages of a head that can hold tokens which do not stand side by side.
-
-    Args:
-        count: tokens in pages.
-        newest: how many of them are the last ones, side by side.
-        free: tokens among which they were chosen.
-        page: tokens of a page.
-    """
-    # A token is missing behind the first of a page, if that one was chosen and another is behind it.
-    can = -(-min(count - newest, count - 1) // page) if count else 0
-    return min(can, free - count)
-
-
-def fill(layer: Any, calls: tuple[LayerCall, ...], query: Shape, tokens: int, kept: int) -> BlankEvictor:
+def fill(layer: Any, calls: tuple[LayerCall, ...], query: Shape, tokens: int, kept: int | None) -> BlankEvictor:
     """Give a layer a prompt of one sequence, as a model would, and let it evict.
 
     Args:
@@ -161,7 +144,7 @@ def fill(layer: Any, calls: tuple[LayerCall, ...], query: Shape, tokens: int, ke
         calls: what the model gives to it.
         query: the queries that read it.
         tokens: tokens of the prompt.
-        kept: tokens that a head keeps on average.
+        kept: tokens that a head keeps on average; None to drop and pack nothing.
 
     Returns:
         The evictor of the layer.
