@@ -133,7 +133,10 @@ class Evicted:
     def _query(self, layer: EvictingLayer) -> Shape:
         known = self._queries.get(layer.index)
         if known is None:
-            raise NotTold(f"layer {layer.index}: no attention over what it is given was seen on the meta device")
+            raise NotTold(
+                f"layer {layer.index}: the model does not pass on to attention what the cache returns, and an evicting "
+                "cache needs its queries"
+            )
         return known
 
 
