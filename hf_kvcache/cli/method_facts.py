@@ -26,8 +26,8 @@ from hf_kvcache.lowrank import methods as low_rank
 #: Shape for which bits are counted: width of a head, tokens of a page.
 _WIDTH, _PAGE = 128, 128
 _PAPER = re.compile(r"arXiv:(\d{4}\.\d{5})")
-#: Share of the tokens, or of the width, whose figure is shown.
-_KEPT, _RANK = "0.2", "0.5"
+#: Share of the tokens kept, of the width, and of the tokens read, whose figure is shown.
+_KEPT, _RANK, _READ = "0.2", "0.5", "0.25"
 #: Bits whose figure is shown of codecs that have them.
 _BITS = 4
 _NONE = "nothing"
@@ -156,9 +156,17 @@ def _selectors() -> Iterator[Method]:
         vectors = getattr(selector, "vectors", 0)
         needs = f"{vectors} {'vector' if vectors == 1 else 'vectors'} for each part of a page" * bool(vectors)
         step = "scores of the pages" + ", for which some layers read all of them" * bool(getattr(selector, "exact", 0))
-        measured = results("sparse", rf".*\b{name}\b.*")
+        measured = results("sparse", rf"\S*selector={name}(;\S*)?")
+        shown = [x for x in measured if f"@{_READ}" in x.cache] or measured
         yield Method(
-            "selector", name, *_said(type(selector)), "tokens read, or a share", needs or _NONE, step, measured
+            "selector",
+            name,
+            *_said(type(selector)),
+            "tokens read, or a share",
+            needs or _NONE,
+            step,
+            measured,
+            shown[0] if shown else None,
         )
 
 

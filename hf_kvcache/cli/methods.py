@@ -31,8 +31,8 @@ the tracked results; a method of your own that is registered is listed too. `--j
 - **A step** is what a decode step costs beside reading the cache. Policies choose tokens every `interval` steps, 128
   by default.
 - **KL** is the divergence to the full cache in nats a token, ± standard error, on SmolLM2-135M-Instruct: at 4 bits, a
-  fifth of the tokens or half of the width where these were measured. Cache and task are named as in the
-  [results](evaluation/index.md).
+  fifth of the tokens kept, half of the width or a quarter of the tokens read, where these were measured. Cache and task
+  are named as in the [results](evaluation/index.md).
 """
 
 
