@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers.cache_utils import Cache
 
 from hf_kvcache.cache.memory import layer_report
 from hf_kvcache.layers.base import KVCacheLayer
-from hf_kvcache.planning.model import LayerCall
+from hf_kvcache.layers.evicting import EvictingLayer
+from hf_kvcache.layers.low_rank import LowRankLayer
+from hf_kvcache.planning.evicted import Evicted, waits
+from hf_kvcache.planning.held import Held
+from hf_kvcache.planning.model import LayerCall, Shape
 
-#: Parts of a report that a decode step does not read.
-_NOT_READ = ("tables", "slack")
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes of a cache.
-
-    Attributes:
-        total: bytes that the cache holds: ``cache.memory().total``.
-        read: those among them that the next decode step reads.
-    """
-
-    total: int
-    read: int
-
-    def __add__(self, other: Held) -> Held:
-        return Held(self.total + other.total, self.read + other.read)
+_NOTHING = Held(0, 0, 0)
 
 
 class Holding:
@@ -38,6 +24,7 @@ class Holding:
     Args:
         make: makes an empty cache.
         calls: what the model gives to each of its layers in a forward pass.
+        queries: the queries that read each layer, by its index; only needed for layers that evict.
         fill: the cache after a pass of so many sequences and tokens, for layers of transformers' own that repeated
             calls do not fill as a pass would; None if there are none.
     """
@@ -46,32 +33,54 @@ class Holding:
         self,
         make: Callable[[], Cache],
         calls: list[tuple[LayerCall, ...]],
+        queries: Mapping[int, Shape],
         fill: Callable[[int, int], Cache] | None = None,
     ) -> None:
         self._make, self._calls, self._fill = make, calls, fill
         self._known: dict[tuple[int, int], Held] = {}
+        self._evicted = Evicted(calls, queries)
 
     def bytes(self, batch: int, tokens: int) -> Held:
-        """Bytes after a prompt of ``tokens`` tokens of each of ``batch`` sequences, read in one forward pass."""
+        """Bytes after a prompt of ``tokens`` tokens of each of ``batch`` sequences, read in one forward pass.
+
+        A cache that waits for ``compress()`` has compressed then.
+        """
         size = batch, tokens
         if size not in self._known:
             self._known[size] = self._find(batch, tokens)
         return self._known[size]
 
     def _find(self, batch: int, tokens: int) -> Held:
-        total, alike = Held(0, 0), dict[Any, Held]()
+        total, alike, prompt, kept = _NOTHING, dict[Any, Held](), 0, 0
         filled = None if self._fill is None else self._fill(batch, tokens).layers
-        for index, (layer, calls) in enumerate(zip(self._make().layers, self._calls, strict=True)):
+        layers = self._make().layers
+        splits = self._evicted.splits(layers, tokens)
+        for index, (layer, calls) in enumerate(zip(layers, self._calls, strict=True)):
             if filled is not None and not isinstance(layer, KVCacheLayer):
                 total += _held_by(filled[index])
-                continue
-            kind = type(layer), getattr(layer, "sliding_window", None), repr(calls)
-            if kind not in alike:
-                for call in calls:
-                    call.repeat(layer, batch, _as_many_held(layer, calls, tokens))
-                alike[kind] = _held_by(layer)
-            total += alike[kind]
+            elif isinstance(layer, EvictingLayer):
+                held = self._evicted.held(layer, index, tokens, splits.get(index)) * batch
+                if waits(layer):
+                    prompt, kept = prompt + held.peak, kept + held.total
+                total += held
+            else:
+                kind = type(layer), getattr(layer, "sliding_window", None), _ranks(layer), repr(calls)
+                if kind not in alike:
+                    for call in calls:
+                        call.repeat(layer, batch, _as_many_held(layer, calls, tokens))
+                    alike[kind] = _held_by(layer)
+                total += alike[kind]
+        if prompt:
+            # Nothing is dropped before compress(), which reads again on a copy of the whole prompt.
+            total = Held(total.total, total.read, total.total - kept + 2 * prompt)
         return total
+
+
+def _ranks(layer: Any) -> tuple[int, int, int] | None:
+    """The numbers of coefficients, and of groups of heads that have some; None without a basis."""
+    if not isinstance(layer, LowRankLayer):
+        return None
+    return layer.projection.keys.rank, layer.projection.values.rank, layer.projection.groups
 
 
 def _as_many_held(layer: Any, calls: tuple[LayerCall, ...], tokens: int) -> int:
@@ -90,6 +99,4 @@ def _as_many_held(layer: Any, calls: tuple[LayerCall, ...], tokens: int) -> int:
 def _held_by(layer: Any) -> Held:
     if isinstance(layer, KVCacheLayer):
         layer.flush()
-    parts = layer_report(layer).parts
-    total = sum(parts.values())
-    return Held(total, total - sum(parts[name] for name in _NOT_READ))
+    return Held.of(layer_report(layer).parts)
