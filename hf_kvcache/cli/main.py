@@ -1,4 +1,4 @@
-"""The command line: ``hf-kvcache demo``, ``plan``, ``calibrate`` and ``info``."""
+"""The command line: ``hf-kvcache`` and its commands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from hf_kvcache.cli import models
+from hf_kvcache.cli.compare import add_compare
 from hf_kvcache.cli.demo_options import ANSWER_TOKENS, CACHES, DEFAULT_CACHES, PROMPT_TOKENS
 from hf_kvcache.cli.explain import add_explain
 from hf_kvcache.cli.info import print_info
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     add_plan(commands)
     add_explain(commands)
+    add_compare(commands)
     _add_calibrate(commands)
     info = commands.add_parser("info", help="versions, device, kernels, and the codecs and policies registered")
     info.set_defaults(run=_info)

@@ -99,7 +99,7 @@ def test_command(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, capsys
         raise KeyboardInterrupt
 
     monkeypatch.setattr(explain, "measure", interrupted)
-    assert main(["explain", "--json"]) == 130
+    assert main(["explain", "--limit", "64", "--json"]) == 130
     assert [row["tokens"] for row in json.loads(capsys.readouterr().out)["rows"]] == [64]
 
 
