@@ -19,7 +19,7 @@ from hf_kvcache.eviction.schedule import EvictionSchedule
 from hf_kvcache.eviction.sinks import MovingSinks
 from hf_kvcache.kernels.inputs import Attention
 from hf_kvcache.storage import PagedStorage
-from hf_kvcache.storage.pruning import PrunePlan, carry_out, plan, read_back
+from hf_kvcache.storage.pruning import KeptTokens, PrunePlan, carry_out, plan, read_back
 from hf_kvcache.storage.token_view import TokenView
 from hf_kvcache.storage.transfers import front, to_host
 
@@ -247,6 +247,10 @@ class Evictor:
 
     # -- internals ------------------------------------------------------------------------------------------------
 
+    def kept_tokens(self, plans: list[PrunePlan]) -> list[KeptTokens]:
+        """What the host has to know of the plans. Waits for the device once, if any tokens are dropped."""
+        return read_back(plans)
+
     def _change(self, held: TokenView, choice: Choice) -> Change:
         """What dropping all but the chosen tokens means; waits for nothing and changes nothing."""
         accumulated = self.observations.accumulated
@@ -263,7 +267,7 @@ class Evictor:
             seen: tokens seen in all.
             fit: whether kept values are fitted to the attention of the latest queries, if the options say so.
         """
-        for change, kept in zip(changes, read_back([change.plan for change in changes]), strict=True):
+        for change, kept in zip(changes, self.kept_tokens([change.plan for change in changes]), strict=True):
             held, keep = change.plan.held, change.plan.keep
             if keep is not None:
                 self.schedule.note_eviction(seen)

@@ -69,14 +69,18 @@ class LayerSelection:
         if policy.head_floor is not None and (held.counts.sum(1) <= quota * storage.heads).all():
             return Choice(None, held.tokens)
         recent = max(min(policy.recent(quota), quota - least + storage.tail_length), 0)
-        protected = self.protected(held, recent)
-        context = self.context(held, quota, protected)
-        keep = choose(self.scores(context), context.protected, context.held, quota, policy.head_floor)
-        if not is_tokenwise(storage.layout):
-            keep = keep & ~held.in_sparse_pages(keep, self.protected(held, 0))
+        keep = self.best(held, quota, recent)
         # Of the newest tokens, these are protected in any case.
         in_tail = max(min(held.used - storage.sink_length, storage.tail_length), 0)
         return Choice(keep, max(quota, least + max(recent - in_tail, 0)))
+
+    def best(self, held: TokenView, quota: int, recent: int) -> torch.Tensor:
+        """bool ``[b, Hkv, T]``: the protected tokens, the newest ``recent``, and those with the best scores."""
+        context = self.context(held, quota, self.protected(held, recent))
+        keep = choose(self.scores(context), context.protected, context.held, quota, self.policy.head_floor)
+        if is_tokenwise(held.storage.layout):
+            return keep
+        return keep & ~held.in_sparse_pages(keep, self.protected(held, 0))
 
     def most_protected(self, held: TokenView) -> int:
         """The most tokens of a head that :meth:`protected` names if no newest ones are asked for."""

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hf_kvcache.cache.memory import tensor_bytes
 from hf_kvcache.integration.architecture import model_class
+from hf_kvcache.integration.attention import attention_function
+from hf_kvcache.integration.binding import IMPLEMENTATION
 from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.layers.base import KVCacheLayer
 
@@ -42,10 +44,14 @@ class Shape:
     dims: tuple[tuple[int, str], ...]
     dtype: torch.dtype
 
+    def sizes(self, batch: int, tokens: int) -> list[int]:
+        """The sizes for so many sequences and tokens."""
+        added = {"": 0, _BATCH: batch, _TOKENS: tokens}
+        return [more + added[what] for more, what in self.dims]
+
     def blank(self, batch: int, tokens: int) -> torch.Tensor:
         """A tensor of this shape on the ``meta`` device."""
-        sizes = {"": 0, _BATCH: batch, _TOKENS: tokens}
-        return torch.empty([more + sizes[what] for more, what in self.dims], dtype=self.dtype, device="meta")
+        return torch.empty(self.sizes(batch, tokens), dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,8 @@ class ModelOnMeta:
         parameters: number of weights.
         bytes: bytes of the weights.
         expert_bytes: bytes of those that belong to routed experts.
+        queries: the queries ``[B, Hq, T, D]`` that read each layer of a cache of this package, by the layer's index,
+            once :meth:`calls` was asked for such a cache.
     """
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
@@ -99,6 +107,7 @@ class ModelOnMeta:
         self.parameters = sum(p.numel() for _, p in weights)
         self.bytes = sum(p.numel() * p.element_size() for _, p in weights)
         self.expert_bytes = sum(p.numel() * p.element_size() for name, p in weights if ".experts." in name)
+        self.queries: dict[int, Shape] = {}
 
     def calls(self, make_cache: Callable[[], Cache]) -> list[tuple[LayerCall, ...]]:
         """What each layer of such a cache is given in a forward pass, in order.
@@ -106,7 +115,8 @@ class ModelOnMeta:
         Raises:
             NotTold: if the model does not run on the ``meta`` device as far as its last layer.
         """
-        first, second = (self._pass(make_cache(), *size) for size in _PASSES)
+        (first, queries), (second, other_queries) = (self._pass(make_cache(), *size) for size in _PASSES)
+        self.queries |= {i: _shape(queries[i], other_queries[i]) for i in queries.keys() & other_queries.keys()}
         found = []
         for index, (a, b) in enumerate(zip(first, second, strict=True)):
             if [call[0] for call in a] != [call[0] for call in b]:
@@ -135,13 +145,16 @@ class ModelOnMeta:
         self._pass(cache, batch, tokens)
         return cache
 
-    def _pass(self, cache: Cache, batch: int, tokens: int) -> list[list[tuple[str, Any, Any]]]:
-        """The calls to each layer: names, arguments and named arguments."""
+    def _pass(
+        self, cache: Cache, batch: int, tokens: int
+    ) -> tuple[list[list[tuple[str, Any, Any]]], dict[int, torch.Tensor]]:
+        """The calls to each layer (names, arguments and named arguments), and the queries that read each layer."""
         seen: list[list[tuple[str, Any, Any]]] = [[] for _ in cache.layers]
-        for layer, calls in zip(cache.layers, seen, strict=True):
-            _record(layer, calls)
+        latest: list[int] = []
+        for index, (layer, calls) in enumerate(zip(cache.layers, seen, strict=True)):
+            _record(layer, calls, index, latest)
         ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
-        with torch.no_grad(), _on_meta() as reasons:
+        with torch.no_grad(), _on_meta() as reasons, _queries(latest) as queries:
             try:
                 self.model(input_ids=ids, use_cache=True, **with_cache(self.model, cache))
             except Exception as error:
@@ -149,7 +162,7 @@ class ModelOnMeta:
         reached = max((index for index, calls in enumerate(seen) if calls), default=-1)
         if reached < _last_storing(cache):
             raise self._not_told(f"it stops on the meta device behind layer {reached} ({reasons[0][:120]})")
-        return seen
+        return seen, queries
 
     def _not_told(self, reason: str) -> NotTold:
         return NotTold(f"config of {self.config.model_type!r}: no plan for it, {reason}")
@@ -160,8 +173,8 @@ def _last_storing(cache: Cache) -> int:
     return max(i for i, layer in enumerate(cache.layers) if type(layer).__name__ != "DummyLayer")
 
 
-def _record(layer: Any, calls: list[tuple[str, Any, Any]]) -> None:
-    """Note the calls to the ``layer`` from now on."""
+def _record(layer: Any, calls: list[tuple[str, Any, Any]], index: int, latest: list[int]) -> None:
+    """Note the calls to the ``layer`` from now on, and its ``index`` at the end of ``latest``."""
     plain = isinstance(layer, KVCacheLayer) and layer.options.latents != "native"
 
     def watched(name: str) -> Callable[..., Any]:
@@ -169,6 +182,7 @@ def _record(layer: Any, calls: list[tuple[str, Any, Any]]) -> None:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls.append((name, args, kwargs))
+            latest.append(index)
             result = method(*args, **kwargs)
             # Without earlier tokens all states are the new ones, and a model that reads handles needs values.
             return args[:2] if name == "update" and plain else result
@@ -184,11 +198,16 @@ def _merged(first: tuple[str, Any, Any], second: tuple[str, Any, Any]) -> LayerC
     """One call from its forms in both passes."""
 
     def merge(a: Any, b: Any) -> Any:
-        return Shape(tuple(map(_dim, a.shape, b.shape)), a.dtype) if isinstance(a, torch.Tensor) else a
+        return _shape(a, b) if isinstance(a, torch.Tensor) else a
 
     (name, args, named), (_, other_args, other_named) = first, second
     rest = tuple((key, merge(named[key], other_named[key])) for key in sorted(named))
     return LayerCall(name, tuple(map(merge, args, other_args)), rest)
+
+
+def _shape(first: torch.Tensor, second: torch.Tensor) -> Shape:
+    """The shape of a tensor from its forms in both passes."""
+    return Shape(tuple(map(_dim, first.shape, second.shape)), first.dtype)
 
 
 def _dim(first: int, second: int) -> tuple[int, str]:
@@ -200,6 +219,23 @@ def _dim(first: int, second: int) -> tuple[int, str]:
     if what is None:
         raise NotTold(f"a state of the model has {first} entries for {_PASSES[0]} and {second} for {_PASSES[1]}")
     return first - _PASSES[0][(_BATCH, _TOKENS).index(what)], what
+
+
+@contextmanager
+def _queries(latest: list[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Note the first queries that read the layer that was updated last, by its index."""
+    found: dict[int, torch.Tensor] = {}
+
+    def attention(module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if latest:
+            found.setdefault(latest[-1], query)
+        return attention_function(module, query, *args, **kwargs)
+
+    AttentionInterface.register(IMPLEMENTATION, attention)
+    try:
+        yield found
+    finally:
+        AttentionInterface.register(IMPLEMENTATION, attention_function)
 
 
 @contextmanager

@@ -9,13 +9,16 @@ from functools import partial
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
 
 from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.model_config import decoder_config
 from hf_kvcache.integration.binding import unbind
-from hf_kvcache.planning.caches import DEFAULT, Make, maker
+from hf_kvcache.layers.evicting import EvictingLayer
+from hf_kvcache.planning import low_rank
+from hf_kvcache.planning.caches import DEFAULT, LowRank, Make, maker
 from hf_kvcache.planning.formula import Textbook, textbook
-from hf_kvcache.planning.holding import Held, Holding
+from hf_kvcache.planning.holding import Holding
 from hf_kvcache.planning.model import LayerCall, ModelOnMeta, NotTold
 from hf_kvcache.planning.sizes import parse_bytes, parse_count
 from hf_kvcache.utils.validation import whole
@@ -30,13 +33,17 @@ class CachePlan:
 
     Attributes:
         name: the name by which it was asked for.
-        bytes: bytes that it holds after a prompt of that length, as its ``memory().total`` says.
+        bytes: bytes that it holds after a prompt of that length, as its ``memory().total`` says. Where heads compete
+            for tokens, this is the most that it can be.
         bytes_per_token: what the last tokens added, averaged over 1,024 tokens, in bytes a token of one sequence.
-        longest_context: tokens of each sequence that fit beside the weights, up to 67,108,864; None without ``memory``,
-            0 if none fit.
-        largest_batch: sequences of that context that fit beside the weights, up to 65,536; None without ``memory``.
+        longest_context: tokens of each sequence that fit beside the weights at the peak, up to 67,108,864; None without
+            ``memory``, 0 if none fit.
+        largest_batch: sequences of that context that fit so, up to 65,536; None without ``memory``.
         step_floor_ms: the time in which a decode step can read weights and cache; None without ``bandwidth``.
         curve: bytes at each of the ``lengths`` that were asked for.
+        peak: the most bytes that it holds while the prompt is read in one forward pass. A cache that evicts holds all
+            tokens of a layer until that layer has attended.
+        note: what the figures rest on, in words; empty if they are what will be held.
     """
 
     name: str
@@ -46,6 +53,8 @@ class CachePlan:
     largest_batch: int | None = None
     step_floor_ms: float | None = None
     curve: dict[int, int] = field(default_factory=dict)
+    peak: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,9 +123,12 @@ def plan(
     active, unknown = _active_bytes(model)
     fitting = None if room is None else room - model.bytes
     rows = []
-    for name, holding in _holdings(model, makers, unknown).items():
-        row = _row(name, holding, batch, tokens, active, fitting, speed)
-        rows.append(replace(row, curve={n: holding.bytes(batch, n).total for n in lengths}))
+    for name, (holding, note) in _holdings(model, makers, unknown).items():
+        try:
+            row = _row(name, holding, batch, tokens, active, fitting, speed)
+            rows.append(replace(row, note=note, curve={n: holding.bytes(batch, n).total for n in lengths}))
+        except ValueError as error:  # found at the first update
+            unknown.append(f"{name}: {error}")
     try:
         formula = textbook(decoder, dtype)
     except NotTold as error:
@@ -125,25 +137,46 @@ def plan(
     return Plan(decoder.model_type, tokens, batch, dtype, model.parameters, model.bytes, active, formula, rows, unknown)
 
 
-def _holdings(model: ModelOnMeta, makers: dict[str, Make], unknown: list[str]) -> dict[str, Holding]:
-    """What each cache holds, by its name; reasons why there is no such cache are added to ``unknown``."""
-    found: dict[str, Holding] = {}
+def _holdings(model: ModelOnMeta, makers: dict[str, Make], unknown: list[str]) -> dict[str, tuple[Holding, str]]:
+    """What each cache holds, and the note, by its name; reasons why there is no such cache go to ``unknown``."""
+    found: dict[str, tuple[Holding, str]] = {}
     # Caches of this package are given the same by a model. transformers' own are given keys and values for latents.
     calls: dict[bool, list[tuple[LayerCall, ...]]] = {}
     told: dict[bool, bool] = {}
+    config = model.config
     for name, make in makers.items():
         try:
-            empty = partial(make, model.config)
-            ours = isinstance(empty(), KVCache)
+            empty: Callable[[], Cache] = partial(make, config)
+            ours = isinstance(make, LowRank) or isinstance(empty(), KVCache)
+            any_of_it = partial(KVCache, config) if ours else empty
             if ours not in calls:
-                calls[ours] = model.calls(empty)
-                told[ours] = model.tell_all(empty, calls[ours])
-            found[name] = Holding(empty, calls[ours], None if told[ours] else partial(model.filled, empty))
-        except ValueError as error:
+                calls[ours] = model.calls(any_of_it)
+                told[ours] = model.tell_all(any_of_it, calls[ours])
+            if isinstance(make, LowRank):
+                empty = low_rank.planned(config, make, calls[ours])
+            fill = None if told[ours] else partial(model.filled, any_of_it)
+            found[name] = Holding(empty, calls[ours], model.queries, fill), _note(make, empty())
+        except (ValueError, TypeError) as error:
             unknown.append(f"{name}: {error}")
         finally:
-            unbind(model.config)
+            unbind(config)
     return found
+
+
+def _note(make: Make, cache: Cache) -> str:
+    """What the figures of a cache rest on."""
+    if isinstance(make, LowRank) and make.file is None:
+        return low_rank.NOTE
+    layer = next((layer for layer in cache.layers if isinstance(layer, EvictingLayer)), None)
+    if layer is None:
+        return ""
+    policy = layer.eviction.policy
+    waits = (
+        "bytes after compress(model, input_ids), which reads the prompt again on a copy" if policy.needs_replay else ""
+    )
+    shared = policy.head_floor is not None or policy.across_layers
+    most = "at most: heads compete for tokens, and how many pages they fill depends on the text" if shared else ""
+    return "; ".join(part for part in (waits, most) if part)
 
 
 def _row(
@@ -151,18 +184,19 @@ def _row(
 ) -> CachePlan:
     held = holding.bytes(batch, tokens)
     before = max(tokens - 1024, 0)
-    earlier = holding.bytes(batch, before) if before else Held(0, 0)
+    earlier = holding.bytes(batch, before).total if before else 0
     longest = largest = None
     if room is not None:
-        longest = _most(lambda n: holding.bytes(batch, n).total, room, _MOST_TOKENS)
-        largest = _most(lambda n: holding.bytes(n, tokens).total, room, _MOST_SEQUENCES)
+        longest = _most(lambda n: holding.bytes(batch, n).peak, room, _MOST_TOKENS)
+        largest = _most(lambda n: holding.bytes(n, tokens).peak, room, _MOST_SEQUENCES)
     return CachePlan(
         name,
         held.total,
-        (held.total - earlier.total) / (tokens - before) / batch,
+        (held.total - earlier) / (tokens - before) / batch,
         longest,
         largest,
         None if speed is None else 1e3 * (active + held.read) / speed,
+        peak=held.peak,
     )
 
 
