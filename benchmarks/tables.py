@@ -158,6 +158,33 @@ VIEWS = (
         keys=("cache",),
     ),
     View(
+        "bench_assisted",
+        "Taking drafts back, two layers in SmolLM2-135M's shape",
+        (),
+        "pass_us",
+        {
+            "step_us": ("plain step µs", _WHOLE),
+            "pass_us": ("pass over a draft of 8 µs", _WHOLE),
+            "crop_0_us": ("crop, none accepted, µs", _WHOLE),
+            "crop_4_us": ("4 accepted", _WHOLE),
+            "crop_8_us": ("8 accepted", _WHOLE),
+        },
+    ),
+    View(
+        "bench_assisted",
+        "Decoding with drafts behind {prompt} tokens",
+        ("prompt",),
+        "tokens_per_s",
+        {
+            "passes": ("passes", _WHOLE),
+            "tokens_per_pass": ("tokens a pass", _digits(2)),
+            "tokens_per_s": ("tokens/s", _digits(1)),
+            "over_no_drafts": ("over no drafts", _times),
+            "same_share": ("same tokens", _percent),
+        },
+        keys=("cache", "drafts"),
+    ),
+    View(
         "bench_memory",
         f"Bytes held, one layer, {_SHAPE}",
         ("shape",),

@@ -15,7 +15,16 @@ import torch
 from transformers import Cache, PreTrainedConfig
 
 from hf_kvcache.cache.model_config import decoder_config
-from hf_kvcache.cli.reading import attend_as_with, compress, decoded, held_bytes, kl_by_token, read_prompt, timed
+from hf_kvcache.cli.reading import (
+    attend_as_with,
+    compress,
+    decoded,
+    held_bytes,
+    kl_by_token,
+    read_prompt,
+    timed,
+    top1_agreement,
+)
 from hf_kvcache.planning.caches import maker
 
 #: The name of the cache with which the others are compared.
@@ -167,11 +176,13 @@ def _read(
 def _add(row: Compared, reading: Reading, full: Reading, continuation: torch.Tensor) -> None:
     """Add a window to a cache's row."""
     log_probs = reading.logits.log_softmax(-1)
-    row.nll.append(-log_probs.gather(-1, continuation[:, None]).mean().item())
-    row.same.append((full.logits.argmax(-1) == reading.logits.argmax(-1)).double().mean().item())
+    nll = -log_probs.gather(-1, continuation[:, None]).mean().item()
     # A few tokens at a time: a large vocabulary in float64 takes much memory.
     pairs = zip(full.logits.split(_AT_ONCE), reading.logits.split(_AT_ONCE), strict=True)
-    row.kl.append(0.0 if reading is full else torch.cat([kl_by_token(a, b) for a, b in pairs]).mean().item())
+    kl = 0.0 if reading is full else torch.cat([kl_by_token(a, b) for a, b in pairs]).mean().item()
+    row.kl.append(kl)
+    row.nll.append(nll)
+    row.same.append(top1_agreement(full.logits, reading.logits))
     row.bytes.append(reading.bytes)
     row.full_bytes.append(full.bytes)
     row.token_ms += reading.token_ms[1:]
