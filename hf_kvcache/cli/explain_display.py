@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -98,6 +100,18 @@ def check_plots(path: str) -> None:
         raise ValueError(f"--plot={path!r}: there is no such folder")
 
 
+def curve(own: Sequence[Measured], parts: int = 16) -> tuple[list[float], list[float]]:
+    """Lengths and seconds of whole texts of one way, with ``parts`` points from each measured length to the next."""
+    lengths, seconds = [float(own[0].tokens)], [own[0].total_s]
+    for before, after in pairwise(own):
+        for part in range(1, parts + 1):
+            more = (after.tokens - before.tokens) * part / parts
+            token_ms = before.token_ms + (after.token_ms - before.token_ms) * part / parts
+            lengths.append(before.tokens + more)
+            seconds.append(before.total_s + more * (before.token_ms + token_ms) / 2e3)
+    return lengths, seconds
+
+
 def draw(found: Sequence[Measured], path: Path, model: str) -> None:
     """Draw the time of a token and of the whole text against the length, side by side, on plain axes."""
     from matplotlib.figure import Figure
@@ -107,11 +121,13 @@ def draw(found: Sequence[Measured], path: Path, model: str) -> None:
     for way in dict.fromkeys(row.way for row in found):
         own = [row for row in found if row.way == way]
         tokens = [row.tokens for row in own]
-        style = {"linestyle": "--" if way == NO_CACHE else "-", "marker": "o", "markersize": 4}
+        style: dict[str, Any] = {"linestyle": "--" if way == NO_CACHE else "-", "marker": "o", "markersize": 4}
         (line,) = token.plot(tokens, [row.token_ms for row in own], label=label(way), **style)
         low, high = zip(*(row.quartiles_ms for row in own), strict=True)
         token.fill_between(tokens, low, high, color=line.get_color(), alpha=0.2)
-        total.plot(tokens, [row.total_s for row in own], label=label(way), **style)
+        # The sum over tokens is curved between two lengths where the time of a token grows.
+        total.plot(*curve(own), label=label(way), linestyle=style["linestyle"], color=line.get_color())
+        total.plot(tokens, [row.total_s for row in own], "o", markersize=4, color=line.get_color())
     token.set(title="time of a token, and its quartiles", xlabel="tokens before it", ylabel="ms")
     total.set(title="time of a whole text", xlabel="tokens of the text", ylabel="s")
     for axes in (token, total):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_kvcache import KVCache
 from hf_kvcache.cli import explain, explain_timing
-from hf_kvcache.cli.explain_display import doubling, left_out
+from hf_kvcache.cli.explain_display import curve, doubling, left_out
 from hf_kvcache.cli.explain_timing import NO_CACHE, Measured, Stop, measure
 from hf_kvcache.cli.main import main
 from hf_kvcache.integration.binding import is_bound
@@ -65,6 +65,10 @@ def test_totals_are_those_of_the_formula(model: PreTrainedModel, clock: Clock) -
         else:
             assert row.token_ms == 1 and row.times == 10
             assert row.total_s == pytest.approx(row.tokens / 1e3)
+    # Between two lengths the curve is that of the formula as well.
+    tokens, seconds = curve([row for row in found if row.way == NO_CACHE])
+    assert tokens == sorted(tokens) and {*lengths} < {*tokens}
+    assert seconds == pytest.approx([(8 + (n**2 - 8**2) / 2) / 1e3 for n in tokens])
     # Neither a pass without a cache nor one with transformers' is sent through this package's attention.
     round_of_one = clock.calls[: 1 + 2 * 7]
     assert [bound for _, bound in round_of_one] == [False] * 8 + [True] * 7
