@@ -1,4 +1,5 @@
-"""Build hook: compiles the CPU kernels when the package is installed or a wheel is made, and adds lm-eval's task files.
+"""Build hook: compiles the CPU kernels when the package is installed or a wheel is made, and adds lm-eval's task
+files and the tracked results.
 
 Without a compiler, or with ``HF_KVCACHE_BUILD=0``, the installation succeeds all the same and the package uses its
 reference kernels in torch, which ``hf-kvcache info`` says.
@@ -22,6 +23,8 @@ class NativeKernels(BuildHookInterface):
         """Compile before the files are collected."""
         if version == "standard":  # an editable installation finds them where they are
             build_data["force_include"]["eval/tasks"] = "hf_kvcache_eval/tasks"
+            for path in (Path(self.root) / "docs" / "evaluation").glob("*.csv"):  # for `hf-kvcache methods`
+                build_data["force_include"][str(path)] = f"hf_kvcache/cli/data/evaluation/{path.name}"
         if os.environ.get("HF_KVCACHE_BUILD") == "0":
             return
         script = Path(self.root) / "hf_kvcache" / "kernels" / "cpu" / "build.py"

@@ -15,6 +15,7 @@ from hf_kvcache.cli.compare import add_compare
 from hf_kvcache.cli.demo_options import ANSWER_TOKENS, CACHES, DEFAULT_CACHES, PROMPT_TOKENS
 from hf_kvcache.cli.explain import add_explain
 from hf_kvcache.cli.info import print_info
+from hf_kvcache.cli.methods import add_methods
 from hf_kvcache.cli.plan import add_plan
 from hf_kvcache.lowrank import calibrate, methods, texts
 from hf_kvcache.lowrank.methods.base import CENTERS
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_explain(commands)
     add_compare(commands)
+    add_methods(commands)
     _add_calibrate(commands)
     info = commands.add_parser("info", help="versions, device, kernels, and the codecs and policies registered")
     info.set_defaults(run=_info)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from hf_kvcache.planning import Plan, plan
-from hf_kvcache.planning.caches import DEFAULT
+from hf_kvcache.planning.caches import DEFAULT, EXAMPLES
 from hf_kvcache.planning.sizes import parse_count, show_bytes
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -31,8 +31,10 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--memory", help="of the device, such as 80GB: says what fits beside the weights")
     parser.add_argument("--bandwidth", help="of the device, such as 3350GB/s: says the least time of a decode step")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), help="of weights, keys and values (default: the config's)")
-    default = ",".join(DEFAULT)
-    parser.add_argument("--caches", default=default, help="names with commas between them (default: %(default)s)")
+    default, names = ",".join(DEFAULT), ", ".join(EXAMPLES)
+    parser.add_argument(
+        "--caches", default=default, help=f"names with commas between them: {names} (default: {default})"
+    )
     parser.add_argument("--plot", metavar="FILE", help="write a plot of bytes against length")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     parser.set_defaults(run=_run)
@@ -71,19 +73,23 @@ def as_json(found: Plan) -> str:
 
 def as_text(found: Plan) -> str:
     """A plan as tables for a terminal."""
+    width = max(16, 2 + max((len(row.name) for row in found.caches), default=0))
     lines = [
         f"{found.model_type}, {found.parameters / 1e9:.2f} billion weights: {show_bytes(found.weight_bytes)}"
         + (f", of which a token reads {show_bytes(found.active_bytes)}" * (found.active_bytes < found.weight_bytes)),
         f"{found.batch} x {found.context:,} tokens, {str(found.dtype).removeprefix('torch.')}",
         "",
-        f"{'cache':<16}{'bytes':>12}{'a token':>12}{'longest':>12}{'batch':>8}{'step, ms':>10}",
+        f"{'cache':<{width}}{'bytes':>12}{'a token':>12}{'peak':>12}{'longest':>12}{'batch':>8}{'step, ms':>10}",
     ]
     for row in found.caches:
         longest = "" if row.longest_context is None else f"{row.longest_context:,}"
         largest = "" if row.largest_batch is None else f"{row.largest_batch:,}"
         floor = "" if row.step_floor_ms is None else f"{row.step_floor_ms:.2f}"
-        size, token = show_bytes(row.bytes), show_bytes(row.bytes_per_token)
-        lines.append(f"{row.name:<16}{size:>12}{token:>12}{longest:>12}{largest:>8}{floor:>10}")
+        size, token, peak = map(show_bytes, (row.bytes, row.bytes_per_token, row.peak))
+        lines.append(f"{row.name:<{width}}{size:>12}{token:>12}{peak:>12}{longest:>12}{largest:>8}{floor:>10}")
+    if any(row.peak > row.bytes for row in found.caches):
+        lines += ["", "peak: the most held while the prompt is read in one forward pass; in chunks it is less"]
+    lines += [f"{row.name}: {row.note}" for row in found.caches if row.note]
     if found.textbook is not None:
         total = show_bytes(found.textbook.bytes(found.context, found.batch))
         lines += ["", f"textbook: {found.textbook}, {total} in all"]

@@ -24,6 +24,9 @@ from hf_kvcache.planning.sizes import parse_count
 #: What a plan compares by default.
 DEFAULT = ("full", "none", "quantized:8", "quantized:4", "quantized:2")
 
+#: A name of every kind.
+EXAMPLES = ("full", "none", "quantized:8:4", "codec:int4", "snapkv:2k+4bits", "h2o:0.25", "window:4k:4", "lowrank:0.5")
+
 Make = Callable[[PreTrainedConfig], Cache]
 
 

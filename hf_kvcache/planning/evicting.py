@@ -43,13 +43,13 @@ class BlankSelection(LayerSelection):
 class BlankEvictor(Evictor):
     """Drops as many tokens as a real evictor would, on the ``meta`` device.
 
-    Where a real layer would read from the device which tokens stay, this one supposes that what is held takes the most
-    bytes: between the tokens that a policy chose in a page, one was dropped, so that the page stores their positions.
+    Where a real layer would read from the device which tokens stay, this one takes the first ones. So their pages store
+    no positions.
 
     Args:
         layer: the layer.
         storage: its tokens, of one sequence.
-        kept: tokens that a head keeps on average.
+        kept: tokens that a head keeps on average; None to drop and pack nothing.
 
     Attributes:
         before: bytes that the layer held when tokens were chosen the last time.
@@ -57,14 +57,14 @@ class BlankEvictor(Evictor):
             where heads compete.
     """
 
-    def __init__(self, layer: EvictingLayer, storage: PagedStorage, kept: int) -> None:
+    def __init__(self, layer: EvictingLayer, storage: PagedStorage, kept: int | None) -> None:
         super().__init__(layer.eviction, layer.place, storage)
         self.kept = kept
         self.before = 0
         self.leaving: np.ndarray | None = None
 
     def selection(self) -> BlankSelection:
-        return BlankSelection(self.options, self.place, self.pinned, self.observations, self.attending, self.kept)
+        return BlankSelection(self.options, self.place, self.pinned, self.observations, self.attending, self.kept or 0)
 
     def observe_first(
         self,
@@ -79,7 +79,8 @@ class BlankEvictor(Evictor):
 
     def evict(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
         self.before = self.held(storage)
-        super().evict(storage, rows, seen)
+        if self.kept is not None:
+            super().evict(storage, rows, seen)
 
     def compress(self, storage: PagedStorage, leaving: np.ndarray, seen: int) -> None:
         """Keep sinks, tail, and of the other tokens of each head as many as ``leaving [Hkv]`` says."""
@@ -105,18 +106,17 @@ class BlankEvictor(Evictor):
         if self.leaving is not None:
             leaving = self.leaving
         elif self.policy.head_floor is None:
-            leaving = np.full(storage.heads, total // storage.heads)
+            leaving = np.full(storage.heads, total // storage.heads, dtype=np.int64)
         else:
             leaving = widest_split(total, storage.heads, free, storage.page_size)
-        # Of the newest tokens, which stay in any case, those that are not in the tail.
-        newest = max(self.policy.recent(self.kept) - storage.tail_length, 0)
-        lists = [apart(int(n), min(newest, int(n)), free, storage.page_size) + sinks for n in leaving]
-        positions = np.concatenate(lists)[None]
-        return KeptTokens(np.asarray(leaving, dtype=np.int64), np.zeros((storage.heads, 0), np.int64), positions)
+        positions = np.concatenate([sinks + np.arange(n) for n in leaving.tolist()])[None]
+        return KeptTokens(leaving, np.zeros((storage.heads, 0), np.int64), positions)
 
 
 def widest_split(total: int, heads: int, most: int, page: int) -> np.ndarray:
-    """How many of ``total`` tokens each head holds where they fill the most pages, and one head as many as it can.
+    """How many of ``total`` tokens each head holds where they fill the most pages.
+
+    One head has then as many pages as any can have, or one page less.
 
     Args:
         total: tokens of all heads together, at most ``heads * most``.
@@ -136,29 +136,7 @@ def widest_split(total: int, heads: int, most: int, page: int) -> np.ndarray:
     return held
 
 
-def apart(count: int, newest: int, free: int, page: int) -> np.ndarray:
-    """Places of ``count`` of ``free`` tokens, the ``newest`` of them the last ones, with a gap in every page that can.
-
-    Args:
-        count: tokens that stay.
-        newest: how many of them are the last ones, side by side.
-        free: tokens among which they were chosen.
-        page: tokens of a page.
-
-    Returns:
-        int64 ``[count]``, ascending.
-    """
-    chosen = count - newest
-    place = np.arange(count)
-    # Behind the first token of a page, as long as any were dropped and the page has another token.
-    gaps = (place % page == 0) & (place < chosen) & (place + 1 < count)
-    gaps &= gaps.cumsum() <= free - count
-    place += np.concatenate([np.zeros(1, np.int64), gaps.cumsum()[:-1]])[:count]
-    place[chosen:] = np.arange(free - newest, free)
-    return place
-
-
-def fill(layer: Any, calls: tuple[LayerCall, ...], query: Shape, tokens: int, kept: int) -> BlankEvictor:
+def fill(layer: Any, calls: tuple[LayerCall, ...], query: Shape, tokens: int, kept: int | None) -> BlankEvictor:
     """Give a layer a prompt of one sequence, as a model would, and let it evict.
 
     Args:
@@ -166,18 +144,18 @@ def fill(layer: Any, calls: tuple[LayerCall, ...], query: Shape, tokens: int, ke
         calls: what the model gives to it.
         query: the queries that read it.
         tokens: tokens of the prompt.
-        kept: tokens that a head keeps on average.
+        kept: tokens that a head keeps on average; None to drop and pack nothing.
 
     Returns:
         The evictor of the layer.
     """
     layer.make_evictor = lambda storage: BlankEvictor(layer, storage, kept)
-    asked = query.blank(1, tokens)
-    if isinstance(layer, EvictingLatentLayer):
+    asked, of_latents = query.blank(1, tokens), isinstance(layer, EvictingLatentLayer)
+    if of_latents:
         # In latent space a query is as wide as the latent and the rotary key beside it.
         width = sum(state.sizes(1, 1)[3] for state in calls[0].arguments[:2])
         asked = asked.new_empty(*asked.shape[:3], width)
-        layer.queries_for_policy = lambda given: given  # type: ignore[method-assign]
+        layer.queries_for_policy = lambda query: query
     for call in calls:
         call.repeat(layer, 1, tokens)
     layer.note_attended(AttentionCall(asked, None, Scoring(1.0)))

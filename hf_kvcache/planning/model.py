@@ -102,7 +102,9 @@ class ModelOnMeta:
             raise NotTold(f"config of {config.model_type!r}: transformers knows no class for it; accepted: its models")
         with torch.device("meta"):
             self.model: PreTrainedModel = made._from_config(config, dtype=dtype).eval()
-        self.config = config
+        self.config: PreTrainedConfig = (
+            self.model.config
+        )  # some models copy theirs, and caches bind what they are given
         weights = {id(p): (name, p) for name, p in self.model.named_parameters()}.values()
         self.parameters = sum(p.numel() for _, p in weights)
         self.bytes = sum(p.numel() * p.element_size() for _, p in weights)
@@ -150,7 +152,7 @@ class ModelOnMeta:
     ) -> tuple[list[list[tuple[str, Any, Any]]], dict[int, torch.Tensor]]:
         """The calls to each layer (names, arguments and named arguments), and the queries that read each layer."""
         seen: list[list[tuple[str, Any, Any]]] = [[] for _ in cache.layers]
-        latest: list[int] = []
+        latest: list[tuple[int, Any]] = []
         for index, (layer, calls) in enumerate(zip(cache.layers, seen, strict=True)):
             _record(layer, calls, index, latest)
         ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
@@ -173,8 +175,8 @@ def _last_storing(cache: Cache) -> int:
     return max(i for i, layer in enumerate(cache.layers) if type(layer).__name__ != "DummyLayer")
 
 
-def _record(layer: Any, calls: list[tuple[str, Any, Any]], index: int, latest: list[int]) -> None:
-    """Note the calls to the ``layer`` from now on, and its ``index`` at the end of ``latest``."""
+def _record(layer: Any, calls: list[tuple[str, Any, Any]], index: int, latest: list[tuple[int, Any]]) -> None:
+    """Note the calls to the ``layer`` from now on, and at the end of ``latest`` its ``index`` and the keys returned."""
     plain = isinstance(layer, KVCacheLayer) and layer.options.latents != "native"
 
     def watched(name: str) -> Callable[..., Any]:
@@ -182,10 +184,12 @@ def _record(layer: Any, calls: list[tuple[str, Any, Any]], index: int, latest: l
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls.append((name, args, kwargs))
-            latest.append(index)
             result = method(*args, **kwargs)
-            # Without earlier tokens all states are the new ones, and a model that reads handles needs values.
-            return args[:2] if name == "update" and plain else result
+            if name == "update":
+                # Without earlier tokens all states are the new ones, and a model that reads handles needs values.
+                result = args[:2] if plain else result
+                latest.append((index, result[0] if plain else None))
+            return result
 
         return call
 
@@ -222,14 +226,20 @@ def _dim(first: int, second: int) -> tuple[int, str]:
 
 
 @contextmanager
-def _queries(latest: list[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Note the first queries that read the layer that was updated last, by its index."""
+def _queries(latest: list[tuple[int, Any]]) -> Iterator[dict[int, torch.Tensor]]:
+    """Note the first queries that read the layer that was updated last, by its index.
+
+    Args:
+        latest: the updates so far: the layer's index and the keys that the model got back; None for latents, which
+            become keys before attention reads them.
+    """
     found: dict[int, torch.Tensor] = {}
 
-    def attention(module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if latest:
-            found.setdefault(latest[-1], query)
-        return attention_function(module, query, *args, **kwargs)
+    def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        index, keys = latest[-1] if latest else (None, None)
+        if index is not None and (keys is None or keys is key):
+            found.setdefault(index, query)
+        return attention_function(module, query, key, *args, **kwargs)
 
     AttentionInterface.register(IMPLEMENTATION, attention)
     try:
