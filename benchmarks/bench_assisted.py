@@ -132,7 +132,8 @@ def generation_rows(model: Any, ids: torch.Tensor, draft: Any, names: Sequence[s
                 ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options
             )
             rate = new / (time.perf_counter() - began)
-            alone = alone or (output, rate)
+            written = output[0, ids.shape[1] :]
+            alone = alone or (written, rate)
             row = {
                 "prompt": ids.shape[1],
                 "cache": name,
@@ -141,7 +142,7 @@ def generation_rows(model: Any, ids: torch.Tensor, draft: Any, names: Sequence[s
                 "tokens_per_pass": new / len(passes),
                 "tokens_per_s": rate,
                 "over_no_drafts": rate / alone[1],
-                "same_share": (output == alone[0]).double().mean().item(),
+                "same_share": (written == alone[0]).double().mean().item(),
             }
             rows.append(row)
     hook.remove()
