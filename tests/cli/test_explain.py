@@ -15,6 +15,7 @@ from hf_kvcache.cli import explain, explain_timing
 from hf_kvcache.cli.explain_display import curve, doubling, left_out
 from hf_kvcache.cli.explain_timing import NO_CACHE, Measured, Stop, measure
 from hf_kvcache.cli.main import main
+from hf_kvcache.cli.reading import attend_as_with
 from hf_kvcache.integration.binding import is_bound
 from hf_kvcache.planning.caches import maker
 from tests.docs.snippets import spelling_tokenizer
@@ -126,8 +127,6 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: Any, monkeypa
 
 def test_our_caches_are_bound_while_they_are_timed(model: PreTrainedModel) -> None:
     """A cache of this package would else be read as dense tensors."""
-    from hf_kvcache.cli.reading import attend_as_with
-
     cache = KVCache(model.config)
     attend_as_with(model, None)
     assert not is_bound(model.config)
