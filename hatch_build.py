@@ -1,5 +1,5 @@
 """Build hook: compiles the CPU kernels when the package is installed or a wheel is made, and adds lm-eval's task
-files and the tracked results.
+files, the tracked results and the list of tested versions.
 
 Without a compiler, or with ``HF_KVCACHE_BUILD=0``, the installation succeeds all the same and the package uses its
 reference kernels in torch, which ``hf-kvcache info`` says.
@@ -23,7 +23,9 @@ class NativeKernels(BuildHookInterface):
         """Compile before the files are collected."""
         if version == "standard":  # an editable installation finds them where they are
             build_data["force_include"]["eval/tasks"] = "hf_kvcache_eval/tasks"
-            for path in (Path(self.root) / "docs" / "evaluation").glob("*.csv"):  # for `hf-kvcache methods`
+            # For `hf-kvcache info` and `hf-kvcache methods`.
+            build_data["force_include"]["pyproject.toml"] = "hf_kvcache/cli/data/pyproject.toml"
+            for path in (Path(self.root) / "docs" / "evaluation").glob("*.csv"):
                 build_data["force_include"][str(path)] = f"hf_kvcache/cli/data/evaluation/{path.name}"
         if os.environ.get("HF_KVCACHE_BUILD") == "0":
             return

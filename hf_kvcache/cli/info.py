@@ -1,4 +1,4 @@
-"""The command ``hf-kvcache info``: versions, device, kernels, and the names that are registered."""
+"""The command ``hf-kvcache info``: versions, device, kernels, the names that are registered, and what is slow here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import torch
 
 from hf_kvcache import codecs, eviction
+from hf_kvcache.cli.slow_here import Here
 from hf_kvcache.kernels import dispatch
 from hf_kvcache.kernels.cpu import library
 from hf_kvcache.lowrank import methods
@@ -31,6 +32,10 @@ def print_info() -> None:
     }
     for name, value in found.items():
         print(f"{name:14}{value}")
+    slow = Here.found().reasons()
+    print("\nslow here" if slow else "\nslow here: nothing that is known")
+    for reason in slow:
+        print(f"- {reason}")
 
 
 def _kernels() -> str:

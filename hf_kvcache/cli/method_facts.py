@@ -75,9 +75,9 @@ def _codecs() -> Iterator[Method]:
             "a page is packed by several launches" * (codec.keys.method is None or codec.values.method is None),
         ]
         measured = results("standard", rf"{name}\d*") + results("latent", rf"(latent\S*\+)?{name}\d.*")
-        width = _BITS if _BITS in codec.supported_bits else codec.default_bits or ""
         # The longest context of the standard suite stands last, behind it the other suite.
-        shown = sorted((x for x in measured if x.cache == f"{name}{width}"), key=lambda x: x.file == "standard.csv")
+        ranked = sorted(measured, key=lambda x: (x.cache == f"{name}{_BITS}", x.file == "standard.csv"))
+        shown = [x for x in ranked if re.fullmatch(rf"{name}\d*", x.cache)]
         yield Method(
             "codec",
             name,
@@ -104,9 +104,8 @@ def _wrappers() -> Iterator[Method]:
 
 
 def _policy(kind: str, name: str, policy: Policy, measured: list[Result]) -> Method:
-    queries = {0: "", ALL_QUERIES: "all queries of a prompt"}.get(
-        policy.observed, f"the last {policy.observed} queries"
-    )
+    known = {0: "", 1: "the last query", ALL_QUERIES: "all queries of a prompt"}
+    queries = known.get(policy.observed, f"the last {policy.observed} queries")
     needs = _listed(
         queries,
         "the attention of every query" * policy.needs_accumulated,

@@ -152,7 +152,7 @@ class ModelOnMeta:
     ) -> tuple[list[list[tuple[str, Any, Any]]], dict[int, torch.Tensor]]:
         """The calls to each layer (names, arguments and named arguments), and the queries that read each layer."""
         seen: list[list[tuple[str, Any, Any]]] = [[] for _ in cache.layers]
-        latest: list[tuple[int, Any]] = []
+        latest: list[_Update] = []
         for index, (layer, calls) in enumerate(zip(cache.layers, seen, strict=True)):
             _record(layer, calls, index, latest)
         ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
@@ -175,8 +175,8 @@ def _last_storing(cache: Cache) -> int:
     return max(i for i, layer in enumerate(cache.layers) if type(layer).__name__ != "DummyLayer")
 
 
-def _record(layer: Any, calls: list[tuple[str, Any, Any]], index: int, latest: list[tuple[int, Any]]) -> None:
-    """Note the calls to the ``layer`` from now on, and at the end of ``latest`` its ``index`` and the keys returned."""
+def _record(layer: Any, calls: list[tuple[str, Any, Any]], index: int, latest: list[_Update]) -> None:
+    """Note the calls to the ``layer`` from now on, and its updates at the end of ``latest``."""
     plain = isinstance(layer, KVCacheLayer) and layer.options.latents != "native"
 
     def watched(name: str) -> Callable[..., Any]:
@@ -188,7 +188,7 @@ def _record(layer: Any, calls: list[tuple[str, Any, Any]], index: int, latest: l
             if name == "update":
                 # Without earlier tokens all states are the new ones, and a model that reads handles needs values.
                 result = args[:2] if plain else result
-                latest.append((index, result[0] if plain else None))
+                latest.append(_Update(index, result if plain else None))
             return result
 
         return call
@@ -225,25 +225,53 @@ def _dim(first: int, second: int) -> tuple[int, str]:
     return first - _PASSES[0][(_BATCH, _TOKENS).index(what)], what
 
 
-@contextmanager
-def _queries(latest: list[tuple[int, Any]]) -> Iterator[dict[int, torch.Tensor]]:
-    """Note the first queries that read the layer that was updated last, by its index.
+@dataclass
+class _Update:
+    """An update of a layer.
 
-    Args:
-        latest: the updates so far: the layer's index and the keys that the model got back; None for latents, which
-            become keys before attention reads them.
+    Attributes:
+        index: the layer's index.
+        states: the keys and values that the model got back; None for latents, which become keys and values before
+            attention reads them.
+        changed: whether the model did something with them before attention.
     """
+
+    index: int
+    states: tuple[Any, Any] | None
+    changed: bool = False
+
+    def reaches(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether attention over ``key`` and ``value`` reads what the update returned."""
+        return self.states is None or (not self.changed and self.states[0] is key and self.states[1] is value)
+
+
+class _Changes(TorchDispatchMode):
+    """Notes which states a model works on between an update and its attention."""
+
+    def __init__(self, latest: list[_Update]) -> None:
+        super().__init__()
+        self.latest = latest
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.latest and (states := self.latest[-1].states) is not None:
+            self.latest[-1].changed |= any(x is state for x in args for state in states)
+        return func(*args, **kwargs or {})
+
+
+@contextmanager
+def _queries(latest: list[_Update]) -> Iterator[dict[int, torch.Tensor]]:
+    """Note the first queries that read the layer that was updated last, by its index; ``latest`` are the updates."""
     found: dict[int, torch.Tensor] = {}
 
-    def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        index, keys = latest[-1] if latest else (None, None)
-        if index is not None and (keys is None or keys is key):
-            found.setdefault(index, query)
-        return attention_function(module, query, key, *args, **kwargs)
+    def attention(module: torch.nn.Module, query: torch.Tensor, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if latest and latest[-1].reaches(key, value):
+            found.setdefault(latest[-1].index, query)
+        return attention_function(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register(IMPLEMENTATION, attention)
     try:
-        yield found
+        with _Changes(latest):
+            yield found
     finally:
         AttentionInterface.register(IMPLEMENTATION, attention_function)
 

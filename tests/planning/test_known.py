@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from hf_kvcache.cli.main import main
 from hf_kvcache.planning import parse_bytes, parse_count, plan, textbook
+from hf_kvcache.planning.caches import EXAMPLES, maker
 from hf_kvcache.planning.plan import _most
 
 FOLDER = Path(__file__).parent / "configs"
@@ -85,11 +87,26 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_of("llama_3.1_8b")
     config.num_hidden_layers = 2
     config.save_pretrained(tmp_path)
-    arguments = ["--context", "4k", "--caches", "full,none", "--plot", str(tmp_path / "plan.png")]
+    arguments = ["--context", "4k", "--caches", "full,none,kvzip:1k", "--plot", str(tmp_path / "plan.png")]
     assert main(["plan", "--model", str(tmp_path), *arguments]) == 0
     printed = capsys.readouterr().out
+    assert "kvzip:1k: bytes after compress(" in printed and "peak: the most held" in printed
     assert "32.00 MiB" in printed and "8,192 bytes a token" in printed and "1.49 billion" in printed
     assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def test_names() -> None:
+    """Every example, and both forms of a budget, make the cache that they say."""
+    config = AutoConfig.for_model("llama", num_hidden_layers=2)
+    for name in EXAMPLES:
+        assert name.startswith("lowrank") or maker(name)(config) is not None
+    packed: Any = maker("ada-snapkv:2k+8:4bits")(config)
+    assert (packed.budget, packed.policy.head_floor) == (2048, 0.2)
+    assert (packed.codec.key_bits, packed.codec.value_bits) == (8, 4)
+    window: Any = maker("window:4k:8+int4")(config)
+    assert (window.budget, window.options.sink_length, window.codec.name) == (4096 + 8, 8, "int")
+    share: Any = maker("h2o:.25")(config)
+    assert (share.budget, share.codec.name) == (0.25, "none")
 
 
 def test_sizes() -> None:
@@ -107,6 +124,16 @@ def test_sizes() -> None:
         ({"memory": "80 GPUs"}, "memory='80 GPUs'; accepted: a positive number of bytes"),
         ({"caches": ["quantised:4"]}, "'quantised:4'; accepted: 'full'"),
         ({"caches": ["quantized:four"]}, "'quantized:four'; accepted: 'full'"),
+        ({"caches": ["snapkv"]}, "'snapkv'; accepted: 'full'.*'POLICY:BUDGET'"),
+        ({"caches": ["snapvk:1024"]}, "'snapvk:1024'; accepted: .*snapkv, streaming.*ada-"),
+        ({"caches": ["snapkv:1.5"]}, "'snapkv:1.5'; accepted"),
+        ({"caches": ["snapkv:0.0"]}, "'snapkv:0.0'; accepted"),
+        ({"caches": ["ada:0.5"]}, "'ada:0.5'; accepted"),
+        ({"caches": ["snapkv:1k+5bit"]}, "'snapkv:1k[+]5bit'; accepted: .*[+]BITSbits"),
+        ({"caches": ["window:0.5"]}, "'window:0.5'; accepted"),
+        ({"caches": ["window:4k:few"]}, "'window:4k:few'; accepted"),
+        ({"caches": ["lowrank:half"]}, "'lowrank:half'; accepted"),
+        ({"caches": ["lowrank:0.5+8:4bits"]}, "'lowrank:0.5[+]8:4bits'; accepted: .*not with lowrank"),
     ],
 )
 def test_bad_input(arguments: dict[str, object], message: str) -> None:
