@@ -111,8 +111,10 @@ def with_own_cache(draft: Any) -> Any:
     return draft
 
 
-def generation_rows(model: Any, ids: torch.Tensor, draft: Any, names: Sequence[str], new: int) -> list[Row]:
-    """Tokens a second with each way of drafting and each cache of the model that checks."""
+def generation_rows(
+    model: Any, ids: torch.Tensor, draft: Any, names: Sequence[str], new: int, repeats: int
+) -> list[Row]:
+    """Tokens a second with each way of drafting and each cache of the model that checks; medians, in turns."""
     ways: dict[str, dict[str, Any]] = {
         "no drafts": {},
         "prompt lookup": {"prompt_lookup_num_tokens": DRAFT},
@@ -122,27 +124,33 @@ def generation_rows(model: Any, ids: torch.Tensor, draft: Any, names: Sequence[s
     hook = model.register_forward_hook(lambda *_: passes.append(1))
     rows: list[Row] = []
     for name in names:
-        alone: tuple[torch.Tensor, float] | None = None
-        for way, options in ways.items():
+        written: dict[str, torch.Tensor] = {}
+        found: dict[str, tuple[list[float], list[float], int]] = {way: ([], [], 0) for way in ways}
+        for way in list(ways) * repeats:
             cache = CACHES[name](model.config)
             attend_as_with(model, cache)
             passes.clear()
-            began = time.perf_counter()
+            wall, busy = time.perf_counter(), time.process_time()
             output = model.generate(
-                ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options
+                ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=new, min_new_tokens=new, do_sample=False, **ways[way]
             )
-            rate = new / (time.perf_counter() - began)
-            written = output[0, ids.shape[1] :]
-            alone = alone or (written, rate)
+            walls, busies, _ = found[way]
+            busies.append(time.process_time() - busy)
+            walls.append(time.perf_counter() - wall)
+            found[way] = walls, busies, len(passes)
+            written[way] = output[0, ids.shape[1] :]
+        alone = median(found["no drafts"][0])
+        for way, (walls, busies, count) in found.items():
             row = {
                 "prompt": ids.shape[1],
                 "cache": name,
                 "drafts": way,
-                "passes": len(passes),
-                "tokens_per_pass": new / len(passes),
-                "tokens_per_s": rate,
-                "over_no_drafts": rate / alone[1],
-                "same_share": (written == alone[0]).double().mean().item(),
+                "passes": count,
+                "tokens_per_pass": new / count,
+                "tokens_per_s": new / median(walls),
+                "over_no_drafts": alone / median(walls),
+                "cpu_ms_per_token": 1e3 * median(busies) / new,
+                "same_share": (written[way] == written["no drafts"]).double().mean().item(),
             }
             rows.append(row)
     hook.remove()
@@ -159,7 +167,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draft", help="hub id or path of the model that drafts; default: the model itself")
     parser.add_argument("--prompt", type=int, help="tokens of the prompt; default: 512")
     parser.add_argument("--new", type=int, help="tokens generated; default: 64")
+    parser.add_argument("--repeats", type=int, help="of each way of generating; default: 3")
     args = start(parser, argv)
+    args.repeats = args.repeats or (1 if args.quick else 3)
     args.tokens = pick(args.tokens, args.quick, [512, 4096], [512])
     args.caches = pick(args.caches, args.quick, list(CACHES), [DYNAMIC, "ours 4-bit"])
     args.prompt = args.prompt or (128 if args.quick else 512)
@@ -179,9 +189,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
         model, tokenizer = load_default_model(args.model)
         draft = with_own_cache(load_default_model(args.draft or args.model)[0])
         ids = tokenizer(packaged_text()[0], return_tensors="pt").input_ids[:, : args.prompt]
-        report.rows += generation_rows(
-            model, ids, draft, [name for name in args.caches if name != "ours none"], args.new
-        )
+        report.rows += generation_rows(model, ids, draft, args.caches, args.new, args.repeats)
     show(report.script, report.rows, console)
     return report.finish(args, console)
 

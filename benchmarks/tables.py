@@ -180,6 +180,7 @@ VIEWS = (
             "tokens_per_pass": ("tokens a pass", _digits(2)),
             "tokens_per_s": ("tokens/s", _digits(1)),
             "over_no_drafts": ("over no drafts", _times),
+            "cpu_ms_per_token": ("CPU ms a token", _WHOLE),
             "same_share": ("same tokens", _percent),
         },
         keys=("cache", "drafts"),
