@@ -52,7 +52,6 @@ class BlankEvictor(Evictor):
         kept: tokens that a head keeps on average; None to drop and pack nothing.
 
     Attributes:
-        before: bytes that the layer held when tokens were chosen the last time.
         leaving: tokens that each head moves into pages; None for equally many, or the split that takes most pages
             where heads compete.
     """
@@ -60,7 +59,6 @@ class BlankEvictor(Evictor):
     def __init__(self, layer: EvictingLayer, storage: PagedStorage, kept: int | None) -> None:
         super().__init__(layer.eviction, layer.place, storage)
         self.kept = kept
-        self.before = 0
         self.leaving: np.ndarray | None = None
 
     def selection(self) -> BlankSelection:
@@ -78,13 +76,12 @@ class BlankEvictor(Evictor):
         self.observations.accumulated.add_rows(slice(None), keys.new_zeros(*keys.shape[:3], dtype=torch.float32))
 
     def evict(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
-        self.before = self.held(storage)
         if self.kept is not None:
             super().evict(storage, rows, seen)
 
     def compress(self, storage: PagedStorage, leaving: np.ndarray, seen: int) -> None:
         """Keep sinks, tail, and of the other tokens of each head as many as ``leaving [Hkv]`` says."""
-        self.before, self.leaving = self.held(storage), leaving
+        self.leaving = leaving
         held = TokenView.of(storage, np.zeros(1, np.int64))
         dense = min(held.used, storage.sink_length) + storage.tail_length
         choice = Choice(self.selection().best(held, 0, 0), dense - (-int(leaving.sum()) // len(leaving)))

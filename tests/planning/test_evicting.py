@@ -86,7 +86,11 @@ def test_a_second_reading_holds_the_prompt_twice() -> None:
     assert row.peak == 2 * held(cache) and "compress(model, input_ids)" in row.note
 
 
-@pytest.mark.parametrize("name", ["h2o:100", "expected:64+4bits", "window:70", "ada-snapkv:70", "kvzip:100"])
+@pytest.mark.parametrize(
+    "name",
+    ["h2o:100", "kvzip:100"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("expected:64+4bits", "window:70", "ada-snapkv:70")],
+)
 def test_long_prompts_are_planned_by_short_ones(name: str) -> None:
     """A plan of a long prompt is what the same arithmetic says that is given every token."""
     config = families.build("llama").config
