@@ -22,6 +22,7 @@ SCRIPTS = (
     "bench_eviction",
     "bench_latent",
     "bench_prompts",
+    "bench_assisted",
 )
 
 

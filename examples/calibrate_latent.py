@@ -4,22 +4,28 @@
 the 22 kB that come with the package. `hf-kvcache calibrate --help` does the same from the command line.
 """
 
+import os
 import sys
+from importlib.resources import files
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from hf_kvcache import LatentKVCache
-from hf_kvcache.cli.models import load_default_model
-from hf_kvcache.cli.sample_text import packaged_text
 from hf_kvcache.lowrank import calibrate
 
-model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
-text = Path(sys.argv[1]).read_text(encoding="utf-8") if len(sys.argv) > 1 else packaged_text()[0]
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
+TEXT = files("hf_kvcache").joinpath("cli/data/alice.txt").read_text(encoding="utf-8")  # or a text of yours
+
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
+text = Path(sys.argv[1]).read_text(encoding="utf-8") if len(sys.argv) > 1 else TEXT
 
 # Keys as their queries read them, values as the output projection does; 3 KV heads share a basis.
 projection = calibrate(model, [text], tokenizer, method="kq_svd", group=3, before_rope=True, tokens=30_000)
 projection.save("smollm2-latent.safetensors")
 
-question = f"{packaged_text()[0][:4000]}\n\nWhat did the Rabbit take out of its waistcoat-pocket?"
+question = f"{TEXT[:4000]}\n\nWhat did the Rabbit take out of its waistcoat-pocket?"
 inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
 )

@@ -4,16 +4,20 @@ Run it twice: the messages are in chat.json, and what the model has read of them
 """
 
 import json
+import os
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from hf_kvcache import QuantizedKVCache
-from hf_kvcache.cli.models import load_default_model
 from hf_kvcache.prompts import PromptStore
 
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
 SAVED = Path("chat.json")
 TURNS = ("My name is Ada, and I like long walks.", "What is my name?")
 
-model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
 messages = json.loads(SAVED.read_text()) if SAVED.exists() else []
 
 with (

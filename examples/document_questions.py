@@ -3,17 +3,22 @@
 A second run finds the document in the folder, and begins with the questions.
 """
 
+import os
 import time
+from importlib.resources import files
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kvcache import QuantizedKVCache
-from hf_kvcache.cli.models import load_default_model
-from hf_kvcache.cli.sample_text import packaged_text
 from hf_kvcache.prompts import PromptStore
 
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
+TEXT = files("hf_kvcache").joinpath("cli/data/alice.txt").read_text(encoding="utf-8")  # or a text of yours
 QUESTIONS = ("Who is the story about?", "Which animal did Alice run after?", "Who is Dinah?")
 
-model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
-document = packaged_text()[0][:6000]
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
+document = TEXT[:6000]
 
 with PromptStore(lambda: QuantizedKVCache(model.config, bits=4), directory="prompts", model=model) as store:
     for question in QUESTIONS:

@@ -1,14 +1,17 @@
 """Generate without end at constant memory. Run it with `python examples/endless.py [tokens]`."""
 
+import os
 import sys
 import time
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kvcache import SlidingWindowCache
-from hf_kvcache.cli.models import load_default_model
 
-model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
 ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
 
 # Four sinks and the newest 256 tokens; the sinks move along, so that no distance is longer than the window.

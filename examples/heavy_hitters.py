@@ -1,11 +1,18 @@
 """Keep a quarter of a long prompt, other tokens in each head, in 4 bits. `python examples/heavy_hitters.py`"""
 
-from hf_kvcache import HeavyHitterCache
-from hf_kvcache.cli.models import load_default_model
-from hf_kvcache.cli.sample_text import packaged_text
+import os
+from importlib.resources import files
 
-model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
-story = packaged_text()[0][:8000]
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_kvcache import HeavyHitterCache
+
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
+TEXT = files("hf_kvcache").joinpath("cli/data/alice.txt").read_text(encoding="utf-8")  # or a text of yours
+
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
+story = TEXT[:8000]
 question = f"{story}\n\nWhat was the label on the little bottle that Alice found on the table?"
 inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -10,16 +10,18 @@ import sys
 
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_kvcache.cli.models import load_default_model
 from hf_kvcache_eval.lm import KVCacheLM, tasks_folder
 
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
 task = "lambada_openai"
 if len(sys.argv) > 1:
     os.environ["HF_KVCACHE_EVAL_DATA"] = sys.argv[1]
     task = f"local_{task}"
 
-model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
 tasks = TaskManager(include_path=str(tasks_folder()))
 for cache in ("full", "quantized:bits=4", "quantized:bits=2"):
     # LAMBADA's contexts are some 80 tokens: with the usual tail of 128 nothing would be compressed.

@@ -1,9 +1,14 @@
 """Generate with a 4-bit KV cache, and print what it holds. Run it with `python examples/quickstart.py`."""
 
-from hf_kvcache import QuantizedKVCache
-from hf_kvcache.cli.models import load_default_model
+import os
 
-model, tokenizer = load_default_model()  # or AutoModelForCausalLM.from_pretrained(...) and AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_kvcache import QuantizedKVCache
+
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
 messages = [{"role": "user", "content": "Explain in three sentences why the sky is blue."}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 

@@ -1,16 +1,20 @@
 """Read a context once, keep a fifth of it, and ask it several questions. `python examples/reusable_context.py`"""
 
+import os
+from importlib.resources import files
+
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kvcache import HeavyHitterCache
-from hf_kvcache.cli.models import load_default_model
-from hf_kvcache.cli.sample_text import packaged_text
 
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
+TEXT = files("hf_kvcache").joinpath("cli/data/alice.txt").read_text(encoding="utf-8")  # or a text of yours
 QUESTIONS = ("What is the secret number of the garden?", "Who is the story about?")
 
-model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
-story = packaged_text()[0]
-story = f"{story[:3000]}\nThe secret number of the garden is 48213.\n{story[3000:6000]}"
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
+story = f"{TEXT[:3000]}\nThe secret number of the garden is 48213.\n{TEXT[3000:6000]}"
 context = tokenizer(f"<|im_start|>user\n{story}\n\n", return_tensors="pt").input_ids
 repeat = tokenizer("\n\nRepeat the previous context exactly.\n", return_tensors="pt").input_ids[0]
 

@@ -1,15 +1,20 @@
 """Read a long text once, then ask several questions about it. Run it with `python examples/shared_prefix.py`."""
 
+import os
+from importlib.resources import files
+
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kvcache import QuantizedKVCache
-from hf_kvcache.cli.models import load_default_model
-from hf_kvcache.cli.sample_text import packaged_text
 
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
+TEXT = files("hf_kvcache").joinpath("cli/data/alice.txt").read_text(encoding="utf-8")  # or a text of yours
 QUESTIONS = ("Who is the story about?", "Which animal did Alice run after?")
 
-model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
-story = packaged_text()[0][:6000]
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
+story = TEXT[:6000]
 opening = tokenizer.apply_chat_template(
     [{"role": "user", "content": story}], add_generation_prompt=False, return_tensors="pt", return_dict=True
 ).input_ids

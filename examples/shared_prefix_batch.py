@@ -1,13 +1,18 @@
 """A batch whose prompts begin alike: what they share is read and held once. `python examples/shared_prefix_batch.py`"""
 
+import os
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from hf_kvcache import QuantizedKVCache
-from hf_kvcache.cli.models import load_default_model
 from hf_kvcache.prompts import PromptStore
 
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
 RULES = "You answer in one short sentence. You never make up facts. You are polite to everyone. " * 8
 QUESTIONS = ("What is the capital of France?", "How many legs has a spider?", "Name a color of the rainbow, please.")
 
-model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
 tokenizer.padding_side = "left"
 chats = [[{"role": "system", "content": RULES}, {"role": "user", "content": question}] for question in QUESTIONS]
 batch = tokenizer.apply_chat_template(

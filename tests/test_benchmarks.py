@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import (
     bench_append,
+    bench_assisted,
     bench_decode,
     bench_eviction,
     bench_latent,
@@ -31,6 +32,8 @@ from benchmarks import (
 )
 from benchmarks.methods import DENSE32, DYNAMIC, PLAIN, STATIC, Shape, filled_method
 from benchmarks.session import Report
+from tests import families
+from tests.docs.snippets import spelling_tokenizer
 
 #: Columns that may be zero: nothing was mapped, packed or allocated, or the methods agree to the last bit.
 MAY_BE_ZERO = ("page_faults", "packing", "error", "allocations", "allocated_bytes", "mean_kl", "top1_agreement")
@@ -122,6 +125,24 @@ def test_prompts(tmp_path: Path) -> None:
     argv = ["--quick", "--no-plots", "--prefix", "300", "--out", str(tmp_path)]
     (row,) = rows_of(bench_prompts.main(argv))
     assert row["memory_ms"] < row["first_ms"] and row["share_of_8"] < 1.05
+
+
+def test_assisted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+    """Drafts of the model itself are accepted and change nothing."""
+    monkeypatch.setattr(bench_assisted, "random_model", lambda positions: model)
+
+    def load(name: str | None = None) -> Any:
+        return families.build("llama"), spelling_tokenizer()
+
+    monkeypatch.setattr(bench_assisted, "load_default_model", load)
+    sizes = ["--tokens", "300", "--prompt", "40", "--new", "12", "--seconds", "0"]
+    rows = rows_of(bench_assisted.main(["--quick", "--no-plots", "--out", str(tmp_path), *sizes]))
+    assert [row["cache"] for row in rows if "pass_us" in row] == [DYNAMIC, "ours 4-bit"]
+    generated = [row for row in rows if "drafts" in row]
+    assert [row["same_share"] for row in generated] == [1] * 6
+    # The full cache drafts what a cache of 2 bits would say as well: few passes check many tokens.
+    assert all(row["tokens_per_pass"] > 1 for row in generated if row["drafts"] == "model, 2 bits")
+    assert {row["tokens_per_pass"] for row in generated if row["drafts"] == "no drafts"} == {1}
 
 
 def test_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:

@@ -12,10 +12,11 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from hf_kvcache import codecs, eviction
-from hf_kvcache.cli.demo import QUESTION, mean_kl, measure, top1_agreement
+from hf_kvcache.cli.demo import QUESTION, measure
 from hf_kvcache.cli.demo_display import build_table, build_texts
 from hf_kvcache.cli.demo_options import FULL
 from hf_kvcache.cli.main import main
+from hf_kvcache.cli.reading import kl_by_token, top1_agreement
 from tests.running import prompt
 
 
@@ -46,7 +47,7 @@ def test_comparison_by_hand() -> None:
     full, other = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 3.0]]).exp().log()
     probability = 1 / (1 + torch.tensor(3.0).exp())
     expected = 0.5 * (0.5 / probability).log() + 0.5 * (0.5 / (1 - probability)).log()
-    assert mean_kl(full, other) == pytest.approx(expected.item(), rel=1e-6)
+    assert kl_by_token(full, other).item() == pytest.approx(expected.item(), rel=1e-6)
     assert top1_agreement(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]])) == 0.5
 
 

@@ -19,8 +19,9 @@ from transformers import Cache, DynamicCache
 from hf_kvcache.cli.demo_display import Bar, Measurement, build_table, build_texts, progress_bars
 from hf_kvcache.cli.demo_options import ANSWER_TOKENS, CACHES, DEFAULT_CACHES, FULL, PROMPT_TOKENS
 from hf_kvcache.cli.models import load_default_model, quiet_transformers
+from hf_kvcache.cli.reading import check_context, decoded, kl_by_token, read_prompt, top1_agreement
 from hf_kvcache.cli.sample_text import packaged_text
-from hf_kvcache.integration.versions import CACHE_ARGUMENT, with_cache
+from hf_kvcache.integration.versions import CACHE_ARGUMENT
 
 QUESTION = "In the story above, what was the label on the little bottle that Alice found on the table?"
 
@@ -76,20 +77,13 @@ def run_demo(
     console = Console()
     model, tokenizer = load_default_model(model_name, device=device)
     input_ids = build_prompt(tokenizer, prompt_tokens).to(model.device)
-    _check_context(model, input_ids.shape[1] + max_new_tokens)
+    check_context(model, input_ids.shape[1] + max_new_tokens, "lower prompt_tokens")
     console.print(f"prompt: {input_ids.shape[1]:,} tokens, Alice's Adventures in Wonderland and a question")
     with quiet_transformers(), progress_bars(console) as progress, torch.no_grad():
         rows = measure(model, tokenizer, input_ids, cache_names, max_new_tokens, progress)
     console.print(build_table(rows))
     console.print(build_texts(QUESTION, rows))
     return rows
-
-
-def _check_context(model: Any, tokens: int) -> None:
-    """Raise ValueError if the tokens are more than the positions that the model was trained for."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
-        raise ValueError(f"prompt and answer need {tokens} tokens, the model takes {limit}; lower prompt_tokens")
 
 
 def build_prompt(tokenizer: Any, prompt_tokens: int) -> torch.Tensor:
@@ -117,7 +111,7 @@ def measure(
     # The full cache comes first, since a cache of this package binds the model's config to another attention function.
     full_cache = DynamicCache(config=model.config)
     bar = Bar(progress, FULL)
-    _prefill(model, input_ids, full_cache)
+    read_prompt(model, input_ids[:, :-1], full_cache)  # decoding starts from the last token
     full = _generate(model, input_ids, full_cache, max_new_tokens, bar)
     rows = [_full_row(tokenizer, full_cache, full)]
     del full_cache
@@ -137,7 +131,7 @@ def _measure_one(
     bar: Bar,
 ) -> Measurement:
     cache = CACHES[name](model.config)
-    _prefill(model, input_ids, cache)
+    read_prompt(model, input_ids[:, :-1], cache)
     # One prefill serves both. The fork shares the cache's pages, and decoding on it does not change `cache`.
     logits = _teacher_forced(model, input_ids, cache.fork(), full.tokens, bar)
     answer = _generate(model, input_ids, cache, max_new_tokens, bar)
@@ -149,27 +143,9 @@ def _measure_one(
         bits_per_element=memory.bits_per_element,
         tokens_per_second=answer.tokens_per_second,
         agreement=top1_agreement(full.logits, logits),
-        kl=mean_kl(full.logits, logits),
+        kl=kl_by_token(full.logits, logits).mean().item(),
         text=_decode(tokenizer, answer.tokens),
     )
-
-
-def top1_agreement(full_logits: torch.Tensor, logits: torch.Tensor) -> float:
-    """Share of positions at which both distributions have the same most likely token."""
-    return (full_logits.argmax(-1) == logits.argmax(-1)).double().mean().item()
-
-
-def mean_kl(full_logits: torch.Tensor, logits: torch.Tensor) -> float:
-    """Mean over positions of KL(full || compressed), in nats."""
-    # In float64, since at 8 bits the sum is near the rounding error of float32.
-    full_log_probs = full_logits.double().log_softmax(-1)
-    log_probs = logits.double().log_softmax(-1)
-    return (full_log_probs.exp() * (full_log_probs - log_probs)).sum(-1).mean().item()
-
-
-def _prefill(model: Any, input_ids: torch.Tensor, cache: Cache) -> None:
-    """Read the prompt into ``cache``, except its last token, from which decoding starts."""
-    model(input_ids[:, :-1], **with_cache(model, cache), use_cache=True, logits_to_keep=1)
 
 
 def _teacher_forced(
@@ -183,8 +159,8 @@ def _teacher_forced(
     bar.start("fidelity", len(tokens))
     inputs = torch.cat([input_ids[0, -1:], tokens[:-1]])
     steps = []
-    for token in inputs:
-        steps.append(model(token.view(1, 1), **with_cache(model, cache), use_cache=True).logits[0, -1].float())
+    for logits, _ in decoded(model, inputs, cache):
+        steps.append(logits)
         bar.advance()
     return torch.stack(steps)
 

