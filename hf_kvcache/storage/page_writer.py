@@ -60,6 +60,22 @@ class PageWriter:
         """How many pages are to be packed once ``slots`` slots of the dense buffer are in use."""
         return np.maximum(slots - self.dense.sink_length - self.tail_length, 0) // self.page_size
 
+    def make_room(self, tokens: int, window: int | None) -> None:
+        """Allocate the pages that ``tokens`` more tokens may fill, if these lie outside of the device.
+
+        Args:
+            tokens: of each sequence.
+            window: number of newest tokens that are to be held; None for all.
+
+        Raises:
+            OSError: if the disk has no room for them. Nothing has changed then.
+        """
+        pages = int(self.due(self.dense.longest + tokens)) - self.ahead
+        if window is not None:
+            pages = min(pages, window // self.page_size + 2)
+        if pages > 0:
+            self.table.pool.reserve(pages * len(self.table.lengths))
+
     def pack_due(self, keep_from: int, as_packed: AsPacked) -> None:
         """Pack every page that is due; tokens before position ``keep_from`` may be dropped instead."""
         dense, first = self.dense, self.dense.sink_length
@@ -226,8 +242,8 @@ class PageWriter:
         table_rows = table.rows_of(rows)
         # Column by column, so that the pages that are read together lie together.
         ids = pool.allocate(pages * len(table_rows)).reshape(pages, len(table_rows))
-        if self.encoder.writes_at_once(keys, values):
-            records = pool.side_by_side(ids.flatten())
+        if pool.memory.in_place and self.encoder.writes_at_once(keys, values):
+            records = pool.memory.side_by_side(ids.flatten())
             if records is None:
                 records = to_device(pool.addresses(ids.flatten()), keys.device)
             self.encoder.write(keys, values, self._key_mean_of(rows), records)
