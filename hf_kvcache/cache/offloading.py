@@ -19,18 +19,21 @@ class Offloading(OtherStates):
     def begin_offloading(self, offloading: bool) -> None:
         """Number the layers whose pages lie outside, in the order in which a model comes to them."""
         self.offloading, self.only_non_sliding = offloading, False
-        #: For each of these layers the one before it and the one behind it; the first follows the last.
-        self._neighbors: dict[int, tuple[int, int]] = {}
+        #: For each of these layers the one whose pages are fetched while it runs; the first follows the last.
+        self._following: dict[int, int] = {}
         if not offloading:
             return
         outside = [index for index, layer in enumerate(self.layers) if isinstance(layer, KVCacheLayer)]
         for place, index in enumerate(outside):
             layer: Any = self.layers[index]
             layer.offload_place = place
-            self._neighbors[index] = outside[place - 1], outside[(place + 1) % len(outside)]
+            following = (place + 1) % len(outside)
+            # Layers take two buffers in turn. With an odd number the last and the first share one, which is in use.
+            if (following - place) % 2:
+                self._following[index] = outside[following]
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Give up what was fetched of a layer. Its pages are outside of the device since they were packed.
+        """Let go of what was fetched of a layer. Its pages are outside of the device since they were packed.
 
         Args:
             layer_idx: number of the layer. Nothing is done for layers of transformers' own.
@@ -40,7 +43,7 @@ class Offloading(OtherStates):
             NotImplementedError: if the cache was built without ``offload``.
         """
         layer: Any = self._checked_layer("offload()", layer_idx)
-        if layer_idx in self._neighbors and not (only_non_sliding and layer.is_sliding):
+        if isinstance(layer, KVCacheLayer) and not (only_non_sliding and layer.is_sliding):
             layer.offload()
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
@@ -56,19 +59,15 @@ class Offloading(OtherStates):
         self._checked_layer("prefetch()", layer_idx % len(self.layers))
         for index in (*range(layer_idx, len(self.layers)), *range(layer_idx)):
             layer: Any = self.layers[index]
-            if index in self._neighbors and not (only_non_sliding and layer.is_sliding):
+            if isinstance(layer, KVCacheLayer) and not (only_non_sliding and layer.is_sliding):
                 layer.prefetch()
                 return
 
     def _fetch_ahead(self, layer_idx: int) -> None:
-        """A forward pass has come to a layer: the pages of the one before are done with, the next one's come now."""
-        before, behind = self._neighbors.get(layer_idx, (layer_idx, layer_idx))
-        own, last, following = (cast(Any, self.layers[index]) for index in (layer_idx, before, behind))
-        if before not in (layer_idx, behind):
-            last.offload()
-        # With an odd number of layers the first and the last share a buffer, which is in use now.
-        if (own.offload_place - following.offload_place) % 2:
-            following.prefetch()
+        """A forward pass has come to a layer: the pages of the next one begin to come."""
+        following = self._following.get(layer_idx)
+        if following is not None:
+            cast(Any, self.layers[following]).prefetch()
 
     def _checked_layer(self, what: str, layer_idx: int) -> Any:
         if not self.offloading:

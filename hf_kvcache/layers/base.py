@@ -181,7 +181,7 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
         self.select_rows(self.check_rows("indices", indices))
 
     def offload(self) -> None:
-        """Give up what was fetched of pages outside of the device. They are there since they were packed."""
+        """Let go of what was fetched of pages outside of the device. They are there since they were packed."""
         self._check_offloads("offload()")
         if self.storage is not None and self.storage.reader.fetch is not None:
             self.storage.reader.fetch.leave(self.storage.table)

@@ -208,10 +208,10 @@ class PageFetch:
         return fetched
 
     def leave(self, table: PageTable) -> None:
-        """The pages of ``table`` are not needed for a while."""
+        """Let go of the pages of ``table`` until they are needed again."""
         if self.in_place:
             for slab, first, last, _ in self._spans(table):
-                # The process no longer holds them; the system keeps them as long as it has room, or reads them again.
+                # They are no longer mapped; the system keeps them as long as it has room, and reads them again else.
                 slab.advise(mmap.MADV_DONTNEED, first, last)
             return
         buffer = self.target.buffers(self.device).pair[self.place % 2]
