@@ -1,6 +1,6 @@
-"""What a folder for pages takes from a process's memory, and what it costs: a decode step's cache work without a model.
+"""What pages in a folder take of a process's memory, and of the time of a decode step, without a model.
 
-    python -m benchmarks.bench_offload [--folder DIRECTORY] [--layers 12] [--tokens 16384 32768] [--codecs none unbiased4]
+    python -m benchmarks.bench_offload [--folder DIRECTORY] [--layers 12] [--tokens 16384 32768] [--codecs none int4]
 
 Each cache runs in a process of its own. It is filled with random keys and values in chunks of 512 tokens, layer by
 layer as a model would, and then takes single tokens: of each layer, its attention over all that it holds. *anonymous*

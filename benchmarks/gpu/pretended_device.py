@@ -5,9 +5,10 @@ While a :class:`PretendedDevice` is active, ``device="cuda"`` works as on a mach
 computed on the host with their true values. Every launch, upload, read-back and wait is counted, with the line of the
 package that asked for it.
 
-Not seen: the time anything takes, streams (each does its work at once) and what they race for, the values that Triton kernels would write (memory is
-0 until an operator fills it), memory that runs out, which of several algorithms cuBLAS or SDPA chooses, and a view
-whose memory layout would be another on a GPU. A tensor made with ``set_`` or resized in place is an error.
+Not seen: the time anything takes, streams (each does its work at once) and what they race for, the values that Triton
+kernels would write (memory is 0 until an operator fills it), memory that runs out, which of several algorithms cuBLAS
+or SDPA chooses, and a view whose memory layout would be another on a GPU. A tensor made with ``set_`` or resized in
+place is an error.
 """
 
 from __future__ import annotations

@@ -176,27 +176,40 @@ class Slabs:
 
     def read(self, ids: np.ndarray) -> torch.Tensor:
         """A copy of the pages ``ids`` on the device, uint8 ``[len(ids), record_bytes]``."""
-        parts = [self._on_device(slab, slots, where) for slab, slots, where in self._by_slab(ids)]
+        return self._read(ids, self.device)
+
+    def read_outside(self, ids: np.ndarray) -> torch.Tensor:
+        """A copy of the pages ``ids`` where they lie: in the host's memory, unless they lie on the device."""
+        if self.target is None:
+            return self.read(ids)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # pages may still be on their way there
+        return self._read(ids, torch.device("cpu"))
+
+    def _read(self, ids: np.ndarray, device: torch.device) -> torch.Tensor:
+        parts = [self._on_device(*part, device) for part in self._by_slab(ids)]
         if len(parts) == 1:
             part, slots, _ = parts[0]
-            return part[int(slots[0]) : int(slots[-1]) + 1].clone() if is_run(slots) else part[self._sent(slots)]
-        out = torch.empty(len(ids), self.record_bytes, dtype=torch.uint8, device=self.device)
+            run = is_run(slots)
+            return part[int(slots[0]) : int(slots[-1]) + 1].clone() if run else part[to_device(slots, device)]
+        out = torch.empty(len(ids), self.record_bytes, dtype=torch.uint8, device=device)
         # Sent at once: slots, and the places that they take.
         pairs = [np.stack([slots, where]) for _, slots, where in parts] or [np.zeros((2, 0), np.int64)]
-        index = self._sent(np.concatenate(pairs, 1)).split([len(slots) for _, slots, _ in parts], 1)
+        index = to_device(np.concatenate(pairs, 1), device).split([len(slots) for _, slots, _ in parts], 1)
         for (part, _, _), (slots, where) in zip(parts, index, strict=True):
             out[where] = part[slots]
         return out
 
+    @staticmethod
     def _on_device(
-        self, slab: Slab, slots: np.ndarray, where: np.ndarray
+        slab: Slab, slots: np.ndarray, where: np.ndarray, device: torch.device
     ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-        """A slab as far as its ``slots`` reach, on the device, and the slots in that part of it."""
-        if slab.records.device == self.device:
+        """A slab as far as its ``slots`` reach, on a device, and the slots in that part of it."""
+        if slab.records.device == device:
             return slab.records, slots, where
         first, last = int(slots.min()), int(slots.max()) + 1
         # Queued behind the writes of these pages, which a look at them from the host would not wait for.
-        return slab.records[first:last].to(self.device, non_blocking=slab.pinned), slots - first, where
+        return slab.records[first:last].to(device, non_blocking=slab.pinned), slots - first, where
 
     def _vacant(self, count: int) -> int:
         """The index of a slab of ``count`` pages without memory: one that was given back, or a new one."""
@@ -209,9 +222,6 @@ class Slabs:
         self._bases = np.append(self._bases, 0)
         self.total += count
         return len(self._slabs) - 1
-
-    def _sent(self, numbers: np.ndarray) -> torch.Tensor:
-        return to_device(numbers, self.device)
 
     def _by_slab(self, ids: np.ndarray) -> Iterator[tuple[Slab, np.ndarray, np.ndarray]]:
         """For each slab that holds some of ``ids``: itself, the slots in it and their places in ``ids``."""

@@ -47,8 +47,11 @@ class Fetching(HostMemory):
         return slab
 
     def buffers(self, device: torch.device) -> DeviceBuffers:
-        self._of_thread.__dict__.setdefault("buffers", {}).setdefault(device, LateBuffers(device))
-        return super().buffers(device)
+        known = self._of_thread.__dict__.setdefault("buffers", {})
+        if device not in known:
+            known[device] = LateBuffers(device)
+            self._buffers.add(known[device])
+        return known[device]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Fetching, ()
