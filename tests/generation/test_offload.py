@@ -77,16 +77,14 @@ def everything(model: PreTrainedModel, make: Any) -> list[Any]:
     return [*found, *(state[name] for name in sorted(state))]
 
 
-@pytest.mark.parametrize("to", ["files", "fetched"])
 @pytest.mark.parametrize(
     "kind", [name if name in _FAST else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
 )
-def test_as_on_the_device(kind: str, to: str, tmp_path: Path) -> None:
+def test_as_on_the_device(kind: str, tmp_path: Path) -> None:
     model = KINDS[kind].build()
-    _same(
-        everything(model, lambda: KINDS[kind].cache(model)),
-        everything(model, lambda: outside(KINDS[kind].cache(model), target(to, tmp_path))),
-    )
+    on_device = everything(model, lambda: KINDS[kind].cache(model))
+    for to in ("files", "fetched"):
+        _same(on_device, everything(model, lambda to=to: outside(KINDS[kind].cache(model), target(to, tmp_path))))
 
 
 @pytest.mark.slow
