@@ -100,7 +100,7 @@ class DeviceBuffers:
             source = slab.records[first:last].flatten()
             target = memory[start : start + source.numel()]
             if self._stream is None or slab.pinned:
-                target.copy_(source, non_blocking=True)
+                target.copy_(source, non_blocking=slab.pinned)
             else:
                 self._copy_staged(target, source)
             start += source.numel()

@@ -26,6 +26,8 @@ if sys.platform != "win32":
 #: Name of the argument's value that stands for the host's memory.
 CPU = "cpu"
 _PREFIX, _LOCK = "hf_kvcache-pages-", "lock"
+#: Bytes of pinned memory that are not worth another piece.
+_LEAST_PINNED = 1 << 20
 _ACCEPTED = "None, 'cpu', or the path of a folder that exists"
 
 
@@ -46,8 +48,8 @@ class OffloadTarget(ABC):
         return device.type == "cpu"
 
     @abstractmethod
-    def slab(self, pages: int, record_bytes: int, device: torch.device) -> Slab:
-        """Memory for pages that are read on ``device``.
+    def slabs(self, pages: int, record_bytes: int, device: torch.device) -> list[Slab]:
+        """Memory for at least so many pages, which are read on ``device``.
 
         Raises:
             OSError: if there is no room on the disk.
@@ -82,10 +84,13 @@ class HostMemory(OffloadTarget):
         return device.type not in ("cpu", "meta")
 
     @torch.inference_mode(False)
-    def slab(self, pages: int, record_bytes: int, device: torch.device) -> Slab:
+    def slabs(self, pages: int, record_bytes: int, device: torch.device) -> list[Slab]:
         pinned = device.type == "cuda"
-        records = torch.empty(pages, record_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        return Slab(records, pinned=pinned)
+        counts = _powers_of_two(pages, record_bytes) if pinned else [pages]
+        return [
+            Slab(torch.empty(n, record_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned), pinned=pinned)
+            for n in counts
+        ]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HostMemory, ()
@@ -137,7 +142,7 @@ class MappedFiles(OffloadTarget):
             )
 
     @torch.inference_mode(False)
-    def slab(self, pages: int, record_bytes: int, device: torch.device) -> Slab:
+    def slabs(self, pages: int, record_bytes: int, device: torch.device) -> list[Slab]:
         size, path = pages * record_bytes, self.path / f"{next(self._numbers)}.pages"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -153,7 +158,7 @@ class MappedFiles(OffloadTarget):
         finally:
             os.close(file)
         records = torch.frombuffer(mapping, dtype=torch.uint8).view(pages, record_bytes)
-        return Slab(records, mapping, path)
+        return [Slab(records, mapping, path)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MappedFiles, (str(self.folder),)
@@ -168,6 +173,21 @@ def offload_target(offload: str | os.PathLike[str] | None) -> OffloadTarget | No
     if not isinstance(offload, str | os.PathLike):
         raise ValueError(f"offload={offload!r}; accepted: {_ACCEPTED}")
     return MappedFiles(offload)
+
+
+def _powers_of_two(pages: int, record_bytes: int) -> list[int]:
+    """Numbers of pages that fill powers of two of bytes, ``pages`` of them at least.
+
+    Torch rounds pinned memory up to these, so what one piece would leave unused is cut off in several.
+    """
+    counts, left = [], pages
+    while left > 0:
+        size = left * record_bytes
+        below, above = 1 << (size.bit_length() - 1), 1 << (size - 1).bit_length()
+        # The last eighth, and what is small anyway, is rounded up.
+        counts.append((above if left <= pages // 8 or below < _LEAST_PINNED else below) // record_bytes)
+        left -= counts[-1]
+    return counts
 
 
 def _allocate(file: int, size: int) -> None:

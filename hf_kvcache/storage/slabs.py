@@ -55,8 +55,8 @@ class SlabSource(Protocol):
     def in_place(self, device: torch.device) -> bool:
         """Whether what computes on ``device`` can read and write the slabs."""
 
-    def slab(self, pages: int, record_bytes: int, device: torch.device) -> Slab:
-        """Memory for pages that are read on ``device``; raises OSError if there is none."""
+    def slabs(self, pages: int, record_bytes: int, device: torch.device) -> list[Slab]:
+        """Memory for at least so many pages, which are read on ``device``; raises OSError if there is none."""
 
 
 class Slabs:
@@ -91,10 +91,9 @@ class Slabs:
         growth = _GROWTH if self.target is None else _GROWTH_OUTSIDE
         count = max(count, int(self.held * growth))
         if self.target is None:
-            slab = Slab(torch.empty(count, self.record_bytes, dtype=torch.uint8, device=self.device))
-        else:
-            slab = self.target.slab(count, self.record_bytes, self.device)
-        return self.adopt(slab)
+            return self.adopt(Slab(torch.empty(count, self.record_bytes, dtype=torch.uint8, device=self.device)))
+        slabs = self.target.slabs(count, self.record_bytes, self.device)
+        return np.sort(np.concatenate([self.adopt(slab) for slab in slabs]))
 
     def adopt(self, slab: Slab) -> np.ndarray:
         """Take a slab in; returns the ids of its pages, ascending."""

@@ -26,6 +26,7 @@ SLOW = {
     "document_questions": [],
     "endless": ["40"],
     "heavy_hitters": [],
+    "longer_than_memory": ["6144"],
     "quickstart": [],
     "reusable_context": [],
     "shared_prefix": [],

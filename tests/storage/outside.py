@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_kvcache.storage.fetching import Buffer, DeviceBuffers
-from hf_kvcache.storage.offload import HostMemory, MappedFiles, OffloadTarget
+from hf_kvcache.storage.offload import HostMemory, MappedFiles, OffloadTarget, _powers_of_two
 from hf_kvcache.storage.slabs import Slab
 
 _NAN = 255  # of all bytes of a float
@@ -41,10 +41,11 @@ class Fetching(HostMemory):
     def in_place(self, device: torch.device) -> bool:
         return False
 
-    def slab(self, pages: int, record_bytes: int, device: torch.device) -> Slab:
-        slab = super().slab(pages, record_bytes, device)
-        slab.records.fill_(_NAN)
-        return slab
+    def slabs(self, pages: int, record_bytes: int, device: torch.device) -> list[Slab]:
+        slabs = [Slab(torch.empty(n, record_bytes, dtype=torch.uint8)) for n in _powers_of_two(pages, record_bytes)]
+        for slab in slabs:
+            slab.records.fill_(_NAN)
+        return slabs
 
     def buffers(self, device: torch.device) -> DeviceBuffers:
         known = self._of_thread.__dict__.setdefault("buffers", {})
