@@ -9,6 +9,8 @@ import gc
 import os
 import pickle
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from tests.running import ROUNDING, all_codecs, assert_packed, forward, generate
 from tests.storage.outside import target
 
 CONFIG = LlamaConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=4)
-_FAST = ("rotated4", "snapkv", "latents")
+_FAST = ("rotated4", "snapkv")
 
 
 def outside(cache: KVCache, to: OffloadTarget | None) -> KVCache:
@@ -124,18 +126,18 @@ def test_forks_in_threads(tmp_path: Path) -> None:
     for to in ("files", "fetched"):
         cache = outside(small_cache(model, "rotated4"), target(to, tmp_path))
         forward(model, prompt(90), cache)
-        expected = [decode(model, cache.fork(), 20, seed) for seed in range(4)]
-        forks, found = [cache.fork() for _ in range(4)], {}
+        expected = [decode(model, cache.fork(), 20, seed) for seed in range(2)]
+        forks, found = [cache.fork() for _ in range(2)], {}
 
         def run(seed: int, forks: list[KVCache] = forks, found: dict[int, Any] = found) -> None:
             found[seed] = decode(model, forks[seed], 20, seed)
 
-        threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+        threads = [threading.Thread(target=run, args=(seed,)) for seed in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        _same(expected, [found[seed] for seed in range(4)])
+        _same(expected, [found[seed] for seed in range(2)])
 
 
 def test_files(tmp_path: Path) -> None:
@@ -171,6 +173,23 @@ def test_what_a_killed_process_left(tmp_path: Path) -> None:
     (dead / "0.pages").write_bytes(b"tokens")
     second = storage_offload.MappedFiles(tmp_path)
     assert set(tmp_path.iterdir()) == {first.path, second.path}
+
+
+@pytest.mark.slow
+def test_a_process_is_killed(tmp_path: Path) -> None:
+    """Its lock goes with it, in whatever state its files are."""
+    program = (
+        "import sys, time; from hf_kvcache.storage.offload import MappedFiles; files = MappedFiles(sys.argv[1]); "
+        "files.slabs(8, 4096, __import__('torch').device('cpu')); print('there', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"there\n"
+        (left,) = tmp_path.iterdir()
+        storage_offload.MappedFiles(tmp_path)
+        assert left.exists(), "it is in use"
+        process.kill()
+    kept = storage_offload.MappedFiles(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept.path]
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
