@@ -66,8 +66,11 @@ class Offloading(OtherStates):
     def _fetch_ahead(self, layer_idx: int) -> None:
         """A forward pass has come to a layer: the pages of the next one begin to come."""
         following = self._following.get(layer_idx)
-        if following is not None:
-            cast(Any, self.layers[following]).prefetch()
+        if following is None:
+            return
+        storage = cast(KVCacheLayer, self.layers[following]).storage
+        if storage is not None and storage.reader.fetch is not None:
+            storage.reader.fetch.ahead(storage.table)
 
     def _checked_layer(self, what: str, layer_idx: int) -> Any:
         if not self.offloading:

@@ -150,6 +150,9 @@ class PageSource(SlabSource, Protocol):
     def buffers(self, device: torch.device) -> DeviceBuffers:
         """This thread's buffers on ``device``."""
 
+    def reads_disk(self) -> bool:
+        """Whether pages that are read in place may have to come from a disk first."""
+
 
 class PageFetch:
     """Brings the pages of one storage to the device.
@@ -187,6 +190,11 @@ class PageFetch:
         buffer = buffers.pair[self.place % 2]
         if buffer.version != table.version and table.columns:
             buffers.fill(buffer, self._spans(table), table.version)
+
+    def ahead(self, table: PageTable) -> None:
+        """:meth:`begin` a layer ahead, unless the pages are read in place and lie in memory anyway."""
+        if not self.in_place or self.target.reads_disk():
+            self.begin(table)
 
     def bring(self, table: PageTable) -> Fetched | None:
         """The pages of ``table`` on the device, for work that is queued on the current stream from now on.

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -22,10 +23,13 @@ from hf_kvcache.storage.slabs import Slab
 
 if sys.platform != "win32":
     import fcntl
+    import resource
 
 #: Name of the argument's value that stands for the host's memory.
 CPU = "cpu"
 _PREFIX, _LOCK = "hf_kvcache-pages-", "lock"
+#: For how long pages are asked for ahead after one had to be waited for.
+_SECONDS = 10.0
 #: Bytes of pinned memory that are not worth another piece.
 _LEAST_PINNED = 1 << 20
 _ACCEPTED = "None, 'cpu', or the path of a folder that exists"
@@ -69,6 +73,10 @@ class OffloadTarget(ABC):
         """Bytes of the buffers of all threads."""
         with self._lock:
             return sum(buffers.nbytes for buffers in self._buffers)
+
+    def reads_disk(self) -> bool:
+        """Whether pages that are read in place may have to come from a disk first."""
+        return False
 
     def check_process(self) -> None:  # noqa: B027
         """Raise RuntimeError if the pages belong to another process, which may change them."""
@@ -126,6 +134,7 @@ class MappedFiles(OffloadTarget):
                 "which this user may write"
             ) from error
         self._numbers, self._process = itertools.count(), os.getpid()
+        self._faults, self._asks_until = resource.getrusage(resource.RUSAGE_SELF).ru_majflt, 0.0
         weakref.finalize(self, _remove, self.path, lock, self._process)
 
     def __repr__(self) -> str:
@@ -133,6 +142,14 @@ class MappedFiles(OffloadTarget):
 
     def serves(self, device: torch.device) -> bool:
         return device.type != "meta"
+
+    def reads_disk(self) -> bool:
+        # To ask for pages takes about a microsecond each, even if they are there. So it is done only for a while after
+        # the process had to wait for some part of a file.
+        faults, now = resource.getrusage(resource.RUSAGE_SELF).ru_majflt, time.monotonic()
+        if faults > self._faults:
+            self._faults, self._asks_until = faults, now + _SECONDS
+        return now < self._asks_until
 
     def check_process(self) -> None:
         if os.getpid() != self._process:
