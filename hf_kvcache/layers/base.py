@@ -13,6 +13,7 @@ from hf_kvcache.integration.masks import expect_mask
 from hf_kvcache.layers.new_tokens import NewTokens, check_update
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.saved_state import SavedState
+from hf_kvcache.storage.page_writer import make_room
 
 
 class KVCacheLayer(SavedState, CacheLayerMixin):
@@ -206,7 +207,7 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
         if self.storage.reader.fetch is None or self.evicts:
             return  # what is evicted is not packed, and what stays of the rest takes little
         try:
-            self.storage.writer.make_room(tokens, self.sliding_window)
+            make_room(self.storage.writer, tokens, self.sliding_window)
         except BaseException:
             if self._seen == 0:
                 self.clear()

@@ -60,22 +60,6 @@ class PageWriter:
         """How many pages are to be packed once ``slots`` slots of the dense buffer are in use."""
         return np.maximum(slots - self.dense.sink_length - self.tail_length, 0) // self.page_size
 
-    def make_room(self, tokens: int, window: int | None) -> None:
-        """Allocate the pages that ``tokens`` more tokens may fill, if these lie outside of the device.
-
-        Args:
-            tokens: of each sequence.
-            window: number of newest tokens that are to be held; None for all.
-
-        Raises:
-            OSError: if the disk has no room for them. Nothing has changed then.
-        """
-        pages = int(self.due(self.dense.longest + tokens)) - self.ahead
-        if window is not None:
-            pages = min(pages, window // self.page_size + 2)
-        if pages > 0:
-            self.table.pool.reserve(pages * len(self.table.lengths))
-
     def pack_due(self, keep_from: int, as_packed: AsPacked) -> None:
         """Pack every page that is due; tokens before position ``keep_from`` may be dropped instead."""
         dense, first = self.dense, self.dense.sink_length
@@ -275,3 +259,21 @@ class PageWriter:
         for row, column in np.argwhere(scattered).tolist():
             for page in ids[column, row * heads : (row + 1) * heads].tolist():
                 self.table.pool.note_positions(page, positions[row, column].copy())
+
+
+def make_room(writer: PageWriter, tokens: int, window: int | None) -> None:
+    """Allocate the pages that ``tokens`` more tokens may fill, if these lie outside of the device.
+
+    Args:
+        writer: of a storage.
+        tokens: of each sequence.
+        window: number of newest tokens that are to be held; None for all.
+
+    Raises:
+        OSError: if the disk has no room for them. Nothing has changed then.
+    """
+    pages = int(writer.due(writer.dense.longest + tokens)) - writer.ahead
+    if window is not None:
+        pages = min(pages, window // writer.page_size + 2)
+    if pages > 0:
+        writer.table.pool.reserve(pages * len(writer.table.lengths))
