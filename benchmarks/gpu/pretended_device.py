@@ -5,9 +5,10 @@ While a :class:`PretendedDevice` is active, ``device="cuda"`` works as on a mach
 computed on the host with their true values. Every launch, upload, read-back and wait is counted, with the line of the
 package that asked for it.
 
-Not seen: the time anything takes, streams and what they race for, the values that Triton kernels would write (memory is
-0 until an operator fills it), memory that runs out, which of several algorithms cuBLAS or SDPA chooses, and a view
-whose memory layout would be another on a GPU. A tensor made with ``set_`` or resized in place is an error.
+Not seen: the time anything takes, streams (each does its work at once) and what they race for, the values that Triton
+kernels would write (memory is 0 until an operator fills it), memory that runs out, which of several algorithms cuBLAS
+or SDPA chooses, and a view whose memory layout would be another on a GPU. A tensor made with ``set_`` or resized in
+place is an error.
 """
 
 from __future__ import annotations
@@ -110,6 +111,9 @@ class OnDevice(torch.Tensor):
 
     def __invert__(self) -> torch.Tensor:
         return torch.bitwise_not(self)
+
+    def record_stream(self, stream: Any) -> None:
+        pass  # memory is freed as on the host
 
     def item(self) -> Any:
         if self.numel() != 1:
@@ -281,6 +285,13 @@ def _of_torch_cuda(device: PretendedDevice) -> dict[str, Any]:
     def wait(*_: Any) -> None:
         device.add("waits", "synchronize")
 
+    def event(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(record=lambda *_: None, synchronize=wait)
+
+    def stream(*_: Any) -> Any:
+        queue = {"wait_stream": lambda other: None, "wait_event": lambda event: None}
+        return SimpleNamespace(cuda_stream=0, synchronize=wait, **queue)
+
     properties = SimpleNamespace(name="pretended H100", multi_processor_count=PROPERTIES["multiprocessor_count"])
     return {
         "_lazy_init": lambda: None,
@@ -289,7 +300,10 @@ def _of_torch_cuda(device: PretendedDevice) -> dict[str, Any]:
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: properties,
         "is_current_stream_capturing": lambda: False,
-        "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0, synchronize=wait),
+        "current_stream": stream,
+        "Stream": stream,
+        "Event": event,
+        "stream": lambda stream: contextlib.nullcontext(),
         "synchronize": wait,
         "set_sync_debug_mode": device.set_sync_debug_mode,
     }
@@ -322,6 +336,8 @@ class _Functions(TorchFunctionMode):
             return args[0].nonzero(**kwargs)
         if func is torch.Tensor.pin_memory:
             return args[0].clone()
+        if func is torch.empty and kwargs.get("pin_memory") and not _is_cuda(kwargs.get("device")):
+            kwargs.pop("pin_memory")
         if func is scaled_dot_product_attention and all(type(tensor) is OnDevice for tensor in args[:3]):
             self.device.add("operators", "scaled_dot_product_attention")
             with torch._C.DisableTorchFunction(), no_dispatch():

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import sys
+import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -137,6 +138,9 @@ def runs() -> list[Run]:
         Run("latents, 8 bits, padded batch", "deepseek", partial(latents, bits=8), rows=2),
         Run("low rank, 4 bits", "llama", low_rank),
         Run("4 bits, prompt lookup", "llama", four, {"prompt_lookup_num_tokens": 3}),
+        Run("4 bits, offloaded", "llama", partial(four, offload="cpu")),
+        Run("4 bits, offloaded to files, padded batch", "llama", partial(four, offload=tempfile.gettempdir()), rows=3),
+        Run("snapkv, offloaded", "llama", evicting("snapkv", offload="cpu")),
         Run("4 bits, beams", "llama", four, {"num_beams": 2}),
         Run("4 bits, prefill in chunks", "llama", four, {"prefill_chunk_size": 32}),
         Run("4 bits, two turns", "llama", four, turns=2),

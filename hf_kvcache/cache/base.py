@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -29,6 +31,7 @@ from hf_kvcache.integration.binding import bind as bind_config
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.lowrank.projection import LayerProjection
+from hf_kvcache.storage.offload import offload_target
 from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
 
 
@@ -54,6 +57,8 @@ class KVCache(SavableCache):
         value_bits: bits of the values in place of ``bits``.
         max_length: number of tokens, padding included, for which all memory is allocated at once, so that ``generate``
             can compile the decode steps. None lets the cache grow.
+        offload: where packed pages lie: None, on the device of their layer; ``"cpu"``, in the host's memory; or the
+            path of a folder, in files there. The pages of a layer are fetched while the layer before runs.
         **codec_options: options of the codec such as ``group_size``.
 
     Raises:
@@ -77,6 +82,7 @@ class KVCache(SavableCache):
         key_bits: int | None = None,
         value_bits: int | None = None,
         max_length: int | None = None,
+        offload: str | PathLike[str] | None = None,
         **codec_options: Any,
     ) -> None:
         decoder = decoder_config(config)
@@ -110,8 +116,13 @@ class KVCache(SavableCache):
             config=decoder,
         )
         if max_length is not None:
+            if offload is not None:
+                raise ValueError(
+                    f"offload={offload!r} with max_length={max_length!r}, whose memory is allocated at once on the "
+                    "device; accepted: max_length=None, or offload=None"
+                )
             check_static(decoder, options, bind)
-        self._begin(options, bind)
+        self._begin(replace(options, offload=offload_target(offload)), bind)
 
     def _begin(self, options: LayerOptions, bind: bool) -> None:
         """Make the layers, and bind the config of the model."""
@@ -193,7 +204,9 @@ class KVCache(SavableCache):
 
     def memory(self) -> MemoryReport:
         """The bytes that the cache holds, by part, in total and for each layer."""
-        return MemoryReport.of_layers([layer_report(layer) for layer in self.layers])
+        report = MemoryReport.of_layers([layer_report(layer) for layer in self.layers])
+        report.buffers = 0 if self.options.offload is None else self.options.offload.buffer_bytes
+        return report
 
     def integrity(self) -> None:
         """Check the invariants of the storage: references, free pages, ascending positions.

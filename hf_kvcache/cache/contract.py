@@ -12,13 +12,13 @@ from transformers import PreTrainedConfig
 from hf_kvcache.cache.forward_pass import ForwardPass
 from hf_kvcache.cache.model_checks import ReadCheck, drop_limit, warn_if_dropped
 from hf_kvcache.cache.model_config import check_states, make_layers
-from hf_kvcache.cache.other_states import OtherStates
+from hf_kvcache.cache.offloading import Offloading
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.utils.validation import whole
 
 
-class CacheContract(OtherStates):
+class CacheContract(Offloading):
     """A transformers cache whose attention layers are those of this package.
 
     Layers of other types (convolutions, recurrences, chunked attention) are transformers' own.
@@ -34,6 +34,7 @@ class CacheContract(OtherStates):
         self._pass = ForwardPass(config, self.layers)
         self._read_check = ReadCheck(options)
         self._drop_limit = drop_limit(config)
+        self.begin_offloading(options.offload is not None)
 
     @property
     def own_layers(self) -> list[OwnLayer]:
@@ -78,8 +79,10 @@ class CacheContract(OtherStates):
         place = latest.places[layer_idx]
         if place <= latest.reached != latest.final and getattr(layer, "_new", None) is None:
             self.check_complete()  # a new pass begins; raises if the latest one was interrupted
-        # The base class would also offload layers and create missing ones, which does not apply here.
+        # The base class would also create missing layers, and move all that offloaded ones hold.
         states = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
+        if self.offloading:
+            self._fetch_ahead(layer_idx)
         if layer_idx not in latest.not_in_every_pass:
             latest.reached = place
         return states

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
@@ -62,6 +63,7 @@ class HeavyHitterCache(KVCache):
         value_bits: bits of the values in place of ``bits``.
         validate: as in :class:`KVCache`.
         bind: as in :class:`KVCache`.
+        offload: as in :class:`KVCache`.
         **options: options of the policy and of the codec.
 
     Raises:
@@ -89,6 +91,7 @@ class HeavyHitterCache(KVCache):
         value_bits: int | None = None,
         validate: bool = False,
         bind: bool = True,
+        offload: str | PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         ranks = mla.own_ranks(decoder_config(config))
@@ -126,6 +129,7 @@ class HeavyHitterCache(KVCache):
             latents="native" if ranks else None,
             validate=validate,
             bind=bind,
+            offload=offload,
         )
 
     @property
@@ -162,6 +166,7 @@ class SlidingWindowCache(HeavyHitterCache):
         seed: not used; accepted so that the same arguments can build any evicting cache.
         validate: as in :class:`KVCache`.
         bind: as in :class:`KVCache`.
+        offload: as in :class:`KVCache`.
         **codec_options: options of the codec.
 
     Raises:
@@ -189,6 +194,7 @@ class SlidingWindowCache(HeavyHitterCache):
         value_bits: int | None = None,
         validate: bool = False,
         bind: bool = True,
+        offload: str | PathLike[str] | None = None,
         **codec_options: Any,
     ) -> None:
         for name in ("policy", "budget", "sink_length"):
@@ -216,6 +222,7 @@ class SlidingWindowCache(HeavyHitterCache):
             value_bits=value_bits,
             validate=validate,
             bind=bind,
+            offload=offload,
             reindex=reindex,
             **codec_options,
         )

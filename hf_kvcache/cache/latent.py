@@ -43,7 +43,8 @@ class LatentKVCache(KVCache):
         ratio: the rank as a share of the head dimension, above 0 and up to 1; in place of ``rank``.
         spread: how ranks are distributed over layers, keys and values. ``"energy"`` loses the least energy in total;
             ``"uniform"`` gives all the same share.
-        sink_length: as in :class:`KVCache`, like ``tail_length``, ``page_size``, ``validate`` and ``bind``.
+        sink_length: as in :class:`KVCache`, like ``tail_length``, ``page_size``, ``validate``, ``bind`` and
+            ``offload``.
         **codec_options: options of the codec.
 
     Raises:
@@ -67,6 +68,7 @@ class LatentKVCache(KVCache):
         page_size: int = 128,
         validate: bool = False,
         bind: bool = True,
+        offload: str | PathLike[str] | None = None,
         **codec_options: Any,
     ) -> None:
         decoder = decoder_config(config)
@@ -81,6 +83,7 @@ class LatentKVCache(KVCache):
             "page_size": page_size,
             "validate": validate,
             "bind": bind,
+            "offload": offload,
         }
         if native:
             _refuse_given(decoder, "which caches latents of its own", projection=projection, rank=rank, ratio=ratio)

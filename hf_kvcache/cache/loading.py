@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -11,6 +12,7 @@ from hf_kvcache.cache import files
 from hf_kvcache.cache.model_config import decoder_config
 from hf_kvcache.cache.serialization import export_state
 from hf_kvcache.cache.settings import rebuild
+from hf_kvcache.storage.offload import offload_target
 
 
 def check_savable(cache: Any) -> None:
@@ -41,6 +43,7 @@ def read_cache(
     device: torch.device | str | None,
     check_model: bool,
     bind: bool,
+    offload: str | PathLike[str] | None,
 ) -> Any:
     """:meth:`hf_kvcache.KVCache.load`; ``base`` is the class that it was called on."""
     decoder = decoder_config(config)
@@ -53,7 +56,9 @@ def read_cache(
         _check_tokens(path, described, input_ids)
     state, bases = files.read_tensors(path)
     if empty is None:
-        cache = _build(base, path, described, bases, decoder, bind)
+        cache = _build(base, path, described, bases, decoder, bind, offload)
+    elif offload is not None:
+        raise ValueError(f"offload={offload!r} with empty=; accepted: None, since the empty cache has that setting")
     elif empty.get_seq_length():
         raise ValueError(f"empty has seen {empty.get_seq_length()} tokens; accepted: a cache without tokens")
     else:
@@ -63,7 +68,13 @@ def read_cache(
 
 
 def _build(
-    base: Any, path: Any, described: dict[str, Any], bases: dict[str, torch.Tensor], config: Any, bind: bool
+    base: Any,
+    path: Any,
+    described: dict[str, Any],
+    bases: dict[str, torch.Tensor],
+    config: Any,
+    bind: bool,
+    offload: str | PathLike[str] | None,
 ) -> Any:
     """An empty cache of the class and with the settings that a file describes."""
     known = {cls.__name__: cls for cls in _subclasses(base)}
@@ -82,7 +93,7 @@ def _build(
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"path={str(path)!r} has settings that this release does not know: {error}") from error
     cache: Any = object.__new__(kind)
-    cache._begin(options, bind)
+    cache._begin(replace(options, offload=offload_target(offload)), bind)
     return cache
 
 

@@ -11,7 +11,7 @@ from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.layers.static import StaticLayer
 from hf_kvcache.layers.static_reads import bytes_of
-from hf_kvcache.storage.memory import bytes_by_part, packed_elements
+from hf_kvcache.storage.memory import bytes_by_part, bytes_outside, packed_elements
 
 #: The parts of a report, in the order in which they are printed.
 PARTS = ("codes", "scales", "sinks", "tail", "tables", "other", "slack")
@@ -33,6 +33,9 @@ class MemoryReport:
         full_same_dtype: bytes that a DynamicCache in the model's dtype would hold for the same tokens.
         packed_bits: number of bits in all pages, scales included.
         packed_elements: number of elements in all pages.
+        outside: bytes among these that lie outside of the device: pages of a cache with ``offload``.
+        buffers: bytes on the device into which pages from outside are fetched. Forks share them, and they are not part
+            of ``parts``.
         layers: the report of each layer.
     """
 
@@ -41,12 +44,19 @@ class MemoryReport:
     full_same_dtype: int = 0
     packed_bits: int = 0
     packed_elements: int = 0
+    outside: int = 0
+    buffers: int = 0
     layers: list[MemoryReport] = field(default_factory=list)
 
     @property
     def total(self) -> int:
         """Bytes held, all parts together."""
         return sum(self.parts.values())
+
+    @property
+    def on_device(self) -> int:
+        """Bytes on the device: all parts but what lies outside, and the buffers."""
+        return self.total - self.outside + self.buffers
 
     @property
     def ratio(self) -> float:
@@ -74,11 +84,14 @@ class MemoryReport:
             total.full_same_dtype += layer.full_same_dtype
             total.packed_bits += layer.packed_bits
             total.packed_elements += layer.packed_elements
+            total.outside += layer.outside
         return total
 
     def __str__(self) -> str:
         lines = [f"{part:<8}{_mib(size)}" for part, size in self.parts.items() if size]
         lines.append(f"{'total':<8}{_mib(self.total)}")
+        if self.outside:
+            lines.append(f"{'outside':<8}{_mib(self.outside)}, {_mib(self.on_device).strip()} on the device")
         lines.append(f"{self.ratio:.3f} of a DynamicCache ({_mib(self.full_same_dtype).strip()})")
         lines.append(f"{self.ratio_bf16:.3f} of a bfloat16 DynamicCache ({_mib(self.full_bf16).strip()})")
         if self.packed_elements:
@@ -112,6 +125,7 @@ def _own_report(layer: KVCacheLayer) -> MemoryReport:
         return report
     report.parts.update(bytes_by_part(storage))
     report.parts["other"] = tensor_bytes(layer.own_tensors())
+    report.outside = bytes_outside(storage)
     report.packed_elements = packed_elements(storage)
     report.packed_bits = 8 * (report.parts["codes"] + report.parts["scales"])
     _note_full(report, layer, storage.batch * storage.heads * sum(storage.encoder.widths.values()), storage.dtype)

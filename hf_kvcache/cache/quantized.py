@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -19,8 +20,8 @@ class QuantizedKVCache(KVCache):
         key_bits: bits of the keys in place of ``bits``.
         value_bits: bits of the values in place of ``bits``.
         codec: how pages are stored. ``"auto"`` takes the codec that was measured best for the given bits.
-        sink_length: as in :class:`KVCache`, like ``tail_length``, ``page_size``, ``validate``, ``bind`` and
-            ``max_length``.
+        sink_length: as in :class:`KVCache`, like ``tail_length``, ``page_size``, ``validate``, ``bind``,
+            ``max_length`` and ``offload``.
         **codec_options: options of the codec such as ``group_size``.
 
     Raises:
@@ -42,6 +43,7 @@ class QuantizedKVCache(KVCache):
         validate: bool = False,
         bind: bool = True,
         max_length: int | None = None,
+        offload: str | PathLike[str] | None = None,
         **codec_options: Any,
     ) -> None:
         super().__init__(
@@ -56,5 +58,6 @@ class QuantizedKVCache(KVCache):
             key_bits=key_bits,
             value_bits=value_bits,
             max_length=max_length,
+            offload=offload,
             **codec_options,
         )

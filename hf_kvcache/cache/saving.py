@@ -84,6 +84,7 @@ class SavableCache(CacheContract):
         device: torch.device | str | None = None,
         check_model: bool = True,
         bind: bool = True,
+        offload: str | PathLike[str] | None = None,
     ) -> Any:
         """The cache in a file of :meth:`save`.
 
@@ -101,6 +102,7 @@ class SavableCache(CacheContract):
             check_model: whether the config must name the model and the revision that the cache was filled by. What the
                 shapes depend on is always checked.
             bind: as in the constructor.
+            offload: as in the constructor. Pages are then copied to where they are to lie.
 
         Returns:
             A cache of the class that was saved.
@@ -109,7 +111,7 @@ class SavableCache(CacheContract):
             ValueError: if the file is missing, damaged, of another kind, model, class or settings, or of a newer
                 version of the format. The error says what differs.
         """
-        return read_cache(cls, path, config, input_ids, empty, device, check_model, bind)
+        return read_cache(cls, path, config, input_ids, empty, device, check_model, bind, offload)
 
     @staticmethod
     def about_file(path: str | PathLike[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hf_kvcache.integration.masks import expect_mask
 from hf_kvcache.layers.new_tokens import NewTokens, check_update
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.saved_state import SavedState
+from hf_kvcache.storage.page_writer import make_room
 
 
 class KVCacheLayer(SavedState, CacheLayerMixin):
@@ -90,6 +91,8 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
             self.flush()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.options.offload is not None:
+            self._make_room(key_states.shape[2])
         self._checked = kind
         with_gradient = None
         if key_states.requires_grad or value_states.requires_grad:
@@ -179,11 +182,36 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
         self.select_rows(self.check_rows("indices", indices))
 
     def offload(self) -> None:
-        raise NotImplementedError(
-            "a KVCache cannot be offloaded: its pages stay on the device of their layer. Use a cache without offloading"
-        )
+        """Let go of what was fetched of pages outside of the device. They are there since they were packed."""
+        self._check_offloads("offload()")
+        if self.storage is not None and self.storage.reader.fetch is not None:
+            self.storage.reader.fetch.leave(self.storage.table)
 
-    prefetch = offload
+    def prefetch(self) -> None:
+        """Begin to fetch pages from outside of the device, without waiting for them."""
+        self._check_offloads("prefetch()")
+        if self.storage is not None and self.storage.reader.fetch is not None:
+            self.storage.reader.fetch.begin(self.storage.table)
+
+    def _check_offloads(self, what: str) -> None:
+        if self.options.offload is None:
+            raise NotImplementedError(
+                f"{what}: the pages of this KVCache stay on the device of their layer; accepted: a cache that was "
+                "built with offload='cpu' or offload=<folder>"
+            )
+
+    def _make_room(self, tokens: int) -> None:
+        """Have room for the pages of new tokens outside of the device; raises OSError before anything is stored."""
+        assert self.storage is not None and self.options.offload is not None
+        self.options.offload.check_process()
+        if self.storage.reader.fetch is None or self.evicts:
+            return  # what is evicted is not packed, and what stays of the rest takes little
+        try:
+            make_room(self.storage.writer, tokens, self.sliding_window)
+        except BaseException:
+            if self._seen == 0:
+                self.clear()
+            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCacheLayer:
         # Pages are immutable, so a fork is as independent as a copy of every byte.

@@ -59,12 +59,15 @@ class PreparedDecoding:
         dense, call, known, keys, values = storage.dense, self._latest, self._scoring, new.keys, new.values
         slot, ragged = dense.longest, dense.uniform_length is None
         kind = (query.shape, query.stride(), query.dtype, keys.stride(), values.stride(), ragged)
+        # Pages outside of the device are fetched for every token, and may come to lie elsewhere.
+        fetched = storage.pages() if storage.reader.fetch is not None else None
         if slot == dense.positions.shape[1]:
             dense.reserve(slot + 1)
         if (
             call is None
             or known is None
             or self._version != storage.table.version
+            or (fetched is not None and call.pages is not fetched)
             or call.slots.keys is not dense.keys  # replaced together with the values and positions
             or call.slots.lengths is not dense.lengths  # replaced whenever tokens leave the buffer or are taken back
             or self._kind != kind

@@ -58,7 +58,8 @@ class LowRankLayer(KVCacheLayer):
             )
         self._maps = HeadMaps.of(projection)
         storage = PreRopeStorage if projection.before_rope else PagedStorage
-        return storage(encoder, key_states, value_states, sink_length, options.tail_length, spare)
+        outside = self.outside(key_states.device)
+        return storage(encoder, key_states, value_states, sink_length, options.tail_length, spare, outside)
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         self._note_module(call.module)

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.eviction.options import EvictionOptions
 from hf_kvcache.lowrank.projection import LayerProjection
+from hf_kvcache.storage.offload import OffloadTarget
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class LayerOptions:
         latents: ``"native"`` if the model caches latents itself, or the low-rank bases of each layer by its number;
             None if pages hold keys and values.
         max_length: number of tokens that a sequence can have, if all memory is allocated at once; None if it grows.
+        offload: where pages lie outside of the device; None if they lie on it.
         config: the model's config. Errors name caches that work with it.
     """
 
@@ -40,4 +42,5 @@ class LayerOptions:
     eviction: EvictionOptions | None = None
     latents: Literal["native"] | dict[int, LayerProjection] | None = None
     max_length: int | None = None
+    offload: OffloadTarget | None = field(default=None, compare=False)
     config: PreTrainedConfig | None = field(default=None, repr=False, compare=False)

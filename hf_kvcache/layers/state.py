@@ -14,6 +14,7 @@ from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.rollback import RollbackWindow
 from hf_kvcache.layers.rows import check_rows
 from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.offload import OffloadTarget
 
 #: Error of a layer that cannot return to an earlier length. Filled in with the layer's number and the missing tokens.
 CANNOT_TAKE_BACK = (
@@ -36,6 +37,8 @@ class LayerState:
 
     device: torch.device
     dtype: torch.dtype
+    #: Number of the layer among those whose pages may lie outside of the device; the cache sets it.
+    offload_place = 0
 
     def __init__(self, index: int, options: LayerOptions, sliding_window: int | None) -> None:
         super().__init__()
@@ -74,7 +77,15 @@ class LayerState:
         encoder = PageEncoder(
             options.codec, key_states.shape[-1], value_states.shape[-1], options.page_size, key_states.dtype
         )
-        return PagedStorage(encoder, key_states, value_states, sink_length, options.tail_length, spare)
+        outside = self.outside(key_states.device)
+        return PagedStorage(encoder, key_states, value_states, sink_length, options.tail_length, spare, outside)
+
+    def outside(self, device: torch.device) -> tuple[OffloadTarget, int] | None:
+        """Where pages lie outside of ``device``, and the number of the layer among those whose pages do, if they do."""
+        target = self.options.offload
+        if target is None or not target.serves(device):
+            return None
+        return target, self.offload_place
 
     @property
     def batch_size(self) -> int:

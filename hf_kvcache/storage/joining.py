@@ -25,13 +25,12 @@ def in_pool(storage: PagedStorage, pool: PagePool) -> PagedStorage:
         other.pool = pool
         other.table = other.writer.table = PageTable(pool, storage.batch, storage.table.heads)
         import_pages(other.table, export_pages(storage.table), owned=True)
-        other._pages, other._pages_version = None, -1
     return other
 
 
 def compact(storage: PagedStorage) -> PagedStorage:
     """A fork of a storage in a pool of its own that has no other pages."""
-    return in_pool(storage, PagePool(storage.layout.record_bytes, storage.device))
+    return in_pool(storage, PagePool(storage.layout.record_bytes, storage.device, storage.pool.target))
 
 
 @torch.inference_mode(False)
@@ -64,7 +63,6 @@ def join(storages: Sequence[PagedStorage], shifts: Sequence[int]) -> PagedStorag
     if writer.key_mean is not None:
         writer.key_mean = torch.cat([part.writer.key_mean for part in parts])  # type: ignore[misc]
     writer.key_mean_known = np.concatenate([part.writer.key_mean_known for part in parts])
-    other._pages, other._pages_version = None, -1
     return other
 
 
@@ -96,7 +94,6 @@ def take_out(storage: PagedStorage, row: int, padding: np.ndarray) -> PagedStora
         table.replace(np.arange(len(ids)), ids, counts, np.where(held, first - np.searchsorted(padding, first), 0))
     positions = other.dense.positions
     other.dense.positions = positions - np.searchsorted(padding, positions)
-    other._pages, other._pages_version = None, -1
     return other
 
 

@@ -28,9 +28,15 @@ def bytes_by_part(storage: PagedStorage) -> dict[str, int]:
         "scales": pages * layout.scale_bytes,
         "sinks": sinks * slot,
         "tail": tail * slot,
-        "tables": storage.table.nbytes + dense.bookkeeping_bytes + mean_bytes,
+        "tables": storage.table.nbytes + storage.reader.nbytes + dense.bookkeeping_bytes + mean_bytes,
         "slack": pages * alignment + storage.pool.free_pages * layout.record_bytes + unused,
     }
+
+
+def bytes_outside(storage: PagedStorage) -> int:
+    """Bytes of the pages, free ones included, that lie outside of the device."""
+    pool = storage.pool
+    return 0 if pool.target is None else (_distinct_pages(storage) + pool.free_pages) * pool.record_bytes
 
 
 def packed_elements(storage: PagedStorage) -> int:

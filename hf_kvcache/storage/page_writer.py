@@ -226,8 +226,8 @@ class PageWriter:
         table_rows = table.rows_of(rows)
         # Column by column, so that the pages that are read together lie together.
         ids = pool.allocate(pages * len(table_rows)).reshape(pages, len(table_rows))
-        if self.encoder.writes_at_once(keys, values):
-            records = pool.side_by_side(ids.flatten())
+        if pool.memory.in_place and self.encoder.writes_at_once(keys, values):
+            records = pool.memory.side_by_side(ids.flatten())
             if records is None:
                 records = to_device(pool.addresses(ids.flatten()), keys.device)
             self.encoder.write(keys, values, self._key_mean_of(rows), records)
@@ -259,3 +259,21 @@ class PageWriter:
         for row, column in np.argwhere(scattered).tolist():
             for page in ids[column, row * heads : (row + 1) * heads].tolist():
                 self.table.pool.note_positions(page, positions[row, column].copy())
+
+
+def make_room(writer: PageWriter, tokens: int, window: int | None) -> None:
+    """Allocate the pages that ``tokens`` more tokens may fill, if these lie outside of the device.
+
+    Args:
+        writer: of a storage.
+        tokens: of each sequence.
+        window: number of newest tokens that are to be held; None for all.
+
+    Raises:
+        OSError: if the disk has no room for them. Nothing has changed then.
+    """
+    pages = int(writer.due(writer.dense.longest + tokens)) - writer.ahead
+    if window is not None:
+        pages = min(pages, window // writer.page_size + 2)
+    if pages > 0:
+        writer.table.pool.reserve(pages * len(writer.table.lengths))

@@ -9,10 +9,11 @@ import torch
 
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels.inputs import Pages
-from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.workspace import scratch
 from hf_kvcache.storage.dense_buffer import DenseBuffer
+from hf_kvcache.storage.fetching import PageFetch, PageSource
 from hf_kvcache.storage.integrity import IntegrityError
+from hf_kvcache.storage.page_reader import PageReader
 from hf_kvcache.storage.page_table import PageTable, page_spans
 from hf_kvcache.storage.page_writer import PageWriter
 from hf_kvcache.storage.pool import PagePool
@@ -34,11 +35,14 @@ class PagedStorage:
         sink_length: tokens at the start that are never packed.
         tail_length: newest tokens that are never packed.
         spare: tokens beyond these that the dense buffer has room for; a page's by default.
+        outside: where pages lie outside of the device, and the number of the layer among those whose pages do; None
+            if they lie on the device.
 
     Attributes:
         dense: sinks and tail; the dense buffer alone knows how many of them each sequence holds.
         table: which pages each KV head holds; the table alone knows how many tokens they count.
         writer: makes pages of tokens that leave the dense buffer.
+        reader: gives the pages to kernels.
     """
 
     @torch.inference_mode(False)
@@ -50,20 +54,20 @@ class PagedStorage:
         sink_length: int,
         tail_length: int,
         spare: int | None = None,
+        outside: tuple[PageSource, int] | None = None,
     ) -> None:
         self.encoder = encoder
         self.layout = encoder.layout
         self.page_size = self.layout.page_size
         self.batch, self.heads = keys.shape[:2]
         self.device, self.dtype = keys.device, keys.dtype
-        self.pool = PagePool(self.layout.record_bytes, keys.device)
+        target, place = outside or (None, 0)
+        self.reader = PageReader(self.layout, None if target is None else PageFetch(target, place, keys.device))
+        self.pool = PagePool(self.layout.record_bytes, keys.device, target)
         self.table = PageTable(self.pool, self.batch, self.heads // encoder.group)
         capacity = sink_length + tail_length + (self.page_size if spare is None else spare)
         self.dense = DenseBuffer(keys, values, sink_length, capacity)
         self.writer = PageWriter(encoder, self.table, self.dense, tail_length)
-        # The table as kernels read it, and of which version of the table it is.
-        self._pages: Pages | None = None
-        self._pages_version = -1
 
     # -- what the parts know --------------------------------------------------------------------------------------
 
@@ -170,12 +174,13 @@ class PagedStorage:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.table, other.dense = self.table.fork(), self.dense.fork()
+        other.reader = self.reader.fork()
         other.writer = self.writer.fork(other.table, other.dense)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         # The pool may hold pages of forks, at addresses of this process: only one's own pages go along.
-        left_out = ("pool", "table", "_pages", "_pages_version")
+        left_out = ("pool", "table")
         state = {name: value for name, value in self.__dict__.items() if name not in left_out}
         return state | {"saved_pages": export_pages(self.table)}
 
@@ -183,10 +188,10 @@ class PagedStorage:
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("saved_pages")
         self.__dict__.update(state)
-        self.pool = PagePool(self.layout.record_bytes, self.device)
+        fetch = self.reader.fetch
+        self.pool = PagePool(self.layout.record_bytes, self.device, None if fetch is None else fetch.target)
         self.table = self.writer.table = PageTable(self.pool, self.batch, self.heads // self.encoder.group)
         import_pages(self.table, saved)
-        self._pages, self._pages_version = None, -1
 
     def state(self) -> dict[str, torch.Tensor]:
         """The contents as tensors: each page once, the table as indices into them, and the dense tokens."""
@@ -208,10 +213,7 @@ class PagedStorage:
 
         As long as nothing changes, it is the same object: calls that were prepared for it test that it still is.
         """
-        if self._pages_version != self.table.version:
-            key_mean = None if self.key_mean is None else self.key_mean.flatten(0, 1)
-            self._pages, self._pages_version = _read(self.table, self.layout, key_mean), self.table.version
-        pages = self._pages
+        pages = self.reader.read(self.table, self.key_mean)
         if ahead == self.writer.ahead or pages is None:
             return pages
         columns = pages.columns - self.writer.ahead + ahead
@@ -269,16 +271,6 @@ class PagedStorage:
         dense.store(rows, keys, values, positions)
         if pack:
             dense.shrink()
-
-
-def _read(table: PageTable, layout: PageLayout, key_mean: torch.Tensor | None) -> Pages | None:
-    """All pages of a table as kernels read them; None if there are none."""
-    if table.columns == 0:
-        return None
-    addresses, counts, first = table.arrays(table.columns)
-    pages = Pages(layout, table.pool.slabs(), addresses, counts, first, table.scattered(), key_mean, table.heads)
-    pages.follow(table.resident)
-    return pages
 
 
 def _check_order(table: PageTable, dense: DenseBuffer, ahead: int, page_size: int) -> None:

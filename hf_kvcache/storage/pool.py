@@ -13,10 +13,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.storage.integrity import IntegrityError
-from hf_kvcache.storage.transfers import is_run, rows_of, to_device
-
-#: A new slab holds at least this fraction of the pages there are: few slabs, little slack.
-_GROWTH = 1 / 64
+from hf_kvcache.storage.slabs import Slab, Slabs, SlabSource
 
 
 class PageHolder(Protocol):
@@ -36,16 +33,16 @@ class PagePool:
 
     Args:
         record_bytes: bytes of a page.
-        device: where pages live.
+        device: where pages are made and read.
+        target: where they lie outside of the device; None if they lie on it.
+
+    Attributes:
+        memory: the slabs.
     """
 
-    def __init__(self, record_bytes: int, device: torch.device) -> None:
-        self.record_bytes = record_bytes
-        self.device = device
-        self._slabs: list[torch.Tensor | None] = []
-        self._starts = np.zeros(0, dtype=np.int64)  # first page id of each slab, ascending
-        self._bases = np.zeros(0, dtype=np.int64)  # address of each slab
-        self._sizes: list[int] = []
+    def __init__(self, record_bytes: int, device: torch.device, target: SlabSource | None = None) -> None:
+        self.record_bytes, self.device, self.target = record_bytes, device, target
+        self.memory = Slabs(record_bytes, device, target)
         self._references = np.zeros(0, dtype=np.int32)
         self._free = np.zeros(0, dtype=np.int64)
         #: Original positions of pages whose tokens do not stand side by side; the others store only their first.
@@ -59,7 +56,7 @@ class PagePool:
     def held_pages(self) -> int:
         """Pages that are allocated, used or free."""
         with self._lock:
-            return self._held()
+            return self.memory.held
 
     @property
     def free_pages(self) -> int:
@@ -81,14 +78,22 @@ class PagePool:
     def allocate(self, count: int) -> np.ndarray:
         """``count`` ascending page ids with one reference each, whose contents are not yet written."""
         with self._locked():
-            if len(self._free) < count:
-                self._add_slab(count - len(self._free))
+            self._reserve(count)
             ids, self._free = self._free[:count], self._free[count:]
             self._references[ids] = 1
         return ids
 
+    def reserve(self, count: int) -> None:
+        """Have memory for ``count`` more pages.
+
+        Raises:
+            OSError: if the pages lie in files and the disk has no room for them.
+        """
+        with self._locked():
+            self._reserve(count)
+
     def adopt(self, records: torch.Tensor) -> np.ndarray:
-        """Make uint8 ``records [n, record_bytes]``, on the pool's device, pages without copying them.
+        """Make pages of uint8 ``records [n, record_bytes]`` on the pool's device, uncopied unless pages lie elsewhere.
 
         The pool writes into the tensor once a page of it is free, so nobody else may read or write it.
 
@@ -97,13 +102,15 @@ class PagePool:
         """
         if records.shape[1:] != (self.record_bytes,) or not records.is_contiguous() or records.dtype != torch.uint8:
             raise ValueError(f"records {records.dtype} {list(records.shape)}; accepted: uint8 [n, {self.record_bytes}]")
+        if len(records) == 0:
+            return np.zeros(0, dtype=np.int64)
+        if self.target is not None:
+            ids = self.allocate(len(records))
+            self.write(ids, records)
+            return ids
         with self._locked():
-            if len(records) == 0:
-                return np.zeros(0, dtype=np.int64)
-            index = self._vacant_slab(len(records))
-            start = int(self._starts[index])
-            self._slabs[index], self._bases[index] = records, records.data_ptr()
-            ids = np.arange(start, start + len(records))
+            ids = self.memory.adopt(Slab(records))
+            self._extend()
             self._references[ids] = 1
         return ids
 
@@ -147,46 +154,20 @@ class PagePool:
         self._drop_empty_slabs(freed)
 
     def write(self, ids: np.ndarray, records: torch.Tensor) -> None:
-        """Store uint8 ``records [n, record_bytes]`` in the pages ``ids``."""
-        for slab, slots, where in self._by_slab(ids):
-            rows = records if len(where) == len(ids) else rows_of(records, where)
-            if is_run(slots):
-                slab[int(slots[0]) : int(slots[-1]) + 1] = rows
-            else:
-                slab[self._sent(slots)] = rows
+        """Store uint8 ``records [n, record_bytes]``, on the pool's device, in the pages ``ids``."""
+        self.memory.write(ids, records)
 
     def read(self, ids: np.ndarray) -> torch.Tensor:
-        """A copy of the pages ``ids``, uint8 ``[len(ids), record_bytes]``."""
-        parts = list(self._by_slab(ids))
-        if len(parts) == 1:
-            slab, slots, _ = parts[0]
-            return slab[int(slots[0]) : int(slots[-1]) + 1].clone() if is_run(slots) else slab[self._sent(slots)]
-        out = torch.empty(len(ids), self.record_bytes, dtype=torch.uint8, device=self.device)
-        # Sent at once: slots, and the places that they take.
-        pairs = [np.stack([slots, where]) for _, slots, where in parts] or [np.zeros((2, 0), np.int64)]
-        both = np.concatenate(pairs, 1)
-        index = self._sent(both).split([len(slots) for _, slots, _ in parts], 1)
-        for (slab, _, _), (slots, where) in zip(parts, index, strict=True):
-            out[where] = slab[slots]
-        return out
+        """A copy of the pages ``ids`` on the pool's device, uint8 ``[len(ids), record_bytes]``."""
+        return self.memory.read(ids)
 
     def addresses(self, ids: np.ndarray) -> np.ndarray:
         """The byte address of each of the used pages ``ids``, of any shape; valid as long as it keeps a reference."""
-        owner = np.searchsorted(self._starts, ids, side="right") - 1
-        return self._bases[owner] + (ids - self._starts[owner]) * self.record_bytes
-
-    def side_by_side(self, ids: np.ndarray) -> torch.Tensor | None:
-        """The pages ``ids``, uint8 ``[len(ids), record_bytes]``, as a view; None unless they lie so in one slab."""
-        index = int(np.searchsorted(self._starts, ids[0], side="right")) - 1
-        slab, first = self._slabs[index], int(ids[0] - self._starts[index])
-        assert slab is not None
-        if first + len(ids) > slab.shape[0] or not bool((np.diff(ids) == 1).all()):
-            return None
-        return slab[first : first + len(ids)]
+        return self.memory.addresses(ids)
 
     def slabs(self) -> list[torch.Tensor]:
         """The tensors in which pages lie, uint8 ``[n, record_bytes]``."""
-        return [slab for slab in self._slabs if slab is not None]
+        return [slab.records for _, slab in self.memory.live()]
 
     def check(self) -> None:
         """Raise IntegrityError unless free and used pages add up and the references are those of the tables."""
@@ -208,34 +189,23 @@ class PagePool:
         if any(self._references[page] == 0 for page in self.positions):
             raise IntegrityError("positions are stored for a free page")
 
-    @torch.inference_mode(False)
-    def _add_slab(self, count: int) -> None:
-        count = max(count, int(self._held() * _GROWTH))
-        index = self._vacant_slab(count)
-        start = int(self._starts[index])
-        slab = torch.empty(count, self.record_bytes, dtype=torch.uint8, device=self.device)
-        self._slabs[index], self._bases[index] = slab, slab.data_ptr()
-        self._free = np.sort(np.concatenate([self._free, np.arange(start, start + count)]))
+    def _reserve(self, count: int) -> None:
+        if len(self._free) < count:
+            ids = self.memory.add(count - len(self._free))
+            self._extend()
+            self._free = np.sort(np.concatenate([self._free, ids]))
 
-    def _vacant_slab(self, count: int) -> int:
-        """The index of a slab of ``count`` pages without memory: one that was given back, or a new one."""
-        for index, (slab, size) in enumerate(zip(self._slabs, self._sizes, strict=True)):
-            if slab is None and size == count:
-                return index
-        self._slabs.append(None)
-        self._sizes.append(count)
-        self._starts = np.append(self._starts, len(self._references))
-        self._bases = np.append(self._bases, 0)
-        self._references = np.concatenate([self._references, np.zeros(count, dtype=np.int32)])
-        return len(self._slabs) - 1
+    def _extend(self) -> None:
+        """Room for the references to all page ids."""
+        more = self.memory.total - len(self._references)
+        if more:
+            self._references = np.concatenate([self._references, np.zeros(more, dtype=np.int32)])
 
     def _drop_empty_slabs(self, freed: np.ndarray) -> None:
-        for index in np.unique(np.searchsorted(self._starts, freed, side="right") - 1).tolist():
-            slab, start = self._slabs[index], int(self._starts[index])
-            assert slab is not None
-            stop = start + slab.shape[0]
+        for index in np.unique(self.memory.owner(freed)).tolist():
+            start, stop = self.memory.range_of(index)
             if not self._references[start:stop].any():
-                self._slabs[index] = None
+                self.memory.drop(index)
                 self._free = self._free[(self._free < start) | (self._free >= stop)]
 
     def _referring(self) -> np.ndarray:
@@ -244,9 +214,6 @@ class PagePool:
         for ids in list(self._abandoned):
             np.subtract.at(references, ids, 1)
         return references
-
-    def _held(self) -> int:
-        return sum(slab.shape[0] for slab in self._slabs if slab is not None)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -259,18 +226,4 @@ class PagePool:
             self._release(self._abandoned.popleft())
 
     def _live_ids(self) -> Iterator[np.ndarray]:
-        for slab, start in zip(self._slabs, self._starts.tolist(), strict=True):
-            if slab is not None:
-                yield np.arange(start, start + slab.shape[0])
-
-    def _sent(self, numbers: np.ndarray) -> torch.Tensor:
-        return to_device(numbers, self.device)
-
-    def _by_slab(self, ids: np.ndarray) -> Iterator[tuple[torch.Tensor, np.ndarray, np.ndarray]]:
-        """For each slab that holds some of ``ids``: the slab, the slots in it and their places in ``ids``."""
-        owner = np.searchsorted(self._starts, ids, side="right") - 1
-        for index in np.unique(owner).tolist():
-            where = np.flatnonzero(owner == index)
-            slab = self._slabs[index]
-            assert slab is not None
-            yield slab, ids[where] - self._starts[index], where
+        return (np.arange(*self.memory.range_of(index)) for index, _ in self.memory.live())

@@ -62,9 +62,9 @@ def export_pages(table: PageTable) -> dict[str, torch.Tensor]:
     """Records, and the table as indices into them.
 
     Returns:
-        ``records`` uint8 ``[pages, record_bytes]``; ``table`` (``-1`` where a row is shorter), ``counts`` and ``first``
-        ``[rows, columns]``; ``scattered``, the indices of pages that store a position per token, and their
-        ``positions [len(scattered), P]``.
+        ``records`` uint8 ``[pages, record_bytes]``, on the host if pages lie outside of the device; ``table`` (``-1``
+        where a row is shorter), ``counts`` and ``first`` ``[rows, columns]``; ``scattered``, the indices of pages that
+        store a position per token, and their ``positions [len(scattered), P]``.
     """
     pool = table.pool
     ids, counts, first = table.export()
@@ -74,7 +74,7 @@ def export_pages(table: PageTable) -> dict[str, torch.Tensor]:
     scattered = [i for i, page in enumerate(unique.tolist()) if page in pool.positions]
     positions = [pool.positions[int(unique[i])] for i in scattered]
     return {
-        "records": pool.read(unique),
+        "records": pool.memory.read_outside(unique),
         "table": torch.from_numpy(cells),
         "counts": torch.from_numpy(counts),
         "first": torch.from_numpy(first),

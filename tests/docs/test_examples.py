@@ -33,6 +33,7 @@ PROGRAMS: dict[str, list[str]] = {
     "endless": ["40"],
     "heavy_hitters": [],
     "mla": ["--prompt-tokens", "48"],
+    "longer_than_memory": ["6144"],
     "quickstart": [],
     "reusable_context": [],
     "shared_prefix": [],

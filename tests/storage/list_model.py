@@ -13,6 +13,7 @@ from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels.inputs import DenseTokens
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.dense_read import dense_side
+from hf_kvcache.storage.offload import OffloadTarget
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 16, 8
 
@@ -25,10 +26,11 @@ def make_storage(
     tail: int = 3,
     dims: tuple[int, int] = (KEY_DIM, VALUE_DIM),
     heads: int = HEADS,
+    outside: OffloadTarget | None = None,
 ) -> PagedStorage:
     encoder = PageEncoder(resolve(codec), *dims, page_size, torch.float32)
     keys, values = torch.empty(batch, heads, 1, dims[0]), torch.empty(batch, heads, 1, dims[1])
-    return PagedStorage(encoder, keys, values, sinks, tail)
+    return PagedStorage(encoder, keys, values, sinks, tail, outside=None if outside is None else (outside, 0))
 
 
 def random_tokens(

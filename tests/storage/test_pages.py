@@ -146,7 +146,7 @@ def test_nothing_leaks() -> None:
         storage.truncate_from(0)
         storage.check()
         assert storage.pool.held_pages == storage.pool.free_pages == 0
-    assert len(storage.pool._slabs) == 1
+    assert len(storage.pool.memory._slabs) == 1
 
 
 def test_a_window_gives_slabs_back() -> None:
@@ -160,7 +160,7 @@ def test_a_window_gives_slabs_back() -> None:
         held.append(storage.pool.held_pages)
     storage.check()
     # 33 tokens touch at most 6 pages of each of the 2 heads.
-    assert max(held) <= 2 * 6 and len(storage.pool._slabs) <= 6
+    assert max(held) <= 2 * 6 and len(storage.pool.memory._slabs) <= 6
 
 
 def test_pages_before_the_window_are_not_stored() -> None:

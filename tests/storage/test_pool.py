@@ -71,8 +71,7 @@ def test_addresses() -> None:
     pool = PagePool(32, torch.device("cpu"))
     ids = pool.allocate(6)
     pool.write(ids, torch.arange(6, dtype=torch.uint8)[:, None].expand(-1, 32))
-    slab = pool._slabs[0]
-    assert slab is not None
+    slab = pool.slabs()[0]
     later = pool.allocate(3)
     assert (pool.addresses(ids[[5, 2]]) - slab.data_ptr()).tolist() == [5 * 32, 2 * 32]
     assert pool.slabs()[1].data_ptr() == pool.addresses(later)[0]

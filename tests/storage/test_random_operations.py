@@ -29,6 +29,7 @@ from tests.storage.list_model import (
     make_storage,
     random_tokens,
 )
+from tests.storage.outside import target
 from tests.tolerances import assert_near
 
 
@@ -49,9 +50,11 @@ class StorageMachine(RuleBasedStateMachine):
         page_size=st.sampled_from([2, 4]),
         sinks=st.integers(0, 3),
         tail=st.integers(0, 5),
+        outside=st.sampled_from([None, "files", "fetched"]),
     )
-    def start(self, batch: int, page_size: int, sinks: int, tail: int) -> None:
-        storage = make_storage("none", batch, page_size, sinks, tail)
+    def start(self, batch: int, page_size: int, sinks: int, tail: int, outside: str | None) -> None:
+        self.outside = target(outside)
+        storage = make_storage("none", batch, page_size, sinks, tail, outside=self.outside)
         self.forks = [Sequences(storage, ListModel(batch, page_size, sinks, tail))]
         self.current = self.forks[0]
         self.seed = 0
@@ -163,7 +166,8 @@ class StorageMachine(RuleBasedStateMachine):
     @rule()
     def save_and_load(self) -> None:
         now, old = self.current, self.current.storage
-        now.storage = make_storage("none", old.batch, old.page_size, old.sink_length, old.tail_length)
+        sizes = old.batch, old.page_size, old.sink_length, old.tail_length
+        now.storage = make_storage("none", *sizes, outside=self.outside)
         now.storage.restore(old.state())
         used = len(np.unique(old.table.page_ids()))
         assert now.storage.pool.held_pages - now.storage.pool.free_pages == used

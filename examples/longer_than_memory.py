@@ -1,0 +1,41 @@
+"""Read a context that is longer than memory: its pages lie in files. `python examples/longer_than_memory.py [TOKENS]`
+
+The process is held to LIMIT bytes more than the model takes (Linux). Without `offload`, reading stops with an error.
+"""
+
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from hf_kvcache import KVCache
+from hf_kvcache.cli.models import load_default_model
+from hf_kvcache.cli.sample_text import packaged_text
+
+LIMIT, CHUNK = 160 << 20, 128
+
+model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
+ids = tokenizer(packaged_text()[0] * 20, return_tensors="pt").input_ids
+ids = ids[:, : int(sys.argv[1]) if len(sys.argv) > 1 else 6144]
+
+with torch.inference_mode():
+    model(ids[:, :CHUNK], logits_to_keep=1)  # threads and buffers that the model needs whatever the cache
+status = Path("/proc/self/status").read_text()
+held = 1024 * int(status.split("VmData:")[1].split()[0])
+resource.setrlimit(resource.RLIMIT_DATA, (held + LIMIT, held + LIMIT))
+
+# The pages are files in a new folder below this one, which goes with the cache.
+with tempfile.TemporaryDirectory() as folder:
+    cache = KVCache(model.config, offload=folder)
+    with torch.inference_mode():
+        for chunk in ids.split(CHUNK, 1):
+            logits = model(chunk, cache=cache, logits_to_keep=1).logits
+        for _ in range(40):
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            print(tokenizer.decode(token[0]), end="", flush=True)
+            logits = model(token, cache=cache).logits
+    print(f"\n{cache.get_seq_length()} tokens, with {LIMIT / 2**20:.0f} MiB of memory beside the model")
+    print(cache.memory())
+    del cache

@@ -1,0 +1,53 @@
+"""Pages outside of a pretended GPU: plain torch reads there what it reads on a CPU, fetched through two buffers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from benchmarks.gpu.pretended_device import DEVICE, PretendedDevice
+from hf_kvcache import KVCache
+from hf_kvcache.integration.attention_call import AttentionCall
+from hf_kvcache.kernels.inputs import Scoring
+
+_LAYERS = 3  # an odd number: the first and the last share a buffer
+CONFIG = LlamaConfig(
+    num_hidden_layers=_LAYERS, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=8
+)
+
+
+def run(device: torch.device, codec: str, offload: Any) -> tuple[list[torch.Tensor], Any]:
+    """Outputs of 30 steps behind a prompt of 60 tokens, then all that the cache holds; and its memory report."""
+    cache = KVCache(CONFIG, codec, offload=offload, page_size=8, tail_length=8, sink_length=2)
+    draw = torch.Generator().manual_seed(0)
+    found = []
+    for start, stop in [(0, 60), *((at, at + 1) for at in range(60, 90))]:
+        for index in range(_LAYERS):
+            shapes = [(2, heads, stop - start, 16) for heads in (2, 2, 4)]
+            keys, values, query = (torch.randn(shape, generator=draw).to(device) for shape in shapes)
+            cache.update(keys, values, index)
+            layer: Any = cache.layers[index]
+            call = AttentionCall(query, None, Scoring(0.25))
+            if start:
+                found.append(layer.attend(call).cpu())
+            else:
+                layer.note_attended(call)
+    state = cache.fork().state_dict()
+    found += [x.decompressed(side).cpu() for x in cache.own_layers for side in ("keys", "values")]  # type: ignore[attr-defined]
+    return [*found, *(state[name].cpu() for name in sorted(state))], cache.memory()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["none", "int3", "unbiased4"])
+def test_as_on_a_cpu(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_KVCACHE_BACKEND", "reference")
+    expected, _ = run(torch.device("cpu"), codec, None)
+    for offload in ("cpu", tmp_path):
+        with PretendedDevice():
+            found, memory = run(DEVICE, codec, offload)
+        assert memory.outside > 0 and memory.buffers > 0
+        assert len(found) == len(expected) and all(map(torch.equal, found, expected))
