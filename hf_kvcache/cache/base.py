@@ -11,6 +11,8 @@ from hf_kvcache.cache.memory import MemoryReport, layer_report
 from hf_kvcache.cache.model_config import (
     check_formats,
     check_static,
+    compressed_by_name,
+    compresses,
     decoder_config,
     shares_keys,
 )
@@ -91,6 +93,10 @@ class KVCache(SavableCache):
             ("page_size", page_size, 8),
         ):
             whole(name, value, least)
+        if compresses(decoder):
+            refused = {"eviction": eviction, "latents": latents, "max_length": max_length}
+            self._begin(compressed_by_name(decoder, codec, widths, refused), bind)
+            return
         if page_size % 8:
             raise ValueError(f"page_size={page_size!r}; accepted: multiples of 8")
         if ranks:

@@ -1,0 +1,122 @@
+"""Rows that are keys and values in one, as they are or packed row by row."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.storage.row_buffer import RowBuffer
+
+
+class PackedRows:
+    """Rows ``[B, n, D]`` whose last ``rotary`` channels may be packed in another way than the channels before them.
+
+    Every row is a record of its own: a page of one token, with the first channels where a page has keys and the last
+    ones where it has values. So a row is packed when it comes, and never again, and any set of rows can be read.
+
+    Args:
+        codec: how rows are packed; None to hold them as they are.
+        rotary: number of channels at the end of a row that ``codec.values`` packs.
+        room: as for a :class:`RowBuffer`.
+    """
+
+    def __init__(self, codec: Codec | None, rotary: int, room: int = 32) -> None:
+        self._codec, self._rotary = codec, rotary
+        self.buffer = RowBuffer(room)
+        self.encoder: PageEncoder | None = None
+        self.dtype: torch.dtype | None = None
+        self.width = 0
+
+    @property
+    def start(self) -> int:
+        """Position of the first row that is held."""
+        return self.buffer.start
+
+    @property
+    def stop(self) -> int:
+        """Position behind the last row."""
+        return self.buffer.stop
+
+    def append(self, rows: torch.Tensor, keep_from: int = 0) -> None:
+        """Append ``rows [B, n, D]``; see :meth:`RowBuffer.append`."""
+        if self.dtype is None:
+            self.prepare(rows.shape[2], rows.dtype)
+        if self.encoder is None:
+            self.buffer.append(rows, keep_from)
+            return
+        unneeded = min(max(keep_from - self.stop, 0), rows.shape[1])
+        if unneeded:
+            self.buffer.restore(self._encode(rows[:, :0]), self.stop + unneeded)
+        self.buffer.append(self._encode(rows[:, unneeded:].detach()), keep_from)
+
+    def prepare(self, width: int, dtype: torch.dtype) -> None:
+        """Fix the width and the dtype of the rows.
+
+        Raises:
+            ValueError: if the codec cannot pack rows of that width.
+        """
+        self.width, self.dtype = width, dtype
+        if self._codec is not None:
+            self.encoder = PageEncoder(self._codec, width - self._rotary, self._rotary, 1, dtype)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """The rows of the positions from ``start`` to ``stop``, ``[B, stop - start, D]`` in their own dtype."""
+        return self._decode(self.buffer.rows(start, stop))
+
+    def gather(self, positions: torch.Tensor) -> torch.Tensor:
+        """Some of the rows: those at ``positions`` (int64 ``[B, k]``, all held), ``[B, k, D]``."""
+        held = self.buffer.rows(self.start, self.stop)
+        index = (positions - self.start).unsqueeze(2).expand(-1, -1, held.shape[2])
+        return self._decode(held.gather(1, index))
+
+    def fork(self) -> PackedRows:
+        """An independent copy."""
+        other = object.__new__(PackedRows)
+        other.__dict__.update(self.__dict__)
+        other.buffer = self.buffer.fork()
+        return other
+
+    def select(self, rows: np.ndarray) -> None:
+        """Replace sequence ``i`` by sequence ``rows[i]``, for every ``i``."""
+        self.buffer.select(rows)
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """Bytes of codes, of their scales, and of room that is not used."""
+        used = self.buffer.used_bytes()
+        codes = used
+        if self.encoder is not None:
+            layout = self.encoder.layout
+            codes = used // layout.record_bytes * layout.code_bytes
+            scales = used // layout.record_bytes * layout.scale_bytes
+            return {"codes": codes, "scales": scales, "slack": self.buffer.allocated_bytes() - codes - scales}
+        return {"codes": codes, "scales": 0, "slack": self.buffer.allocated_bytes() - codes}
+
+    def _encode(self, rows: torch.Tensor) -> torch.Tensor:
+        assert self.encoder is not None
+        batch, count = rows.shape[:2]
+        if not batch * count:
+            return torch.empty(batch, count, self.encoder.layout.record_bytes, dtype=torch.uint8, device=rows.device)
+        split = self.width - self._rotary
+        pages = rows.reshape(batch * count, 1, self.width)
+        records = self.encoder.encode(pages[..., :split].contiguous(), pages[..., split:].contiguous(), None)
+        return records.view(batch, count, -1)
+
+    def _decode(self, records: torch.Tensor) -> torch.Tensor:
+        if self.encoder is None:
+            return records
+        assert self.dtype is not None
+        batch, count = records.shape[:2]
+        out = torch.empty(batch, count, self.width, dtype=self.dtype, device=records.device)
+        if not batch * count or records.is_meta:
+            return out
+        # A row is a page of one token: batch * count pages of one sequence each.
+        pages = records.reshape(batch * count, 1, -1)
+        split = self.width - self._rotary
+        for side, channels in (("keys", slice(0, split)), ("values", slice(split, None))):
+            dim = self.encoder.layout.sides[side].dim
+            if dim:
+                scratch = torch.empty(batch * count, 1, 1, dim, dtype=torch.float32, device=records.device)
+                out[..., channels] = self.encoder.decode(side, pages, None, scratch).view(batch, count, dim)
+        return out
