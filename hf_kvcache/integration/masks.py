@@ -74,10 +74,23 @@ def _mask_with_padding(kwargs: dict[str, Any]) -> torch.Tensor | None:
     known, window = _causal_window(kwargs.get("mask_function"))
     if known:
         padding = Padding(kwargs.get("attention_mask"), int(kwargs["q_offset"]), kwargs["q_length"], window)
+        _refuse_padding(padding)
         _latest.padding = padding
         if isinstance(mask, torch.Tensor):
             attach_padding(mask, padding)
     return mask
+
+
+def _refuse_padding(padding: Padding) -> None:
+    """Raise ValueError if the mask hides padding from a cache that takes none: its model compresses tokens unmasked."""
+    owner = None if _latest.owner is None else _latest.owner()
+    if getattr(owner, "takes_padding", True) or padding.length == 1 or padding.valid is None:
+        return
+    rows = (~padding.valid).any(1).nonzero()[0].tolist()
+    raise ValueError(
+        f"attention_mask hides padding in sequences {rows}: the model compresses its tokens without a mask, so padding "
+        "would become part of compressed entries; accepted: sequences of one length, or one sequence at a time"
+    )
 
 
 def _makes_masks(kwargs: dict[str, Any]) -> bool:

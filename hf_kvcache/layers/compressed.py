@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_kvcache.integration.binding import is_bound
+from hf_kvcache.integration.compressed import CompressedHandle
 from hf_kvcache.integration.masks import expect_mask
-from hf_kvcache.layers.compressed_state import CompressedState
+from hf_kvcache.layers.compressed_reads import CompressedReads
+from hf_kvcache.layers.compressed_state import COMPRESSOR
 from hf_kvcache.layers.options import LayerOptions
 
 
-class WindowLayer(CompressedState, CacheLayerMixin):
+class WindowLayer(CompressedReads, CacheLayerMixin):
     """The cache of a layer of DeepSeek V4: the newest tokens, and what its compressors make of the others.
 
     The model has one KV head whose keys are values too. It calls ``update`` for the window. A layer with a compressor
@@ -78,7 +81,7 @@ class WindowLayer(CompressedState, CacheLayerMixin):
             **kwargs: ignored.
 
         Returns:
-            All rows that attention may see, twice.
+            All rows that attention may see, twice; as handles if the model is bound to this package.
 
         Raises:
             ValueError: if the shape, dtype or device do not fit what is held.
@@ -90,6 +93,7 @@ class WindowLayer(CompressedState, CacheLayerMixin):
                 f"layer {self.index} has seen {self._seen} tokens and its compressors {self.complete_length}: a forward "
                 "pass ended in the middle. Call crop(0) to return to the last complete pass, or reset()"
             )
+        self._drop_unneeded()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif self.device != key_states.device:
@@ -98,24 +102,27 @@ class WindowLayer(CompressedState, CacheLayerMixin):
         self._first_pass = not before
         self._note(rows.shape[1])
         self.version += 1
-        keep = self.rollback.start(self._keep_from)
+        self._visible_from, self._by_handles = self.rollback.start(before), False
         if not before:  # there is nothing else to see, and a gradient is kept
-            self.window.append(rows, keep)
+            self.window.append(rows, self.rollback.start(self._keep_from))
             return key_states, key_states
         seen = self._see_window(rows, before)
-        self.window.buffer.drop_before(keep)
-        self.rollback.kept_from = self.window.start
         return seen, seen
 
     def _see_window(self, rows: torch.Tensor, before: int) -> torch.Tensor:
         """Append ``rows``; returns all rows ``[B, 1, n, D]`` that the new queries may see."""
-        first = self.rollback.start(before)
-        if rows.requires_grad and torch.is_grad_enabled():
-            held = self.window.read(first, before)
+        batch, count, dim = rows.shape
+        with_gradient = rows.requires_grad and torch.is_grad_enabled()
+        if is_bound(self._config) and not with_gradient:
             self.window.append(rows)
-            return torch.cat([held, rows], 1).unsqueeze(1)
+            self._by_handles = self._unread = True
+            sizes = batch, 1, self._seen - self._visible_from, dim
+            return CompressedHandle(self, "window", sizes, rows)
+        held = self.window.read(self._visible_from, before) if with_gradient else None
         self.window.append(rows)
-        return self.window.read(first, self.window.stop).unsqueeze(1)
+        seen = self.window.read(self._visible_from, self._seen) if held is None else torch.cat([held, rows], 1)
+        self._drop_unneeded()
+        return seen.unsqueeze(1)
 
     # -- the compressors ------------------------------------------------------------------------------------------
 
@@ -144,11 +151,15 @@ class WindowLayer(CompressedState, CacheLayerMixin):
     def update_compressor_states(self, name: str, compressed: torch.Tensor) -> torch.Tensor:
         """Add the entries ``compressed [B, n, D]``; returns all entries of the compressor, ``[B, T, D]``."""
         compression = self.compressions[name]
+        with_gradient = compressed.requires_grad and torch.is_grad_enabled()
         earlier = compression.count
         compression.add_entries(compressed)
         if self._first_pass:
             return compressed
-        if compressed.requires_grad and torch.is_grad_enabled():
+        if self._by_handles and name == COMPRESSOR and not with_gradient:
+            batch, _, dim = compressed.shape
+            return CompressedHandle(self, "entries", (batch, compression.count, dim), compressed)
+        if with_gradient:
             return torch.cat([compression.entries.read(0, earlier), compressed], 1)
         return compression.entries.read(0, compression.count)
 
@@ -191,10 +202,6 @@ class WindowLayer(CompressedState, CacheLayerMixin):
         )
 
     prefetch = offload
-
-    def is_unread(self) -> bool:
-        """Whether attention has not read what ``update`` returned: never known, since it returns plain tensors."""
-        return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WindowLayer:
         return self.fork()

@@ -19,7 +19,9 @@ from hf_kvcache.storage.row_buffer import RowBuffer
 
 #: The longest update that can be taken back if the forward pass ends in the middle.
 _TAKEN_BACK = 64
-#: What the reader of a saved state names each counter of a row buffer.
+#: Name of the compressor whose entries attention reads; another one is an indexer's.
+COMPRESSOR = "compressor"
+#: What the counters of a saved state are called that say where the rows of a buffer begin.
 _START = "{}.start"
 
 
@@ -40,7 +42,8 @@ class CompressedState:
 
     def __init__(self, index: int, options: LayerOptions, sliding_window: int, rates: dict[str, int]) -> None:
         super().__init__()
-        assert options.compressed is not None
+        assert options.compressed is not None and options.config is not None
+        self._config = options.config
         self.index, self.options, self.sliding_window, self.rates = index, options, sliding_window, rates
         #: Incremented whenever the handles that earlier updates returned become invalid.
         self.version = 0
@@ -56,12 +59,16 @@ class CompressedState:
         self._keep_from = 0
         #: Whether the pass that runs is the first one. It sees its own rows and entries as the model made them.
         self._first_pass = True
+        #: Whether the pass that runs is given handles, and whether attention has not read them.
+        self._by_handles = self._unread = False
+        #: Position of the first token that the queries of the latest update see in full.
+        self._visible_from = 0
         self.rollback = RollbackWindow(self.index, self.sliding_window)
         self.window = PackedRows(packed.window, packed.rotary)
         self.compressions = {
-            name: Compression(rate, packed.index, 0)
-            if name == "indexer"
-            else Compression(rate, packed.entries, packed.rotary)
+            name: Compression(rate, packed.entries, packed.rotary)
+            if name == COMPRESSOR
+            else Compression(rate, packed.index, 0)
             for name, rate in self.rates.items()
         }
 
@@ -80,10 +87,14 @@ class CompressedState:
 
     def confirm(self) -> None:
         """Drop what is held only for a crop to fewer tokens than ``_keep_from``."""
-        self.window.buffer.drop_before(self.rollback.start(self._keep_from))
-        self.rollback.kept_from = self.window.start
+        self._drop_unneeded()
         for compression in self.compressions.values():
             compression.confirm(self._keep_from)
+
+    def _drop_unneeded(self) -> None:
+        """Drop the rows of the window that neither a later query nor a crop needs."""
+        self.window.buffer.drop_before(self.rollback.start(self._keep_from))
+        self.rollback.kept_from = self.window.start
 
     # -- crop and interrupted passes ------------------------------------------------------------------------------
 
@@ -132,7 +143,7 @@ class CompressedState:
 
     def _return_to(self, length: int) -> None:
         self._seen = self._keep_from = length
-        self.rollback.unconfirmed = 0
+        self.rollback.unconfirmed, self._unread = 0, False
         self.window.buffer.truncate(length)
         for compression in self.compressions.values():
             compression.truncate(length)

@@ -80,3 +80,8 @@ class LayerOptions:
     max_length: int | None = None
     compressed: CompressedOptions | None = None
     config: PreTrainedConfig | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def takes_padding(self) -> bool:
+        """Whether batches may be padded: not where the model compresses tokens, which it does without a mask."""
+        return self.compressed is None
