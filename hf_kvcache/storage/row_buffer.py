@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hf_kvcache.storage.transfers import to_device
+
 
 class RowBuffer:
     """Rows ``[B, n, width]`` of the positions ``start`` to ``stop``.
 
-    Rows are appended behind the last one, and dropped at either end. A full buffer grows by a quarter, so that most
+    Rows are appended behind the last one, and dropped at either end. A full buffer grows by a sixteenth, so that most
     appends copy no earlier row. Rows never move within a buffer: a view of them stays what it is until rows are dropped
     at the end and others take their place.
 
@@ -55,7 +57,7 @@ class RowBuffer:
         self.start, self.stop = start, max(self.stop, start)
         at, count = self._offset + self.stop - start, stop - start
         if self._buffer is None or self._shared or at + fresh.shape[1] > self._buffer.shape[1]:
-            self._move(rows, count + max(count // 4, self._room))
+            self._move(rows, count + max(count // 16, self._room))
             at = self.stop - start
         assert self._buffer is not None
         self._buffer[:, at : at + fresh.shape[1]] = fresh
@@ -73,7 +75,7 @@ class RowBuffer:
         self.start = position
         count = len(self)
         if self._buffer is not None and self._buffer.shape[1] > 2 * count + 2 * self._room:
-            self._move(self._buffer, count + max(count // 4, self._room))
+            self._move(self._buffer, count + max(count // 16, self._room))
 
     def truncate(self, stop: int) -> None:
         """Drop the rows from position ``stop`` on."""
@@ -83,7 +85,7 @@ class RowBuffer:
         """Replace sequence ``i`` by sequence ``rows[i]``, for every ``i``."""
         if self._buffer is not None:
             with torch.inference_mode(False):
-                self._buffer = self._buffer[torch.from_numpy(rows).to(self._buffer.device)]
+                self._buffer = self._buffer[to_device(rows, self._buffer.device)]
             self._shared = False
 
     def fork(self) -> RowBuffer:
