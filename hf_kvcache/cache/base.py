@@ -7,12 +7,11 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_kvcache.cache.compressed_config import compressed_by_name, compresses
 from hf_kvcache.cache.memory import MemoryReport, layer_report
 from hf_kvcache.cache.model_config import (
     check_formats,
     check_static,
-    compressed_by_name,
-    compresses,
     decoder_config,
     shares_keys,
 )

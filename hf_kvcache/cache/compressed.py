@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from hf_kvcache.cache.base import KVCache
-from hf_kvcache.cache.model_config import compressed_options, compresses, decoder_config
+from hf_kvcache.cache.compressed_config import compressed_options, compresses
+from hf_kvcache.cache.model_config import decoder_config
 
 
 class CompressedKVCache(KVCache):
@@ -48,8 +49,8 @@ class CompressedKVCache(KVCache):
         decoder = decoder_config(config)
         if not compresses(decoder):
             raise ValueError(
-                f"config of {decoder.model_type!r}: its layers do not compress tokens; accepted: models of DeepSeek V4. "
-                "QuantizedKVCache(config, bits=4) is for other models"
+                f"config of {decoder.model_type!r}: its layers do not compress tokens; accepted: models of DeepSeek "
+                "V4. QuantizedKVCache(config, bits=4) is for other models"
             )
         if window_bits is None and bits is not None:
             window_bits = 8

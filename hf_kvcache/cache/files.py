@@ -17,8 +17,8 @@ import torch
 
 from hf_kvcache.cache.settings import BASES, bases, describe
 from hf_kvcache.integration.model_identity import check_identity, model_identity
-from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.layers.options import LayerOptions
+from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.utils.safetensors import check_digest, load_file, read_header, write_file
 
 _KIND = "hf_kvcache cache"

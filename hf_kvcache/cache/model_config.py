@@ -9,22 +9,19 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
-from hf_kvcache.codecs import Codec
-from hf_kvcache.codecs import resolve as resolve_codec
+from hf_kvcache.cache.compressed_config import compressed_layer
 from hf_kvcache.codecs.base import side_format
-from hf_kvcache.codecs.best import LATENTS
 from hf_kvcache.eviction import Policy, available, resolve
 from hf_kvcache.eviction.options import EvictionOptions, LayerPlace
 from hf_kvcache.integration.architecture import architecture, recomputing
 from hf_kvcache.integration.rope import reason_against
 from hf_kvcache.integration.versions import RELEASE, layer_types
 from hf_kvcache.layers.base import KVCacheLayer
-from hf_kvcache.layers.compressed import WindowLayer
 from hf_kvcache.layers.cross_attention import CrossAttentionLayer, cross_attention_layers
 from hf_kvcache.layers.evicting import ATTENDS_OUTSIDE, EvictingLayer
 from hf_kvcache.layers.evicting_mla import EvictingLatentLayer, check_policy
 from hf_kvcache.layers.mla import IndexedLatentLayer, LatentLayer
-from hf_kvcache.layers.options import CompressedOptions, LayerOptions
+from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.layers.static import StaticLayer
 from hf_kvcache.utils.validation import whole
@@ -35,11 +32,6 @@ OWN_LAYER_TYPES = ("full_attention", "sliding_attention")
 _WIDTHS, _WHOLE = ("dim", "rank", "channels"), ("hidden_size", "d_model", "n_embd", "embed_dim", "attn_dim")
 #: Layer type whose indexer chooses the tokens to attend to. This package has such a layer for models with latents.
 INDEXED = "indexed_attention"
-#: Layer types of DeepSeek V4 that compress tokens, with the names of their compressors in the model.
-COMPRESSED = {
-    "heavily_compressed_attention": ("compressor",),
-    "compressed_sparse_attention": ("compressor", "indexer"),
-}
 
 
 def check_states(config: PreTrainedConfig, key_states: torch.Tensor) -> None:
@@ -129,7 +121,7 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
     """
     types, layer_arguments = _with_loops(config, *layer_types(config))
     if options.compressed is not None:
-        return [_compressed_layer(index, kind, config, options) for index, kind in enumerate(types)]
+        return [compressed_layer(index, kind, config, options) for index, kind in enumerate(types)]
     own = (*OWN_LAYER_TYPES, INDEXED) if options.latents == "native" else OWN_LAYER_TYPES
     if not set(types) & set(own):
         raise ValueError(
@@ -155,80 +147,6 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
         else:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments))
     return layers
-
-
-def _compressed_layer(index: int, layer_type: str, config: PreTrainedConfig, options: LayerOptions) -> WindowLayer:
-    """A layer of a model that :func:`compresses`."""
-    names = COMPRESSED.get(layer_type, ())
-    if not names and layer_type != "sliding_attention":
-        raise ValueError(
-            f"config of {config.model_type!r} has layers of type {layer_type!r} beside those that compress tokens; "
-            f"accepted: {sorted([*COMPRESSED, 'sliding_attention'])}"
-        )
-    return WindowLayer(
-        index, options, config.sliding_window, {name: config.compress_rates[layer_type] for name in names}
-    )
-
-
-def compresses(config: PreTrainedConfig) -> bool:
-    """Whether the layers of a model compress tokens, in the way of DeepSeek V4."""
-    return (
-        isinstance(getattr(config, "compress_rates", None), dict)
-        and getattr(config, "sliding_window", None) is not None
-    )
-
-
-def compressed_options(
-    config: PreTrainedConfig, bits: int | None, window_bits: int | None, validate: bool = False
-) -> LayerOptions:
-    """The settings of a cache of a model that :func:`compresses`.
-
-    Raises:
-        ValueError: if a width does not exist.
-    """
-    for name, value in (("bits", bits), ("window_bits", window_bits)):
-        if value is not None and value not in LATENTS:
-            raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(str, sorted(LATENTS)))} or None")
-    packed = CompressedOptions(bits, window_bits, config.head_dim, config.qk_rope_head_dim)
-    return LayerOptions(
-        codec=packed.entries or resolve_codec("none"),
-        sink_length=0,
-        tail_length=0,
-        page_size=1,
-        validate=validate,
-        deferred=False,
-        compressed=packed,
-        config=config,
-    )
-
-
-def compressed_by_name(
-    config: PreTrainedConfig, codec: str | Codec, widths: dict[str, int], refused: dict[str, Any]
-) -> LayerOptions:
-    """The settings of a cache of a model that :func:`compresses`, from the arguments of a cache of keys and values.
-
-    Args:
-        config: the config of the model's decoder.
-        codec: the argument ``codec`` of such a cache.
-        widths: the given ones among ``bits``, ``key_bits`` and ``value_bits``.
-        refused: arguments that such a model has no use for, by name; those that are not None are errors.
-
-    Raises:
-        ValueError: naming the argument, its value and the accepted ones.
-    """
-    accepted = "CompressedKVCache(config, bits=None, 8 or 4)"
-    for name, value in refused.items():
-        if value is not None:
-            raise ValueError(
-                f"{name}={value!r} with a {config.model_type!r} model, which compresses its tokens itself; accepted: "
-                f"None, or {accepted}"
-            )
-    bits = set(widths.values()) or {4}
-    if codec not in ("none", "auto") or len(bits) > 1 or (codec == "none" and widths):
-        raise ValueError(
-            f"codec={codec!r} with {widths} for a {config.model_type!r} model, whose keys are values too; accepted: {accepted}"
-        )
-    return compressed_options(config, *((bits.pop(), 8) if codec == "auto" else (None, None)))
 
 
 def _with_loops(

@@ -96,8 +96,8 @@ def _refuse_padding(padding: Padding) -> None:
     shown = mask[:, padding.start : padding.start + padding.length].bool().all(1)
     if not bool(shown.all()):
         raise ValueError(
-            f"attention_mask hides tokens of sequences {(~shown).nonzero().flatten().tolist()}: the model compresses its "
-            "tokens without a mask, so padding would become part of compressed entries; accepted: sequences of one "
+            f"attention_mask hides tokens of sequences {(~shown).nonzero().flatten().tolist()}: the model compresses "
+            "its tokens without a mask, so padding would become part of compressed entries; accepted: sequences of one "
             "length, or one sequence at a time"
         )
 

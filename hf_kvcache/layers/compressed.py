@@ -90,8 +90,8 @@ class WindowLayer(CompressedReads, CacheLayerMixin):
         self._check_update(key_states)
         if self.complete_length != self._seen:
             raise RuntimeError(
-                f"layer {self.index} has seen {self._seen} tokens and its compressors {self.complete_length}: a forward "
-                "pass ended in the middle. Call crop(0) to return to the last complete pass, or reset()"
+                f"layer {self.index} has seen {self._seen} tokens and its compressors {self.complete_length}: a "
+                "forward pass ended in the middle. Call crop(0) to return to the last complete pass, or reset()"
             )
         self._drop_unneeded()
         if not self.is_initialized:
@@ -111,7 +111,7 @@ class WindowLayer(CompressedReads, CacheLayerMixin):
 
     def _see_window(self, rows: torch.Tensor, before: int) -> torch.Tensor:
         """Append ``rows``; returns all rows ``[B, 1, n, D]`` that the new queries may see."""
-        batch, count, dim = rows.shape
+        batch, _, dim = rows.shape
         with_gradient = rows.requires_grad and torch.is_grad_enabled()
         if is_bound(self._config) and not with_gradient:
             self.window.append(rows)

@@ -6,11 +6,12 @@ import torch
 
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.layers.compressed_attention import attend_compressed
-from hf_kvcache.layers.compressed_state import COMPRESSOR, CompressedState
+from hf_kvcache.layers.compressed_saved import CompressedSaved
+from hf_kvcache.layers.compressed_state import COMPRESSOR
 from hf_kvcache.storage.packed_rows import PackedRows
 
 
-class CompressedReads(CompressedState):
+class CompressedReads(CompressedSaved):
     """A layer whose handles are read by the attention function, or as dense tensors by anyone else."""
 
     evicts = False

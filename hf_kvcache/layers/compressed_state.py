@@ -12,7 +12,6 @@ from hf_kvcache.layers.new_tokens import check_finite
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.rollback import MAX_UNCONFIRMED, RollbackWindow
 from hf_kvcache.layers.rows import check_rows
-from hf_kvcache.layers.saved_state import Device
 from hf_kvcache.layers.state import CANNOT_TAKE_BACK
 from hf_kvcache.storage.packed_rows import PackedRows
 from hf_kvcache.storage.row_buffer import RowBuffer
@@ -21,8 +20,6 @@ from hf_kvcache.storage.row_buffer import RowBuffer
 _TAKEN_BACK = 64
 #: Name of the compressor whose entries attention reads; another one is an indexer's.
 COMPRESSOR = "compressor"
-#: What the counters of a saved state are called that say where the rows of a buffer begin.
-_START = "{}.start"
 
 
 class CompressedState:
@@ -203,21 +200,6 @@ class CompressedState:
             rows += compression.full_elements()
         return rows * self.batch_size
 
-    # -- saving ---------------------------------------------------------------------------------------------------
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The content of the layer as tensors by name."""
-        states = {name: buffer.state() for name, buffer in self._buffers().items()}
-        return {name: rows for name, rows in states.items() if rows is not None}
-
-    def progress(self) -> dict[str, Any]:
-        """The counters that are saved beside :meth:`tensors`, by name."""
-        own = {"seen": self._seen, "unconfirmed": self.rollback.unconfirmed, "keep_from": self._keep_from}
-        packed = {name: rows for name, rows in self._packed().items() if rows.dtype is not None}
-        kinds = {f"{name}.width": rows.width for name, rows in packed.items()}
-        kinds |= {f"{name}.dtype": str(rows.dtype) for name, rows in packed.items()}
-        return own | kinds | {_START.format(name): buffer.start for name, buffer in self._buffers().items()}
-
     def blank(self) -> Any:
         """An empty layer with the same settings."""
         other = object.__new__(type(self))
@@ -230,48 +212,8 @@ class CompressedState:
         self.clear()
         self.version += 1
 
-    def restore(
-        self, tensors: dict[str, torch.Tensor], progress: dict[str, Any], device: Device = None, owned: bool = False
-    ) -> None:
-        """Replace the content of the layer by a saved one; the arguments are those of ``SavedState.restore``."""
-        self.reset()
-        for name, rows in self._packed().items():
-            if f"{name}.width" in progress:
-                rows.prepare(progress[f"{name}.width"], getattr(torch, progress[f"{name}.dtype"].split(".")[1]))
-        for name, buffer in self._buffers().items():
-            if name in tensors:
-                rows = tensors[name]
-                buffer.restore(rows if device is None else rows.to(device), progress[_START.format(name)])
-        self._seen, self._keep_from = progress["seen"], progress["keep_from"]
-        self.rollback.unconfirmed, self.rollback.kept_from = progress["unconfirmed"], self.window.start
-        if tensors:
-            assert self.window.dtype is not None
-            self.dtype, self.device = self.window.dtype, tensors["window"].device if device is None else device  # type: ignore[assignment]
-            self.is_initialized = True
-
-    def check(self) -> None:
-        """Raise ValueError unless the counters and the rows of the layer go together."""
-        if not self.is_initialized:
-            return
-        held = {name: (buffer.start, buffer.stop) for name, buffer in self._buffers().items()}
-        right = {"window": (self.window.start, self._seen)}
-        for name, c in self.compressions.items():
-            windows = self._seen // c.rate
-            right |= {f"{name}.entries": (0, windows)}
-            right |= {f"{name}.{raw}": (c.raw_kv.start, self._seen) for raw in ("raw_kv", "raw_gate")}
-            last = windows if c.overlap_kv.batch > 0 else 0
-            right |= {f"{name}.{part}": (c.overlap_kv.start, last) for part in ("overlap_kv", "overlap_gate")}
-        if held != right or len({b.batch for b in self._buffers().values()} - {-1}) > 1:
-            raise ValueError(f"rows {held} of layer {self.index}; accepted after {self._seen} tokens: {right}")
-
     def _packed(self) -> dict[str, PackedRows]:
         return {"window": self.window} | {f"{n}.entries": c.entries for n, c in self.compressions.items()}
-
-    def _move(self, device: torch.device) -> None:
-        """Move a restored layer to the device of the first update."""
-        recording = self.rollback.recording
-        self.restore(self.tensors(), self.progress(), device)
-        self.rollback.recording = recording
 
     def _check_update(self, states: torch.Tensor) -> None:
         """Raise ValueError unless new rows ``[B, 1, T, D]`` go with those that are held."""

@@ -96,13 +96,12 @@ class Compression:
             ``[B, rate, D]`` and its gates; None if there is no window before.
         """
         first, shape = self.count, (kv.shape[0], self.rate, kv.shape[3])
-        prior = None, None
-        if first:
-            prior = tuple(b.rows(first - 1, first).view(shape) for b in (self.overlap_kv, self.overlap_gate))
+        prior_kv = self.overlap_kv.rows(first - 1, first).view(shape) if first else None
+        prior_gate = self.overlap_gate.rows(first - 1, first).view(shape) if first else None
         needed = keep_from // self.rate - 1
         for buffer, new in ((self.overlap_kv, kv), (self.overlap_gate, gate)):
             buffer.append(new.flatten(2), needed)
-        return prior
+        return prior_kv, prior_gate
 
     def add_entries(self, entries: torch.Tensor) -> None:
         """Add the entries ``[B, n, D]`` of the windows that were full."""

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_kvcache import CompressedKVCache, unbind
 from hf_kvcache.integration.versions import CACHE_ARGUMENT
 from hf_kvcache.layers.compressed_reads import CompressedReads
 from hf_kvcache.storage.packed_rows import PackedRows
-from tests.compressed.models import CHOSEN, WINDOW, build, ids, read, steps
+from tests.compressed.models import CHOSEN, VOCABULARY, WINDOW, build, ids, read, steps
 
 
 def generate(model: Any, prompt: torch.Tensor, held: Any, count: int, **others: Any) -> Any:
@@ -57,9 +57,11 @@ def test_prompt_lookup_is_plain_decoding(bits: int | None) -> None:
 
 @pytest.mark.slow
 def test_assisted_decoding_is_plain_decoding() -> None:
-    model, assistant, prompt = build(), build(num_attention_heads=2), ids(1, 20)
+    model, prompt = build(), ids(1, 20)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    assistant = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, eos_token_id=None, pad_token_id=0, **shape)).eval()
     plain = generate(model, prompt, CompressedKVCache(model.config), 40).sequences
-    found = generate(model, prompt, CompressedKVCache(model.config), 40, assistant_model=assistant.float())
+    found = generate(model, prompt, CompressedKVCache(model.config), 40, assistant_model=assistant)
     assert torch.equal(found.sequences, plain)
 
 

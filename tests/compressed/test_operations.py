@@ -1,4 +1,4 @@
-"""Every part of the state follows what is done to the cache: compared with a cache that read the tokens from scratch."""
+"""Every part of the state follows what is done to the cache: compared with a cache that read the tokens anew."""
 
 from __future__ import annotations
 
