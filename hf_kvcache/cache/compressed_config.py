@@ -1,4 +1,4 @@
-"""Reading the config of a model that compresses its tokens (DeepSeek V4): its layers, and how they hold what they hold."""
+"""The config of a model that compresses its tokens (DeepSeek V4): its layers, and how these hold their rows."""
 
 from __future__ import annotations
 
