@@ -19,7 +19,7 @@ class CompressedReads(CompressedSaved):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Attention ``[B, S, Hq, D]`` of the latest update's queries over the window and the entries they may see."""
-        output = attend_compressed(call, self.window.read(self._visible_from, self._seen), self._entries)
+        output = attend_compressed(call, self.window, (self._visible_from, self._seen), self._entries)
         self.note_attended(call)
         return output
 

@@ -7,6 +7,9 @@ import torch
 
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.kernels.hadamard import rotate
+from hf_kvcache.kernels.pack import decode_side
+from hf_kvcache.kernels.reference import levels
 from hf_kvcache.storage.row_buffer import RowBuffer
 
 
@@ -61,15 +64,35 @@ class PackedRows:
         if self._codec is not None:
             self.encoder = PageEncoder(self._codec, width - self._rotary, self._rotary, 1, dtype)
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """The rows of the positions from ``start`` to ``stop``, ``[B, stop - start, D]`` in their own dtype."""
-        return self._decode(self.buffer.rows(start, stop))
+    def read(self, start: int, stop: int, packed_basis: bool = False) -> torch.Tensor:
+        """The rows of the positions from ``start`` to ``stop``, ``[B, stop - start, D]`` in their own dtype.
 
-    def gather(self, positions: torch.Tensor) -> torch.Tensor:
-        """Some of the rows: those at ``positions`` (int64 ``[B, k]``, all held), ``[B, k, D]``."""
+        Args:
+            start: the first position.
+            stop: the position behind the last.
+            packed_basis: whether rows stay in the basis in which they are packed; see :meth:`to_packed_basis`.
+        """
+        return self._decode(self.buffer.rows(start, stop), packed_basis)
+
+    def gather(self, positions: torch.Tensor, packed_basis: bool = False) -> torch.Tensor:
+        """Some of the rows: those at ``positions`` (int64 ``[B, k]``, all held), ``[B, k, D]``; see :meth:`read`."""
         held = self.buffer.rows(self.start, self.stop)
         index = (positions - self.start).unsqueeze(2).expand(-1, -1, held.shape[2])
-        return self._decode(held.gather(1, index))
+        return self._decode(held.gather(1, index), packed_basis)
+
+    @property
+    def rotated(self) -> bool:
+        """Whether rows are packed in another basis than the model's."""
+        return self.encoder is not None and self.encoder.layout.sides["keys"].rotation != "none"
+
+    def to_packed_basis(self, x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+        """``x [..., D]`` in the basis in which rows are packed, or back from it. Dot products stay what they are."""
+        if not self.rotated:
+            return x
+        assert self.encoder is not None
+        split = self.width - self._rotary
+        first = rotate(x[..., :split].contiguous(), self.encoder.layout.sides["keys"], inverse)
+        return torch.cat([first, x[..., split:]], -1)
 
     def fork(self) -> PackedRows:
         """An independent copy."""
@@ -103,7 +126,7 @@ class PackedRows:
         records = self.encoder.encode(pages[..., :split].contiguous(), pages[..., split:].contiguous(), None)
         return records.view(batch, count, -1)
 
-    def _decode(self, records: torch.Tensor) -> torch.Tensor:
+    def _decode(self, records: torch.Tensor, packed_basis: bool) -> torch.Tensor:
         if self.encoder is None:
             return records
         assert self.dtype is not None
@@ -112,11 +135,12 @@ class PackedRows:
         if not batch * count or records.is_meta:
             return out
         # A row is a page of one token: batch * count pages of one sequence each.
-        pages = records.reshape(batch * count, 1, -1)
+        pages, layout = records.reshape(batch * count, 1, -1), self.encoder.layout
+        # The C++ kernel works page by page. For pages this small torch, which takes all of them at once, is faster.
+        decode = levels.decode_side if records.device.type == "cpu" else decode_side
         split = self.width - self._rotary
         for side, channels in (("keys", slice(0, split)), ("values", slice(split, None))):
-            dim = self.encoder.layout.sides[side].dim
-            if dim:
+            if dim := layout.sides[side].dim:
                 scratch = torch.empty(batch * count, 1, 1, dim, dtype=torch.float32, device=records.device)
-                out[..., channels] = self.encoder.decode(side, pages, None, scratch).view(batch, count, dim)
-        return out
+                out[..., channels] = decode(layout, side, pages, scratch).view(batch, count, dim)
+        return out if packed_basis else self.to_packed_basis(out, inverse=True)

@@ -35,9 +35,13 @@ def test_steps_read_the_window_and_the_chosen_entries(monkeypatch: pytest.Monkey
     model, held = build(), CompressedKVCache(build().config)
     read(model, ids(2, 60), held)
     rows: list[int] = []
-    gather, whole = PackedRows.gather, PackedRows.read
-    monkeypatch.setattr(PackedRows, "gather", lambda self, at: (rows.append(at.shape[1]), gather(self, at))[1])
-    monkeypatch.setattr(PackedRows, "read", lambda self, a, b: (rows.append(b - a), whole(self, a, b))[1])
+    decode = PackedRows._decode
+
+    def counted(self: PackedRows, records: torch.Tensor, packed_basis: bool) -> torch.Tensor:
+        rows.append(records.shape[1])
+        return decode(self, records, packed_basis)
+
+    monkeypatch.setattr(PackedRows, "_decode", counted)
     monkeypatch.setattr(CompressedReads, "dense_side", None)
     read(model, ids(2, 1, 1), held)
     # The window of each layer; all 20 entries of the indexer, and the chosen ones; all 7 entries of the other layer.
