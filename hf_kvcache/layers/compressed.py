@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_kvcache.integration.binding import is_bound
+from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.integration.compressed import CompressedHandle
 from hf_kvcache.integration.masks import expect_mask
 from hf_kvcache.layers.compressed_reads import CompressedReads
@@ -126,6 +127,7 @@ class WindowLayer(CompressedReads, CacheLayerMixin):
 
     # -- the compressors ------------------------------------------------------------------------------------------
 
+    @outside_graphs
     def store_compression_weights(
         self, name: str, kv: torch.Tensor, gate: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -137,6 +139,7 @@ class WindowLayer(CompressedReads, CacheLayerMixin):
         """
         return self.compressions[name].take(kv, gate, self._keep_from)
 
+    @outside_graphs
     def update_overlap_state(
         self, name: str, chunk_kv: torch.Tensor, chunk_gate: torch.Tensor, head_dim: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -148,6 +151,7 @@ class WindowLayer(CompressedReads, CacheLayerMixin):
         kv, gate = chunk_kv[..., :head_dim], chunk_gate[..., :head_dim]
         return self.compressions[name].overlap(kv, gate, self._keep_from)
 
+    @outside_graphs
     def update_compressor_states(self, name: str, compressed: torch.Tensor) -> torch.Tensor:
         """Add the entries ``compressed [B, n, D]``; returns all entries of the compressor, ``[B, T, D]``."""
         compression = self.compressions[name]

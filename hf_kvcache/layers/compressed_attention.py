@@ -45,6 +45,7 @@ class PartialAttention:
         if not rows.shape[-2]:
             return
         own, query = rows.dim() == 4, self._in_basis_of(source)
+        rows = rows.to(query.dtype)  # under autocast a compressor may return another dtype than the queries have
         # With rows of their own, the heads of a query are the rows of one product; else the queries of all heads are.
         query = query.transpose(1, 2) if own else query.reshape(batch, heads * count, dim)
         scores = torch.matmul(query, rows.transpose(-1, -2)).float() * self._scoring.scaling

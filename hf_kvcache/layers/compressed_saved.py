@@ -8,6 +8,7 @@ import torch
 
 from hf_kvcache.layers.compressed_state import CompressedState
 from hf_kvcache.layers.saved_state import Device
+from hf_kvcache.storage import IntegrityError
 
 #: What the counters of a saved state are called that say where the rows of a buffer begin.
 _START = "{}.start"
@@ -50,21 +51,20 @@ class CompressedSaved(CompressedState):
             self.is_initialized = True
 
     def check(self) -> None:
-        """Raise ValueError unless the counters and the rows of the layer go together."""
+        """Raise IntegrityError unless the counters and the rows of the layer go together."""
         if not self.is_initialized:
             return
         rows = {name: (buffer.start, buffer.stop) for name, buffer in self._buffers().items()}
         if rows != (right := self._right_rows()) or len({b.batch for b in self._buffers().values()} - {-1}) > 1:
-            raise ValueError(f"rows {rows} of layer {self.index}; accepted after {self._seen} tokens: {right}")
+            raise IntegrityError(f"rows {rows} of layer {self.index}; accepted after {self._seen} tokens: {right}")
         for name, packed in self._packed().items():
             width = packed.width if packed.encoder is None else packed.encoder.layout.record_bytes
             if packed.buffer.width != width or packed.start < 0:
-                raise ValueError(f"{name} has rows of {packed.buffer.width}; accepted: {width}, from position 0 on")
-        counters = 0 <= self._keep_from <= self._seen and 0 <= self.rollback.unconfirmed <= self._seen
-        if not (counters and self._can_return(self._keep_from)) or self.window.start > self.rollback.start(
-            self._keep_from
-        ):
-            raise ValueError(f"keep_from={self._keep_from!r} does not go with {rows}; accepted: from 0 to {self._seen}")
+                raise IntegrityError(f"{name} has rows of {packed.buffer.width}; accepted: {width}, from position 0 on")
+        keep_from = self._keep_from
+        counters = 0 <= keep_from <= self._seen and 0 <= self.rollback.unconfirmed <= self._seen
+        if not (counters and self._can_return(keep_from) and self.window.start <= self.rollback.start(keep_from)):
+            raise IntegrityError(f"keep_from={keep_from!r} does not go with {rows}; accepted: from 0 to {self._seen}")
 
     def _right_rows(self) -> dict[str, tuple[int, int]]:
         """Start and stop of each row buffer, as far as they follow from the tokens seen."""

@@ -11,6 +11,7 @@ from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.pack import decode_side
 from hf_kvcache.kernels.reference import levels
 from hf_kvcache.storage.row_buffer import RowBuffer
+from hf_kvcache.utils.autocast import without_autocast
 
 
 class PackedRows:
@@ -91,7 +92,8 @@ class PackedRows:
             return x
         assert self.encoder is not None
         split = self.width - self._rotary
-        first = rotate(x[..., :split].contiguous(), self.encoder.layout.sides["keys"], inverse)
+        with without_autocast(x.device):
+            first = rotate(x[..., :split].contiguous(), self.encoder.layout.sides["keys"], inverse)
         return torch.cat([first, x[..., split:]], -1)
 
     def fork(self) -> PackedRows:
@@ -123,7 +125,8 @@ class PackedRows:
             return torch.empty(batch, count, self.encoder.layout.record_bytes, dtype=torch.uint8, device=rows.device)
         split = self.width - self._rotary
         pages = rows.reshape(batch * count, 1, self.width)
-        records = self.encoder.encode(pages[..., :split].contiguous(), pages[..., split:].contiguous(), None)
+        with without_autocast(rows.device):
+            records = self.encoder.encode(pages[..., :split].contiguous(), pages[..., split:].contiguous(), None)
         return records.view(batch, count, -1)
 
     def _decode(self, records: torch.Tensor, packed_basis: bool) -> torch.Tensor:
