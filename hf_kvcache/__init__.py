@@ -9,13 +9,14 @@ Build a cache from the model's config and pass it to ``generate``::
     print(cache.memory())
 
 ``QuantizedKVCache`` stores keys and values in few bits. ``HeavyHitterCache`` and ``SlidingWindowCache`` keep only some
-of the tokens. ``LatentKVCache`` holds a model's own latents, or low-rank coefficients of keys and values. ``KVCache``
-is the base class of all, with every option.
+of the tokens. ``LatentKVCache`` holds a model's own latents, or low-rank coefficients of keys and values.
+``CompressedKVCache`` is for DeepSeek V4. ``KVCache`` is the base class of all, with every option.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from hf_kvcache.cache.base import KVCache
+from hf_kvcache.cache.compressed import CompressedKVCache
 from hf_kvcache.cache.evicting import HeavyHitterCache, SlidingWindowCache
 from hf_kvcache.cache.latent import LatentKVCache
 from hf_kvcache.cache.memory import MemoryReport
@@ -31,6 +32,7 @@ except PackageNotFoundError:  # a checkout on the path, not installed
     __version__ = "0+unknown"
 __all__ = [
     "Codec",
+    "CompressedKVCache",
     "HeavyHitterCache",
     "IntegrityError",
     "KVCache",

@@ -7,9 +7,11 @@ The classes of caches:
 - ``quantized``: ``QuantizedKVCache``, which stores keys and values in few bits.
 - ``evicting``: ``HeavyHitterCache`` and ``SlidingWindowCache``, which keep some of the tokens.
 - ``latent``: ``LatentKVCache``, for latents and low-rank coefficients.
+- ``compressed``: ``CompressedKVCache``, for DeepSeek V4, which compresses its tokens.
 
 What these classes use:
 
+- ``compressed_config``: which layers such a model has.
 - ``model_config``: which layers a model's config asks for, and which models are refused.
 - ``forward_pass``: how far a forward pass has come, and how an interrupted one is undone.
 - ``model_checks``: errors and warnings for a model that does not read the cache, or drops it.

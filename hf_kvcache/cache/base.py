@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_kvcache.cache.compressed_config import compressed_by_name, compresses
 from hf_kvcache.cache.memory import MemoryReport, layer_report
 from hf_kvcache.cache.model_config import (
     check_formats,
@@ -97,6 +98,10 @@ class KVCache(SavableCache):
             ("page_size", page_size, 8),
         ):
             whole(name, value, least)
+        if compresses(decoder):
+            refused = {"eviction": eviction, "latents": latents, "max_length": max_length}
+            self._begin(compressed_by_name(decoder, codec, widths, refused), bind)
+            return
         if page_size % 8:
             raise ValueError(f"page_size={page_size!r}; accepted: multiples of 8")
         if ranks:

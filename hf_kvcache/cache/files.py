@@ -17,8 +17,8 @@ import torch
 
 from hf_kvcache.cache.settings import BASES, bases, describe
 from hf_kvcache.integration.model_identity import check_identity, model_identity
-from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.options import LayerOptions
+from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.utils.safetensors import check_digest, load_file, read_header, write_file
 
 _KIND = "hf_kvcache cache"
@@ -77,15 +77,16 @@ def about(
         settings, why = describe(options), None
     except ValueError as error:
         settings, why = None, str(error)
-    storages = [layer.storage for layer in layers if isinstance(layer, KVCacheLayer) and layer.storage is not None]
+    own = [layer for layer in layers if isinstance(layer, OwnLayer)]
+    dtypes = [layer.dtype for layer in own if layer.is_initialized and hasattr(layer, "dtype")]
     tokens = None if input_ids is None or private else input_ids.tolist()
     return {
         "class": kind,
         "model": fingerprint(options.config),
-        "dtype": str(storages[0].dtype) if storages else None,
+        "dtype": str(dtypes[0]) if dtypes else None,
         "codec": repr(options.codec),
         "policy": None if options.eviction is None else repr(options.eviction.policy),
-        "seen": next((layer.get_seq_length() for layer in layers if isinstance(layer, KVCacheLayer)), 0),
+        "seen": next((layer.get_seq_length() for layer in own), 0),
         "tokens": tokens,
         "tokens_digest": None if input_ids is None else token_digest(input_ids),
         "settings": settings,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hf_kvcache.layers.base import KVCacheLayer
+from hf_kvcache.layers.compressed import WindowLayer
 from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.layers.static import StaticLayer
 from hf_kvcache.layers.static_reads import bytes_of
@@ -27,7 +28,8 @@ class MemoryReport:
     Attributes:
         parts: bytes by part. ``codes`` are the packed elements and ``scales`` their scales and zero points. ``sinks``
             and ``tail`` are full-precision tokens. ``tables`` are page tables. ``other`` are the states of
-            transformers' own layers, and the queries and sums that evicting layers record. ``slack`` is allocated and
+            transformers' own layers, the queries and sums that evicting layers record, and the rows that a model has
+            not compressed yet. ``slack`` is allocated and
             not used: free pages, empty slots, alignment.
         full_bf16: bytes that a bfloat16 DynamicCache would hold for the same tokens.
         full_same_dtype: bytes that a DynamicCache in the model's dtype would hold for the same tokens.
@@ -107,6 +109,8 @@ def layer_report(layer: Any) -> MemoryReport:
     """The bytes that one layer of a cache holds."""
     if isinstance(layer, StaticLayer):
         return _static_report(layer)
+    if isinstance(layer, WindowLayer):
+        return _compressed_report(layer)
     if isinstance(layer, KVCacheLayer):
         return _own_report(layer)
     report = MemoryReport()
@@ -141,6 +145,17 @@ def _static_report(layer: StaticLayer) -> MemoryReport:
     report.packed_elements = int(storage.pages_held.sum()) * storage.heads * storage.page_size * widths
     report.packed_bits = 8 * (report.parts["codes"] + report.parts["scales"])
     _note_full(report, layer, storage.batch * storage.heads * widths, layer.dtype)
+    return report
+
+
+def _compressed_report(layer: WindowLayer) -> MemoryReport:
+    report = MemoryReport()
+    if layer.is_initialized:
+        report.parts.update(layer.bytes_by_part())
+        report.packed_elements = layer.packed_elements()
+        report.packed_bits = 8 * (report.parts["codes"] + report.parts["scales"]) if report.packed_elements else 0
+        report.full_bf16 = 2 * layer.full_elements()
+        report.full_same_dtype = layer.dtype.itemsize * layer.full_elements()
     return report
 
 

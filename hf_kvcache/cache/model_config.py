@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
+from hf_kvcache.cache.compressed_config import compressed_layer
 from hf_kvcache.codecs.base import side_format
 from hf_kvcache.eviction import Policy, available, resolve
 from hf_kvcache.eviction.options import EvictionOptions, LayerPlace
@@ -19,6 +20,7 @@ from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.cross_attention import CrossAttentionLayer, cross_attention_layers
 from hf_kvcache.layers.evicting import ATTENDS_OUTSIDE, EvictingLayer
 from hf_kvcache.layers.evicting_mla import EvictingLatentLayer, check_policy
+from hf_kvcache.layers.indexed import IndexedLayer
 from hf_kvcache.layers.mla import IndexedLatentLayer, LatentLayer
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.own import OwnLayer
@@ -31,6 +33,8 @@ OWN_LAYER_TYPES = ("full_attention", "sliding_attention")
 _WIDTHS, _WHOLE = ("dim", "rank", "channels"), ("hidden_size", "d_model", "n_embd", "embed_dim", "attn_dim")
 #: Layer type whose indexer chooses the tokens to attend to. This package has such a layer for models with latents.
 INDEXED = "indexed_attention"
+#: Layer types of keys and values with the keys of an indexer beside them, which a modeling file registers.
+KEYED = ("minimax_m3_sparse",)
 
 
 def check_states(config: PreTrainedConfig, key_states: torch.Tensor) -> None:
@@ -119,7 +123,9 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
         ValueError: if the model has no layer for this package, or none that can evict although ``options`` ask for it.
     """
     types, layer_arguments = _with_loops(config, *layer_types(config))
-    own = (*OWN_LAYER_TYPES, INDEXED) if options.latents == "native" else OWN_LAYER_TYPES
+    if options.compressed is not None:
+        return [compressed_layer(index, kind, config, options) for index, kind in enumerate(types)]
+    own = (*OWN_LAYER_TYPES, INDEXED) if options.latents == "native" else (*OWN_LAYER_TYPES, *KEYED)
     if not set(types) & set(own):
         raise ValueError(
             f"config of {config.model_type!r} has layers of type {sorted(set(types))}; accepted: at least one of "
@@ -175,6 +181,8 @@ def places_in_pass(config: PreTrainedConfig, layers: int) -> list[int]:
 
 
 def _own_layer(index: int, layer_type: str, options: LayerOptions, sliding_window: int | None) -> OwnLayer:
+    if layer_type in KEYED:
+        return IndexedLayer(index, options)
     if options.max_length is not None:
         return StaticLayer(index, options, sliding_window)
     if options.latents == "native":
@@ -279,6 +287,8 @@ def check_formats(config: PreTrainedConfig, options: LayerOptions) -> None:
 
 def _widths(config: PreTrainedConfig, options: LayerOptions) -> set[tuple[int | None, int | None]]:
     """The widths of keys and of values in pages, for all layers; None for a width that the config does not have."""
+    if (packed := options.compressed) is not None:
+        return {(packed.width - packed.rotary, packed.rotary)}
     if isinstance(options.latents, dict):
         return {(layer.keys.rank, layer.values.rank) for layer in options.latents.values()}
     widths: set[tuple[int | None, int | None]] = set()

@@ -14,12 +14,15 @@ from hf_kvcache.cache import other_layers
 from hf_kvcache.cache.model_config import check_states, layer_configs, make_layers
 from hf_kvcache.codecs import Codec
 from hf_kvcache.layers.base import KVCacheLayer
+from hf_kvcache.layers.compressed import WindowLayer
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.lowrank.projection import LayerProjection
 
 #: Version of the format, incremented when the meaning of the tensors changes.
 _FORMAT = 4
 _META = "meta"
+#: The layers of this package that can be saved.
+_OWN = (KVCacheLayer, WindowLayer)
 #: Attributes of a config that decide the shapes in a cache.
 _SHAPE = (
     "num_hidden_layers",
@@ -30,6 +33,8 @@ _SHAPE = (
     "kv_lora_rank",
     "qk_rope_head_dim",
     "sliding_window",
+    "compress_rates",
+    "index_head_dim",
 )
 
 
@@ -88,7 +93,7 @@ def import_state(
     for index, (layer, values) in enumerate(zip(layers, meta["layers"], strict=True)):
         prefix = f"layers.{index}."
         tensors = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
-        empty = layer.blank() if isinstance(layer, KVCacheLayer) else fresh[index]
+        empty = layer.blank() if isinstance(layer, _OWN) else fresh[index]
         restored.append(_import_layer(options, index, empty, tensors, values, device, owned))
     _check_lengths(restored, in_every_pass)
     return restored
@@ -100,7 +105,7 @@ def _config(options: LayerOptions) -> PreTrainedConfig:
 
 
 def _export_layer(index: int, layer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    if isinstance(layer, KVCacheLayer):
+    if isinstance(layer, _OWN):
         return layer.tensors(), layer.progress()
     return other_layers.tensors(index, layer), other_layers.plain_values(layer)
 
@@ -121,10 +126,10 @@ def _import_layer(
             "accepted: a state of a cache of the same class and model"
         )
     try:
-        if not isinstance(layer, KVCacheLayer):
+        if not isinstance(layer, _OWN):
             other_layers.restore(layer, tensors, values, device, owned)
             return layer
-        if tensors:
+        if tensors and isinstance(layer, KVCacheLayer):
             check_states(_config(options), tensors["dense.keys"])
             layer.check_tensors(tensors, values)
         layer.restore(tensors, values, device, owned)
@@ -137,7 +142,7 @@ def _import_layer(
 
 def _check_lengths(layers: list[Any], in_every_pass: Set[int]) -> None:
     """Raise ValueError if layers hold different numbers of sequences or tokens."""
-    own = [layer for layer in layers if isinstance(layer, KVCacheLayer) and layer.is_initialized]
+    own = [layer for layer in layers if isinstance(layer, _OWN) and layer.is_initialized]
     for what, numbers in (
         ("sequences", {layer.batch_size for layer in own}),
         ("tokens", {layer.get_seq_length() for layer in own if layer.index in in_every_pass}),
@@ -184,8 +189,14 @@ def describe_settings(options: LayerOptions) -> dict[str, Any]:
         "tail_length": options.tail_length,
         "page_size": options.page_size,
         "eviction": None if options.eviction is None else options.eviction.describe(),
+        "compressed": _describe_compressed(options),
         "latents": _digest(options.latents) if isinstance(options.latents, dict) else options.latents,
     }
+
+
+def _describe_compressed(options: LayerOptions) -> list[Any] | None:
+    packed = options.compressed
+    return None if packed is None else [packed.bits, packed.window_bits, packed.width, packed.rotary]
 
 
 def _of_layers(config: PreTrainedConfig, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from hf_kvcache.eviction import resolve as resolve_policy
 from hf_kvcache.eviction.budget import Budget, Pins
 from hf_kvcache.eviction.options import EvictionOptions
 from hf_kvcache.eviction.wrapper import Wrapper
-from hf_kvcache.layers.options import LayerOptions
+from hf_kvcache.layers.options import CompressedOptions, LayerOptions
 from hf_kvcache.lowrank.projection import LayerProjection, SideProjection
 
 _SIZES = ("sink_length", "tail_length", "page_size", "validate", "deferred")
@@ -37,6 +38,8 @@ def describe(options: LayerOptions) -> dict[str, Any]:
     eviction, latents = options.eviction, options.latents
     found: dict[str, Any] = {name: getattr(options, name) for name in _SIZES}
     found["codec"] = _codec(options.codec)
+    if options.compressed is not None:
+        found["compressed"] = asdict(options.compressed)
     if eviction is not None:
         found["eviction"] = {name: getattr(eviction, name) for name in _EVICTION} | {
             "policy": _policy(eviction.policy),
@@ -76,9 +79,10 @@ def rebuild(described: dict[str, Any], tensors: dict[str, torch.Tensor], config:
     latents = described.get("latents")
     if "bases" in described:
         latents = {int(index): _layer(index, about, tensors) for index, about in described["bases"].items()}
-    eviction = described.get("eviction")
+    eviction, packed = described.get("eviction"), described.get("compressed")
     return LayerOptions(
         codec=_rebuild_codec(described["codec"]),
+        compressed=None if packed is None else CompressedOptions(**packed),
         eviction=None if eviction is None else _rebuild_eviction(eviction),
         latents=latents,
         config=config,

@@ -216,10 +216,18 @@ def _sink_logits(module: torch.nn.Module, kwargs: dict[str, Any]) -> torch.Tenso
     return module._parameters.get("sinks") if logits is None else logits
 
 
+def _reads_masks(module: torch.nn.Module) -> bool:
+    """Whether a model that chooses blocks gives attention a mask of them, as it does for eager attention and sdpa."""
+    config: Any = getattr(module, "config", None)
+    return config is not None and previous_implementation(config) in ("eager", "sdpa")
+
+
 def _check_supported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise ValueError(f"dropout={dropout!r} with a KVCache; accepted: 0.0. Call model.eval().")
     for name in ("position_bias", "block_indices", "indices"):
+        if name == "block_indices" and _reads_masks(module):
+            continue  # the model has made a mask of them
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{type(module).__name__} passes {name!r} to attention, which a KVCache does not support; accepted: "

@@ -80,7 +80,7 @@ class KVHandle(torch.Tensor):
     _source: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, layer: CachedStates, side: str, sizes: tuple[int, int, int, int], like: torch.Tensor) -> KVHandle:
+    def __new__(cls, layer: CachedStates, side: str, sizes: tuple[int, ...], like: torch.Tensor) -> KVHandle:
         """A handle on one side of a layer.
 
         Args:

@@ -21,11 +21,14 @@ class _Latest(threading.local):
 
     Attributes:
         owner: the options of the cache that was asked for the mask's sizes.
+        asked: whether the cache was asked since the mask before: the next mask is for it, and not for a cache that is
+            not of this package.
         padding: the padding that the mask hides; None if the mask says more than padding, causality and a window, or
             was not made yet.
     """
 
     owner: ref[Any] | None = None
+    asked: bool = False
     padding: Padding | None = None
 
 
@@ -34,7 +37,7 @@ _latest = _Latest()
 
 def expect_mask(owner: Any) -> None:
     """Take note that a mask is about to be made for the cache with the options ``owner``."""
-    _latest.owner, _latest.padding = ref(owner), None
+    _latest.owner, _latest.asked, _latest.padding = ref(owner), True, None
 
 
 def mask_is_expected(owner: Any) -> bool:
@@ -74,10 +77,29 @@ def _mask_with_padding(kwargs: dict[str, Any]) -> torch.Tensor | None:
     known, window = _causal_window(kwargs.get("mask_function"))
     if known:
         padding = Padding(kwargs.get("attention_mask"), int(kwargs["q_offset"]), kwargs["q_length"], window)
+        _refuse_padding(padding)
         _latest.padding = padding
         if isinstance(mask, torch.Tensor):
             attach_padding(mask, padding)
     return mask
+
+
+def _refuse_padding(padding: Padding) -> None:
+    """Raise ValueError if a mask hides new tokens from a cache that takes none: its model compresses tokens unmasked.
+
+    A single token is not asked for, because the answer would make a GPU wait at every step.
+    """
+    owner = _latest.owner() if _latest.asked and _latest.owner is not None else None
+    mask, _latest.asked = padding.attention_mask, False
+    if mask is None or getattr(owner, "takes_padding", True) or padding.length == 1:
+        return
+    shown = mask[:, padding.start : padding.start + padding.length].bool().all(1)
+    if not bool(shown.all()):
+        raise ValueError(
+            f"attention_mask hides tokens of sequences {(~shown).nonzero().flatten().tolist()}: the model compresses "
+            "its tokens without a mask, so padding would become part of compressed entries; accepted: sequences of one "
+            "length, or one sequence at a time"
+        )
 
 
 def _makes_masks(kwargs: dict[str, Any]) -> bool:

@@ -14,7 +14,12 @@ Layers that evict tokens add ``evicting_attention`` (attention that an eviction 
 tokens are dropped, and how drafts are undone).
 
 The other kinds of layers are ``mla`` (latents that the model caches itself), ``evicting_mla`` (the same with eviction),
-``low_rank`` (coefficients in a calibrated basis) and ``cross_attention`` (states of an image).
+``low_rank`` (coefficients in a calibrated basis), ``indexed`` (keys and values, and the keys of an indexer) and
+``cross_attention`` (states of an image).
+
+Layers of DeepSeek V4 hold rows in place of pages, and are built from ``compression`` (what one compressor leaves),
+``compressed_state`` (window and compressors), ``compressed_saved``, ``compressed_reads`` (with
+``compressed_attention``) and ``compressed`` (the methods that the model calls).
 
 Layers with a fixed maximum length are built from other parts, on tensors whose addresses never change:
 ``static_tensors`` (the state), ``static_contents`` (reading it), ``static_storage`` (storing tokens), ``static_steps``

@@ -11,6 +11,7 @@ from hf_kvcache.kernels.padding import NO_PADDING, padding_places
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.cross_attention import CrossAttentionLayer
 from hf_kvcache.layers.evicting_attention import EvictingAttention
+from hf_kvcache.layers.indexed import IndexedLayer
 from hf_kvcache.layers.mla import IndexedLatentLayer
 from hf_kvcache.layers.rollback import RollbackWindow
 from hf_kvcache.lowrank.pre_rope_storage import PreRopeStorage
@@ -23,7 +24,7 @@ def can_join(layer: Any) -> bool:
     What a sliding window shows depends on the padding between tokens, and what was evicted or summed up has states of
     other kinds.
     """
-    others = CrossAttentionLayer, EvictingAttention, IndexedLatentLayer
+    others = CrossAttentionLayer, EvictingAttention, IndexedLatentLayer, IndexedLayer
     return isinstance(layer, KVCacheLayer) and layer.sliding_window is None and not isinstance(layer, others)
 
 

@@ -22,6 +22,7 @@ from hf_kvcache.integration.attention import attention_function
 from hf_kvcache.integration.binding import IMPLEMENTATION
 from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.layers.base import KVCacheLayer
+from hf_kvcache.layers.compressed import WindowLayer
 
 #: Sequences and tokens of the two passes. Both grow, by different numbers.
 _PASSES = ((2, 11), (3, 13))
@@ -135,6 +136,8 @@ class ModelOnMeta:
         for layer, of_layer, other in zip(repeated.layers, calls, run.layers, strict=True):
             if isinstance(layer, KVCacheLayer):
                 continue
+            if isinstance(layer, WindowLayer):
+                return False  # what its compressors are given depends on what it returned before
             for call in of_layer:
                 call.repeat(layer, *_CHECK)
             if tensor_bytes(vars(layer)) != tensor_bytes(vars(other)):

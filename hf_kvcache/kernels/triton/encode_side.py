@@ -376,5 +376,5 @@ def store_padding(record, side: tl.constexpr):
     """Store zeros behind the fields that do not end where the next one begins: records are the same every time."""
     byte = tl.arange(0, 16)
     for i in tl.static_range(len(side.paddings)):
-        end: tl.constexpr = side.paddings[i]
-        tl.store(record + end + byte, tl.zeros([16], tl.uint8), mask=byte < 16 - end % 16)
+        # Without a name: there may be several paddings, and a constant cannot be assigned to twice.
+        tl.store(record + side.paddings[i] + byte, tl.zeros([16], tl.uint8), mask=byte < 16 - side.paddings[i] % 16)
