@@ -20,6 +20,7 @@ from hf_kvcache.cache.evicting import HeavyHitterCache, SlidingWindowCache
 from hf_kvcache.cache.latent import LatentKVCache
 from hf_kvcache.cache.memory import MemoryReport
 from hf_kvcache.cache.quantized import QuantizedKVCache
+from hf_kvcache.cache.sparse import SparseReadCache
 from hf_kvcache.codecs import Codec
 from hf_kvcache.integration.attention import register
 from hf_kvcache.integration.binding import bind, unbind
@@ -38,6 +39,7 @@ __all__ = [
     "MemoryReport",
     "QuantizedKVCache",
     "SlidingWindowCache",
+    "SparseReadCache",
     "bind",
     "unbind",
 ]

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.eviction.options import EvictionOptions
 from hf_kvcache.lowrank.projection import LayerProjection
+from hf_kvcache.sparse.reader import SparseOptions
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class LayerOptions:
         eviction: the settings of eviction in full-attention layers; None if these keep every token.
         latents: ``"native"`` if the model caches latents itself, or the low-rank bases of each layer by its number;
             None if pages hold keys and values.
+        sparse: how decode steps of full-attention layers read; None if they read everything.
         max_length: number of tokens that a sequence can have, if all memory is allocated at once; None if it grows.
         config: the model's config. Errors name caches that work with it.
     """
@@ -39,5 +41,6 @@ class LayerOptions:
     deferred: bool
     eviction: EvictionOptions | None = None
     latents: Literal["native"] | dict[int, LayerProjection] | None = None
+    sparse: SparseOptions | None = None
     max_length: int | None = None
     config: PreTrainedConfig | None = field(default=None, repr=False, compare=False)

@@ -1,0 +1,85 @@
+"""What a selector is: it scores the pages of each KV head for the queries of a decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+
+@dataclass
+class Question:
+    """What a selector sees of a step. A row is a KV head of a sequence.
+
+    Attributes:
+        query: float32 ``[rows, M, D]``, the queries of each row, not scaled: ``g`` query heads times ``q`` tokens.
+        columns: pages of the longest row.
+        spans: how many equal parts of a page are summarized one by one.
+        summaries: float32 ``[rows, columns * spans, vectors * D]``, what is kept of each part of a page, without its
+            scale; None if the selector keeps nothing.
+        scales: float32 ``[rows, columns * spans]``, the factors of the summaries; None without them.
+        position: position of the first query.
+        layer_index: number of the layer in the model.
+    """
+
+    query: torch.Tensor
+    columns: int
+    spans: int = 1
+    summaries: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+    position: int = 0
+    layer_index: int = 0
+
+    def products(self, query: torch.Tensor) -> torch.Tensor:
+        """Products of ``query [rows, M, vectors * D]`` with the summaries, ``[rows, M, columns * spans]``."""
+        assert self.summaries is not None and self.scales is not None
+        return torch.bmm(query, self.summaries.transpose(1, 2)).mul_(self.scales.unsqueeze(1))
+
+
+class Selector:
+    """Scores pages. A new selector is one file in ``selectors/`` with a subclass that carries ``@register``.
+
+    A selector of vectors overrides :meth:`summarize` and :meth:`score`. One that needs nothing of the pages overrides
+    :meth:`score`. One with ``exact`` is given the attention probabilities themselves, and overrides nothing.
+    """
+
+    #: Registered name.
+    name: ClassVar[str]
+    #: Vectors that are kept of each part of a page.
+    vectors: ClassVar[int] = 0
+    #: How these are rounded to 8 bits: 1 up, -1 down, 0 to the nearest.
+    rounding: ClassVar[tuple[int, ...]] = ()
+    #: Whether pages are scored by their attention probabilities, for which a layer reads all of them.
+    exact: ClassVar[bool] = False
+    #: Whether some layers choose for those behind them.
+    shared: ClassVar[bool] = False
+    #: Tokens that are summarized together; None for a whole page.
+    span: int | None = None
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def leaders(self, sparse: Sequence[int]) -> dict[int, int]:
+        """For each of the layers ``sparse`` that do not read everything, the layer whose choice it reads.
+
+        Only a selector that is ``shared`` has such layers.
+        """
+        raise NotImplementedError
+
+    def summarize(self, keys: torch.Tensor, unused: torch.Tensor | None) -> torch.Tensor:
+        """What to keep of parts of pages.
+
+        Args:
+            keys: float32 ``[N, n, D]``, as attention sees them.
+            unused: bool ``[N, n]``, True where there is no token; None if there is one everywhere.
+
+        Returns:
+            Float32 ``[N, vectors, D]``; finite, whatever stands in parts without any token.
+        """
+        raise NotImplementedError
+
+    def score(self, question: Question) -> torch.Tensor:
+        """Scores ``[rows, M, columns * spans]``; more is picked first. Those of different heads are comparable."""
+        raise NotImplementedError
