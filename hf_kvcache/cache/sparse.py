@@ -88,8 +88,9 @@ class SparseReadCache(KVCache):
         eviction = None
         if budget is not None:
             eviction = default_eviction(budget, policy, sink_length + tail_length)
-            codec = codec_for_eviction(None if codec in ("auto", "none") else codec, bits, options | widths)
-            widths, options = {}, {}
+            named = None if codec in ("auto", "none") else codec
+            rest = {name: value for name, value in widths.items() if name != "bits"}
+            codec, widths, options = codec_for_eviction(named, bits, options | rest), {}, {}
         super().__init__(
             config,
             codec,

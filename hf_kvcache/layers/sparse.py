@@ -10,7 +10,7 @@ import torch
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.kernels.attention import MOST_DECODED_QUERIES
 from hf_kvcache.kernels.dispatch import implementation
-from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
+from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.evicting import EvictingLayer
@@ -210,8 +210,20 @@ class SparseReads(KVCacheLayer):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_reader": None, "leader": None, "latest_read": None}
 
-    def own_tensors(self) -> list[torch.Tensor]:
-        return [*super().own_tensors(), *([] if self._reader is None else self._reader.tensors)]
+    # -- reports --------------------------------------------------------------------------------------------------
+
+    def summary_tensors(self) -> list[torch.Tensor]:
+        """What is kept of the pages to choose by."""
+        return [] if self._reader is None else self._reader.tensors
+
+    def bytes_read(self) -> dict[str, int]:
+        """The bytes that the latest attention over stored tokens read, by part; 0 before there was one."""
+        read, storage = self.latest_read, self.storage
+        if read is None or storage is None:
+            return dict.fromkeys(("pages", "tokens", "summaries"), 0)
+        pages = 0 if read.pages is None else read.pages.cells() * read.pages.layout.record_bytes
+        slot = storage.heads * sum(storage.encoder.widths.values()) * storage.dtype.itemsize
+        return {"pages": pages, "tokens": read.tokens * slot, "summaries": read.summaries}
 
 
 class SparseLayer(SparseReads):

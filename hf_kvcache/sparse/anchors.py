@@ -63,7 +63,9 @@ def choose_anchors(overlap: torch.Tensor, count: int, first: int = 0) -> tuple[i
     # gain[a, s]: the overlap of the layers a .. s - 1 with anchor a.
     gain = torch.zeros(layers, layers + 1, dtype=torch.float64)
     gain[:, 1:] = overlap.double().triu().cumsum(1)
-    best = {(first, 1): (0.0, (first,))}  # by the latest anchor and how many there are: the gain before it
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {
+        (first, 1): (0.0, (first,))
+    }  # by the latest anchor and how many there are: the gain before it
     for latest in range(first + 1, layers):
         for used in range(2, count + 1):
             before = [

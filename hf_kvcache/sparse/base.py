@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -60,6 +61,12 @@ class Selector:
 
     def __repr__(self) -> str:
         return self.name
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the constructor by name, read from the attributes of these names."""
+        if type(self).__init__ is object.__init__:
+            return {}
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def leaders(self, sparse: Sequence[int]) -> dict[int, int]:
         """For each of the layers ``sparse`` that do not read everything, the layer whose choice it reads.

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-
 #: More pages than any row has.
 _ALL = 1 << 40
 
@@ -52,5 +51,7 @@ class ReadBudget:
         always = self.sink_length + self.tail_length
         if self.amount == 1.0 and isinstance(self.amount, float):
             return np.full(len(in_pages), _ALL)
-        tokens = self.amount * (in_pages + always) if isinstance(self.amount, float) else np.full(len(in_pages), self.amount)
+        tokens = (
+            self.amount * (in_pages + always) if isinstance(self.amount, float) else np.full(len(in_pages), self.amount)
+        )
         return np.maximum((tokens - always) // self.page_size, 1).astype(np.int64)

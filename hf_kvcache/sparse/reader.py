@@ -14,6 +14,7 @@ from hf_kvcache.sparse.summaries import PageSummaries
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.transfers import to_device
 
+
 @dataclass(frozen=True)
 class SparseOptions:
     """How the layers of a cache read.
@@ -139,7 +140,7 @@ class PageReader:
         Returns:
             ``[B * Hkv, q, columns]``.
         """
-        batch, query_heads, length, dim = query.shape
+        length, dim = query.shape[2:]
         rows = query.detach().float().reshape(pages.rows, -1, dim)
         question = Question(rows, pages.columns, position=position, layer_index=self.index)
         if self.summaries is not None:

@@ -22,6 +22,11 @@ def available() -> list[str]:
     return list(_SELECTORS.all())
 
 
+def registered() -> dict[str, type[Selector]]:
+    """The registered selectors by name."""
+    return _SELECTORS.all()
+
+
 def option_names(selector: str | Selector) -> list[str]:
     """The options that :func:`resolve` takes for ``selector``; raises as it does."""
     return [] if isinstance(selector, Selector) else list(_parameters(_found(selector)))
