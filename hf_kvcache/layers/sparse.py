@@ -119,7 +119,7 @@ class SparseReads(KVCacheLayer):
         reader, leader = self.reader(storage), self.leader
         with without_autocast(query.device):
             if leader is None:
-                return reader.pick(pages, limits, reader.scores(storage, pages, query, position))
+                return reader.pick(storage, pages, limits, query, position)
             assert leader.storage is not None
             columns = leader.reader(leader.storage).columns
             assert columns is not None
@@ -148,7 +148,7 @@ class SparseReads(KVCacheLayer):
         by_head = torch.stack(found, 2).unflatten(3, (pages.columns, -1)).sum(4)
         scores = by_head.unflatten(1, (pages.heads, -1)).sum(2).flatten(0, 1)
         reader = self.reader(storage)
-        picked = reader.pick(pages, limits, scores)
+        picked = reader.pick_best(pages, limits, scores)
         if options.selector.shared:
             self._note(storage, pages, pages, dense)
             return everything if sums else everything._replace(page_sums=None, dense_sums=None)

@@ -12,38 +12,30 @@ import torch
 
 @dataclass
 class Question:
-    """What a selector sees of a step. A row is a KV head of a sequence.
+    """What a selector without vectors sees of a step. A row is a KV head of a sequence.
 
     Attributes:
-        query: float32 ``[rows, M, D]``, the queries of each row, not scaled: ``g`` query heads times ``q`` tokens.
+        rows: number of rows.
         columns: pages of the longest row.
-        spans: how many equal parts of a page are summarized one by one.
-        summaries: float32 ``[rows, columns * spans, vectors * D]``, what is kept of each part of a page, without its
-            scale; None if the selector keeps nothing.
-        scales: float32 ``[rows, columns * spans]``, the factors of the summaries; None without them.
-        position: position of the first query.
+        length: number of query tokens.
+        position: position of the first of them.
         layer_index: number of the layer in the model.
+        device: where the pages are.
     """
 
-    query: torch.Tensor
+    rows: int
     columns: int
-    spans: int = 1
-    summaries: torch.Tensor | None = None
-    scales: torch.Tensor | None = None
-    position: int = 0
-    layer_index: int = 0
-
-    def products(self, query: torch.Tensor) -> torch.Tensor:
-        """Products of ``query [rows, M, vectors * D]`` with the summaries, ``[rows, M, columns * spans]``."""
-        assert self.summaries is not None and self.scales is not None
-        return torch.bmm(query, self.summaries.transpose(1, 2)).mul_(self.scales.unsqueeze(1))
+    length: int
+    position: int
+    layer_index: int
+    device: torch.device
 
 
 class Selector:
     """Scores pages. A new selector is one file in ``selectors/`` with a subclass that carries ``@register``.
 
-    A selector of vectors overrides :meth:`summarize` and :meth:`score`. One that needs nothing of the pages overrides
-    :meth:`score`. One with ``exact`` is given the attention probabilities themselves, and overrides nothing.
+    A selector of ``vectors`` overrides :meth:`summarize` and :meth:`ask`. One that needs nothing of the pages overrides
+    :meth:`score`. One with ``exact`` is given the attention probabilities themselves, and overrides neither.
     """
 
     #: Registered name.
@@ -87,6 +79,17 @@ class Selector:
         """
         raise NotImplementedError
 
+    def ask(self, query: torch.Tensor) -> torch.Tensor:
+        """The vectors whose products with the summaries are the scores.
+
+        Args:
+            query: float32 ``[rows, M, D]``, the queries of each row.
+
+        Returns:
+            ``[rows, M, vectors * D]``.
+        """
+        raise NotImplementedError
+
     def score(self, question: Question) -> torch.Tensor:
-        """Scores ``[rows, M, columns * spans]``; more is picked first. Those of different heads are comparable."""
+        """Scores float32 ``[rows, q, columns]``; the largest are picked."""
         raise NotImplementedError

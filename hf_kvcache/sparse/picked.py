@@ -8,9 +8,6 @@ import torch
 from hf_kvcache.kernels.device_table import DeviceTable
 from hf_kvcache.kernels.inputs import Pages
 
-#: A column behind all others.
-_NOWHERE = 1 << 30
-
 
 class PickedPages(Pages):
     """Some columns of a table, others for each row, in the order of their positions.
@@ -64,32 +61,3 @@ class PickedPages(Pages):
         if self.table.device.type != "cpu":
             addresses, counts, first = self.table.cpu().numpy()
             self.addresses[:], self.counts[:], self.first[:] = addresses, counts, first
-
-
-def best_columns(scores: torch.Tensor, count: int, limits: torch.Tensor | None, columns: int) -> torch.Tensor:
-    """The columns with the largest scores of each row, ascending.
-
-    Args:
-        scores: ``[rows, q, columns]``; ``-inf`` where a row has no page.
-        count: how many are chosen for each query.
-        limits: int64 ``[rows]``, how many a row may have; None if all may have ``count``.
-        columns: number of columns.
-
-    Returns:
-        int64 ``[rows, n]``, the union over the queries; numbers behind the last column stand for no page. ``n`` is
-        ``count`` for one query.
-    """
-    best = scores.topk(count, 2).indices
-    if limits is not None:
-        over = torch.arange(count, device=scores.device) >= limits[:, None, None]
-        best = best.masked_fill(over, _NOWHERE)
-    if best.shape[1] == 1:
-        return best[:, 0].sort(1).values
-    # One place more takes the numbers that stand for no page.
-    chosen = torch.zeros(scores.shape[0], columns + 1, dtype=torch.bool, device=scores.device)
-    chosen.scatter_(1, best.clamp(max=columns).flatten(1), True)
-    most = min(columns, count * best.shape[1])
-    if chosen.device.type == "cpu":
-        most = max(1, int(chosen[:, :columns].sum(1).max()))
-    numbers = torch.arange(columns, device=scores.device).masked_fill(~chosen[:, :columns], _NOWHERE)
-    return numbers.sort(1).values[:, :most]

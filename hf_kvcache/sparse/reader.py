@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_kvcache.kernels.choose import best_columns, choose
 from hf_kvcache.kernels.inputs import Pages
 from hf_kvcache.sparse.base import Question, Selector
 from hf_kvcache.sparse.budget import ReadBudget
-from hf_kvcache.sparse.picked import PickedPages, best_columns
+from hf_kvcache.sparse.picked import PickedPages
 from hf_kvcache.sparse.summaries import PageSummaries
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.transfers import to_device
@@ -39,7 +40,7 @@ class Limits:
         everything: whether every row may read all of its pages.
         full: whether all rows may read ``most`` pages and have more, all of whose tokens count.
         rows: int64 ``[rows]`` on the device; None if the number is the same for all.
-        missing: bool ``[rows, 1, columns]`` on the device, True where a row has no page; None if all rows have equally
+        missing: bool ``[rows, columns]`` on the device, True where a row has no page; None if all rows have equally
             many.
     """
 
@@ -100,24 +101,37 @@ class PageReader:
             found = self._limits[pages.columns] = self._made(pages)
         return found
 
-    def pick(self, pages: Pages, limits: Limits, scores: torch.Tensor) -> PickedPages:
-        """The pages with the best scores.
+    def pick(
+        self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor, position: int
+    ) -> PickedPages:
+        """The pages that the selector picks.
 
         Args:
-            pages: all pages.
+            storage: the layer's tokens.
+            pages: the pages, all of them or the first columns.
             limits: how many of them.
-            scores: ``[rows, q, columns]``.
+            query: ``[B, Hq, q, D]``.
+            position: position of the first query.
 
         Returns:
             The pages that any of the queries picks. For one query it is the same object in every step, until the page
             table changes.
         """
-        if limits.missing is not None:
-            scores = scores.masked_fill(limits.missing, -torch.inf)
-        return self.read(pages, limits, best_columns(scores, limits.most, limits.rows, pages.columns))
+        selector, length = self.options.selector, query.shape[2]
+        if self.summaries is None:
+            question = Question(pages.rows, pages.columns, length, position, self.index, query.device)
+            return self.pick_best(pages, limits, selector.score(question))
+        codes, scales = self.summaries.brought(storage, pages.columns)
+        asked = selector.ask(query.detach().float().reshape(pages.rows, -1, query.shape[3]))
+        columns = choose(asked, codes, scales, self.summaries.spans, length, limits.most, limits.rows, limits.missing)
+        return self.read(pages, limits, columns)
+
+    def pick_best(self, pages: Pages, limits: Limits, scores: torch.Tensor) -> PickedPages:
+        """The pages with the largest ``scores [rows, q, columns]``."""
+        return self.read(pages, limits, best_columns(scores, limits.most, limits.rows, limits.missing))
 
     def read(self, pages: Pages, limits: Limits, columns: torch.Tensor) -> PickedPages:
-        """The pages in ``columns [rows, n]``, which :func:`best_columns` returned for this layer or another one."""
+        """The pages in ``columns [rows, n]``, which were chosen for this layer or for another one."""
         self.columns = columns
         picked = self._picked
         full = limits.full and columns.shape[1] == limits.most
@@ -127,29 +141,6 @@ class PageReader:
                 self._picked = picked
         picked.pick(pages, columns)
         return picked
-
-    def scores(self, storage: PagedStorage, pages: Pages, query: torch.Tensor, position: int) -> torch.Tensor:
-        """Scores of the pages by the selector.
-
-        Args:
-            storage: the layer's tokens.
-            pages: the pages, all of them or the first columns.
-            query: ``[B, Hq, q, D]``.
-            position: position of the first query.
-
-        Returns:
-            ``[B * Hkv, q, columns]``.
-        """
-        length, dim = query.shape[2:]
-        rows = query.detach().float().reshape(pages.rows, -1, dim)
-        question = Question(rows, pages.columns, position=position, layer_index=self.index)
-        if self.summaries is not None:
-            codes, question.scales = self.summaries.brought(storage, pages.columns)
-            question.summaries, question.spans = codes.float(), self.summaries.spans
-        scores = self.options.selector.score(question)
-        if question.spans > 1:
-            scores = scores.unflatten(2, (-1, question.spans)).amax(3)
-        return self.reduce(scores, length)
 
     def spread(self, sums: torch.Tensor, pages: Pages) -> torch.Tensor:
         """Sums ``[B, Hq, n * P]`` of the pages that were read last, as sums of all ``pages``: 0 for the others."""
@@ -162,17 +153,13 @@ class PageReader:
         out.scatter_add_(2, places, by_page)
         return out[:, :, :-1].reshape(batch, sums.shape[1], -1)
 
-    def reduce(self, scores: torch.Tensor, length: int) -> torch.Tensor:
-        """Scores of KV heads, ``[rows, q, columns]``, from those of their query heads, ``[rows, g * q, columns]``."""
-        return scores.unflatten(1, (-1, length)).amax(1)
-
     def _made(self, pages: Pages) -> Limits:
         counts = pages.counts
         held = (counts > 0).sum(1)
         least = self.options.budget.pages(counts.sum(1, dtype="int64")).clip(max=held)
         most, device = int(least.max(initial=0)), pages.device
         same, even = bool((least == most).all()), bool((held == pages.columns).all())
-        missing = None if even else to_device((counts == 0)[:, None], device)
+        missing = None if even else to_device(counts == 0, device)
         return Limits(
             most,
             everything=bool((least == held).all()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.sparse.base import Question, Selector
+from hf_kvcache.sparse.base import Selector
 from hf_kvcache.sparse.registry import register
 from hf_kvcache.utils.validation import whole
 
@@ -29,5 +29,5 @@ class Landmark(Selector):
         counts = (~unused).sum(1)[:, None, None].clamp_min(1)
         return keys.masked_fill(unused.unsqueeze(-1), 0.0).sum(1, keepdim=True) / counts
 
-    def score(self, question: Question) -> torch.Tensor:
-        return question.products(question.query)
+    def ask(self, query: torch.Tensor) -> torch.Tensor:
+        return query

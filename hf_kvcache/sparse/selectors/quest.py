@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.sparse.base import Question, Selector
+from hf_kvcache.sparse.base import Selector
 from hf_kvcache.sparse.registry import register
 from hf_kvcache.utils.validation import whole
 
@@ -34,6 +34,5 @@ class Quest(Selector):
         low = keys.masked_fill(hidden, torch.inf).amin(1)
         return torch.stack([high, low], 1).masked_fill(empty, 0.0)
 
-    def score(self, question: Question) -> torch.Tensor:
-        query = question.query
-        return question.products(torch.cat([query.clamp_min(0), query.clamp_max(0)], -1))
+    def ask(self, query: torch.Tensor) -> torch.Tensor:
+        return torch.cat([query.clamp_min(0), query.clamp_max(0)], -1)

@@ -24,10 +24,10 @@ class Random(Selector):
         self.seed = whole("seed", seed, 0)
 
     def score(self, question: Question) -> torch.Tensor:
-        rows, queries, _ = question.query.shape
-        device = question.query.device
-        begin = (self.seed * 1_000_003 + question.layer_index) * 1_000_003 + question.position
-        numbers = torch.arange(rows * question.columns, device=device).view(rows, 1, -1) + begin % _MASK * _FACTOR
+        rows, length, columns = question.rows, question.length, question.columns
+        begin = (self.seed * 1_000_003 + question.layer_index) * 1_000_003
+        places = torch.arange(rows * length * columns, device=question.device).view(rows, length, columns)
+        numbers = places + (begin + question.position) % _MASK * _FACTOR % _MASK
         for shift in (16, 13, 16):
             numbers = ((numbers ^ (numbers >> shift)) * _FACTOR) & _MASK
-        return numbers.float().expand(rows, queries, -1)
+        return numbers.float()
