@@ -84,6 +84,7 @@ class SparseReadCache(KVCache):
         for name, value in (("sink_length", sink_length), ("tail_length", tail_length), ("dense_layers", dense_layers)):
             whole(name, value, 0)
         whole("page_size", page_size, 8)
+        _check_span(chosen, page_size)
         sparse = SparseOptions(chosen, ReadBudget(read_budget, sink_length, tail_length, page_size), dense_layers)
         eviction = None
         if budget is not None:
@@ -114,3 +115,10 @@ class SparseReadCache(KVCache):
             if leader is not None:
                 layer.leader = self.layers[leader]  # at every update, since layers are copied one by one
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def _check_span(selector: Selector, page_size: int) -> None:
+    """Raise ValueError unless pages consist of whole parts that a selector summarizes."""
+    if selector.span is not None and page_size % selector.span:
+        accepted = [n for n in range(1, page_size + 1) if page_size % n == 0]
+        raise ValueError(f"span={selector.span!r}; accepted: {accepted}, which divide page_size={page_size}")

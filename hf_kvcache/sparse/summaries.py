@@ -34,9 +34,6 @@ class PageSummaries(ColumnFollower):
     def __init__(self, selector: Selector, storage: PagedStorage) -> None:
         self.selector = selector
         span = storage.page_size if selector.span is None else selector.span
-        if storage.page_size % span:
-            divisors = [n for n in range(1, storage.page_size + 1) if storage.page_size % n == 0]
-            raise ValueError(f"span={span!r}; accepted: {divisors}, which divide page_size={storage.page_size}")
         self.spans = storage.page_size // span
         self._codes: torch.Tensor | None = None  # int8 [rows, capacity * spans, vectors * D]
         self._scales: torch.Tensor | None = None  # float16 [rows, capacity * spans]

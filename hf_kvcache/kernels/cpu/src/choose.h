@@ -2,8 +2,6 @@
 // and the pages with the largest of them. kernels.inc exports it.
 #pragma once
 
-#include <algorithm>
-
 #include "api.h"
 #include "vectors.h"
 #include "workspace.h"
@@ -12,12 +10,17 @@ namespace {
 
 constexpr int kPagesPerTask = 64;
 constexpr int64_t kNoColumn = 1 << 30;
-typedef int8_t Bytes __attribute__((vector_size(HFKV_LANES)));
 
 inline Vec load_bytes(const int8_t* p) {
-    Bytes bytes;
-    std::memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, Vec);
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    Vec v{};
+    for (int i = 0; i < kLanes; i++) v[i] = p[i];
+    return v;
+#endif
 }
 
 // The largest product of N queries, `width` apart, with a vector of bytes.
@@ -42,7 +45,10 @@ inline float largest_product_of(const HfkvChoose& c, const float* query, const i
     float top = kMinusInfinity;
     int m = 0;
     for (; m + 4 <= c.queries; m += 4) top = larger(top, largest_product<4>(query + (size_t)m * c.width, codes, c.width));
-    for (; m < c.queries; m++) top = larger(top, largest_product<1>(query + (size_t)m * c.width, codes, c.width));
+    const float* rest = query + (size_t)m * c.width;
+    if (c.queries - m == 3) return larger(top, largest_product<3>(rest, codes, c.width));
+    if (c.queries - m == 2) return larger(top, largest_product<2>(rest, codes, c.width));
+    if (c.queries - m == 1) return larger(top, largest_product<1>(rest, codes, c.width));
     return top;
 }
 
@@ -59,6 +65,29 @@ inline void score_pages(const HfkvChoose& c, int row, int first, int stop, float
     }
 }
 
+// Moves the `count` largest of n numbers to the front, and returns the smallest of these: quickselect. The standard library's
+// functions could be linked from the unit of another instruction set.
+inline float part_largest(float* x, int n, int count) {
+    int low = 0, high = n - 1;
+    while (low < high) {
+        const float a = x[low], b = x[(low + high) / 2], c = x[high];
+        const float pivot = a > b ? (b > c ? b : (a > c ? c : a)) : (a > c ? a : (b > c ? c : b));
+        int i = low, j = high;
+        while (i <= j) {
+            while (x[i] > pivot) i++;
+            while (x[j] < pivot) j--;
+            if (i > j) break;
+            const float other = x[i];
+            x[i++] = x[j];
+            x[j--] = other;
+        }
+        if (count - 1 <= j) high = j;
+        else if (count - 1 >= i) low = i;
+        else break;
+    }
+    return x[count - 1];
+}
+
 // Writes the columns of the `count` largest scores, ascending; of equal ones those that come first. `sorted` is a buffer.
 inline void choose_row(const HfkvChoose& c, int row, const float* scores, float* sorted) {
     int64_t* chosen = c.chosen + (size_t)row * c.count;
@@ -66,8 +95,7 @@ inline void choose_row(const HfkvChoose& c, int row, const float* scores, float*
     int found = 0;
     if (count > 0) {
         std::memcpy(sorted, scores, sizeof(float) * c.columns);
-        std::nth_element(sorted, sorted + count - 1, sorted + c.columns, [](float a, float b) { return a > b; });
-        const float least = sorted[count - 1];
+        const float least = part_largest(sorted, c.columns, count);
         int equal = count;  // how many of those that equal the least one are chosen
         for (int i = 0; i < count; i++) equal -= sorted[i] > least;
         for (int column = 0; column < c.columns && found < count; column++) {
