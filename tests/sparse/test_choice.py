@@ -35,7 +35,7 @@ def _one_layer(heads: int, kv_heads: int, dim: int, **options: Any) -> tuple[Lla
     return LlamaAttention(config, 0), SparseReadCache(config, **{**sizes, **options})
 
 
-class _Sequences:
+class Sequences:
     """A layer under test, and all that it was given, as lists of arrays."""
 
     def __init__(self, batch: int, heads: int, kv_heads: int, dim: int, **options: Any) -> None:
@@ -122,7 +122,7 @@ def test_random_operations(
     steps: list[str], prompt: int, batch: int, shape: tuple[int, int, int], amount: float, codec: str
 ) -> None:
     """After prompts, chunks, crops, reordering and forks, each token reads the best pages and no others."""
-    model = _Sequences(batch, *shape, read_budget=amount, codec=codec)
+    model = Sequences(batch, *shape, read_budget=amount, codec=codec)
     model.add(prompt)
     for step in [*steps, "token"]:
         if step == "crop" and model.keys.shape[2] > 12:
@@ -145,7 +145,7 @@ def test_random_operations(
 
 def test_padded_rows() -> None:
     """In a padded batch each row reads as many pages as it would alone, and the best ones of its own."""
-    model = _Sequences(3, 4, 2, 16, read_budget=0.4, codec="rotated8")
+    model = Sequences(3, 4, 2, 16, read_budget=0.4, codec="rotated8")
     padding = torch.arange(70) >= torch.tensor([0, 33, 66])[:, None]
     model.add(70, padding)
     for _ in range(12):
@@ -154,7 +154,7 @@ def test_padded_rows() -> None:
 
 def test_a_block_reads_the_union() -> None:
     """Several tokens at once read what any of them picks; more than 16 read everything."""
-    model = _Sequences(1, 4, 2, 16, read_budget=0.3, codec="none")
+    model = Sequences(1, 4, 2, 16, read_budget=0.3, codec="none")
     model.add(100)
     fork = model.cache.fork()
     query, _ = model.add(3)
@@ -186,7 +186,7 @@ def test_a_page_event_summarizes_new_pages_only(monkeypatch: pytest.MonkeyPatch)
         return keys_of(storage, start, stop)
 
     monkeypatch.setattr(summaries, "_keys_of", counted)
-    model = _Sequences(1, 4, 2, 16, read_budget=0.3, codec="rotated8")
+    model = Sequences(1, 4, 2, 16, read_budget=0.3, codec="rotated8")
     model.add(90)
     model.add(1)
     first = sum(made)
