@@ -9,8 +9,8 @@ Build a cache from the model's config and pass it to ``generate``::
     print(cache.memory())
 
 ``QuantizedKVCache`` stores keys and values in few bits. ``HeavyHitterCache`` and ``SlidingWindowCache`` keep only some
-of the tokens. ``LatentKVCache`` holds a model's own latents, or low-rank coefficients of keys and values. ``KVCache``
-is the base class of all, with every option.
+of the tokens. ``SparseReadCache`` keeps all of them and reads some. ``LatentKVCache`` holds a model's own latents, or
+low-rank coefficients of keys and values. ``KVCache`` is the base class of all, with every option.
 """
 
 from importlib.metadata import PackageNotFoundError, version
