@@ -123,7 +123,7 @@ class SparseReads(KVCacheLayer):
             assert leader.storage is not None
             columns = leader.reader(leader.storage).columns
             assert columns is not None
-            return reader.read(pages, limits, columns)
+            return reader.read(pages, limits, columns, own=False)
 
     def _read_measured(
         self,

@@ -130,11 +130,19 @@ class PageReader:
         """The pages with the largest ``scores [rows, q, columns]``."""
         return self.read(pages, limits, best_columns(scores, limits.most, limits.rows, limits.missing))
 
-    def read(self, pages: Pages, limits: Limits, columns: torch.Tensor) -> PickedPages:
-        """The pages in ``columns [rows, n]``, which were chosen for this layer or for another one."""
+    def read(self, pages: Pages, limits: Limits, columns: torch.Tensor, own: bool = True) -> PickedPages:
+        """The pages in ``columns [rows, n]``.
+
+        Args:
+            pages: all pages.
+            limits: how many of them.
+            columns: what was chosen.
+            own: whether it was chosen among these very pages. Another layer may have chosen among more: pages that a
+                draft has packed ahead.
+        """
         self.columns = columns
         picked = self._picked
-        full = limits.full and columns.shape[1] == limits.most
+        full = own and limits.full and columns.shape[1] == limits.most
         if picked is None or picked.columns != columns.shape[1] or picked.full != full:
             picked = PickedPages(pages, columns.shape[1], full)
             if columns.shape[1] == limits.most:

@@ -97,11 +97,12 @@ def test_beams(model: PreTrainedModel, selector: str) -> None:
         torch.testing.assert_close(got[row : row + 1], expected, atol=ROUNDING, rtol=0)
 
 
-def test_assisted_decoding(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("selector", ["quest", pytest.param("kascade", marks=pytest.mark.slow)])
+def test_assisted_decoding(model: PreTrainedModel, selector: str) -> None:
     """Prompt lookup crops drafts. At full budget its tokens are those of plain decoding."""
     ids = prompt(30).repeat(1, 3)
     for amount in (1.0, 0.5):
-        cache, plain = _sparse(model, amount, bits=8), _sparse(model, amount, bits=8)
+        cache, plain = (_sparse(model, amount, selector, bits=8) for _ in range(2))
         arguments = {"max_new_tokens": 30, "do_sample": False}
         got = model.generate(ids, **as_cache(cache), prompt_lookup_num_tokens=4, **arguments)
         if amount == 1.0:
