@@ -11,7 +11,9 @@ Before it is timed, the output of each sparse side is compared with float64 atte
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +23,7 @@ import torch
 from benchmarks.methods import LLAMA_8B, SMOLLM2, Shape
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
 from benchmarks.tables import show
-from benchmarks.timing import cpu_clock, take_turns
+from benchmarks.timing import Clock, cpu_clock, take_turns
 from hf_kvcache import KVCache, SparseReadCache
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.kernels.inputs import Scoring
@@ -91,7 +93,16 @@ def check(side: Side) -> None:
     assert farthest < _FARTHEST, f"{layer!r} is {farthest} from float64"
 
 
-def measure(shape: Shape, tokens: int, share: float, codec: str, selectors: Sequence[str], rounds: int) -> list[Row]:
+def thread_clock(action: Callable[[], Any]) -> float:
+    """Microseconds of CPU time of this thread."""
+    start = time.thread_time_ns()
+    action()
+    return (time.thread_time_ns() - start) / 1e3
+
+
+def measure(
+    shape: Shape, tokens: int, share: float, codec: str, selectors: Sequence[str], rounds: int, clock: Clock
+) -> list[Row]:
     """The rows of one number of tokens."""
     config = shape.config()
     sizes: dict[str, Any] = {"tail_length": TAIL, "page_size": PAGE, "sink_length": SINKS}
@@ -103,7 +114,7 @@ def measure(shape: Shape, tokens: int, share: float, codec: str, selectors: Sequ
 
     def one_round(number: int) -> dict[str, float]:
         query, key, value = shape.queries(1), *shape.tokens(1)
-        return {name: cpu_clock(lambda side=side: side.step(query, key, value)) for name, side in sides.items()}
+        return {name: clock(partial(side.step, query, key, value)) for name, side in sides.items()}
 
     for number in range(WARM_UP):
         one_round(number)
@@ -135,14 +146,24 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--codec", default="unbiased4", help="how pages are stored; default: %(default)s")
     parser.add_argument("--selectors", nargs="+", default=SELECTORS, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU time of one thread in place of wall time, beside other work",
+    )
     args = start(parser, argv)
+    if args.cpu_time and torch.get_num_threads() > 1:
+        parser.error("--cpu-time counts one thread; accepted with --threads 1")
+    clock = thread_clock if args.cpu_time else cpu_clock
     report, console = Report("bench_sparse"), make_console()
     rounds = args.rounds or (LEAST_ROUNDS if args.quick else ROUNDS)
     for shape in pick(None, args.quick, [SMOLLM2, LLAMA_8B], [SMOLLM2]):
         for tokens, share in SMALL if args.quick else CASES:
-            rows = measure(shape, tokens, share, args.codec, args.selectors, rounds)
+            rows = measure(shape, tokens, share, args.codec, args.selectors, rounds, clock)
             report.rows += rows
     show(report.script, report.rows, console)
+    if args.cpu_time:
+        report.note("Times are CPU times of one thread.")
     report.note("The bytes read are those of pages, full-precision tokens and summaries, as memory() counts them.")
     return report.finish(args, console)
 
