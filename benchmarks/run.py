@@ -21,6 +21,7 @@ SCRIPTS = (
     "bench_model",
     "bench_eviction",
     "bench_latent",
+    "bench_sparse",
     "bench_prompts",
     "bench_assisted",
 )

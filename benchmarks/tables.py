@@ -137,6 +137,19 @@ VIEWS = (
         },
     ),
     View(
+        "bench_sparse",
+        f"Decode step that reads {{budget:.0%}} of the tokens, one layer, {_SHAPE}, {{codec}}",
+        ("shape", "budget", "codec"),
+        "sparse_us",
+        {
+            "sparse_us": ("µs", _WHOLE),
+            "all_us": ("reading all, µs", _WHOLE),
+            "ratio": ("× as fast", _times),
+            "bytes_read": ("MB read", _MB),
+            "share": ("of all bytes", _percent),
+        },
+    ),
+    View(
         "bench_prompts",
         "Time to the first token behind a stored prefix of {prefix} tokens",
         ("prefix",),

@@ -9,8 +9,9 @@ Build a cache from the model's config and pass it to ``generate``::
     print(cache.memory())
 
 ``QuantizedKVCache`` stores keys and values in few bits. ``HeavyHitterCache`` and ``SlidingWindowCache`` keep only some
-of the tokens. ``LatentKVCache`` holds a model's own latents, or low-rank coefficients of keys and values.
-``CompressedKVCache`` is for DeepSeek V4. ``KVCache`` is the base class of all, with every option.
+of the tokens. ``SparseReadCache`` keeps all of them and reads some. ``LatentKVCache`` holds a model's own latents, or
+low-rank coefficients of keys and values. ``CompressedKVCache`` is for DeepSeek V4. ``KVCache`` is the base class of all,
+with every option.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from hf_kvcache.cache.evicting import HeavyHitterCache, SlidingWindowCache
 from hf_kvcache.cache.latent import LatentKVCache
 from hf_kvcache.cache.memory import MemoryReport
 from hf_kvcache.cache.quantized import QuantizedKVCache
+from hf_kvcache.cache.sparse import SparseReadCache
 from hf_kvcache.codecs import Codec
 from hf_kvcache.integration.attention import register
 from hf_kvcache.integration.binding import bind, unbind
@@ -40,6 +42,7 @@ __all__ = [
     "MemoryReport",
     "QuantizedKVCache",
     "SlidingWindowCache",
+    "SparseReadCache",
     "bind",
     "unbind",
 ]

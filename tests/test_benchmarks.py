@@ -24,6 +24,7 @@ from benchmarks import (
     bench_model,
     bench_prefill,
     bench_prompts,
+    bench_sparse,
     exact,
     methods,
     plots,
@@ -233,3 +234,9 @@ def test_latent(tmp_path: Path) -> None:
     assert [row["cache"] for row in rows] == [DYNAMIC, *bench_latent.CODECS]
     held = [row["bytes_held"] for row in rows]
     assert held[0] < held[1] and held[3] < held[2] < held[1]  # slack, and few bits in fewer bytes
+
+
+def test_sparse(tmp_path: Path) -> None:
+    rows = rows_of(bench_sparse.main(["--quick", "--no-plots", "--out", str(tmp_path), "--rounds", "1"]))
+    assert [row["cache"] for row in rows] == bench_sparse.SELECTORS
+    assert all(0.4 < row["share"] < 0.7 for row in rows)

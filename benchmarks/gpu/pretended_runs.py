@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu.pretended_device import DEVICE, KINDS, Counted, PretendedDevice, moved
 from benchmarks.gpu.settings import be_quiet
-from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, SlidingWindowCache
+from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, SlidingWindowCache, SparseReadCache
 from hf_kvcache.integration.versions import CACHE_ARGUMENT
 from hf_kvcache.kernels import workspace
 
@@ -116,6 +116,7 @@ def runs() -> list[Run]:
     def evicting(policy: str, **options: Any) -> Make:
         return partial(HeavyHitterCache, budget=40, policy=policy, interval=8, **small | options)
 
+    sparse: Make = partial(SparseReadCache, read_budget=0.5, bits=4, dense_layers=0, **small)
     window: Make = partial(SlidingWindowCache, window=40, sinks=4, reindex=True)
     latents = partial(LatentKVCache, **small)
     return [
@@ -144,6 +145,9 @@ def runs() -> list[Run]:
         Run("4 bits, beams", "llama", four, {"num_beams": 2}),
         Run("4 bits, prefill in chunks", "llama", four, {"prefill_chunk_size": 32}),
         Run("4 bits, two turns", "llama", four, turns=2),
+        Run("4 bits, sparse", "llama", sparse),
+        Run("4 bits, sparse, padded batch", "llama", sparse, rows=3),
+        Run("4 bits, sparse, prompt lookup", "llama", sparse, {"prompt_lookup_num_tokens": 3}),
     ]
 
 

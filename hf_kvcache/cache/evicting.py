@@ -121,7 +121,7 @@ class HeavyHitterCache(KVCache):
         options |= widths
         super().__init__(
             config,
-            latent_codec(codec, bits, None, ranks, options) if ranks else _codec(codec, bits, options),
+            latent_codec(codec, bits, None, ranks, options) if ranks else codec_for_eviction(codec, bits, options),
             sink_length=sink_length,
             tail_length=tail_length,
             page_size=page_size,
@@ -228,7 +228,26 @@ class SlidingWindowCache(HeavyHitterCache):
         )
 
 
-def _codec(codec: str | Codec | None, bits: int | None, options: dict[str, Any]) -> Codec:
+def default_eviction(budget: int | float, policy: str | Policy, always: int) -> EvictionOptions:
+    """The settings of a :class:`HeavyHitterCache` to which only these arguments are given.
+
+    Args:
+        budget: number of tokens that stay, or the share of them.
+        policy: the name of an eviction policy, or a policy.
+        always: number of tokens that stay whatever the policy says, sinks and tail.
+    """
+    chosen = resolve_policy(policy)
+    return EvictionOptions(
+        policy=chosen,
+        budget=Budget(budget, always),
+        pins=Pins(None),
+        evict_prefill=_evict_prefill(_AUTO, chosen),
+        interval=_interval(_AUTO, chosen),
+        seed=0,
+    )
+
+
+def codec_for_eviction(codec: str | Codec | None, bits: int | None, options: dict[str, Any]) -> Codec:
     """A codec whose packed tokens can move between pages.
 
     Args:

@@ -10,12 +10,15 @@ import torch
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.compressed import WindowLayer
 from hf_kvcache.layers.own import OwnLayer
+from hf_kvcache.layers.sparse import SparseReads
 from hf_kvcache.layers.static import StaticLayer
 from hf_kvcache.layers.static_reads import bytes_of
 from hf_kvcache.storage.memory import bytes_by_part, bytes_outside, packed_elements
 
 #: The parts of a report, in the order in which they are printed.
-PARTS = ("codes", "scales", "sinks", "tail", "tables", "other", "slack")
+PARTS = ("codes", "scales", "sinks", "tail", "tables", "summaries", "other", "slack")
+#: The parts of what a step reads.
+READ = ("pages", "tokens", "summaries")
 
 
 @dataclass
@@ -27,9 +30,9 @@ class MemoryReport:
 
     Attributes:
         parts: bytes by part. ``codes`` are the packed elements and ``scales`` their scales and zero points. ``sinks``
-            and ``tail`` are full-precision tokens. ``tables`` are page tables. ``other`` are the states of
-            transformers' own layers, the queries and sums that evicting layers record, and the rows that a model has
-            not compressed yet. ``slack`` is allocated and
+            and ``tail`` are full-precision tokens. ``tables`` are page tables. ``summaries`` are what sparse reading
+            keeps of each page to choose by. ``other`` are the states of transformers' own layers, the queries and sums
+            that evicting layers record, and the rows that a model has not compressed yet. ``slack`` is allocated and
             not used: free pages, empty slots, alignment.
         full_bf16: bytes that a bfloat16 DynamicCache would hold for the same tokens.
         full_same_dtype: bytes that a DynamicCache in the model's dtype would hold for the same tokens.
@@ -38,6 +41,9 @@ class MemoryReport:
         outside: bytes among these that lie outside of the device: pages of a cache with ``offload``.
         buffers: bytes on the device into which pages from outside are fetched. Forks share them, and they are not part
             of ``parts``.
+        read_last_step: bytes that the attention of the latest update read, by part: ``pages``, ``tokens`` in full
+            precision, and the ``summaries`` by which sparse reading chose pages. A layer that always reads everything
+            counts what it holds.
         layers: the report of each layer.
     """
 
@@ -48,6 +54,7 @@ class MemoryReport:
     packed_elements: int = 0
     outside: int = 0
     buffers: int = 0
+    read_last_step: dict[str, int] = field(default_factory=lambda: dict.fromkeys(READ, 0))
     layers: list[MemoryReport] = field(default_factory=list)
 
     @property
@@ -82,6 +89,8 @@ class MemoryReport:
         for layer in layers:
             for part, size in layer.parts.items():
                 total.parts[part] += size
+            for part, size in layer.read_last_step.items():
+                total.read_last_step[part] += size
             total.full_bf16 += layer.full_bf16
             total.full_same_dtype += layer.full_same_dtype
             total.packed_bits += layer.packed_bits
@@ -121,8 +130,8 @@ def layer_report(layer: Any) -> MemoryReport:
     return report
 
 
-def _own_report(layer: KVCacheLayer) -> MemoryReport:
-    layer = layer.flushed()
+def _own_report(given: KVCacheLayer) -> MemoryReport:
+    layer = given.flushed()
     report = MemoryReport()
     storage = layer.storage
     if storage is None:
@@ -130,6 +139,11 @@ def _own_report(layer: KVCacheLayer) -> MemoryReport:
     report.parts.update(bytes_by_part(storage))
     report.parts["other"] = tensor_bytes(layer.own_tensors())
     report.outside = bytes_outside(storage)
+    report.read_last_step["pages"] = len(storage.table.page_ids()) * storage.layout.record_bytes
+    report.read_last_step["tokens"] = report.parts["sinks"] + report.parts["tail"]
+    if isinstance(given, SparseReads):
+        report.parts["summaries"] = tensor_bytes(given.summary_tensors())
+        report.read_last_step.update(given.bytes_read())
     report.packed_elements = packed_elements(storage)
     report.packed_bits = 8 * (report.parts["codes"] + report.parts["scales"])
     _note_full(report, layer, storage.batch * storage.heads * sum(storage.encoder.widths.values()), storage.dtype)
@@ -141,6 +155,8 @@ def _static_report(layer: StaticLayer) -> MemoryReport:
     if storage is None:
         return report
     report.parts.update(bytes_of(storage))
+    report.read_last_step["pages"] = report.parts["codes"] + report.parts["scales"]
+    report.read_last_step["tokens"] = report.parts["sinks"] + report.parts["tail"]
     widths = sum(storage.settings.encoder.widths.values())
     report.packed_elements = int(storage.pages_held.sum()) * storage.heads * storage.page_size * widths
     report.packed_bits = 8 * (report.parts["codes"] + report.parts["scales"])

@@ -24,6 +24,7 @@ from hf_kvcache.layers.indexed import IndexedLayer
 from hf_kvcache.layers.mla import IndexedLatentLayer, LatentLayer
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.own import OwnLayer
+from hf_kvcache.layers.sparse import SparseEvictingLayer, SparseLayer, SparseReads
 from hf_kvcache.layers.static import StaticLayer
 from hf_kvcache.utils.validation import whole
 
@@ -142,14 +143,49 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
         if options.eviction is not None and index in evicting:
             place = LayerPlace(index, config.num_hidden_layers, evicting.index(index), len(evicting))
             kind = EvictingLatentLayer if options.latents == "native" else EvictingLayer
+            if options.sparse is not None:
+                kind = SparseEvictingLayer
             layers.append(kind(index, options, options.eviction, place))
         elif index in cross:
             layers.append(CrossAttentionLayer(index, options))
+        elif options.sparse is not None and layer_type == "full_attention":
+            layers.append(SparseLayer(index, options))
         elif layer_type in own:
             layers.append(_own_layer(index, layer_type, options, arguments.get("sliding_window")))
         else:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments))
+    if options.sparse is not None:
+        _divide(config, options, layers)
     return layers
+
+
+def _divide(config: PreTrainedConfig, options: LayerOptions, layers: list[Any]) -> None:
+    """Say which layers read everything, and which read what another one has chosen.
+
+    Raises:
+        ValueError: if no layer reads sparsely, or the selector cannot choose for this cache.
+    """
+    sparse = options.sparse
+    assert sparse is not None
+    able = [layer for layer in layers if isinstance(layer, SparseReads)]
+    for layer in able[: sparse.dense_layers]:
+        layer.dense = True
+    able = able[sparse.dense_layers :]
+    if not able:
+        raise ValueError(
+            f"dense_layers={sparse.dense_layers!r} for a {config.model_type!r} model; accepted: fewer than its layers "
+            f"of full attention, {sum(isinstance(layer, SparseReads) for layer in layers)}"
+        )
+    if not sparse.selector.shared:
+        return
+    if options.eviction is not None:
+        raise ValueError(
+            f"selector={sparse.selector!r} with eviction: each layer keeps other tokens, so one cannot choose for "
+            "another; accepted: another selector, or budget=None"
+        )
+    leaders = sparse.selector.leaders([layer.index for layer in able])
+    for layer in able:
+        layer.leader_index = None if leaders[layer.index] == layer.index else leaders[layer.index]
 
 
 def _with_loops(

@@ -20,6 +20,10 @@ from hf_kvcache.eviction.options import EvictionOptions
 from hf_kvcache.eviction.wrapper import Wrapper
 from hf_kvcache.layers.options import CompressedOptions, LayerOptions
 from hf_kvcache.lowrank.projection import LayerProjection, SideProjection
+from hf_kvcache.sparse.budget import ReadBudget
+from hf_kvcache.sparse.reader import SparseOptions
+from hf_kvcache.sparse.registry import registered as selectors
+from hf_kvcache.sparse.registry import resolve as resolve_selector
 
 _SIZES = ("sink_length", "tail_length", "page_size", "validate", "deferred")
 _EVICTION = ("evict_prefill", "interval", "seed", "compensate")
@@ -47,6 +51,8 @@ def describe(options: LayerOptions) -> dict[str, Any]:
             "pinned": eviction.pins.span,
             "pin_mask": None if eviction.pins.mask is None else eviction.pins.mask.tolist(),
         }
+    if options.sparse is not None:
+        found["sparse"] = _sparse(options.sparse)
     if isinstance(latents, dict):
         found["bases"] = {
             index: [layer.heads, layer.before_rope, None if layer.weights is None else list(layer.weights)]
@@ -79,10 +85,11 @@ def rebuild(described: dict[str, Any], tensors: dict[str, torch.Tensor], config:
     latents = described.get("latents")
     if "bases" in described:
         latents = {int(index): _layer(index, about, tensors) for index, about in described["bases"].items()}
-    eviction, packed = described.get("eviction"), described.get("compressed")
+    eviction, packed, sparse = (described.get(name) for name in ("eviction", "compressed", "sparse"))
     return LayerOptions(
         codec=_rebuild_codec(described["codec"]),
         compressed=None if packed is None else CompressedOptions(**packed),
+        sparse=None if sparse is None else _rebuild_sparse(sparse, described),
         eviction=None if eviction is None else _rebuild_eviction(eviction),
         latents=latents,
         config=config,
@@ -148,6 +155,31 @@ def _rebuild_eviction(described: dict[str, Any]) -> EvictionOptions:
         pins=Pins(pin),
         **{name: described[name] for name in _EVICTION},
     )
+
+
+def _sparse(sparse: SparseOptions) -> dict[str, Any]:
+    """The settings of sparse reading; the anchors of a selector are a list of numbers."""
+    selector = sparse.selector
+    if type(selector) is not selectors().get(selector.name):
+        raise ValueError(
+            f"selector={selector!r} is not registered, so a file cannot describe it; accepted: registered selectors, "
+            "or load the file with empty=<an empty cache with the same settings>"
+        )
+    options = selector.settings()
+    numbers = {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
+    plain = _plain({n: v for n, v in options.items() if n not in numbers}, f"selector {selector.name!r}")
+    return {
+        "selector": selector.name,
+        "options": plain | numbers,
+        "budget": sparse.budget.amount,
+        "dense_layers": sparse.dense_layers,
+    }
+
+
+def _rebuild_sparse(described: dict[str, Any], sizes: dict[str, Any]) -> SparseOptions:
+    budget = ReadBudget(described["budget"], *(sizes[name] for name in ("sink_length", "tail_length", "page_size")))
+    selector = resolve_selector(described["selector"], **described["options"])
+    return SparseOptions(selector, budget, described["dense_layers"])
 
 
 def _plain(arguments: dict[str, Any], of: str) -> dict[str, Any]:

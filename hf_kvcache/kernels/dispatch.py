@@ -24,7 +24,7 @@ FOLDERS = {"reference": "reference", "triton": "triton", "native": "cpu"}
 #: The operations that a backend has kernels for. The reference does all others.
 OPERATIONS = {
     "triton": ("decode", "extend", "column_sums", "latent_decode", "hadamard", "pack", "encode"),
-    "native": ("decode", "extend", "latent_decode", "pack"),
+    "native": ("decode", "extend", "latent_decode", "pack", "choose"),
 }
 
 

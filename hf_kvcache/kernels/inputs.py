@@ -64,6 +64,10 @@ class Pages:
         """Whether every row has a page in every column, and all tokens of these pages count."""
         return bool((self.counts == self.layout.page_size).all())
 
+    def cells(self) -> int:
+        """The number of pages in all rows."""
+        return int(np.count_nonzero(self.addresses))
+
     def until(self, columns: int) -> Pages:
         """The pages of the first ``columns`` columns."""
         if columns >= self.columns:

@@ -13,6 +13,8 @@ task to the file before it:
 Layers that evict tokens add ``evicting_attention`` (attention that an eviction policy observes) and ``evicting`` (when
 tokens are dropped, and how drafts are undone).
 
+``sparse`` adds to either kind that steps read only the pages that a selector picks.
+
 The other kinds of layers are ``mla`` (latents that the model caches itself), ``evicting_mla`` (the same with eviction),
 ``low_rank`` (coefficients in a calibrated basis), ``indexed`` (keys and values, and the keys of an indexer) and
 ``cross_attention`` (states of an image).

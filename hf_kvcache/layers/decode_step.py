@@ -12,7 +12,7 @@ import torch
 
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.padding import padding_of
-from hf_kvcache.kernels.inputs import CallInputs, Scoring, Slots, UpProjections
+from hf_kvcache.kernels.inputs import CallInputs, Pages, Scoring, Slots, UpProjections
 from hf_kvcache.kernels.padding import NO_PADDING
 from hf_kvcache.kernels.prepared_call import PreparedCall, prepare, takes_ragged
 from hf_kvcache.layers.attention import AttentionOverPages
@@ -42,6 +42,7 @@ class PreparedDecoding:
         query: torch.Tensor,
         scoring: Scoring,
         up: UpProjections | None = None,
+        pages: Pages | None = None,
     ) -> torch.Tensor | None:
         """Store one token of each sequence, and compute its attention over itself and all tokens before it.
 
@@ -52,6 +53,7 @@ class PreparedDecoding:
             query: ``[B, Hq, 1, Dk]``.
             scoring: how scores are computed.
             up: the weights that expand latents to keys and values; None if the storage holds keys and values.
+            pages: the pages to read, the same object from step to step; None for all pages of the storage.
 
         Returns:
             ``[B, 1, Hq, Dv]``. None, with nothing stored, if no kernel can store and attend in one call.
@@ -75,9 +77,11 @@ class PreparedDecoding:
             or known.scaling != scoring.scaling
             or known.softcap != scoring.softcap
             or (up is not None and call.up is not up)
+            or (pages is not None and call.pages is not pages)
         ):
             slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths, dense.positions_on_device)
-            inputs = CallInputs(query, keys, values, storage.pages(), slots, scoring, self.window, up, ragged)
+            read = storage.pages() if pages is None else pages
+            inputs = CallInputs(query, keys, values, read, slots, scoring, self.window, up, ragged)
             call = self._latest = prepare(inputs)  # may be interrupted: only then is it the call for all of these
             self._version, self._kind, self._scoring = storage.table.version, kind, scoring
             if call is None:

@@ -48,6 +48,7 @@ class CompressedOptions:
 
     def _codec(self, bits: int | None) -> LatentCodec | None:
         return None if bits is None else latent_codec(None, bits, None, [self.width - self.rotary], {})
+from hf_kvcache.sparse.reader import SparseOptions
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class LayerOptions:
         eviction: the settings of eviction in full-attention layers; None if these keep every token.
         latents: ``"native"`` if the model caches latents itself, or the low-rank bases of each layer by its number;
             None if pages hold keys and values.
+        sparse: how decode steps of full-attention layers read; None if they read everything.
         max_length: number of tokens that a sequence can have, if all memory is allocated at once; None if it grows.
         offload: where pages lie outside of the device; None if they lie on it.
         compressed: how the layers of a model that compresses its tokens hold them; None for other models.
@@ -79,6 +81,7 @@ class LayerOptions:
     deferred: bool
     eviction: EvictionOptions | None = None
     latents: Literal["native"] | dict[int, LayerProjection] | None = None
+    sparse: SparseOptions | None = None
     max_length: int | None = None
     offload: OffloadTarget | None = field(default=None, compare=False)
     compressed: CompressedOptions | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from weakref import WeakSet
 
 import numpy as np
 
@@ -18,6 +19,24 @@ _NO_PAGE = -1
 _VERSIONS = itertools.count()
 
 
+class ColumnFollower:
+    """An object that holds something for every column of a page table, and makes it anew where the table has changed.
+
+    Attributes:
+        same: columns, from the first on, that have not changed since the object was brought up to date.
+    """
+
+    same = 0
+
+    def note(self, column: int) -> None:
+        """Note that columns from ``column`` on may have changed."""
+        self.same = min(self.same, column)
+
+    def select(self, rows: np.ndarray) -> None:
+        """Take over that the rows of the table are now ``rows`` of them, which may repeat."""
+        self.same = 0
+
+
 class PageTable:
     """Page ids, record addresses, token counts and first positions per row, on the host.
 
@@ -30,6 +49,7 @@ class PageTable:
         version: a number that every method that changes the table raises; no two tables ever have the same.
         lengths: int64 ``[rows]``, pages in each row.
         resident: the table on the device of the pages, which follows this one.
+        followers: what else follows this table; held weakly.
     """
 
     def __init__(self, pool: PagePool, sequences: int, heads: int = 1) -> None:
@@ -37,6 +57,7 @@ class PageTable:
         rows = sequences * heads
         self.version = next(_VERSIONS)
         self.resident = ResidentTable(self.version)
+        self.followers: WeakSet[ColumnFollower] = WeakSet()
         self.lengths = np.zeros(rows, dtype=np.int64)
         self._ids = np.full((rows, 0), _NO_PAGE, dtype=np.int64)
         self._addresses = np.zeros((rows, 0), dtype=np.int64)  # of the records
@@ -123,7 +144,8 @@ class PageTable:
         for row, column in self._explicit_cells():
             positions = self.pool.positions[int(self._ids[row, column])]
             kept[row, column] = min(int(counts[row, column]), int(np.searchsorted(positions, position)))
-        if (kept == counts).all():
+        changed = (kept != counts).any(0)
+        if not changed.any():
             return
         dropped = (kept == 0) & (self._ids != _NO_PAGE)
         released = self._ids[dropped]
@@ -131,7 +153,7 @@ class PageTable:
         self._ids[dropped] = _NO_PAGE
         self._addresses[dropped] = 0
         self.lengths = (self._ids != _NO_PAGE).sum(1)
-        self._changed()
+        self._changed(int(changed.argmax()))
         self.pool.release(released)
 
     def drop_last(self, pages: int) -> None:
@@ -179,7 +201,9 @@ class PageTable:
         self._ids, self._addresses = self._ids[rows], self._addresses[rows]
         self._counts, self._first = self._counts[rows], self._first[rows]
         self.lengths = self.lengths[rows]
-        self._changed()
+        self._new_version(0)
+        for follower in self.followers:
+            follower.select(rows)
         # Retain before release, so that pages which stay are never freed in between.
         self.pool.retain(self.page_ids())
         self.pool.release(old)
@@ -241,6 +265,11 @@ class PageTable:
 
     def _changed(self, column: int = 0) -> None:
         """Note a change of columns from ``column`` on."""
+        self._new_version(column)
+        for follower in self.followers:
+            follower.note(column)
+
+    def _new_version(self, column: int) -> None:
         self.version = next(_VERSIONS)
         self.resident.note(self.version, column)
 

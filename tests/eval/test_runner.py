@@ -20,6 +20,7 @@ from hf_kvcache_eval.cells import Cell, Metric, Store
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.prefills import Prefills
 from hf_kvcache_eval.protocol import Protocol
+from hf_kvcache_eval.report import write_report
 from hf_kvcache_eval.retrieval import RetrievalTask
 from hf_kvcache_eval.runner import Comparison
 from hf_kvcache_eval.suites import Entry
@@ -294,3 +295,12 @@ def test_bad_arguments_are_named(words: list[str], complaint: str, capsys: pytes
 def test_an_interrupt_ends_with_its_own_status(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, ("later", Entry(Broken(KeyboardInterrupt()))))
     assert cli.main(["run", "--out", str(comparison.out)]) == 130
+
+
+def test_sparse_reading_is_measured(comparison: Comparison) -> None:
+    """A cache that reads one page of two is measured and stands in the report."""
+    comparison.caches = ["full", "sparse@0.5:selector=random;dense_layers=0"]
+    comparison.protocol = replace(comparison.protocol, block=1)
+    cells = runner.run(comparison, CONSOLE)
+    assert cells[1].metrics["kl"].value > 1e-4
+    assert "sparse" in write_report(comparison.out)[0].read_text()

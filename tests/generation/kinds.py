@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
-from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, SlidingWindowCache
+from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, SlidingWindowCache, SparseReadCache
 from tests import families
 from tests.lowrank.one_layer import rotated_cache
 from tests.mla import families as mla_families
@@ -40,6 +40,11 @@ def _latent(model: PreTrainedModel) -> KVCache:
     return LatentKVCache(model.config, page_size=16, tail_length=8)
 
 
+def _sparse(model: PreTrainedModel) -> KVCache:
+    sizes = {"sink_length": 2, "tail_length": 4, "page_size": 8, "dense_layers": 1}
+    return SparseReadCache(model.config, 0.5, bits=8, **sizes)
+
+
 def _kind(family: str, cache: Callable[[PreTrainedModel], KVCache]) -> Kind:
     module = families if family in families.every_name() else mla_families
     return Kind(partial(module.build, family), cache)
@@ -58,6 +63,7 @@ KINDS = {
     "latents": _kind("deepseek_v3", _latent),
     "evicted latents": _kind("deepseek_v3", partial(_hitters, "snapkv")),
     "indexed latents": _kind("deepseek_v32", _latent),
+    "sparse": _kind("llama", _sparse),
     "low rank": _kind("llama", partial(rotated_cache, before_rope=True)),
 }
 if "indexed_attention" not in DYNAMIC_LAYER_TYPE_MAPPING:  # older releases have no cache for such layers

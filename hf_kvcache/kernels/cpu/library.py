@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.cpu.build import LIBRARY
 
-ABI_VERSION = 4
+ABI_VERSION = 6
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 
@@ -122,6 +122,16 @@ class LatentCall(Structure):
     _fields_ = (("absorb", Project), ("attend", Latent), ("expand", Project))
 
 
+class Choose(Structure):
+    """``HfkvChoose``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "codes", "scales", "limits", "missing", "chosen")),
+        *((name, c_int64) for name in ("codes_row", "scales_row", "missing_row")),
+        *((name, c_int32) for name in ("rows", "queries", "width", "columns", "spans", "count", "threads")),
+    )
+
+
 class Grid(Structure):
     """``HfkvGrid``."""
 
@@ -214,6 +224,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.hfkv_decode_side.restype = None
     library.hfkv_encode.argtypes = [POINTER(Encode)]
     library.hfkv_encode.restype = c_int32
+    library.hfkv_choose.argtypes = [POINTER(Choose)]
+    library.hfkv_choose.restype = c_int32
     return library, None
 
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 4
+#define HFKV_ABI_VERSION 6
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -142,6 +142,20 @@ struct HfkvLatentStep {
     HfkvProject expand;
 };
 
+// Which pages a decode step reads. A row is a KV head of a sequence, and `queries` are those of its query heads. A page is
+// summarized in `spans` parts, by a vector of signed bytes and a scale in half precision each. The score of a page is the largest
+// product of any query with any of its parts.
+struct HfkvChoose {
+    const float* query;      // [rows, queries, width]
+    const int8_t* codes;     // [rows, columns * spans, width]; rows are codes_row apart
+    const uint16_t* scales;  // [rows, columns * spans]; rows are scales_row apart
+    const int64_t* limits;   // [rows], how many columns a row may have; or null
+    const uint8_t* missing;  // [rows, columns], where a row has no page; rows are missing_row apart; or null
+    int64_t* chosen;         // [rows, count], ascending columns, then 2^30 where there are fewer
+    int64_t codes_row, scales_row, missing_row;
+    int32_t rows, queries, width, columns, spans, count, threads;  // count is at most columns
+};
+
 // How a side is encoded; the codecs of hf_kvcache/codecs define the methods.
 enum HfkvMethod : int32_t { HFKV_INTEGER = 0, HFKV_UNBIASED_KEYS = 1, HFKV_UNBIASED_VALUES = 2, HFKV_NORM = 3 };
 
@@ -182,6 +196,8 @@ int32_t hfkv_latent_step(const HfkvLatentStep* call);
 // Decode one side of the n records at `addresses` into float32 [n, P, D], in the rotated basis and without the key mean.
 void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out,
                       int32_t threads);
+// Choose the pages of a decode step; returns 0, or 1 if memory ran out.
+int32_t hfkv_choose(const HfkvChoose* call);
 // Encode one side of pages; returns 0, or 1 if memory ran out.
 int32_t hfkv_encode(const HfkvEncode* call);
 }

@@ -18,11 +18,12 @@
     int hfkv_project_##isa(const HfkvProject*);                                                                    \
     int hfkv_latent_step_##isa(const HfkvLatentStep*);                                                             \
     void hfkv_decode_side_##isa(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);                     \
-    int hfkv_encode_##isa(const HfkvEncode*);
+    int hfkv_encode_##isa(const HfkvEncode*);                                                                      \
+    int hfkv_choose_##isa(const HfkvChoose*);
 
 #define HFKV_KERNELS(isa)                                                                             \
     hfkv_attend_##isa, hfkv_latent_attend_##isa, hfkv_project_##isa, hfkv_latent_step_##isa, hfkv_decode_side_##isa, \
-        hfkv_encode_##isa
+        hfkv_encode_##isa, hfkv_choose_##isa
 
 HFKV_DECLARE(portable)
 #if defined(HFKV_X86)
@@ -43,6 +44,7 @@ struct Isa {
     int (*latent_step)(const HfkvLatentStep*);
     void (*decode_side)(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);
     int (*encode)(const HfkvEncode*);
+    int (*choose)(const HfkvChoose*);
 };
 
 #if defined(HFKV_X86)
@@ -116,4 +118,6 @@ void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* a
 }
 
 int32_t hfkv_encode(const HfkvEncode* call) { return current->encode(call); }
+
+int32_t hfkv_choose(const HfkvChoose* call) { return current->choose(call); }
 }

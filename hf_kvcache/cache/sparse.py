@@ -1,0 +1,124 @@
+"""``SparseReadCache``: a cache that keeps every token, and reads only what matters for a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from hf_kvcache.cache.base import KVCache
+from hf_kvcache.cache.evicting import codec_for_eviction, default_eviction
+from hf_kvcache.cache.model_config import decoder_config
+from hf_kvcache.codecs import Codec
+from hf_kvcache.codecs.registry import option_names as codec_option_names
+from hf_kvcache.eviction import Policy
+from hf_kvcache.integration import mla
+from hf_kvcache.sparse.base import Selector
+from hf_kvcache.sparse.budget import ReadBudget
+from hf_kvcache.sparse.reader import SparseOptions
+from hf_kvcache.sparse.registry import option_names, resolve
+from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
+
+
+class SparseReadCache(KVCache):
+    """A KV cache that keeps every token. A decode step reads sinks, the newest tokens, and the pages that matter.
+
+    A selector picks the pages anew at every step, for each KV head. A prompt reads everything. So does every step as
+    long as the budget covers all tokens; it then gives what :class:`KVCache` gives, bit by bit.
+
+    Args:
+        config: the model's config.
+        read_budget: tokens that a step reads of each KV head: a number, or a share of those held (0.25). Up to a page
+            more is read while the tail grows.
+        selector: what picks the pages: ``"quest"``, ``"landmark"``, ``"kascade"``, ``"random"``, ``"oracle"``.
+        bits: bits per element, 1 to 4 or 8; None stores tokens in full precision, unless ``codec`` says otherwise.
+        codec: how pages are stored; see :class:`KVCache`. The default is the best measured codec of the bits.
+        budget: number or share of tokens that stay, if tokens are evicted too; None keeps every token.
+        policy: what evicts then; see :class:`HeavyHitterCache`.
+        dense_layers: number of first layers that read everything.
+        sink_length: as in :class:`KVCache`, like ``validate``, ``bind``, ``key_bits`` and ``value_bits``.
+        tail_length: number of newest tokens in full precision, which every step reads.
+        page_size: number of tokens that are picked together, a multiple of 8.
+        **options: options of the selector and of the codec.
+
+    Raises:
+        ValueError: for a model that cannot have such a cache, or an argument out of range.
+        TypeError: if neither the cache nor the selector nor the codec has an argument.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        read_budget: int | float = 1024,
+        selector: str | Selector = "quest",
+        bits: int | None = None,
+        codec: str | Codec | None = None,
+        *,
+        budget: int | float | None = None,
+        policy: str | Policy = "snapkv",
+        dense_layers: int = 2,
+        sink_length: int = 4,
+        tail_length: int = 64,
+        page_size: int = 64,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        validate: bool = False,
+        bind: bool = True,
+        **options: Any,
+    ) -> None:
+        decoder = decoder_config(config)
+        if mla.own_ranks(decoder):
+            raise ValueError(
+                f"config of {decoder.model_type!r}: its layers cache latents, which one head reads for all; accepted: "
+                "models that cache keys and values"
+            )
+        widths = given_only(bits=bits, key_bits=key_bits, value_bits=value_bits)
+        if codec is None:
+            codec = "auto" if widths else "none"
+        names = option_names(selector)
+        if options:
+            of_codec = codec_option_names(codec, **widths)
+            refuse_unknown(type(self), options, {f"selector {selector!r}": names, f"codec {codec!r}": of_codec})
+        chosen = resolve(selector, **{name: options.pop(name) for name in names if name in options})
+        for name, value in (("sink_length", sink_length), ("tail_length", tail_length), ("dense_layers", dense_layers)):
+            whole(name, value, 0)
+        whole("page_size", page_size, 8)
+        _check_span(chosen, page_size)
+        sparse = SparseOptions(chosen, ReadBudget(read_budget, sink_length, tail_length, page_size), dense_layers)
+        eviction = None
+        if budget is not None:
+            eviction = default_eviction(budget, policy, sink_length + tail_length)
+            named = None if codec in ("auto", "none") else codec
+            rest = {name: value for name, value in widths.items() if name != "bits"}
+            codec, widths, options = codec_for_eviction(named, bits, options | rest), {}, {}
+        super().__init__(
+            config,
+            codec,
+            sink_length=sink_length,
+            tail_length=tail_length,
+            page_size=page_size,
+            eviction=eviction,
+            sparse=sparse,
+            validate=validate,
+            bind=bind,
+            **widths,
+            **options,
+        )
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if 0 <= layer_idx < len(self.layers):
+            layer: Any = self.layers[layer_idx]
+            leader = getattr(layer, "leader_index", None)
+            if leader is not None:
+                layer.leader = self.layers[leader]  # at every update, since layers are copied one by one
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def _check_span(selector: Selector, page_size: int) -> None:
+    """Raise ValueError unless pages consist of whole parts that a selector summarizes."""
+    if selector.span is not None and page_size % selector.span:
+        accepted = [n for n in range(1, page_size + 1) if page_size % n == 0]
+        raise ValueError(f"span={selector.span!r}; accepted: {accepted}, which divide page_size={page_size}")

@@ -1,0 +1,134 @@
+// The choice of pages for a decode step, hfkv_choose: products of the queries of a row with signed bytes that summarize its pages,
+// and the pages with the largest of them. kernels.inc exports it.
+#pragma once
+
+#include "api.h"
+#include "vectors.h"
+#include "workspace.h"
+
+namespace {
+
+constexpr int kPagesPerTask = 64;
+constexpr int64_t kNoColumn = 1 << 30;
+
+inline Vec load_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    Vec v{};
+    for (int i = 0; i < kLanes; i++) v[i] = p[i];
+    return v;
+#endif
+}
+
+// The largest product of N queries, `width` apart, with a vector of bytes.
+template <int N>
+float largest_product(const float* query, const int8_t* codes, int width) {
+    Vec sums[N];
+    float rest[N];
+    for (int m = 0; m < N; m++) sums[m] = splat(0.0f), rest[m] = 0;
+    int i = 0;
+    for (; i + kLanes <= width; i += kLanes) {
+        const Vec x = load_bytes(codes + i);
+        for (int m = 0; m < N; m++) sums[m] += x * load(query + (size_t)m * width + i);
+    }
+    for (; i < width; i++)
+        for (int m = 0; m < N; m++) rest[m] += codes[i] * query[(size_t)m * width + i];
+    float top = kMinusInfinity;
+    for (int m = 0; m < N; m++) top = larger(top, sum(sums[m]) + rest[m]);
+    return top;
+}
+
+inline float largest_product_of(const HfkvChoose& c, const float* query, const int8_t* codes) {
+    float top = kMinusInfinity;
+    int m = 0;
+    for (; m + 4 <= c.queries; m += 4) top = larger(top, largest_product<4>(query + (size_t)m * c.width, codes, c.width));
+    const float* rest = query + (size_t)m * c.width;
+    if (c.queries - m == 3) return larger(top, largest_product<3>(rest, codes, c.width));
+    if (c.queries - m == 2) return larger(top, largest_product<2>(rest, codes, c.width));
+    if (c.queries - m == 1) return larger(top, largest_product<1>(rest, codes, c.width));
+    return top;
+}
+
+inline void score_pages(const HfkvChoose& c, int row, int first, int stop, float* scores) {
+    const float* query = c.query + (size_t)row * c.queries * c.width;
+    for (int column = first; column < stop; column++) {
+        float top = kMinusInfinity;
+        for (int part = 0; part < c.spans && !(c.missing && c.missing[row * c.missing_row + column]); part++) {
+            const int64_t at = (int64_t)column * c.spans + part;
+            const float product = largest_product_of(c, query, c.codes + row * c.codes_row + at * c.width);
+            top = larger(top, product * from_half(c.scales[row * c.scales_row + at]));
+        }
+        scores[column] = top;
+    }
+}
+
+// Moves the `count` largest of n numbers to the front, and returns the smallest of these: quickselect. The standard library's
+// functions could be linked from the unit of another instruction set.
+inline float part_largest(float* x, int n, int count) {
+    int low = 0, high = n - 1;
+    while (low < high) {
+        const float a = x[low], b = x[(low + high) / 2], c = x[high];
+        const float pivot = a > b ? (b > c ? b : (a > c ? c : a)) : (a > c ? a : (b > c ? c : b));
+        int i = low, j = high;
+        while (i <= j) {
+            while (x[i] > pivot) i++;
+            while (x[j] < pivot) j--;
+            if (i > j) break;
+            const float other = x[i];
+            x[i++] = x[j];
+            x[j--] = other;
+        }
+        if (count - 1 <= j) high = j;
+        else if (count - 1 >= i) low = i;
+        else break;
+    }
+    return x[count - 1];
+}
+
+// Writes the columns of the `count` largest scores, ascending; of equal ones those that come first. `sorted` is a buffer.
+inline void choose_row(const HfkvChoose& c, int row, const float* scores, float* sorted) {
+    int64_t* chosen = c.chosen + (size_t)row * c.count;
+    const int count = c.limits && c.limits[row] < c.count ? (int)c.limits[row] : c.count;
+    int found = 0;
+    if (count > 0) {
+        std::memcpy(sorted, scores, sizeof(float) * c.columns);
+        const float least = part_largest(sorted, c.columns, count);
+        int equal = count;  // how many of those that equal the least one are chosen
+        for (int i = 0; i < count; i++) equal -= sorted[i] > least;
+        for (int column = 0; column < c.columns && found < count; column++) {
+            const bool same = scores[column] == least;
+            if (scores[column] > least || (same && equal > 0)) {
+                equal -= same;
+                chosen[found++] = column;
+            }
+        }
+    }
+    for (; found < c.count; found++) chosen[found] = kNoColumn;
+}
+
+inline int choose(const HfkvChoose& c) {
+    const int blocks = (c.columns + kPagesPerTask - 1) / kPagesPerTask, tasks = c.rows * blocks;
+    const Workspace workspace(sizeof(float) * 2 * (size_t)c.rows * c.columns);
+    if (!workspace.at()) return 1;
+    float* scores = (float*)workspace.at();
+    float* sorted = scores + (size_t)c.rows * c.columns;
+    const int threads = tasks == 1 ? 1 : c.threads;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int task = 0; task < tasks; task++) {
+            const int row = task / blocks, first = task % blocks * kPagesPerTask;
+            const int stop = first + kPagesPerTask < c.columns ? first + kPagesPerTask : c.columns;
+            score_pages(c, row, first, stop, scores + (size_t)row * c.columns);
+        }
+#pragma omp for schedule(static)
+        for (int row = 0; row < c.rows; row++)
+            choose_row(c, row, scores + (size_t)row * c.columns, sorted + (size_t)row * c.columns);
+    }
+    return 0;
+}
+
+}  // namespace

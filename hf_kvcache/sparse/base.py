@@ -1,0 +1,95 @@
+"""What a selector is: it scores the pages of each KV head for the queries of a decode step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+
+@dataclass
+class Question:
+    """What a selector without vectors sees of a step. A row is a KV head of a sequence.
+
+    Attributes:
+        rows: number of rows.
+        columns: pages of the longest row.
+        length: number of query tokens.
+        position: position of the first of them.
+        layer_index: number of the layer in the model.
+        device: where the pages are.
+    """
+
+    rows: int
+    columns: int
+    length: int
+    position: int
+    layer_index: int
+    device: torch.device
+
+
+class Selector:
+    """Scores pages. A new selector is one file in ``selectors/`` with a subclass that carries ``@register``.
+
+    A selector of ``vectors`` overrides :meth:`summarize` and :meth:`ask`. One that needs nothing of the pages overrides
+    :meth:`score`. One with ``exact`` is given the attention probabilities themselves, and overrides neither.
+    """
+
+    #: Registered name.
+    name: ClassVar[str]
+    #: Vectors that are kept of each part of a page.
+    vectors: ClassVar[int] = 0
+    #: How these are rounded to 8 bits: 1 up, -1 down, 0 to the nearest.
+    rounding: ClassVar[tuple[int, ...]] = ()
+    #: Whether pages are scored by their attention probabilities, for which a layer reads all of them.
+    exact: ClassVar[bool] = False
+    #: Whether some layers choose for those behind them.
+    shared: ClassVar[bool] = False
+    #: Tokens that are summarized together; None for a whole page.
+    span: int | None = None
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the constructor by name, read from the attributes of these names."""
+        if type(self).__init__ is object.__init__:
+            return {}
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def leaders(self, sparse: Sequence[int]) -> dict[int, int]:
+        """For each of the layers ``sparse`` that do not read everything, the layer whose choice it reads.
+
+        Only a selector that is ``shared`` has such layers.
+        """
+        raise NotImplementedError
+
+    def summarize(self, keys: torch.Tensor, unused: torch.Tensor | None) -> torch.Tensor:
+        """What to keep of parts of pages.
+
+        Args:
+            keys: float32 ``[N, n, D]``, as attention sees them.
+            unused: bool ``[N, n]``, True where there is no token; None if there is one everywhere.
+
+        Returns:
+            Float32 ``[N, vectors, D]``; finite, whatever stands in parts without any token.
+        """
+        raise NotImplementedError
+
+    def ask(self, query: torch.Tensor) -> torch.Tensor:
+        """The vectors whose products with the summaries are the scores.
+
+        Args:
+            query: float32 ``[rows, M, D]``, the queries of each row.
+
+        Returns:
+            ``[rows, M, vectors * D]``.
+        """
+        raise NotImplementedError
+
+    def score(self, question: Question) -> torch.Tensor:
+        """Scores float32 ``[rows, q, columns]``; the largest are picked."""
+        raise NotImplementedError

@@ -1,0 +1,177 @@
+"""The choice of pages for the steps of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_kvcache.kernels.choose import best_columns, choose
+from hf_kvcache.kernels.inputs import Pages
+from hf_kvcache.sparse.base import Question, Selector
+from hf_kvcache.sparse.budget import ReadBudget
+from hf_kvcache.sparse.picked import PickedPages
+from hf_kvcache.sparse.summaries import PageSummaries
+from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.transfers import to_device
+
+
+@dataclass(frozen=True)
+class SparseOptions:
+    """How the layers of a cache read.
+
+    Attributes:
+        selector: scores the pages.
+        budget: how many of them a step reads.
+        dense_layers: number of first layers that read everything.
+    """
+
+    selector: Selector
+    budget: ReadBudget
+    dense_layers: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many pages the rows of a table may read.
+
+    Attributes:
+        most: the largest of these numbers.
+        everything: whether every row may read all of its pages.
+        full: whether all rows may read ``most`` pages and have more, all of whose tokens count.
+        rows: int64 ``[rows]`` on the device; None if the number is the same for all.
+        missing: bool ``[rows, columns]`` on the device, True where a row has no page; None if all rows have equally
+            many.
+    """
+
+    most: int
+    everything: bool
+    full: bool
+    rows: torch.Tensor | None
+    missing: torch.Tensor | None
+
+
+class PageReader:
+    """Chooses which pages the steps of a layer read.
+
+    Args:
+        options: selector and budget.
+        index: number of the layer in the model.
+        storage: the layer's tokens.
+    """
+
+    def __init__(self, options: SparseOptions, index: int, storage: PagedStorage) -> None:
+        self.options, self.index = options, index
+        self.summaries = PageSummaries(options.selector, storage) if options.selector.vectors else None
+        self._begin(storage)
+
+    def _begin(self, storage: PagedStorage) -> None:
+        """Begin without a choice."""
+        self.table = storage.table
+        self._limits: dict[int, Limits] = {}
+        self._version = -1
+        self._picked: PickedPages | None = None
+        #: The columns that were chosen last, int64 ``[rows, n]``; None before the first choice.
+        self.columns: torch.Tensor | None = None
+
+    def fork(self, storage: PagedStorage) -> PageReader:
+        """A reader for a fork of the storage."""
+        other = object.__new__(PageReader)
+        other.__dict__.update(self.__dict__)
+        other.summaries = None if self.summaries is None else self.summaries.fork(storage)
+        other._begin(storage)
+        return other
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes that a step reads of each page to choose."""
+        return 0 if self.summaries is None else self.summaries.bytes_per_page
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors that are held beside the pages."""
+        return [] if self.summaries is None else self.summaries.tensors
+
+    def limits(self, storage: PagedStorage, pages: Pages) -> Limits:
+        """How many pages each row may read; the same as long as the table does not change."""
+        if self._version != storage.table.version:
+            self._limits, self._picked, self._version = {}, None, storage.table.version
+        found = self._limits.get(pages.columns)
+        if found is None:
+            found = self._limits[pages.columns] = self._made(pages)
+        return found
+
+    def pick(
+        self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor, position: int
+    ) -> PickedPages:
+        """The pages that the selector picks.
+
+        Args:
+            storage: the layer's tokens.
+            pages: the pages, all of them or the first columns.
+            limits: how many of them.
+            query: ``[B, Hq, q, D]``.
+            position: position of the first query.
+
+        Returns:
+            The pages that any of the queries picks. For one query it is the same object in every step, until the page
+            table changes.
+        """
+        selector, length = self.options.selector, query.shape[2]
+        if self.summaries is None:
+            question = Question(pages.rows, pages.columns, length, position, self.index, query.device)
+            return self.pick_best(pages, limits, selector.score(question))
+        codes, scales = self.summaries.brought(storage, pages.columns)
+        asked = selector.ask(query.detach().float().reshape(pages.rows, -1, query.shape[3]))
+        columns = choose(asked, codes, scales, self.summaries.spans, length, limits.most, limits.rows, limits.missing)
+        return self.read(pages, limits, columns)
+
+    def pick_best(self, pages: Pages, limits: Limits, scores: torch.Tensor) -> PickedPages:
+        """The pages with the largest ``scores [rows, q, columns]``."""
+        return self.read(pages, limits, best_columns(scores, limits.most, limits.rows, limits.missing))
+
+    def read(self, pages: Pages, limits: Limits, columns: torch.Tensor, own: bool = True) -> PickedPages:
+        """The pages in ``columns [rows, n]``.
+
+        Args:
+            pages: all pages.
+            limits: how many of them.
+            columns: what was chosen.
+            own: whether it was chosen among these very pages. Another layer may have chosen among more: pages that a
+                draft has packed ahead.
+        """
+        self.columns = columns
+        picked = self._picked
+        full = own and limits.full and columns.shape[1] == limits.most
+        if picked is None or picked.columns != columns.shape[1] or picked.full != full:
+            picked = PickedPages(pages, columns.shape[1], full)
+            if columns.shape[1] == limits.most:
+                self._picked = picked
+        picked.pick(pages, columns)
+        return picked
+
+    def spread(self, sums: torch.Tensor, pages: Pages) -> torch.Tensor:
+        """Sums ``[B, Hq, n * P]`` of the pages that were read last, as sums of all ``pages``: 0 for the others."""
+        columns = self.columns
+        assert columns is not None
+        size, batch = pages.layout.page_size, sums.shape[0]
+        by_page = sums.unflatten(2, (-1, size)).reshape(pages.rows, -1, columns.shape[1], size)
+        out = sums.new_zeros(*by_page.shape[:2], pages.columns + 1, size)
+        places = columns.clamp(max=pages.columns)[:, None, :, None].expand(by_page.shape)
+        out.scatter_add_(2, places, by_page)
+        return out[:, :, :-1].reshape(batch, sums.shape[1], -1)
+
+    def _made(self, pages: Pages) -> Limits:
+        counts = pages.counts
+        held = (counts > 0).sum(1)
+        least = self.options.budget.pages(counts.sum(1, dtype="int64")).clip(max=held)
+        most, device = int(least.max(initial=0)), pages.device
+        same, even = bool((least == most).all()), bool((held == pages.columns).all())
+        missing = None if even else to_device(counts == 0, device)
+        return Limits(
+            most,
+            everything=bool((least == held).all()),
+            full=same and even and pages.full,
+            rows=None if same else to_device(least, device),
+            missing=missing,
+        )

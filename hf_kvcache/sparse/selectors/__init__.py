@@ -1,0 +1,1 @@
+"""The selectors, one file each."""

@@ -1,0 +1,38 @@
+"""The choice of pages by the C++ kernels, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_kvcache.kernels.dispatch import module_of
+from hf_kvcache.kernels.reference.choose import NO_COLUMN, choose
+
+
+@pytest.mark.parametrize(
+    ("rows", "queries", "width", "columns", "spans", "count"),
+    [(1, 1, 16, 1, 1, 1), (3, 3, 40, 70, 2, 9), (2, 5, 7, 130, 1, 130), (8, 4, 256, 65, 4, 64), (2, 6, 33, 64, 1, 1)],
+)
+def test_choice(isa: str, rows: int, queries: int, width: int, columns: int, spans: int, count: int) -> None:
+    """The C++ kernel chooses what the reference does, with rows that may have fewer pages or lack some."""
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(rows, queries, width, generator=draw)
+    held = torch.randint(-127, 128, (rows, columns * spans + 5, width), dtype=torch.int8, generator=draw)
+    codes = held[:, : columns * spans]
+    scales = (torch.rand(rows, columns * spans + 5, generator=draw) + 0.1).half()[:, : columns * spans]
+    limits = torch.randint(0, count + 1, (rows,), generator=draw)
+    missing = torch.rand(rows, columns, generator=draw) < 0.2
+    native = module_of("choose", "native")
+    for some in (None, limits):
+        for lacking in (None, missing):
+            assert native.supports(query, codes, scales, 1)
+            got = native.choose(query, codes, scales, spans, count, some, lacking)
+            expected = choose(query, codes, scales, spans, 1, count, some, lacking)
+            if lacking is not None:  # where too few pages are left, those that are missing may stand for any other
+                got, expected = (_held(x, lacking) for x in (got, expected))
+            assert torch.equal(got, expected)
+
+
+def _held(columns: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+    gone = missing.gather(1, columns.clamp(max=missing.shape[1] - 1)) | (columns == NO_COLUMN)
+    return columns.masked_fill(gone, NO_COLUMN).sort(1).values

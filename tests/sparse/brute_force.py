@@ -1,0 +1,73 @@
+"""Sparse reading written once more, as loops over tokens in float64, from what the package says of it in its docs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_kvcache.layers.sparse import SparseReads
+from hf_kvcache.sparse.picked import PickedPages
+
+
+def pages_of(layer: SparseReads, row: int) -> list[list[int]]:
+    """The positions of the tokens in each page of a sequence; the same for all heads."""
+    storage = layer.storage
+    if storage is None:
+        return []
+    table_row = np.array([row * storage.heads])
+    counts = storage.table.counts(table_row, storage.table.columns)[0]
+    positions = storage.table.positions(0, storage.table.columns, storage.page_size, table_row)[0]
+    return [at[:count].tolist() for at, count in zip(positions, counts, strict=True) if count]
+
+
+def pages_allowed(amount: int | float, pages: list[list[int]], sinks: int, tail: int, page: int) -> int:
+    """How many of its ``pages`` a sequence may read."""
+    always, packed = sinks + tail, sum(len(one) for one in pages)
+    most = amount * (always + packed) if isinstance(amount, float) else amount
+    return min(len(pages), max(1, int((most - always) // page)))
+
+
+def rounded_outward(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of one page in 8 bits with one scale in half precision."""
+    largest = max(np.abs(low).max(), np.abs(high).max(), 2.0**-7)
+    scale = float(np.float16(np.float32(largest) / np.float32(126.5)))
+    return np.floor(low / scale - 1e-9) * scale, np.ceil(high / scale + 1e-9) * scale
+
+
+def page_scores(keys: np.ndarray, query: np.ndarray, spans: list[list[int]]) -> np.ndarray:
+    """Quest's score of each page.
+
+    Args:
+        keys: ``[T, D]`` of one KV head.
+        query: ``[g, D]`` of its query heads.
+        spans: the tokens of each page.
+    """
+    scores = []
+    for span in spans:
+        low, high = rounded_outward(keys[span].min(0), keys[span].max(0))
+        scores.append(max(sum(max(q * a, q * b) for q, a, b in zip(one, low, high, strict=True)) for one in query))
+    return np.array(scores)
+
+
+def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: list[int]) -> np.ndarray:
+    """Attention ``[Dv]`` of one query over the tokens ``seen``."""
+    scores = keys[seen] @ query / np.sqrt(len(query))
+    weights = np.exp(scores - scores.max())
+    return weights @ values[seen] / weights.sum()
+
+
+def chosen(layer: SparseReads) -> Any:
+    """The columns that the latest step of ``layer`` read, a list for each row; None if it read everything."""
+    read = layer.latest_read
+    assert read is not None and layer.storage is not None
+    reader = layer.reader(layer.storage)
+    if not isinstance(read.pages, PickedPages) or reader.columns is None:
+        return None
+    columns = read.pages.columns
+    counted = torch.as_tensor(read.pages.counts)
+    return [
+        [int(c) for c, n in zip(row, count, strict=True) if n]
+        for row, count in zip(reader.columns[:, :columns].tolist(), counted.tolist(), strict=True)
+    ]

@@ -1,0 +1,95 @@
+"""Summaries, selectors and anchors by themselves, and bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, MistralConfig
+
+from hf_kvcache import SparseReadCache
+from hf_kvcache.sparse.anchors import choose_anchors, read_anchors, write_anchors
+from hf_kvcache.sparse.selectors.quest import Quest
+from hf_kvcache.sparse.summaries import rounded
+
+SHAPE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 8}
+CONFIG = LlamaConfig(**SHAPE)
+
+
+@given(exponent=st.integers(-30, 18), spread=st.integers(0, 12), seed=st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_bounds_stay_bounds(exponent: int, spread: int, seed: int) -> None:
+    """Rounded to 8 bits, no key is outside of its page's bounds, and each bound is less than two steps away."""
+    draw = torch.Generator().manual_seed(seed)
+    keys = torch.randn(5, 8, 12, generator=draw) * 2.0 ** (exponent - spread * torch.rand(12, generator=draw))
+    unused = torch.rand(5, 8, generator=draw) < 0.3
+    vectors = Quest().summarize(keys, unused)
+    codes, scales = rounded(vectors, Quest.rounding)
+    high, low = (codes.double().view(5, 2, 12) * scales.double()[:, None, None]).unbind(1)
+    within = (keys.double() <= high[:, None]) & (keys.double() >= low[:, None])
+    assert bool((within | unused[:, :, None]).all())
+    assert bool(((high - vectors[:, 0]).abs() <= 2 * scales[:, None].double()).all())
+
+
+def test_anchors(tmp_path: Path) -> None:
+    """The best anchors are found as by trying all, and a file brings them back."""
+    from itertools import combinations
+
+    overlap = torch.rand(9, 9, generator=torch.Generator().manual_seed(0))
+    for count in (1, 3, 5):
+        found = choose_anchors(overlap, count, first=2)
+
+        def served(anchors: tuple[int, ...]) -> float:
+            return sum(float(overlap[max(a for a in anchors if a <= layer), layer]) for layer in range(2, 9))
+
+        best = max(served((2, *rest)) for rest in combinations(range(3, 9), count - 1))
+        assert found[0] == 2 and len(found) == count and served(found) == pytest.approx(best)
+    write_anchors(tmp_path / "anchors.json", found)
+    assert read_anchors(tmp_path / "anchors.json") == found
+    (tmp_path / "other.json").write_text(json.dumps({"anchors": [1]}))
+    with pytest.raises(ValueError, match=r"other\.json.*no file of anchors"):
+        SparseReadCache(CONFIG, selector="kascade", anchors=tmp_path / "other.json")
+
+
+BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "small budget": (lambda: SparseReadCache(CONFIG, 100), ValueError, r"read_budget=100.*from 132: sinks \(4\)"),
+    "no share": (lambda: SparseReadCache(CONFIG, 0.0), ValueError, r"read_budget=0\.0.*above 0\.0"),
+    "large share": (lambda: SparseReadCache(CONFIG, 1.5), ValueError, r"read_budget=1\.5.*up to 1\.0"),
+    "true": (lambda: SparseReadCache(CONFIG, True), ValueError, r"read_budget=True"),
+    "selector": (lambda: SparseReadCache(CONFIG, selector="best"), ValueError, r"selector='best'.*kascade.*quest"),
+    "option": (lambda: SparseReadCache(CONFIG, spam=8), TypeError, r"'spam'; did you mean 'span'\?.*'quest': span"),
+    "span": (lambda: SparseReadCache(CONFIG, span=0), ValueError, r"span=0.*whole numbers from 1"),
+    "uneven span": (lambda: SparseReadCache(CONFIG, span=24), ValueError, r"span=24.*page_size=64"),
+    "all dense": (lambda: SparseReadCache(CONFIG, dense_layers=4), ValueError, r"dense_layers=4.*fewer than.*4"),
+    "page": (lambda: SparseReadCache(CONFIG, page_size=12), ValueError, r"page_size=12.*multiples of 8"),
+    "anchors": (
+        lambda: SparseReadCache(CONFIG, selector="kascade", anchors=[3]),
+        ValueError,
+        r"anchors=\[3\].*some of the layers \[2, 3\]",
+    ),
+    "anchors and eviction": (
+        lambda: SparseReadCache(CONFIG, selector="kascade", budget=512),
+        ValueError,
+        r"selector=kascade with eviction",
+    ),
+    "windows": (
+        lambda: SparseReadCache(MistralConfig(**SHAPE, sliding_window=64)),
+        ValueError,
+        r"dense_layers=2 for a 'mistral' model.*full attention, 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str) -> None:
+    """Each error names the argument, its value and what is accepted."""
+    make, error, message = BAD[case]
+    with pytest.raises(error, match=re.compile(message, re.DOTALL)):
+        make()
