@@ -218,7 +218,24 @@ class IndexedLatentLayer(LatentLayer):
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Add the new keys of the indexer ``[B, T, d]``; returns all of its keys."""
+        if not self.indexer.batch:
+            self.indexer = IndexerKeys(self._packs_indexer(indexer_key_states))
         return self.indexer.append(indexer_key_states)
+
+    def _packs_indexer(self, keys: torch.Tensor) -> bool:
+        """Whether the keys of the indexer are packed: with the latents, unless a model keeps more than keys there."""
+        packed = self.options.codec.keys.method != "dense"
+        return packed and keys.shape[2] == getattr(self.options.config, "index_head_dim", None)
+
+    def check_tensors(self, tensors: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
+        super().check_tensors(tensors, progress)
+        names = {name for name in tensors if name.startswith("indexer.")}
+        if names not in (set(), {"indexer.keys"}, {"indexer.codes", "indexer.scale"}):
+            raise ValueError(f"{sorted(names)} of an indexer; accepted: its keys, or its codes and their scale")
+        for name in names:
+            x, dims = tensors[name], 2 if name == "indexer.scale" else 3
+            if x.dim() != dims or x.shape[:2] != (tensors["dense.keys"].shape[0], progress["seen"]):
+                raise ValueError(f"{name!r} is {list(x.shape)}; accepted: {dims} sizes, first those of all tokens seen")
 
     def check_crop(self, tokens_to_remove: int) -> None:
         # A layer that reads the latents of another layer may have its own indexer. Such a layer has seen no tokens.
@@ -260,15 +277,18 @@ class IndexedLatentLayer(LatentLayer):
         return [*super().own_tensors(), *self.indexer.tensors()]
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
-        state, keys = super().stored_tensors(), self.indexer.keys()
-        return state if keys is None else state | {"indexer": keys.clone()}
+        stored = {f"indexer.{name}": x.clone() for name, x in self.indexer.stored().items()}
+        return super().stored_tensors() | stored
 
     def restore(
         self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: Device = None, owned: bool = False
     ) -> None:
-        super().restore({name: x for name, x in tensors.items() if name != "indexer"}, progress, device, owned)
-        if "indexer" in tensors:
-            self.indexer.append(tensors["indexer"].to(self.device))
+        indexer = {name.removeprefix("indexer."): x for name, x in tensors.items() if name.startswith("indexer.")}
+        others = {name: x for name, x in tensors.items() if not name.startswith("indexer.")}
+        super().restore(others, progress, device, owned)
+        if indexer:
+            self.indexer = IndexerKeys("codes" in indexer)
+            self.indexer.extend({name: x.to(self.device) for name, x in indexer.items()}, self.dtype)
 
 
 def in_latent_space(query: torch.Tensor, up: UpProjections) -> torch.Tensor:
