@@ -211,6 +211,7 @@ def _boolean(like: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.bool, device=like.device)
 
 
+#: In inference mode, casts and the operator ``&`` come as operators of their own.
 _NOTED: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     _aten.new_ones.default: _note_ones,
     _aten._to_copy.default: _note_cast,
@@ -219,6 +220,7 @@ _NOTED: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     _aten.unsqueeze.default: _note_unsqueeze,
     _aten.bitwise_not.default: _note_not,
     _aten.bitwise_and.Tensor: _note_and,
+    _aten.__and__.Tensor: _note_and,
     _aten.masked_fill.Scalar: _note_fill,
 }
 
