@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.latent_decode import latent_attend
 from hf_kvcache.kernels.latent_gather import gather_latents
+from hf_kvcache.kernels.page import SideFormat
 from hf_kvcache.kernels.visibility import Visibility, visible
 
 #: A position behind all tokens.
@@ -42,6 +44,11 @@ def attend_picked(
     flat = positions.flatten(1)
     places = places_of(flat, pages, dense).masked_fill_(_hidden(positions, visibility).flatten(1), -1)
     latents, rotary = gather_latents(pages, dense, places)
+    if pages is not None:
+        # Queries are rotated, and not the many tokens back.
+        formats, rank = pages.layout.sides, latents.shape[3]
+        parts = _rotated(query[..., :rank], formats["keys"]), _rotated(query[..., rank:], formats["values"])
+        query = torch.cat(parts, -1) if parts[0].shape[3] < width else parts[0]
     if length > 1:  # every query is a sequence of its own
         query = query.transpose(1, 2).reshape(batch * length, heads, 1, width)
         latents, rotary = (x.view(batch * length, 1, positions.shape[2], x.shape[3]) for x in (latents, rotary))
@@ -49,8 +56,14 @@ def attend_picked(
     # The order of the gathered tokens says nothing, so nothing but `unused` hides any.
     everything = Visibility(start=0, length=1, mask=None, mask_start=0, causal=False, window=None)
     output, log_sum_exp, _, _ = latent_attend(query, None, gathered, everything, scoring)
+    if pages is not None:
+        output = _rotated(output, pages.layout.sides["keys"], inverse=True)
     log_sum_exp = log_sum_exp.view(batch, length, heads).transpose(1, 2)
     return Attention(output.view(batch, length, heads, output.shape[3]), log_sum_exp)
+
+
+def _rotated(x: torch.Tensor, fmt: SideFormat, inverse: bool = False) -> torch.Tensor:
+    return x if fmt.rotation == "none" else rotate(x.float(), fmt, inverse).to(x.dtype)
 
 
 def places_of(positions: torch.Tensor, pages: Pages | None, dense: DenseTokens) -> torch.Tensor:
@@ -86,11 +99,15 @@ def _slots_of(positions: torch.Tensor, dense: DenseTokens) -> torch.Tensor:
 
 
 def _in_pages(positions: torch.Tensor, pages: Pages) -> tuple[torch.Tensor, torch.Tensor]:
-    """The column and the place in a page of each position; the place is -1 where no page has it."""
+    """The column and the place behind its beginning of each position; the place is -1 where no page has it."""
     table = pages.prepared.get(_TABLE)
     if table is None:
         table = pages.prepared[_TABLE] = _first_and_count(pages)
     first, count = table
+    if first is None:  # the positions of a row have no gaps, and all of its pages are full
+        offset = positions - count
+        inside = (offset >= 0) & (offset < pages.columns * pages.layout.page_size)
+        return torch.zeros_like(offset), offset.masked_fill_(~inside, -1)
     column = (torch.searchsorted(first, positions, right=True) - 1).clamp_(min=0)
     held = count.gather(1, column)
     if not pages.scattered:
@@ -104,9 +121,17 @@ def _in_pages(positions: torch.Tensor, pages: Pages) -> tuple[torch.Tensor, torc
     return column, torch.where(same.any(2), same.long().argmax(2), -1)
 
 
-def _first_and_count(pages: Pages) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position of the first token and number of tokens of each page, int64 ``[rows, columns]``."""
-    there = pages.counts > 0
+def _first_and_count(pages: Pages) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Position of the first token and number of tokens of each page, int64 ``[rows, columns]``.
+
+    If the pages of each row stand side by side and are full, None and the position of each row's first token,
+    ``[rows, 1]``.
+    """
+    size, there = pages.layout.page_size, pages.counts > 0
+    begin = pages.first[:, :1]
+    if pages.full and not pages.scattered and (pages.first == begin + np.arange(pages.columns) * size).all():
+        with torch.inference_mode(False):
+            return None, torch.from_numpy(begin.copy()).to(pages.device)
     first = np.where(there, pages.first, _BEHIND)
     with torch.inference_mode(False):
         both = torch.from_numpy(np.stack([first, pages.counts.astype(np.int64)])).to(pages.device)

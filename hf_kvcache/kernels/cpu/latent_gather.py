@@ -11,6 +11,7 @@ from hf_kvcache.kernels.cpu.calls import run
 from hf_kvcache.kernels.cpu.latent_decode import set_dense, template
 from hf_kvcache.kernels.cpu.layouts import DENSE, native_layout
 from hf_kvcache.kernels.inputs import DenseTokens, Pages
+from hf_kvcache.kernels.workspace import scratch
 
 
 def supports(pages: Pages | None, dense: DenseTokens) -> bool:
@@ -33,8 +34,10 @@ def gather_latents(pages: Pages | None, dense: DenseTokens, places: torch.Tensor
     call.from_ = library.Latent.from_buffer_copy(template(pages, rank, rotary))
     call.from_.batch, call.from_.threads = batch, torch.get_num_threads()
     set_dense(call.from_, dense)
-    latents = torch.empty(batch, 1, count, rank, dtype=dense.keys.dtype, device="cpu")
-    rotary_keys = torch.empty(batch, 1, count, rotary, dtype=dense.keys.dtype, device="cpu")
+    # New memory would cost a page fault for every page of it.
+    dtype, device = dense.keys.dtype, dense.keys.device
+    latents = scratch("picked latents", (batch, 1, count, rank), dtype, device)
+    rotary_keys = scratch("picked rotary keys", (batch, 1, count, rotary), dtype, device)
     call.places, call.count = places.data_ptr(), count
     call.latents, call.rotary = latents.data_ptr(), rotary_keys.data_ptr()
     run(library.load().hfkv_gather_latents, byref(call), "to gather latents")

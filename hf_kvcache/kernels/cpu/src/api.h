@@ -121,7 +121,7 @@ struct HfkvLatent {
     int32_t threads;
 };
 
-// Single tokens of a call's pages and full-precision slots, in the basis of the model. Of the call only the layout, the batch,
+// Single tokens of a call's pages and full-precision slots, in the basis of the pages. Of the call only the layout, the batch,
 // pages, full-precision tokens and threads count. A place is a slot, or slots + column * P + the place in a page, or -1 for no
 // token, which gives zeros.
 struct HfkvLatentGather {

@@ -6,18 +6,29 @@
 
 namespace {
 
-// One side of a token of a page in the basis of the model, as elements of `level`. turned: [dim], for the rotation.
-inline void gather_side(const HfkvSide& side, const uint8_t* record, int token, int level, const LatentRoom& room, float* turned,
-                        Stream& next, uint8_t* out) {
+// One side of a token of a page, as elements of `level`.
+inline void gather_side(const HfkvSide& side, const uint8_t* record, int token, int level, const LatentRoom& room, Stream& next,
+                        uint8_t* out) {
     if (!side.dim) return;
-    if (side.level == level && !side.rotation) {
+    if (side.level == level) {
         const int64_t row = (int64_t)side.dim * width_of(level);
         std::memcpy(out, record + side.codes + token * row, row);
         return;
     }
     const float* x = (const float*)page_floats(side, record, token, 1, room, next).data;
-    if (side.rotation) rotate(side, x, true, turned), x = turned;
     store_elements(level, x, side.dim, out);
+}
+
+// One side of a full-precision token, rotated into the basis of the pages. turned: [dim].
+inline void gather_dense_side(const HfkvSide& side, const uint8_t* from, int level, float* x, float* turned, uint8_t* out) {
+    if (!side.dim) return;
+    if (!side.rotation) {
+        std::memcpy(out, from, (int64_t)side.dim * width_of(level));
+        return;
+    }
+    load_elements(level, from, side.dim, x);
+    rotate(side, x, false, turned);
+    store_elements(level, turned, side.dim, out);
 }
 
 struct GatherRun {
@@ -52,13 +63,12 @@ inline void gather_token(const GatherRun& run, int64_t i, const GatherRun::Room&
     const int level = c.dense_level, page_size = c.layout->page_size;
     const int64_t width = width_of(level), sequence = i / run.gather.count, place = run.gather.places[i];
     uint8_t* to = (uint8_t*)run.gather.latents + i * width * latents.dim;
-    uint8_t* turned = (uint8_t*)run.gather.rotary + i * width * rotary.dim;
+    uint8_t* to_rotary = (uint8_t*)run.gather.rotary + i * width * rotary.dim;
     if (place >= 0 && place < c.slots) {
-        std::memcpy(to, (const uint8_t*)c.dense_latents + width * (sequence * c.latents_batch + place * c.latents_token),
-                    width * latents.dim);
-        if (rotary.dim)
-            std::memcpy(turned, (const uint8_t*)c.dense_rotary + width * (sequence * c.rotary_batch + place * c.rotary_token),
-                        width * rotary.dim);
+        gather_dense_side(latents, (const uint8_t*)c.dense_latents + width * (sequence * c.latents_batch + place * c.latents_token),
+                          level, room.latents.floats, room.turned, to);
+        gather_dense_side(rotary, (const uint8_t*)c.dense_rotary + width * (sequence * c.rotary_batch + place * c.rotary_token),
+                          level, room.rotary.floats, room.turned, to_rotary);
         return;
     }
     const int64_t token = place - c.slots, column = token / page_size;
@@ -66,11 +76,11 @@ inline void gather_token(const GatherRun& run, int64_t i, const GatherRun::Room&
         place < 0 || column >= c.columns ? nullptr : (const uint8_t*)c.addresses[sequence * c.row_stride + column];
     if (!record) {
         std::memset(to, 0, width * latents.dim);
-        if (rotary.dim) std::memset(turned, 0, width * rotary.dim);
+        if (rotary.dim) std::memset(to_rotary, 0, width * rotary.dim);
         return;
     }
-    gather_side(latents, record, (int)(token % page_size), level, room.latents, room.turned, next, to);
-    gather_side(rotary, record, (int)(token % page_size), level, room.rotary, room.turned, next, turned);
+    gather_side(latents, record, (int)(token % page_size), level, room.latents, next, to);
+    gather_side(rotary, record, (int)(token % page_size), level, room.rotary, next, to_rotary);
 }
 
 inline int gather_latents(const HfkvLatentGather& gather) {
