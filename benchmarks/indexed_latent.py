@@ -1,9 +1,9 @@
 """A decode step of a latent-attention layer with an indexer: only the picked latents read, or all under a mask.
 
-Part of ``benchmarks.bench_latent``. The module is DeepSeek-V3.2's attention with 16 heads, an indexer of 64 heads of 128,
-and latents of 512 with rotary keys of 64; batch of 1, random weights, and tokens picked at random for *step*. *step* is
-from ``update`` to the attention output and includes the model's operations on its mask; *layer* is the whole attention
-module, with the scores of its indexer.
+Part of ``benchmarks.bench_latent``. The module is DeepSeek-V3.2's attention with 16 heads, an indexer of 64 heads of
+width 128, and latents of 512 with rotary keys of 64; batch of 1, random weights, and tokens picked at random for
+*step*. *step* is from ``update`` to the attention output and includes the model's operations on its mask; *layer* is
+the whole attention module, with the scores of its indexer.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks.methods import DTYPES
 from benchmarks.tables import Row
 from benchmarks.timing import Clock, take_turns
 from hf_kvcache import LatentKVCache
+from hf_kvcache.integration.attention import attention_function
 from hf_kvcache.integration.padding import Padding, attach_padding
 from hf_kvcache.integration.picks import PickedIndices
 from hf_kvcache_eval.caches import held_bytes
@@ -64,10 +65,10 @@ class IndexedMethod:
         with torch.device("meta"):
             self.module = DeepseekV32Attention(config, 0).eval()
         self.module.load_state_dict(weights.state_dict(), assign=True)
-        self.cache.update(*held[:2], 0)
+        self.cache.update(held[0], held[1], 0)
         self.key = held[2][:, -1:]
         self.cache.update_indexer(held[2], 0)
-        self.attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
+        self.attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, attention_function)
 
     def _causal(self, tokens: int) -> torch.Tensor:
         """The mask of one query, which sees all tokens."""
@@ -128,7 +129,7 @@ def measure(dtype: str, tokens: int, picked: int, args: argparse.Namespace, cloc
     rows: dict[str, Row] = {}
     for (name, picks), method in methods.items():
         allowed = max(_TOLERANCES.get(codecs[name] or 0, 0.0), exact.TOLERANCES[dtype])
-        error = exact.check(name, exact.relative_error(method.step(query, *new, chosen), truth), allowed)
+        error = exact.check(name, exact.relative_error(method.step(query, new[0], new[1], chosen), truth), allowed)
         if picks:
             shape = f"{_HEADS}/{rank} + {turned}, {dtype}"
             rows[name] = {"shape": shape, "dtype": dtype, "tokens": tokens, "cache": name, "picked": picked}
@@ -137,7 +138,7 @@ def measure(dtype: str, tokens: int, picked: int, args: argparse.Namespace, cloc
     position = torch.ones(1, 1, turned).to(like), torch.zeros(1, 1, turned).to(like)  # not rotated
 
     def one_round(number: int) -> dict[str, float]:
-        times = {f"step {at}": clock(partial(m.step, query, *new, chosen)) for at, m in methods.items()}
+        times = {f"step {at}": clock(partial(m.step, query, new[0], new[1], chosen)) for at, m in methods.items()}
         return times | {f"layer {at}": clock(partial(m.layer, hidden, position)) for at, m in methods.items()}
 
     for number in range(_WARM_UP):

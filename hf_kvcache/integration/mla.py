@@ -18,9 +18,9 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from hf_kvcache.integration import picks
 from hf_kvcache.integration.architecture import modeling_file
 from hf_kvcache.integration.attention_call import AttentionCall
-from hf_kvcache.integration import picks
 from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.integration.handle import CachedStates, KVHandle, attach_gradient
 from hf_kvcache.kernels.inputs import UpProjections

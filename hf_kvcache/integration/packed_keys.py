@@ -68,6 +68,12 @@ class PackedKeys(torch.Tensor):
         columns = rows.transpose(1, 2).contiguous()
         return columns if self.form == "columns" else columns[:, None]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.dense().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedKeys({self.form}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 

@@ -48,13 +48,13 @@ class Picked:
 class PickedIndices(torch.Tensor):
     """What an indexer returns, ``[B, q, k]``. The mask that a model makes of it is a :class:`PickMask`."""
 
-    indices: torch.Tensor
+    chosen: torch.Tensor
 
     @staticmethod
     def __new__(cls, indices: torch.Tensor) -> PickedIndices:
         """Indices that an indexer has picked, as a tensor of the same shape, dtype and device."""
         picked = torch.Tensor._make_wrapper_subclass(cls, indices.shape, dtype=indices.dtype, device=indices.device)
-        picked.indices = indices
+        picked.chosen = indices
         return picked
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -67,19 +67,25 @@ class PickedIndices(torch.Tensor):
 
     def dense(self) -> torch.Tensor:
         """The indices as a plain tensor."""
-        return self.indices
+        return self.chosen
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.dense().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"PickedIndices({self.indices!r})"
+        return f"PickedIndices({self.chosen!r})"
 
 
 class PickMask(torch.Tensor):
     """A step on the way from picked indices to a mask, which is computed only if it is read."""
 
-    #: What the tensor is: ``"ones"``; ``"hidden"``, True where nothing is picked; ``"shown"``, its opposite; ``"mask"``,
-    #: the model's mask.
+    #: What the tensor is: ``"ones"``; ``"hidden"``, True where nothing is picked; ``"shown"``, its opposite;
+    #: ``"mask"``, the model's mask.
     role: str
-    indices: torch.Tensor | None
+    chosen: torch.Tensor | None
     base: torch.Tensor | None
     _compute: Callable[[], torch.Tensor]
     _computed: torch.Tensor | None
@@ -105,11 +111,12 @@ class PickMask(torch.Tensor):
             base: the mask that hides more than the indices do; for the role ``"mask"``.
         """
         mask = torch.Tensor._make_wrapper_subclass(cls, sizes, dtype=like.dtype, device=like.device)
-        mask.role, mask.indices, mask.base, mask._compute, mask._computed = role, indices, base, compute, None
+        mask.role, mask.chosen, mask.base, mask._compute, mask._computed = role, indices, base, compute, None
         return mask
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     __torch_dispatch__ = PickedIndices.__torch_dispatch__  # type: ignore[assignment]
+    __deepcopy__, __reduce_ex__ = PickedIndices.__deepcopy__, PickedIndices.__reduce_ex__
 
     def dense(self) -> torch.Tensor:
         """The tensor as the model computes it."""
@@ -119,10 +126,10 @@ class PickMask(torch.Tensor):
 
     def picked(self) -> tuple[torch.Tensor | None, Picked | None]:
         """The mask without the picked tokens, and these; None for the latter if every token is picked."""
-        assert self.indices is not None
-        if self.base is not None and self.indices.shape[-1] == self.shape[-1]:
+        assert self.chosen is not None
+        if self.base is not None and self.chosen.shape[-1] == self.shape[-1]:
             return self.base, None  # as many as there are: the model picks each of them once
-        return self.base, Picked(self.indices, self, self.base is None)
+        return self.base, Picked(self.chosen, self, self.base is None)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PickMask({self.role}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -162,9 +169,9 @@ def _note_cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _note_scatter(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ones, dim, index, value = args
     given = type(ones) is PickMask and ones.role == "ones" and type(index) is PickedIndices
-    if not given or kwargs or dim not in (-1, ones.dim() - 1) or value is not False and value != 0:
+    if not given or kwargs or dim not in (-1, ones.dim() - 1) or (value is not False and value != 0):
         return None
-    return PickMask("hidden", _later(func, args, kwargs), tuple(ones.shape), ones, index.indices)
+    return PickMask("hidden", _later(func, args, kwargs), tuple(ones.shape), ones, index.chosen)
 
 
 def _note_unsqueeze(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -172,7 +179,7 @@ def _note_unsqueeze(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if type(hidden) is not PickMask or hidden.role not in ("hidden", "shown") or hidden.dim() != 3 or dim != 1:
         return None
     batch, queries, tokens = hidden.shape
-    return PickMask(hidden.role, _later(func, args, kwargs), (batch, 1, queries, tokens), hidden, hidden.indices)
+    return PickMask(hidden.role, _later(func, args, kwargs), (batch, 1, queries, tokens), hidden, hidden.chosen)
 
 
 def _note_not(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -180,7 +187,7 @@ def _note_not(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     opposite = {"hidden": "shown", "shown": "hidden"}.get(getattr(mask, "role", ""))
     if opposite is None or kwargs:
         return None
-    return PickMask(opposite, _later(func, args, kwargs), tuple(mask.shape), mask, mask.indices)
+    return PickMask(opposite, _later(func, args, kwargs), tuple(mask.shape), mask, mask.chosen)
 
 
 def _note_and(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -204,7 +211,7 @@ def _combined(func: Any, args: Any, kwargs: Any, base: torch.Tensor, picks: Pick
         return None
     if base.shape[0] not in (1, picks.shape[0]):
         return None
-    return PickMask("mask", _later(func, args, kwargs), tuple(picks.shape), base, picks.indices, base)
+    return PickMask("mask", _later(func, args, kwargs), tuple(picks.shape), base, picks.chosen, base)
 
 
 def _boolean(like: torch.Tensor) -> torch.Tensor:
@@ -288,9 +295,9 @@ def _wrapped_mask(build: Callable[..., Any]) -> Callable[..., Any]:
         picked, length = kwargs.get("topk_indices"), kwargs.get("kv_length")
         if type(picked) is not PickedIndices or not isinstance(length, int):
             return build(module, *args, **kwargs)
-        compute = functools.partial(build, module, *args, **(kwargs | {"topk_indices": picked.indices}))
+        compute = functools.partial(build, module, *args, **(kwargs | {"topk_indices": picked.chosen}))
         batch, queries, _ = picked.shape
         # The dtype of an additive mask is that of the queries; nobody asks before the mask is computed.
-        return PickMask("mask", compute, (batch, 1, queries, length), _boolean(picked), picked.indices)
+        return PickMask("mask", compute, (batch, 1, queries, length), _boolean(picked), picked.chosen)
 
     return mask

@@ -12,7 +12,7 @@ __all__ = ["gather_latents"]
 
 
 def gather_latents(pages: Pages | None, dense: DenseTokens, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents and rotary keys of single tokens; see :func:`hf_kvcache.kernels.reference.latent_gather.gather_latents`."""
+    """Latents and rotary keys of tokens; see :func:`hf_kvcache.kernels.reference.latent_gather.gather_latents`."""
     faster = implementation("latent_gather", places.device)
     if faster is not None and faster.supports(pages, dense):
         return faster.gather_latents(pages, dense, places)

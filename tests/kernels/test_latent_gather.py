@@ -55,11 +55,11 @@ def _places(pages: Pages, dense: DenseTokens, count: int) -> np.ndarray:
     return places
 
 
-def check(backend: str, codec: str, shape: Shape, **features: Any) -> None:
+def check(backend: str, codec: str, shape: Shape, count: int = 40, **features: Any) -> None:
     """Tokens that a backend gathers from pages of a codec and from a full-precision buffer."""
     call = make_call(make_case(codec, shape, **features))
     assert call.pages is not None
-    places = _places(call.pages, call.dense, 40)
+    places = _places(call.pages, call.dense, count)
     assert (places >= call.dense.keys.shape[2]).any()
     module: Any = reference if backend == "reference" else dispatch.module_of("latent_gather", backend)
     if backend != "reference":

@@ -26,7 +26,7 @@ def supports(pages: Pages | None, dense: DenseTokens) -> bool:
 
 
 def gather_latents(pages: Pages | None, dense: DenseTokens, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`hf_kvcache.kernels.reference.latent_gather.gather_latents`, for tokens that :func:`supports` accepts."""
+    """As :func:`hf_kvcache.kernels.reference.latent_gather.gather_latents`, for what :func:`supports` accepts."""
     rank, rotary = dense.keys.shape[3], dense.values.shape[3]
     batch, count = places.shape
     places = places.contiguous()

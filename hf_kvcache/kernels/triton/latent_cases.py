@@ -11,7 +11,6 @@ from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import Config
 from hf_kvcache.kernels.triton.decoded_pages import decode_case
 from hf_kvcache.kernels.triton.latent_configs import MERGED_AT_ONCE, PRECISION, latent_config, page_sides, reads
-from hf_kvcache.kernels.triton.latent_gather import gather_case
 from hf_kvcache.kernels.triton.latent_kernels import dense_kernel, merge_kernel, pages_kernel
 from hf_kvcache.kernels.triton.latent_step_cases import project_case, step_case
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
@@ -37,7 +36,6 @@ def compile_cases(arch: str) -> list[CompileCase]:
     for codec in ("bf16", "int8", "int4"):
         layout = PageLayout(latent_format(codec, 512), latent_format("bf16", _ROTARY), _PAGE)
         cases += [step_case(arch, codec, layout, heads) for heads in (16, 128)]
-        cases.append(gather_case(f"latent_gather {codec}", layout, torch.bfloat16))
     rank = 128 if arch.startswith("gfx") else 512
     cases.append(dense_case(arch, torch.float32, 128, rank))
     cases += [dense_case(arch, torch.float32, 128, rank, decoded=True), dense_case(arch, torch.float16, 128, 512, True)]
