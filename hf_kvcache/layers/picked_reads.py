@@ -11,6 +11,7 @@ from hf_kvcache.kernels.latent_decode import latent_attend
 from hf_kvcache.kernels.latent_gather import gather_latents
 from hf_kvcache.kernels.page import SideFormat
 from hf_kvcache.kernels.visibility import Visibility, visible
+from hf_kvcache.storage.transfers import to_device
 
 #: A position behind all tokens.
 _BEHIND = torch.iinfo(torch.int64).max
@@ -131,10 +132,10 @@ def _first_and_count(pages: Pages) -> tuple[torch.Tensor | None, torch.Tensor]:
     begin = pages.first[:, :1]
     if pages.full and not pages.scattered and (pages.first == begin + np.arange(pages.columns) * size).all():
         with torch.inference_mode(False):
-            return None, torch.from_numpy(begin.copy()).to(pages.device)
+            return None, to_device(begin.copy(), pages.device)
     first = np.where(there, pages.first, _BEHIND)
     with torch.inference_mode(False):
-        both = torch.from_numpy(np.stack([first, pages.counts.astype(np.int64)])).to(pages.device)
+        both = to_device(np.stack([first, pages.counts.astype(np.int64)]), pages.device)
     return both[0], both[1]
 
 

@@ -7,6 +7,7 @@ import torch
 from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import DenseTokens, Pages
 from hf_kvcache.kernels.page import SideFormat
+from hf_kvcache.kernels.triton.device import on_their_device
 from hf_kvcache.kernels.triton.latent_gather_kernels import WARPS, compile_cases, gather_kernel, gather_sides
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES, level_tables
 from hf_kvcache.kernels.workspace import scratch
@@ -26,6 +27,7 @@ def supports(pages: Pages | None, dense: DenseTokens) -> bool:
     )
 
 
+@on_their_device
 def gather_latents(pages: Pages, dense: DenseTokens, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`hf_kvcache.kernels.reference.latent_gather.gather_latents`, for tokens that :func:`supports` accepts.
 
