@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hf_kvcache.kernels.hadamard import rotate
+from hf_kvcache.kernels.hadamard import rotate, rotation_matrix
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.latent_decode import latent_attend
 from hf_kvcache.kernels.latent_gather import gather_latents
 from hf_kvcache.kernels.page import SideFormat
+from hf_kvcache.kernels.reference.hadamard import rotation_signs
 from hf_kvcache.kernels.visibility import Visibility, visible
 from hf_kvcache.storage.transfers import to_device
 
@@ -64,7 +65,20 @@ def attend_picked(
 
 
 def _rotated(x: torch.Tensor, fmt: SideFormat, inverse: bool = False) -> torch.Tensor:
-    return x if fmt.rotation == "none" else rotate(x.float(), fmt, inverse).to(x.dtype)
+    """A few vectors ``[..., D]`` in the rotated basis of ``fmt``, or back from it, in their own dtype."""
+    dim = fmt.dim
+    if fmt.rotation == "none":
+        return x
+    if x.device.type != "cpu" or dim & (dim - 1):
+        return rotate(x.float(), fmt, inverse).to(x.dtype)
+    # Sylvester's matrix is a Kronecker product of small ones. For few vectors, to read all of it takes most of the time.
+    right = 1 << (dim.bit_length() // 2)
+    signs = rotation_signs(dim, fmt.rotation)
+    y = x.float() if inverse else x.float() * signs
+    first, second = (rotation_matrix(n, "hadamard", y.dtype, y.device) for n in (dim // right, right))
+    assert first is not None and second is not None
+    y = (first @ y.reshape(*x.shape[:-1], dim // right, right) @ second).reshape(x.shape)
+    return (y * signs if inverse else y).to(x.dtype)
 
 
 def places_of(positions: torch.Tensor, pages: Pages | None, dense: DenseTokens) -> torch.Tensor:
