@@ -71,7 +71,7 @@ def _rotated(x: torch.Tensor, fmt: SideFormat, inverse: bool = False) -> torch.T
         return x
     if x.device.type != "cpu" or dim & (dim - 1):
         return rotate(x.float(), fmt, inverse).to(x.dtype)
-    # Sylvester's matrix is a Kronecker product of small ones. For few vectors, to read all of it takes most of the time.
+    # Sylvester's matrix is a Kronecker product of small ones. To read all of it takes most of the time of few vectors.
     right = 1 << (dim.bit_length() // 2)
     signs = rotation_signs(dim, fmt.rotation)
     y = x.float() if inverse else x.float() * signs
