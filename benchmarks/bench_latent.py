@@ -189,6 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: fp32 bf16")
     parser.add_argument("--picked-of", type=int, nargs="*", help="tokens held beside an indexer; default: 65536")
     parser.add_argument("--picked", type=int, help="tokens that the indexer picks; default: 2048")
+    parser.add_argument("--picked-heads", type=int, default=16, help="heads beside the indexer; default: 16")
     parser.add_argument("--rounds", type=int, help="rounds at most; default: 15")
     parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one dtype and T, at most")
     args = start(parser, argv)

@@ -1,6 +1,6 @@
 """A decode step of a latent-attention layer with an indexer: only the picked latents read, or all under a mask.
 
-Part of ``benchmarks.bench_latent``. The module is DeepSeek-V3.2's attention with 16 heads, an indexer of 64 heads of
+Part of ``benchmarks.bench_latent``. The module is DeepSeek-V3.2's attention with 16 of its 128 heads, an indexer of 64 heads of
 width 128, and latents of 512 with rotary keys of 64; batch of 1, random weights, and tokens picked at random for
 *step*. *step* is from ``update`` to the attention output and includes the model's operations on its mask; *layer* is
 the whole attention module, with the scores of its indexer.
@@ -28,17 +28,17 @@ from hf_kvcache.integration.padding import Padding, attach_padding
 from hf_kvcache.integration.picks import PickedIndices
 from hf_kvcache_eval.caches import held_bytes
 
-_HIDDEN, _HEADS = 2048, 16
+_HIDDEN = 2048
 _WARM_UP, _LEAST_ROUNDS = 2, 5
 #: Tokens past the nominal number, as in ``bench_latent``.
 _OFFSET = 40
 _TOLERANCES = {8: 1e-2, 4: 1e-1}
 
 
-def make_config(picked: int) -> DeepseekV32Config:
-    """One layer of DeepSeek-V3.2 with fewer heads, whose indexer picks that many tokens."""
+def make_config(picked: int, heads: int) -> DeepseekV32Config:
+    """One layer of DeepSeek-V3.2 with that many heads, whose indexer picks so many tokens."""
     config = DeepseekV32Config(
-        hidden_size=_HIDDEN, num_attention_heads=_HEADS, num_key_value_heads=_HEADS, num_hidden_layers=1
+        hidden_size=_HIDDEN, num_attention_heads=heads, num_key_value_heads=heads, num_hidden_layers=1
     )
     config.index_topk = picked
     config._attn_implementation = "sdpa"
@@ -58,7 +58,7 @@ class IndexedMethod:
     def __init__(
         self, weights: DeepseekV32Attention, bits: int | None, picks: bool, held: tuple[torch.Tensor, ...]
     ) -> None:
-        config = make_config(weights.indexer.index_topk)
+        config = make_config(weights.indexer.index_topk, weights.num_heads)
         self.cache = LatentKVCache(config, bits=bits)
         layer: Any = self.cache.layers[0]
         layer.reads_picked = self.picks = picks
@@ -94,7 +94,7 @@ class IndexedMethod:
 
 def _expected(module: Any, query: torch.Tensor, latents: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     """Attention of a query to all of the given tokens in float64, every one of them expanded."""
-    by_head = module.kv_b_proj.weight.view(_HEADS, -1, module.kv_lora_rank).double()
+    by_head = module.kv_b_proj.weight.view(module.num_heads, -1, module.kv_lora_rank).double()
     width, c, k = module.qk_nope_head_dim, latents[0, 0].double(), rotary[0, 0].double()
     out = []
     for q, up in zip(query[0, :, 0].double(), by_head, strict=True):
@@ -107,7 +107,7 @@ def _expected(module: Any, query: torch.Tensor, latents: torch.Tensor, rotary: t
 def measure(dtype: str, tokens: int, picked: int, args: argparse.Namespace, clock: Clock) -> list[Row]:
     """The rows of all codecs for one dtype and number of tokens."""
     torch.manual_seed(tokens)
-    weights = DeepseekV32Attention(make_config(picked), 0).to(DTYPES[dtype]).eval()
+    weights = DeepseekV32Attention(make_config(picked, args.picked_heads), 0).to(DTYPES[dtype]).eval()
     for weight in weights.parameters():
         if weight.dim() == 2:
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
@@ -121,7 +121,7 @@ def measure(dtype: str, tokens: int, picked: int, args: argparse.Namespace, cloc
         for name, bits in codecs.items()
         for picks in (True, False)
     }
-    query = torch.randn(1, _HEADS, 1, weights.qk_head_dim).to(like)
+    query = torch.randn(1, args.picked_heads, 1, weights.qk_head_dim).to(like)
     new = [torch.randn(1, 1, 1, width).to(like) for width in (rank, turned)]
     chosen = torch.cat([torch.randperm(held)[: picked - 1], torch.tensor([held])]).to(torch.int32)[None, None]
     at = chosen[0, 0].long()
@@ -131,7 +131,7 @@ def measure(dtype: str, tokens: int, picked: int, args: argparse.Namespace, cloc
         allowed = max(_TOLERANCES.get(codecs[name] or 0, 0.0), exact.TOLERANCES[dtype])
         error = exact.check(name, exact.relative_error(method.step(query, new[0], new[1], chosen), truth), allowed)
         if picks:
-            shape = f"{_HEADS}/{rank} + {turned}, {dtype}"
+            shape = f"{args.picked_heads}/{rank} + {turned}, {dtype}"
             rows[name] = {"shape": shape, "dtype": dtype, "tokens": tokens, "cache": name, "picked": picked}
             rows[name] |= {"error": error, "bytes_held": held_bytes(method.cache)}
     hidden = torch.randn(1, 1, _HIDDEN).to(like)
