@@ -1,9 +1,9 @@
 """A decode step of a latent-attention layer with an indexer: only the picked latents read, or all under a mask.
 
-Part of ``benchmarks.bench_latent``. The module is DeepSeek-V3.2's attention with 16 of its 128 heads, an indexer of 64 heads of
-width 128, and latents of 512 with rotary keys of 64; batch of 1, random weights, and tokens picked at random for
-*step*. *step* is from ``update`` to the attention output and includes the model's operations on its mask; *layer* is
-the whole attention module, with the scores of its indexer.
+Part of ``benchmarks.bench_latent``. The module is DeepSeek-V3.2's attention with 16 of its 128 heads, an indexer of
+64 heads of width 128, and latents of 512 with rotary keys of 64; batch of 1, random weights, and tokens picked at
+random for *step*. *step* is from ``update`` to the attention output and includes the model's operations on its mask;
+*layer* is the whole attention module, with the scores of its indexer.
 """
 
 from __future__ import annotations
