@@ -1,13 +1,13 @@
 """One decode step of one latent-attention layer (DeepSeek-V2-Lite's shape): transformers' own path against ours.
 
-    python -m benchmarks.bench_latent [--quick] [--tokens 1024 4096 16384] [--dtypes fp32 bf16]
+    python -m benchmarks.bench_latent [--quick] [--tokens 1024 4096 16384] [--dtypes fp32 bf16] [--picked-of 65536]
 
 16 heads, 128 + 64 query and key dimensions, 128 value dimensions, latents of 512 with rotary keys of 64; batch of 1,
 random weights, latents and rotary keys as the layer's own projections give them for random normal states. *step*: from
 ``update`` to the attention output, the new token's own projections left out; *layer*: the whole attention module. The
 methods hold the same tokens in one process and take turns; medians over the rounds. ``DynamicCache`` holds the same
 latents: transformers expands all of them at every step. Each method's step is checked against float64 attention over
-the expanded latents before it is timed.
+the expanded latents before it is timed. Layers with an indexer come last (:mod:`benchmarks.indexed_latent`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 
-from benchmarks import exact
+from benchmarks import exact, indexed_latent
 from benchmarks.methods import DTYPES, DYNAMIC
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
 from benchmarks.tables import show
@@ -169,10 +169,15 @@ def run(report: Report, args: argparse.Namespace, clock: Clock, console: Console
     rates = read_bandwidth(64 << 20 if args.quick else 512 << 20)
     report.facts["read_gb_per_s"] = rates
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("latent attention", total=len(args.dtypes) * len(args.tokens))
+        task = progress.add_task("latent attention", total=len(args.dtypes) * (len(args.tokens) + len(args.picked_of)))
         for dtype in args.dtypes:
             for tokens in args.tokens:
                 rows = measure(dtype, tokens, max(rates.values()), args, clock)
+                progress.advance(task)
+                show("bench_latent", rows, console)
+                report.rows += rows
+            for tokens in args.picked_of:
+                rows = indexed_latent.measure(dtype, tokens, args.picked, args, clock)
                 progress.advance(task)
                 show("bench_latent", rows, console)
                 report.rows += rows
@@ -182,10 +187,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens held; default: 1024 4096 16384")
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: fp32 bf16")
+    parser.add_argument("--picked-of", type=int, nargs="*", help="tokens held beside an indexer; default: 65536")
+    parser.add_argument("--picked", type=int, help="tokens that the indexer picks; default: 2048")
+    parser.add_argument("--picked-heads", type=int, default=16, help="heads beside the indexer; default: 16")
     parser.add_argument("--rounds", type=int, help="rounds at most; default: 15")
     parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one dtype and T, at most")
     args = start(parser, argv)
     args.tokens = pick(args.tokens, args.quick, [1024, 4096, 16384], [512])
+    args.picked_of = pick(args.picked_of, args.quick, [65536], [512])
+    args.picked = args.picked or (32 if args.quick else 2048)
     args.dtypes = pick(args.dtypes, args.quick, ["fp32", "bf16"], ["fp32"])
     args.rounds = args.rounds or (3 if args.quick else 15)
     return args

@@ -276,6 +276,22 @@ VIEWS = (
             "error": _ERROR,
         },
     ),
+    View(
+        "bench_latent",
+        "Decode step with an indexer that picks {picked} tokens, {shape} (heads/latent + rotary width, dtype)",
+        ("picked", "shape"),
+        "picked_step_us",
+        {
+            "all_step_us": ("step µs, all read", _WHOLE),
+            "picked_step_us": ("the picked read", _WHOLE),
+            "picked_step_speedup": ("step ×", _times),
+            "all_layer_us": ("layer µs, all read", _WHOLE),
+            "picked_layer_us": ("the picked read ", _WHOLE),
+            "picked_layer_speedup": ("layer ×", _times),
+            "bytes_held": ("MB held", _MB),
+            "error": _ERROR,
+        },
+    ),
 )
 
 

@@ -230,8 +230,11 @@ def test_eviction(tmp_path: Path) -> None:
 
 
 def test_latent(tmp_path: Path) -> None:
-    rows = rows_of(bench_latent.main(["--quick", "--no-plots", "--out", str(tmp_path), "--tokens", "300"]))
+    sizes = ["--tokens", "300", "--picked-of", "200"]
+    rows = rows_of(bench_latent.main(["--quick", "--no-plots", "--out", str(tmp_path), *sizes]))
+    rows, indexed = rows[:-3], rows[-3:]
     assert [row["cache"] for row in rows] == [DYNAMIC, *bench_latent.CODECS]
+    assert [row["cache"] for row in indexed] == [*bench_latent.CODECS] and {row["picked"] for row in indexed} == {32}
     held = [row["bytes_held"] for row in rows]
     assert held[0] < held[1] and held[3] < held[2] < held[1]  # slack, and few bits in fewer bytes
 

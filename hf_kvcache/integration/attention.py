@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_kvcache.integration.binding import IMPLEMENTATION, previous_implementati
 from hf_kvcache.integration.compiling import TracedStates
 from hf_kvcache.integration.handle import CachedStates, KVHandle
 from hf_kvcache.integration.masks import mask_function
+from hf_kvcache.integration.picks import Picked, PickMask
 from hf_kvcache.integration.versions import COLLECTOR, RELEASE, collects_attentions
 from hf_kvcache.kernels.attention import refuse_gradient
 from hf_kvcache.kernels.inputs import Scoring
@@ -94,7 +96,8 @@ def attention_function(
             return _attend_in_graph(module, query, key, attention_mask, scaling, dropout, kwargs)
         return _attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if not (isinstance(key, KVHandle) and isinstance(value, KVHandle)):
-        return _attend_by_previous(module, query, (key, value), attention_mask, scaling, dropout, kwargs)
+        mask = _computed(attention_mask)
+        return _attend_by_previous(module, query, (key, value), mask, scaling, dropout, kwargs)
     layer = key.layer()
     scaling_ = query.shape[-1] ** -0.5 if scaling is None else scaling
     scoring = Scoring(scaling_, kwargs.get("softcap"), _sink_logits(module, kwargs))
@@ -103,12 +106,14 @@ def attention_function(
     with_weights = bool(asked) and _gives_weights(module, layer)
     if not layer.has_history():
         # There are no earlier tokens: the new tokens attend to each other exactly as without this package.
-        result = _attend_by_previous(module, query, layer.new_tokens(), attention_mask, scaling, dropout, kwargs)
+        mask = _computed(attention_mask)
+        result = _attend_by_previous(module, query, layer.new_tokens(), mask, scaling, dropout, kwargs)
         with torch.no_grad():
-            layer.note_attended(AttentionCall(query, attention_mask, scoring, module=module))
+            layer.note_attended(AttentionCall(query, mask, scoring, module=module))
         return result
     _check_supported(module, dropout, kwargs)
-    call = AttentionCall(query, attention_mask, scoring, _is_causal(module, kwargs), module)
+    mask, picked = _apart(attention_mask)
+    call = AttentionCall(query, mask, scoring, _is_causal(module, kwargs), module, picked=picked)
     if not torch.is_grad_enabled() and not with_weights:
         return layer.attend(call), None
     sources = [x for x in (query, *layer.differentiable()) if x.requires_grad]
@@ -116,8 +121,9 @@ def attention_function(
         if with_weights:
             # The previous implementation computes the weights, over dense tensors.
             dense = key.dense(), value.dense()
-            output, weights = _attend_by_previous(module, query, dense, attention_mask, scaling, dropout, kwargs)
-            layer.note_attended(call)
+            mask = _computed(attention_mask)
+            output, weights = _attend_by_previous(module, query, dense, mask, scaling, dropout, kwargs)
+            layer.note_attended(replace(call, mask=mask, picked=None))
         else:
             output, weights = layer.attend(call), None
     if not torch.is_grad_enabled():
@@ -143,6 +149,16 @@ def _attend_in_graph(
     scoring = Scoring(scaling, kwargs.get("softcap"), _sink_logits(module, kwargs))
     causal = bool(_is_causal(module, kwargs))
     return states.layer.trace_attend(states, query, attention_mask, causal, scoring), None
+
+
+def _computed(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask as a plain tensor."""
+    return mask.dense() if isinstance(mask, PickMask) else mask
+
+
+def _apart(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, Picked | None]:
+    """A mask without the tokens that an indexer picked, and these; None for the latter if the mask says it all."""
+    return mask.picked() if type(mask) is PickMask and mask.role == "mask" else (_computed(mask), None)
 
 
 def _is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:

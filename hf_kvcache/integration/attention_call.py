@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_kvcache.integration.picks import Picked
 from hf_kvcache.kernels.inputs import Scoring
 
 
@@ -20,6 +21,8 @@ class AttentionCall:
         causal: whether later tokens are hidden where the mask does not decide it.
         module: the attention module; None if it is not known.
         length: number of queries, used if ``query`` is None.
+        picked: the tokens that an indexer picked for each query, if only these are to be read. Then ``mask`` hides what
+            is hidden beside that, and is None if nothing is.
     """
 
     query: torch.Tensor | None
@@ -28,6 +31,7 @@ class AttentionCall:
     causal: bool = True
     module: torch.nn.Module | None = None
     length: int = 0
+    picked: Picked | None = None
 
     @property
     def queries(self) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from hf_kvcache.integration import picks
 from hf_kvcache.integration.architecture import modeling_file
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.compiling import outside_graphs
@@ -60,6 +61,7 @@ def bind(config: PreTrainedConfig) -> None:
         expand = vars(cls)[METHOD]
         if not hasattr(expand, "__wrapped__"):
             setattr(cls, METHOD, _wrapped(expand))
+    picks.wrap(file, _takes_picks)
     if key not in _bound:
         release = finalize(config, _release, key)
         release.atexit = False
@@ -80,6 +82,7 @@ def _release(key: int) -> None:
         expand = vars(cls)[METHOD]
         if hasattr(expand, "__wrapped__"):
             setattr(cls, METHOD, expand.__wrapped__)
+    picks.unwrap(file)
 
 
 def _wrapped(expand: Expand) -> Expand:
@@ -91,6 +94,12 @@ def _wrapped(expand: Expand) -> Expand:
         return expand(module, kv_nope, k_rot)
 
     return expand_or_not
+
+
+def _takes_picks(cache: Any, layer: int, queries: int) -> bool:
+    """Whether a cache can read the tokens that the indexer of a layer picks for so many queries one by one."""
+    layers = getattr(cache, "layers", ())
+    return layer < len(layers) and queries <= picks.MOST_QUERIES and getattr(layers[layer], "reads_picked", False)
 
 
 class CachedLatents(CachedStates, Protocol):

@@ -10,6 +10,7 @@ import torch
 
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.mla import Expansion
+from hf_kvcache.integration.picks import Picked
 from hf_kvcache.kernels.attention import attend, without_gradient
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, UpProjections
 from hf_kvcache.kernels.latent_decode import absorb, expand, latent_attend
@@ -19,6 +20,7 @@ from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.indexer_keys import IndexerKeys
 from hf_kvcache.layers.new_tokens import NewTokens
+from hf_kvcache.layers.picked_reads import attend_picked
 from hf_kvcache.layers.saved_state import Device
 from hf_kvcache.storage import PagedStorage
 
@@ -76,12 +78,7 @@ class LatentLayer(KVCacheLayer):
         visibility: Visibility,
         sums: bool = False,
     ) -> Attention:
-        expansion = self.expansion
-        if expansion is None:
-            raise RuntimeError(
-                f"layer {self.index} caches latents, and {type(call.module).__name__} attends to them as if they were "
-                "keys; accepted: attention modules that call expand_kv"
-            )
+        expansion = self._expansion_of(call)
         up = expansion.up_projections()
         # Sums of probabilities are by stored token, and a stored token is a latent.
         if up is None or (query.shape[2] > _most_absorbed(up) and not sums):
@@ -89,6 +86,15 @@ class LatentLayer(KVCacheLayer):
         self.absorbed += 1
         result = latent_attend(in_latent_space(query.detach(), up), pages, dense, visibility, call.scoring, sums)
         return without_gradient(query, result._replace(output=expand(result.output, up.values)))
+
+    def _expansion_of(self, call: AttentionCall) -> Expansion:
+        """The expansion of the latents by the module that attends."""
+        if self.expansion is None:
+            raise RuntimeError(
+                f"layer {self.index} caches latents, and {type(call.module).__name__} attends to them as if they were "
+                "keys; accepted: attention modules that call expand_kv"
+            )
+        return self.expansion
 
     def _read_expanded(
         self,
@@ -128,17 +134,22 @@ class LatentLayer(KVCacheLayer):
 
 
 class IndexedLatentLayer(LatentLayer):
-    """A latent layer of a model whose indexer chooses the tokens to attend to (DeepSeek sparse attention).
+    """A latent layer of a model whose indexer picks the tokens to attend to (DeepSeek sparse attention).
 
-    The layer also holds the keys of the indexer. They stay dense, because the indexer reads all of them at every step.
+    A few queries read only the tokens that were picked for them. Many queries read all tokens under the model's mask.
+    The layer also holds the keys of the indexer, which reads all of them at every step.
     """
 
     optional_tensors = ("indexer",)
+    #: Tells the wrapped indexer that this layer can read single tokens.
+    reads_picked = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._handles: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         super().__init__(*args, **kwargs)
         self.indexer = IndexerKeys()
+        #: Number of attention calls that read only the tokens that an indexer picked.
+        self.gathered = 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -146,12 +157,85 @@ class IndexedLatentLayer(LatentLayer):
         self._handles = super().update(key_states, value_states, *args, **kwargs)
         return self._handles
 
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        if call.picked is not None and not self._gathers(call, call.picked):
+            call = replace(call, mask=call.picked.mask.dense(), picked=None)
+        return super().attend(call)
+
+    def attend_token(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
+        return None if call.picked is not None else super().attend_token(new, storage, call)
+
+    def _gathers(self, call: AttentionCall, picked: Picked) -> bool:
+        """Whether the picked tokens are read one by one: they are fewer than all, and the latents need no expansion."""
+        batch, queries, most = picked.indices.shape
+        return (
+            queries * most < self._seen
+            and batch == self.batch_size
+            and queries == call.count == self._latest()[0].length
+            and self._expansion_of(call).up_projections() is not None
+        )
+
+    def read(
+        self,
+        call: AttentionCall,
+        query: torch.Tensor,
+        pages: Pages | None,
+        dense: DenseTokens,
+        visibility: Visibility,
+        sums: bool = False,
+    ) -> Attention:
+        if call.picked is None:
+            return super().read(call, query, pages, dense, visibility, sums)
+        assert self.storage is not None and not sums
+        up = self._expansion_of(call).up_projections()
+        assert up is not None
+        new, _ = self._latest()
+        if dense.positions is None:
+            held = dense.keys.shape[2]
+            dense = replace(dense, positions=self.storage.dense.positions_on_device()[:, :held])
+        first = visibility.start - new.position
+        indices = call.picked.indices[:, first : first + query.shape[2]].long()
+        # The model's mask begins at the oldest token that the queries may see.
+        positions = torch.where(indices < 0, -1, indices + self.rollback.start(new.position))
+        self.absorbed += 1
+        self.gathered += 1
+        latent_query = in_latent_space(query.detach(), up)
+        result = attend_picked(latent_query, positions, pages, dense, visibility, call.scoring)
+        return without_gradient(query, result._replace(output=expand(result.output, up.values)))
+
+    def visibility(self, new: NewTokens, call: AttentionCall, skip: int) -> Visibility:
+        if call.picked is None or not call.picked.alone:
+            return super().visibility(new, call, skip)
+        if new.earlier_padding is None:  # padding picks nothing, and nothing picks padding
+            valid = (call.picked.indices >= 0).any(2).cpu().numpy()
+            new.valid = None if valid.all() else valid
+            new.earlier_padding = self.padding
+            self.padding = self.padding.extend(new.position, new.valid)
+        return Visibility(new.position, new.length, mask=None, mask_start=0, causal=True, window=None)
+
     def held_states(self, side: str) -> torch.Tensor | None:
         return self._handles[0 if side == "keys" else 1]  # an indexer asks for their shapes at every step
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Add the new keys of the indexer ``[B, T, d]``; returns all of its keys."""
+        if not self.indexer.batch:
+            self.indexer = IndexerKeys(self._packs_indexer(indexer_key_states))
         return self.indexer.append(indexer_key_states)
+
+    def _packs_indexer(self, keys: torch.Tensor) -> bool:
+        """Whether the keys of the indexer are packed: with the latents, unless a model keeps more than keys there."""
+        packed = self.options.codec.keys.method != "dense"
+        return packed and keys.shape[2] == getattr(self.options.config, "index_head_dim", None)
+
+    def check_tensors(self, tensors: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
+        super().check_tensors(tensors, progress)
+        names = {name for name in tensors if name.startswith("indexer.")}
+        if names not in (set(), {"indexer.keys"}, {"indexer.codes", "indexer.scale"}):
+            raise ValueError(f"{sorted(names)} of an indexer; accepted: its keys, or its codes and their scale")
+        for name in names:
+            x, dims = tensors[name], 2 if name == "indexer.scale" else 3
+            if x.dim() != dims or x.shape[:2] != (tensors["dense.keys"].shape[0], progress["seen"]):
+                raise ValueError(f"{name!r} is {list(x.shape)}; accepted: {dims} sizes, first those of all tokens seen")
 
     def check_crop(self, tokens_to_remove: int) -> None:
         # A layer that reads the latents of another layer may have its own indexer. Such a layer has seen no tokens.
@@ -193,15 +277,18 @@ class IndexedLatentLayer(LatentLayer):
         return [*super().own_tensors(), *self.indexer.tensors()]
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
-        state, keys = super().stored_tensors(), self.indexer.keys()
-        return state if keys is None else state | {"indexer": keys.clone()}
+        stored = {f"indexer.{name}": x.clone() for name, x in self.indexer.stored().items()}
+        return super().stored_tensors() | stored
 
     def restore(
         self, tensors: dict[str, torch.Tensor], progress: dict[str, int], device: Device = None, owned: bool = False
     ) -> None:
-        super().restore({name: x for name, x in tensors.items() if name != "indexer"}, progress, device, owned)
-        if "indexer" in tensors:
-            self.indexer.append(tensors["indexer"].to(self.device))
+        indexer = {name.removeprefix("indexer."): x for name, x in tensors.items() if name.startswith("indexer.")}
+        others = {name: x for name, x in tensors.items() if not name.startswith("indexer.")}
+        super().restore(others, progress, device, owned)
+        if indexer:
+            self.indexer = IndexerKeys("codes" in indexer)
+            self.indexer.extend({name: x.to(self.device) for name, x in indexer.items()}, self.dtype)
 
 
 def in_latent_space(query: torch.Tensor, up: UpProjections) -> torch.Tensor:

@@ -66,9 +66,9 @@ def latent_attend(
     rank = latents.shape[3]
     output = torch.empty(batch, length, heads, rank, dtype=query.dtype, device="cpu")
     log_sum_exp = torch.empty(batch, heads, length, device="cpu")
-    call = library.Latent.from_buffer_copy(_template(pages, rank, rotary.shape[3]))
+    call = library.Latent.from_buffer_copy(template(pages, rank, rotary.shape[3]))
     _set_query(call, query, output, log_sum_exp)
-    _set_dense(call, dense)
+    set_dense(call, dense)
     _set_visibility(call, visibility)
     _sinks = set_scoring(call, scoring)  # lives until the call has been made
     call.threads = torch.get_num_threads()
@@ -89,9 +89,9 @@ class PreparedCall(CpuPreparedCall):
         self._query = torch.empty(batch, heads, 1, rank + rotary, dtype=dtype, device="cpu")
         self._latents = torch.empty(batch, 1, heads, rank, dtype=dtype, device="cpu")
         self._log_sum_exp = torch.empty(batch, heads, 1, device="cpu")
-        attend = library.Latent.from_buffer_copy(_template(inputs.pages, rank, rotary))
+        attend = library.Latent.from_buffer_copy(template(inputs.pages, rank, rotary))
         _set_query(attend, self._query, self._latents, self._log_sum_exp)
-        _set_dense(attend, all_slots(inputs))
+        set_dense(attend, all_slots(inputs))
         _set_visibility(attend, visibility_of(inputs))
         set_scoring(attend, inputs.scoring)
         set_token(attend.token, inputs.keys, inputs.values, slots)
@@ -150,7 +150,8 @@ def _set_query(call: library.Latent, query: torch.Tensor, output: torch.Tensor, 
     call.batch, call.heads, call.length, _ = query.shape
 
 
-def _template(pages: Pages | None, rank: int, rotary: int) -> library.Latent:
+def template(pages: Pages | None, rank: int, rotary: int) -> library.Latent:
+    """A call in which the layout and the pages are filled in, to be copied."""
     return _without_pages(rank, rotary) if pages is None else _with_pages(pages)
 
 
@@ -169,7 +170,8 @@ def _without_pages(rank: int, rotary: int) -> library.Latent:
     return library.Latent(layout=pointer(make_layout(PageLayout(latents, turned, 8))))
 
 
-def _set_dense(call: library.Latent, dense: DenseTokens) -> None:
+def set_dense(call: library.Latent, dense: DenseTokens) -> None:
+    """Fill in the full-precision tokens."""
     latents, rotary = dense.keys, dense.values
     call.dense_latents, call.dense_rotary = latents.data_ptr(), rotary.data_ptr()
     call.dense_level, call.slots = DENSE[latents.dtype], latents.shape[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.cpu.build import LIBRARY
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 
@@ -101,6 +101,17 @@ class Latent(Structure):
         *((name, c_float) for name in ("inner_scale", "softcap")),
         ("sink_logits", c_void_p),
         ("threads", c_int32),
+    )
+
+
+class LatentGather(Structure):
+    """``HfkvLatentGather``."""
+
+    _fields_ = (
+        ("from_", Latent),
+        ("places", c_void_p),
+        ("count", c_int64),
+        *((name, c_void_p) for name in ("latents", "rotary")),
     )
 
 
@@ -220,6 +231,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.hfkv_project.restype = c_int32
     library.hfkv_latent_step.argtypes = [POINTER(LatentCall)]
     library.hfkv_latent_step.restype = c_int32
+    library.hfkv_gather_latents.argtypes = [POINTER(LatentGather)]
+    library.hfkv_gather_latents.restype = c_int32
     library.hfkv_decode_side.argtypes = [POINTER(Layout), c_int32, c_void_p, c_int64, c_void_p, c_int32]
     library.hfkv_decode_side.restype = None
     library.hfkv_encode.argtypes = [POINTER(Encode)]

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 6
+#define HFKV_ABI_VERSION 7
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -121,6 +121,17 @@ struct HfkvLatent {
     int32_t threads;
 };
 
+// Single tokens of a call's pages and full-precision slots, in the basis of the pages. Of the call only the layout, the batch,
+// pages, full-precision tokens and threads count. A place is a slot, or slots + column * P + the place in a page, or -1 for no
+// token, which gives zeros.
+struct HfkvLatentGather {
+    HfkvLatent from;
+    const int64_t* places;  // [B, count]
+    int64_t count;
+    void* latents;  // [B, count, r], elements of dense_level
+    void* rotary;   // [B, count, dr]
+};
+
 // A projection of few vectors by a matrix of each head. weight: [H, n, width], strides in elements; width is a multiple of 16.
 // out [width] is the sum of the weight's rows by x [n]; if transposed, out [n] are the products of its rows with x [width].
 struct HfkvProject {
@@ -193,6 +204,8 @@ int32_t hfkv_latent_attend(const HfkvLatent* call);
 int32_t hfkv_project(const HfkvProject* call);
 // A whole decode step of latent attention; returns 0, or 1 if memory ran out (the token is not counted then).
 int32_t hfkv_latent_step(const HfkvLatentStep* call);
+// Gather single latents; returns 0, or 1 if memory ran out.
+int32_t hfkv_gather_latents(const HfkvLatentGather* call);
 // Decode one side of the n records at `addresses` into float32 [n, P, D], in the rotated basis and without the key mean.
 void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out,
                       int32_t threads);
