@@ -13,6 +13,7 @@ from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.workspace import scratch
 from hf_kvcache.storage.dense_buffer import DenseBuffer
 from hf_kvcache.storage.integrity import IntegrityError
+from hf_kvcache.storage.key_basis import KeyBasis
 from hf_kvcache.storage.page_table import PageTable, page_spans
 from hf_kvcache.storage.page_writer import PageWriter
 from hf_kvcache.storage.pool import PagePool
@@ -85,7 +86,7 @@ class PagedStorage:
     @property
     def key_mean(self) -> torch.Tensor | None:
         """Float32 ``[B, page heads, dim]``, in the rotated basis; None if keys are packed as they are."""
-        return self.writer.key_mean
+        return self.writer.basis.mean
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -209,8 +210,7 @@ class PagedStorage:
         As long as nothing changes, it is the same object: calls that were prepared for it test that it still is.
         """
         if self._pages_version != self.table.version:
-            key_mean = None if self.key_mean is None else self.key_mean.flatten(0, 1)
-            self._pages, self._pages_version = _read(self.table, self.layout, key_mean), self.table.version
+            self._pages, self._pages_version = _read(self.table, self.layout, self.writer.basis), self.table.version
         pages = self._pages
         if ahead == self.writer.ahead or pages is None:
             return pages
@@ -231,7 +231,7 @@ class PagedStorage:
         """
         shape = (*records.shape[:2], self.page_size, self.layout.sides[side].dim)
         buffer = scratch(side, shape, torch.float32, self.device)
-        return self.encoder.decode(side, records, pages.key_mean, buffer)
+        return self.encoder.decode(side, records, pages.key_mean, buffer, pages.key_scale)
 
     def tokens(self) -> np.ndarray:
         """Non-padding tokens held by each sequence."""
@@ -271,12 +271,13 @@ class PagedStorage:
             dense.shrink()
 
 
-def _read(table: PageTable, layout: PageLayout, key_mean: torch.Tensor | None) -> Pages | None:
+def _read(table: PageTable, layout: PageLayout, basis: KeyBasis) -> Pages | None:
     """All pages of a table as kernels read them; None if there are none."""
     if table.columns == 0:
         return None
     addresses, counts, first = table.arrays(table.columns)
-    pages = Pages(layout, table.pool.slabs(), addresses, counts, first, table.scattered(), key_mean, table.heads)
+    mean, scale = (None if t is None else t.flatten(0, 1) for t in (basis.mean, basis.scale))
+    pages = Pages(layout, table.pool.slabs(), addresses, counts, first, table.scattered(), mean, table.heads, scale)
     pages.follow(table.resident)
     return pages
 
