@@ -60,7 +60,7 @@ def make_pages(encoder: PageEncoder, device: torch.device, dtype: torch.dtype = 
         side[1, 2 : 2 + page, 1] *= 1e-7
     keys, values = (side.to(dtype).to(device).transpose(1, 2)[:, :, 2 : 2 + 2 * page] for side in x)
     mean = random.normal(4, shape[-1]).to(device) if encoder.centered else None
-    scale = torch.exp2(random.normal(4, shape[-1]).round()).to(device) if encoder.balanced else None
+    scale = torch.exp2((random.normal(4, shape[-1]) / 2).round()).to(device) if encoder.balanced else None
     return Pages(keys, values, mean, scale)
 
 
