@@ -10,8 +10,8 @@ Build a cache from the model's config and pass it to ``generate``::
 
 ``QuantizedKVCache`` stores keys and values in few bits. ``HeavyHitterCache`` and ``SlidingWindowCache`` keep only some
 of the tokens. ``SparseReadCache`` keeps all of them and reads some. ``LatentKVCache`` holds a model's own latents, or
-low-rank coefficients of keys and values. ``CompressedKVCache`` is for DeepSeek V4. ``KVCache`` is the base class of all,
-with every option.
+low-rank coefficients of keys and values. ``CompressedKVCache`` is for DeepSeek V4. ``KVCache`` is the base class of
+all, with every option.
 """
 
 from importlib.metadata import PackageNotFoundError, version

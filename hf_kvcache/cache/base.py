@@ -32,8 +32,8 @@ from hf_kvcache.integration.binding import bind as bind_config
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.lowrank.projection import LayerProjection
-from hf_kvcache.storage.offload import offload_target
 from hf_kvcache.sparse.reader import SparseOptions
+from hf_kvcache.storage.offload import offload_target
 from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
 
 

@@ -45,6 +45,11 @@ class PageEncoder:
         return self.layout.sides["keys"].centered
 
     @property
+    def balanced(self) -> bool:
+        """Whether keys are divided by a scale per channel before they are rotated."""
+        return self.layout.sides["keys"].balanced
+
+    @property
     def group(self) -> int:
         """The number of KV heads that share a record."""
         return 1
@@ -54,17 +59,29 @@ class PageEncoder:
         """The widths of a key and of a value of a KV head in the model, by side."""
         return {side: fmt.dim for side, fmt in self.layout.sides.items()}
 
-    def key_mean_of(self, mean: torch.Tensor) -> torch.Tensor:
-        """The key mean ``[b, Hkv / group, dim]`` in the rotated basis, from ``mean [b, Hkv, Dk]`` in the model's."""
-        return rotate(mean, self.layout.sides["keys"])
+    def key_mean_of(self, mean: torch.Tensor, key_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """The key mean ``[b, Hkv / group, dim]`` in the rotated basis, from ``mean [b, Hkv, Dk]`` in the model's.
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None) -> torch.Tensor:
+        Args:
+            mean: of the keys.
+            key_scale: by what the keys are divided before the rotation, ``[b, Hkv, Dk]``; or None.
+        """
+        return rotate(mean if key_scale is None else mean / key_scale, self.layout.sides["keys"])
+
+    def encode(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_mean: torch.Tensor | None,
+        key_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Encode ``N`` pages.
 
         Args:
             keys: ``[N, P, Dk]`` in the model's basis, with the KV heads of a sequence side by side.
             values: ``[N, P, Dv]``.
             key_mean: what to subtract from the rotated keys of each record, ``[N / group, dim]``; or None.
+            key_scale: by what to divide the keys of each record before the rotation, of the same shape; or None.
 
         Returns:
             uint8 records ``[N / group, record_bytes]``. On the meta device there are no values to encode.
@@ -73,11 +90,11 @@ class PageEncoder:
             return torch.empty(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device="meta")
         if can_encode_pages(self.layout, self._methods, keys.unsqueeze(1), values.unsqueeze(1)):
             records = torch.empty(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
-            self._encode_at_once(keys.unsqueeze(1), values.unsqueeze(1), key_mean, records)
+            self._encode_at_once(keys.unsqueeze(1), values.unsqueeze(1), key_mean, key_scale, records)
             return records
         records = torch.zeros(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
-        self._encode_side("keys", self.codec.keys, keys, key_mean, records)
-        self._encode_side("values", self.codec.values, values, None, records)
+        self._encode_side("keys", self.codec.keys, keys, key_mean, key_scale, records)
+        self._encode_side("values", self.codec.values, values, None, None, records)
         return records
 
     def writes_at_once(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -85,7 +102,12 @@ class PageEncoder:
         return can_encode_pages(self.layout, self._methods, keys, values)
 
     def write(
-        self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None, records: torch.Tensor
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_mean: torch.Tensor | None,
+        key_scale: torch.Tensor | None,
+        records: torch.Tensor,
     ) -> None:
         """Encode whole pages where they lie, in one launch, if :meth:`writes_at_once`.
 
@@ -93,10 +115,12 @@ class PageEncoder:
             keys: ``[b, Hkv, n * P, Dk]`` in the model's basis.
             values: ``[b, Hkv, n * P, Dv]``.
             key_mean: what to subtract from the rotated keys, ``[b, Hkv, dim]``; or None.
+            key_scale: by what to divide the keys before the rotation, ``[b, Hkv, dim]``; or None.
             records: uint8 records ``[n * b * Hkv, record_bytes]``, page by page and for each page row by row, or their
                 addresses, int64 ``[n * b * Hkv]``.
         """
-        self._encode_at_once(keys, values, None if key_mean is None else key_mean.flatten(0, 1), records)
+        mean, scale = (None if t is None else t.flatten(0, 1) for t in (key_mean, key_scale))
+        self._encode_at_once(keys, values, mean, scale, records)
 
     def write_key_mean(self, keys: torch.Tensor, mean: torch.Tensor) -> bool:
         """Write the key mean of ``keys [b, Hkv, n, Dk]`` into ``mean [b, Hkv / group, dim]`` by kernels, if they can.
@@ -104,10 +128,15 @@ class PageEncoder:
         Returns:
             Whether it was written.
         """
-        return write_key_mean(self.layout.sides["keys"], keys, mean)
+        return not self.balanced and write_key_mean(self.layout.sides["keys"], keys, mean)
 
     def decode(
-        self, side: str, records: torch.Tensor, key_mean: torch.Tensor | None, out: torch.Tensor
+        self,
+        side: str,
+        records: torch.Tensor,
+        key_mean: torch.Tensor | None,
+        out: torch.Tensor,
+        key_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The vectors of one side of pages in the model's basis, as :meth:`encode` has rounded them.
 
@@ -117,6 +146,7 @@ class PageEncoder:
                 side.
             key_mean: what was subtracted from the rotated keys of each row, ``[R, dim]``; or None.
             out: float32 ``[C, R, P, dim]``, overwritten.
+            key_scale: by what the keys of each row were divided before the rotation, ``[R, dim]``; or None.
 
         Returns:
             Float32 ``[R * group, C * P, D]``.
@@ -124,28 +154,42 @@ class PageEncoder:
         decoded = decode_side(self.layout, side, records, out)
         if side == "keys" and key_mean is not None:
             decoded = decoded + key_mean.unsqueeze(1)
-        return rotate(decoded, self.layout.sides[side], inverse=True).float().transpose(0, 1).flatten(1, 2)
+        vectors = rotate(decoded, self.layout.sides[side], inverse=True).float()
+        if side == "keys" and key_scale is not None:
+            vectors = vectors * key_scale.unsqueeze(1)
+        return vectors.transpose(0, 1).flatten(1, 2)
 
     @property
     def _methods(self) -> tuple[str | None, str | None]:
         return self.codec.keys.method, self.codec.values.method
 
     def _encode_at_once(
-        self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None, records: torch.Tensor
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_mean: torch.Tensor | None,
+        key_scale: torch.Tensor | None,
+        records: torch.Tensor,
     ) -> None:
-        encode_pages(self.layout, self._methods, keys, values, key_mean, records)
+        encode_pages(self.layout, self._methods, keys, values, key_mean, key_scale, records)
 
     def _encode_side(
-        self, side: str, codec: SideCodec, x: torch.Tensor, key_mean: torch.Tensor | None, records: torch.Tensor
+        self,
+        side: str,
+        codec: SideCodec,
+        x: torch.Tensor,
+        key_mean: torch.Tensor | None,
+        key_scale: torch.Tensor | None,
+        records: torch.Tensor,
     ) -> None:
         fmt = self.layout.sides[side]
         if fmt.dim == 0:
             return
         if fmt.level != "dense":
             x = x.float()
-            if encode_side(self.layout, side, codec.method, x, key_mean, records):
+            if encode_side(self.layout, side, codec.method, x, key_mean, key_scale, records):
                 return
-            x = rotate(x, fmt)
+            x = rotate(x if key_scale is None else x / key_scale.unsqueeze(1), fmt)
             if key_mean is not None:
                 x = x - key_mean.unsqueeze(1)
         encoded = codec.encode(x)

@@ -61,6 +61,7 @@ class UnbiasedKeys(SideCodec):
             other=True,
             rotation="hadamard",
             centered=True,
+            balanced=True,
         )
 
     def encode(self, x: torch.Tensor) -> Encoded:

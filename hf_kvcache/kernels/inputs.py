@@ -31,6 +31,8 @@ class Pages:
         scattered: positions ``[P]`` of the pages whose positions have gaps, by ``(row, column)``.
         key_mean: float32 ``[rows, Dk]``, the mean that was subtracted from the rotated keys; None if there is none.
         heads: number of KV heads.
+        key_scale: float32 ``[rows, Dk]``, powers of two by which the keys were divided before their rotation; None if
+            they were not.
         prepared: what a backend has computed of these pages for later calls, by the name of the backend.
     """
 
@@ -42,6 +44,7 @@ class Pages:
     scattered: dict[tuple[int, int], np.ndarray]
     key_mean: torch.Tensor | None
     heads: int
+    key_scale: torch.Tensor | None = None
     prepared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     # The table on the device, and the version of it that these pages are. Pages made from others have one of their own.
     _resident: ResidentTable | None = field(default=None, init=False, repr=False, compare=False)
@@ -67,6 +70,13 @@ class Pages:
     def cells(self) -> int:
         """The number of pages in all rows."""
         return int(np.count_nonzero(self.addresses))
+
+    def scale_queries(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries ``[B, Hq, q, Dk]`` or ``[rows, ..., Dk]``, not rotated yet, times what the keys were divided by."""
+        if self.key_scale is None:
+            return query
+        by_row = query.reshape(self.rows, -1, query.shape[-1])
+        return (by_row * self.key_scale.unsqueeze(1)).view(query.shape)
 
     def until(self, columns: int) -> Pages:
         """The pages of the first ``columns`` columns."""

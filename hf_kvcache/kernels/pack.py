@@ -27,12 +27,13 @@ def encode_pages(
     keys: torch.Tensor,
     values: torch.Tensor,
     key_mean: torch.Tensor | None,
+    key_scale: torch.Tensor | None,
     records: torch.Tensor,
 ) -> None:
     """Encode whole pages in one launch; see :func:`hf_kvcache.kernels.triton.encode.encode_pages`."""
     faster = implementation("encode", keys.device)
     assert faster is not None
-    faster.encode_pages(layout, methods, keys, values, key_mean, records)
+    faster.encode_pages(layout, methods, keys, values, key_mean, key_scale, records)
 
 
 def write_key_mean(fmt: SideFormat, keys: torch.Tensor, mean: torch.Tensor) -> bool:
@@ -54,6 +55,7 @@ def encode_side(
     method: str | None,
     x: torch.Tensor,
     key_mean: torch.Tensor | None,
+    key_scale: torch.Tensor | None,
     records: torch.Tensor,
 ) -> bool:
     """Encode one side of pages by the C++ kernels, which take a side at a time, if they can.
@@ -64,6 +66,7 @@ def encode_side(
         method: name of the encoding.
         x: float32 ``[N, P, D]`` in the model's basis.
         key_mean: float32 ``[N, D]``, what to subtract from the rotated vectors of each page; or None.
+        key_scale: float32 ``[N, D]``, by what to divide the vectors before the rotation; or None.
         records: uint8 ``[N, record_bytes]``; only the fields of this side are written.
 
     Returns:
@@ -74,7 +77,7 @@ def encode_side(
         return False
     if not faster.supports_encoding(layout, side, method, x):
         return False
-    faster.encode_side(layout, side, method, x, key_mean, records)
+    faster.encode_side(layout, side, method, x, key_mean, key_scale, records)
     return True
 
 

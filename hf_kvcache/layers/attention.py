@@ -115,8 +115,14 @@ class AttentionOverPages(DenseReads):
         new, _ = self._latest()
         if call.count == new.length:  # else a layer that reads these keys too, whose mask covers other tokens
             self.note_padding(new, call.mask)
+            self.note_queries(new, call)
         if not self.options.deferred:
             self.flush()
+
+    def note_queries(self, new: NewTokens, call: AttentionCall) -> None:
+        """Let the storage know the queries of a first update, by whose power some codecs scale the keys."""
+        if new.position == 0 and call.query is not None and self.storage is not None:
+            self.storage.writer.basis.note_queries(call.query, new.valid)
 
     def note_padding(self, new: NewTokens, attention_mask: torch.Tensor | None) -> Padding | None:
         """Record which new tokens are padding, as the attention mask says.

@@ -12,6 +12,7 @@ from hf_kvcache.codecs.latent import LatentCodec, latent_codec
 from hf_kvcache.codecs.registry import resolve
 from hf_kvcache.eviction.options import EvictionOptions
 from hf_kvcache.lowrank.projection import LayerProjection
+from hf_kvcache.sparse.reader import SparseOptions
 from hf_kvcache.storage.offload import OffloadTarget
 
 
@@ -48,7 +49,6 @@ class CompressedOptions:
 
     def _codec(self, bits: int | None) -> LatentCodec | None:
         return None if bits is None else latent_codec(None, bits, None, [self.width - self.rotary], {})
-from hf_kvcache.sparse.reader import SparseOptions
 
 
 @dataclass(frozen=True)

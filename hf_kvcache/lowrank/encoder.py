@@ -34,16 +34,31 @@ class LowRankEncoder(PageEncoder):
     def widths(self) -> dict[str, int]:
         return {side: getattr(self.projection, side).down.shape[1] // self.group for side in ("keys", "values")}
 
-    def key_mean_of(self, mean: torch.Tensor) -> torch.Tensor:
+    @property
+    def balanced(self) -> bool:
+        return False  # no queries in the basis of the coefficients are known when keys are packed
+
+    def key_mean_of(self, mean: torch.Tensor, key_scale: torch.Tensor | None = None) -> torch.Tensor:
         coefficients = self._project(self.projection.keys, mean.flatten(0, 1).unsqueeze(1))
         return super().key_mean_of(coefficients.view(mean.shape[0], self.projection.groups, -1))
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None) -> torch.Tensor:
+    def encode(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_mean: torch.Tensor | None,
+        key_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         projection = self.projection
         return super().encode(self._project(projection.keys, keys), self._project(projection.values, values), key_mean)
 
     def decode(
-        self, side: str, records: torch.Tensor, key_mean: torch.Tensor | None, out: torch.Tensor
+        self,
+        side: str,
+        records: torch.Tensor,
+        key_mean: torch.Tensor | None,
+        out: torch.Tensor,
+        key_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         projection: SideProjection = getattr(self.projection, side)
         coefficients = super().decode(side, records, key_mean, out).unflatten(0, (-1, self.projection.groups))

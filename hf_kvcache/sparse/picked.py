@@ -27,7 +27,9 @@ class PickedPages(Pages):
         host = self.table if self.table.device.type == "cpu" else torch.zeros(self.table.shape, dtype=torch.int64)
         addresses, _, first = host.numpy()
         counts = np.zeros((pages.rows, columns), dtype=np.int32)
-        super().__init__(pages.layout, pages.slabs, addresses, counts, first, {}, pages.key_mean, pages.heads)
+        super().__init__(
+            pages.layout, pages.slabs, addresses, counts, first, {}, pages.key_mean, pages.heads, pages.key_scale
+        )
         self._counts_there = torch.from_numpy(self.counts)
         self.__dict__["full"] = full
 

@@ -151,8 +151,9 @@ def _keys_of(storage: PagedStorage, start: int, stop: int) -> tuple[torch.Tensor
     ids, counts = table.ids(every, stop)[:, start:].T, table.counts(every, stop)[:, start:]
     records = storage.pool.read(np.where(ids >= 0, ids, ids.max()).flatten()).unflatten(0, ids.shape)
     buffer = torch.empty(*ids.shape, size, storage.layout.sides["keys"].dim, device=storage.device)
-    mean = None if storage.key_mean is None else storage.key_mean.flatten(0, 1)
-    keys = storage.encoder.decode("keys", records, mean, buffer).unflatten(1, (stop - start, size))
+    basis = storage.writer.basis
+    mean, scale = (None if t is None else t.flatten(0, 1) for t in (basis.mean, basis.scale))
+    keys = storage.encoder.decode("keys", records, mean, buffer, scale).unflatten(1, (stop - start, size))
     if (counts == size).all():
         return keys, None
     return keys, to_device(np.arange(size) >= counts[:, :, None], storage.device)

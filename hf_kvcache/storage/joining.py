@@ -59,10 +59,7 @@ def join(storages: Sequence[PagedStorage], shifts: Sequence[int]) -> PagedStorag
         dense.keys[row, :, held], dense.values[row, :, held] = of_row.keys[0, :, held], of_row.values[0, :, held]
         dense.positions[row, held] = of_row.positions[0, held] + shift
     dense.set_lengths(lengths)
-    writer = other.writer
-    if writer.key_mean is not None:
-        writer.key_mean = torch.cat([part.writer.key_mean for part in parts])  # type: ignore[misc]
-    writer.key_mean_known = np.concatenate([part.writer.key_mean_known for part in parts])
+    other.writer.basis.join([part.writer.basis for part in parts])
     return other
 
 

@@ -12,23 +12,22 @@ def bytes_by_part(storage: PagedStorage) -> dict[str, int]:
 
     Returns:
         ``codes`` and ``scales`` of the pages; ``sinks`` and ``tail``, full-precision tokens; ``tables``, the
-        bookkeeping on the host, its copies on the device, and the key mean; ``slack``: free pages, alignment of pages,
-        and slots not in use.
+        bookkeeping on the host, its copies on the device, and mean and scale of the keys; ``slack``: free pages,
+        alignment of pages, and slots not in use.
     """
-    layout, dense, key_mean = storage.layout, storage.dense, storage.key_mean
+    layout, dense = storage.layout, storage.dense
     pages = _distinct_pages(storage)
     slot = storage.heads * (dense.keys.shape[3] + dense.values.shape[3]) * storage.dtype.itemsize
     sinks = int(np.minimum(dense.lengths, dense.sink_length).sum())
     tail = int(dense.lengths.sum()) - sinks
     alignment = layout.record_bytes - layout.code_bytes - layout.scale_bytes
     unused = (storage.batch * dense.capacity - sinks - tail) * slot
-    mean_bytes = 0 if key_mean is None else key_mean.numel() * key_mean.element_size()
     return {
         "codes": pages * layout.code_bytes,
         "scales": pages * layout.scale_bytes,
         "sinks": sinks * slot,
         "tail": tail * slot,
-        "tables": storage.table.nbytes + storage.reader.nbytes + dense.bookkeeping_bytes + mean_bytes,
+        "tables": storage.table.nbytes + storage.reader.nbytes + dense.bookkeeping_bytes + storage.writer.basis.nbytes,
         "slack": pages * alignment + storage.pool.free_pages * layout.record_bytes + unused,
     }
 

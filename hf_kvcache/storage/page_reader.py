@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from hf_kvcache.kernels.inputs import Pages
 from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.storage.fetching import Fetched, PageFetch
+from hf_kvcache.storage.key_basis import KeyBasis
 from hf_kvcache.storage.page_table import PageTable
 
 
@@ -36,7 +35,7 @@ class PageReader:
         """The same for a fork of the storage."""
         return PageReader(self.layout, None if self.fetch is None else self.fetch.fork())
 
-    def read(self, table: PageTable, key_mean: torch.Tensor | None) -> Pages | None:
+    def read(self, table: PageTable, basis: KeyBasis) -> Pages | None:
         """The pages of ``table``; None if there are none.
 
         As long as nothing changes, it is the same object. Pages outside of the device are fetched. They are there for
@@ -44,12 +43,11 @@ class PageReader:
 
         Args:
             table: which pages these are.
-            key_mean: float32 ``[B, page heads, dim]``; None if nothing was subtracted from the keys.
+            basis: mean and scale of the keys.
         """
         fetched = None if self.fetch is None else self.fetch.bring(table)
         if self._version != table.version or self._fetched is not fetched:
-            mean = None if key_mean is None else key_mean.flatten(0, 1)
-            self._pages = self._made(table, mean, fetched)
+            self._pages = self._made(table, basis, fetched)
             self._version, self._fetched = table.version, fetched
         return self._pages
 
@@ -57,13 +55,14 @@ class PageReader:
         # What was read lies at addresses of this process.
         return PageReader, (self.layout, None if self.fetch is None else self.fetch.fork())
 
-    def _made(self, table: PageTable, key_mean: torch.Tensor | None, fetched: Fetched | None) -> Pages | None:
+    def _made(self, table: PageTable, basis: KeyBasis, fetched: Fetched | None) -> Pages | None:
         if table.columns == 0:
             return None
         addresses, counts, first = table.arrays(table.columns)
         slabs = table.pool.slabs()
         if fetched is not None:
             slabs, addresses = [fetched.records], fetched.addresses
-        pages = Pages(self.layout, slabs, addresses, counts, first, table.scattered(), key_mean, table.heads)
+        mean, scale = (None if t is None else t.flatten(0, 1) for t in (basis.mean, basis.scale))
+        pages = Pages(self.layout, slabs, addresses, counts, first, table.scattered(), mean, table.heads, scale)
         pages.follow(table.resident)
         return pages

@@ -10,8 +10,9 @@ import torch
 
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.storage.dense_buffer import DenseBuffer
+from hf_kvcache.storage.key_basis import KeyBasis
 from hf_kvcache.storage.page_table import PageTable
-from hf_kvcache.storage.transfers import is_run, rows_of, to_device
+from hf_kvcache.storage.transfers import rows_of, to_device
 from hf_kvcache.utils.autocast import without_autocast
 
 #: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
@@ -35,9 +36,7 @@ class PageWriter:
         ahead: pages at the end of every row of the table whose tokens are still in the dense buffer too, until they
             are confirmed.
         lost_before: no token before this position need be held any more (sliding windows).
-        key_mean: float32 ``[B, page heads, dim]``, the mean that is subtracted from the rotated keys of a sequence
-            before they are encoded; None if the codec subtracts none.
-        key_mean_known: bool ``[B]``: the first page of a sequence fixes its key mean.
+        basis: mean and scale of the keys of each sequence, which its first page fixes.
     """
 
     @torch.inference_mode(False)
@@ -47,12 +46,7 @@ class PageWriter:
         self.first_due = dense.sink_length + tail_length + self.page_size
         self.ahead = 0
         self.lost_before = 0
-        batch = len(dense.lengths)
-        self.key_mean: torch.Tensor | None = None
-        self.key_mean_known = np.zeros(batch, dtype=bool)
-        if encoder.centered:
-            dim = encoder.layout.sides["keys"].dim
-            self.key_mean = torch.zeros(batch, table.heads, dim, device=dense.keys.device)
+        self.basis = KeyBasis(encoder, len(dense.lengths), table.heads, dense.keys.device)
 
     # -- when -----------------------------------------------------------------------------------------------------
 
@@ -138,10 +132,10 @@ class PageWriter:
         if self.encoder.writes_at_once(keys, values):
             count = pages * keys.shape[0] * keys.shape[1]
             records = torch.empty(count, self.encoder.layout.record_bytes, dtype=torch.uint8, device=keys.device)
-            self.encoder.write(keys, values, self._key_mean_of(rows), records)
+            self.encoder.write(keys, values, *self.basis.of(rows), records)
             yield 0, pages, records
             return
-        key_mean = self.key_mean_of(rows)
+        basis = [None if t is None else t.flatten(0, 1) for t in self.basis.of(rows)]
         page = keys.shape[0] * keys.shape[1] * self.page_size * keys.shape[3]
         step = pages if keys.is_meta else max(1, _ENCODE_ELEMENTS // page)
         for start in range(0, pages, step):
@@ -151,42 +145,25 @@ class PageWriter:
                 x[:, :, span].unflatten(2, (-1, self.page_size)).permute(2, 0, 1, 3, 4).flatten(0, 2)
                 for x in (keys, values)
             ]
-            repeated = None if key_mean is None else key_mean.repeat(stop - start, 1)
-            yield start, stop, self.encoder.encode(columns[0], columns[1], repeated)
-
-    def key_mean_of(self, rows: np.ndarray) -> torch.Tensor | None:
-        """The key mean of the sequences ``rows``, ``[len(rows) * page heads, dim]``; None if there is none."""
-        mean = self._key_mean_of(rows)
-        return None if mean is None else mean.flatten(0, 1)
-
-    def fix_key_mean(self, rows: np.ndarray, mean: torch.Tensor) -> None:
-        """Take ``mean [b, page heads, dim]``, of the first keys that are packed, as the key mean; it never changes."""
-        new = np.flatnonzero(~self.key_mean_known[rows])
-        if self.key_mean is None or len(new) == 0:
-            return
-        index = to_device(rows[new], self.key_mean.device)
-        self.key_mean[index] = rows_of(mean, new).to(self.key_mean.dtype)
-        self.key_mean_known[rows] = True
+            repeated = [None if t is None else t.repeat(stop - start, 1) for t in basis]
+            yield start, stop, self.encoder.encode(columns[0], columns[1], *repeated)
 
     def note_truncated(self) -> None:
-        """Take note that pages were dropped: a sequence without a page has no key mean any more."""
-        self.key_mean_known &= self.table.lengths[:: self.table.heads] > 0
+        """Take note that pages were dropped: a sequence without a page has no basis any more."""
+        self.basis.note_truncated(self.table.lengths[:: self.table.heads] > 0)
 
     # -- copies ---------------------------------------------------------------------------------------------------
 
     def select(self, rows: np.ndarray) -> None:
         """Replace the sequences by ``rows`` of them, which may repeat; the table and the buffer do so themselves."""
-        if self.key_mean is not None:
-            self.key_mean = self.key_mean[to_device(rows, self.key_mean.device)]
-        self.key_mean_known = self.key_mean_known[rows]
+        self.basis.select(rows)
 
     def fork(self, table: PageTable, dense: DenseBuffer) -> PageWriter:
         """A second writer for a fork of the table and of the buffer."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.table, other.dense = table, dense
-        other.key_mean = None if self.key_mean is None else self.key_mean.clone()
-        other.key_mean_known = self.key_mean_known.copy()
+        other.basis = self.basis.fork()
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -222,7 +199,7 @@ class PageWriter:
     def _write(self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
         """Encode whole pages of ``keys [b, Hkv, n * P, Dk]`` and append them to the table."""
         pages, table, pool = keys.shape[2] // self.page_size, self.table, self.table.pool
-        self._fix_mean_of(rows, keys)
+        self.basis.fix(rows, keys)
         table_rows = table.rows_of(rows)
         # Column by column, so that the pages that are read together lie together.
         ids = pool.allocate(pages * len(table_rows)).reshape(pages, len(table_rows))
@@ -230,28 +207,13 @@ class PageWriter:
             records = pool.memory.side_by_side(ids.flatten())
             if records is None:
                 records = to_device(pool.addresses(ids.flatten()), keys.device)
-            self.encoder.write(keys, values, self._key_mean_of(rows), records)
+            self.encoder.write(keys, values, *self.basis.of(rows), records)
         else:
             for start, stop, records in self.encode(rows, keys, values):
                 pool.write(ids[start:stop].flatten(), records)
         paged = positions.reshape(len(rows), pages, self.page_size)
         self._note_positions(paged, ids)
         table.append(table_rows, ids.T, paged[:, :, 0].repeat(table.heads, 0), self.page_size)
-
-    def _key_mean_of(self, rows: np.ndarray) -> torch.Tensor | None:
-        """The key mean of the sequences ``rows``, ``[b, page heads, dim]``; None if there is none."""
-        return None if self.key_mean is None else rows_of(self.key_mean, rows)
-
-    def _fix_mean_of(self, rows: np.ndarray, keys: torch.Tensor) -> None:
-        """Take the mean of ``keys [b, Hkv, n, Dk]`` as the key mean of those of ``rows`` that have none yet."""
-        if self.key_mean is None or self.key_mean_known[rows].all():
-            return
-        unknown = not self.key_mean_known[rows].any()
-        # Of sequences side by side the rows are a view, which can be written to.
-        if unknown and is_run(rows) and self.encoder.write_key_mean(keys, rows_of(self.key_mean, rows)):
-            self.key_mean_known[rows] = True
-        else:
-            self.fix_key_mean(rows, self.encoder.key_mean_of(keys.float().mean(2)))
 
     def _note_positions(self, positions: np.ndarray, ids: np.ndarray) -> None:
         """Remember every position of the pages whose tokens do not stand side by side."""

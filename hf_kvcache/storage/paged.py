@@ -89,7 +89,7 @@ class PagedStorage:
     @property
     def key_mean(self) -> torch.Tensor | None:
         """Float32 ``[B, page heads, dim]``, in the rotated basis; None if keys are packed as they are."""
-        return self.writer.key_mean
+        return self.writer.basis.mean
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class PagedStorage:
 
         As long as nothing changes, it is the same object: calls that were prepared for it test that it still is.
         """
-        pages = self.reader.read(self.table, self.key_mean)
+        pages = self.reader.read(self.table, self.writer.basis)
         if ahead == self.writer.ahead or pages is None:
             return pages
         columns = pages.columns - self.writer.ahead + ahead
@@ -233,7 +233,7 @@ class PagedStorage:
         """
         shape = (*records.shape[:2], self.page_size, self.layout.sides[side].dim)
         buffer = scratch(side, shape, torch.float32, self.device)
-        return self.encoder.decode(side, records, pages.key_mean, buffer)
+        return self.encoder.decode(side, records, pages.key_mean, buffer, pages.key_scale)
 
     def tokens(self) -> np.ndarray:
         """Non-padding tokens held by each sequence."""

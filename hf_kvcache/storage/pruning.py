@@ -215,8 +215,7 @@ def _packed(planned: PrunePlan, kept: KeptTokens) -> PageRun | None:
     if storage.key_mean is not None:
         by_head = to_device(counts.reshape(*shape[:2], 1), device)
         weights = torch.arange(pages * size, device=device) < by_head
-        mean = (keys.float() * weights.unsqueeze(-1)).sum(2) / by_head.clamp_min(1)
-        storage.writer.fix_key_mean(held.rows, storage.encoder.key_mean_of(mean))
+        storage.writer.basis.fix(held.rows, keys, weights)
     records = torch.cat([part for _, _, part in storage.writer.encode(held.rows, keys, values)])
     records = records.unflatten(0, (pages, -1)).transpose(0, 1)
     positions = _of_sequences(kept.positions, place).reshape(len(counts), pages, size)

@@ -16,20 +16,17 @@ def export_storage(table: PageTable, dense: DenseBuffer, writer: PageWriter) -> 
     Returns:
         ``dense.keys``, ``dense.values``, ``dense.positions`` and ``dense.lengths`` of the slots in use; ``ahead``, the
         number of pages packed ahead; ``center`` and ``center_known``, the key mean of each sequence and whether it is
-        fixed, with codecs that subtract one.
+        fixed, with codecs that subtract one; ``key_scale`` and ``query_power`` with codecs that scale keys.
     """
     held = dense.longest
-    state = export_pages(table) | {
+    return export_pages(table) | {
         "ahead": torch.tensor(writer.ahead, device="cpu"),
         "dense.keys": dense.keys[:, :, :held].clone(),
         "dense.values": dense.values[:, :, :held].clone(),
         "dense.positions": torch.from_numpy(dense.positions[:, :held].copy()),
         "dense.lengths": torch.from_numpy(dense.lengths.copy()),
+        **writer.basis.state(),
     }
-    if writer.key_mean is not None:
-        state["center"] = writer.key_mean.clone()
-        state["center_known"] = torch.from_numpy(writer.key_mean_known.copy())
-    return state
 
 
 def import_storage(
@@ -53,9 +50,7 @@ def import_storage(
     else:
         dense.store(slice(None), keys, values, state["dense.positions"].numpy())
     dense.set_lengths(state["dense.lengths"].numpy())
-    if writer.key_mean is not None:
-        writer.key_mean = state["center"].to(writer.key_mean.device)
-        writer.key_mean_known = state["center_known"].numpy().copy()
+    writer.basis.restore(state)
 
 
 def export_pages(table: PageTable) -> dict[str, torch.Tensor]:

@@ -103,7 +103,7 @@ def test_every_byte_is_written(spec: str, widths: tuple[int, int]) -> None:
     for before in (0x00, 0xFF):
         records = torch.full((3, encoder.layout.record_bytes), before, dtype=torch.uint8)
         for side, side_codec in (("keys", encoder.codec.keys), ("values", encoder.codec.values)):
-            encoder._encode_side(side, side_codec, pages[side], None, records)
+            encoder._encode_side(side, side_codec, pages[side], None, None, records)
         written[before] = records
     inside = torch.zeros(encoder.layout.record_bytes, dtype=torch.bool)
     for field in encoder.layout.fields.values():

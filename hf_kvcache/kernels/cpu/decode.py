@@ -114,6 +114,8 @@ def _with_pages(pages: Pages) -> library.Attend:
         call = library.Attend(layout=pointer(native_layout(pages.layout)))
         if pages.key_mean is not None:
             call.key_mean = pages.key_mean.data_ptr()
+        if pages.key_scale is not None:
+            call.key_scale = pages.key_scale.data_ptr()
         prepared = pages.prepared["native"] = (call, set_pages(call, pages))
     return prepared[0]
 

@@ -61,7 +61,7 @@ def _read_pages(
     """Attention of scaled queries ``[B * Hkv, g * q, Dk]`` over all pages, and its log-sum-exp."""
     assert _flash is not None
     layout = pages.layout
-    rotated = rotate(rows, layout.sides["keys"])
+    rotated = rotate(pages.scale_queries(rows), layout.sides["keys"])
     # The kernel takes keys and values of one width. Zeros add nothing to scores, and the output is cut to its width.
     width = max(fmt.dim for fmt in layout.sides.values())
     wide = _widened(rotated, width)[:, None]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.cpu.build import LIBRARY
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 
@@ -59,7 +59,7 @@ class Attend(Structure):
         *((name, c_void_p) for name in ("addresses", "counts", "first", "positions")),
         ("row_stride", c_int64),
         ("columns", c_int32),
-        ("key_mean", c_void_p),
+        *((name, c_void_p) for name in ("key_mean", "key_scale")),
         *((name, c_void_p) for name in ("dense_keys", "dense_values")),
         *((name, c_int32) for name in ("dense_level", "slots")),
         *((name, c_int64) for name in ("keys_batch", "keys_head", "keys_token")),
@@ -156,7 +156,7 @@ class Encode(Structure):
         ("layout", POINTER(Layout)),
         *((name, c_int32) for name in ("values", "method")),
         ("grid", Grid),
-        *((name, c_void_p) for name in ("x", "key_mean")),
+        *((name, c_void_p) for name in ("x", "key_mean", "key_scale")),
         ("pages", c_int64),
         ("records", c_void_p),
         ("threads", c_int32),

@@ -56,9 +56,10 @@ def encode_side(
     method: str,
     x: torch.Tensor,
     key_mean: torch.Tensor | None,
+    key_scale: torch.Tensor | None,
     records: torch.Tensor,
 ) -> None:
-    """Rotate one side of pages, subtract the mean, quantize and pack it.
+    """Scale and rotate one side of pages, subtract the mean, quantize and pack it.
 
     Args:
         layout: the layout of the records.
@@ -66,13 +67,14 @@ def encode_side(
         method: one of :data:`METHODS`.
         x: float32 ``[N, P, D]`` in the model's basis.
         key_mean: float32 ``[N, D]``, what to subtract from the rotated vectors of each page; or None.
+        key_scale: float32 ``[N, D]``, by what to divide the vectors before the rotation; or None.
         records: uint8 ``[N, record_bytes]``; only the fields of this side are written.
 
     Raises:
         MemoryError: if there is no memory for the work.
     """
     x = x.contiguous()
-    key_mean = None if key_mean is None else key_mean.float().contiguous()
+    key_mean, key_scale = (None if t is None else t.float().contiguous() for t in (key_mean, key_scale))
     call = library.Encode(
         layout=pointer(native_layout(layout)),
         values=side == "values",
@@ -80,6 +82,7 @@ def encode_side(
         grid=_grid(layout.sides[side].table),
         x=x.data_ptr(),
         key_mean=None if key_mean is None else key_mean.data_ptr(),
+        key_scale=None if key_scale is None else key_scale.data_ptr(),
         pages=x.shape[0],
         records=records.data_ptr(),
         threads=torch.get_num_threads(),

@@ -102,7 +102,7 @@ def _page_sums(
     """``[B * Hkv, g, columns * P]``, as :func:`_dense_sums`."""
     layout = pages.layout
     keys = layout.sides["keys"]
-    rotated = rotate(rows, keys)
+    rotated = rotate(pages.scale_queries(rows), keys)
     sums = torch.zeros(*rows.shape[:2], pages.columns, layout.page_size, device=rows.device)
     step = max(1, _tile(rows).keys // layout.page_size)
     for start in range(0, pages.columns, step):

@@ -154,7 +154,7 @@ def attend_pages(
     """
     layout = pages.layout
     keys_format, values_format = layout.sides["keys"], layout.sides["values"]
-    rotated = rotate(rows, keys_format)
+    rotated = rotate(pages.scale_queries(rows), keys_format)
     # The mean that was subtracted from the packed keys changes all scores of a query alike.
     shift = None if pages.key_mean is None else rotated @ pages.key_mean.unsqueeze(-1)
 

@@ -186,7 +186,7 @@ def _page_sums(
     layout, heads = pages.layout, pages.heads
     keys = layout.sides["keys"]
     batch, query_heads, length, _ = query.shape
-    rotated = rotate(query.float(), keys)
+    rotated = rotate(pages.scale_queries(query.float()), keys)
     shift = None
     if pages.key_mean is not None:
         # The mean that was subtracted from the packed keys changes all scores of a query alike.

@@ -73,6 +73,7 @@ def encode_pages(
     keys: torch.Tensor,
     values: torch.Tensor,
     key_mean: torch.Tensor | None,
+    key_scale: torch.Tensor | None,
     records: torch.Tensor,
 ) -> None:
     """Encode whole pages of keys and values, in one launch.
@@ -83,6 +84,7 @@ def encode_pages(
         keys: ``[b, heads, n * P, Dk]`` in the model's basis; only the last dimension must be contiguous.
         values: ``[b, heads, n * P, Dv]``, as the keys.
         key_mean: fp32 ``[b * heads, Dk]``, what to subtract from the rotated keys; or None.
+        key_scale: fp32 ``[b * heads, Dk]``, powers of two by which to divide the keys before the rotation; or None.
         records: where the bytes go, page by page and for each page row by row: the records themselves, uint8
             ``[n * b * heads, record_bytes]``, or their addresses, int64 ``[n * b * heads]``. All bytes are written.
     """
@@ -107,6 +109,7 @@ def encode_pages(
         *values.stride()[:3],
         *rotations,
         None if key_mean is None else key_mean.contiguous(),
+        None if key_scale is None else key_scale.contiguous(),
         records,
         records.stride(0),
         rows * count,
@@ -203,6 +206,7 @@ def _encode_kernel(
     value_signs,
     value_factors,
     key_mean,
+    key_scale,
     records,
     stride,
     count,
@@ -222,6 +226,7 @@ def _encode_kernel(
         value_signs: the rotation of the values.
         value_factors: its factors.
         key_mean: fp32 ``[rows, Dk]``; None unless a mean is subtracted.
+        key_scale: fp32 ``[rows, Dk]``; None unless keys are divided by a scale.
         records: uint8, records ``stride`` bytes apart; with ``ADDRESSES``, int64 addresses of the records.
         count: number of records.
         rows: ``b * heads``.
@@ -242,6 +247,7 @@ def _encode_kernel(
                 key_signs,
                 key_factors,
                 key_mean,
+                key_scale,
                 records,
                 stride,
                 program,
@@ -260,6 +266,7 @@ def _encode_kernel(
                 value_signs,
                 value_factors,
                 key_mean,
+                None,
                 records,
                 stride,
                 program - of_keys,
@@ -279,6 +286,7 @@ def _encode_side(
     signs,
     factors,
     key_mean,
+    key_scale,
     records,
     stride,
     program,
@@ -303,7 +311,10 @@ def _encode_side(
     mean = key_mean
     if side.centered:
         mean += row * side.dim
-    x = load_rotated(source, token_stride, token, real, signs, factors, mean, side)
+    scale = key_scale
+    if key_scale is not None:
+        scale += row * side.dim
+    x = load_rotated(source, token_stride, token, real, signs, factors, mean, scale, side)
     if side.method == "dense":
         channel = tl.arange(0, side.dim_pad)
         target = (record + side.codes_at).to(tl.pointer_type(side.element)) + token[:, None] * side.dim

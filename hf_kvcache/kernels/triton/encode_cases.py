@@ -83,8 +83,10 @@ def arguments(keys: EncodedSide, values: EncodedSide, dtype: torch.dtype) -> tup
             constants[name] = None
     if keys.centered:
         signature["key_mean"] = "*fp32"
+        signature["key_scale"] = "*fp32"
     else:
         constants["key_mean"] = None
+        constants["key_scale"] = None
     return signature, constants
 
 

@@ -232,7 +232,7 @@ def places(side: tl.constexpr):
 
 
 @triton.jit
-def load_rotated(source, stride, token, real, signs, factors, key_mean, side: tl.constexpr):
+def load_rotated(source, stride, token, real, signs, factors, key_mean, key_scale, side: tl.constexpr):
     """fp32 ``[block, dim_pad]``: the vectors of some tokens, rotated and less the key mean, by places; 0 elsewhere.
 
     Args:
@@ -243,6 +243,7 @@ def load_rotated(source, stride, token, real, signs, factors, key_mean, side: tl
         signs: the rotation from :func:`rotation_by_places`, or anything if there is none.
         factors: its factors.
         key_mean: pointer to the rotated mean, fp32 ``[dim]``, or anything if there is none.
+        key_scale: pointer to the scale of the channels, fp32 ``[dim]``, powers of two; None if there is none.
         side: description of the side. If it is ``turned``, the result is ``[dim_pad, block]``.
     """
     channel, there = places(side)
@@ -257,6 +258,10 @@ def load_rotated(source, stride, token, real, signs, factors, key_mean, side: tl
         for step in range(steps):
             k = step * side.depth + tl.arange(0, side.depth)
             part = tl.load(rows + k[None, :], mask=real[:, None] & (k < side.dim)[None, :], other=0.0)
+            if key_scale is not None:
+                # By a power of two: exact in any floating-point type.
+                divided = part.to(tl.float32) / tl.load(key_scale + k, mask=k < side.dim, other=1.0)[None, :]
+                part = divided.to(part.dtype)
             if side.turned:
                 columns = tl.load(signs + place[:, None] * side.dim_pad + k[None, :])
             else:
@@ -265,6 +270,8 @@ def load_rotated(source, stride, token, real, signs, factors, key_mean, side: tl
         x = x * turn(tl.load(factors + place), side)
     else:
         x = tl.load(rows + channel[None, :], mask=real[:, None] & there[None, :], other=0.0).to(tl.float32)
+        if key_scale is not None:
+            x /= tl.load(key_scale + channel, mask=there, other=1.0)[None, :]
         if side.turned:
             x = tl.trans(x)
     if side.centered:

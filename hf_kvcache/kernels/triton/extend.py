@@ -93,8 +93,8 @@ def _attend(
     splits = over_pages.splits + over_dense.splits
     partial = scratch("triton.partial", (splits, call.rows, call.rows_m, call.value_dim), torch.float32, call.device)
     lse = scratch("triton.lse", (splits, call.rows, call.rows_m), torch.float32, call.device)
-    fmt = pages.layout.sides["keys"]
-    rotated = query if fmt.rotation == "none" else rotate(query.float(), fmt)
+    fmt, scaled = pages.layout.sides["keys"], pages.scale_queries(query)
+    rotated = scaled if fmt.rotation == "none" else rotate(scaled.float(), fmt)
     by_row = rotated.reshape(call.rows, call.group, call.length, -1)
     for part in decoded_pages(pages, visibility, dtypes, call.arch):
         _launch(call, by_row, part.tokens, over_pages, 0, partial, lse, part.start > 0)

@@ -195,7 +195,8 @@ def _attend_pages(
 ) -> None:
     keys, values = page_sides(pages.layout, call.query.dtype, config.block_m, call.arch)
     fmt = pages.layout.sides["keys"]
-    query = call.query if fmt.rotation == "none" else rotate(call.query.float(), fmt)
+    query = pages.scale_queries(call.query)
+    query = query if fmt.rotation == "none" else rotate(query.float(), fmt)
     placed = page_placement(pages, call.visibility)
     table = pages.on_device(positions=placed == 2)
     block_n = min(config.block_n, keys.page_pad)

@@ -161,6 +161,7 @@ class PreparedCall:
                 placed=placed,
                 window=window,
                 centered=pages is not None and pages.key_mean is not None,
+                scaled=pages is not None and pages.key_scale is not None,
                 softcap=inputs.scoring.softcap is not None,
             ),
         }
@@ -217,13 +218,14 @@ def _page_arguments(inputs: CallInputs, places: bool, unread: torch.Tensor) -> d
     """The arguments of ``step_kernel`` about the pages, with the position of each token if ``places``."""
     pages = inputs.pages
     if pages is None:
-        names = "pages", "page_places", "key_mean", "tables"
+        names = "pages", "page_places", "key_mean", "key_scale", "tables"
         return dict.fromkeys(names, unread) | {"columns": 0, "capacity": 0}
     table, sides = pages.on_device(places), pages.layout.sides
     return {
         "pages": table.table,
         "page_places": table.table if table.positions is None else table.positions,
         "key_mean": unread if pages.key_mean is None else pages.key_mean,
+        "key_scale": unread if pages.key_scale is None else pages.key_scale,
         "tables": level_tables(sides["keys"].table, sides["values"].table, pages.device),
         "columns": pages.columns,
         "capacity": table.capacity,

@@ -48,7 +48,7 @@ def _step_case(
         **dict.fromkeys(("query", "new_keys", "new_values", "keys", "values"), tokens),
         **dict.fromkeys(("positions", "pages", "state"), "*i64"),
         "page_places": "*i64",
-        **dict.fromkeys(("key_mean", "tables", "rotation", "partial", "partial_lse"), "*fp32"),
+        **dict.fromkeys(("key_mean", "key_scale", "tables", "rotation", "partial", "partial_lse"), "*fp32"),
     }
     sizes = ("slot", "position", "columns", "capacity", "page_splits", "per_dense", "rows", "heads", "rows_m", "window")
     constants = kind.step_constants(
@@ -58,6 +58,7 @@ def _step_case(
         placed=int(window),
         window=window,
         centered=kind.layout.sides["keys"].centered,
+        scaled=kind.layout.sides["keys"].balanced,
         softcap=False,
     )
     config, block_n = kind.config, constants["BLOCK_N"]

@@ -111,7 +111,15 @@ class StepKind:
         return NO_TURN if self.layout is None else turn_of(self.layout.sides["values"], device)
 
     def step_constants(
-        self, turn: Turn, state: bool, full: bool, placed: int, window: bool, centered: bool, softcap: bool
+        self,
+        turn: Turn,
+        state: bool,
+        full: bool,
+        placed: int,
+        window: bool,
+        centered: bool,
+        scaled: bool,
+        softcap: bool,
     ) -> dict[str, Any]:
         """The constants of ``step_kernel``, which describes them.
 
@@ -143,6 +151,7 @@ class StepKind:
             "PLACED": placed,
             "WINDOW": window,
             "CENTERED": centered,
+            "SCALED": scaled,
             "SOFTCAP": softcap,
             "ROTATION": turn.kind,
         }

@@ -58,15 +58,19 @@ def _rotated_query(
     rows_m,
     channel,
     there,
+    scale,
     side: tl.constexpr,
     GROUP: tl.constexpr,
     ROTATION: tl.constexpr,
     LOG_D: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """Queries fp32 ``[BLOCK_M, D]`` in the basis of the pages, in padded order."""
+    """Queries fp32 ``[BLOCK_M, D]`` in the basis of the pages, in padded order; first times ``scale`` if ``SCALED``."""
     DIM_PAD: tl.constexpr = side.segments * side.segment_pad
     if ROTATION != "matrix":
         q = load_query(query, query_b, query_h, 0, batch, head, m, rows_m, channel, there, GROUP)
+        if SCALED:
+            q *= tl.load(scale + channel, mask=there, other=1.0)[None, :]
         if ROTATION == "butterfly":
             q = _butterfly(q, rotation, channel, m.shape[0], DIM_PAD, LOG_D, False)
     else:
@@ -74,6 +78,8 @@ def _rotated_query(
         for first in tl.static_range(0, DIM_PAD, 16):
             part = first + tl.arange(0, 16)
             x = load_query(query, query_b, query_h, 0, batch, head, m, rows_m, part, part < side.dim, GROUP)
+            if SCALED:
+                x *= tl.load(scale + part, mask=part < side.dim, other=1.0)[None, :]
             inside = (part < side.dim)[:, None] & there[None, :]
             matrix = tl.load(rotation + part[:, None] * side.dim + channel[None, :], mask=inside, other=0.0)
             q = tl.dot(x, matrix, q, input_precision=side.precision)
@@ -88,6 +94,7 @@ def _attend_pages(
     pages,
     positions,
     key_mean,
+    key_scale,
     tables,
     rotation,
     partial,
@@ -113,6 +120,7 @@ def _attend_pages(
     FULL: tl.constexpr,
     PLACED: tl.constexpr,
     CENTERED: tl.constexpr,
+    SCALED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ROTATION: tl.constexpr,
     LOG_D: tl.constexpr,
@@ -125,7 +133,22 @@ def _attend_pages(
     value_channel, value_there = channels(VALUES)
     key_table, value_table = load_table(tables, KEYS), load_table(tables + 16, VALUES)
     q = _rotated_query(
-        query, query_b, query_h, rotation, batch, head, m, rows_m, key_channel, key_there, KEYS, GROUP, ROTATION, LOG_D
+        query,
+        query_b,
+        query_h,
+        rotation,
+        batch,
+        head,
+        m,
+        rows_m,
+        key_channel,
+        key_there,
+        key_scale + row * KEYS.dim,
+        KEYS,
+        GROUP,
+        ROTATION,
+        LOG_D,
+        SCALED,
     )
     q, q_peak = normalize(q, KEYS)
     shift = tl.zeros([m.shape[0]], tl.float32)
@@ -310,6 +333,7 @@ def step_kernel(
     pages,
     page_places,
     key_mean,
+    key_scale,
     tables,
     rotation,
     # Lengths on the device.
@@ -365,6 +389,7 @@ def step_kernel(
     PLACED: tl.constexpr,
     WINDOW: tl.constexpr,
     CENTERED: tl.constexpr,
+    SCALED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ROTATION: tl.constexpr,
 ):
@@ -386,6 +411,7 @@ def step_kernel(
         pages: int64 ``[3, rows, capacity]``: addresses of the records, token counts, first positions.
         page_places: int32 ``[rows, capacity, P]``, positions; read if ``PLACED == 2``.
         key_mean: fp32 ``[rows, Dk]`` in the rotated basis; read if ``CENTERED``.
+        key_scale: fp32 ``[rows, Dk]``, what the keys were divided by before the rotation; read if ``SCALED``.
         tables: fp32 ``[2, 16]``, the levels of keys and values; read where a side has ``level="table"``.
         rotation: of the keys, fp32: signs ``[Dk]`` for ``"butterfly"``, ``[Dk, Dk]`` for ``"matrix"``.
         state: int64 ``[2 + B]``: position of the token, columns of the table, slot of each sequence; read if ``STATE``.
@@ -421,6 +447,7 @@ def step_kernel(
         PLACED: whether pages need positions: 0 if not, 1 if they hold tokens side by side, 2 if ``page_places`` says.
         WINDOW: whether there is a sliding window.
         CENTERED: whether a key mean was subtracted from the keys.
+        SCALED: whether the keys were divided by a scale.
         SOFTCAP: whether scores are capped.
         ROTATION: how the query is rotated: ``"none"``, ``"butterfly"``, ``"matrix"``.
     """
@@ -489,6 +516,7 @@ def step_kernel(
                 pages,
                 page_places,
                 key_mean,
+                key_scale,
                 tables,
                 rotation,
                 partial,
@@ -514,6 +542,7 @@ def step_kernel(
                 FULL,
                 PLACED,
                 CENTERED,
+                SCALED,
                 SOFTCAP,
                 ROTATION,
                 LOG_D,

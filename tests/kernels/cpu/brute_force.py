@@ -146,6 +146,8 @@ def _page(pages: Pages, row: int, column: int) -> tuple[np.ndarray, np.ndarray, 
             x = x + pages.key_mean[row].double().numpy()
         rotation = rotation_matrix(fmt.dim, fmt.rotation, torch.float64, torch.device("cpu"))
         x = x if rotation is None else x @ rotation.numpy().T
+        if side == "keys" and pages.key_scale is not None:
+            x = x * pages.key_scale[row].double().numpy()
         # What lies behind the last token may be anything, infinite too: it has weight 0 here by having no value.
         sides.append(np.where(held[:, None], x, 0.0))
     return sides[0], sides[1], positions, held

@@ -164,8 +164,11 @@ def random_pages(case: Case, rng: np.random.Generator) -> Pages:
             if len(held) and held[-1] - held[0] >= len(held):
                 scattered[row, column] = held
     key_mean = torch.from_numpy(rng.normal(size=(rows, shape.key_dim))).float() if case.formats[0].centered else None
+    scale = None
+    if case.formats[0].balanced:
+        scale = torch.from_numpy(2.0 ** rng.integers(-3, 4, size=(rows, shape.key_dim))).float()
     used = np.s_[:, :columns]
-    return Pages(layout, slabs, addresses[used], counts[used], first[used], scattered, key_mean, shape.heads)
+    return Pages(layout, slabs, addresses[used], counts[used], first[used], scattered, key_mean, shape.heads, scale)
 
 
 def _counts(case: Case, rng: np.random.Generator) -> np.ndarray:

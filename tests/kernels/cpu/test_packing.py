@@ -51,10 +51,15 @@ AT_THE_ENDS = (*SOME, "int8", "rotated2", "unbiased2", "turboquant1")
 
 
 class Input(NamedTuple):
-    """The input of one side of pages: ``x [N, P, D]`` and ``key_mean [N, D]`` or None."""
+    """The input of one side of pages: ``x [N, P, D]``; ``key_mean`` and ``key_scale [N, D]`` or None."""
 
     x: torch.Tensor
     key_mean: torch.Tensor | None
+    key_scale: torch.Tensor | None = None
+
+    def part(self, pages: slice) -> Input:
+        """Some of the pages."""
+        return Input(*(None if t is None else t[pages] for t in self))  # type: ignore[arg-type]
 
 
 def make_encoder(name: str, dim: int, page_size: int, dtype: torch.dtype = torch.float32) -> PageEncoder:
@@ -75,7 +80,8 @@ def make_input(encoder: PageEncoder, side: str, pages: int, seed: int = 0) -> In
 
     x = normal(pages, encoder.layout.page_size, fmt.dim) * (0.3 * normal(fmt.dim)).exp() + normal(fmt.dim)
     x *= (0.3 * normal(pages, encoder.layout.page_size, 1)).exp()
-    return Input(x, normal(pages, fmt.dim) if fmt.centered else None)
+    scale = torch.exp2(torch.randint(-3, 4, (pages, fmt.dim), generator=generator).float()) if fmt.balanced else None
+    return Input(x, normal(pages, fmt.dim) if fmt.centered else None, scale)
 
 
 def method_of(encoder: PageEncoder, side: str) -> str:
@@ -92,7 +98,7 @@ def encode(encoder: PageEncoder, side: str, given: Input, poison: int = POISON) 
     assert native.supports_encoding(layout, side, method, given.x)
     buffer = torch.full((len(given.x) * layout.record_bytes + 2 * GUARD,), poison, dtype=torch.uint8)
     records = buffer[GUARD:-GUARD].view(len(given.x), layout.record_bytes)
-    native.encode_side(layout, side, method, given.x, given.key_mean, records)
+    native.encode_side(layout, side, method, *given, records)
     assert (buffer[:GUARD] == poison).all() and (buffer[-GUARD:] == poison).all(), "bytes outside the records"
     return records
 
@@ -103,7 +109,7 @@ def encode_in_torch(encoder: PageEncoder, side: str, given: Input, monkeypatch: 
     keys, values = (given.x, other) if side == "keys" else (other, given.x)
     with monkeypatch.context() as patch:
         patch.setenv(dispatch.VARIABLE, "reference")
-        return encoder.encode(keys, values, given.key_mean)
+        return encoder.encode(keys, values, given.key_mean, given.key_scale)
 
 
 def of_side(encoder: PageEncoder, side: str) -> torch.Tensor:
@@ -119,7 +125,8 @@ def rotated(encoder: PageEncoder, side: str, given: Input) -> torch.Tensor:
     """The vectors that are rounded, in float64."""
     fmt = encoder.layout.sides[side]
     matrix = rotation_matrix(fmt.dim, fmt.rotation, torch.float64, given.x.device)
-    x = given.x.double() if matrix is None else given.x.double() @ matrix
+    x = given.x.double() if given.key_scale is None else given.x.double() / given.key_scale.double()[:, None]
+    x = x if matrix is None else x @ matrix
     return x if given.key_mean is None else x - given.key_mean.double()[:, None]
 
 
@@ -217,8 +224,7 @@ def test_other_pages_and_threads_change_nothing(isa: str, name: str, threads: No
             torch.set_num_threads(count)
             assert torch.equal(encode(encoder, side, given), together)
         for i in range(len(given.x)):
-            key_mean = None if given.key_mean is None else given.key_mean[i : i + 1]
-            assert torch.equal(encode(encoder, side, Input(given.x[i : i + 1], key_mean)), together[i : i + 1])
+            assert torch.equal(encode(encoder, side, given.part(slice(i, i + 1))), together[i : i + 1])
 
 
 def test_no_pages(isa: str) -> None:
@@ -235,8 +241,8 @@ def test_strided_input(isa: str) -> None:
         given = make_input(encoder, side, 3)
         apart = given.x.transpose(1, 2).contiguous().transpose(1, 2)
         key_mean = None if given.key_mean is None else given.key_mean.half()
-        expected = encode(encoder, side, Input(given.x, None if key_mean is None else key_mean.float()))
-        assert torch.equal(encode(encoder, side, Input(apart, key_mean)), expected)
+        expected = encode(encoder, side, given._replace(key_mean=None if key_mean is None else key_mean.float()))
+        assert torch.equal(encode(encoder, side, given._replace(x=apart, key_mean=key_mean)), expected)
 
 
 def edge_pages(page_size: int, dim: int) -> dict[str, torch.Tensor]:

@@ -79,9 +79,10 @@ def make_call(codec: str | Codec | None, shape: Shape, seed: int = 0, device: st
         key_mean = random.normal(shape.rows, shape.key_dim) / 2 if encoder.centered else None
         keys = random.normal(*count, shape.key_dim).to(shape.dtype)
         values = random.normal(*count, shape.value_dim).to(shape.dtype)
-        per_page = None if key_mean is None else key_mean.repeat_interleave(shape.columns, 0)
-        records = encoder.encode(keys, values, per_page)
-        return call_with(encoder.layout, records, key_mean, shape, random, device)
+        key_scale = torch.exp2(random.normal(shape.rows, shape.key_dim).round()) if encoder.balanced else None
+        per_page = [None if t is None else t.repeat_interleave(shape.columns, 0) for t in (key_mean, key_scale)]
+        records = encoder.encode(keys, values, *per_page)
+        return call_with(encoder.layout, records, key_mean, shape, random, device, key_scale)
     return call_with(None, None, None, shape, random, device)
 
 
@@ -92,6 +93,7 @@ def call_with(
     shape: Shape,
     random: Random,
     device: str | torch.device = "cpu",
+    key_scale: torch.Tensor | None = None,
 ) -> Call:
     """A call with given records ``[rows * columns, record_bytes]``, row by row."""
     pages, columns = None, 0
@@ -100,9 +102,12 @@ def call_with(
     if layout is not None and records is not None:
         columns = shape.columns
         pages = _pages(layout, records, key_mean, shape, device)
+        pages.key_scale = None if key_scale is None else key_scale.to(device)
         keys, values = (
             _decoded(layout, side, records, key_mean if side == "keys" else None, shape) for side in ("keys", "values")
         )
+        if key_scale is not None:
+            keys = keys * key_scale.double()[:, None, None]
     packed = columns * shape.page_size
     seen = packed + shape.slots - shape.length
     new = {"dtype": shape.dtype, "device": device}

@@ -38,6 +38,7 @@ class Pages(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     mean: torch.Tensor | None
+    scale: torch.Tensor | None = None
 
 
 def make_encoder(spec: str, dim: int, page: int, dtype: torch.dtype = FLOAT, **options: Any) -> PageEncoder:
@@ -59,7 +60,8 @@ def make_pages(encoder: PageEncoder, device: torch.device, dtype: torch.dtype = 
         side[1, 2 : 2 + page, 1] *= 1e-7
     keys, values = (side.to(dtype).to(device).transpose(1, 2)[:, :, 2 : 2 + 2 * page] for side in x)
     mean = random.normal(4, shape[-1]).to(device) if encoder.centered else None
-    return Pages(keys, values, mean)
+    scale = torch.exp2((random.normal(4, shape[-1]) / 2).round()).to(device) if encoder.balanced else None
+    return Pages(keys, values, mean, scale)
 
 
 def by_kernel(encoder: PageEncoder, pages: Pages) -> torch.Tensor:
@@ -72,13 +74,16 @@ def by_kernel(encoder: PageEncoder, pages: Pages) -> torch.Tensor:
     return memory[1:-1].cpu()
 
 
-def cut(encoder: PageEncoder, pages: Pages) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The same as the reference takes it: ``[N, P, D]``, page by page and row by row, and the mean of each."""
+def cut(
+    encoder: PageEncoder, pages: Pages
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The same as the reference takes it: ``[N, P, D]``, page by page and row by row, and mean and scale of each."""
     page = encoder.layout.page_size
     keys, values = (
         x.cpu().unflatten(2, (-1, page)).permute(2, 0, 1, 3, 4).flatten(0, 2) for x in (pages.keys, pages.values)
     )
-    return keys, values, None if pages.mean is None else pages.mean.cpu().repeat(2, 1)
+    mean, scale = (None if t is None else t.cpu().repeat(2, 1) for t in (pages.mean, pages.scale))
+    return keys, values, mean, scale
 
 
 @pytest.mark.parametrize(
@@ -110,12 +115,13 @@ def codes_of(encoder: PageEncoder, side: str, records: torch.Tensor) -> torch.Te
 
 def check_errors(encoder: PageEncoder, pages: Pages, records: torch.Tensor) -> None:
     """Records decode to what was encoded, with an error as in torch; few codes differ from torch's, and by one."""
-    *vectors, mean = cut(encoder, pages)
-    expected = encoder.encode(*vectors, mean)
+    *vectors, mean, scale = cut(encoder, pages)
+    expected = encoder.encode(*vectors, mean, scale)
     for side, x in zip(encoder.layout.sides, vectors, strict=True):
         fmt = encoder.layout.sides[side]
         matrix = rotation_matrix(fmt.dim, fmt.rotation, torch.float64, x.device)
-        exact = x.double() if matrix is None else x.double() @ matrix
+        exact = x.double() / scale.double()[:, None] if side == "keys" and scale is not None else x.double()
+        exact = exact if matrix is None else exact @ matrix
         exact = exact - mean.double()[:, None] if side == "keys" and mean is not None else exact
         found, usual = (
             decode_side(encoder.layout, side, r, torch.full(exact.shape, torch.nan, dtype=torch.float64))

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 7
+#define HFKV_ABI_VERSION 8
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -65,6 +65,7 @@ struct HfkvAttend {
     int64_t row_stride;
     int32_t columns;
     const float* key_mean;  // [rows, Dk], subtracted from the packed keys in the rotated basis; or null
+    const float* key_scale;  // [rows, Dk], by which the packed keys were divided before the rotation; or null
     // Full-precision tokens [B, Hkv, n, D], strides in elements; positions and unused [B, n].
     const void* dense_keys;
     const void* dense_values;
@@ -182,6 +183,7 @@ struct HfkvEncode {
     HfkvGrid grid;
     const float* x;       // [pages, P, D] in the model's basis
     const float* key_mean;  // [pages, D], to be subtracted from the rotated vectors; or null
+    const float* key_scale;  // [pages, D], by which to divide the vectors before the rotation; or null
     int64_t pages;
     uint8_t* records;     // [pages, record_bytes]; the fields of this side are written
     int32_t threads;

@@ -103,7 +103,14 @@ inline void prepare_row(const Run& run, int row) {
         for (int i = 0; i < run.keys.dim; i++) to[i] = from[i] * c.inner_scale;
         if (run.splits == 0) continue;
         float* rotated = run.rotated_queries(row) + (size_t)m * run.key_pitch;
-        rotate(run.keys, to, false, rotated);
+        if (c.key_scale) {
+            const float* scale = c.key_scale + (size_t)row * run.keys.dim;
+            for (int i = 0; i < run.keys.dim; i++) to[i] *= scale[i];
+            rotate(run.keys, to, false, rotated);
+            for (int i = 0; i < run.keys.dim; i++) to[i] /= scale[i];  // exact: a power of two
+        } else {
+            rotate(run.keys, to, false, rotated);
+        }
         run.shifts(row)[m] = c.key_mean ? dot(rotated, c.key_mean + (size_t)row * run.keys.dim, run.keys.dim) : 0.0f;
     }
 }

@@ -286,13 +286,14 @@ inline void pack_row(const uint8_t* codes, int bits, int dim, uint8_t* out) {
 inline void encode_page(const HfkvEncode& call, const HfkvSide& side, int64_t index, Page& p, float* raw) {
     uint8_t* record = call.records + index * call.layout->record_bytes;
     const float* key_mean = call.key_mean ? call.key_mean + index * side.dim : nullptr;
+    const float* key_scale = call.key_scale ? call.key_scale + index * side.dim : nullptr;
     for (int t = 0; t < p.tokens; t++) {
         const float* from = call.x + (index * p.tokens + t) * side.dim;
         float* to = p.x + t * side.dim;
-        if (side.rotation == 2) {
+        if (side.rotation == 2 && !key_scale) {
             rotate(side, from, false, to);
         } else {
-            std::memcpy(raw, from, sizeof(float) * side.dim);
+            for (int c = 0; c < side.dim; c++) raw[c] = key_scale ? from[c] / key_scale[c] : from[c];
             rotate(side, raw, false, to);
         }
         if (key_mean)
