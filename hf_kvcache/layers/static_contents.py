@@ -60,7 +60,7 @@ class StaticContents:
         """Positions of the pages whose tokens do not stand side by side, by row and column."""
         if not self.numbers.counters[GAPS].any():
             return {}
-        positions = self.tensors.page_positions.numpy().astype(np.int64)
+        positions = self.numbers.paged.astype(np.int64)
         apart = positions[:, :, -1] - positions[:, :, 0] != self.page_size - 1
         apart &= np.arange(positions.shape[1]) < self.pages_held[:, None]
         return {
@@ -80,7 +80,7 @@ class StaticContents:
             if not gaps:
                 held[row, max(first, 0) : last + 1] = True
                 continue
-            held[row, self.tensors.page_positions.numpy()[row, : self.pages_held[row]].reshape(-1)] = True
+            held[row, self.numbers.paged[row, : self.pages_held[row]].reshape(-1)] = True
             held[row, self.numbers.positions[row, : self.lengths[row]]] = True
         return held
 
@@ -95,7 +95,7 @@ class StaticContents:
 
     def check(self) -> None:
         """Raise IntegrityError if a counter is out of range, or positions do not ascend."""
-        numbers, paged = self.numbers, self.tensors.page_positions.numpy()
+        numbers, paged = self.numbers, self.numbers.paged
         seen, rows = self.seen, len(numbers.places)
         if not 0 <= seen <= self.settings.max_length:
             raise IntegrityError(f"{seen} tokens seen of {self.settings.max_length}")

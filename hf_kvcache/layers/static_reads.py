@@ -19,7 +19,7 @@ def dense_states(storage: StaticContents, side: str, length: int) -> torch.Tenso
     batch, heads, _, width = dense.shape
     out = dense.new_zeros(batch, heads, length, width)
     paged = _decoded(storage, side)
-    positions = storage.tensors.page_positions.numpy()
+    positions = storage.numbers.paged
     for row in range(batch):
         pages, slots = int(storage.pages_held[row]), int(storage.lengths[row])
         if paged is not None and pages:

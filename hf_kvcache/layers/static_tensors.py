@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.storage.transfers import to_device
 
 #: Counters of each sequence: slots of the dense buffer in use, pages, whether the key mean is fixed, positions of the
 #: first and of the last token that is no padding (-1 before there is one), whether padding stands between them.
@@ -115,7 +116,7 @@ class StaticTensors(NamedTuple):
 
     def select(self, settings: StaticSettings, rows: np.ndarray) -> StaticTensors:
         """Copies of the sequences ``rows``, which may repeat, in new tensors."""
-        index, (_, heads, _, pages) = torch.from_numpy(rows), self.sizes
+        index, (_, heads, _, pages) = to_device(rows, self.state.device), self.sizes
         dense_keys, dense_values = self.dense_keys[index], self.dense_values[index]
         other = StaticTensors.allocate(settings, dense_keys, dense_values)
         records = self.records.view(pages, -1, heads, self.records.shape[1])[:, index]
@@ -133,6 +134,7 @@ class StaticTensors(NamedTuple):
         new.first[:] = old.first[table_rows]
         columns = (old.places[table_rows] - table_rows[:, None]) // len(old.places)
         new.places[:] = columns * len(new.places) + np.arange(len(new.places))[:, None]
+        new.write_state()
         return chosen
 
 
@@ -141,7 +143,10 @@ def _numbers(batch: int, heads: int, slots: int, pages: int) -> int:
 
 
 class Numbers:
-    """Views of ``state`` on the host. Writing to them changes the state.
+    """Views of ``state`` and ``page_positions`` on the host.
+
+    On a CPU, writing to them changes the tensors. On another device they are views of a copy: whoever reads them calls
+    :meth:`read` first, and :meth:`write` after a change. Both wait for the device.
 
     Attributes:
         seen: ``[1]``, tokens seen, padding included.
@@ -150,11 +155,15 @@ class Numbers:
         positions: ``[B, C]``, positions of the tokens in the dense buffer.
         places: ``[B * H, R]``, the record of each page.
         first: ``[B * H, R]``, the position of each page's first token.
+        paged: int32 ``[B, R, P]``, the position of each packed token.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, tensors: StaticTensors) -> None:
         batch, heads, slots, pages = tensors.sizes
-        flat, rows = tensors.state.numpy(), batch * heads
+        self._pairs = [(x, x.cpu()) for x in (tensors.state, tensors.page_positions)]  # on a CPU twice the same tensor
+        (_, state), (_, paged) = self._pairs
+        flat, rows, self.paged = state.numpy(), batch * heads, paged.numpy()
         stops = np.cumsum([1, 1, _COUNTERS * batch, batch * slots, rows * pages, rows * pages]).tolist()
         self.seen = flat[: stops[0]]
         self.page_events = flat[stops[0] : stops[1]]
@@ -171,3 +180,22 @@ class Numbers:
         rows, pages = self.places.shape
         # Column by column, so that the pages that are read together lie together.
         self.places[:] = np.arange(pages) * rows + np.arange(rows)[:, None]
+        self.write_state()
+
+    def read(self) -> None:
+        """Bring the copy up to date, if this is one: operators on the device may have changed the tensors."""
+        for own, copy in self._pairs:
+            if own is not copy:
+                copy.copy_(own)
+
+    def write(self) -> None:
+        """Bring the tensors up to date, if this is a copy."""
+        for own, copy in self._pairs:
+            if own is not copy:
+                own.copy_(copy)
+
+    def write_state(self) -> None:
+        """:meth:`write` of all but ``paged``."""
+        own, copy = self._pairs[0]
+        if own is not copy:
+            own.copy_(copy)
