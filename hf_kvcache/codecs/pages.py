@@ -71,7 +71,7 @@ class PageEncoder:
         """
         if keys.is_meta:
             return torch.empty(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device="meta")
-        if can_encode_pages(self.layout, self._methods, keys.unsqueeze(1), values.unsqueeze(1)):
+        if can_encode_pages(self.layout, self.methods, keys.unsqueeze(1), values.unsqueeze(1)):
             records = torch.empty(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
             self._encode_at_once(keys.unsqueeze(1), values.unsqueeze(1), key_mean, records)
             return records
@@ -82,7 +82,7 @@ class PageEncoder:
 
     def writes_at_once(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether :meth:`write` can encode such keys and values."""
-        return can_encode_pages(self.layout, self._methods, keys, values)
+        return can_encode_pages(self.layout, self.methods, keys, values)
 
     def write(
         self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None, records: torch.Tensor
@@ -127,13 +127,14 @@ class PageEncoder:
         return rotate(decoded, self.layout.sides[side], inverse=True).float().transpose(0, 1).flatten(1, 2)
 
     @property
-    def _methods(self) -> tuple[str | None, str | None]:
+    def methods(self) -> tuple[str | None, str | None]:
+        """Names of the encodings of keys and of values; None where a codec has none."""
         return self.codec.keys.method, self.codec.values.method
 
     def _encode_at_once(
         self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor | None, records: torch.Tensor
     ) -> None:
-        encode_pages(self.layout, self._methods, keys, values, key_mean, records)
+        encode_pages(self.layout, self.methods, keys, values, key_mean, records)
 
     def _encode_side(
         self, side: str, codec: SideCodec, x: torch.Tensor, key_mean: torch.Tensor | None, records: torch.Tensor

@@ -7,7 +7,8 @@ from functools import lru_cache
 import numpy as np
 
 from hf_kvcache.kernels.inputs import DenseTokens, Pages
-from hf_kvcache.layers.static_tensors import FIRST, GAPS, LAST, LENGTH, PAGES, Numbers, StaticSettings, StaticTensors
+from hf_kvcache.kernels.static_state import FIRST, GAPS, LAST, LENGTH, PAGES
+from hf_kvcache.layers.static_tensors import Numbers, StaticSettings, StaticTensors
 from hf_kvcache.storage.integrity import IntegrityError
 
 

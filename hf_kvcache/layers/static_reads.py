@@ -7,6 +7,7 @@ import torch
 
 from hf_kvcache.kernels.workspace import scratch
 from hf_kvcache.layers.static_contents import StaticContents
+from hf_kvcache.storage.transfers import to_device
 
 
 def dense_states(storage: StaticContents, side: str, length: int) -> torch.Tensor:
@@ -23,9 +24,9 @@ def dense_states(storage: StaticContents, side: str, length: int) -> torch.Tenso
     for row in range(batch):
         pages, slots = int(storage.pages_held[row]), int(storage.lengths[row])
         if paged is not None and pages:
-            at = torch.from_numpy(positions[row, :pages].reshape(-1).astype(np.int64))
+            at = to_device(positions[row, :pages].reshape(-1).astype(np.int64), out.device)
             out[row, :, at] = paged[row, :, : len(at)].to(out.dtype)
-        out[row, :, torch.from_numpy(storage.numbers.positions[row, :slots])] = dense[row, :, :slots]
+        out[row, :, to_device(storage.numbers.positions[row, :slots], out.device)] = dense[row, :, :slots]
     return out
 
 

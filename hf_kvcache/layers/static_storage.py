@@ -10,9 +10,10 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
+from hf_kvcache.kernels.static_state import FIRST, GAPS, LAST, MEAN_KNOWN
 from hf_kvcache.layers.static_contents import StaticContents
 from hf_kvcache.layers.static_steps import StaticSteps
-from hf_kvcache.layers.static_tensors import FIRST, GAPS, LAST, MEAN_KNOWN, StaticSettings, StaticTensors
+from hf_kvcache.layers.static_tensors import StaticSettings, StaticTensors
 from hf_kvcache.storage.transfers import is_run, rows_of, to_device
 from hf_kvcache.utils.autocast import without_autocast
 

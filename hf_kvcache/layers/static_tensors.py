@@ -9,12 +9,8 @@ import numpy as np
 import torch
 
 from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.kernels.static_state import COUNTERS, FIRST, GAPS, HEADER, StaticState
 from hf_kvcache.storage.transfers import to_device
-
-#: Counters of each sequence: slots of the dense buffer in use, pages, whether the key mean is fixed, positions of the
-#: first and of the last token that is no padding (-1 before there is one), whether padding stands between them.
-LENGTH, PAGES, MEAN_KNOWN, FIRST, LAST, GAPS = range(6)
-_COUNTERS = 6
 
 
 @dataclass(frozen=True)
@@ -114,6 +110,17 @@ class StaticTensors(NamedTuple):
             for new, own in pairs
         )
 
+    def for_kernels(self, settings: StaticSettings) -> StaticState:
+        """The tensors as kernels on their device take them."""
+        return StaticState(
+            settings.encoder.layout,
+            settings.encoder.methods,
+            *self,
+            sink_length=settings.sink_length,
+            max_length=settings.max_length,
+            window=settings.window,
+        )
+
     def select(self, settings: StaticSettings, rows: np.ndarray) -> StaticTensors:
         """Copies of the sequences ``rows``, which may repeat, in new tensors."""
         index, (_, heads, _, pages) = to_device(rows, self.state.device), self.sizes
@@ -139,7 +146,7 @@ class StaticTensors(NamedTuple):
 
 
 def _numbers(batch: int, heads: int, slots: int, pages: int) -> int:
-    return 2 + batch * (_COUNTERS + slots) + 2 * batch * heads * pages
+    return HEADER + batch * (COUNTERS + slots) + 2 * batch * heads * pages
 
 
 class Numbers:
@@ -151,7 +158,7 @@ class Numbers:
     Attributes:
         seen: ``[1]``, tokens seen, padding included.
         page_events: ``[1]``, how often pages were added or dropped.
-        counters: ``[6, B]``, see :data:`LENGTH` and those beside it.
+        counters: ``[6, B]``, see :data:`hf_kvcache.kernels.static_state.LENGTH` and those beside it.
         positions: ``[B, C]``, positions of the tokens in the dense buffer.
         places: ``[B * H, R]``, the record of each page.
         first: ``[B * H, R]``, the position of each page's first token.
@@ -164,10 +171,10 @@ class Numbers:
         self._pairs = [(x, x.cpu()) for x in (tensors.state, tensors.page_positions)]  # on a CPU twice the same tensor
         (_, state), (_, paged) = self._pairs
         flat, rows, self.paged = state.numpy(), batch * heads, paged.numpy()
-        stops = np.cumsum([1, 1, _COUNTERS * batch, batch * slots, rows * pages, rows * pages]).tolist()
+        stops = np.cumsum([1, 1, COUNTERS * batch, batch * slots, rows * pages, rows * pages]).tolist()
         self.seen = flat[: stops[0]]
         self.page_events = flat[stops[0] : stops[1]]
-        self.counters = flat[stops[1] : stops[2]].reshape(_COUNTERS, batch)
+        self.counters = flat[stops[1] : stops[2]].reshape(COUNTERS, batch)
         self.positions = flat[stops[2] : stops[3]].reshape(batch, slots)
         self.places = flat[stops[3] : stops[4]].reshape(rows, pages)
         self.first = flat[stops[4] : stops[5]].reshape(rows, pages)

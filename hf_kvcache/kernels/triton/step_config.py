@@ -111,7 +111,15 @@ class StepKind:
         return NO_TURN if self.layout is None else turn_of(self.layout.sides["values"], device)
 
     def step_constants(
-        self, turn: Turn, state: bool, full: bool, placed: int, window: bool, centered: bool, softcap: bool
+        self,
+        turn: Turn,
+        state: int,
+        full: bool,
+        placed: int,
+        window: bool,
+        centered: bool,
+        softcap: bool,
+        mask: int = 0,
     ) -> dict[str, Any]:
         """The constants of ``step_kernel``, which describes them.
 
@@ -142,6 +150,7 @@ class StepKind:
             "FULL": full,
             "PLACED": placed,
             "WINDOW": window,
+            "MASK": mask,
             "CENTERED": centered,
             "SOFTCAP": softcap,
             "ROTATION": turn.kind,
