@@ -170,7 +170,7 @@ def _attend_pages(
         elif PLACED > 0:
             at = page_positions(pages, positions, place, rows, capacity, token, keep, KEYS, PLACED)
             keep = keep & (at >= oldest)
-        if PLACED in (1, 2) or WINDOW or MASK > 0 or MASKED:
+        if WINDOW or MASK > 0 or MASKED:
             scores = tl.where(keep[None, :], scores, float("-inf"))
         # As in `pages_kernel`: weights times a scale per token must stay in the range of half precision.
         height = scores
