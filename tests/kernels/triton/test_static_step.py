@@ -27,7 +27,7 @@ SINKS, TAIL, PAGE, GROUP, DIM = 2, 5, 8, 2, 16
 
 @pytest.fixture(autouse=True)
 def by_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Both layers with the Triton kernels. What the layer with a maximum length allocates is full of NaN and nonsense."""
+    """Both layers with the Triton kernels. What the layer with a maximum length allocates holds NaN and nonsense."""
     monkeypatch.setenv("HF_KVCACHE_BACKEND", "triton")
     allocate = StaticTensors.allocate
 
@@ -116,12 +116,10 @@ class Run:
         torch.testing.assert_close(found[real], expected[real], atol=close, rtol=close)
 
 
-CASES = {
+CASES = {"window, additive mask": Case("none", 30, 9, (0, 3), window=20, additive=True, softcap=2.0)}
+MORE = {
     "default, key mean fixed by a step": Case("unbiased4", 4, 22),
     "batch, mask, sinks": Case("rotated8", 9, 9, (0, 5), heads=2, sinks=True, masked=True),
-    "window, additive mask": Case("none", 30, 14, (0, 3), window=20, additive=True, softcap=2.0),
-}
-MORE = {
     "window": Case("unbiased4", 9, 30, (0, 4), heads=2, window=17),
     "window shorter than the tail": Case("int4", 20, 20, window=4),
     "late padding": Case("none", 12, 26, (3, 0), late=(2, 3, 9), heads=2),
@@ -194,7 +192,7 @@ class Recorded:
 
 
 REPLAYED = {
-    "default": Case("unbiased4", 4, 24, masked=True),
+    "default": Case("unbiased4", 6, 19, masked=True),
     "everything": Case(
         "unbiased4", 11, 300, (0, 6), (5, 40, 41), heads=2, window=40, softcap=3.0, sinks=True, additive=True
     ),
