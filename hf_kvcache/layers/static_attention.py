@@ -82,7 +82,7 @@ class StaticAttention:
         tensors = StaticTensors.allocate(self.settings, key_states.detach(), value_states.detach())
         if not tensors.state.is_cpu:
             self._check_kernels(tensors)
-        self.tensors = tensors
+        self.tensors = tensors.at_fixed_addresses()
         self.settings_key = settings_key(self.settings)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True

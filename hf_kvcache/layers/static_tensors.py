@@ -96,6 +96,13 @@ class StaticTensors(NamedTuple):
         Numbers(tensors).clear()
         return tensors
 
+    def at_fixed_addresses(self) -> StaticTensors:
+        """These tensors, which ``torch.compile`` is told stay where they are: else CUDA graphs refuse to change them."""
+        if not self.state.is_cpu:
+            for tensor in self:
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        return self
+
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Sequences, KV heads, dense slots and pages a row."""
