@@ -167,17 +167,16 @@ class OursStatic(Method):
 
     def __init__(self, codec: str, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
         _, heads, length, dim = keys.shape
-        self.cache = KVCache(attention_module(heads, heads, dim)[1], codec, max_length=length + room)
-        self.layer: Any = self.cache.layers[0]
+        cache: Any = KVCache(attention_module(heads, heads, dim)[1], codec, max_length=length + room)
+        self.cache, self.layer = cache, cache.layers[0]
         self.scoring = Scoring(dim**-0.5)
         self.layer.update(keys, values)
         self.layer.note_attended(AttentionCall(keys, None, self.scoring))
 
     def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         held, scaling = self.layer.tensors, self.scoring.scaling
-        return static_attend(
-            query, key, value, None, *held, held.state, self.layer.settings_key, True, scaling, None, None
-        )
+        fixed = self.layer.settings_key, True, scaling, None, None
+        return static_attend(query, key, value, None, *held, held.state, *fixed)
 
     def bytes_read(self) -> int:
         parts = self.cache.memory().parts

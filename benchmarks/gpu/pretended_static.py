@@ -2,10 +2,9 @@
 
     python -m benchmarks.gpu.pretended_static
 
-One layer of 32 query heads, 8 KV heads and a head dimension of 128, bfloat16, behind 1,024 tokens. A step is one call of
-the operator ``static_attend``, as a graph calls it. Whether a page is due is decided by kernels, which are launched at
-every step; so every step asks for the same. To be run in a process of its own, as
-:mod:`~benchmarks.gpu.pretended`.
+One layer of 32 query heads, 8 KV heads and a head dimension of 128, bfloat16, behind 1,024 tokens. A step is one call
+of the operator ``static_attend``, as a graph calls it. Whether a page is due is decided by kernels, which are launched
+at every step; so every step asks for the same. To be run in a process of its own, as :mod:`~benchmarks.gpu.pretended`.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class StaticTensors(NamedTuple):
         return tensors
 
     def at_fixed_addresses(self) -> StaticTensors:
-        """These tensors, which ``torch.compile`` is told stay where they are: else CUDA graphs refuse to change them."""
+        """These tensors, of which ``torch.compile`` then knows that they stay: else CUDA graphs do not change them."""
         if not self.state.is_cpu:
             for tensor in self:
                 torch._dynamo.mark_static_address(tensor, guard=False)

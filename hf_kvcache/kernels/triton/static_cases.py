@@ -76,13 +76,13 @@ def _merge_case(arch: str, dim: int, window: bool, mask: int) -> CompileCase:
         "mask": "*u8",
     }
     sizes = ("stride", "page_splits", "splits", "batch", "query_heads", "heads", "slots", "sink_length", "page_size")
-    sizes += ("capacity", "window", "max_length", "mask_b")
+    more = "capacity", "window", "max_length", "mask_b"
     turn = kind.output_turn(_CPU)
     constants = merge_constants(kind, turn, _SIZES, window, window, mask)
     return CompileCase(
         name=f"merge and count D={dim}" + (" window" if window else "") + (" mask" if mask else ""),
         kernel=merge_static_kernel,
-        signature={**pointers, **dict.fromkeys(sizes, "i32"), "mask_least": "fp32"},
+        signature={**pointers, **dict.fromkeys((*sizes, *more), "i32"), "mask_least": "fp32"},
         constants=constants,
         num_warps=kind.merge_options["num_warps"],
         num_stages=kind.merge_options["num_stages"],

@@ -59,7 +59,7 @@ def _step_case(
         **dict.fromkeys(("key_mean", "tables", "rotation", "partial", "partial_lse"), "*fp32"),
     }
     sizes = ("slot", "position", "columns", "capacity", "page_splits", "per_dense", "rows", "heads", "rows_m", "window")
-    sizes += ("mask_b", "record_bytes", "max_length")
+    more = "mask_b", "record_bytes", "max_length"
     constants = kind.step_constants(
         kind.query_turn(_CPU),
         state=state,
@@ -77,7 +77,7 @@ def _step_case(
         kernel=step_kernel,
         signature={
             **pointers,
-            **dict.fromkeys((*strides, "position_b", *sizes), "i32"),
+            **dict.fromkeys((*strides, "position_b", *sizes, *more), "i32"),
             "mask_least": "fp32",
             "inner": "fp32",
             "softcap": "fp32",
