@@ -143,6 +143,7 @@ class StaticTensors(NamedTuple):
             other.state,
         )
         new, old = Numbers(other), Numbers(self)
+        old.read()
         table_rows = (rows[:, None] * heads + np.arange(heads)).reshape(-1)
         new.seen[:], new.counters[:], new.positions[:] = old.seen, old.counters[:, rows], old.positions[rows]
         new.first[:] = old.first[table_rows]
@@ -159,8 +160,8 @@ def _numbers(batch: int, heads: int, slots: int, pages: int) -> int:
 class Numbers:
     """Views of ``state`` and ``page_positions`` on the host.
 
-    On a CPU, writing to them changes the tensors. On another device they are views of a copy: whoever reads them calls
-    :meth:`read` first, and :meth:`write` after a change. Both wait for the device.
+    On a CPU, writing to them changes the tensors. On another device they are views of a copy, which is 0 at first:
+    whoever reads them calls :meth:`read` before, and :meth:`write` after a change. Both wait for the device.
 
     Attributes:
         seen: ``[1]``, tokens seen, padding included.
@@ -175,7 +176,8 @@ class Numbers:
     @torch.inference_mode(False)
     def __init__(self, tensors: StaticTensors) -> None:
         batch, heads, slots, pages = tensors.sizes
-        self._pairs = [(x, x.cpu()) for x in (tensors.state, tensors.page_positions)]  # on a CPU twice the same tensor
+        own = tensors.state, tensors.page_positions
+        self._pairs = [(x, x if x.is_cpu else torch.zeros(x.shape, dtype=x.dtype, device="cpu")) for x in own]
         (_, state), (_, paged) = self._pairs
         flat, rows, self.paged = state.numpy(), batch * heads, paged.numpy()
         stops = np.cumsum([1, 1, COUNTERS * batch, batch * slots, rows * pages, rows * pages]).tolist()

@@ -16,9 +16,12 @@ from hf_kvcache.kernels.triton.prepared_launch import PreparedLaunch
 from hf_kvcache.layers import static_ops
 from hf_kvcache.layers.static import StaticLayer
 from hf_kvcache.layers.static_tensors import StaticTensors
+from tests import families
+from tests.generation.test_static import decode
 from tests.generation.test_static_layer import dense_mask, layers, same
 from tests.kernels.triton.conftest import INTERPRETED
 from tests.kernels.triton.fixtures import bfloat16_dot, poisoned_outputs  # noqa: F401
+from tests.running import quantized
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="its layers are on the CPU")
 
@@ -193,10 +196,8 @@ class Recorded:
 
 REPLAYED = {
     "default": Case("unbiased4", 6, 19, masked=True),
-    "everything": Case(
-        "unbiased4", 11, 300, (0, 6), (5, 40, 41), heads=2, window=40, softcap=3.0, sinks=True, additive=True
-    ),
-    "full attention": Case("rotated8", 20, 170, (0, 3), heads=2),
+    "everything": Case("unbiased4", 11, 300, (0, 6), (5, 40, 41), window=40, softcap=3.0, sinks=True, additive=True),
+    "full attention": Case("rotated8", 20, 60, (0, 3), heads=2),
 }
 
 
@@ -228,3 +229,35 @@ def test_recorded_launches_serve_every_step(name: str, monkeypatch: pytest.Monke
             same(run.growing, run.static)
     same(run.growing, run.static)
     assert recorded is not None and len(recorded.launches) == (5 if case.codec == "unbiased4" else 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_compiled_models(family: str) -> None:
+    """The whole model is one graph, whose steps give the tokens of the cache that grows."""
+    torch._dynamo.reset()
+    model = families.build(family)
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    expected = decode(model, model, quantized(model, "unbiased4"), 20)
+    cache = quantized(model, "unbiased4", max_length=100)
+    assert torch.equal(decode(model, step, cache, 20), expected)
+    for layer in cache.layers:
+        assert layer.storage.steps._on_device is not None and layer.storage.pages_held[0]
+    cache.integrity()
+    torch._dynamo.reset()
+
+
+def test_no_room() -> None:
+    """On a CPU that is an error; elsewhere the host does not ask, and the output is NaN and nothing is stored."""
+    run = Run(Case("none", 3, 1))
+    for layer in (run.growing, run.static):
+        run.attend(layer, run.new(3))
+    layer, (query, keys, values) = run.static, run.new(1)
+    assert layer.storage is not None and layer.tensors is not None
+    layer.storage.numbers.seen[:] = layer.max_length
+    new = NewToken(query, keys, values, None, run.scoring)
+    output = layer.storage.steps.on_device(layer.storage, new)
+    assert output is not None and output.isnan().all()
+    assert layer.storage.lengths[0] == 3 and layer.tensors.dense_keys[:, :, 3].isnan().all()
+    with pytest.raises(ValueError, match=f"max_length={layer.max_length}: the cache has seen {layer.max_length + 1}"):
+        layer.update(keys, values)
