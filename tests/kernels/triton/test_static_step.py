@@ -251,7 +251,8 @@ def test_compiled_models(family: str) -> None:
     expected = decode(model, model, quantized(model, "unbiased4"), 20)
     cache = quantized(model, "unbiased4", max_length=100)
     assert torch.equal(decode(model, step, cache, 20), expected)
-    for layer in cache.layers:
+    layers_held: list[Any] = cache.layers
+    for layer in layers_held:
         assert layer.storage.steps._on_device is not None and layer.storage.pages_held[0]
     cache.integrity()
     torch._dynamo.reset()
