@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.gpu.measuring import add_kernels, attempt, kernels_of, relative, sorted_times, time_steps, wall_ms
-from benchmarks.gpu.methods import Dynamic, InPlace, Ours, Static, latent_module
+from benchmarks.gpu.methods import Dynamic, InPlace, Ours, OursStatic, Static, latent_module
 from benchmarks.gpu.results import reason
 from hf_kvcache import LatentKVCache
 from hf_kvcache.codecs import resolve
@@ -261,7 +261,8 @@ def graphs(layer: Layer, tokens: int) -> None:
     """The same step again and again from a CUDA graph, the dense sides first; why not, where it cannot be captured.
 
     Nothing grows: SDPA in place overwrites its last token, DynamicCache appends to the same tokens each time, and
-    StaticCache goes on into the room that it has and reads in any case.
+    StaticCache goes on into the room that it has and reads in any case. With ``max_length`` our step goes on too, and
+    packs a page where one is due.
     """
     if not layer.settings.cuda:
         return
@@ -276,6 +277,7 @@ def graphs(layer: Layer, tokens: int) -> None:
         "StaticCache": lambda: Static(keys, values, _REPLAYED),
     }
     makes |= {f"ours {n}": partial(Ours.filled, layer.settings, codec, keys, values) for n, codec in CODECS.items()}
+    makes |= {f"ours {n}, max_length": partial(OursStatic, c, keys, values, _REPLAYED) for n, c in CODECS.items()}
     for name, make in makes.items():
         case = f"graph T={tokens} {name}"
         if layer.settings.left() < 6:

@@ -15,6 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from benchmarks.gpu.measuring import wall_ms
 from benchmarks.gpu.settings import Settings
 from hf_kvcache import KVCache
+from hf_kvcache.integration.attention_call import AttentionCall
+from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.layers.static_ops import static_attend
 
 Token = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -146,6 +149,34 @@ class Ours(OfCache):
         for at in range(first, keys.shape[2]):
             method.step(query, keys[:, :, at : at + 1], values[:, :, at : at + 1])
         return method
+
+    def bytes_read(self) -> int:
+        parts = self.cache.memory().parts
+        return sum(parts[part] for part in ("codes", "scales", "sinks", "tail"))
+
+
+class OursStatic(Method):
+    """A KVCache with ``max_length``, whose step is the operator that a compiled model calls.
+
+    Args:
+        codec: of the pages.
+        keys: the tokens that it holds, ``[B, Hkv, n, D]``.
+        values: likewise.
+        room: tokens that may follow.
+    """
+
+    def __init__(self, codec: str, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
+        _, heads, length, dim = keys.shape
+        cache: Any = KVCache(attention_module(heads, heads, dim)[1], codec, max_length=length + room)
+        self.cache, self.layer = cache, cache.layers[0]
+        self.scoring = Scoring(dim**-0.5)
+        self.layer.update(keys, values)
+        self.layer.note_attended(AttentionCall(keys, None, self.scoring))
+
+    def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        held, scaling = self.layer.tensors, self.scoring.scaling
+        fixed = self.layer.settings_key, True, scaling, None, None
+        return static_attend(query, key, value, None, *held, held.state, *fixed)
 
     def bytes_read(self) -> int:
         parts = self.cache.memory().parts

@@ -12,13 +12,14 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.gpu.measuring import attempt
-from benchmarks.gpu.methods import OfCache, attention_module, latent_module
+from benchmarks.gpu.methods import OfCache, OursStatic, attention_module, latent_module
 from benchmarks.gpu.results import FAILED, LEFT_OUT, Figures, Results, reason
 from benchmarks.gpu.settings import Settings
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, SlidingWindowCache
@@ -82,6 +83,16 @@ def keys_and_values(settings: Settings, make: Callable[[Any], Any], prompt: int 
     return method.cache, lambda: method.step(*new)
 
 
+def with_max_length(settings: Settings, codec: str) -> tuple[Any, Step]:
+    """A layer with a maximum length, called as compiled code does. Its pages are not looked at, for that waits."""
+    tiny = settings.tiny
+    query_heads, heads, dim = (TINY_QUERY_HEADS, TINY_HEADS, TINY_DIM) if tiny else (QUERY_HEADS, HEADS, DIM)
+    draw = partial(random, settings, 1)
+    method = OursStatic(codec, draw(heads, PROMPT, dim), draw(heads, PROMPT, dim), _WARM_UP + _PLAIN)
+    new = draw(query_heads, 1, dim), draw(heads, 1, dim), draw(heads, 1, dim)
+    return SimpleNamespace(layers=[]), lambda: method.step(*new)
+
+
 def latents(settings: Settings, bits: int | None) -> tuple[Any, Step]:
     """A layer that caches latents, as a model with multi-head latent attention calls it."""
     rank, rotary, width, count = (64, 16, 32, 2) if settings.tiny else (512, 64, 128, 16)
@@ -113,6 +124,9 @@ def checks(settings: Settings) -> list[Check]:
     of_layer = partial(partial, keys_and_values, settings)
     found = [Check(codec, of_layer(partial(KVCache, codec=codec))) for codec in CODECS]
     found += [Check("full-precision tokens alone", of_layer(partial(KVCache, codec="unbiased4"), 20))]
+    found += [
+        Check(f"{c}, max_length", partial(with_max_length, settings, c)) for c in ("none", "rotated8", "unbiased4")
+    ]
     named = {None: "latents", 8: "latents, 8 bits", 4: "latents, 4 bits"}
     found += [Check(name, partial(latents, settings, bits)) for bits, name in named.items()]
     for policy in sorted(set(available()) - set(_NEED_MORE)):

@@ -88,7 +88,7 @@ class PageEncoder:
         """
         if keys.is_meta:
             return torch.empty(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device="meta")
-        if can_encode_pages(self.layout, self._methods, keys.unsqueeze(1), values.unsqueeze(1)):
+        if can_encode_pages(self.layout, self.methods, keys.unsqueeze(1), values.unsqueeze(1)):
             records = torch.empty(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
             self._encode_at_once(keys.unsqueeze(1), values.unsqueeze(1), key_mean, key_scale, records)
             return records
@@ -99,7 +99,7 @@ class PageEncoder:
 
     def writes_at_once(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether :meth:`write` can encode such keys and values."""
-        return can_encode_pages(self.layout, self._methods, keys, values)
+        return can_encode_pages(self.layout, self.methods, keys, values)
 
     def write(
         self,
@@ -122,13 +122,18 @@ class PageEncoder:
         mean, scale = (None if t is None else t.flatten(0, 1) for t in (key_mean, key_scale))
         self._encode_at_once(keys, values, mean, scale, records)
 
-    def write_key_mean(self, keys: torch.Tensor, mean: torch.Tensor) -> bool:
+    def write_key_mean(self, keys: torch.Tensor, key_scale: torch.Tensor | None, mean: torch.Tensor) -> bool:
         """Write the key mean of ``keys [b, Hkv, n, Dk]`` into ``mean [b, Hkv / group, dim]`` by kernels, if they can.
+
+        Args:
+            keys: in the model's basis.
+            key_scale: by what they are divided before the rotation, ``[b, Hkv, Dk]``; or None.
+            mean: is written.
 
         Returns:
             Whether it was written.
         """
-        return not self.balanced and write_key_mean(self.layout.sides["keys"], keys, mean)
+        return write_key_mean(self.layout.sides["keys"], keys, key_scale, mean)
 
     def decode(
         self,
@@ -160,7 +165,8 @@ class PageEncoder:
         return vectors.transpose(0, 1).flatten(1, 2)
 
     @property
-    def _methods(self) -> tuple[str | None, str | None]:
+    def methods(self) -> tuple[str | None, str | None]:
+        """Names of the encodings of keys and of values; None where a codec has none."""
         return self.codec.keys.method, self.codec.values.method
 
     def _encode_at_once(
@@ -171,7 +177,7 @@ class PageEncoder:
         key_scale: torch.Tensor | None,
         records: torch.Tensor,
     ) -> None:
-        encode_pages(self.layout, self._methods, keys, values, key_mean, key_scale, records)
+        encode_pages(self.layout, self.methods, keys, values, key_mean, key_scale, records)
 
     def _encode_side(
         self,

@@ -23,7 +23,17 @@ BACKENDS = ("reference", "triton", "native")
 FOLDERS = {"reference": "reference", "triton": "triton", "native": "cpu"}
 #: The operations that a backend has kernels for. The reference does all others.
 OPERATIONS = {
-    "triton": ("decode", "extend", "column_sums", "latent_decode", "latent_gather", "hadamard", "pack", "encode"),
+    "triton": (
+        "decode",
+        "extend",
+        "column_sums",
+        "latent_decode",
+        "latent_gather",
+        "hadamard",
+        "pack",
+        "encode",
+        "static_step",
+    ),
     "native": ("decode", "extend", "latent_decode", "latent_gather", "pack", "choose"),
 }
 

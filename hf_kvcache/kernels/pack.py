@@ -36,16 +36,24 @@ def encode_pages(
     faster.encode_pages(layout, methods, keys, values, key_mean, key_scale, records)
 
 
-def write_key_mean(fmt: SideFormat, keys: torch.Tensor, mean: torch.Tensor) -> bool:
+def write_key_mean(fmt: SideFormat, keys: torch.Tensor, key_scale: torch.Tensor | None, mean: torch.Tensor) -> bool:
     """Write the rotated mean of ``keys [b, heads, n, D]`` over tokens into ``mean [b, heads, D]``, if a kernel can.
+
+    Args:
+        fmt: the format of the keys.
+        keys: in the model's basis.
+        key_scale: float32 ``[b, heads, D]``, by what they are divided before the rotation; or None.
+        mean: is written.
 
     Returns:
         Whether it was written.
     """
     faster = implementation("encode", keys.device)
+    if key_scale is not None and not key_scale.is_contiguous():
+        return False
     if faster is None or not mean.is_contiguous() or not faster.supports_mean(fmt, keys):
         return False
-    faster.key_mean(fmt, keys, mean)
+    faster.key_mean(fmt, keys, key_scale, mean)
     return True
 
 

@@ -39,10 +39,10 @@ class SideFormat:
         other: whether a second scale along the other axis is stored.
         rotation: orthonormal map applied to the vectors before encoding.
         centered: whether a key mean is subtracted first. It changes all scores of a query alike, so softmax ignores it.
-        balanced: whether the keys of each KV head are divided by a factor per channel before the rotation. Queries are
-            multiplied by it, so scores do not change.
         table: the levels when ``level="table"``, ascending, ``2**bits`` of them.
         dense_dtype: the element type when ``level="dense"``.
+        balanced: whether the keys of each KV head are divided by a factor per channel before the rotation. Queries are
+            multiplied by it, so scores do not change.
     """
 
     dim: int
@@ -54,9 +54,9 @@ class SideFormat:
     other: bool = False
     rotation: Rotation = "none"
     centered: bool = False
-    balanced: bool = False
     table: tuple[float, ...] = ()
     dense_dtype: torch.dtype | None = None
+    balanced: bool = False
 
     def scale_shape(self, page_size: int) -> tuple[int, int]:
         """Shape of ``scale`` (and ``zero``) for one page: ``[token groups, channel groups]``."""

@@ -115,14 +115,15 @@ class AttentionOverPages(DenseReads):
         new, _ = self._latest()
         if call.count == new.length:  # else a layer that reads these keys too, whose mask covers other tokens
             self.note_padding(new, call.mask)
-            self.note_queries(new, call)
+            self.balance(new, call)
         if not self.options.deferred:
             self.flush()
 
-    def note_queries(self, new: NewTokens, call: AttentionCall) -> None:
-        """Let the storage know the queries of a first update, by whose power some codecs scale the keys."""
-        if new.position == 0 and call.query is not None and self.storage is not None:
-            self.storage.writer.basis.note_queries(call.query, new.valid)
+    def balance(self, new: NewTokens, call: AttentionCall) -> None:
+        """Let the storage see the queries and keys of a first update, by which some codecs scale the keys."""
+        query, storage = call.query, self.storage
+        if new.position == 0 and query is not None and storage is not None:
+            storage.writer.basis.balance(query.detach(), new.keys, new.valid, storage.sink_length)
 
     def note_padding(self, new: NewTokens, attention_mask: torch.Tensor | None) -> Padding | None:
         """Record which new tokens are padding, as the attention mask says.

@@ -73,7 +73,7 @@ class EvictingAttention(KVCacheLayer):
         self.note_padding(new, call.mask)
         if call.query is not None:
             self.evictor.attending = Attending(call.scoring, call.module)
-            self.note_queries(new, call)
+            self.balance(new, call)
             self._observe_first(self._draft(new, call, first=True))
         elif self.evictor.stateful or self._undo is not None:
             raise self.not_attended()

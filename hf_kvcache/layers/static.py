@@ -234,7 +234,7 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
                 own.copy_(new)  # graphs know the addresses
             storage.changed()
         else:
-            self.tensors, self._storage = chosen, None
+            self.tensors, self._storage = chosen.at_fixed_addresses(), None
         self.version += 1
 
     @torch.inference_mode(False)
@@ -243,7 +243,7 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
         other = object.__new__(type(self))
         other.__dict__.update(self.__getstate__())
         if self.tensors is not None:
-            other.tensors = StaticTensors(*(tensor.clone() for tensor in self.tensors))
+            other.tensors = StaticTensors(*(tensor.clone() for tensor in self.tensors)).at_fixed_addresses()
         other._new = None if self._new is None else self._new.copy()
         return other
 
@@ -257,6 +257,7 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.tensors is not None:
+            self.tensors.at_fixed_addresses()
             settings_key(self.settings)  # graphs of this process find the settings by it
 
     def offload(self) -> None:

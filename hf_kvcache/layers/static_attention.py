@@ -9,6 +9,7 @@ import torch
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.compiling import TracedStates
+from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.layers.new_tokens import NewTokens, check_fits
 from hf_kvcache.layers.options import LayerOptions
@@ -52,11 +53,12 @@ class StaticAttention:
 
     @property
     def storage(self) -> StaticStorage | None:
-        """The tensors as the host reads and changes them; None before the first update."""
+        """The tensors as the host reads and changes them, which waits for a GPU; None before the first update."""
         if self.tensors is None:
             return None
         if self._storage is None or self._storage.tensors is not self.tensors:
             self._storage = storage_of(self.tensors, self.settings)
+        self._storage.numbers.read()
         return self._storage
 
     @torch.inference_mode(False)
@@ -64,13 +66,9 @@ class StaticAttention:
         """Allocate all memory, for keys and values with the shapes, dtype and device of these, ``[B, H, T, D]``.
 
         Raises:
-            ValueError: on another device than a CPU, or if the codec cannot store such keys and values.
+            ValueError: if the codec cannot store such keys and values, or there are no kernels for such steps on a
+                device that is not a CPU.
         """
-        if key_states.device.type != "cpu":
-            raise ValueError(
-                f"max_length={self.max_length!r} on {key_states.device}: so far caches with a maximum length run on a "
-                "CPU only; accepted there: max_length=None"
-            )
         options, page_size = self.options, self.options.page_size
         self.settings = StaticSettings(
             PageEncoder(options.codec, key_states.shape[-1], value_states.shape[-1], page_size, key_states.dtype),
@@ -81,10 +79,28 @@ class StaticAttention:
             self.sliding_window,
             options.validate,
         )
-        self.tensors = StaticTensors.allocate(self.settings, key_states.detach(), value_states.detach())
+        tensors = StaticTensors.allocate(self.settings, key_states.detach(), value_states.detach())
+        if not tensors.state.is_cpu:
+            self._check_kernels(tensors)
+        self.tensors = tensors.at_fixed_addresses()
         self.settings_key = settings_key(self.settings)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+
+    def _check_kernels(self, tensors: StaticTensors) -> None:
+        """Raise ValueError unless there are kernels for steps on the device of the tensors, a GPU."""
+        given, device = f"max_length={self.max_length!r} on {tensors.state.device}", tensors.state.device
+        if self.options.validate:
+            raise ValueError(f"validate=True with {given}: a step would wait for the device; accepted: validate=False")
+        backend = implementation("static_step", device)
+        if backend is None or not backend.supports_state(tensors.for_kernels(self.settings)):
+            why = "the Triton kernels cannot run" if backend is None else "they have no kernels for these pages"
+            raise ValueError(
+                f"{given} with codec {self.options.codec!r}, pages of {self.options.page_size} tokens and keys of "
+                f"{tensors.dense_keys.shape[3]} channels in {tensors.dense_keys.dtype}: {why}; accepted: "
+                "max_length=None, or another codec or page_size"
+            )
+        backend.warm_up(tensors.for_kernels(self.settings))
 
     def trace_update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, final: StaticAttention
@@ -132,7 +148,7 @@ class StaticAttention:
             states.values,
             mask,
             tensors.records,
-            tensors.key_mean,
+            tensors.key_basis,
             tensors.dense_keys,
             tensors.dense_values,
             tensors.page_positions,
@@ -204,7 +220,7 @@ class StaticAttention:
 
     def note_attended(self, call: AttentionCall) -> None:
         """Record that another function computed the attention of the latest update, and store the new tokens."""
-        self._flush(self._latest(), call.mask)
+        self._flush(self._latest(), call.mask, call.query)
 
     def note_dense_read(self) -> None:
         """Record that the keys and values are read as dense tensors."""
@@ -236,11 +252,13 @@ class StaticAttention:
             raise RuntimeError(f"layer {self.index}: attention was already computed for the latest update")
         return self._new
 
-    def _flush(self, new: NewTokens, mask: torch.Tensor | None) -> None:
-        """Store the tokens of the latest update."""
+    def _flush(self, new: NewTokens, mask: torch.Tensor | None, query: torch.Tensor | None = None) -> None:
+        """Store the tokens of the latest update, whose queries may be known."""
         storage = self.storage
         assert storage is not None
         valid = new_valid(mask, new.length, new.position, storage.batch)
+        if query is not None:
+            storage.balance(query.detach(), new.keys.detach(), valid)
         storage.store(new.keys.detach(), new.values.detach(), valid)
         self._new = None
 

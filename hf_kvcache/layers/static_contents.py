@@ -7,7 +7,8 @@ from functools import lru_cache
 import numpy as np
 
 from hf_kvcache.kernels.inputs import DenseTokens, Pages
-from hf_kvcache.layers.static_tensors import FIRST, GAPS, LAST, LENGTH, PAGES, Numbers, StaticSettings, StaticTensors
+from hf_kvcache.kernels.static_state import FIRST, GAPS, LAST, LENGTH, PAGES
+from hf_kvcache.layers.static_tensors import Numbers, StaticSettings, StaticTensors
 from hf_kvcache.storage.integrity import IntegrityError
 
 
@@ -52,15 +53,16 @@ class StaticContents:
         if held.min() != columns:
             missing = np.arange(width) >= held.repeat(self.heads)[:, None]
             addresses, counts = np.where(missing, 0, addresses), np.where(missing, 0, counts).astype(np.int32)
-        key_mean = tensors.key_mean.flatten(0, 1) if self.settings.encoder.centered else None
+        mean, scale = (None if t is None else t.flatten(0, 1) for t in (tensors.key_mean, tensors.key_scale))
         addresses, counts, first = (x[:, :columns] for x in (addresses, counts, numbers.first))
-        return Pages(self.layout, [tensors.records], addresses, counts, first, self._scattered(), key_mean, self.heads)
+        slabs, scattered = [tensors.records], self._scattered()
+        return Pages(self.layout, slabs, addresses, counts, first, scattered, mean, self.heads, scale)
 
     def _scattered(self) -> dict[tuple[int, int], np.ndarray]:
         """Positions of the pages whose tokens do not stand side by side, by row and column."""
         if not self.numbers.counters[GAPS].any():
             return {}
-        positions = self.tensors.page_positions.numpy().astype(np.int64)
+        positions = self.numbers.paged.astype(np.int64)
         apart = positions[:, :, -1] - positions[:, :, 0] != self.page_size - 1
         apart &= np.arange(positions.shape[1]) < self.pages_held[:, None]
         return {
@@ -80,7 +82,7 @@ class StaticContents:
             if not gaps:
                 held[row, max(first, 0) : last + 1] = True
                 continue
-            held[row, self.tensors.page_positions.numpy()[row, : self.pages_held[row]].reshape(-1)] = True
+            held[row, self.numbers.paged[row, : self.pages_held[row]].reshape(-1)] = True
             held[row, self.numbers.positions[row, : self.lengths[row]]] = True
         return held
 
@@ -95,7 +97,7 @@ class StaticContents:
 
     def check(self) -> None:
         """Raise IntegrityError if a counter is out of range, or positions do not ascend."""
-        numbers, paged = self.numbers, self.tensors.page_positions.numpy()
+        numbers, paged = self.numbers, self.numbers.paged
         seen, rows = self.seen, len(numbers.places)
         if not 0 <= seen <= self.settings.max_length:
             raise IntegrityError(f"{seen} tokens seen of {self.settings.max_length}")

@@ -1,4 +1,4 @@
-"""Reading the masks of a layer with a fixed maximum length, on the CPU: what is padding, and whether a mask says more.
+"""Reading the masks of a layer with a fixed maximum length, on the host: what is padding, and whether a mask says more.
 
 Such masks are dense, ``[B, 1, T, max_length]``: transformers makes them before the compiled step.
 """
@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from hf_kvcache.kernels.static_state import FIRST, GAPS, LAST
 from hf_kvcache.kernels.visibility import visible
 from hf_kvcache.layers.static_contents import StaticContents
-from hf_kvcache.layers.static_tensors import FIRST, GAPS, LAST
 
 
 class MaskReading(NamedTuple):
@@ -52,13 +52,15 @@ def read_mask(mask: torch.Tensor | None, storage: StaticContents, length: int) -
             f"attention_mask of {mask.shape[-1]} tokens with a cache that has seen {seen}, and {length} new ones; "
             f"accepted: a place for each of them, {seen + length} in all"
         )
+    given, mask = mask, mask.cpu()
     shown = visible(mask) if mask.dim() == 4 else mask.bool()[:, None, None]
     # A bias that hides nothing (ALiBi) must be added to the scores, and so must a mask that differs between heads.
     plain = shown.shape[1] == 1 and not (mask.is_floating_point() and bool((shown & (mask != 0)).any()))
     shown = shown.any(1) if shown.shape[1] > 1 else shown[:, 0]  # [B, T, L]
     if plain and length == 1 and (one := _read_one(shown[:, 0], storage)) is not None:
         return one
-    return _read_block(mask, shown, storage, length, plain)
+    read = _read_block(mask, shown, storage, length, plain)
+    return read if read.mask is None else read._replace(mask=given)
 
 
 def new_valid(mask: torch.Tensor | None, length: int, start: int, batch: int) -> np.ndarray | None:
@@ -68,6 +70,7 @@ def new_valid(mask: torch.Tensor | None, length: int, start: int, batch: int) ->
     """
     if mask is None:
         return None
+    mask = mask.cpu()
     shown = visible(mask) if mask.dim() == 4 else mask.bool()[:, None, None]
     shown = shown.any(1) if shown.shape[1] > 1 else shown[:, 0]
     return _valid(shown[:, :, start : start + length].numpy(), batch)

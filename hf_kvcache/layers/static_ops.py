@@ -6,16 +6,21 @@ changes. What is fixed is given as a string, by which the settings are found.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from hf_kvcache.kernels.attention import attend as attend_kernel
+from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.inputs import DenseTokens, Scoring
+from hf_kvcache.kernels.static_state import NewToken
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.layers.new_tokens import check_finite
 from hf_kvcache.layers.static_masks import read_mask
 from hf_kvcache.layers.static_storage import StaticStorage, storage_of
 from hf_kvcache.layers.static_tensors import StaticSettings, StaticTensors
+from hf_kvcache.storage.transfers import to_device
 
 Tensor = torch.Tensor
 
@@ -23,7 +28,7 @@ _known: dict[str, StaticSettings] = {}
 #: Defined here and not by ``torch.library.custom_op``, whose wrappers in Python take longer than a small kernel.
 _LIBRARY = torch.library.Library("hf_kvcache", "FRAGMENT")
 _STATE = (
-    "Tensor(a!) records, Tensor(b!) key_mean, Tensor(c!) dense_keys, Tensor(d!) dense_values, "
+    "Tensor(a!) records, Tensor(b!) key_basis, Tensor(c!) dense_keys, Tensor(d!) dense_values, "
     "Tensor(e!) page_positions, Tensor(f!) state"
 )
 _LIBRARY.define(
@@ -46,7 +51,7 @@ def static_attend(
     values: Tensor,
     mask: Tensor | None,
     records: Tensor,
-    key_mean: Tensor,
+    key_basis: Tensor,
     dense_keys: Tensor,
     dense_values: Tensor,
     page_positions: Tensor,
@@ -68,7 +73,7 @@ def static_attend(
         values: ``[B, H, T, Dv]``.
         mask: see :func:`hf_kvcache.layers.static_masks.read_mask`.
         records: see :class:`hf_kvcache.layers.static_tensors.StaticTensors`, like the five that follow.
-        key_mean: as there.
+        key_basis: as there.
         dense_keys: as there.
         dense_values: as there.
         page_positions: as there.
@@ -88,11 +93,14 @@ def static_attend(
         ValueError: if there is no room for the tokens, the mask shows padding, of which nothing is held, or the keys or
             values hold NaN or infinity and this is to be checked.
     """
-    tensors = StaticTensors(records, key_mean, dense_keys, dense_values, page_positions, state)
+    tensors = StaticTensors(records, key_basis, dense_keys, dense_values, page_positions, state)
     storage = storage_of(tensors, _known[settings])
-    _check_complete(storage, int(final[0]))
-    if storage.settings.validate:
-        check_finite(keys, values)
+    if state.is_cpu:  # elsewhere this would wait for the device
+        _check_complete(storage, int(final[0]))
+        if storage.settings.validate:
+            check_finite(keys, values)
+    elif keys.shape[2] > 1:
+        storage.numbers.read()
     return attend_and_store(storage, query, keys, values, mask, causal, Scoring(scaling, softcap, sink_logits))
 
 
@@ -123,8 +131,9 @@ def _seen_fake(state: Tensor) -> Tensor:
     return state.new_empty(())
 
 
-_LIBRARY.impl("static_attend", static_attend, "CPU")
-_LIBRARY.impl("tokens_seen", tokens_seen, "CPU")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("static_attend", static_attend, _device)
+    _LIBRARY.impl("tokens_seen", tokens_seen, _device)
 torch.library.register_fake("hf_kvcache::static_attend", _attend_fake, lib=_LIBRARY)
 torch.library.register_fake("hf_kvcache::tokens_seen", _seen_fake, lib=_LIBRARY)
 
@@ -138,8 +147,12 @@ def attend_and_store(
     causal: bool,
     scoring: Scoring,
 ) -> Tensor:
-    """What :func:`static_attend` does, for code that is not compiled."""
+    """What :func:`static_attend` does, for code that is not compiled; the storage's numbers are up to date."""
     length = keys.shape[2]
+    if length == 1:
+        output = _by_device(storage, NewToken(query, keys, values, mask, scoring))
+        if output is not None:
+            return output
     storage.check_room(length)
     valid, mask = read_mask(mask, storage, length)
     if length == 1 and valid is None and mask is None:
@@ -153,6 +166,7 @@ def attend_and_store(
         storage.put_one(keys, values, one)
         dense = _dense_with_one(storage, visibility, one)
     else:
+        storage.balance(query, keys, valid)
         dense = _dense_with_block(storage, keys, values, valid)
     output = attend_kernel(query, storage.pages(), dense, visibility, scoring).output
     if length == 1:
@@ -160,6 +174,41 @@ def attend_and_store(
     else:
         storage.store_block(keys, values, valid)
     return output
+
+
+def _by_device(storage: StaticStorage, new: NewToken) -> Tensor | None:
+    """:func:`attend_and_store` of one token by kernels that read all lengths on the device; None if there are none.
+
+    On a CPU, where such kernels are interpreted, it is an error if there is no room. Elsewhere the output is NaN then,
+    and the next function on the host raises, for asking would wait for the device.
+
+    Raises:
+        RuntimeError: if there are none and a CUDA graph is being captured.
+    """
+    cpu, mask = new.query.is_cpu, new.mask
+    if cpu and implementation("static_step", new.query.device) is None:
+        return None
+    if cpu:
+        storage.check_room(1)
+    if mask is None or (mask.dim() in (2, 4) and mask.shape[-1] >= storage.settings.max_length):
+        plain = mask
+        if mask is not None:
+            plain = mask.bool() if mask.dim() == 2 else mask[:, 0, 0] if mask.shape[1] == 1 else None
+            plain = plain if plain is None or plain.stride(-1) == 1 else plain.contiguous()
+        if (plain is None) == (mask is None):
+            output = storage.steps.on_device(storage, replace(new, mask=plain))
+            if output is not None:
+                storage.changed()
+                return output
+    if not cpu:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step that cannot be part of a CUDA graph is being captured, as by torch.compile with "
+                "mode='reduce-overhead': its mask differs between heads or is shorter than max_length; accepted: "
+                "masks [B, 1, 1, max_length], or a step that is not captured"
+            )
+        storage.numbers.read()
+    return None
 
 
 def _visibility(storage: StaticStorage, length: int, mask: Tensor | None, causal: bool) -> Visibility:
@@ -182,8 +231,9 @@ def _dense_with_one(storage: StaticStorage, visibility: Visibility, valid: np.nd
     oldest = int(positions[:, 0].min()) if longest else 0  # there is no token if all are padding
     if uniform and visibility.sees_all(oldest):
         return DenseTokens(keys, values)
-    unused = None if uniform else torch.from_numpy(np.arange(longest) >= lengths[:, None])
-    return DenseTokens(keys, values, torch.from_numpy(positions), unused)
+    device = keys.device
+    unused = None if uniform else to_device(np.arange(longest) >= lengths[:, None], device)
+    return DenseTokens(keys, values, to_device(positions, device), unused)
 
 
 def _dense_with_block(storage: StaticStorage, keys: Tensor, values: Tensor, valid: np.ndarray | None) -> DenseTokens:
@@ -200,5 +250,5 @@ def _dense_with_block(storage: StaticStorage, keys: Tensor, values: Tensor, vali
     if valid is not None or storage.lengths.min() != longest:
         padding = np.zeros((batch, length), dtype=bool) if valid is None else ~valid
         hidden = np.concatenate([np.arange(longest) >= storage.lengths[:, None], padding], 1)
-        unused = torch.from_numpy(np.ascontiguousarray(hidden))
-    return DenseTokens(keys, values, torch.from_numpy(positions), unused)
+        unused = to_device(hidden, keys.device)
+    return DenseTokens(keys, values, to_device(positions, keys.device), unused)

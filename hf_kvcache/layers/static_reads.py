@@ -7,6 +7,7 @@ import torch
 
 from hf_kvcache.kernels.workspace import scratch
 from hf_kvcache.layers.static_contents import StaticContents
+from hf_kvcache.storage.transfers import to_device
 
 
 def dense_states(storage: StaticContents, side: str, length: int) -> torch.Tensor:
@@ -19,13 +20,13 @@ def dense_states(storage: StaticContents, side: str, length: int) -> torch.Tenso
     batch, heads, _, width = dense.shape
     out = dense.new_zeros(batch, heads, length, width)
     paged = _decoded(storage, side)
-    positions = storage.tensors.page_positions.numpy()
+    positions = storage.numbers.paged
     for row in range(batch):
         pages, slots = int(storage.pages_held[row]), int(storage.lengths[row])
         if paged is not None and pages:
-            at = torch.from_numpy(positions[row, :pages].reshape(-1).astype(np.int64))
+            at = to_device(positions[row, :pages].reshape(-1).astype(np.int64), out.device)
             out[row, :, at] = paged[row, :, : len(at)].to(out.dtype)
-        out[row, :, torch.from_numpy(storage.numbers.positions[row, :slots])] = dense[row, :, :slots]
+        out[row, :, to_device(storage.numbers.positions[row, :slots], out.device)] = dense[row, :, :slots]
     return out
 
 
@@ -36,7 +37,9 @@ def _decoded(storage: StaticContents, side: str) -> torch.Tensor | None:
         return None
     shape = (pages.columns, pages.rows, storage.page_size, storage.layout.sides[side].dim)
     out = scratch(f"static.{side}", shape, torch.float32, pages.device)
-    decoded = storage.settings.encoder.decode(side, pages.records(0, pages.columns), pages.key_mean, out)
+    decoded = storage.settings.encoder.decode(
+        side, pages.records(0, pages.columns), pages.key_mean, out, pages.key_scale
+    )
     return decoded.unflatten(0, (storage.batch, storage.heads))
 
 
@@ -54,6 +57,6 @@ def bytes_of(storage: StaticContents) -> dict[str, int]:
         "scales": pages * layout.scale_bytes,
         "sinks": sinks * slot,
         "tail": tail * slot,
-        "tables": tensors.state.nbytes + tensors.page_positions.nbytes + tensors.key_mean.nbytes,
+        "tables": tensors.state.nbytes + tensors.page_positions.nbytes + tensors.key_basis.nbytes,
         "slack": tensors.records.nbytes - packed + dense_bytes - (sinks + tail) * slot,
     }

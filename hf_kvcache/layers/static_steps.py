@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.inputs import CallInputs, Scoring, Slots
 from hf_kvcache.kernels.prepared_call import PreparedCall, prepare
+from hf_kvcache.kernels.static_state import NewToken
 from hf_kvcache.layers.static_contents import StaticContents
 
 
@@ -19,9 +21,37 @@ class StaticSteps:
         self._call: PreparedCall | None = None
         self._kind: tuple[Any, ...] = ()
 
+        self._on_device: Any = None
+        self._device_kind: tuple[Any, ...] = ()
+
     def forget(self) -> None:
         """Prepare the next call anew: the tensors have other contents."""
         self._call = None
+
+    def on_device(self, contents: StaticContents, new: NewToken) -> torch.Tensor | None:
+        """Store a token of each sequence, attend, and pack what is due, by kernels that read all lengths on the device.
+
+        Args:
+            contents: the tensors of the layer, always the same ones. The numbers on the host are not looked at.
+            new: the token.
+
+        Returns:
+            ``[B, 1, Hq, Dv]``. None, with nothing stored, if there are no such kernels.
+        """
+        backend = implementation("static_step", new.query.device)
+        if backend is None:
+            return None
+        scoring, tokens, mask, sinks = new.scoring, (new.query, new.keys, new.values), new.mask, new.scoring.sink_logits
+        kind = (
+            *((x.shape, x.stride(), x.dtype) for x in tokens),
+            None if mask is None else (mask.shape, mask.stride(), mask.dtype),
+            (scoring.scaling, scoring.softcap, None if sinks is None else sinks.data_ptr()),
+        )
+        if self._device_kind != kind:
+            held = contents.tensors.for_kernels(contents.settings)
+            self._on_device = backend.StaticStep(held, new) if backend.supports(held, new) else None
+            self._device_kind = kind
+        return None if self._on_device is None else self._on_device(*tokens, mask)
 
     def attend(
         self,

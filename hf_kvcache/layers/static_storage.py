@@ -1,4 +1,4 @@
-"""Storing of tokens in the tensors of a layer with a fixed maximum length, on the CPU.
+"""Storing of tokens in the tensors of a layer with a fixed maximum length, by functions on the host.
 
 What is packed, and when, is the same as in :mod:`hf_kvcache.storage`.
 """
@@ -10,16 +10,14 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from hf_kvcache.layers.static_contents import StaticContents
+from hf_kvcache.kernels.static_state import FIRST, GAPS, LAST, MEAN_KNOWN
+from hf_kvcache.layers.static_packing import StaticPacking
 from hf_kvcache.layers.static_steps import StaticSteps
-from hf_kvcache.layers.static_tensors import FIRST, GAPS, LAST, MEAN_KNOWN, StaticSettings, StaticTensors
-from hf_kvcache.utils.autocast import without_autocast
-
-#: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
-_ENCODE_ELEMENTS = 1 << 19
+from hf_kvcache.layers.static_tensors import StaticSettings, StaticTensors
+from hf_kvcache.storage.transfers import to_device
 
 
-class StaticStorage(StaticContents):
+class StaticStorage(StaticPacking):
     """The tensors of one layer, as functions on the host read and change them.
 
     Args:
@@ -68,7 +66,7 @@ class StaticStorage(StaticContents):
             return
         rows = np.arange(self.batch) if valid is None else np.flatnonzero(valid)
         slots = lengths[rows]
-        row_index, slot_index = torch.from_numpy(rows), torch.from_numpy(slots)
+        row_index, slot_index = (to_device(each, keys.device) for each in (rows, slots))
         dense.dense_keys[row_index, :, slot_index] = keys[row_index, :, 0]
         dense.dense_values[row_index, :, slot_index] = values[row_index, :, 0]
         self.numbers.positions[rows, slots] = self.seen
@@ -98,12 +96,13 @@ class StaticStorage(StaticContents):
         if self.lengths.max() == self.slots:
             due = np.flatnonzero(self.lengths == self.slots)
             start, stop = self.settings.sink_length, self.settings.sink_length + self.page_size
-            every = slice(None) if len(due) == self.batch else torch.from_numpy(due)
+            every = slice(None) if len(due) == self.batch else to_device(due, self.tensors.state.device)
             keys, values = (x[every, :, start:stop] for x in (self.tensors.dense_keys, self.tensors.dense_values))
             self._pack(due, keys, values, self.numbers.positions[due, start:stop], keep_from)
             self._drop_packed(every, due, start, stop)
         if keep_from:
             self._drop_before(keep_from)
+        self.numbers.write()
 
     def store_block(self, keys: torch.Tensor, values: torch.Tensor, valid: np.ndarray | None) -> None:
         """:meth:`store` of several tokens of each sequence."""
@@ -116,11 +115,12 @@ class StaticStorage(StaticContents):
         else:
             for row in range(self.batch):
                 held = np.arange(length) if valid is None else np.flatnonzero(valid[row])
-                index, one = torch.from_numpy(held), slice(row, row + 1)
+                index, one = to_device(held, keys.device), slice(row, row + 1)
                 new = keys[one][:, :, index], values[one][:, :, index]
                 self._store_rows(np.array([row]), *new, positions[held], keep_from)
         self.numbers.seen += length
         self._follows = -1
+        self.numbers.write()
 
     def _store_rows(
         self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray, keep_from: int
@@ -168,7 +168,7 @@ class StaticStorage(StaticContents):
             return True
         oldest = self.numbers.positions[:, 0].copy()
         paged = self.pages_held > 0
-        oldest[paged] = self.tensors.page_positions.numpy()[paged, 0, 0]
+        oldest[paged] = self.numbers.paged[paged, 0, 0]
         # All tokens in the window of the query at `position` must be held.
         needed = np.maximum(self.numbers.counters[FIRST], self.settings.start(position))
         return bool(((oldest <= needed) | (self.numbers.counters[LAST] < 0)).all())
@@ -178,7 +178,7 @@ class StaticStorage(StaticContents):
         self._follows = -1
         self.lengths[:] = self._kept(position)
         self.numbers.seen[:] = position
-        counters, paged = self.numbers.counters, self.tensors.page_positions.numpy()
+        counters, paged = self.numbers.counters, self.numbers.paged
         for row in range(self.batch):
             slots, pages = int(self.lengths[row]), int(self.pages_held[row])
             ends = self.numbers.positions[row, [0, slots - 1]].tolist() if slots else []
@@ -189,85 +189,12 @@ class StaticStorage(StaticContents):
             else:
                 counters[FIRST, row] = counters[LAST, row] = -1
                 counters[GAPS, row] = 0
+        self.numbers.write_state()
 
     def _kept(self, position: int) -> np.ndarray:
         """How many slots of each sequence hold tokens before ``position``."""
         used = np.arange(self.slots) < self.lengths[:, None]
         return (used & (self.numbers.positions < position)).sum(1)
-
-    # -- packing --------------------------------------------------------------------------------------------------
-
-    def _pack(
-        self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray, keep_from: int
-    ) -> None:
-        """Make pages of ``keys [b, H, n * P, Dk]``, but for those whose tokens all stand before ``keep_from``."""
-        stale = (positions[:, self.page_size - 1 :: self.page_size] < keep_from).sum(1)
-        if (stale != stale[0]).any():
-            for i in range(len(rows)):
-                one = slice(i, i + 1)
-                self._pack(rows[one], keys[one], values[one], positions[one], keep_from)
-            return
-        skip = int(stale[0]) * self.page_size
-        if skip < keys.shape[2]:
-            with without_autocast(keys.device):
-                self._write(rows, keys[:, :, skip:], values[:, :, skip:], positions[:, skip:])
-
-    def _write(self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
-        """Encode whole pages of ``keys [b, H, n * P, Dk]`` and count them."""
-        encoder, page_size, batch = self.settings.encoder, self.page_size, len(rows)
-        pages, row_index = keys.shape[2] // page_size, torch.from_numpy(rows)
-        key_mean, known = self.tensors.key_mean, self.numbers.counters[MEAN_KNOWN]
-        if encoder.centered and not known[rows].all():
-            new = np.flatnonzero(known[rows] == 0)
-            mean = encoder.key_mean_of(keys.float().mean(2))
-            key_mean[torch.from_numpy(rows[new])] = mean[torch.from_numpy(new)].float()
-        means = key_mean[row_index].flatten(0, 1) if encoder.centered else None
-        columns = self.pages_held[rows][:, None] + np.arange(pages)  # [b, n]
-        table_rows = (rows[:, None] * self.heads + np.arange(self.heads)).reshape(-1)
-        head_columns = columns.repeat(self.heads, 0)  # [b * H, n]
-        places = self.numbers.places[table_rows[:, None], head_columns]
-        step = max(1, _ENCODE_ELEMENTS // (batch * self.heads * page_size * keys.shape[3]))
-        for start in range(0, pages, step):
-            stop = min(start + step, pages)
-            span = slice(start * page_size, stop * page_size)
-            sides = [
-                x[:, :, span].unflatten(2, (-1, page_size)).permute(2, 0, 1, 3, 4).flatten(0, 2) for x in (keys, values)
-            ]
-            repeated = None if means is None else means.repeat(stop - start, 1)
-            to = torch.from_numpy(np.ascontiguousarray(places[:, start:stop].T).reshape(-1))
-            self.tensors.records[to] = encoder.encode(sides[0], sides[1], repeated)
-        paged = positions.reshape(batch, pages, page_size)
-        self.tensors.page_positions.numpy()[rows[:, None], columns] = paged
-        self.numbers.first[table_rows[:, None], head_columns] = paged[:, :, 0].repeat(self.heads, 0)
-        known[rows] = 1
-        self.pages_held[rows] += pages
-        self.numbers.page_events += 1
-
-    def _drop_packed(self, every: slice | torch.Tensor, rows: np.ndarray, start: int, stop: int) -> None:
-        """Remove the slots ``start ... stop - 1`` of sequences that use all slots, shifting the rest down."""
-        rest = slice(start, self.slots - self.page_size)
-        for dense in (self.tensors.dense_keys, self.tensors.dense_values):
-            dense[every, :, rest] = dense[every, :, stop:].clone()
-        self.numbers.positions[rows, rest] = self.numbers.positions[rows, stop:]
-        self.lengths[rows] -= self.page_size
-
-    def _drop_before(self, position: int) -> None:
-        """Forget the pages all of whose tokens stand before ``position`` (sliding windows)."""
-        held = self.pages_held
-        if position == 0 or not held.any():
-            return
-        last = self.tensors.page_positions.numpy()[:, :, -1]
-        stale = ((last < position) & (np.arange(last.shape[1]) < held[:, None])).sum(1)
-        if not stale.any():
-            return
-        self.numbers.page_events += 1
-        for row in np.flatnonzero(stale).tolist():
-            rows, shift = slice(row * self.heads, (row + 1) * self.heads), -int(stale[row])
-            for table in (self.numbers.places, self.numbers.first):
-                table[rows] = np.roll(table[rows], shift, 1)
-            positions = self.tensors.page_positions.numpy()
-            positions[row] = np.roll(positions[row], shift, 0)
-        held -= stale
 
 
 #: The storages in use, by the addresses of their tensors. Their layers keep them alive.

@@ -70,7 +70,7 @@ class LowRankEncoder(PageEncoder):
     def writes_at_once(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         return False  # coefficients of a long prompt are made in portions
 
-    def write_key_mean(self, keys: torch.Tensor, mean: torch.Tensor) -> bool:
+    def write_key_mean(self, keys: torch.Tensor, key_scale: torch.Tensor | None, mean: torch.Tensor) -> bool:
         return False
 
     def _project(self, projection: SideProjection, x: torch.Tensor) -> torch.Tensor:

@@ -8,23 +8,23 @@ import torch
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.storage.transfers import is_run, rows_of, to_device
 
-#: Queries of a sequence from which their power is taken; fewer say too little.
-_LEAST_QUERIES = 16
+#: Tokens of a first update that fix a scale; fewer say too little.
+_LEAST_TOKENS = 8
 #: The largest exponent of a scale. Scaled keys stay in the range of half precision.
 _LARGEST_EXPONENT = 4
-#: Share of the mean power that every channel has at least.
+#: Share of the mean over the channels that every channel has at least.
 _LEAST_POWER = 1e-6
 _TINY = 1e-30
 
 
 class KeyBasis:
-    """The mean and the scale of the keys of each sequence; they never change while the sequence has pages.
+    """The scale and the mean of the keys of each sequence. They never change while the sequence holds tokens in pages.
 
-    Keys are packed as ``rotation(key / scale) - mean``, and scores are those of ``rotation(query * scale)``. The scale
-    of a channel is the square root of the keys' standard deviation divided by that of the queries, which makes the mean
-    squared error of the scores least where the error of the rotated keys is the same in all channels. Without it, a
-    rotation spreads the error of a few large channels, the biases of Qwen2's keys for instance, over channels that
-    weigh more in the scores.
+    Keys are packed as ``rotation(key / scale) - mean``, and their scores are those of ``rotation(query * scale)``. The
+    first update fixes the scale: that of a channel is the square root of the keys' standard deviation divided by that
+    of the queries. An error that is the same in all rotated channels then adds least to the squared error of the
+    scores. Without it, the rotation spreads the error of a few large channels, such as the biases of Qwen2's keys make,
+    over channels that weigh more in the scores. The first page fixes the mean.
 
     Args:
         encoder: makes page records.
@@ -34,9 +34,8 @@ class KeyBasis:
 
     Attributes:
         mean: float32 ``[B, page heads, dim]``, in the rotated basis; None if the codec subtracts none.
+        known: bool ``[B]``, whether the first page of a sequence has fixed its mean.
         scale: float32 ``[B, Hkv, Dk]``, powers of two, so that scaling is exact; None if the codec has none.
-        power: float32 ``[B, Hkv, Dk]``, the mean square of the queries of the first update; 1 where they were too few.
-        known: bool ``[B]``, whether the first page of a sequence has fixed mean and scale.
     """
 
     def __init__(self, encoder: PageEncoder, batch: int, heads: int, device: torch.device) -> None:
@@ -44,69 +43,64 @@ class KeyBasis:
         self.known = np.zeros(batch, dtype=bool)
         self.mean: torch.Tensor | None = None
         self.scale: torch.Tensor | None = None
-        self.power: torch.Tensor | None = None
         if encoder.centered:
             self.mean = torch.zeros(batch, heads, encoder.layout.sides["keys"].dim, device=device)
         if encoder.balanced:
             self.scale = torch.ones(batch, heads, encoder.layout.sides["keys"].dim, device=device)
-            self.power = torch.ones_like(self.scale)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(t.numel() * t.element_size() for t in (self.mean, self.scale, self.power) if t is not None)
+        return sum(t.numel() * t.element_size() for t in (self.mean, self.scale) if t is not None)
 
     def of(self, rows: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Mean and scale of the sequences ``rows``, ``[b, page heads, dim]`` each; None what there is not."""
         mean, scale = self.mean, self.scale
         return None if mean is None else rows_of(mean, rows), None if scale is None else rows_of(scale, rows)
 
-    def note_queries(self, query: torch.Tensor, valid: np.ndarray | None) -> None:
-        """Take the power of the queries of a first update.
+    def balance(self, query: torch.Tensor, keys: torch.Tensor, valid: np.ndarray | None, sinks: int) -> None:
+        """Fix the scale by a first update, before any of its tokens is packed.
 
         Args:
             query: ``[B, Hq, T, Dk]``, of all tokens of the update.
+            keys: ``[B, Hkv, T, Dk]``.
             valid: bool ``[B, T]``, False for padding; None if no token is padding.
+            sinks: first tokens of each sequence that are no example of the others.
         """
-        if self.power is None or query.shape[2] < _LEAST_QUERIES:
-            return
-        counts = np.full(len(query), query.shape[2]) if valid is None else valid.sum(1)
-        if valid is not None:
-            query = query.masked_fill(~to_device(valid, query.device)[:, None, :, None], 0)
-        squares = torch.linalg.vector_norm(query, dim=2, dtype=torch.float32).square_()
-        squares = squares.unflatten(1, (self.power.shape[1], -1)).mean(2)
-        if valid is None:
-            self.power = squares / query.shape[2]
-            return
-        by_sequence = to_device(counts.astype(np.float32), query.device)[:, None, None]
-        self.power = torch.where(by_sequence >= _LEAST_QUERIES, squares / by_sequence.clamp_min(1), 1.0)
+        if self.scale is not None:
+            self.scale = key_scale(query, keys, valid, sinks)
 
-    def fix(self, rows: np.ndarray, keys: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Take mean and scale of ``keys`` for those of the sequences ``rows`` that have none yet.
+    def fix_mean(self, rows: np.ndarray, keys: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Take the mean of ``keys`` for those of the sequences ``rows`` that have none yet.
 
         Args:
             rows: numbers of sequences.
             keys: the first keys that are packed, ``[b, Hkv, n, Dk]``.
-            weights: ``[b, Hkv, n]``, which of them count; None if all do.
+            weights: bool ``[b, Hkv, n]``, which of them count; None if all do.
         """
         if self.mean is None or self.known[rows].all():
             return
-        unknown = not self.known[rows].any()
+        unknown, (own, scale) = not self.known[rows].any(), self.of(rows)
         # Of sequences side by side the rows are a view, which can be written to.
-        if weights is None and unknown and is_run(rows) and self.encoder.write_key_mean(keys, rows_of(self.mean, rows)):
+        if weights is None and unknown and is_run(rows) and self.encoder.write_key_mean(keys, scale, own):
             self.known[rows] = True
             return
-        mean, variance = _moments(keys, weights)
-        scale = None if self.power is None else balance(variance, rows_of(self.power, rows))
-        self._fix(rows, self.encoder.key_mean_of(mean, scale), scale)
+        if weights is None:
+            mean = keys.float().mean(2)
+        else:
+            mean = (keys.float() * weights.unsqueeze(-1)).sum(2) / weights.sum(2, keepdim=True).clamp_min(1)
+        new = np.flatnonzero(~self.known[rows])
+        rotated = self.encoder.key_mean_of(mean, scale)
+        self.mean[to_device(rows[new], self.mean.device)] = rows_of(rotated, new).to(self.mean.dtype)
+        self.known[rows] = True
 
     def note_truncated(self, held: np.ndarray) -> None:
-        """Take note which sequences still have pages, bool ``[B]``: the others have no basis any more."""
+        """Take note which sequences still have pages, bool ``[B]``: the others have no mean any more."""
         self.known &= held
 
     def select(self, rows: np.ndarray) -> None:
         """Replace the sequences by ``rows`` of them, which may repeat."""
-        for name in ("mean", "scale", "power"):
+        for name in ("mean", "scale"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor[to_device(rows, tensor.device)])
@@ -116,7 +110,7 @@ class KeyBasis:
         """An independent copy."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        for name in ("mean", "scale", "power"):
+        for name in ("mean", "scale"):
             tensor = getattr(self, name)
             setattr(other, name, None if tensor is None else tensor.clone())
         other.known = self.known.copy()
@@ -124,7 +118,7 @@ class KeyBasis:
 
     def join(self, others: list[KeyBasis]) -> None:
         """Become the bases of these, one after the other."""
-        for name in ("mean", "scale", "power"):
+        for name in ("mean", "scale"):
             if getattr(self, name) is not None:
                 setattr(self, name, torch.cat([getattr(other, name) for other in others]))
         self.known = np.concatenate([other.known for other in others])
@@ -134,9 +128,7 @@ class KeyBasis:
         if self.mean is None:
             return {}
         state = {"center": self.mean.clone(), "center_known": torch.from_numpy(self.known.copy())}
-        if self.scale is not None and self.power is not None:
-            state |= {"key_scale": self.scale.clone(), "query_power": self.power.clone()}
-        return state
+        return state if self.scale is None else state | {"key_scale": self.scale.clone()}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Take what :meth:`state` returned. Files of earlier versions have no scale: their keys were not divided."""
@@ -144,25 +136,47 @@ class KeyBasis:
             return
         device = self.mean.device
         self.mean, self.known = state["center"].to(device), state["center_known"].numpy().copy()
-        if self.scale is not None and self.power is not None:
-            ones = torch.ones(self.mean.shape, device=device)
-            self.scale, self.power = (state[name].to(device) if name in state else ones.clone() for name in _BALANCE)
-
-    def _fix(self, rows: np.ndarray, mean: torch.Tensor, scale: torch.Tensor | None) -> None:
-        """Take ``mean`` and ``scale``, of ``rows``, for those of them that have none yet."""
-        assert self.mean is not None
-        new = np.flatnonzero(~self.known[rows])
-        index = to_device(rows[new], self.mean.device)
-        self.mean[index] = rows_of(mean, new).to(self.mean.dtype)
-        if self.scale is not None and scale is not None:
-            self.scale[index] = rows_of(scale, new)
-        self.known[rows] = True
+        if self.scale is not None and "key_scale" in state:
+            self.scale = state["key_scale"].to(device)
 
 
-_BALANCE = ("key_scale", "query_power")
+def key_scale(query: torch.Tensor, keys: torch.Tensor, valid: np.ndarray | None, sinks: int) -> torch.Tensor:
+    """The scale of the keys of each sequence, head and channel; 1 where there are too few tokens.
+
+    Args:
+        query: ``[B, Hq, T, Dk]``, of the tokens.
+        keys: ``[B, Hkv, T, Dk]``.
+        valid: bool ``[B, T]``, False for padding; None if no token is padding.
+        sinks: first tokens of each sequence that do not count.
+
+    Returns:
+        Float32 ``[B, Hkv, Dk]``, contiguous.
+    """
+    batch, heads, length, dim = keys.shape
+    if valid is None:
+        count: torch.Tensor | int = length - sinks
+        if length - sinks < _LEAST_TOKENS:
+            return torch.ones(batch, heads, dim, device=keys.device)
+        query, keys = query[:, :, sinks:], keys[:, :, sinks:]
+    else:
+        counted = valid & (valid.cumsum(1) > sinks)
+        there = to_device(counted, keys.device)[:, None, :, None]
+        count = to_device(counted.sum(1).astype(np.float32), keys.device)[:, None, None]
+        # What stands at padding may be NaN, and 0 * NaN is not 0.
+        query, keys = query.masked_fill(~there, 0), keys.masked_fill(~there, 0)
+        least, count = count >= _LEAST_TOKENS, count.clamp_min(1)
+    power = _squares(query).unflatten(1, (heads, -1)).mean(2) / count
+    variance = _squares(keys) / count - (keys.sum(2, dtype=torch.float32) / count).square()
+    scale = balanced(variance.clamp_min_(0), power)
+    return scale if valid is None else torch.where(least, scale, 1.0)
 
 
-def balance(variance: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    """The sum of the squares over tokens, float32 ``[B, H, D]``, of ``x [B, H, T, D]``."""
+    return torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square_()
+
+
+def balanced(variance: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
     """The scale of the keys of each channel: a power of two near ``(variance / power) ** (1 / 4)``.
 
     Its geometric mean over the channels is near 1, and it is between 1/16 and 16.
@@ -176,15 +190,3 @@ def balance(variance: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
     exponent = (exponent - exponent.mean(-1, keepdim=True)).nan_to_num_(0.0)
     exponent = exponent.clamp_(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).round_().to(torch.int32)
     return ((exponent + 127) << 23).view(torch.float32)  # the bits of a power of two
-
-
-def _moments(keys: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance over the tokens of ``keys [b, Hkv, n, Dk]``, float32 ``[b, Hkv, Dk]`` each."""
-    if weights is None:
-        mean = keys.mean(2, dtype=torch.float32)
-        squares = torch.linalg.vector_norm(keys, dim=2, dtype=torch.float32).square_() / keys.shape[2]
-    else:
-        count = weights.sum(2, keepdim=True).clamp_min(1)
-        counted = keys.float() * weights.unsqueeze(-1)
-        mean, squares = counted.sum(2) / count, counted.square().sum(2) / count
-    return mean, (squares - mean.square()).clamp_min_(0)

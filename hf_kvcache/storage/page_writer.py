@@ -36,7 +36,7 @@ class PageWriter:
         ahead: pages at the end of every row of the table whose tokens are still in the dense buffer too, until they
             are confirmed.
         lost_before: no token before this position need be held any more (sliding windows).
-        basis: mean and scale of the keys of each sequence, which its first page fixes.
+        basis: scale and mean of the keys of each sequence.
     """
 
     @torch.inference_mode(False)
@@ -199,7 +199,7 @@ class PageWriter:
     def _write(self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
         """Encode whole pages of ``keys [b, Hkv, n * P, Dk]`` and append them to the table."""
         pages, table, pool = keys.shape[2] // self.page_size, self.table, self.table.pool
-        self.basis.fix(rows, keys)
+        self.basis.fix_mean(rows, keys)
         table_rows = table.rows_of(rows)
         # Column by column, so that the pages that are read together lie together.
         ids = pool.allocate(pages * len(table_rows)).reshape(pages, len(table_rows))

@@ -215,7 +215,7 @@ def _packed(planned: PrunePlan, kept: KeptTokens) -> PageRun | None:
     if storage.key_mean is not None:
         by_head = to_device(counts.reshape(*shape[:2], 1), device)
         weights = torch.arange(pages * size, device=device) < by_head
-        storage.writer.basis.fix(held.rows, keys, weights)
+        storage.writer.basis.fix_mean(held.rows, keys, weights)
     records = torch.cat([part for _, _, part in storage.writer.encode(held.rows, keys, values)])
     records = records.unflatten(0, (pages, -1)).transpose(0, 1)
     positions = _of_sequences(kept.positions, place).reshape(len(counts), pages, size)

@@ -16,7 +16,7 @@ def export_storage(table: PageTable, dense: DenseBuffer, writer: PageWriter) -> 
     Returns:
         ``dense.keys``, ``dense.values``, ``dense.positions`` and ``dense.lengths`` of the slots in use; ``ahead``, the
         number of pages packed ahead; ``center`` and ``center_known``, the key mean of each sequence and whether it is
-        fixed, with codecs that subtract one; ``key_scale`` and ``query_power`` with codecs that scale keys.
+        fixed, with codecs that subtract one; ``key_scale`` with codecs that scale keys.
     """
     held = dense.longest
     return export_pages(table) | {

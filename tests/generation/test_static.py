@@ -189,7 +189,8 @@ def test_a_compiled_prompt_needs_memory_first() -> None:
 
 def test_operators() -> None:
     """Schema, fake implementation and tracing, as torch checks them, of a step that packs a page."""
-    from hf_kvcache.layers.static_tensors import LENGTH, Numbers
+    from hf_kvcache.kernels.static_state import LENGTH
+    from hf_kvcache.layers.static_tensors import Numbers
 
     model = families.build("llama")
     cache = quantized(model, "unbiased4", max_length=MAX)

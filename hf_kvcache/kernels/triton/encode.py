@@ -7,12 +7,14 @@ tokens has them, and bytes are written where the record lies: nothing is copied,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.static_state import StaticState
 from hf_kvcache.kernels.triton import encode_cases
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import LARGE_SHARED, lanes
@@ -36,16 +38,17 @@ from hf_kvcache.kernels.triton.encode_side import (
     describe,
     load_rotated,
     operand_of,
-    places,
     rotation_by_places,
     segments_of,
     store_codes,
     store_padding,
 )
+from hf_kvcache.kernels.triton.encode_side import places as channels_of
+from hf_kvcache.kernels.triton.key_mean import EVENTS, key_mean, supports_mean
 from hf_kvcache.kernels.triton.key_mean import compile_cases as mean_cases
-from hf_kvcache.kernels.triton.key_mean import key_mean, supports_mean
+from hf_kvcache.kernels.triton.prepared_launch import PreparedLaunch
 
-__all__ = ["compile_cases", "encode_pages", "key_mean", "supports_encoding", "supports_mean"]
+__all__ = ["compile_cases", "due_launch", "encode_pages", "key_mean", "supports_encoding", "supports_mean"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Elements of a program's tile that a thread holds.
@@ -93,34 +96,73 @@ def encode_pages(
     if rows * count == 0:
         return
     assert records.stride(-1) == 1 and len(records) == rows * count
-    arch = architecture_of(keys.device)
-    sides: list[EncodedSide | None] = []
-    rotations: list[torch.Tensor | None] = []
-    for name, method, x in zip(layout.sides, methods, (keys, values), strict=True):
-        fmt = layout.sides[name]
-        side = None if fmt.dim == 0 else describe(layout, name, str(method), x.dtype, arch)
-        rotations += [None, None] if side is None else _rotation(side, fmt, x, arch)
-        sides.append(side)
-    blocks = sum(side.blocks for side in sides if side is not None)
-    _encode_kernel[(rows * count * blocks,)](
-        keys,
-        values,
-        *keys.stride()[:3],
-        *values.stride()[:3],
-        *rotations,
-        None if key_mean is None else key_mean.contiguous(),
-        None if key_scale is None else key_scale.contiguous(),
-        records,
-        records.stride(0),
-        rows * count,
-        rows,
-        keys.shape[1],
-        KEYS=sides[0],
-        VALUES=sides[1],
-        ADDRESSES=records.dtype == torch.int64,
-        num_warps=_warps(sides, arch),
-        num_stages=_stages(arch),
-    )
+    launch = _Launch(layout, methods, keys, values)
+    arguments = launch.arguments | {
+        "key_mean": None if key_mean is None else key_mean.contiguous(),
+        "key_scale": None if key_scale is None else key_scale.contiguous(),
+        "records": records,
+        "places": None,
+        "stride": records.stride(0),
+        "count": rows * count,
+        "capacity": 0,
+        "ADDRESSES": records.dtype == torch.int64,
+        "EVENTS": 0,
+    }
+    _encode_kernel[(rows * count * launch.blocks,)](events=None, **arguments, **launch.options)
+
+
+def due_launch(held: StaticState) -> PreparedLaunch:
+    """A launch that encodes the pages that are due of a static state, told by ``events`` int64 ``[B, EVENTS]``."""
+    start, page_size = held.sink_length, held.layout.page_size
+    keys, values = (x[:, :, start : start + page_size] for x in (held.dense_keys, held.dense_values))
+    launch, rows = _Launch(held.layout, held.methods, keys, values), keys.shape[0] * keys.shape[1]
+    arguments = launch.arguments | {
+        "key_mean": held.key_mean,
+        "key_scale": held.key_scale,
+        "records": held.records,
+        "places": held.places,
+        "stride": held.records.stride(0),
+        "count": rows,
+        "capacity": held.places.shape[1],
+        "ADDRESSES": False,
+        "EVENTS": EVENTS,
+    }
+    return PreparedLaunch(_encode_kernel, (rows * launch.blocks, 1), arguments, launch.options)
+
+
+class _Launch:
+    """What a launch of the kernel takes whatever becomes of the pages.
+
+    Args:
+        layout: see :func:`encode_pages`, like the others.
+        methods: as there.
+        keys: as there.
+        values: as there.
+
+    Attributes:
+        arguments: the arguments about keys, values and their rotations.
+        blocks: programs of a record.
+        options: options of the compiler.
+    """
+
+    def __init__(
+        self, layout: PageLayout, methods: tuple[str | None, str | None], keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        arch = architecture_of(keys.device)
+        sides: list[EncodedSide | None] = []
+        self.arguments: dict[str, Any] = {"rows": keys.shape[0] * keys.shape[1], "heads": keys.shape[1]}
+        for name, method, x in zip(layout.sides, methods, (keys, values), strict=True):
+            fmt = layout.sides[name]
+            side = None if fmt.dim == 0 else describe(layout, name, str(method), x.dtype, arch)
+            signs, factors = [None, None] if side is None else _rotation(side, fmt, x, arch)
+            self.arguments |= {name: x, f"{name[:-1]}_signs": signs, f"{name[:-1]}_factors": factors}
+            self.arguments |= dict(
+                zip((f"{name}_{a}" for a in ("sequence", "head", "token")), x.stride(), strict=False)
+            )
+            self.arguments[name.upper()] = side
+            sides.append(side)
+        self.blocks = sum(side.blocks for side in sides if side is not None)
+        self.options = {"num_warps": _warps(sides, arch), "num_stages": _stages(arch)}
 
 
 def _supports_side(fmt: SideFormat, page_size: int, method: str | None, dtype: torch.dtype, arch: str) -> bool:
@@ -191,8 +233,9 @@ def _stages(arch: str) -> int:
     return 1 if arch.startswith("gfx") else 2
 
 
-@triton.jit(do_not_specialize=["count", "rows", "heads"])
+@triton.jit(do_not_specialize=["count", "rows", "heads", "capacity"])
 def _encode_kernel(
+    events,
     keys,
     values,
     keys_sequence,
@@ -208,17 +251,24 @@ def _encode_kernel(
     key_mean,
     key_scale,
     records,
+    places,
     stride,
     count,
     rows,
     heads,
+    capacity,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     ADDRESSES: tl.constexpr,
+    EVENTS: tl.constexpr,
 ):
     """Encode pages; grid (tokens of sides of records). Programs of the keys, which take longest, come first.
 
+    With ``EVENTS``, there is one page a row, which is encoded if the row's sequence has one that is due.
+
     Args:
+        events: int64 ``[b, EVENTS]``; the second number of a sequence is the column of the page that is due, or -1.
+            None without ``EVENTS``.
         keys: ``[b, heads, n * P, Dk]``, with strides ``keys_sequence``, ``keys_head`` and ``keys_token``.
         values: ``[b, heads, n * P, Dv]``, the same.
         key_signs: the rotation of the keys from :func:`rotation_by_places`; None without one.
@@ -228,9 +278,11 @@ def _encode_kernel(
         key_mean: fp32 ``[rows, Dk]``; None unless a mean is subtracted.
         key_scale: fp32 ``[rows, Dk]``; None unless keys are divided by a scale.
         records: uint8, records ``stride`` bytes apart; with ``ADDRESSES``, int64 addresses of the records.
+        places: int64 ``[rows, capacity]``, which record each column of a row has; None without ``EVENTS``.
         count: number of records.
         rows: ``b * heads``.
         heads: heads of a sequence.
+        capacity: columns of ``places``.
         KEYS: description of the keys; None if they have no channels.
         VALUES: the same for values.
     """
@@ -253,8 +305,12 @@ def _encode_kernel(
                 program,
                 rows,
                 heads,
+                events,
+                places,
+                capacity,
                 KEYS,
                 ADDRESSES,
+                EVENTS,
             )
     if VALUES is not None:  # noqa: SIM102 (this one is decided by the compiler)
         if program >= of_keys:
@@ -272,8 +328,12 @@ def _encode_kernel(
                 program - of_keys,
                 rows,
                 heads,
+                events,
+                places,
+                capacity,
                 VALUES,
                 ADDRESSES,
+                EVENTS,
             )
 
 
@@ -292,28 +352,44 @@ def _encode_side(
     program,
     rows,
     heads,
+    events,
+    places,
+    capacity,
     side: tl.constexpr,
     ADDRESSES: tl.constexpr,
+    EVENTS: tl.constexpr,
 ):
     """Encode ``side.tokens`` tokens of a side: those of number ``program``, record by record."""
     index, block = program // side.blocks, (program % side.blocks).to(tl.int32)
     column, row = index // rows, index % rows
-    if ADDRESSES:
-        record = tl.load(records + index).to(tl.pointer_type(tl.uint8))
-    else:
-        record = records + index * stride
-    record = tl.multiple_of(record, 16)
     source += row // heads * sequence_stride + row % heads * head_stride + column * side.page * token_stride
-    i = tl.arange(0, side.block)
-    token = block * side.tokens + i
-    real = (i < side.tokens) & (token < side.page)
-    _, there = places(side)
     mean = key_mean
     if side.centered:
         mean += row * side.dim
     scale = key_scale
     if key_scale is not None:
         scale += row * side.dim
+    if EVENTS > 0:
+        due = tl.load(events + row // heads * EVENTS + 1)
+        if due >= 0:
+            record = records + tl.load(places + row * capacity + due) * stride
+            _encode_block(source, token_stride, signs, factors, mean, scale, record, block, side)
+    else:
+        if ADDRESSES:
+            record = tl.load(records + index).to(tl.pointer_type(tl.uint8))
+        else:
+            record = records + index * stride
+        _encode_block(source, token_stride, signs, factors, mean, scale, record, block, side)
+
+
+@triton.jit
+def _encode_block(source, token_stride, signs, factors, mean, scale, record, block, side: tl.constexpr):
+    """Encode block ``block`` of a page's tokens, which begin at ``source``, into ``record``."""
+    record = tl.multiple_of(record, 16)
+    i = tl.arange(0, side.block)
+    token = block * side.tokens + i
+    real = (i < side.tokens) & (token < side.page)
+    _, there = channels_of(side)
     x = load_rotated(source, token_stride, token, real, signs, factors, mean, scale, side)
     if side.method == "dense":
         channel = tl.arange(0, side.dim_pad)
@@ -348,21 +424,22 @@ def _codes(x, record, block, token, real, there, side: tl.constexpr):
 
 def compile_cases(architecture: str) -> list[CompileCase]:
     """Specializations for the compile report: of the defaults, of other codecs, and of the key mean."""
-    cases = []
-    for codec, key_dim, value_dim, dtype in encode_cases.CASES:
-        keys, values = encode_cases.described(codec, (key_dim, value_dim), dtype, architecture)
-        signature, constants = encode_cases.arguments(keys, values, dtype)
-        cases.append(
-            CompileCase(
-                name=f"encode {codec} {signature['keys'][1:]} D={key_dim}",
-                kernel=_encode_kernel,
-                signature=signature,
-                constants=constants,
-                num_warps=_warps([keys, values], architecture),
-                num_stages=_stages(architecture),
-                aligned=encode_cases.aligned(signature),
-                tensor_cores=keys.rotated,
-                waived=encode_cases.waived(codec, key_dim, architecture),
-            )
-        )
-    return cases + mean_cases(architecture)
+    cases = [_case(architecture, *case) for case in encode_cases.CASES]
+    due = [_case(architecture, codec, 128, 128, torch.bfloat16, due=True) for codec in ("unbiased4", "rotated8")]
+    return [*cases, *due, *mean_cases(architecture)]
+
+
+def _case(arch: str, codec: str, key_dim: int, value_dim: int, dtype: torch.dtype, due: bool = False) -> CompileCase:
+    keys, values = encode_cases.described(codec, (key_dim, value_dim), dtype, arch)
+    signature, constants = encode_cases.arguments(keys, values, dtype, due)
+    return CompileCase(
+        name=f"encode {codec} {signature['keys'][1:]} D={key_dim}{' where due' if due else ''}",
+        kernel=_encode_kernel,
+        signature=signature,
+        constants=constants,
+        num_warps=_warps([keys, values], arch),
+        num_stages=_stages(arch),
+        aligned=encode_cases.aligned(signature),
+        tensor_cores=keys.rotated,
+        waived=encode_cases.waived(codec, key_dim, arch),
+    )

@@ -8,6 +8,7 @@ import torch
 
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton.encode_side import EncodedSide, describe
+from hf_kvcache.kernels.triton.key_mean import EVENTS
 
 _PAGE = 128
 _STRIDES = tuple(f"{side}_{stride}" for side in ("keys", "values") for stride in ("sequence", "head", "token"))
@@ -70,12 +71,18 @@ def described(
     return made[0], made[1]
 
 
-def arguments(keys: EncodedSide, values: EncodedSide, dtype: torch.dtype) -> tuple[dict[str, str], dict[str, Any]]:
-    """Types and constants of the arguments of a case."""
+def arguments(
+    keys: EncodedSide, values: EncodedSide, dtype: torch.dtype, due: bool = False
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types and constants of the arguments of a case; ``due`` if events on the device say which pages are encoded."""
     element = f"*{_NAMES[dtype]}"
     signature = {"keys": element, "values": element, **dict.fromkeys(_STRIDES, "i32"), "records": "*u8"}
-    signature |= dict.fromkeys(("stride", "count", "rows", "heads"), "i32")
-    constants: dict[str, Any] = {"KEYS": keys, "VALUES": values, "ADDRESSES": False}
+    signature |= dict.fromkeys(("stride", "count", "rows", "heads", "capacity"), "i32")
+    constants: dict[str, Any] = {"KEYS": keys, "VALUES": values, "ADDRESSES": False, "EVENTS": EVENTS if due else 0}
+    if due:
+        signature |= dict.fromkeys(("events", "places"), "*i64")
+    else:
+        constants |= dict.fromkeys(("events", "places"))
     for name, side in zip(_ROTATIONS, (keys, keys, values, values), strict=True):
         if side.rotated:
             signature[name] = "*bf16" if name.endswith("signs") else "*fp32"

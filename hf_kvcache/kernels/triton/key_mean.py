@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,9 @@ from hf_kvcache.kernels.triton.encode_side import LEAST, rotation_by_places
 #: Tokens that a program sums, and those that it loads at a time.
 _STRETCH, _TOKENS = 256, 32
 _SUM_WARPS, _MEAN_WARPS = 4, 8
+DUE_WARPS = 8
+#: Numbers of a sequence that say what a step of a static state sets off, see ``static_kernels``.
+EVENTS = 4
 #: Channels of the mean that are rotated at a time.
 _DEPTH = 32
 
@@ -24,12 +29,13 @@ def supports_mean(fmt: SideFormat, keys: torch.Tensor) -> bool:
 
 
 @on_their_device
-def key_mean(fmt: SideFormat, keys: torch.Tensor, mean: torch.Tensor) -> None:
+def key_mean(fmt: SideFormat, keys: torch.Tensor, key_scale: torch.Tensor | None, mean: torch.Tensor) -> None:
     """The mean of keys over their tokens, in the rotated basis.
 
     Args:
         fmt: the format of the keys' side.
         keys: ``[b, heads, n, D]``, ``n`` at least 1; only the last dimension must be contiguous.
+        key_scale: fp32 ``[b, heads, D]``, contiguous, by what the keys are divided before the rotation; or None.
         mean: fp32 ``[b, heads, D]``, contiguous, overwritten.
     """
     keys = keys if keys.stride(-1) == 1 else keys.contiguous()
@@ -46,7 +52,7 @@ def key_mean(fmt: SideFormat, keys: torch.Tensor, mean: torch.Tensor) -> None:
         num_warps=_SUM_WARPS,
     )  # fmt: skip
     _mean_kernel[(rows,)](
-        sums, stretches, tokens, signs, factors, mean, DIM=dim, PAD=dim_pad, DEPTH=min(_DEPTH, dim_pad),
+        sums, stretches, tokens, signs, factors, key_scale, mean, DIM=dim, PAD=dim_pad, DEPTH=min(_DEPTH, dim_pad),
         num_warps=_MEAN_WARPS,
     )  # fmt: skip
 
@@ -67,34 +73,149 @@ def _sum_kernel(
 ):
     """Sum ``STRETCH`` tokens of a row into fp32 ``sums [rows, stretches, DIM]``; grid (rows, stretches)."""
     row, stretch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    source = keys + row // heads * sequence_stride + row % heads * head_stride
+    at = row * tl.num_programs(1) + stretch
+    _sum_stretch(source, token_stride, sums + at * DIM, stretch, tokens, DIM, PAD, STRETCH, TOKENS)
+
+
+@triton.jit
+def _sum_stretch(
+    source,
+    token_stride,
+    sums,
+    stretch,
+    tokens,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    STRETCH: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Sum the tokens ``stretch * STRETCH ...`` of ``tokens`` tokens at ``source`` into fp32 ``sums [DIM]``."""
     channel = tl.arange(0, PAD)
-    source = keys + row // heads * sequence_stride + row % heads * head_stride + stretch * STRETCH * token_stride
+    source += stretch * STRETCH * token_stride
     held = tokens - stretch * STRETCH
     total = tl.zeros([TOKENS, PAD], tl.float32)
     for first in range(0, STRETCH, TOKENS):
         token = first + tl.arange(0, TOKENS)
         mask = (token < held)[:, None] & (channel < DIM)[None, :]
         total += tl.load(source + token[:, None] * token_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    at = (row * tl.num_programs(1) + stretch) * DIM + channel
-    tl.store(sums + at, tl.sum(total, 0), mask=channel < DIM)
+    tl.store(sums + channel, tl.sum(total, 0), mask=channel < DIM)
 
 
 @triton.jit(do_not_specialize=["stretches", "tokens"])
 def _mean_kernel(
-    sums, stretches, tokens, signs, factors, mean, DIM: tl.constexpr, PAD: tl.constexpr, DEPTH: tl.constexpr
+    sums, stretches, tokens, signs, factors, scale, mean, DIM: tl.constexpr, PAD: tl.constexpr, DEPTH: tl.constexpr
 ):
-    """Sum ``sums [rows, stretches, DIM]``, divide by the number of tokens and rotate; grid (rows)."""
+    """Sum ``sums [rows, stretches, DIM]``, divide by the number of tokens and the scale, rotate; grid (rows)."""
     row = tl.program_id(0).to(tl.int64)
+    own = scale
+    if scale is not None:
+        own += row * DIM
+    _rotate_mean(
+        sums + row * stretches * DIM, stretches, tokens, signs, factors, own, mean + row * DIM, DIM, PAD, DEPTH
+    )
+
+
+@triton.jit
+def _rotate_mean(
+    sums, stretches, tokens, signs, factors, scale, mean, DIM: tl.constexpr, PAD: tl.constexpr, DEPTH: tl.constexpr
+):
+    """The rotated mean, fp32 ``mean [DIM]``, of ``tokens`` tokens whose sums are fp32 ``sums [stretches, DIM]``.
+
+    It is divided by ``scale [DIM]`` first, unless that is None.
+    """
     channel = tl.arange(0, PAD)
     rotated = tl.zeros([PAD], tl.float32)
     for start in range(0, PAD, DEPTH):
         k = start + tl.arange(0, DEPTH)
         total = tl.zeros([DEPTH], tl.float32)
         for stretch in range(0, stretches):
-            total += tl.load(sums + (row * stretches + stretch) * DIM + k, mask=k < DIM, other=0.0)
+            total += tl.load(sums + stretch * DIM + k, mask=k < DIM, other=0.0)
+        if scale is not None:
+            total /= tl.load(scale + k, mask=k < DIM, other=1.0)
         rotated += tl.sum((total / tokens)[None, :] * tl.load(signs + channel[:, None] * PAD + k[None, :]), 1)
     rotated *= tl.load(factors + channel)
-    tl.store(mean + row * DIM + channel, rotated, mask=channel < DIM)
+    tl.store(mean + channel, rotated, mask=channel < DIM)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "stretches"])
+def due_mean_kernel(
+    # These change from launch to launch.
+    events,
+    sums,
+    # What stays.
+    keys,
+    sequence_stride,
+    head_stride,
+    token_stride,
+    signs,
+    factors,
+    scale,
+    mean,
+    heads,
+    tokens,
+    stretches,
+    EVENTS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    STRETCH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """:func:`key_mean` of the rows whose first page is due, in one launch; grid (rows).
+
+    Args:
+        events: int64 ``[B, EVENTS]``; the last number of a sequence says whether its key mean is to be fixed.
+        sums: fp32 ``[rows, stretches, DIM]``, scratch memory.
+        keys: ``[B, heads, tokens, DIM]``, with the strides that follow.
+        scale: fp32 ``[rows, DIM]``, by what the keys are divided before the rotation; or None.
+        mean: fp32 ``[rows, DIM]``, written.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(events + row // heads * EVENTS + EVENTS - 1) != 0:
+        source = keys + row // heads * sequence_stride + row % heads * head_stride
+        own = sums + row * stretches * DIM
+        for stretch in range(0, stretches):
+            _sum_stretch(
+                source, token_stride, own + stretch * DIM, stretch, tokens, DIM, PAD, STRETCH, TOKENS
+            )  # fmt: skip
+        tl.debug_barrier()  # the sums that other threads have stored are read next
+        divisor = scale
+        if scale is not None:
+            divisor += row * DIM
+        _rotate_mean(own, stretches, tokens, signs, factors, divisor, mean + row * DIM, DIM, PAD, DEPTH)
+
+
+def due_mean_arguments(
+    fmt: SideFormat, keys: torch.Tensor, scale: torch.Tensor | None, mean: torch.Tensor
+) -> dict[str, Any]:
+    """The arguments of :func:`due_mean_kernel` but ``events`` and ``sums``; ``keys [b, heads, n, D]`` are those due."""
+    _, heads, tokens, dim = keys.shape
+    dim_pad = max(LEAST, triton.next_power_of_2(dim))
+    signs, factors = rotation_by_places(dim, dim_pad, 8, fmt.rotation, torch.float32, keys.device)
+    strides = dict(zip(("sequence_stride", "head_stride", "token_stride"), keys.stride()[:3], strict=True))
+    return {
+        "keys": keys,
+        **strides,
+        "signs": signs,
+        "factors": factors,
+        "scale": scale,
+        "mean": mean,
+        "heads": heads,
+        "tokens": tokens,
+        "stretches": stretches_of(tokens),
+        "EVENTS": EVENTS,
+        "DIM": dim,
+        "PAD": dim_pad,
+        "STRETCH": _STRETCH,
+        "TOKENS": _TOKENS,
+        "DEPTH": min(_DEPTH, dim_pad),
+    }
+
+
+def stretches_of(tokens: int) -> int:
+    """Stretches whose sums are added to find the mean of so many tokens."""
+    return -(-tokens // _STRETCH)
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
@@ -120,11 +241,28 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 "tokens": "i32",
                 "signs": "*fp32",
                 "factors": "*fp32",
+                "scale": "*fp32",
                 "mean": "*fp32",
             },
             constants | {"DEPTH": _DEPTH},
             num_warps=_MEAN_WARPS,
             num_stages=1,
-            aligned=("sums", "signs", "factors", "mean"),
+            aligned=("sums", "signs", "factors", "scale", "mean"),
+        ),
+        CompileCase(
+            "key mean where due bf16 D=128",
+            due_mean_kernel,
+            {
+                "events": "*i64",
+                "sums": "*fp32",
+                "keys": "*bf16",
+                **dict.fromkeys(strides, "i32"),
+                **dict.fromkeys(("signs", "factors", "scale", "mean"), "*fp32"),
+                **dict.fromkeys(("heads", "tokens", "stretches"), "i32"),
+            },
+            constants | {"EVENTS": EVENTS, "STRETCH": _STRETCH, "TOKENS": _TOKENS, "DEPTH": _DEPTH},
+            num_warps=DUE_WARPS,
+            num_stages=1,
+            aligned=("events", "sums", "keys", *strides, "signs", "factors", "scale", "mean"),
         ),
     ]

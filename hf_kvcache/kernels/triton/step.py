@@ -127,8 +127,9 @@ class PreparedCall:
         position: int,
     ) -> None:
         stream = current_stream(self._device)
-        self._step(stream, (query, keys, values), (slot, position))
-        self._merge(stream, (output,))
+        partial, lse = self._partial, self._lse
+        self._step(stream, (query, keys, values, lse, partial, lse), (slot, position))  # there is no mask
+        self._merge(stream, (output, partial, lse))
 
     def _prepare(self) -> None:
         """Fill in all arguments of both launches but those of a token."""
@@ -147,8 +148,11 @@ class PreparedCall:
             **_page_arguments(inputs, placed == 2, self._partial),
             "rotation": self._partial if turn.tensor is None else turn.tensor,
             "state": self._partial if self.state is None else self.state,
-            "partial": self._partial,
-            "partial_lse": self._lse,
+            "records": self._partial,
+            "mask_b": 0,
+            "record_bytes": 0,
+            "max_length": 0,
+            "mask_least": 0.0,
             "page_splits": self._splits.pages,
             "per_dense": self._splits.per_dense,
             "rows": self._batch * self._heads,
@@ -156,7 +160,7 @@ class PreparedCall:
             "rows_m": kind.group,
             **kind.step_constants(
                 turn,
-                state=self.state is not None,
+                state=int(self.state is not None),
                 full=pages is None or pages.full,
                 placed=placed,
                 window=window,
@@ -172,8 +176,6 @@ class PreparedCall:
         sinks, turn = self._inputs.scoring.sink_logits, self._kind.output_turn(self._device)
         unread = self._partial
         arguments = {
-            "partial": self._partial,
-            "partial_lse": self._lse,
             "rotation": unread if turn.tensor is None else turn.tensor,
             "sinks": unread if sinks is None else sinks,
             "state": unread if self.state is None else self.state,

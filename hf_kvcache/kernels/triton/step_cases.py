@@ -27,9 +27,15 @@ _CASES = [
 def compile_cases(architecture: str) -> list[CompileCase]:
     """The cases for a target."""
     steps = [_step_case(architecture, *case) for case in _CASES]
-    with_state = _step_case(architecture, "unbiased4", 128, torch.bfloat16, state=True)
+    with_state = [_step_case(architecture, "unbiased4", 128, torch.bfloat16, state=state) for state in (1, 2)]
     windowed = _step_case(architecture, "rotated8", 128, torch.bfloat16, window=True)
-    return [*steps, with_state, windowed, *(_merge_case(architecture, dim) for dim in (64, 128, 256))]
+    # Compiled steps have a mask, as transformers makes one for them.
+    masked = [
+        _step_case(architecture, *case, state=2, window=window, mask=1)
+        for case in (("unbiased4", 128, torch.bfloat16), ("rotated8", 128, torch.bfloat16))
+        for window in (False, True)
+    ]
+    return [*steps, *with_state, windowed, *masked, *(_merge_case(architecture, dim) for dim in (64, 128, 256))]
 
 
 def _kind(arch: str, codec: str, dim: int, dtype: torch.dtype) -> StepKind:
@@ -37,7 +43,7 @@ def _kind(arch: str, codec: str, dim: int, dtype: torch.dtype) -> StepKind:
 
 
 def _step_case(
-    arch: str, codec: str, dim: int, dtype: torch.dtype, state: bool = False, window: bool = False
+    arch: str, codec: str, dim: int, dtype: torch.dtype, state: int = 0, window: bool = False, mask: int = 0
 ) -> CompileCase:
     kind = _kind(arch, codec, dim, dtype)
     assert kind.layout is not None
@@ -47,16 +53,20 @@ def _step_case(
     pointers = {
         **dict.fromkeys(("query", "new_keys", "new_values", "keys", "values"), tokens),
         **dict.fromkeys(("positions", "pages", "state"), "*i64"),
-        "page_places": "*i64",
+        "page_places": "*i32" if state == 2 else "*i64",
+        "records": "*u8",
+        "mask": "*u8" if mask else "*fp32",
         **dict.fromkeys(("key_mean", "key_scale", "tables", "rotation", "partial", "partial_lse"), "*fp32"),
     }
     sizes = ("slot", "position", "columns", "capacity", "page_splits", "per_dense", "rows", "heads", "rows_m", "window")
+    more = "mask_b", "record_bytes", "max_length"
     constants = kind.step_constants(
         kind.query_turn(_CPU),
         state=state,
-        full=not window,
-        placed=int(window),
+        full=not window or state == 2,
+        placed=3 if state == 2 else int(window),
         window=window,
+        mask=mask,
         centered=kind.layout.sides["keys"].centered,
         scaled=kind.layout.sides["keys"].balanced,
         softcap=False,
@@ -64,11 +74,12 @@ def _step_case(
     config, block_n = kind.config, constants["BLOCK_N"]
     name = f"step {codec} D={dim}" + (" fp32" if dtype == torch.float32 else "")
     return CompileCase(
-        name=name + (" state" if state else "") + (" window" if window else ""),
+        name=name + ("", " state", " static")[state] + (" window" if window else "") + (" mask" if mask else ""),
         kernel=step_kernel,
         signature={
             **pointers,
-            **dict.fromkeys((*strides, "position_b", *sizes), "i32"),
+            **dict.fromkeys((*strides, "position_b", *sizes, *more), "i32"),
+            "mask_least": "fp32",
             "inner": "fp32",
             "softcap": "fp32",
         },

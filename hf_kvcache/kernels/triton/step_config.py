@@ -113,13 +113,14 @@ class StepKind:
     def step_constants(
         self,
         turn: Turn,
-        state: bool,
+        state: int,
         full: bool,
         placed: int,
         window: bool,
         centered: bool,
         scaled: bool,
         softcap: bool,
+        mask: int = 0,
     ) -> dict[str, Any]:
         """The constants of ``step_kernel``, which describes them.
 
@@ -150,6 +151,7 @@ class StepKind:
             "FULL": full,
             "PLACED": placed,
             "WINDOW": window,
+            "MASK": mask,
             "CENTERED": centered,
             "SCALED": scaled,
             "SOFTCAP": softcap,

@@ -110,6 +110,10 @@ def _attend_pages(
     last_page,
     split,
     oldest,
+    mask,
+    mask_least,
+    records,
+    record_bytes,
     inner,
     softcap,
     KEYS: tl.constexpr,
@@ -119,13 +123,18 @@ def _attend_pages(
     STAGES: tl.constexpr,
     FULL: tl.constexpr,
     PLACED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASK: tl.constexpr,
     CENTERED: tl.constexpr,
     SCALED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ROTATION: tl.constexpr,
     LOG_D: tl.constexpr,
 ):
-    """Attention over the pages ``[first_page, last_page)`` of a row, as in ``pages_kernel``."""
+    """Attention over the pages ``[first_page, last_page)`` of a row, as in ``pages_kernel``.
+
+    With ``PLACED == 3``, ``pages`` and ``positions`` are those of a static state, and ``mask`` is that of the sequence.
+    """
     TILES: tl.constexpr = KEYS.page_pad // BLOCK_N
     MASKED: tl.constexpr = not FULL or KEYS.page != KEYS.page_pad
     TOKEN_SCALES: tl.constexpr = VALUES.folded and (not VALUES.channel or VALUES.other)
@@ -159,13 +168,32 @@ def _attend_pages(
     offset = tl.zeros([m.shape[0]], tl.float32)
     acc = tl.full([m.shape[0], VALUES.segments * VALUES.segment_pad], 0.0, tl.float32)
     for tile in tl.range(first_page * TILES, last_page * TILES, num_stages=STAGES):
-        place, first, token, held, keep, record = locate_tokens(pages, row, rows, capacity, tile, KEYS, BLOCK_N, FULL)
+        if PLACED == 3:
+            place = row.to(tl.int64) * capacity + tile // TILES
+            first = tile % TILES * BLOCK_N
+            token = first + tl.arange(0, BLOCK_N)
+            held, keep = KEYS.page - first, token < KEYS.page
+            record = tl.multiple_of(records + tl.load(pages + place) * record_bytes, 16)
+        else:
+            place, first, token, held, keep, record = locate_tokens(
+                pages, row, rows, capacity, tile, KEYS, BLOCK_N, FULL
+            )
         scores = _page_scores(record, q, first, held, key_table, key_channel, key_there, KEYS, BLOCK_N, MASKED)
         scores = finish_scores(scores, q_peak, shift, inner, softcap, SOFTCAP)
-        if PLACED > 0:
+        if PLACED == 3:
+            if WINDOW or MASK > 0:
+                at = tl.load(
+                    positions + (batch.to(tl.int64) * capacity + tile // TILES) * KEYS.page + token, mask=keep, other=0
+                )
+                if WINDOW:
+                    keep = keep & (at >= oldest)
+                if MASK > 0:
+                    keep, bias = shown(mask, at, keep, mask_least, MASK)
+                    scores += bias[None, :]
+        elif PLACED > 0:
             at = page_positions(pages, positions, place, rows, capacity, token, keep, KEYS, PLACED)
             keep = keep & (at >= oldest)
-        if PLACED > 0 or MASKED:
+        if WINDOW or MASK > 0 or MASKED:
             scores = tl.where(keep[None, :], scores, float("-inf"))
         # As in `pages_kernel`: weights times a scale per token must stay in the range of half precision.
         height = scores
@@ -229,6 +257,9 @@ def _attend_slots(
     split,
     position,
     oldest,
+    mask,
+    mask_least,
+    max_length,
     inner,
     softcap,
     KEY_DIM: tl.constexpr,
@@ -240,12 +271,15 @@ def _attend_slots(
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    PLACED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STATIC: tl.constexpr,
+    MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     """Attention over the slots ``[first_slot, last_slot)`` of a row, and over the new token in the last split.
 
-    ``keys`` and ``values`` point to the first slot of the row, ``positions`` to that of the sequence.
+    ``keys`` and ``values`` point to the first slot of the row, ``positions`` to that of the sequence, and ``mask`` to
+    its mask. In a static state, a token that its mask hides or for which there is no room is not stored.
     """
     key_channel, value_channel = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
     key_there, value_there = key_channel < KEY_DIM, value_channel < VALUE_DIM
@@ -258,8 +292,13 @@ def _attend_slots(
     for first in tl.range(first_slot, last_slot, BLOCK_N, num_stages=STAGES):
         at = first + tl.arange(0, BLOCK_N)
         keep = at < last_slot
-        if PLACED:
-            keep = keep & (tl.load(positions + at, mask=keep, other=0) >= oldest)
+        bias = tl.zeros([BLOCK_N], tl.float32)
+        if WINDOW or MASK > 0:
+            placed = tl.load(positions + at, mask=keep, other=0)
+            if WINDOW:
+                keep = keep & (placed >= oldest)
+            if MASK > 0:
+                keep, bias = shown(mask, placed, keep, mask_least, MASK)
         # A slot that counts for nothing may hold anything, infinity included, and 0 times infinity is not 0.
         k = tl.load(
             keys + at.to(tl.int64)[:, None] * key_n + key_channel[None, :],
@@ -268,6 +307,8 @@ def _attend_slots(
         )
         scores = tl.dot(narrow, tl.trans(k.to(COMPUTE)), input_precision=PRECISION)
         scores = finish_scores(scores, ones, none, inner, softcap, SOFTCAP)
+        if MASK > 0:
+            scores += bias[None, :]
         scores = tl.where(keep[None, :], scores, float("-inf"))
         weights, decay, peak, total = weigh(scores, scores, peak, total)
         v = tl.load(
@@ -277,24 +318,56 @@ def _attend_slots(
         )
         acc = tl.dot(weights.to(COMPUTE), v.to(COMPUTE), acc * decay[:, None], input_precision=PRECISION)
     if split == tl.num_programs(1) - 1:
-        k = tl.load(new_keys + key_channel, mask=key_there, other=0.0)
-        v = tl.load(new_values + value_channel, mask=value_there, other=0.0)
+        key_real, value_real = key_there, value_there
+        if STATIC:
+            own = tl.zeros([1], tl.int64) + position
+            real, own_bias = own < max_length, tl.zeros([1], tl.float32)
+            if MASK > 0:
+                real, own_bias = shown(mask, own, real, mask_least, MASK)
+            key_real, value_real = key_there & real, value_there & real
+        k = tl.load(new_keys + key_channel, mask=key_real, other=0.0)
+        v = tl.load(new_values + value_channel, mask=value_real, other=0.0)
         scores = tl.sum(q * k.to(tl.float32)[None, :], 1)
         scores = tl.sum(finish_scores(scores[:, None], ones, none, inner, softcap, SOFTCAP), 1)
-        higher = tl.maximum(peak, scores)
+        if STATIC:
+            scores = tl.where(real, scores + own_bias, float("-inf"))
+            higher = tl.maximum(peak, scores)
+            higher = tl.where(higher == float("-inf"), 0.0, higher)
+        else:
+            higher = tl.maximum(peak, scores)
         decay, weight = tl.exp2(peak - higher), tl.exp2(scores - higher)
         acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)[None, :]
         peak, total = higher, total * decay + weight
         # Programs of one row with other queries write the same; none reads it in this launch.
         at = tl.cast(slot, tl.int64)
-        tl.store(keys + at * key_n + key_channel, k, mask=key_there)
-        tl.store(values + at * value_n + value_channel, v, mask=value_there)
-        if PLACED:
+        tl.store(keys + at * key_n + key_channel, k, mask=key_real)
+        tl.store(values + at * value_n + value_channel, v, mask=value_real)
+        if STATIC:
             # All heads write the same.
+            tl.store(positions + at + tl.arange(0, 1), own, mask=real)
+        elif WINDOW:
             tl.store(positions + at, tl.cast(position, tl.int64))
     store_partial(
         partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, value_channel, value_there, VALUE_DIM
     )
+
+
+@triton.jit
+def shown(mask, at, keep, least, MASK: tl.constexpr):
+    """Which of the tokens ``keep [n]`` at the positions ``at [n]`` a mask shows, and what it adds to scores in base 2.
+
+    Args:
+        mask: uint8, not 0 where a token is shown, if ``MASK == 1``; else numbers that are added to scores.
+        least: a token is hidden where what is added is not above this.
+    """
+    found = tl.load(mask + at, mask=keep, other=0)
+    if MASK == 1:
+        keep, bias = keep & (found != 0), tl.zeros(at.shape, tl.float32)
+    else:
+        bias = found.to(tl.float32)
+        keep = keep & (bias > least)
+        bias *= LOG2_E
+    return keep, bias
 
 
 @triton.jit
@@ -316,13 +389,19 @@ def _attend_nothing(partial_lse, row, rows, m, rows_m, split):
         "heads",
         "rows_m",
         "window",
+        "mask_b",
+        "record_bytes",
+        "max_length",
     ]
 )
 def step_kernel(
-    # The new token; these change from launch to launch.
+    # The new token and the outputs; these change from launch to launch.
     query,
     new_keys,
     new_values,
+    mask,
+    partial,
+    partial_lse,
     slot,
     position,
     # The full-precision tokens.
@@ -336,11 +415,9 @@ def step_kernel(
     key_scale,
     tables,
     rotation,
+    records,
     # Lengths on the device.
     state,
-    # Outputs.
-    partial,
-    partial_lse,
     # Strides.
     query_b,
     query_h,
@@ -355,6 +432,8 @@ def step_kernel(
     value_h,
     value_n,
     position_b,
+    mask_b,
+    record_bytes,
     # Sizes and scoring.
     columns,
     capacity,
@@ -364,6 +443,8 @@ def step_kernel(
     heads,
     rows_m,
     window,
+    max_length,
+    mask_least,
     inner,
     softcap,
     # Constant sizes.
@@ -388,6 +469,7 @@ def step_kernel(
     FULL: tl.constexpr,
     PLACED: tl.constexpr,
     WINDOW: tl.constexpr,
+    MASK: tl.constexpr,
     CENTERED: tl.constexpr,
     SCALED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -403,21 +485,27 @@ def step_kernel(
         query: ``[B, Hq, 1, Dk]`` in the model's basis; the last dimension is contiguous.
         new_keys: ``[B, Hkv, 1, Dk]``, of the token; the last dimension is contiguous.
         new_values: ``[B, Hkv, 1, Dv]``, likewise.
+        mask: what the query sees of each position, ``[B, L]``, see :func:`shown`; read if ``MASK``.
+        partial: fp32 ``[splits, rows, rows_m, Dv]``, written; the splits of the pages in the rotated basis.
+        partial_lse: fp32 ``[splits, rows, rows_m]``, written, in base 2.
         slot: slots in use before the token, where it is stored; unless ``STATE``.
         position: the token's position; unless ``STATE``.
         keys: ``[B, Hkv, slots, Dk]``; the new token's slot is written.
         values: ``[B, Hkv, slots, Dv]``, likewise.
-        positions: int64 ``[B, slots]``; read and written if ``WINDOW``.
-        pages: int64 ``[3, rows, capacity]``: addresses of the records, token counts, first positions.
-        page_places: int32 ``[rows, capacity, P]``, positions; read if ``PLACED == 2``.
+        positions: int64 ``[B, slots]``; read if ``WINDOW`` or ``MASK``, written if ``WINDOW`` or ``STATE == 2``.
+        pages: int64 ``[3, rows, capacity]``: addresses of the records, token counts, first positions. With
+            ``PLACED == 3`` int64 ``[rows, capacity]``, numbers of the records.
+        page_places: int32 ``[rows, capacity, P]``, positions; read if ``PLACED == 2``. With ``PLACED == 3``
+            ``[B, capacity, P]``, read if ``WINDOW`` or ``MASK``.
         key_mean: fp32 ``[rows, Dk]`` in the rotated basis; read if ``CENTERED``.
         key_scale: fp32 ``[rows, Dk]``, what the keys were divided by before the rotation; read if ``SCALED``.
         tables: fp32 ``[2, 16]``, the levels of keys and values; read where a side has ``level="table"``.
         rotation: of the keys, fp32: signs ``[Dk]`` for ``"butterfly"``, ``[Dk, Dk]`` for ``"matrix"``.
-        state: int64 ``[2 + B]``: position of the token, columns of the table, slot of each sequence; read if ``STATE``.
-        partial: fp32 ``[splits, rows, rows_m, Dv]``, written; the splits of the pages in the rotated basis.
-        partial_lse: fp32 ``[splits, rows, rows_m]``, written, in base 2.
+        records: uint8, all records; read if ``PLACED == 3``.
+        state: int64; with ``STATE == 1`` ``[2 + B]``: position of the token, columns of the table, slot of each
+            sequence. With ``STATE == 2`` that of :class:`~hf_kvcache.kernels.static_state.StaticState`.
         query_b, query_h: elements between sequences and heads of the query; others likewise, ``_n`` between slots.
+        record_bytes: bytes of a record.
         columns: pages of a row; unless ``STATE``.
         capacity: the distance between rows of the table.
         page_splits: splits of the pages.
@@ -426,6 +514,8 @@ def step_kernel(
         heads: KV heads.
         rows_m: query heads per KV head.
         window: tokens the query sees, itself included; used if ``WINDOW``.
+        max_length: tokens that a sequence can have; used if ``STATE == 2``.
+        mask_least: see :func:`shown`.
         inner: factor of the dot products.
         softcap: soft cap of the scores; used if ``SOFTCAP``.
         KEYS: the key side of a page; None if there are no pages.
@@ -442,10 +532,12 @@ def step_kernel(
         DENSE_STAGES: that over slots.
         LEAST_PAGES: pages of a split, at least.
         LOG_D: the logarithm of ``Dk``, for ``"butterfly"``.
-        STATE: whether lengths are read from ``state``; then the grid may be larger than they need.
+        STATE: from which form of ``state`` lengths are read; 0 if from none. The grid may be larger than they need.
         FULL: whether every place of every page holds a token.
         PLACED: whether pages need positions: 0 if not, 1 if they hold tokens side by side, 2 if ``page_places`` says.
+            3 for the pages of a static state.
         WINDOW: whether there is a sliding window.
+        MASK: 0 if there is no mask, 1 for a boolean one, 2 for an additive one; with ``STATE == 2`` only.
         CENTERED: whether a key mean was subtracted from the keys.
         SCALED: whether the keys were divided by a scale.
         SOFTCAP: whether scores are capped.
@@ -454,10 +546,14 @@ def step_kernel(
     row, batch, head, m = locate(rows_m, heads, BLOCK_M)
     split = tl.program_id(1)
     batch64, head64 = batch.to(tl.int64), head.to(tl.int64)
-    if STATE:
+    if STATE == 1:
         position = tl.load(state)
         columns = tl.load(state + 1).to(tl.int32)
         slot = tl.load(state + 2 + batch).to(tl.int32)
+    if STATE == 2:
+        position = tl.load(state)
+        slot = tl.load(state + 2 + batch).to(tl.int32)
+        columns = tl.load(state + 2 + rows // heads + batch).to(tl.int32)
     oldest = position - window + 1
     if split >= page_splits:
         first_slot = (split - page_splits) * per_dense
@@ -488,6 +584,9 @@ def step_kernel(
                 split,
                 position,
                 oldest,
+                mask + batch64 * mask_b,
+                mask_least,
+                max_length,
                 inner,
                 softcap,
                 KEY_DIM,
@@ -500,6 +599,8 @@ def step_kernel(
                 DENSE_N,
                 DENSE_STAGES,
                 WINDOW,
+                STATE == 2,
+                MASK,
                 SOFTCAP,
             )
         else:
@@ -532,6 +633,10 @@ def step_kernel(
                 last_page,
                 split,
                 oldest,
+                mask + batch64 * mask_b,
+                mask_least,
+                records,
+                record_bytes,
                 inner,
                 softcap,
                 KEYS,
@@ -541,6 +646,8 @@ def step_kernel(
                 STAGES,
                 FULL,
                 PLACED,
+                WINDOW,
+                MASK,
                 CENTERED,
                 SCALED,
                 SOFTCAP,
@@ -558,11 +665,84 @@ def _shares(partial_lse, at, split, splits, peak, total):
     return tl.exp2(lse - peak) / total, lse > float("-inf")
 
 
+@triton.jit
+def merge_splits(
+    output,
+    partial,
+    partial_lse,
+    rotation,
+    sinks,
+    stride,
+    page_splits,
+    splits,
+    query_heads,
+    room,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    LOG_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    ROTATION: tl.constexpr,
+    SINKS: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    """Merge the splits of the query head of this program, as :func:`merge_kernel` says.
+
+    With ``STATIC`` there may be no token at all, which gives 0; and without ``room`` for the token the output is NaN.
+    """
+    index = tl.program_id(0)
+    channel = tl.arange(0, DIM_PAD)
+    there = channel < DIM
+    peak = tl.full([], float("-inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    sink = peak
+    if SINKS:
+        sink = tl.load(sinks + index % query_heads).to(tl.float32) * LOG2_E
+        peak = sink
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        at = split.to(tl.int64) * stride + index
+        peak = tl.maximum(peak, tl.max(tl.load(partial_lse + at, mask=split < splits, other=float("-inf")), 0))
+    if STATIC:
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+    if SINKS:
+        total += tl.exp2(sink - peak)
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        at = split.to(tl.int64) * stride + index
+        total += tl.sum(tl.exp2(tl.load(partial_lse + at, mask=split < splits, other=float("-inf")) - peak), 0)
+    if STATIC:
+        total = tl.where(room, tl.where(total > 0, total, 1.0), float("nan"))
+    packed = tl.zeros([DIM_PAD], tl.float32)
+    dense = tl.zeros([DIM_PAD], tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        at = split.to(tl.int64) * stride + index
+        share, some = _shares(partial_lse, at, split, splits, peak, total)
+        part = tl.load(partial + at[:, None] * DIM + channel[None, :], mask=some[:, None] & there[None, :], other=0.0)
+        in_pages = split < page_splits
+        packed += tl.sum(part * tl.where(in_pages, share, 0.0)[:, None], 0)
+        dense += tl.sum(part * tl.where(in_pages, 0.0, share)[:, None], 0)
+    to = output + index.to(tl.int64) * DIM
+    if ROTATION == "matrix":
+        # Rows of the rotation, whose transpose is its inverse.
+        for first in tl.static_range(0, DIM_PAD, 16):
+            row = first + tl.arange(0, 16)
+            inside = (row < DIM)[:, None] & there[None, :]
+            matrix = tl.load(rotation + row[:, None] * DIM + channel[None, :], mask=inside, other=0.0)
+            own = tl.where(row[:, None] == channel[None, :], 1.0, 0.0)
+            result = tl.sum(matrix * packed[None, :] + own * dense[None, :], 1)
+            tl.store(to + row, result.to(output.dtype.element_ty), mask=row < DIM)
+    else:
+        if ROTATION == "butterfly":
+            packed = _butterfly(packed[None, :], rotation, channel, 1, DIM_PAD, LOG_D, True)
+            packed = tl.reshape(packed, [DIM_PAD])
+        tl.store(to + channel, (packed + dense).to(output.dtype.element_ty), mask=there)
+
+
 @triton.jit(do_not_specialize=["stride", "page_splits", "splits", "batch"])
 def merge_kernel(
-    # Output; it changes from launch to launch.
+    # Output and partial results; they change from launch to launch.
     output,
-    # Partial results.
     partial,
     partial_lse,
     # Rotation and sinks.
@@ -609,51 +789,12 @@ def merge_kernel(
         SINKS: whether there are sink logits.
         ADVANCE: whether to count the token in ``state``.
     """
-    index = tl.program_id(0)
-    channel = tl.arange(0, DIM_PAD)
-    there = channel < DIM
-    peak = tl.full([], float("-inf"), tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    sink = peak
-    if SINKS:
-        sink = tl.load(sinks + index % query_heads).to(tl.float32) * LOG2_E
-        peak = sink
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        at = split.to(tl.int64) * stride + index
-        peak = tl.maximum(peak, tl.max(tl.load(partial_lse + at, mask=split < splits, other=float("-inf")), 0))
-    if SINKS:
-        total += tl.exp2(sink - peak)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        at = split.to(tl.int64) * stride + index
-        total += tl.sum(tl.exp2(tl.load(partial_lse + at, mask=split < splits, other=float("-inf")) - peak), 0)
-    packed = tl.zeros([DIM_PAD], tl.float32)
-    dense = tl.zeros([DIM_PAD], tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        at = split.to(tl.int64) * stride + index
-        share, some = _shares(partial_lse, at, split, splits, peak, total)
-        part = tl.load(partial + at[:, None] * DIM + channel[None, :], mask=some[:, None] & there[None, :], other=0.0)
-        in_pages = split < page_splits
-        packed += tl.sum(part * tl.where(in_pages, share, 0.0)[:, None], 0)
-        dense += tl.sum(part * tl.where(in_pages, 0.0, share)[:, None], 0)
-    to = output + index.to(tl.int64) * DIM
-    if ROTATION == "matrix":
-        # Rows of the rotation, whose transpose is its inverse.
-        for first in tl.static_range(0, DIM_PAD, 16):
-            row = first + tl.arange(0, 16)
-            inside = (row < DIM)[:, None] & there[None, :]
-            matrix = tl.load(rotation + row[:, None] * DIM + channel[None, :], mask=inside, other=0.0)
-            own = tl.where(row[:, None] == channel[None, :], 1.0, 0.0)
-            result = tl.sum(matrix * packed[None, :] + own * dense[None, :], 1)
-            tl.store(to + row, result.to(output.dtype.element_ty), mask=row < DIM)
-    else:
-        if ROTATION == "butterfly":
-            packed = _butterfly(packed[None, :], rotation, channel, 1, DIM_PAD, LOG_D, True)
-            packed = tl.reshape(packed, [DIM_PAD])
-        tl.store(to + channel, (packed + dense).to(output.dtype.element_ty), mask=there)
+    merge_splits(
+        output, partial, partial_lse, rotation, sinks, stride, page_splits, splits, query_heads, True, DIM, DIM_PAD,
+        LOG_D, BLOCK_S, ROTATION, SINKS, False,
+    )  # fmt: skip
     if ADVANCE:
+        index = tl.program_id(0)
         number = tl.arange(0, STATE_PAD)
         # A vector, since the interpreter makes no mask of a scalar and a vector.
         own = (number < batch + 2) & (index + tl.zeros_like(number) == 0)

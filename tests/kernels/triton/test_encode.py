@@ -68,8 +68,8 @@ def by_kernel(encoder: PageEncoder, pages: Pages) -> torch.Tensor:
     """The records by the kernel, in the middle of poisoned ones that must stay."""
     count = pages.keys.shape[0] * pages.keys.shape[1] * pages.keys.shape[2] // encoder.layout.page_size
     memory = torch.full((count + 2, encoder.layout.record_bytes), GUARD, dtype=torch.uint8, device=pages.keys.device)
-    assert encode.supports_encoding(encoder.layout, encoder._methods, pages.keys, pages.values)
-    encode.encode_pages(encoder.layout, encoder._methods, *pages, memory[1:-1])
+    assert encode.supports_encoding(encoder.layout, encoder.methods, pages.keys, pages.values)
+    encode.encode_pages(encoder.layout, encoder.methods, *pages, memory[1:-1])
     assert (memory[0] == GUARD).all() and (memory[-1] == GUARD).all()
     return memory[1:-1].cpu()
 
@@ -176,7 +176,7 @@ def test_records_by_their_addresses(device: torch.device) -> None:
     memory = torch.full((24, encoder.layout.record_bytes), GUARD, dtype=torch.uint8, device=device)
     places = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:8]
     addresses = memory.data_ptr() + places * encoder.layout.record_bytes
-    encode.encode_pages(encoder.layout, encoder._methods, *pages, addresses.to(device))
+    encode.encode_pages(encoder.layout, encoder.methods, *pages, addresses.to(device))
     assert torch.equal(memory.cpu()[places], by_kernel(encoder, pages))
     others = torch.ones(24, dtype=torch.bool)
     others[places] = False
@@ -246,9 +246,9 @@ def test_tiles_that_shared_memory_does_not_hold(spec: str, dim: int, monkeypatch
     for arch in ARCHITECTURES:
         monkeypatch.setattr(encode, "architecture_of", lambda device, arch=arch: arch)
         fits = TARGETS[arch].program_shared >= 4 * 128 * 256
-        assert encode.supports_encoding(encoder.layout, encoder._methods, x, x) == fits, arch
+        assert encode.supports_encoding(encoder.layout, encoder.methods, x, x) == fits, arch
         half = make_encoder(spec, dim, 64, torch.bfloat16)
-        assert encode.supports_encoding(half.layout, half._methods, x, x), arch
+        assert encode.supports_encoding(half.layout, half.methods, x, x), arch
 
 
 def test_what_is_left_to_torch(device: torch.device) -> None:
@@ -261,7 +261,7 @@ def test_what_is_left_to_torch(device: torch.device) -> None:
         (make_encoder("int4", 48, 16), torch.float64, False),
     ]
     for encoder, dtype, expected in cases:
-        found = encode.supports_encoding(encoder.layout, encoder._methods, x.to(dtype), x.to(dtype))
+        found = encode.supports_encoding(encoder.layout, encoder.methods, x.to(dtype), x.to(dtype))
         assert found == expected, encoder.codec
     fmt = SideFormat(48, 2, "table", group=48, zero=False, table=(-2.0, -1.0, 0.5, 2.0))
     assert not encode._KNOWN["norm"](fmt, 16)
