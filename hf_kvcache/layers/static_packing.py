@@ -54,6 +54,11 @@ class StaticPacking(StaticContents):
         if scale is not None and self.seen == 0:
             scale.copy_(key_scale(query, keys, valid, self.settings.sink_length))
 
+    def unbalance(self) -> None:
+        """Forget the scale of the keys."""
+        if self.tensors.key_scale is not None:
+            self.tensors.key_scale.fill_(1)
+
     def _fix_mean_of(self, rows: np.ndarray, keys: torch.Tensor) -> None:
         """Take the mean of ``keys [b, H, n, Dk]`` as the key mean of those of ``rows`` that have none yet."""
         encoder, known = self.settings.encoder, self.numbers.counters[MEAN_KNOWN, rows]
@@ -73,12 +78,12 @@ class StaticPacking(StaticContents):
         encoder, page_size, device = self.settings.encoder, self.page_size, keys.device
         pages, records = places.shape[1], self.tensors.records
         whole = self.tensors.key_mean, self.tensors.key_scale
-        basis = [None if t is None else rows_of(t, rows) for t in whole]
+        mean, scale = (None if t is None else rows_of(t, rows) for t in whole)
         if encoder.writes_at_once(keys, values):
             addresses = records.data_ptr() + places.T.reshape(-1) * self.layout.record_bytes
-            encoder.write(keys, values, *basis, to_device(addresses, device))
+            encoder.write(keys, values, mean, scale, to_device(addresses, device))
             return
-        basis = [None if t is None else t.flatten(0, 1) for t in basis]
+        basis = [None if t is None else t.flatten(0, 1) for t in (mean, scale)]
         step = max(1, _ENCODE_ELEMENTS // (len(rows) * self.heads * page_size * keys.shape[3]))
         for start in range(0, pages, step):
             stop = min(start + step, pages)

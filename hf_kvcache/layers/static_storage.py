@@ -39,6 +39,7 @@ class StaticStorage(StaticPacking):
     def clear(self) -> None:
         """Forget all tokens."""
         self.numbers.clear()
+        self.unbalance()
         self.changed()
 
     # -- storing --------------------------------------------------------------------------------------------------
@@ -178,6 +179,8 @@ class StaticStorage(StaticPacking):
         self._follows = -1
         self.lengths[:] = self._kept(position)
         self.numbers.seen[:] = position
+        if position == 0:
+            self.unbalance()
         counters, paged = self.numbers.counters, self.numbers.paged
         for row in range(self.batch):
             slots, pages = int(self.lengths[row]), int(self.pages_held[row])

@@ -82,6 +82,7 @@ class KeyBasis:
             return
         unknown, (own, scale) = not self.known[rows].any(), self.of(rows)
         # Of sequences side by side the rows are a view, which can be written to.
+        assert own is not None
         if weights is None and unknown and is_run(rows) and self.encoder.write_key_mean(keys, scale, own):
             self.known[rows] = True
             return

@@ -45,7 +45,9 @@ def formats(codec: str, dim: int) -> tuple[SideFormat, SideFormat]:
             SideFormat(dim, bits, axis="token", group=dim, rotation="hadamard"),
         )
     table = tuple(round(127 * (2 * i + 1 - 2**bits) / (2**bits - 1)) * 2.7 / 127 for i in range(2**bits))
-    keys = SideFormat(dim, bits, "table", "channel", _PAGE, other=True, rotation="hadamard", centered=True, table=table)
+    keys = SideFormat(
+        dim, bits, "table", "channel", _PAGE, other=True, rotation="hadamard", centered=True, table=table, balanced=True
+    )
     return keys, SideFormat(dim, bits, "table", group=dim, zero=False, rotation="signed_hadamard", table=table)
 
 

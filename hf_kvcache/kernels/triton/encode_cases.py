@@ -45,7 +45,7 @@ def formats(codec: str, dims: tuple[int, int]) -> tuple[SideFormat, SideFormat, 
     if name == "latent":
         return SideFormat(key_dim, bits, group=64, rotation="hadamard"), dense, ("integer", "dense")
     if name == "unbiased":
-        keys = SideFormat(key_dim, bits, "table", "channel", _PAGE, True, True, "hadamard", True, table)
+        keys = SideFormat(key_dim, bits, "table", "channel", _PAGE, True, True, "hadamard", True, table, balanced=True)
         values = SideFormat(
             value_dim, bits, "table", group=value_dim, zero=False, rotation="signed_hadamard", table=table
         )
