@@ -166,7 +166,7 @@ def random_pages(case: Case, rng: np.random.Generator) -> Pages:
     key_mean = torch.from_numpy(rng.normal(size=(rows, shape.key_dim))).float() if case.formats[0].centered else None
     scale = None
     if case.formats[0].balanced:
-        scale = torch.from_numpy(2.0 ** rng.integers(-3, 4, size=(rows, shape.key_dim))).float()
+        scale = torch.from_numpy(2.0 ** rng.integers(-2, 1, size=(rows, shape.key_dim))).float()
     used = np.s_[:, :columns]
     return Pages(layout, slabs, addresses[used], counts[used], first[used], scattered, key_mean, shape.heads, scale)
 

@@ -106,6 +106,7 @@ def test_a_row_does_not_depend_on_the_others(isa: str) -> None:
                     {},
                     pages.key_mean[rows],
                     pages.heads,
+                    None if pages.key_scale is None else pages.key_scale[rows],
                 ),
                 dense=type(call.dense)(
                     call.dense.keys[b : b + 1], call.dense.values[b : b + 1], call.dense.positions[b : b + 1]

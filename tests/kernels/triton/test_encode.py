@@ -60,7 +60,9 @@ def make_pages(encoder: PageEncoder, device: torch.device, dtype: torch.dtype = 
         side[1, 2 : 2 + page, 1] *= 1e-7
     keys, values = (side.to(dtype).to(device).transpose(1, 2)[:, :, 2 : 2 + 2 * page] for side in x)
     mean = random.normal(4, shape[-1]).to(device) if encoder.centered else None
-    scale = torch.exp2((random.normal(4, shape[-1]) / 2).round()).to(device) if encoder.balanced else None
+    scale = torch.exp2(random.normal(4, shape[-1]).round()).to(device) if encoder.balanced else None
+    if scale is not None:
+        scale[3] = 1  # the page below half precision's range is noise, whose codes depend on every rounding
     return Pages(keys, values, mean, scale)
 
 
