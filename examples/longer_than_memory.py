@@ -3,21 +3,25 @@
 The process is held to LIMIT bytes more than the model takes (Linux). Without `offload`, reading stops with an error.
 """
 
+import os
 import resource
 import sys
 import tempfile
+from importlib.resources import files
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kvcache import KVCache
-from hf_kvcache.cli.models import load_default_model
-from hf_kvcache.cli.sample_text import packaged_text
 
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
+TEXT = files("hf_kvcache").joinpath("cli/data/alice.txt").read_text(encoding="utf-8")  # or a text of yours
 LIMIT, CHUNK = 160 << 20, 128
 
-model, tokenizer = load_default_model()  # another: load_default_model("<hub id or path>")
-ids = tokenizer(packaged_text()[0] * 20, return_tensors="pt").input_ids
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
+ids = tokenizer(TEXT * 20, return_tensors="pt").input_ids
 ids = ids[:, : int(sys.argv[1]) if len(sys.argv) > 1 else 6144]
 
 with torch.inference_mode():

@@ -33,12 +33,13 @@ def cut_windows(tokenizer: Any, text: str, prefix: int, suffix: int, windows: in
     Raises:
         ValueError: if the text is too short for one window.
     """
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+    read = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids = torch.tensor(read, dtype=torch.long, device="cpu")
     begin = tokenizer.bos_token_id
     if begin is None or tokenizer("a", verbose=False).input_ids[:1] != [begin]:
         head = ids[:0]
     else:
-        head = torch.tensor([begin])
+        head = torch.tensor([begin], device="cpu")
     length = prefix + suffix - len(head)
     if len(ids) < length:
         raise ValueError(
@@ -46,5 +47,5 @@ def cut_windows(tokenizer: Any, text: str, prefix: int, suffix: int, windows: in
             "text, or a shorter prefix"
         )
     count = min(windows, len(ids) // length)
-    starts = torch.linspace(0, len(ids) - length, count).long().tolist()
+    starts = torch.linspace(0, len(ids) - length, count, device="cpu").long().tolist()
     return torch.stack([torch.cat([head, ids[start : start + length]]) for start in starts])

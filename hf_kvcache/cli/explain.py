@@ -95,7 +95,7 @@ def _text(tokenizer: Any, length: int) -> torch.Tensor:
     """``length`` tokens of the packaged text, repeated if it is shorter, ``[1, length]``."""
     tokens = tokenizer(packaged_text()[0], add_special_tokens=False, verbose=False).input_ids
     repeats = -(-length // len(tokens))
-    return torch.tensor([(tokens * repeats)[:length]])
+    return torch.tensor([(tokens * repeats)[:length]], device="cpu")
 
 
 def as_json(found: list[Measured], args: argparse.Namespace, model: Any) -> str:

@@ -18,6 +18,8 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_map_only
 
+from hf_kvcache.integration.versions import CACHE_NAMES
+
 #: The method with which an indexer adds its keys to a cache, by which indexers are found.
 _UPDATE = "update_indexer"
 #: The method of an attention class that makes a mask of nothing but the picked tokens (GLM 5).
@@ -279,7 +281,7 @@ def _wrapped_indexer(takes_picks: Callable[[Any, int, int], bool], forward: Call
     @functools.wraps(forward)
     def picks(module: Any, *args: Any, **kwargs: Any) -> Any:
         indices = forward(module, *args, **kwargs)
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
         if cache is None or is_dynamo_compiling() or type(indices) is not torch.Tensor or indices.dim() != 3:
             return indices
         if not takes_picks(cache, module.layer_idx, indices.shape[1]):

@@ -24,7 +24,11 @@ class PickedPages(Pages):
     def __init__(self, pages: Pages, columns: int, full: bool) -> None:
         with torch.inference_mode(False):
             self.table = torch.zeros(3, pages.rows, columns, dtype=torch.int64, device=pages.device)
-        host = self.table if self.table.device.type == "cpu" else torch.zeros(self.table.shape, dtype=torch.int64)
+        host = (
+            self.table
+            if self.table.device.type == "cpu"
+            else torch.zeros(self.table.shape, dtype=torch.int64, device="cpu")
+        )
         addresses, _, first = host.numpy()
         counts = np.zeros((pages.rows, columns), dtype=np.int32)
         super().__init__(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Cache, PreTrainedModel
 
+from hf_kvcache.layers.mla import IndexedLatentLayer
 from tests.mla import families as mla_families
 from tests.mla.families import BROKEN, names
 from tests.mla.running import FEW, assert_absorbed, both, latent, some, unbind_model
@@ -172,11 +173,16 @@ _CODECS = [
 @pytest.mark.parametrize("family", some())
 @pytest.mark.parametrize(("options", "tolerance"), _CODECS)
 def test_codecs(model: PreTrainedModel, options: dict[str, Any], tolerance: float) -> None:
-    """Quantized latents change the logits, within the tolerance of the codec."""
+    """Quantized latents change the logits, within the tolerance of the codec.
+
+    The keys of an indexer have 8 bits then. Those of these models have 16 numbers, and other tokens are chosen.
+    """
     ids = prompt(100)
     expected = teacher_forced(model, ids, full_cache(model), 80)[:, 80:]
     cache = latent(model, **options)
     logits = teacher_forced(model, ids, cache, 80)[:, 80:]
     assert_packed(cache)
     assert_absorbed(cache, model, 20)
+    if any(isinstance(layer, IndexedLatentLayer) for layer in cache.layers):
+        tolerance *= 3
     assert 0 < float((logits - expected).abs().median() / expected.std()) < tolerance

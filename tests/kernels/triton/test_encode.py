@@ -202,10 +202,12 @@ def test_key_mean(dim: int, tokens: int, device: torch.device) -> None:
     fmt = SideFormat(dim, 4, rotation="hadamard")
     keys = Random(1).normal(2, tokens + 5, 3, dim).to(device).transpose(1, 2)[:, :, 2 : 2 + tokens] + 3
     mean = torch.full((2, 3, dim), torch.nan, device=device)
-    encode.key_mean(fmt, keys, mean)
+    scale = torch.exp2(Random(2).normal(2, 3, dim).round()).to(device) if dim == 80 else None
+    encode.key_mean(fmt, keys, scale, mean)
     matrix = rotation_matrix(dim, "hadamard", torch.float64, torch.device("cpu"))
     assert matrix is not None
-    assert_near(mean.cpu(), (keys.cpu().double().mean(2) @ matrix).float())
+    exact = keys.cpu().double().mean(2) / (1 if scale is None else scale.cpu().double())
+    assert_near(mean.cpu(), (exact @ matrix).float())
 
 
 def filled(spec: str, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
