@@ -147,13 +147,13 @@ def _lengths(spec: CacheSpec, protocol: Protocol) -> dict[str, Any]:
 def kinds() -> dict[str, Kind]:
     """Every name that a spec may have; what the codec registry holds is found by itself."""
     ours = {
-        name: Kind(_codec, f"this package's codec {name}")
+        name: Kind(_codec, f"this package's codec {name}", queries=_sees_queries(name))
         for codec in codecs.available()
         for name in [codec, *(spec for spec in codecs.specs() if spec.rstrip("0123456789") == codec)]
     }
     return {
         "full": Kind(_full, "transformers' DynamicCache; dtype=bfloat16 runs the model in it (the noise floor)"),
-        "quantized": Kind(_quantized, "QuantizedKVCache: bits=, codec=, key_bits=, value_bits="),
+        "quantized": Kind(_quantized, "QuantizedKVCache: bits=, codec=, key_bits=, value_bits=", queries=True),
         **ours,
         **{name: _evicting_kind(name) for name in (*registry.available(), *POLICIES)},
         # transformers' quantized caches cannot repeat rows, and their fp8 scale is one per tensor, shared by all rows.
@@ -174,9 +174,15 @@ def kinds() -> dict[str, Kind]:
             "SparseReadCache: keeps all, a step reads @share of it; selector=NAME",
             budget=True,
             codec=True,
+            queries=True,
         ),
         "hf-fp8": Kind(_peer_fp8, "transformers' QuantizedCache, fp8", rows=False),
     }
+
+
+def _sees_queries(codec: str) -> bool:
+    """Whether a codec scales keys by the queries of a prompt."""
+    return codecs.resolve(codec).keys.format(64, 64, torch.float32).balanced
 
 
 def kind_of(name: str) -> Kind | None:
