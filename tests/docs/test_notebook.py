@@ -44,6 +44,7 @@ def test_file() -> None:
     assert "hf_kvcache.cli" not in TOUR.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL", str(write_tiny_model(tmp_path / "model")))
     found = run_notebook(TOUR)

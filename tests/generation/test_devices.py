@@ -84,6 +84,7 @@ def offload(model: PreTrainedModel, where: str, folder: Path) -> PreTrainedModel
     return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_store_of_an_offloaded_model(tmp_path: Path) -> None:
     """It gives what a store of the model gives, and knows the weights though they are elsewhere."""
     model, other = families.build("llama"), families.build("llama")

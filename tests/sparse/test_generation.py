@@ -47,7 +47,11 @@ def test_exact_at_full_budget(model: PreTrainedModel, codec: str) -> None:
     assert all(_picking(ours))  # the budget is used up
 
 
-@pytest.mark.parametrize("selector", available())
+_QUICK = ("quest", "kascade")
+_SELECTORS = [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in available()]
+
+
+@pytest.mark.parametrize("selector", _SELECTORS)
 def test_every_selector(model: PreTrainedModel, selector: str) -> None:
     """Every selector reads as much as the budget says, and goes on from a fork and from a file as from itself."""
     cache = _sparse(model, 0.4, selector, bits=8)
@@ -76,7 +80,7 @@ def test_padded_rows_are_as_alone(model: PreTrainedModel) -> None:
         assert torch.equal(together[row, -24:], alone[0, -24:])
 
 
-@pytest.mark.parametrize("selector", ["quest", "kascade"])
+@pytest.mark.parametrize("selector", ["quest", pytest.param("kascade", marks=pytest.mark.slow)])
 def test_beams(model: PreTrainedModel, selector: str) -> None:
     """Each beam goes on as if its tokens had been given one by one."""
     cache, ids = _sparse(model, selector=selector), prompt(90)
