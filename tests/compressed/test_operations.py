@@ -53,6 +53,19 @@ def test_crop_leaves_no_trace(bits: int | None) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_crop_to_nothing(bits: int | None) -> None:
+    """Also where the first pass was so long that the first rows of it were never held."""
+    tokens, held = ids(1, 70), CompressedKVCache(build().config, bits)
+    read(build(), tokens, held)
+    held.crop(-70)
+    held.integrity()
+    fresh = CompressedKVCache(build().config, bits)
+    for cache in (held, fresh):
+        read(build(), tokens[:, :LENGTH], cache)
+    goes_on_like(held, fresh, tokens[:, LENGTH : LENGTH + 6])
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
     ("change", "rows"),
     [
