@@ -54,7 +54,7 @@ def find_anchors(
         raise ValueError(f"count={count!r}; accepted: 1 to {len(every)}, the layers that are not dense")
     cache = SparseReadCache(model.config, read_budget, "kascade", anchors=every, **sizes)
     model(input_ids[:, :-steps], **{CACHE_ARGUMENT: cache})
-    overlap = torch.zeros(len(every), len(every), dtype=torch.float64)
+    overlap = torch.zeros(len(every), len(every), dtype=torch.float64, device="cpu")
     for token in input_ids[:, -steps:].split(1, 1):
         model(token, **{CACHE_ARGUMENT: cache})
         overlap += _overlap(_sparse_layers(cache), input_ids)
@@ -75,7 +75,7 @@ def _overlap(layers: list[SparseReads], input_ids: torch.Tensor) -> torch.Tensor
             raise ValueError(
                 f"input_ids of shape {list(input_ids.shape)}: the budget covers all pages; accepted: a longer text"
             )
-        mask = torch.zeros(columns.shape[0], storage.table.columns + 1, dtype=torch.float64)
+        mask = torch.zeros(columns.shape[0], storage.table.columns + 1, dtype=torch.float64, device="cpu")
         chosen.append(mask.scatter_(1, columns.cpu().clamp(max=storage.table.columns), 1.0)[:, :-1].flatten())
     both = torch.stack(chosen)
     return both @ both.T / both[0].sum()

@@ -163,10 +163,15 @@ def _divide(config: PreTrainedConfig, options: LayerOptions, layers: list[Any]) 
     """Say which layers read everything, and which read what another one has chosen.
 
     Raises:
-        ValueError: if no layer reads sparsely, or the selector cannot choose for this cache.
+        ValueError: if no layer reads sparsely, the selector cannot choose for this cache, or a setting does not go with
+            sparse reading.
     """
     sparse = options.sparse
     assert sparse is not None
+    for name in ("latents", "max_length", "offload"):
+        if (given := getattr(options, name)) is not None:
+            shown = given if isinstance(given, str | int) else type(given).__name__
+            raise ValueError(f"{name}={shown!r} with sparse reading; accepted: {name}=None, or sparse=None")
     able = [layer for layer in layers if isinstance(layer, SparseReads)]
     for layer in able[: sparse.dense_layers]:
         layer.dense = True

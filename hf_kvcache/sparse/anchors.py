@@ -61,7 +61,7 @@ def choose_anchors(overlap: torch.Tensor, count: int, first: int = 0) -> tuple[i
     if not 1 <= count <= layers - first:
         raise ValueError(f"count={count!r}; accepted: 1 to {layers - first}, the layers that are not dense")
     # gain[a, s]: the overlap of the layers a .. s - 1 with anchor a.
-    gain = torch.zeros(layers, layers + 1, dtype=torch.float64)
+    gain = torch.zeros(layers, layers + 1, dtype=torch.float64, device="cpu")
     gain[:, 1:] = overlap.double().triu().cumsum(1)
     best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {
         (first, 1): (0.0, (first,))

@@ -66,6 +66,18 @@ def test_every_selector(model: PreTrainedModel, selector: str) -> None:
     cache.integrity()
 
 
+@pytest.mark.parametrize("selector", ["quest", "oracle"])
+def test_inference_mode_and_others(model: PreTrainedModel, selector: str) -> None:
+    """Steps outside of inference mode go on from those within it, while they read the same pages."""
+    cache, other = _sparse(model, 0.4, selector), _sparse(model, 0.4, selector)
+    ids = prompt(110)
+    expected = [forward(model, part, other) for part in ids.split([104, *[1] * 6], 1)]
+    for step, (part, logits) in enumerate(zip(ids.split([104, *[1] * 6], 1), expected, strict=True)):
+        with torch.inference_mode(step % 4 < 2):
+            assert torch.equal(forward(model, part, cache), logits)
+    assert all(_picking(cache))
+
+
 def test_padded_rows_are_as_alone(model: PreTrainedModel) -> None:
     """A row of a padded batch reads the pages that it would read alone, for all selectors but random ones."""
     rows = [prompt(100, seed=1), prompt(61, seed=2)]
