@@ -125,6 +125,8 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
     """
     types, layer_arguments = _with_loops(config, *layer_types(config))
     if options.compressed is not None:
+        if options.offload is not None:
+            raise ValueError(f"offload= with a {config.model_type!r} model, whose layers have no pages; accepted: None")
         return [compressed_layer(index, kind, config, options) for index, kind in enumerate(types)]
     own = (*OWN_LAYER_TYPES, INDEXED) if options.latents == "native" else (*OWN_LAYER_TYPES, *KEYED)
     if not set(types) & set(own):
