@@ -11,6 +11,7 @@ import torch
 
 from hf_kvcache import CompressedKVCache, KVCache
 from hf_kvcache.layers.compression import Compression
+from hf_kvcache.planning import plan
 from tests.compressed.models import build, ids, read, steps
 
 BITS = [None, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (8, 4))]
@@ -118,6 +119,16 @@ def test_an_interrupted_pass_is_taken_back(where: str, monkeypatch: pytest.Monke
     held.crop(0)
     assert held.get_seq_length() == LENGTH
     goes_on_like(held, other, ids(2, 6, 1))
+
+
+def test_a_plan_knows_the_bits() -> None:
+    """The bytes of a plan are those that caches of these bits hold after such a prompt."""
+    config, tokens = build().config, ids(2, 70)
+    planned = {row.name: row.bytes for row in plan(config, 70, 2, ("none", "quantized:8"), torch.float32).caches}
+    for name, bits in (("none", None), ("quantized:8", 8)):
+        held = CompressedKVCache(config, bits)
+        read(build(), tokens, held)
+        assert planned[name] == held.memory().total
 
 
 def test_what_cannot_be_cropped_says_so_and_stays() -> None:
