@@ -103,8 +103,9 @@ class KVCache(SavableCache):
         ):
             whole(name, value, least)
         if compresses(decoder):
-            refused = {"eviction": eviction, "latents": latents, "max_length": max_length}
-            self._begin(compressed_by_name(decoder, codec, widths, refused), bind)
+            refused = {"eviction": eviction, "latents": latents, "sparse": sparse, "max_length": max_length}
+            refused["offload"] = offload
+            self._begin(compressed_by_name(decoder, codec, widths, refused, validate), bind)
             return
         if page_size % 8:
             raise ValueError(f"page_size={page_size!r}; accepted: multiples of 8")

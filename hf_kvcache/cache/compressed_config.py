@@ -64,7 +64,7 @@ def compressed_options(
 
 
 def compressed_by_name(
-    config: PreTrainedConfig, codec: str | Codec, widths: dict[str, int], refused: dict[str, Any]
+    config: PreTrainedConfig, codec: str | Codec, widths: dict[str, int], refused: dict[str, Any], validate: bool
 ) -> LayerOptions:
     """The settings of a cache of a model that :func:`compresses`, from the arguments of a cache of keys and values.
 
@@ -73,6 +73,7 @@ def compressed_by_name(
         codec: the argument ``codec`` of such a cache.
         widths: the given ones among ``bits``, ``key_bits`` and ``value_bits``.
         refused: arguments that such a model has no use for, by name; those that are not None are errors.
+        validate: whether every update is checked for NaN and infinity.
 
     Raises:
         ValueError: naming the argument, its value and the accepted ones.
@@ -90,4 +91,4 @@ def compressed_by_name(
             f"codec={codec!r} with {widths} for a {config.model_type!r} model, whose keys are values too; "
             f"accepted: {accepted}"
         )
-    return compressed_options(config, *((bits.pop(), 8) if codec == "auto" else (None, None)))
+    return compressed_options(config, *((bits.pop(), 8) if codec == "auto" else (None, None)), validate)

@@ -125,6 +125,8 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
     """
     types, layer_arguments = _with_loops(config, *layer_types(config))
     if options.compressed is not None:
+        if options.offload is not None:
+            raise ValueError(f"offload= with a {config.model_type!r} model, whose layers have no pages; accepted: None")
         return [compressed_layer(index, kind, config, options) for index, kind in enumerate(types)]
     own = (*OWN_LAYER_TYPES, INDEXED) if options.latents == "native" else (*OWN_LAYER_TYPES, *KEYED)
     if not set(types) & set(own):
@@ -163,10 +165,15 @@ def _divide(config: PreTrainedConfig, options: LayerOptions, layers: list[Any]) 
     """Say which layers read everything, and which read what another one has chosen.
 
     Raises:
-        ValueError: if no layer reads sparsely, or the selector cannot choose for this cache.
+        ValueError: if no layer reads sparsely, the selector cannot choose for this cache, or a setting does not go with
+            sparse reading.
     """
     sparse = options.sparse
     assert sparse is not None
+    for name in ("latents", "max_length", "offload"):
+        if (given := getattr(options, name)) is not None:
+            shown = given if isinstance(given, str | int) else type(given).__name__
+            raise ValueError(f"{name}={shown!r} with sparse reading; accepted: {name}=None, or sparse=None")
     able = [layer for layer in layers if isinstance(layer, SparseReads)]
     for layer in able[: sparse.dense_layers]:
         layer.dense = True

@@ -139,6 +139,11 @@ class CompressedState:
         return all(compression.can_return(length) for compression in self.compressions.values())
 
     def _return_to(self, length: int) -> None:
+        if not length:  # the rows that are held may begin later
+            recording = self.rollback.recording
+            self.reset()
+            self.rollback.recording = recording
+            return
         self._seen = self._keep_from = length
         self.rollback.unconfirmed, self._unread = 0, False
         self.window.buffer.truncate(length)

@@ -32,6 +32,10 @@ class IndexedLayer(KVCacheLayer):
         """
         return self.indexer.append(idx_k.squeeze(1)).unsqueeze(1)
 
+    @property
+    def complete_length(self) -> int:
+        return min(super().complete_length, self.indexer.length)  # the model gives the keys of the indexer later
+
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.indexer.drop_last(-tokens_to_remove)

@@ -237,6 +237,12 @@ class IndexedLatentLayer(LatentLayer):
             if x.dim() != dims or x.shape[:2] != (tensors["dense.keys"].shape[0], progress["seen"]):
                 raise ValueError(f"{name!r} is {list(x.shape)}; accepted: {dims} sizes, first those of all tokens seen")
 
+    @property
+    def complete_length(self) -> int:
+        # The model gives the keys of the indexer after the latents; a layer without an indexer of its own has none.
+        seen = super().complete_length
+        return min(seen, self.indexer.length) if self.indexer.batch else seen
+
     def check_crop(self, tokens_to_remove: int) -> None:
         # A layer that reads the latents of another layer may have its own indexer. Such a layer has seen no tokens.
         if self.storage is not None or not self.indexer.length:

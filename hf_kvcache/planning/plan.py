@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from hf_kvcache.cache.base import KVCache
+from hf_kvcache.cache.compressed_config import compresses
 from hf_kvcache.cache.model_config import decoder_config
 from hf_kvcache.integration.binding import unbind
 from hf_kvcache.layers.evicting import EvictingLayer
@@ -154,7 +155,9 @@ def _holdings(model: ModelOnMeta, makers: dict[str, Make], unknown: list[str]) -
                 told[ours] = model.tell_all(any_of_it, calls[ours])
             if isinstance(make, LowRank):
                 empty = low_rank.planned(config, make, calls[ours])
-            fill = None if told[ours] else partial(model.filled, any_of_it)
+            # Layers of a model that compresses its tokens pack what they hold; others that are filled hold it as it is.
+            packs = ours and compresses(config)
+            fill = None if told[ours] else partial(model.filled, empty if packs else any_of_it)
             found[name] = Holding(empty, calls[ours], model.queries, fill), _note(make, empty())
         except (ValueError, TypeError) as error:
             unknown.append(f"{name}: {error}")

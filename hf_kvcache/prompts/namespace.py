@@ -38,15 +38,18 @@ def namespace_of(cache: KVCache, model: PreTrainedModel | None, tokenizer: Any, 
 
 
 def settings_of(cache: KVCache) -> dict[str, Any]:
-    """The settings of a cache, and which tokens are pinned, as values for JSON."""
-    eviction = cache.options.eviction
-    pins = None
+    """The settings of a cache, which tokens are pinned, and how steps read, as values for JSON."""
+    eviction, sparse = cache.options.eviction, cache.options.sparse
+    pins = reads = None
+    if sparse is not None:  # a token that a step did not read is missing in what the layers behind hold of later ones
+        options = sorted((name, str(value)) for name, value in sparse.selector.settings().items())
+        reads = [repr(sparse.selector), options, sparse.budget.amount, sparse.dense_layers]
     if eviction is not None:
         mask = eviction.pins.mask
         # A digest: the text of a long array leaves out its middle.
         given = None if mask is None else [list(mask.shape), hashlib.sha256(mask.tobytes()).hexdigest()]
         pins = [eviction.pins.span, given]
-    return describe_settings(cache.options) | {"pins": pins}
+    return describe_settings(cache.options) | {"pins": pins, "sparse": reads}
 
 
 def check_settings(cache: KVCache, settings: dict[str, Any]) -> None:

@@ -22,19 +22,17 @@ class PickedPages(Pages):
     """
 
     def __init__(self, pages: Pages, columns: int, full: bool) -> None:
-        with torch.inference_mode(False):
-            self.table = torch.zeros(3, pages.rows, columns, dtype=torch.int64, device=pages.device)
-        host = (
-            self.table
-            if self.table.device.type == "cpu"
-            else torch.zeros(self.table.shape, dtype=torch.int64, device="cpu")
-        )
-        addresses, _, first = host.numpy()
         counts = np.zeros((pages.rows, columns), dtype=np.int32)
+        with torch.inference_mode(False):  # a tensor made in that mode could not be changed outside of it
+            self.table = torch.zeros(3, pages.rows, columns, dtype=torch.int64, device=pages.device)
+            self._counts_there = torch.from_numpy(counts)
+        host = self.table
+        if host.device.type != "cpu":
+            host = torch.zeros(host.shape, dtype=torch.int64, device="cpu")
+        addresses, _, first = host.numpy()
         super().__init__(
             pages.layout, pages.slabs, addresses, counts, first, {}, pages.key_mean, pages.heads, pages.key_scale
         )
-        self._counts_there = torch.from_numpy(self.counts)
         self.__dict__["full"] = full
 
     def pick(self, pages: Pages, columns: torch.Tensor) -> None:

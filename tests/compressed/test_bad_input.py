@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from hf_kvcache import CompressedKVCache, HeavyHitterCache, KVCache, QuantizedKVCache
+from hf_kvcache import CompressedKVCache, HeavyHitterCache, KVCache, QuantizedKVCache, SparseReadCache
 from hf_kvcache.integration.versions import CACHE_ARGUMENT
 from tests.compressed.models import build, ids, read
 
@@ -40,6 +40,8 @@ def test_padding_is_refused_before_anything_is_stored() -> None:
         (lambda c: CompressedKVCache(c, 8, window_bits=2), "window_bits=2; accepted"),
         (lambda c: KVCache(c, "int4"), "codec='int4'.*keys are values too; accepted: CompressedKVCache"),
         (lambda c: KVCache(c, max_length=512), "max_length=512 with a 'deepseek_v4'.*compresses its tokens itself"),
+        (lambda c: KVCache(c, offload="cpu"), "offload='cpu' with a 'deepseek_v4'.*compresses its tokens itself"),
+        (lambda c: SparseReadCache(c, 0.5), "sparse=.*compresses its tokens itself"),
         (lambda c: QuantizedKVCache(c, bits=3), "bits=3; accepted: 4, 8 or None"),
         (lambda c: QuantizedKVCache(c, key_bits=8, value_bits=4), "keys are values too"),
         (lambda c: HeavyHitterCache(c, 64), "eviction=.* compresses its tokens itself"),
@@ -67,6 +69,7 @@ def test_general_caches_are_the_named_one() -> None:
     """KVCache and QuantizedKVCache of such a model have its layers, so that a plan and a store find them."""
     config = build().config
     assert KVCache(config).options.compressed.bits is None
+    assert KVCache(config, validate=True).options.validate
     assert QuantizedKVCache(config).options.compressed == CompressedKVCache(config, 4).options.compressed
 
 

@@ -11,6 +11,7 @@ import torch
 
 from hf_kvcache import CompressedKVCache, KVCache
 from hf_kvcache.layers.compression import Compression
+from hf_kvcache.planning import plan
 from tests.compressed.models import build, ids, read, steps
 
 BITS = [None, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (8, 4))]
@@ -53,6 +54,19 @@ def test_crop_leaves_no_trace(bits: int | None) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_crop_to_nothing(bits: int | None) -> None:
+    """Also where the first pass was so long that the first rows of it were never held."""
+    tokens, held = ids(1, 70), CompressedKVCache(build().config, bits)
+    read(build(), tokens, held)
+    held.crop(-70)
+    held.integrity()
+    fresh = CompressedKVCache(build().config, bits)
+    for cache in (held, fresh):
+        read(build(), tokens[:, :LENGTH], cache)
+    goes_on_like(held, fresh, tokens[:, LENGTH : LENGTH + 6])
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
     ("change", "rows"),
     [
@@ -80,6 +94,8 @@ def test_forks_and_files(bits: int | None, tmp_path: Path) -> None:
     held.save(tmp_path / "cache", tokens)
     loaded = KVCache.load(tmp_path / "cache", model.config, input_ids=tokens)
     assert isinstance(loaded, CompressedKVCache)
+    with pytest.raises(ValueError, match="offload= with a 'deepseek_v4' model"):
+        KVCache.load(tmp_path / "cache", model.config, input_ids=tokens, offload="cpu")
     for cache in (held.fork(), loaded):
         goes_on_like(cache, held.fork(), more)
     goes_on_like(held, filled(bits, tokens), more)
@@ -103,6 +119,16 @@ def test_an_interrupted_pass_is_taken_back(where: str, monkeypatch: pytest.Monke
     held.crop(0)
     assert held.get_seq_length() == LENGTH
     goes_on_like(held, other, ids(2, 6, 1))
+
+
+def test_a_plan_knows_the_bits() -> None:
+    """The bytes of a plan are those that caches of these bits hold after such a prompt."""
+    config, tokens = build().config, ids(2, 70)
+    planned = {row.name: row.bytes for row in plan(config, 70, 2, ("none", "quantized:8"), torch.float32).caches}
+    for name, bits in (("none", None), ("quantized:8", 8)):
+        held = CompressedKVCache(config, bits)
+        read(build(), tokens, held)
+        assert planned[name] == held.memory().total
 
 
 def test_what_cannot_be_cropped_says_so_and_stays() -> None:

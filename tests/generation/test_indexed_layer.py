@@ -85,3 +85,19 @@ def test_the_keys_of_the_indexer_follow(minimax: PreTrainedModel, tmp_path: Path
     for cache in (KVCache.load(tmp_path / "cache", minimax.config), held):
         cache.integrity()
         torch.testing.assert_close(read(minimax, cache, *more), expected, rtol=0, atol=1e-5)
+
+
+def test_a_pass_that_ends_before_the_indexer_is_taken_back(
+    minimax: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the last layer, which has its keys and values then, as all layers before it have."""
+    held, anew, more = KVCache(minimax.config, **SIZES), KVCache(minimax.config, **SIZES), ids(2, 6, 1)
+    for cache in (held, anew):
+        read(minimax, cache, ids(2, LENGTH))
+    with monkeypatch.context() as patch:
+        patch.setattr(held.layers[-1], "update_index", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            read(minimax, held, ids(2, 3, 2))
+    held.crop(0)
+    assert held.get_seq_length() == LENGTH
+    assert torch.equal(read(minimax, held, more), read(minimax, anew, more))

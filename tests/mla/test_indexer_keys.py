@@ -137,3 +137,17 @@ def test_damaged_keys_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="indexer"):
             small(model.config, bits=8).load_state_dict(wrong)
+
+
+def test_a_pass_that_ends_before_the_last_indexer_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mla_families.shared("deepseek_v32")
+    cache, anew = small(model.config), small(model.config)
+    for held in (cache, anew):
+        forward(model, prompt(30), held)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[-1], "update_indexer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            forward(model, prompt(3, seed=1), cache)
+    cache.crop(0)
+    assert cache.get_seq_length() == 30
+    assert torch.equal(forward(model, prompt(3, seed=2), cache), forward(model, prompt(3, seed=2), anew))

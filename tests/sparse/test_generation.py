@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hf_kvcache import HeavyHitterCache, KVCache, SparseReadCache
 from hf_kvcache.codecs import specs
 from hf_kvcache.layers.sparse import SparseReads
+from hf_kvcache.prompts import PromptStore
 from hf_kvcache.sparse.picked import PickedPages
 from hf_kvcache.sparse.registry import available
 from tests.generation.kinds import decode
@@ -68,6 +69,18 @@ def test_every_selector(model: PreTrainedModel, selector: str) -> None:
     assert torch.equal(decode(model, fork, 20), expected)
     assert torch.equal(decode(model, again, 20), expected)
     cache.integrity()
+
+
+@pytest.mark.parametrize("selector", ["quest", "oracle"])
+def test_inference_mode_and_others(model: PreTrainedModel, selector: str) -> None:
+    """Steps outside of inference mode go on from those within it, while they read the same pages."""
+    cache, other = _sparse(model, 0.4, selector), _sparse(model, 0.4, selector)
+    ids = prompt(110)
+    expected = [forward(model, part, other) for part in ids.split([104, *[1] * 6], 1)]
+    for step, (part, logits) in enumerate(zip(ids.split([104, *[1] * 6], 1), expected, strict=True)):
+        with torch.inference_mode(step % 4 < 2):
+            assert torch.equal(forward(model, part, cache), logits)
+    assert all(_picking(cache))
 
 
 def test_padded_rows_are_as_alone(model: PreTrainedModel) -> None:
@@ -141,6 +154,20 @@ def test_windows_read_everything(model: PreTrainedModel) -> None:
     decode(model, cache, 2)
     full = sum(isinstance(layer, SparseReads) for layer in cache.layers)
     assert 0 < full < len(cache.layers) and all(_picking(cache)) and len(_picking(cache)) == full
+
+
+def test_stored_prompts_are_of_one_way_of_reading(model: PreTrainedModel) -> None:
+    """A store goes on from its prompts, and refuses caches that read otherwise than its own."""
+    store, ids, more = PromptStore(lambda: _sparse(model)), prompt(90), prompt(5, seed=1)
+    cache, other = _sparse(model), _sparse(model, 0.9)
+    for each in (cache, other):
+        forward(model, ids, each)
+    with pytest.raises(ValueError, match=r"the cache has sparse=\['quest', .*, 0\.9, 0\].*, 0\.4, 0\]"):
+        store.put(ids, other)
+    store.put(ids, cache)
+    found, length = store.fetch(torch.cat([ids, more], 1))
+    assert length == 90
+    assert torch.equal(forward(model, more, found), forward(model, more, cache))
 
 
 def test_dense_layers(model: PreTrainedModel) -> None:

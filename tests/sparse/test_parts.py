@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig
 
-from hf_kvcache import SparseReadCache
+from hf_kvcache import KVCache, SparseReadCache
 from hf_kvcache.sparse.anchors import choose_anchors, read_anchors, write_anchors
 from hf_kvcache.sparse.selectors.quest import Quest
 from hf_kvcache.sparse.summaries import rounded
@@ -58,6 +58,10 @@ def test_anchors(tmp_path: Path) -> None:
         SparseReadCache(CONFIG, selector="kascade", anchors=tmp_path / "other.json")
 
 
+def _with_sparse(**others: Any) -> KVCache:
+    return KVCache(CONFIG, sparse=SparseReadCache(CONFIG).options.sparse, **others)
+
+
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "small budget": (lambda: SparseReadCache(CONFIG, 100), ValueError, r"read_budget=100.*from 132: sinks \(4\)"),
     "no share": (lambda: SparseReadCache(CONFIG, 0.0), ValueError, r"read_budget=0\.0.*above 0\.0"),
@@ -79,6 +83,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"selector=kascade with eviction",
     ),
+    "offload": (lambda: _with_sparse(offload="cpu"), ValueError, r"offload=.*with sparse reading"),
+    "maximum length": (lambda: _with_sparse(max_length=512), ValueError, r"max_length=512 with sparse reading"),
     "windows": (
         lambda: SparseReadCache(MistralConfig(**SHAPE, sliding_window=64)),
         ValueError,
