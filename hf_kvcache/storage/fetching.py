@@ -88,11 +88,12 @@ class DeviceBuffers:
             torch.cuda.current_stream(self.device).wait_event(buffer.copied)
 
     def _grow(self, buffer: Buffer, size: int) -> None:
-        if self._stream is not None:
-            # Copies may still write to the old memory, on a stream that the allocator does not know of.
-            buffer.memory.record_stream(self._stream)
         more = max(size, buffer.memory.numel() * 3 // 2)
         buffer.memory = torch.empty(more, dtype=torch.uint8, device=self.device)
+        if self._stream is not None:
+            # Copies may still write to it when it is freed, on a stream that the allocator does not know of: when it is
+            # replaced, and when a cache or a thread ends while the next layer's pages are on their way.
+            buffer.memory.record_stream(self._stream)
 
     def _copy(self, memory: torch.Tensor, parts: list[tuple[Slab, int, int, int]]) -> None:
         start = 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
-import mmap
 import os
 import shutil
 import sys
@@ -160,12 +160,12 @@ class MappedFiles(OffloadTarget):
 
     @torch.inference_mode(False)
     def slabs(self, pages: int, record_bytes: int, device: torch.device) -> list[Slab]:
+        self.check_process()
         size, path = pages * record_bytes, self.path / f"{next(self._numbers)}.pages"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             # All blocks of the disk now: a write to a mapped page that finds none would end the process.
             _allocate(file, size)
-            mapping = mmap.mmap(file, size)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise OSError(
@@ -174,8 +174,16 @@ class MappedFiles(OffloadTarget):
             ) from error
         finally:
             os.close(file)
-        records = torch.frombuffer(mapping, dtype=torch.uint8).view(pages, record_bytes)
-        return [Slab(records, mapping, path)]
+        # Unlike Python's, torch's mappings keep no file open: a process may have more slabs than files.
+        try:
+            records = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8, device="cpu")
+        except RuntimeError as error:
+            path.unlink(missing_ok=True)
+            message = f"offload={str(self.folder)!r}: {size:,} bytes of pages cannot be mapped ({error})"
+            raise OSError(errno.ENOMEM, message) from error
+        slab = Slab(records.view(pages, record_bytes), path)
+        weakref.finalize(slab, path.unlink, missing_ok=True)  # with its pool, also if it never had a page
+        return [slab]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MappedFiles, (str(self.folder),)
@@ -202,7 +210,7 @@ def _powers_of_two(pages: int, record_bytes: int) -> list[int]:
         size = left * record_bytes
         below, above = 1 << (size.bit_length() - 1), 1 << (size - 1).bit_length()
         # The last eighth, and what is small anyway, is rounded up.
-        counts.append((above if left <= pages // 8 or below < _LEAST_PINNED else below) // record_bytes)
+        counts.append((above if left <= pages // 8 or below < max(_LEAST_PINNED, record_bytes) else below) // record_bytes)
         left -= counts[-1]
     return counts
 
