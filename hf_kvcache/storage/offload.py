@@ -32,6 +32,8 @@ _PREFIX, _LOCK = "hf_kvcache-pages-", "lock"
 _SECONDS = 10.0
 #: Bytes of pinned memory that are not worth another piece.
 _LEAST_PINNED = 1 << 20
+#: The buffers of each thread by their device, as long as a cache uses them.
+_OF_THREAD = threading.local()
 _ACCEPTED = "None, 'cpu', or the path of a folder that exists"
 
 
@@ -60,17 +62,22 @@ class OffloadTarget(ABC):
         """
 
     def buffers(self, device: torch.device) -> DeviceBuffers:
-        """This thread's buffers on ``device``, into which the pages of all layers are fetched in turn."""
+        """This thread's buffers on ``device``, into which the pages of all layers of all caches are fetched in turn."""
         known: dict[torch.device, DeviceBuffers] = self._of_thread.__dict__.setdefault("buffers", {})
         if device not in known:
-            known[device] = DeviceBuffers(device)
+            # Of all targets: prompts in a store have one each, and would each hold the pages of two layers.
+            shared = _OF_THREAD.__dict__.setdefault("buffers", weakref.WeakValueDictionary())
+            known[device] = shared[device] = shared.get(device) or self._new_buffers(device)
             with self._lock:
                 self._buffers.add(known[device])
         return known[device]
 
+    def _new_buffers(self, device: torch.device) -> DeviceBuffers:
+        return DeviceBuffers(device)
+
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of the buffers of all threads."""
+        """Bytes of the buffers of all threads; other caches may use them too."""
         with self._lock:
             return sum(buffers.nbytes for buffers in self._buffers)
 
@@ -205,12 +212,12 @@ def _powers_of_two(pages: int, record_bytes: int) -> list[int]:
 
     Torch rounds pinned memory up to these, so what one piece would leave unused is cut off in several.
     """
-    counts, left = [], pages
+    counts, left, least = [], pages, max(_LEAST_PINNED, record_bytes)
     while left > 0:
         size = left * record_bytes
         below, above = 1 << (size.bit_length() - 1), 1 << (size - 1).bit_length()
         # The last eighth, and what is small anyway, is rounded up.
-        counts.append((above if left <= pages // 8 or below < max(_LEAST_PINNED, record_bytes) else below) // record_bytes)
+        counts.append((above if left <= pages // 8 or below < least else below) // record_bytes)
         left -= counts[-1]
     return counts
 
