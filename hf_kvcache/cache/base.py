@@ -104,6 +104,7 @@ class KVCache(SavableCache):
             whole(name, value, least)
         if compresses(decoder):
             refused = {"eviction": eviction, "latents": latents, "max_length": max_length}
+            refused |= {"sparse": sparse, "offload": offload}
             self._begin(compressed_by_name(decoder, codec, widths, refused), bind)
             return
         if page_size % 8:

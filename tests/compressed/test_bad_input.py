@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from hf_kvcache import CompressedKVCache, HeavyHitterCache, KVCache, QuantizedKVCache
+from hf_kvcache import CompressedKVCache, HeavyHitterCache, KVCache, QuantizedKVCache, SparseReadCache
 from hf_kvcache.integration.versions import CACHE_ARGUMENT
 from tests.compressed.models import build, ids, read
 
@@ -40,6 +41,8 @@ def test_padding_is_refused_before_anything_is_stored() -> None:
         (lambda c: CompressedKVCache(c, 8, window_bits=2), "window_bits=2; accepted"),
         (lambda c: KVCache(c, "int4"), "codec='int4'.*keys are values too; accepted: CompressedKVCache"),
         (lambda c: KVCache(c, max_length=512), "max_length=512 with a 'deepseek_v4'.*compresses its tokens itself"),
+        (lambda c: KVCache(c, offload="cpu"), "offload='cpu' with a 'deepseek_v4'.*compresses its tokens itself"),
+        (lambda c: SparseReadCache(c, 0.5), "sparse=.* compresses its tokens itself"),
         (lambda c: QuantizedKVCache(c, bits=3), "bits=3; accepted: 4, 8 or None"),
         (lambda c: QuantizedKVCache(c, key_bits=8, value_bits=4), "keys are values too"),
         (lambda c: HeavyHitterCache(c, 64), "eviction=.* compresses its tokens itself"),
@@ -49,6 +52,14 @@ def test_padding_is_refused_before_anything_is_stored() -> None:
 def test_settings_that_do_not_go_together(make: Callable[[Any], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(build().config)
+
+
+def test_a_saved_cache_stays_on_the_device(tmp_path: Path) -> None:
+    held = CompressedKVCache(build().config)
+    read(build(), ids(1, 9), held)
+    held.save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="offload='cpu' with a 'deepseek_v4'.*accepted: None"):
+        KVCache.load(tmp_path / "saved", build().config, offload="cpu")
 
 
 def test_other_batches_and_dtypes_are_refused() -> None:
