@@ -95,7 +95,8 @@ def _build(
         raise ValueError(f"path={str(path)!r} has settings that this release does not know: {error}") from error
     if offload is not None and compresses(config):
         raise ValueError(
-            f"offload={offload!r} with a {config.model_type!r} model, which compresses its tokens itself; accepted: None"
+            f"offload={offload!r} with a {config.model_type!r} model, which compresses its tokens itself; accepted: "
+            "None"
         )
     cache: Any = object.__new__(kind)
     cache._begin(replace(options, offload=offload_target(offload)), bind)

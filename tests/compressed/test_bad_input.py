@@ -58,7 +58,7 @@ def test_a_saved_cache_stays_on_the_device(tmp_path: Path) -> None:
     held = CompressedKVCache(build().config)
     read(build(), ids(1, 9), held)
     held.save(tmp_path / "saved")
-    with pytest.raises(ValueError, match="offload='cpu' with a 'deepseek_v4'.*accepted: None"):
+    with pytest.raises(ValueError, match=r"offload='cpu' with a 'deepseek_v4'.*accepted: None"):
         KVCache.load(tmp_path / "saved", build().config, offload="cpu")
 
 
