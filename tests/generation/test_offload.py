@@ -393,6 +393,8 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             call(KVCache(CONFIG))
     with pytest.raises(ValueError, match=r"layer_idx=3; accepted: 0 to 0"):
         KVCache(CONFIG, offload="cpu").offload(3)
+    with pytest.raises(ValueError, match=r"layer_idx=2; accepted: 0 to 1"):
+        KVCache(CONFIG, offload="cpu").prefetch(2)
 
     def denied(*_: Any, **__: Any) -> str:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
