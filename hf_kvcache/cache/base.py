@@ -103,8 +103,7 @@ class KVCache(SavableCache):
         ):
             whole(name, value, least)
         if compresses(decoder):
-            refused = {"eviction": eviction, "latents": latents, "sparse": sparse, "max_length": max_length}
-            refused["offload"] = offload
+            refused = dict(eviction=eviction, latents=latents, max_length=max_length, sparse=sparse, offload=offload)
             self._begin(compressed_by_name(decoder, codec, widths, refused, validate), bind)
             return
         if page_size % 8:
@@ -127,11 +126,7 @@ class KVCache(SavableCache):
             config=decoder,
         )
         if max_length is not None:
-            if offload is not None:
-                raise ValueError(
-                    f"offload={offload!r} with max_length={max_length!r}, whose memory is allocated at once on the "
-                    "device; accepted: max_length=None, or offload=None"
-                )
+            _refuse_offload(offload, max_length)
             check_static(decoder, options, bind)
         self._begin(replace(options, offload=offload_target(offload)), bind)
 
@@ -229,3 +224,11 @@ class KVCache(SavableCache):
         self.check_complete()
         for layer in self.own_layers:
             layer.check()
+
+
+def _refuse_offload(offload: str | PathLike[str] | None, max_length: int) -> None:
+    if offload is not None:
+        raise ValueError(
+            f"offload={offload!r} with max_length={max_length!r}, whose memory is allocated at once on the device; "
+            "accepted: max_length=None, or offload=None"
+        )

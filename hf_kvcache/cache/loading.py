@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hf_kvcache.cache import files
+from hf_kvcache.cache.compressed_config import compresses
 from hf_kvcache.cache.model_config import decoder_config
 from hf_kvcache.cache.serialization import export_state
 from hf_kvcache.cache.settings import rebuild
@@ -92,6 +93,11 @@ def _build(
         options = rebuild(described["settings"], bases, config)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"path={str(path)!r} has settings that this release does not know: {error}") from error
+    if offload is not None and compresses(config):
+        raise ValueError(
+            f"offload={offload!r} with a {config.model_type!r} model, which compresses its tokens itself; accepted: "
+            "None"
+        )
     cache: Any = object.__new__(kind)
     cache._begin(replace(options, offload=offload_target(offload)), bind)
     return cache

@@ -39,8 +39,8 @@ class MemoryReport:
         packed_bits: number of bits in all pages, scales included.
         packed_elements: number of elements in all pages.
         outside: bytes among these that lie outside of the device: pages of a cache with ``offload``.
-        buffers: bytes on the device into which pages from outside are fetched. Forks share them, and they are not part
-            of ``parts``.
+        buffers: bytes on the device into which pages from outside are fetched. The caches of a thread share them, and
+            they are not part of ``parts``.
         read_last_step: bytes that the attention of the latest update read, by part: ``pages``, ``tokens`` in full
             precision, and the ``summaries`` by which sparse reading chose pages. A layer that always reads everything
             counts what it holds.

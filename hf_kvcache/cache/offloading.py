@@ -41,6 +41,7 @@ class Offloading(OtherStates):
 
         Raises:
             NotImplementedError: if the cache was built without ``offload``.
+            ValueError: if there is no such layer.
         """
         layer: Any = self._checked_layer("offload()", layer_idx)
         if isinstance(layer, KVCacheLayer) and not (only_non_sliding and layer.is_sliding):
@@ -55,8 +56,9 @@ class Offloading(OtherStates):
 
         Raises:
             NotImplementedError: if the cache was built without ``offload``.
+            ValueError: if there is no such layer.
         """
-        self._checked_layer("prefetch()", layer_idx % len(self.layers))
+        self._checked_layer("prefetch()", layer_idx, len(self.layers))
         for index in (*range(layer_idx, len(self.layers)), *range(layer_idx)):
             layer: Any = self.layers[index]
             if isinstance(layer, KVCacheLayer) and not (only_non_sliding and layer.is_sliding):
@@ -72,12 +74,13 @@ class Offloading(OtherStates):
         if storage is not None and storage.reader.fetch is not None:
             storage.reader.fetch.ahead(storage.table)
 
-    def _checked_layer(self, what: str, layer_idx: int) -> Any:
+    def _checked_layer(self, what: str, layer_idx: int, last: int | None = None) -> Any:
         if not self.offloading:
             raise NotImplementedError(
                 f"{what}: the pages of this cache stay on the device; accepted: a cache that was built with "
                 "offload='cpu' or offload=<folder>"
             )
-        if not 0 <= layer_idx < len(self.layers):
-            raise ValueError(f"layer_idx={layer_idx!r}; accepted: 0 to {len(self.layers) - 1}")
-        return self.layers[layer_idx]
+        last = len(self.layers) - 1 if last is None else last
+        if not 0 <= layer_idx <= last:
+            raise ValueError(f"layer_idx={layer_idx!r}; accepted: 0 to {last}")
+        return self.layers[layer_idx % len(self.layers)]

@@ -61,8 +61,9 @@ class PreparedDecoding:
         dense, call, known, keys, values = storage.dense, self._latest, self._scoring, new.keys, new.values
         slot, ragged = dense.longest, dense.uniform_length is None
         kind = (query.shape, query.stride(), query.dtype, keys.stride(), values.stride(), ragged)
-        # Pages outside of the device are fetched for every token, and may come to lie elsewhere.
-        fetched = storage.pages() if storage.reader.fetch is not None else None
+        # Pages outside of the device are fetched for every token, and may come to lie elsewhere. Who gives the pages to
+        # read has done so.
+        fetched = storage.pages() if pages is None and storage.reader.fetch is not None else None
         if slot == dense.positions.shape[1]:
             dense.reserve(slot + 1)
         if (

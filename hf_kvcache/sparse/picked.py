@@ -42,6 +42,7 @@ class PickedPages(Pages):
             pages: all pages.
             columns: int64 ``[rows, columns]``, ascending; numbers behind those of the pages stand for no page.
         """
+        self.slabs = pages.slabs  # pages from outside of the device may have been fetched to another place
         table = pages.on_device().table
         if self.full:
             torch.gather(table, 2, columns.expand(3, -1, -1), out=self.table)

@@ -29,12 +29,14 @@ class Buffer:
         memory: uint8 ``[n]``; replaced by a larger one when it has to hold more.
         version: version of the page table whose pages it holds; -1 for none.
         copied: an event on the stream of the copies, behind the latest copy to the buffer; None without streams.
+        reader: the stream that reads what it holds.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
         self.version = _NO_VERSION
         self.copied: Any = None
+        self.reader: Any = None
 
 
 class DeviceBuffers:
@@ -60,8 +62,8 @@ class DeviceBuffers:
     def fill(self, buffer: Buffer, parts: list[tuple[Slab, int, int, int]], version: int) -> None:
         """Begin to copy parts of slabs into a buffer, side by side.
 
-        The copies begin when the work that is queued on the current stream is done: it may read what the buffer holds
-        now, and it may write pages.
+        The copies begin when the work that is queued on the current stream is done, which may write pages, and what is
+        queued on the stream that reads what the buffer holds now.
 
         Args:
             buffer: one of the pair.
@@ -75,7 +77,10 @@ class DeviceBuffers:
         if self._stream is None:
             self._copy(buffer.memory, parts)
         else:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            current = torch.cuda.current_stream(self.device)
+            self._stream.wait_stream(current)
+            if buffer.reader not in (None, current):
+                self._stream.wait_stream(buffer.reader)
             with torch.cuda.stream(self._stream):
                 self._copy(buffer.memory, parts)
                 buffer.copied = torch.cuda.Event()
@@ -85,14 +90,16 @@ class DeviceBuffers:
     def wait(self, buffer: Buffer) -> None:
         """Let the current stream wait for the copies to a buffer; the host does not wait."""
         if buffer.copied is not None:
-            torch.cuda.current_stream(self.device).wait_event(buffer.copied)
+            buffer.reader = torch.cuda.current_stream(self.device)
+            buffer.reader.wait_event(buffer.copied)
 
     def _grow(self, buffer: Buffer, size: int) -> None:
-        if self._stream is not None:
-            # Copies may still write to the old memory, on a stream that the allocator does not know of.
-            buffer.memory.record_stream(self._stream)
         more = max(size, buffer.memory.numel() * 3 // 2)
         buffer.memory = torch.empty(more, dtype=torch.uint8, device=self.device)
+        if self._stream is not None:
+            # Copies may still write to it when it is freed, on a stream that the allocator does not know of: when it is
+            # replaced, and when a cache or a thread ends while the next layer's pages are on their way.
+            buffer.memory.record_stream(self._stream)
 
     def _copy(self, memory: torch.Tensor, parts: list[tuple[Slab, int, int, int]]) -> None:
         start = 0

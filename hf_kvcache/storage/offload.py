@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
-import mmap
 import os
 import shutil
 import sys
@@ -32,6 +32,8 @@ _PREFIX, _LOCK = "hf_kvcache-pages-", "lock"
 _SECONDS = 10.0
 #: Bytes of pinned memory that are not worth another piece.
 _LEAST_PINNED = 1 << 20
+#: The buffers of each thread by their device, as long as a cache uses them.
+_OF_THREAD = threading.local()
 _ACCEPTED = "None, 'cpu', or the path of a folder that exists"
 
 
@@ -60,17 +62,22 @@ class OffloadTarget(ABC):
         """
 
     def buffers(self, device: torch.device) -> DeviceBuffers:
-        """This thread's buffers on ``device``, into which the pages of all layers are fetched in turn."""
+        """This thread's buffers on ``device``, into which the pages of all layers of all caches are fetched in turn."""
         known: dict[torch.device, DeviceBuffers] = self._of_thread.__dict__.setdefault("buffers", {})
         if device not in known:
-            known[device] = DeviceBuffers(device)
+            # Of all targets: prompts in a store have one each, and would each hold the pages of two layers.
+            shared = _OF_THREAD.__dict__.setdefault("buffers", weakref.WeakValueDictionary())
+            known[device] = shared[device] = shared.get(device) or self._new_buffers(device)
             with self._lock:
                 self._buffers.add(known[device])
         return known[device]
 
+    def _new_buffers(self, device: torch.device) -> DeviceBuffers:
+        return DeviceBuffers(device)
+
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of the buffers of all threads."""
+        """Bytes of the buffers of all threads; other caches may use them too."""
         with self._lock:
             return sum(buffers.nbytes for buffers in self._buffers)
 
@@ -160,12 +167,12 @@ class MappedFiles(OffloadTarget):
 
     @torch.inference_mode(False)
     def slabs(self, pages: int, record_bytes: int, device: torch.device) -> list[Slab]:
+        self.check_process()
         size, path = pages * record_bytes, self.path / f"{next(self._numbers)}.pages"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             # All blocks of the disk now: a write to a mapped page that finds none would end the process.
             _allocate(file, size)
-            mapping = mmap.mmap(file, size)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise OSError(
@@ -174,8 +181,16 @@ class MappedFiles(OffloadTarget):
             ) from error
         finally:
             os.close(file)
-        records = torch.frombuffer(mapping, dtype=torch.uint8).view(pages, record_bytes)
-        return [Slab(records, mapping, path)]
+        # Unlike Python's, torch's mappings keep no file open: a process may have more slabs than files.
+        try:
+            records = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8, device="cpu")
+        except RuntimeError as error:
+            path.unlink(missing_ok=True)
+            message = f"offload={str(self.folder)!r}: {size:,} bytes of pages cannot be mapped ({error})"
+            raise OSError(errno.ENOMEM, message) from error
+        slab = Slab(records.view(pages, record_bytes), path)
+        weakref.finalize(slab, path.unlink, missing_ok=True)  # with its pool, also if it never had a page
+        return [slab]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MappedFiles, (str(self.folder),)
@@ -197,12 +212,12 @@ def _powers_of_two(pages: int, record_bytes: int) -> list[int]:
 
     Torch rounds pinned memory up to these, so what one piece would leave unused is cut off in several.
     """
-    counts, left = [], pages
+    counts, left, least = [], pages, max(_LEAST_PINNED, record_bytes)
     while left > 0:
         size = left * record_bytes
         below, above = 1 << (size.bit_length() - 1), 1 << (size - 1).bit_length()
         # The last eighth, and what is small anyway, is rounded up.
-        counts.append((above if left <= pages // 8 or below < _LEAST_PINNED else below) // record_bytes)
+        counts.append((above if left <= pages // 8 or below < least else below) // record_bytes)
         left -= counts[-1]
     return counts
 

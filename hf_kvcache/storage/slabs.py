@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,23 +28,22 @@ class Slab:
 
     Attributes:
         records: uint8 ``[pages, record_bytes]``.
-        mapping: the mapped file that the records lie in; None if they lie in memory.
-        path: the file.
+        path: the mapped file that the records lie in; None if they lie in memory.
         pinned: whether a GPU copies from and to the memory without the host waiting for it.
     """
 
     records: torch.Tensor
-    mapping: mmap.mmap | None = None
     path: Path | None = None
     pinned: bool = False
 
     def advise(self, advice: int, first: int, last: int) -> None:
         """Tell the operating system what becomes of pages ``[first, last)`` of a mapped file (``mmap.MADV_...``)."""
-        if self.mapping is None:
+        if self.path is None:
             return
         record_bytes = self.records.shape[1]
-        start = first * record_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-        self.mapping.madvise(advice, start, last * record_bytes - start)
+        start = first * record_bytes // mmap.PAGESIZE * mmap.PAGESIZE  # a mapping begins at a multiple of this
+        if _libc().madvise(self.records.data_ptr() + start, last * record_bytes - start, advice):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def drop(self) -> None:
         """Delete the file. The memory goes with the last tensor that refers to it."""
@@ -230,3 +232,11 @@ class Slabs:
             slab = self._slabs[index]
             assert slab is not None
             yield slab, ids[where] - self._starts[index], where
+
+
+@cache
+def _libc() -> Any:
+    """The C library, for mappings of torch, which keep no file open and have no method for advice."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return libc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,14 @@ def test_padding_is_refused_before_anything_is_stored() -> None:
 def test_settings_that_do_not_go_together(make: Callable[[Any], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(build().config)
+
+
+def test_a_saved_cache_stays_on_the_device(tmp_path: Path) -> None:
+    held = CompressedKVCache(build().config)
+    read(build(), ids(1, 9), held)
+    held.save(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"offload='cpu' with a 'deepseek_v4'.*accepted: None"):
+        KVCache.load(tmp_path / "saved", build().config, offload="cpu")
 
 
 def test_other_batches_and_dtypes_are_refused() -> None:

@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import errno
 import gc
+import mmap
 import os
 import pickle
 import stat
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, SlidingWindowCache
+from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, SlidingWindowCache, SparseReadCache
+from hf_kvcache.kernels.prepared_call import prepare
+from hf_kvcache.layers import decode_step
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.storage import offload as storage_offload
 from hf_kvcache.storage.offload import OffloadTarget
@@ -138,6 +142,70 @@ def test_forks_in_threads(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         _same(expected, [found[seed] for seed in range(2)])
+
+
+def test_caches_take_turns() -> None:
+    """All caches of a thread share two buffers, which go with the last of them."""
+    model = families.build("llama")
+    caches = [outside(small_cache(model, "rotated4"), target("fetched")) for _ in range(2)]
+    expected = [small_cache(model, "rotated4") for _ in caches]
+    for step, length in enumerate([90, *[1] * 8]):
+        for seed, (cache, other) in enumerate(zip(caches, expected, strict=True)):
+            ids = prompt(length, 1 + seed, 10 * step + seed)
+            assert torch.equal(forward(model, ids, cache), forward(model, ids, other))
+    device = torch.device("cpu")
+    buffers = [cache.options.offload.buffers(device) for cache in caches]  # type: ignore[union-attr]
+    assert buffers[0] is buffers[1] and caches[0].memory().buffers == buffers[0].nbytes
+    gone = weakref.ref(buffers[0])
+    del caches, cache, buffers
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_sparse_reads_of_a_fork(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A longer fork makes the buffers grow between two steps. Pages that stay are read by the same prepared calls."""
+    monkeypatch.setenv("HF_KVCACHE_BACKEND", backend)
+    model = families.build("llama")
+    prepared = []
+    monkeypatch.setattr(decode_step, "prepare", lambda inputs: prepared.append(1) or prepare(inputs))
+
+    def run(to: str | None) -> list[torch.Tensor]:
+        sizes: dict[str, Any] = {"sink_length": 2, "tail_length": 4, "page_size": 16, "dense_layers": 0}
+        cache = outside(SparseReadCache(model.config, 0.4, "quest", bits=4, **sizes), target(to, tmp_path))
+        forward(model, prompt(110), cache)
+        fork = cache.fork()
+        forward(model, prompt(1), cache)
+        forward(model, prompt(200), fork)
+        prepared.clear()
+        return [forward(model, prompt(1, seed=seed), cache) for seed in range(3)]
+
+    expected = run(None)
+    for to in ("files", "fetched"):
+        _same(expected, run(to))
+        assert backend != "native" or not prepared
+
+
+def test_slabs(tmp_path: Path) -> None:
+    """Any number of slabs is open at once. Their files go with them, also if they never held a page."""
+    files = storage_offload.MappedFiles(tmp_path)
+    before = len(os.listdir("/dev/fd"))
+    slabs = [files.slabs(3, 4096, torch.device("cpu"))[0] for _ in range(20)]
+    assert len(os.listdir("/dev/fd")) == before
+    slabs[3].records[1] = 7
+    assert slabs[3].path is not None and slabs[3].path.read_bytes() == bytes(4096) + bytes([7]) * 4096 + bytes(4096)
+    slabs[3].advise(mmap.MADV_DONTNEED, 1, 2)
+    assert (slabs[3].records[1] == 7).all()
+    del slabs
+    gc.collect()
+    assert not list(files.path.glob("*.pages"))
+
+
+@pytest.mark.parametrize("record_bytes", [16, 5000, 1 << 20, (1 << 20) + 16, 5_000_000])
+def test_pinned_pieces(record_bytes: int) -> None:
+    for pages in (1, 2, 7, 100):
+        counts = storage_offload._powers_of_two(pages, record_bytes)
+        assert min(counts) > 0 and pages <= sum(counts) <= max(2 * pages, (1 << 21) // record_bytes)
 
 
 def test_files(tmp_path: Path) -> None:
@@ -325,6 +393,8 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             call(KVCache(CONFIG))
     with pytest.raises(ValueError, match=r"layer_idx=3; accepted: 0 to 0"):
         KVCache(CONFIG, offload="cpu").offload(3)
+    with pytest.raises(ValueError, match=r"layer_idx=2; accepted: 0 to 1"):
+        KVCache(CONFIG, offload="cpu").prefetch(2)
 
     def denied(*_: Any, **__: Any) -> str:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

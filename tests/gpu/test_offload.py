@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.gpu.pretended_device import DEVICE, PretendedDevice
+from benchmarks.gpu.pretended_device import DEVICE, OnDevice, PretendedDevice
 from hf_kvcache import KVCache
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.kernels.inputs import Scoring
+from hf_kvcache.storage.fetching import DeviceBuffers
+from hf_kvcache.storage.slabs import Slab
 
 _LAYERS = 3  # an odd number: the first and the last share a buffer
 CONFIG = LlamaConfig(
@@ -51,3 +53,15 @@ def test_as_on_a_cpu(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             found, memory = run(DEVICE, codec, offload)
         assert memory.outside > 0 and memory.buffers > 0
         assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+def test_the_allocator_knows_of_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache may go while the pages of its next layer are under way: their memory must not be given to others."""
+    known = []
+    monkeypatch.setattr(OnDevice, "record_stream", lambda self, stream: known.append(id(self)))
+    with PretendedDevice():
+        buffers = DeviceBuffers(DEVICE)
+        for pages in (2, 5):
+            slab = Slab(torch.ones(pages, 32, dtype=torch.uint8), pinned=True)
+            buffers.fill(buffers.pair[0], [(slab, 0, pages, 0)], pages)
+            assert buffers.pair[0].memory.numel() >= 32 * pages and id(buffers.pair[0].memory) in known

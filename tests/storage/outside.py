@@ -47,12 +47,8 @@ class Fetching(HostMemory):
             slab.records.fill_(_NAN)
         return slabs
 
-    def buffers(self, device: torch.device) -> DeviceBuffers:
-        known = self._of_thread.__dict__.setdefault("buffers", {})
-        if device not in known:
-            known[device] = LateBuffers(device)
-            self._buffers.add(known[device])
-        return known[device]
+    def _new_buffers(self, device: torch.device) -> DeviceBuffers:
+        return LateBuffers(device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Fetching, ()
