@@ -136,7 +136,8 @@ class KeyBasis:
         if self.mean is None:
             return
         device = self.mean.device
-        self.mean, self.known = state["center"].to(device), state["center_known"].numpy().copy()
+        # A copy: the means of later sequences are written into it, and others may restore the same state.
+        self.mean, self.known = state["center"].to(device, copy=True), state["center_known"].numpy().copy()
         if self.scale is not None and "key_scale" in state:
             self.scale = state["key_scale"].to(device)
 

@@ -1,0 +1,31 @@
+"""What the first packed tokens of a sequence fix of the basis of its keys."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.codecs import resolve
+from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.storage.paged import PagedStorage
+
+
+def storage(like: torch.Tensor) -> PagedStorage:
+    encoder = PageEncoder(resolve("unbiased4"), like.shape[3], like.shape[3], 16, like.dtype)
+    return PagedStorage(encoder, like, like, sink_length=4, tail_length=4)
+
+
+def test_storages_of_one_state_have_means_of_their_own() -> None:
+    """Two storages restored from one state, before its first page, each take the mean of their own tokens."""
+    keys = torch.randn(1, 2, 60, 32, generator=torch.Generator().manual_seed(0))
+    origin = storage(keys)
+    origin.append_block(keys[:, :, :10], keys[:, :, :10], 0, None)
+    state = origin.state()
+    first, second = storage(keys), storage(keys)
+    for other in (first, second):
+        other.restore(state)
+    first.append_block(keys[:, :, 10:] + 5, keys[:, :, 10:], 10, None)
+    assert first.key_mean is not None
+    mean = first.key_mean.clone()
+    second.append_block(keys[:, :, 10:] - 5, keys[:, :, 10:], 10, None)
+    assert torch.equal(first.key_mean, mean)
+    assert torch.equal(state["center"], torch.zeros_like(mean))
