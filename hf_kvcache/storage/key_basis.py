@@ -175,7 +175,8 @@ def key_scale(query: torch.Tensor, keys: torch.Tensor, valid: np.ndarray | None,
 
 def _squares(x: torch.Tensor) -> torch.Tensor:
     """The sum of the squares over tokens, float32 ``[B, H, D]``, of ``x [B, H, T, D]``."""
-    return torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square_()
+    wider = torch.promote_types(x.dtype, torch.float32)  # numbers of 64 bits cannot be summed in 32
+    return torch.linalg.vector_norm(x, dim=2, dtype=wider).float().square_()
 
 
 def balanced(variance: torch.Tensor, power: torch.Tensor) -> torch.Tensor:

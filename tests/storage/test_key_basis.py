@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from hf_kvcache.codecs import resolve
 from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.storage.key_basis import key_scale
 from hf_kvcache.storage.paged import PagedStorage
 
 
@@ -29,3 +31,14 @@ def test_storages_of_one_state_have_means_of_their_own() -> None:
     second.append_block(keys[:, :, 10:] - 5, keys[:, :, 10:], 10, None)
     assert torch.equal(first.key_mean, mean)
     assert torch.equal(state["center"], torch.zeros_like(mean))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_scale_of_each_dtype(dtype: torch.dtype) -> None:
+    """Keys 16 times as large in some channels as in the others get 4 times the scale."""
+    random = torch.Generator().manual_seed(0)
+    query, keys = (torch.randn(1, heads, 400, 32, generator=random) for heads in (4, 2))
+    keys[..., ::2] *= 16
+    scale = key_scale(query.to(dtype), keys.to(dtype), None, sinks=4)
+    assert scale.dtype == torch.float32
+    assert torch.equal(scale[..., ::2] / scale[..., 1::2], torch.full((1, 2, 16), 4.0))
