@@ -140,7 +140,7 @@ class IndexedLatentLayer(LatentLayer):
     The layer also holds the keys of the indexer, which reads all of them at every step.
     """
 
-    optional_tensors = ("indexer",)
+    optional_tensors = ("indexer.",)
     #: Tells the wrapped indexer that this layer can read single tokens.
     reads_picked = True
 

@@ -137,3 +137,15 @@ def test_damaged_keys_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="indexer"):
             small(model.config, bits=8).load_state_dict(wrong)
+
+
+def test_keys_under_another_name_are_refused() -> None:
+    """Files of earlier versions have another name for an indexer's keys. To ignore these would leave it without any."""
+    model = mla_families.shared("deepseek_v32")
+    cache = small(model.config)
+    forward(model, prompt(30), cache)
+    layer: Any = cache.layers[0]
+    tensors = layer.tensors()
+    tensors["indexer"] = tensors.pop("indexer.keys")
+    with pytest.raises(ValueError, match="'indexer', which such a layer does not have"):
+        layer.check_tensors(tensors, layer.progress())

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from hf_kvcache import KVCache
 from hf_kvcache.codecs import resolve
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.storage.key_basis import key_scale
@@ -42,3 +46,23 @@ def test_scale_of_each_dtype(dtype: torch.dtype) -> None:
     scale = key_scale(query.to(dtype), keys.to(dtype), None, sinks=4)
     assert scale.dtype == torch.float32
     assert torch.equal(scale[..., ::2] / scale[..., 1::2], torch.full((1, 2, 16), 4.0))
+
+
+def test_states_saved_without_a_scale() -> None:
+    """Files of earlier versions, whose keys were not divided, are read; a scale of another shape is refused."""
+    random = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, 2, 60, 32, generator=random) for _ in range(2))
+    config = LlamaConfig(num_hidden_layers=1, hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
+    cache, loaded = (KVCache(config, "unbiased4", page_size=16, tail_length=8, sink_length=4) for _ in range(2))
+    cache.update(keys, values, 0)  # nobody gives queries, so the scale is 1
+    loaded.update(keys[:, :, :1], values[:, :, :1], 0)
+    layer: Any = cache.layers[0]
+    layer.flush()
+    other: Any = loaded.layers[0]
+    tensors, progress = layer.tensors(), layer.progress()
+    with pytest.raises(ValueError, match="'key_scale' is"):
+        other.check_tensors(tensors | {"key_scale": tensors["key_scale"][..., :5]}, progress)
+    del tensors["key_scale"]
+    other.check_tensors(tensors, progress)
+    other.restore(tensors, progress)
+    assert torch.equal(layer.decompressed("keys"), other.decompressed("keys"))
