@@ -288,7 +288,9 @@ class IndexedLatentLayer(LatentLayer):
         super().restore(others, progress, device, owned)
         if indexer:
             self.indexer = IndexerKeys("codes" in indexer)
-            self.indexer.extend({name: x.to(self.device) for name, x in indexer.items()}, self.dtype)
+            # The dtype of packed keys is not saved; new keys will tell it.
+            dtype = indexer["keys"].dtype if "keys" in indexer else self.dtype
+            self.indexer.extend({name: x.to(self.device) for name, x in indexer.items()}, dtype)
 
 
 def in_latent_space(query: torch.Tensor, up: UpProjections) -> torch.Tensor:
