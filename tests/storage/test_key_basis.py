@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -66,3 +67,27 @@ def test_states_saved_without_a_scale() -> None:
     other.check_tensors(tensors, progress)
     other.restore(tensors, progress)
     assert torch.equal(layer.decompressed("keys"), other.decompressed("keys"))
+
+
+def test_scale_against_loops() -> None:
+    """Of padded rows, of whose padding nothing may be read, and of too few tokens, the scale is that of a loop."""
+    random = torch.Generator().manual_seed(0)
+    query, keys = torch.randn(3, 4, 30, 16, generator=random), torch.randn(3, 2, 30, 16, generator=random)
+    keys *= torch.logspace(-2, 2, 16)
+    valid = np.ones((3, 30), dtype=bool)
+    valid[0], valid[1, :10], valid[1, 14], valid[2, :17] = False, False, False, False  # 0, 19 and 13 tokens
+    for x in (query, keys):
+        x.masked_fill_(~torch.from_numpy(valid)[:, None, :, None], torch.nan)
+    scale = key_scale(query, keys, valid, sinks=4)
+    for row in range(3):
+        held = np.flatnonzero(valid[row])[4:]
+        for head in range(2):
+            wanted = torch.ones(16)
+            if len(held) >= 8:
+                own = query[row, 2 * head : 2 * head + 2][:, held].double()
+                parts = keys[row, head, held].double().var(0, unbiased=False), own.square().mean((0, 1))
+                spread, power = (x + 1e-6 * x.mean() for x in parts)
+                exponent = (spread / power).log2() / 4
+                wanted = torch.exp2((exponent - exponent.mean()).clamp(-4, 4).round()).float()
+            assert torch.equal(scale[row, head], wanted)
+    assert len(scale[1:].unique()) > 4
