@@ -91,3 +91,15 @@ def test_scale_against_loops() -> None:
                 wanted = torch.exp2((exponent - exponent.mean()).clamp(-4, 4).round()).float()
             assert torch.equal(scale[row, head], wanted)
     assert len(scale[1:].unique()) > 4
+
+
+def test_scaled_keys_stay_in_the_range_of_half_precision() -> None:
+    """A channel of large keys that differ little, asked for by large queries, is not scaled beyond the range."""
+    random = torch.Generator().manual_seed(0)
+    query, keys = (torch.randn(1, 1, 60, 32, generator=random) for _ in range(2))
+    query[..., 0] *= 300
+    keys[..., 0] = 5000 + keys[..., 0] / 100
+    for dtype, least in ((torch.float32, 2.0**-4), (torch.float16, 2.0)):
+        scale = key_scale(query.to(dtype), keys.to(dtype), None, sinks=4)
+        assert scale[0, 0, 0] == least
+        assert (keys.to(dtype) / scale.unsqueeze(2).to(dtype)).isfinite().all()
