@@ -40,14 +40,15 @@ class IndexerKeys:
         """Add new keys ``[B, T, d]``.
 
         Returns:
-            All keys ``[B, tokens, d]``, valid until the next change. Packed keys are decoded as they are used.
+            All keys ``[B, tokens, d]``, valid until the next change. Packed keys are decoded as they are used, to the
+            dtype of the new ones.
 
         Raises:
-            ValueError: if batch, width or dtype differ from those of the keys held.
+            ValueError: if batch, width or dtype differ from those of the keys held. Packed keys have no dtype.
         """
         held = next(iter(self._buffers.values()), None)
         kind = keys.shape[0], keys.shape[2:], keys.dtype
-        if held is not None and kind != (held.shape[0], held.shape[2:], self._dtype):
+        if held is not None and kind != (held.shape[0], held.shape[2:], keys.dtype if self.packed else self._dtype):
             raise ValueError(
                 f"indexer_key_states {list(keys.shape)} {keys.dtype} do not go with those held; accepted: batch "
                 f"{held.shape[0]}, dim {held.shape[2]}, {self._dtype}. Call reset() before another batch."

@@ -140,7 +140,7 @@ class IndexedLatentLayer(LatentLayer):
     The layer also holds the keys of the indexer, which reads all of them at every step.
     """
 
-    optional_tensors = ("indexer",)
+    optional_tensors = ("indexer.",)
     #: Tells the wrapped indexer that this layer can read single tokens.
     reads_picked = True
 
@@ -294,7 +294,9 @@ class IndexedLatentLayer(LatentLayer):
         super().restore(others, progress, device, owned)
         if indexer:
             self.indexer = IndexerKeys("codes" in indexer)
-            self.indexer.extend({name: x.to(self.device) for name, x in indexer.items()}, self.dtype)
+            # The dtype of packed keys is not saved; new keys will tell it.
+            dtype = indexer["keys"].dtype if "keys" in indexer else self.dtype
+            self.indexer.extend({name: x.to(self.device) for name, x in indexer.items()}, dtype)
 
 
 def in_latent_space(query: torch.Tensor, up: UpProjections) -> torch.Tensor:

@@ -9,6 +9,9 @@ import torch
 if TYPE_CHECKING:
     from hf_kvcache.storage.paged import PagedStorage
 
+#: What files of earlier versions lack, and need not have.
+_LATER = {"key_scale"}
+
 
 def check_like(state: dict[str, torch.Tensor], empty: dict[str, torch.Tensor], optional: tuple[str, ...]) -> None:
     """Raise ValueError unless ``state`` has the names, dtypes and shapes that a layer saves.
@@ -18,12 +21,14 @@ def check_like(state: dict[str, torch.Tensor], empty: dict[str, torch.Tensor], o
         empty: what an empty layer saves; a size of 0 there stands for any size.
         optional: beginnings of names that ``state`` may have besides.
     """
-    missing, extra = sorted(set(empty) - set(state)), sorted(set(state) - set(empty))
+    missing, extra = sorted(set(empty) - set(state) - _LATER), sorted(set(state) - set(empty))
     extra = [name for name in extra if not name.startswith(optional)]
     if missing or extra:
         raise ValueError(f"no {missing[0]!r}" if missing else f"{extra[0]!r}, which such a layer does not have")
     for name, like in empty.items():
-        found = state[name]
+        found = state.get(name)
+        if found is None:
+            continue
         fits = found.dim() == like.dim() and all(b in (0, a) for a, b in zip(found.shape, like.shape, strict=True))
         if not fits or found.dtype != like.dtype:
             accepted = ["any" if size == 0 else size for size in like.shape]

@@ -10,8 +10,10 @@ from hf_kvcache.storage.transfers import is_run, rows_of, to_device
 
 #: Tokens of a first update that fix a scale; fewer say too little.
 _LEAST_TOKENS = 8
-#: The largest exponent of a scale. Scaled keys stay in the range of half precision.
+#: The largest exponent of a scale.
 _LARGEST_EXPONENT = 4
+#: Root mean squares of keys in half precision are at most two to the power of this after scaling, far from infinity.
+_HALF_EXPONENT = 12
 #: Share of the mean over the channels that every channel has at least.
 _LEAST_POWER = 1e-6
 _TINY = 1e-30
@@ -136,7 +138,8 @@ class KeyBasis:
         if self.mean is None:
             return
         device = self.mean.device
-        self.mean, self.known = state["center"].to(device), state["center_known"].numpy().copy()
+        # A copy: the means of later sequences are written into it, and others may restore the same state.
+        self.mean, self.known = state["center"].to(device, copy=True), state["center_known"].numpy().copy()
         if self.scale is not None and "key_scale" in state:
             self.scale = state["key_scale"].to(device)
 
@@ -167,17 +170,21 @@ def key_scale(query: torch.Tensor, keys: torch.Tensor, valid: np.ndarray | None,
         query, keys = query.masked_fill(~there, 0), keys.masked_fill(~there, 0)
         least, count = count >= _LEAST_TOKENS, count.clamp_min(1)
     power = _squares(query).unflatten(1, (heads, -1)).mean(2) / count
-    variance = _squares(keys) / count - (keys.sum(2, dtype=torch.float32) / count).square()
-    scale = balanced(variance.clamp_min_(0), power)
+    squares = _squares(keys) / count
+    variance = squares - (keys.sum(2, dtype=torch.float32) / count).square()
+    # Kernels divide in the dtype of the keys.
+    lowest = (squares.log2() / 2 - _HALF_EXPONENT).ceil() if keys.dtype == torch.float16 else None
+    scale = balanced(variance.clamp_min_(0), power, lowest)
     return scale if valid is None else torch.where(least, scale, 1.0)
 
 
 def _squares(x: torch.Tensor) -> torch.Tensor:
     """The sum of the squares over tokens, float32 ``[B, H, D]``, of ``x [B, H, T, D]``."""
-    return torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square_()
+    wider = torch.promote_types(x.dtype, torch.float32)  # numbers of 64 bits cannot be summed in 32
+    return torch.linalg.vector_norm(x, dim=2, dtype=wider).float().square_()
 
 
-def balanced(variance: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+def balanced(variance: torch.Tensor, power: torch.Tensor, lowest: torch.Tensor | None = None) -> torch.Tensor:
     """The scale of the keys of each channel: a power of two near ``(variance / power) ** (1 / 4)``.
 
     Its geometric mean over the channels is near 1, and it is between 1/16 and 16.
@@ -185,9 +192,12 @@ def balanced(variance: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
     Args:
         variance: of the keys, float32 ``[..., Dk]``.
         power: mean square of the queries, of the same shape.
+        lowest: the smallest exponents, of the same shape; None where nothing but the range bounds them.
     """
     ratio = [x + _LEAST_POWER * x.mean(-1, keepdim=True) + _TINY for x in (variance, power)]
     exponent = (ratio[0].log2() - ratio[1].log2()) / 4
-    exponent = (exponent - exponent.mean(-1, keepdim=True)).nan_to_num_(0.0)
-    exponent = exponent.clamp_(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).round_().to(torch.int32)
+    exponent = (exponent - exponent.mean(-1, keepdim=True)).nan_to_num_(0.0).round_()
+    if lowest is not None:
+        exponent = torch.maximum(exponent, lowest.nan_to_num(0.0))
+    exponent = exponent.clamp_(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).to(torch.int32)
     return ((exponent + 127) << 23).view(torch.float32)  # the bits of a power of two

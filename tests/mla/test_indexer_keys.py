@@ -151,3 +151,32 @@ def test_a_pass_that_ends_before_the_last_indexer_is_taken_back(monkeypatch: pyt
     cache.crop(0)
     assert cache.get_seq_length() == 30
     assert torch.equal(forward(model, prompt(3, seed=2), cache), forward(model, prompt(3, seed=2), anew))
+
+
+def test_keys_under_another_name_are_refused() -> None:
+    """Files of earlier versions have another name for an indexer's keys. To ignore these would leave it without any."""
+    model = mla_families.shared("deepseek_v32")
+    cache = small(model.config)
+    forward(model, prompt(30), cache)
+    layer: Any = cache.layers[0]
+    tensors = layer.tensors()
+    tensors["indexer"] = tensors.pop("indexer.keys")
+    with pytest.raises(ValueError, match="'indexer', which such a layer does not have"):
+        layer.check_tensors(tensors, layer.progress())
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_restored_keys_of_another_dtype_than_the_latents(bits: int | None) -> None:
+    """Under autocast latents may be wider than the indexer's keys, which a restored layer goes on with."""
+    model = mla_families.shared("deepseek_v32")
+    cache = small(model.config, bits=bits)
+    forward(model, prompt(30), cache)
+    layer: Any = cache.layers[0]
+    held = layer.indexer.keys().clone()
+    layer.indexer = IndexerKeys(packed=bits is not None)
+    layer.update_indexer(held.bfloat16())
+    other: Any = small(model.config, bits=bits).layers[0]
+    other.restore(layer.tensors(), layer.progress())
+    new = torch.ones(1, 1, held.shape[2], dtype=torch.bfloat16)
+    got, wanted = other.update_indexer(new), layer.update_indexer(new)
+    assert got.dtype == torch.bfloat16 and torch.equal(got.clone(), wanted.clone())

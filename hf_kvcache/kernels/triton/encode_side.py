@@ -259,7 +259,7 @@ def load_rotated(source, stride, token, real, signs, factors, key_mean, key_scal
             k = step * side.depth + tl.arange(0, side.depth)
             part = tl.load(rows + k[None, :], mask=real[:, None] & (k < side.dim)[None, :], other=0.0)
             if key_scale is not None:
-                # By a power of two: exact in any floating-point type.
+                # By a power of two: exact, as the scale keeps the quotient in the range of the type.
                 divided = part.to(tl.float32) / tl.load(key_scale + k, mask=k < side.dim, other=1.0)[None, :]
                 part = divided.to(part.dtype)
             if side.turned:
