@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.model_config import decoder_config
 from hf_kvcache.integration.binding import unbind
+from hf_kvcache.layers.compressed import WindowLayer
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.planning import low_rank
 from hf_kvcache.planning.caches import DEFAULT, LowRank, Make, maker
@@ -154,8 +155,11 @@ def _holdings(model: ModelOnMeta, makers: dict[str, Make], unknown: list[str]) -
                 told[ours] = model.tell_all(any_of_it, calls[ours])
             if isinstance(make, LowRank):
                 empty = low_rank.planned(config, make, calls[ours])
-            fill = None if told[ours] else partial(model.filled, any_of_it)
-            found[name] = Holding(empty, calls[ours], model.queries, fill), _note(make, empty())
+            made = empty()
+            # Layers of windows and entries pack as the cache says; others that a pass fills are transformers' own.
+            filled = empty if any(isinstance(layer, WindowLayer) for layer in made.layers) else any_of_it
+            fill = None if told[ours] else partial(model.filled, filled)
+            found[name] = Holding(empty, calls[ours], model.queries, fill), _note(make, made)
         except (ValueError, TypeError) as error:
             unknown.append(f"{name}: {error}")
         finally:
