@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from os import PathLike
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ class SparseReadCache(KVCache):
         budget: number or share of tokens that stay, if tokens are evicted too; None keeps every token.
         policy: what evicts then; see :class:`HeavyHitterCache`.
         dense_layers: number of first layers that read everything.
-        sink_length: as in :class:`KVCache`, like ``validate``, ``bind``, ``key_bits``, ``value_bits`` and ``offload``.
+        sink_length: as in :class:`KVCache`, like ``validate``, ``bind``, ``key_bits`` and ``value_bits``.
         tail_length: number of newest tokens in full precision, which every step reads.
         page_size: number of tokens that are picked together, a multiple of 8.
         **options: options of the selector and of the codec.
@@ -66,7 +65,6 @@ class SparseReadCache(KVCache):
         value_bits: int | None = None,
         validate: bool = False,
         bind: bool = True,
-        offload: str | PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         decoder = decoder_config(config)
@@ -104,7 +102,6 @@ class SparseReadCache(KVCache):
             sparse=sparse,
             validate=validate,
             bind=bind,
-            offload=offload,
             **widths,
             **options,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,15 +64,6 @@ def test_every_selector(model: PreTrainedModel, selector: str) -> None:
     assert torch.equal(decode(model, fork, 20), expected)
     assert torch.equal(decode(model, again, 20), expected)
     cache.integrity()
-
-
-def test_offload(model: PreTrainedModel, tmp_path: Path) -> None:
-    """Pages that lie in files are picked as those in memory are."""
-    cache, outside = _sparse(model, bits=8), _sparse(model, bits=8, offload=tmp_path)
-    for each in (cache, outside):
-        forward(model, prompt(110), each)
-    assert torch.equal(decode(model, outside, 20), decode(model, cache, 20))
-    assert all(_picking(outside)) and outside.memory().outside > 0
 
 
 def test_padded_rows_are_as_alone(model: PreTrainedModel) -> None:
