@@ -180,7 +180,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> Any:
     args, console, report = parse(argv), make_console(), Report("bench_assisted")
     report.note(
-        f"Drafts of {DRAFT} tokens. Rollback: medians of {args.rounds} rounds at most, in turns; generation: once."
+        f"Drafts of {DRAFT} tokens. Rollback: medians of {args.rounds} rounds at most, in turns; "
+        f"generation: medians of {args.repeats}, in turns."
     )
     with torch.inference_mode():
         for tokens in args.tokens:

@@ -17,6 +17,7 @@ from hf_kvcache.cli.demo_display import build_table, build_texts
 from hf_kvcache.cli.demo_options import FULL
 from hf_kvcache.cli.main import main
 from hf_kvcache.cli.reading import kl_by_token, top1_agreement
+from hf_kvcache.sparse import registry as selectors
 from tests.running import prompt
 
 
@@ -55,7 +56,8 @@ def test_info_lists_codecs_and_policies(capsys: pytest.CaptureFixture[str]) -> N
     """``hf-kvcache info`` names everything that is registered."""
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (*codecs.available(), *eviction.available(), *eviction.wrappers()))
+    names = (*codecs.available(), *eviction.available(), *eviction.wrappers(), *selectors.available())
+    assert all(name in printed for name in names)
 
 
 @pytest.mark.parametrize(

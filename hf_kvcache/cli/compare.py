@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
         try:
             for row in compare(model, tokenizer, windows, prefix, makers, advance):
                 rows[row.name] = row
-                if len(rows) == len(makers) + 1 and row.windows == rows[FULL].windows:
+                if row.name == (FULL, *makers)[-1]:  # all caches have read this window
                     _write(list(rows.values()), facts, args)
         except KeyboardInterrupt:
             interrupted = True

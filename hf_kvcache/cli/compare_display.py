@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from rich.table import Table
 
 from hf_kvcache.cli.compare_measure import Advance, Compared
 from hf_kvcache.cli.compare_page import CAPTION, COLUMNS
+from hf_kvcache.cli.reading import check_folder, check_matplotlib, check_picture
 
 #: A token that is read with many others takes about this share of the time of one that is decoded alone.
 _READ_AT_ONCE = 1 / 16
@@ -54,14 +53,8 @@ def show(rows: Sequence[Compared], facts: dict[str, Any]) -> None:
 
 def check_files(plot: str | None, html: str | None) -> None:
     """Raise before anything is measured if a file could not be written."""
-    for name, path in (("plot", plot), ("html", html)):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"--{name}={path!r}: there is no such folder")
-    if (plot or html) and importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError("--plot and --html need matplotlib; install it with: pip install matplotlib")
-    if plot:
-        from matplotlib.figure import Figure
-
-        accepted = sorted(Figure().canvas.get_supported_filetypes())
-        if (ending := Path(plot).suffix.removeprefix(".") or "png") not in accepted:
-            raise ValueError(f"--plot={plot!r} ends in {ending!r}; accepted: {', '.join(accepted)}")
+    if plot is not None:
+        check_picture("plot", plot)
+    if html is not None:
+        check_folder("html", html)
+        check_matplotlib("html")

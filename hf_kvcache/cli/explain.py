@@ -13,7 +13,7 @@ import torch
 
 from hf_kvcache.cli.explain_timing import Measured, Stop, measure
 from hf_kvcache.cli.models import DEFAULT_MODEL_NAME, MODEL_HELP, load_default_model, quiet_transformers
-from hf_kvcache.cli.reading import check_context
+from hf_kvcache.cli.reading import check_context, check_picture
 from hf_kvcache.cli.sample_text import packaged_text
 from hf_kvcache.planning.caches import maker
 from hf_kvcache.planning.sizes import parse_count
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise RuntimeError(f"explain needs the package {error.name}; install it with: pip install rich") from error
     if args.plot:
-        display.check_plots(args.plot)
+        check_picture("plot", args.plot)
     model, tokenizer = load_default_model(args.model, _DTYPES[args.dtype], args.device)
     check_context(model, lengths[-1] + 16, "lower --limit")
     ids = _text(tokenizer, lengths[-1]).to(model.device)

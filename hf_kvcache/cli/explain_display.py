@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -90,14 +89,6 @@ def left_out(found: Sequence[Measured], lengths: Sequence[int]) -> list[str]:
     """A sentence on the lengths that were not measured; none if all were."""
     missing = [f"{length:,}" for length in lengths if length not in {row.tokens for row in found}]
     return [f"Not measured: {', '.join(missing)} tokens; raise --seconds."] if missing else []
-
-
-def check_plots(path: str) -> None:
-    """Raise before anything is measured if a plot could not be written."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError("--plot needs matplotlib; install it with: pip install matplotlib")
-    if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"--plot={path!r}: there is no such folder")
 
 
 def curve(own: Sequence[Measured], parts: int = 16) -> tuple[list[float], list[float]]:

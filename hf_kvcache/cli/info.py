@@ -12,6 +12,7 @@ from hf_kvcache.cli.slow_here import Here
 from hf_kvcache.kernels import dispatch
 from hf_kvcache.kernels.cpu import library
 from hf_kvcache.lowrank import methods
+from hf_kvcache.sparse import registry as selectors
 from hf_kvcache.utils.environment import package_version
 
 
@@ -29,6 +30,7 @@ def print_info() -> None:
         "codecs": ", ".join(codecs.available()),
         "policies": f"{', '.join(eviction.available())}; in front: {', '.join(eviction.wrappers())}",
         "projections": ", ".join(methods.available()),
+        "selectors": ", ".join(selectors.available()),
     }
     for name, value in found.items():
         print(f"{name:14}{value}")

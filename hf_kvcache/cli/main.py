@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_compare(commands)
     add_methods(commands)
     _add_calibrate(commands)
-    info = commands.add_parser("info", help="versions, device, kernels, and the codecs and policies registered")
+    info = commands.add_parser(
+        "info", help="versions, device, kernels, the names that are registered, and what is slow here"
+    )
     info.set_defaults(run=_info)
     return parser
 

@@ -6,13 +6,11 @@ decode step follow from the attributes by which the caches treat it.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -22,6 +20,7 @@ from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.eviction import Policy
 from hf_kvcache.eviction.base import ALL_QUERIES
 from hf_kvcache.lowrank import methods as low_rank
+from hf_kvcache.sparse import registry as selectors
 
 #: Shape for which bits are counted: width of a head, tokens of a page.
 _WIDTH, _PAGE = 128, 128
@@ -148,14 +147,11 @@ def _low_rank() -> Iterator[Method]:
 
 
 def _selectors() -> Iterator[Method]:
-    if importlib.util.find_spec("hf_kvcache.sparse") is None:
-        return
-    registry: Any = importlib.import_module("hf_kvcache.sparse.registry")
-    for name in registry.available():
-        selector = registry.resolve(name)
-        vectors = getattr(selector, "vectors", 0)
+    for name in selectors.available():
+        selector = selectors.resolve(name)
+        vectors = selector.vectors
         needs = f"{vectors} {'vector' if vectors == 1 else 'vectors'} for each part of a page" * bool(vectors)
-        step = "scores of the pages" + ", for which some layers read all of them" * bool(getattr(selector, "exact", 0))
+        step = "scores of the pages" + ", for which some layers read all of them" * selector.exact
         measured = results("sparse", rf"\S*selector={name}(;\S*)?")
         shown = [x for x in measured if f"@{_READ}" in x.cache] or measured
         yield Method(

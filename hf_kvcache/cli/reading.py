@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,29 @@ def check_context(model: Any, tokens: int, advice: str) -> None:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ValueError(f"this takes {tokens:,} tokens, the model takes {limit:,}; {advice}")
+
+
+def check_folder(name: str, path: str) -> None:
+    """Raise ValueError if the file of the option ``name`` could not be written, before anything is measured."""
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"--{name}={path!r}: there is no such folder")
+
+
+def check_matplotlib(name: str) -> None:
+    """Raise RuntimeError if the option ``name`` needs a package that is not there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError(f"--{name} needs matplotlib; install it with: pip install matplotlib")
+
+
+def check_picture(name: str, path: str) -> None:
+    """The same for a picture, whose kind its ending says."""
+    check_folder(name, path)
+    check_matplotlib(name)
+    from matplotlib.figure import Figure
+
+    accepted = sorted(Figure().canvas.get_supported_filetypes())
+    if (ending := Path(path).suffix.removeprefix(".") or "png") not in accepted:
+        raise ValueError(f"--{name}={path!r} ends in {ending!r}; accepted: {', '.join(accepted)}")
 
 
 def read_prompt(model: Any, ids: torch.Tensor, cache: Cache) -> torch.Tensor:

@@ -115,6 +115,14 @@ def test_command_and_its_files(loaded: PreTrainedModel, capsys: Any, tmp_path: P
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([text.name, "page.html", "plot.svg"])
 
 
+def test_files_are_written_once_a_window(loaded: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time all caches have read the same windows."""
+    written: list[list[int]] = []
+    monkeypatch.setattr(command, "_write", lambda rows, *_: written.append([row.windows for row in rows]))
+    assert main([*TINY, "--caches", "none,quantized:2"]) == 0
+    assert written == [[1, 1, 1], [2, 2, 2]]
+
+
 def test_interrupted(loaded: PreTrainedModel, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the second window leaves table and page of what was measured; in the first cache, no file at all."""
     html = tmp_path / "page.html"

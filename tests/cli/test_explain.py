@@ -116,6 +116,7 @@ def test_command(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, capsys
         (["--seconds", "0"], "seconds=0.0; accepted"),
         (["--caches", "quantised:4"], "'quantised:4'; accepted"),
         (["--plot", "no/such/folder.png"], "no such folder"),
+        (["--plot", "curve.bmp"], "ends in 'bmp'; accepted"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
