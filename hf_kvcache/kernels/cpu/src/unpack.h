@@ -37,47 +37,24 @@ struct Bytes16 {
     }
 };
 
+// Wider vectors exist only where an instruction looks their bytes up: a compiler would do without by one byte at a time.
+#if defined(__AVX2__)
 struct Bytes32 {
     static constexpr int kBytes = 32;
     typedef uint8_t Type __attribute__((vector_size(32)));
-    static Type shifted(Type x, int n) {
-#if defined(__AVX2__)
-        return (Type)_mm256_srli_epi16((__m256i)x, n);
-#else
-        return x >> n;
-#endif
-    }
-    static Type lookup(Type table, Type index) {
-#if defined(__AVX2__)
-        return (Type)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
-#else
-        Type out;
-        for (int i = 0; i < 32; i++) out[i] = table[index[i]];
-        return out;
-#endif
-    }
+    static Type shifted(Type x, int n) { return (Type)_mm256_srli_epi16((__m256i)x, n); }
+    static Type lookup(Type table, Type index) { return (Type)_mm256_shuffle_epi8((__m256i)table, (__m256i)index); }
 };
+#endif
 
+#if defined(__AVX512BW__)
 struct Bytes64 {
     static constexpr int kBytes = 64;
     typedef uint8_t Type __attribute__((vector_size(64)));
-    static Type shifted(Type x, int n) {
-#if defined(__AVX512BW__)
-        return (Type)_mm512_srli_epi16((__m512i)x, n);
-#else
-        return x >> n;
-#endif
-    }
-    static Type lookup(Type table, Type index) {
-#if defined(__AVX512BW__)
-        return (Type)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
-#else
-        Type out;
-        for (int i = 0; i < 64; i++) out[i] = table[index[i]];
-        return out;
-#endif
-    }
+    static Type shifted(Type x, int n) { return (Type)_mm512_srli_epi16((__m512i)x, n); }
+    static Type lookup(Type table, Type index) { return (Type)_mm512_shuffle_epi8((__m512i)table, (__m512i)index); }
 };
+#endif
 
 template <class Bytes>
 inline typename Bytes::Type load_bytes(const uint8_t* p) {
@@ -137,22 +114,29 @@ inline void unpack_uneven_plane(const uint8_t* codes, int n, int length, const u
     }
 }
 
+// Calls op with the widest vector of bytes that divides `length`, and returns whether there is one.
+template <class Op>
+inline bool with_vectors(int length, const Op& op) {
+#if defined(__AVX512BW__)
+    if (length % 64 == 0) return op(Bytes64()), true;
+#endif
+#if defined(__AVX2__)
+    if (length % 32 == 0) return op(Bytes32()), true;
+#endif
+    if (length % 16 == 0) return op(Bytes16()), true;
+    return false;
+}
+
 template <int kWidth>
 inline void unpack_one_plane(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out, Stream& next) {
     const int length = dim * kWidth / 8;
-    if (length % 64 == 0)
-        unpack_plane<kWidth, Bytes64>(codes, n, length, levels, out, next);
-    else if (length % 32 == 0)
-        unpack_plane<kWidth, Bytes32>(codes, n, length, levels, out, next);
-    else if (length % 16 == 0)
-        unpack_plane<kWidth, Bytes16>(codes, n, length, levels, out, next);
-    else
-        unpack_uneven_plane<kWidth>(codes, n, length, levels, out, next);
+    const auto whole = [&](auto bytes) { unpack_plane<kWidth, decltype(bytes)>(codes, n, length, levels, out, next); };
+    if (!with_vectors(length, whole)) unpack_uneven_plane<kWidth>(codes, n, length, levels, out, next);
 }
 
 // Codes of three bits are a plane of two bits and a plane of one bit. The third bits of half h of segment s of the first plane
-// are segment 2 s + h of the second. Where a segment of the first plane fills a vector, the second plane is loaded twice, side by
-// side in one vector.
+// are segment 2 s + h of the second. Where a segment of the first plane fills one vector, the second plane is loaded twice, side
+// by side in one vector; where it fills more, a vector lies in one half.
 template <class Bytes>
 inline typename Bytes::Type twice(const uint8_t* half) {
     typename Bytes::Type out;
@@ -181,24 +165,30 @@ inline Bytes16::Type twice<Bytes16>(const uint8_t* half) {
 }
 #endif
 
-template <class Bytes>
-inline void unpack_three_bits(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out, Stream& next) {
+// kOne: whether a segment fills one vector.
+template <class Bytes, bool kOne>
+inline void unpack_three_bits(const uint8_t* codes, int n, int segment, const uint8_t* levels, uint8_t* out, Stream& next) {
     typedef typename Bytes::Type Type;
-    constexpr int kSegment = Bytes::kBytes;
+    constexpr int kBytes = Bytes::kBytes;
     const Type table = load_bytes<Bytes>(levels);
-    Type masks[4];
-    for (int s = 0; s < 4; s++)
-        for (int i = 0; i < kSegment; i++) masks[s][i] = (uint8_t)(1 << (2 * s + (i >= kSegment / 2)));
+    const int half = segment / 2;
+    Type masks[kOne ? 1 : 2][4];  // the third bits of segment s, in half h
+    for (int h = 0; h < (kOne ? 1 : 2); h++)
+        for (int s = 0; s < 4; s++)
+            for (int i = 0; i < kBytes; i++) masks[h][s][i] = (uint8_t)(1 << (2 * s + (kOne ? i >= kBytes / 2 : h)));
     for (int t = 0; t < n; t++) {
         if (t % 16 == 0) next.work(2);
-        const uint8_t* row = codes + t * (kSegment + kSegment / 2);
-        const Type low = load_bytes<Bytes>(row);
-        const Type third = twice<Bytes>(row + kSegment);
+        const uint8_t* row = codes + (int64_t)t * (segment + half);
+        for (int j = 0; j < (kOne ? kBytes : segment); j += kBytes) {
+            const Type low = load_bytes<Bytes>(row + j);
+            const Type third = kOne ? twice<Bytes>(row + segment) : load_bytes<Bytes>(row + segment + j % half);
+            const Type* mask = masks[kOne ? 0 : j >= half];
 #pragma GCC unroll 4
-        for (int s = 0; s < 4; s++) {
-            const Type high = (Type)((third & masks[s]) == masks[s]) & 4;
-            const Type level = Bytes::lookup(table, (Bytes::shifted(low, 2 * s) & 3) | high);
-            std::memcpy(out + (t * 4 + s) * kSegment, &level, sizeof level);
+            for (int s = 0; s < 4; s++) {
+                const Type high = (Type)((third & mask[s]) == mask[s]) & 4;
+                const Type level = Bytes::lookup(table, (Bytes::shifted(low, 2 * s) & 3) | high);
+                std::memcpy(out + (int64_t)(t * 4 + s) * segment + j, &level, sizeof level);
+            }
         }
     }
 }
@@ -218,9 +208,14 @@ inline void unpack(const uint8_t* codes, int bits, int n, int dim, const uint8_t
     if (bits == 4) return unpack_one_plane<4>(codes, n, dim, levels, out, next);
     if (bits == 2) return unpack_one_plane<2>(codes, n, dim, levels, out, next);
     if (bits == 1) return unpack_one_plane<1>(codes, n, dim, levels, out, next);
-    if (dim == 64) return unpack_three_bits<Bytes16>(codes, n, levels, out, next);
-    if (dim == 128) return unpack_three_bits<Bytes32>(codes, n, levels, out, next);
-    if (dim == 256) return unpack_three_bits<Bytes64>(codes, n, levels, out, next);
+    const int segment = dim / 4;
+    const auto whole = [&](auto bytes) {
+        typedef decltype(bytes) Bytes;
+        if (segment == Bytes::kBytes) return unpack_three_bits<Bytes, true>(codes, n, segment, levels, out, next);
+        unpack_three_bits<Bytes, false>(codes, n, segment, levels, out, next);
+    };
+    // A power of two is one vector, or its halves are whole vectors.
+    if ((segment & (segment - 1)) == 0 && with_vectors(segment, whole)) return;
     for (int t = 0; t < n; t++) unpack_three_bits_row(codes + (int64_t)t * (dim * 3 / 8), dim, levels, out + (int64_t)t * dim);
 }
 
