@@ -127,11 +127,44 @@ inline bool with_vectors(int length, const Op& op) {
     return false;
 }
 
+// Calls op with the widest vector of bytes that is no longer than `length`, and returns whether there is one.
+template <class Op>
+inline bool with_vectors_within(int length, const Op& op) {
+    return with_vectors(length >= 64 ? 64 : length >= 32 ? 32 : length >= 16 ? 16 : 1, op);
+}
+
+// Rows whose length is no multiple of a vector, as whole vectors all the same, except the last row. The last vector of a row
+// reaches into the next one; what it writes behind a segment is written again by a vector that comes later.
+template <int kWidth, class Bytes>
+inline void unpack_overlapping_plane(const uint8_t* codes, int n, int length, const uint8_t* levels, uint8_t* out,
+                                     Stream& next) {
+    typedef typename Bytes::Type Type;
+    const Type table = load_bytes<Bytes>(levels);
+    for (int t = 0; t < n; t++) {
+        if (t % 16 == 0) next.work(2);
+        const uint8_t* row = codes + (int64_t)t * length;
+        uint8_t* to = out + (int64_t)t * length * (8 / kWidth);
+        for (int j = (length - 1) / Bytes::kBytes * Bytes::kBytes; j >= 0; j -= Bytes::kBytes) {
+            const Type packed = load_bytes<Bytes>(row + j);
+#pragma GCC unroll 8
+            for (int s = 0; s < 8 / kWidth; s++) {
+                const Type level = Bytes::lookup(table, Bytes::shifted(packed, s * kWidth) & (uint8_t)((1 << kWidth) - 1));
+                std::memcpy(to + s * length + j, &level, sizeof level);
+            }
+        }
+    }
+}
+
 template <int kWidth>
 inline void unpack_one_plane(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out, Stream& next) {
     const int length = dim * kWidth / 8;
     const auto whole = [&](auto bytes) { unpack_plane<kWidth, decltype(bytes)>(codes, n, length, levels, out, next); };
-    if (!with_vectors(length, whole)) unpack_uneven_plane<kWidth>(codes, n, length, levels, out, next);
+    if (n == 0 || with_vectors(length, whole)) return;
+    const auto overlapping = [&](auto bytes) {
+        unpack_overlapping_plane<kWidth, decltype(bytes)>(codes, n - 1, length, levels, out, next);
+    };
+    const int last = with_vectors_within(length, overlapping) ? n - 1 : 0;
+    unpack_uneven_plane<kWidth>(codes + (int64_t)last * length, n - last, length, levels, out + (int64_t)last * dim, next);
 }
 
 // Codes of three bits are a plane of two bits and a plane of one bit. The third bits of half h of segment s of the first plane
@@ -165,6 +198,8 @@ inline Bytes16::Type twice<Bytes16>(const uint8_t* half) {
 }
 #endif
 
+constexpr int kLargestSegment = 256;  // of vectors that overlap
+
 // kOne: whether a segment fills one vector.
 template <class Bytes, bool kOne>
 inline void unpack_three_bits(const uint8_t* codes, int n, int segment, const uint8_t* levels, uint8_t* out, Stream& next) {
@@ -193,6 +228,34 @@ inline void unpack_three_bits(const uint8_t* codes, int n, int segment, const ui
     }
 }
 
+// The same for segments that are no power of two, with vectors that reach into the next row, as above; all rows but the last one.
+template <class Bytes>
+inline void unpack_overlapping_three_bits(const uint8_t* codes, int n, int segment, const uint8_t* levels, uint8_t* out,
+                                          Stream& next) {
+    typedef typename Bytes::Type Type;
+    constexpr int kBytes = Bytes::kBytes;
+    const Type table = load_bytes<Bytes>(levels);
+    const int half = segment / 2, last = (segment - 1) / kBytes * kBytes;
+    Type masks[kLargestSegment / kBytes];  // which bytes of a vector are of the first half
+    for (int j = 0; j <= last; j += kBytes)
+        for (int i = 0; i < kBytes; i++) masks[j / kBytes][i] = j + i < half ? 0xff : 0;
+    for (int t = 0; t < n; t++) {
+        if (t % 16 == 0) next.work(2);
+        const uint8_t* row = codes + (int64_t)t * (segment + half);
+        for (int j = last; j >= 0; j -= kBytes) {
+            const Type low = load_bytes<Bytes>(row + j), mask = masks[j / kBytes];
+            const Type first = load_bytes<Bytes>(row + segment + j), second = load_bytes<Bytes>(row + segment + j - half);
+            const Type third = (first & mask) | (Bytes::shifted(second, 1) & ~mask);  // bits 2 s are of segment s
+#pragma GCC unroll 4
+            for (int s = 0; s < 4; s++) {
+                const Type high = (Type)((third & (uint8_t)(1 << 2 * s)) != 0) & 4;
+                const Type level = Bytes::lookup(table, (Bytes::shifted(low, 2 * s) & 3) | high);
+                std::memcpy(out + (int64_t)(t * 4 + s) * segment + j, &level, sizeof level);
+            }
+        }
+    }
+}
+
 inline void unpack_three_bits_row(const uint8_t* row, int dim, const uint8_t* levels, uint8_t* out) {
     const int quarter = dim / 4, eighth = dim / 8;
     for (int c = 0; c < dim; c++) {
@@ -202,12 +265,7 @@ inline void unpack_three_bits_row(const uint8_t* row, int dim, const uint8_t* le
     }
 }
 
-// Unpacks n rows of codes to n rows of `dim` bytes. levels: the byte of each code, repeated to 64.
-inline void unpack(const uint8_t* codes, int bits, int n, int dim, const uint8_t* levels, uint8_t* out,
-                   Stream& next) {
-    if (bits == 4) return unpack_one_plane<4>(codes, n, dim, levels, out, next);
-    if (bits == 2) return unpack_one_plane<2>(codes, n, dim, levels, out, next);
-    if (bits == 1) return unpack_one_plane<1>(codes, n, dim, levels, out, next);
+inline void unpack_three_bits_planes(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out, Stream& next) {
     const int segment = dim / 4;
     const auto whole = [&](auto bytes) {
         typedef decltype(bytes) Bytes;
@@ -215,8 +273,23 @@ inline void unpack(const uint8_t* codes, int bits, int n, int dim, const uint8_t
         unpack_three_bits<Bytes, false>(codes, n, segment, levels, out, next);
     };
     // A power of two is one vector, or its halves are whole vectors.
-    if ((segment & (segment - 1)) == 0 && with_vectors(segment, whole)) return;
-    for (int t = 0; t < n; t++) unpack_three_bits_row(codes + (int64_t)t * (dim * 3 / 8), dim, levels, out + (int64_t)t * dim);
+    if (n == 0 || ((segment & (segment - 1)) == 0 && with_vectors(segment, whole))) return;
+    const auto overlapping = [&](auto bytes) {
+        unpack_overlapping_three_bits<decltype(bytes)>(codes, n - 1, segment, levels, out, next);
+    };
+    // A vector of 16 bytes may be longer than a segment: it stays within the next row if that has 8.
+    const bool fits = segment >= 8 && segment <= kLargestSegment;
+    const int last = fits && with_vectors_within(segment < 16 ? 16 : segment, overlapping) ? n - 1 : 0;
+    for (int t = last; t < n; t++) unpack_three_bits_row(codes + (int64_t)t * (dim * 3 / 8), dim, levels, out + (int64_t)t * dim);
+}
+
+// Unpacks n rows of codes to n rows of `dim` bytes. levels: the byte of each code, repeated to 64.
+inline void unpack(const uint8_t* codes, int bits, int n, int dim, const uint8_t* levels, uint8_t* out,
+                   Stream& next) {
+    if (bits == 4) return unpack_one_plane<4>(codes, n, dim, levels, out, next);
+    if (bits == 2) return unpack_one_plane<2>(codes, n, dim, levels, out, next);
+    if (bits == 1) return unpack_one_plane<1>(codes, n, dim, levels, out, next);
+    unpack_three_bits_planes(codes, n, dim, levels, out, next);
 }
 
 }  // namespace
