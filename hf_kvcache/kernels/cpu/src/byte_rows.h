@@ -1,6 +1,5 @@
 // Rows of bytes (levels, or codes of 8 bits) as numbers, and the split of floats into bytes for integer products with them.
-// page_side.h reads rows as floats by `Byte`; dot_vnni.h and dot_amx.h use the split, and dot_avx2.h
-// keeps the 16 bits together.
+// page_side.h reads rows as floats by `Byte`; dot_vnni.h and dot_amx.h use the split, and dot_avx2.h keeps the 16 bits together.
 //
 // The value of a byte is `byte - kBias`, centered: rounding errors are proportional to the values, and the rotation back would
 // gather the error of a mean that all channels share in one channel. For integer products the float side is split in two signed

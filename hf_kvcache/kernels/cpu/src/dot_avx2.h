@@ -2,8 +2,9 @@
 // `dot_levels` and `weigh_levels`.
 //
 // The float side is in 16 bits, x = unit * multiple, and bytes are widened to 16 bits. One instruction (pmaddwd) multiplies 16
-// pairs and adds every two products; float32 takes two for 16 pairs, and twice the work to widen the bytes. Sums are exact in
-// int32. Products of bytes (pmaddubsw) would not be faster: the float side would be two bytes, and their 16-bit sums overflow.
+// pairs and adds every two products; float32 takes two for as many, and twice the work to widen the bytes. Sums are exact in
+// int32. Products of bytes (pmaddubsw) would take no less: the float side would be two bytes, and 16-bit sums have no room for
+// levels of eight bits.
 #pragma once
 
 #include "byte_rows.h"
@@ -21,13 +22,13 @@ inline __m256i first_lanes(int n) {
 
 // Up to four rows of floats, each as multiples of a unit.
 struct Multiples {
-    const int16_t* rows;
-    int pitch;  // numbers from one row to the next
+    const int8_t* rows;  // two bytes a number, at any address
+    int pitch;           // numbers of a row
     float units[kWideQueries];
     int32_t start[kWideQueries];  // takes the bias of the bytes out of a sum
     float lifts[kWideQueries];    // what to add to a sum because of the row's rounding
 
-    const int16_t* at(int m, int column) const { return rows + (int64_t)m * pitch + column; }
+    const int8_t* at(int m, int column) const { return rows + 2 * ((int64_t)m * pitch + column); }
     __m256i sixteen(int m, int column) const { return _mm256_loadu_si256((const __m256i*)at(m, column)); }
     // Two numbers, in every lane.
     __m256i pair(int m, int column) const {
@@ -37,9 +38,9 @@ struct Multiples {
     }
 };
 
-// The first n numbers of M rows. offset: as in HfkvSide; room: for M rows of n numbers and kWideColumns more.
+// The first n numbers of M rows, and zeros behind them. offset: as in HfkvSide; room: for M rows of n + kWideColumns numbers.
 template <int M>
-inline Multiples multiples_of(const float* x, int x_pitch, int n, int offset, int16_t* room) {
+inline Multiples multiples_of(const float* x, int x_pitch, int n, int offset, int8_t* room) {
     Multiples out{room, (n + kWideColumns - 1) / kWideColumns * kWideColumns, {}, {}, {}};
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     for (int m = 0; m < M; m++) {
@@ -60,7 +61,7 @@ inline Multiples multiples_of(const float* x, int x_pitch, int n, int offset, in
             const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(eight(c + 8), inverse));
             sums = _mm256_add_epi32(sums, _mm256_add_epi32(low, high));
             const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-            _mm256_storeu_si256((__m256i*)(room + (int64_t)m * out.pitch + c), both);
+            _mm256_storeu_si256((__m256i*)(room + 2 * ((int64_t)m * out.pitch + c)), both);
         }
         const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
         const __m128i quarter = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
@@ -147,14 +148,14 @@ inline void add_quarter(const Multiples& weights, int c, int q, const __m256i* s
     for (int m = 0; m < M; m++) {
         const __m256 total = _mm256_cvtepi32_ps(_mm256_add_epi32(sums[m], _mm256_set1_epi32(weights.start[m])));
         const __m256 x = _mm256_add_ps(_mm256_mul_ps(total, _mm256_set1_ps(weights.units[m])), _mm256_set1_ps(weights.lifts[m]));
-        float* to = output + (int64_t)m * pitch;  // widths are multiples of 4
+        float* to = output + (int64_t)m * pitch;  // behind the width, a row has room up to a multiple of 16
         if (first < dim) _mm_storeu_ps(to + first, _mm_add_ps(_mm_loadu_ps(to + first), _mm256_castps256_ps128(x)));
         if (second < dim) _mm_storeu_ps(to + second, _mm_add_ps(_mm_loadu_ps(to + second), _mm256_extractf128_ps(x, 1)));
     }
 }
 
-// output[m * output_pitch + c] += the sums of n rows of levels by M rows of weights, for the channels from c to c + 31 whose
-// quarters are from kFirst on, kQuarters of them.
+// output[m * output_pitch + c] += the sums of n rows of levels by M rows of weights, for kQuarters quarters, from kFirst on, of the
+// 32 channels from c on.
 template <int M, int kFirst, int kQuarters, class Load>
 inline void weigh_quarters(const uint8_t* levels, int n, int dim, int c, const Multiples& weights, float* output, int output_pitch,
                            Stream& next, const Load& load) {

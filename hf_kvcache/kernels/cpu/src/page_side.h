@@ -1,6 +1,6 @@
 // One side of a page and all the queries of a row: `page_scores` gives their scores with the keys, `page_output` the weighted
-// sums of the values, and `decode` the elements. attention.h calls them; they choose between float32, AVX2, VNNI
-// and AMX.
+// sums of the values, and `decode` the elements. attention.h calls them; they choose between float32 and the
+// integer products of AVX2, VNNI and AMX.
 //
 // With x_hat = (level * scale + zero) * other, scales per channel fold into the query (or the output), scales per token into the
 // scores (or the weights), and a zero point is one more dot product. Scales are applied to elements only where they are shared
@@ -27,7 +27,7 @@ struct Scratch {
     float* decoded;  // [P, D]
     uint8_t* bytes;  // [P, D]
     uint8_t* woven;  // [P, D] levels in the order of tiles, in the memory of `decoded`: a page needs only one of the two
-    int8_t* split;   // queries or weights in two bytes each
+    int8_t* split;   // queries or weights in 16 bits each
     Stream next;
 };
 
@@ -288,7 +288,7 @@ struct LevelScores {
     template <int M>
     void run(int m) const {
         const float* from = s.queries + (int64_t)m * query_pitch;
-        const Multiples queries = multiples_of<M>(from, query_pitch, side.dim, side.offset, (int16_t*)s.split);
+        const Multiples queries = multiples_of<M>(from, query_pitch, side.dim, side.offset, s.split);
         dot_levels<M>(rows.data, n, side.dim, queries, s.scores + (int64_t)m * pitch, pitch, s.next);
     }
 };
@@ -303,7 +303,7 @@ struct LevelOutput {
 
     template <int M>
     void run(int m) const {
-        const Multiples weights = multiples_of<M>(s.weights + (int64_t)m * pitch, pitch, n, side.offset, (int16_t*)s.split);
+        const Multiples weights = multiples_of<M>(s.weights + (int64_t)m * pitch, pitch, n, side.offset, s.split);
         weigh_levels<M>(rows.data, n, side.dim, weights, output + (int64_t)m * output_pitch, output_pitch, s.next);
     }
 };

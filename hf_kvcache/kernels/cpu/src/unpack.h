@@ -84,6 +84,24 @@ inline void unpack_plane(const uint8_t* codes, int n, int length, const uint8_t*
     }
 }
 
+// The same for rows of half a vector, two at a time; n is even.
+template <int kWidth, class Bytes>
+inline void unpack_pairs_of_rows(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out, Stream& next) {
+    typedef typename Bytes::Type Type;
+    constexpr int kLength = Bytes::kBytes / 2, kDim = kLength * (8 / kWidth);
+    const Type table = load_bytes<Bytes>(levels);
+    for (int t = 0; t < n; t += 2) {
+        if (t % 16 == 0) next.work(2);
+        const Type packed = load_bytes<Bytes>(codes + t * kLength);
+#pragma GCC unroll 8
+        for (int s = 0; s < 8 / kWidth; s++) {
+            const Type level = Bytes::lookup(table, Bytes::shifted(packed, s * kWidth) & (uint8_t)((1 << kWidth) - 1));
+            std::memcpy(out + t * kDim + s * kLength, &level, kLength);
+            std::memcpy(out + (t + 1) * kDim + s * kLength, (const uint8_t*)&level + kLength, kLength);
+        }
+    }
+}
+
 typedef uint64_t Words __attribute__((vector_size(16)));
 
 // The same for rows whose length is no multiple of a vector: eight bytes at a time, then one.
@@ -158,6 +176,12 @@ inline void unpack_overlapping_plane(const uint8_t* codes, int n, int length, co
 template <int kWidth>
 inline void unpack_one_plane(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out, Stream& next) {
     const int length = dim * kWidth / 8;
+#if defined(__AVX2__)
+    if (length == 16) {
+        unpack_pairs_of_rows<kWidth, Bytes32>(codes, n & ~1, levels, out, next);
+        codes += (n & ~1) * length, out += (n & ~1) * dim, n &= 1;
+    }
+#endif
     const auto whole = [&](auto bytes) { unpack_plane<kWidth, decltype(bytes)>(codes, n, length, levels, out, next); };
     if (n == 0 || with_vectors(length, whole)) return;
     const auto overlapping = [&](auto bytes) {
@@ -198,35 +222,47 @@ inline Bytes16::Type twice<Bytes16>(const uint8_t* half) {
 }
 #endif
 
-constexpr int kLargestSegment = 256;  // of vectors that overlap
+// The levels of a vector of each of the four segments. low: the codes of two bits; third: their third bits, bits 2 s of segment s.
+template <class Bytes>
+inline void look_up_three_bits(typename Bytes::Type table, typename Bytes::Type low, typename Bytes::Type third, int segment,
+                               uint8_t* to) {
+    typedef typename Bytes::Type Type;
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; s++) {
+        const Type high = (s ? Bytes::shifted(third, 2 * s - 2) : third << 2) & 4;
+        const Type level = Bytes::lookup(table, (Bytes::shifted(low, 2 * s) & 3) | high);
+        std::memcpy(to + s * segment, &level, sizeof level);
+    }
+}
+
+// A mask of the bytes of a vector from j on that belong to the first half of a segment.
+template <class Bytes>
+inline typename Bytes::Type in_first_half(int j, int half) {
+    typename Bytes::Type mask;
+    for (int i = 0; i < Bytes::kBytes; i++) mask[i] = j + i < half ? 0xff : 0;
+    return mask;
+}
 
 // kOne: whether a segment fills one vector.
 template <class Bytes, bool kOne>
 inline void unpack_three_bits(const uint8_t* codes, int n, int segment, const uint8_t* levels, uint8_t* out, Stream& next) {
     typedef typename Bytes::Type Type;
     constexpr int kBytes = Bytes::kBytes;
-    const Type table = load_bytes<Bytes>(levels);
     const int half = segment / 2;
-    Type masks[kOne ? 1 : 2][4];  // the third bits of segment s, in half h
-    for (int h = 0; h < (kOne ? 1 : 2); h++)
-        for (int s = 0; s < 4; s++)
-            for (int i = 0; i < kBytes; i++) masks[h][s][i] = (uint8_t)(1 << (2 * s + (kOne ? i >= kBytes / 2 : h)));
+    const Type table = load_bytes<Bytes>(levels), mask = in_first_half<Bytes>(0, kBytes / 2);
     for (int t = 0; t < n; t++) {
         if (t % 16 == 0) next.work(2);
         const uint8_t* row = codes + (int64_t)t * (segment + half);
         for (int j = 0; j < (kOne ? kBytes : segment); j += kBytes) {
-            const Type low = load_bytes<Bytes>(row + j);
-            const Type third = kOne ? twice<Bytes>(row + segment) : load_bytes<Bytes>(row + segment + j % half);
-            const Type* mask = masks[kOne ? 0 : j >= half];
-#pragma GCC unroll 4
-            for (int s = 0; s < 4; s++) {
-                const Type high = (Type)((third & mask[s]) == mask[s]) & 4;
-                const Type level = Bytes::lookup(table, (Bytes::shifted(low, 2 * s) & 3) | high);
-                std::memcpy(out + (int64_t)(t * 4 + s) * segment + j, &level, sizeof level);
-            }
+            Type third = kOne ? twice<Bytes>(row + segment) : load_bytes<Bytes>(row + segment + j % half);
+            if (kOne) third = (third & mask) | (Bytes::shifted(third, 1) & ~mask);
+            else if (j >= half) third = Bytes::shifted(third, 1);
+            look_up_three_bits<Bytes>(table, load_bytes<Bytes>(row + j), third, segment, out + (int64_t)t * 4 * segment + j);
         }
     }
 }
+
+constexpr int kLargestSegment = 256;  // of vectors that overlap
 
 // The same for segments that are no power of two, with vectors that reach into the next row, as above; all rows but the last one.
 template <class Bytes>
@@ -236,22 +272,16 @@ inline void unpack_overlapping_three_bits(const uint8_t* codes, int n, int segme
     constexpr int kBytes = Bytes::kBytes;
     const Type table = load_bytes<Bytes>(levels);
     const int half = segment / 2, last = (segment - 1) / kBytes * kBytes;
-    Type masks[kLargestSegment / kBytes];  // which bytes of a vector are of the first half
-    for (int j = 0; j <= last; j += kBytes)
-        for (int i = 0; i < kBytes; i++) masks[j / kBytes][i] = j + i < half ? 0xff : 0;
+    Type masks[kLargestSegment / kBytes];
+    for (int j = 0; j <= last; j += kBytes) masks[j / kBytes] = in_first_half<Bytes>(j, half);
     for (int t = 0; t < n; t++) {
         if (t % 16 == 0) next.work(2);
         const uint8_t* row = codes + (int64_t)t * (segment + half);
         for (int j = last; j >= 0; j -= kBytes) {
-            const Type low = load_bytes<Bytes>(row + j), mask = masks[j / kBytes];
+            const Type mask = masks[j / kBytes];
             const Type first = load_bytes<Bytes>(row + segment + j), second = load_bytes<Bytes>(row + segment + j - half);
-            const Type third = (first & mask) | (Bytes::shifted(second, 1) & ~mask);  // bits 2 s are of segment s
-#pragma GCC unroll 4
-            for (int s = 0; s < 4; s++) {
-                const Type high = (Type)((third & (uint8_t)(1 << 2 * s)) != 0) & 4;
-                const Type level = Bytes::lookup(table, (Bytes::shifted(low, 2 * s) & 3) | high);
-                std::memcpy(out + (int64_t)(t * 4 + s) * segment + j, &level, sizeof level);
-            }
+            const Type third = (first & mask) | (Bytes::shifted(second, 1) & ~mask);
+            look_up_three_bits<Bytes>(table, load_bytes<Bytes>(row + j), third, segment, out + (int64_t)t * 4 * segment + j);
         }
     }
 }
