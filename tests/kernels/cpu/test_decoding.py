@@ -74,6 +74,14 @@ def test_other_formats(isa: str, name: str) -> None:
     check(PageLayout(*OTHERS[name], 24))
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_every_width(isa: str, bits: int) -> None:
+    """Rows of codes of any length: vectors of all sizes, vectors that overlap, and single bytes."""
+    for dim in (*range(8, 296, 8), 1024, 1032):
+        side = SideFormat(dim, bits, axis="token", group=dim)
+        check(PageLayout(side, side, page_size=1 + dim // 8 % 4), count=2)
+
+
 @pytest.mark.parametrize(("threads", "count"), [(1, 13), (2, 1), (2, 2), (3, 1), (3, 13)])
 def test_threads(isa: str, threads: int, count: int) -> None:
     """More and fewer pages than threads."""

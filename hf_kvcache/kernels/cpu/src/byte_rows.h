@@ -1,5 +1,5 @@
 // Rows of bytes (levels, or codes of 8 bits) as numbers, and the split of floats into bytes for integer products with them.
-// page_side.h reads rows as floats by `Byte`; dot_vnni.h and dot_amx.h use the split.
+// page_side.h reads rows as floats by `Byte`; dot_vnni.h and dot_amx.h use the split, and dot_avx2.h keeps the 16 bits together.
 //
 // The value of a byte is `byte - kBias`, centered: rounding errors are proportional to the values, and the rotation back would
 // gather the error of a mean that all channels share in one channel. For integer products the float side is split in two signed
@@ -36,9 +36,21 @@ struct Byte {
 // Wider rows or longer pages could overflow int32.
 constexpr int kLargestExactDim = 256, kLargestExactTokens = 256;
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 
 constexpr int kLargestUnits = 32512;  // 127 * 256: the high byte stays within 127
+
+// What to add to the sums of a row of factors because of its rounding. The rounding error of the row, total - unit * sum,
+// multiplies the mean of the codes in all channels alike, and the rotation back would gather these errors in one channel.
+// offset: as in HfkvSide; start: -kBias times the sum.
+inline float rest_of_mean(int offset, float total, float unit, int32_t start) {
+    const float mean = offset ? -0.5f : 0.0f;  // of the bytes less the bias; tables are symmetric
+    return mean * (total - unit * (float)(start / -kBias));
+}
+
+#endif  // __AVX2__
+
+#if defined(__AVX512VNNI__)
 
 inline int padded(int n) { return (n + 63) & ~63; }
 
@@ -57,14 +69,6 @@ inline void split_bytes(const __m512i v[4], __m512i& high, __m512i& low) {
     const __m512i half = _mm512_set1_epi16(128), mask = _mm512_set1_epi16(255);
     high = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8), _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
     low = _mm512_packus_epi16(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
-}
-
-// What to add to the sums of a row of factors because of its rounding. The rounding error of the row, total - unit * sum,
-// multiplies the mean of the codes in all channels alike, and the rotation back would gather these errors in one channel.
-// offset: as in HfkvSide; start: -kBias times the sum.
-inline float rest_of_mean(int offset, float total, float unit, int32_t start) {
-    const float mean = offset ? -0.5f : 0.0f;  // of the bytes less the bias; tables are symmetric
-    return mean * (total - unit * (float)(start / -kBias));
 }
 
 #endif  // __AVX512VNNI__

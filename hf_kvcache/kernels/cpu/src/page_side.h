@@ -1,5 +1,6 @@
 // One side of a page and all the queries of a row: `page_scores` gives their scores with the keys, `page_output` the weighted
-// sums of the values, and `decode` the elements. attention.h calls them; they choose between float32, VNNI and AMX.
+// sums of the values, and `decode` the elements. attention.h calls them; they choose between float32 and the
+// integer products of AVX2, VNNI and AMX.
 //
 // With x_hat = (level * scale + zero) * other, scales per channel fold into the query (or the output), scales per token into the
 // scores (or the weights), and a zero point is one more dot product. Scales are applied to elements only where they are shared
@@ -9,6 +10,7 @@
 #include "dot_amx.h"
 #include "api.h"
 #include "unpack.h"
+#include "dot_avx2.h"
 #include "dot_vnni.h"
 
 namespace {
@@ -25,7 +27,7 @@ struct Scratch {
     float* decoded;  // [P, D]
     uint8_t* bytes;  // [P, D]
     uint8_t* woven;  // [P, D] levels in the order of tiles, in the memory of `decoded`: a page needs only one of the two
-    int8_t* split;   // queries or weights in two bytes each
+    int8_t* split;   // queries or weights in 16 bits each
     Stream next;
 };
 
@@ -270,6 +272,44 @@ struct VnniOutput {
 
 #endif  // __AVX512VNNI__
 
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+
+// Whether dot_avx2.h computes a page: the sums of wider rows and longer pages could overflow.
+inline bool multiples_fit(const HfkvSide& side, int page_size) {
+    return side.level == HFKV_CODES && side.dim <= kLargestExactDim && page_size <= kLargestExactTokens;
+}
+
+struct LevelScores {
+    const HfkvSide& side;
+    Rows rows;
+    int n, query_pitch, pitch;
+    Scratch& s;
+
+    template <int M>
+    void run(int m) const {
+        const float* from = s.queries + (int64_t)m * query_pitch;
+        const Multiples queries = multiples_of<M>(from, query_pitch, side.dim, side.offset, s.split);
+        dot_levels<M>(rows.data, n, side.dim, queries, s.scores + (int64_t)m * pitch, pitch, s.next);
+    }
+};
+
+struct LevelOutput {
+    const HfkvSide& side;
+    Rows rows;
+    int n, pitch;
+    Scratch& s;
+    float* output;
+    int output_pitch;
+
+    template <int M>
+    void run(int m) const {
+        const Multiples weights = multiples_of<M>(s.weights + (int64_t)m * pitch, pitch, n, side.offset, s.split);
+        weigh_levels<M>(rows.data, n, side.dim, weights, output + (int64_t)m * output_pitch, output_pitch, s.next);
+    }
+};
+
+#endif  // __AVX2__ && !__AVX512VNNI__
+
 // scores[m, t] of the first n rows of codes, before scaling.
 inline void code_scores(const HfkvSide& side, int page_size, const uint8_t* record, int n, int count, int query_pitch, Scratch& s,
                         int pitch) {
@@ -286,6 +326,9 @@ inline void code_scores(const HfkvSide& side, int page_size, const uint8_t* reco
 #endif
     (void)page_size;
     const Rows rows = page_rows(side, record, n, s);
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    if (multiples_fit(side, page_size)) return by_fours(count, LevelScores{side, rows, n, query_pitch, pitch, s});
+#endif
     by_fours(count, DotOp{rows, n, s.queries, query_pitch, s.scores, pitch, s.next});
 }
 
@@ -304,6 +347,9 @@ inline void code_output(const HfkvSide& side, int page_size, const uint8_t* reco
 #endif
     (void)page_size;
     const Rows rows = page_rows(side, record, n, s);
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    if (multiples_fit(side, page_size)) return by_fours(count, LevelOutput{side, rows, n, pitch, s, output, output_pitch});
+#endif
     by_fours(count, WeighOp{rows, n, s.weights, pitch, output, output_pitch, s.next});
 }
 

@@ -37,47 +37,24 @@ struct Bytes16 {
     }
 };
 
+// Wider vectors exist only where an instruction looks their bytes up: a compiler would do without by one byte at a time.
+#if defined(__AVX2__)
 struct Bytes32 {
     static constexpr int kBytes = 32;
     typedef uint8_t Type __attribute__((vector_size(32)));
-    static Type shifted(Type x, int n) {
-#if defined(__AVX2__)
-        return (Type)_mm256_srli_epi16((__m256i)x, n);
-#else
-        return x >> n;
-#endif
-    }
-    static Type lookup(Type table, Type index) {
-#if defined(__AVX2__)
-        return (Type)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
-#else
-        Type out;
-        for (int i = 0; i < 32; i++) out[i] = table[index[i]];
-        return out;
-#endif
-    }
+    static Type shifted(Type x, int n) { return (Type)_mm256_srli_epi16((__m256i)x, n); }
+    static Type lookup(Type table, Type index) { return (Type)_mm256_shuffle_epi8((__m256i)table, (__m256i)index); }
 };
+#endif
 
+#if defined(__AVX512BW__)
 struct Bytes64 {
     static constexpr int kBytes = 64;
     typedef uint8_t Type __attribute__((vector_size(64)));
-    static Type shifted(Type x, int n) {
-#if defined(__AVX512BW__)
-        return (Type)_mm512_srli_epi16((__m512i)x, n);
-#else
-        return x >> n;
-#endif
-    }
-    static Type lookup(Type table, Type index) {
-#if defined(__AVX512BW__)
-        return (Type)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
-#else
-        Type out;
-        for (int i = 0; i < 64; i++) out[i] = table[index[i]];
-        return out;
-#endif
-    }
+    static Type shifted(Type x, int n) { return (Type)_mm512_srli_epi16((__m512i)x, n); }
+    static Type lookup(Type table, Type index) { return (Type)_mm512_shuffle_epi8((__m512i)table, (__m512i)index); }
 };
+#endif
 
 template <class Bytes>
 inline typename Bytes::Type load_bytes(const uint8_t* p) {
@@ -103,6 +80,24 @@ inline void unpack_plane(const uint8_t* codes, int n, int length, const uint8_t*
                 const Type level = Bytes::lookup(table, Bytes::shifted(packed, s * kWidth) & (uint8_t)((1 << kWidth) - 1));
                 std::memcpy(to + s * length + j, &level, sizeof level);
             }
+        }
+    }
+}
+
+// The same for rows of half a vector, two at a time; n is even.
+template <int kWidth, class Bytes>
+inline void unpack_pairs_of_rows(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out, Stream& next) {
+    typedef typename Bytes::Type Type;
+    constexpr int kLength = Bytes::kBytes / 2, kDim = kLength * (8 / kWidth);
+    const Type table = load_bytes<Bytes>(levels);
+    for (int t = 0; t < n; t += 2) {
+        if (t % 16 == 0) next.work(2);
+        const Type packed = load_bytes<Bytes>(codes + t * kLength);
+#pragma GCC unroll 8
+        for (int s = 0; s < 8 / kWidth; s++) {
+            const Type level = Bytes::lookup(table, Bytes::shifted(packed, s * kWidth) & (uint8_t)((1 << kWidth) - 1));
+            std::memcpy(out + t * kDim + s * kLength, &level, kLength);
+            std::memcpy(out + (t + 1) * kDim + s * kLength, (const uint8_t*)&level + kLength, kLength);
         }
     }
 }
@@ -137,22 +132,68 @@ inline void unpack_uneven_plane(const uint8_t* codes, int n, int length, const u
     }
 }
 
+// Calls op with the widest vector of bytes that divides `length`, and returns whether there is one.
+template <class Op>
+inline bool with_vectors(int length, const Op& op) {
+#if defined(__AVX512BW__)
+    if (length % 64 == 0) return op(Bytes64()), true;
+#endif
+#if defined(__AVX2__)
+    if (length % 32 == 0) return op(Bytes32()), true;
+#endif
+    if (length % 16 == 0) return op(Bytes16()), true;
+    return false;
+}
+
+// Calls op with the widest vector of bytes that is no longer than `length`, and returns whether there is one.
+template <class Op>
+inline bool with_vectors_within(int length, const Op& op) {
+    return with_vectors(length >= 64 ? 64 : length >= 32 ? 32 : length >= 16 ? 16 : 1, op);
+}
+
+// Rows whose length is no multiple of a vector, as whole vectors all the same, except the last row. The last vector of a row
+// reaches into the next one; what it writes behind a segment is written again by a vector that comes later.
+template <int kWidth, class Bytes>
+inline void unpack_overlapping_plane(const uint8_t* codes, int n, int length, const uint8_t* levels, uint8_t* out,
+                                     Stream& next) {
+    typedef typename Bytes::Type Type;
+    const Type table = load_bytes<Bytes>(levels);
+    for (int t = 0; t < n; t++) {
+        if (t % 16 == 0) next.work(2);
+        const uint8_t* row = codes + (int64_t)t * length;
+        uint8_t* to = out + (int64_t)t * length * (8 / kWidth);
+        for (int j = (length - 1) / Bytes::kBytes * Bytes::kBytes; j >= 0; j -= Bytes::kBytes) {
+            const Type packed = load_bytes<Bytes>(row + j);
+#pragma GCC unroll 8
+            for (int s = 0; s < 8 / kWidth; s++) {
+                const Type level = Bytes::lookup(table, Bytes::shifted(packed, s * kWidth) & (uint8_t)((1 << kWidth) - 1));
+                std::memcpy(to + s * length + j, &level, sizeof level);
+            }
+        }
+    }
+}
+
 template <int kWidth>
 inline void unpack_one_plane(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out, Stream& next) {
     const int length = dim * kWidth / 8;
-    if (length % 64 == 0)
-        unpack_plane<kWidth, Bytes64>(codes, n, length, levels, out, next);
-    else if (length % 32 == 0)
-        unpack_plane<kWidth, Bytes32>(codes, n, length, levels, out, next);
-    else if (length % 16 == 0)
-        unpack_plane<kWidth, Bytes16>(codes, n, length, levels, out, next);
-    else
-        unpack_uneven_plane<kWidth>(codes, n, length, levels, out, next);
+#if defined(__AVX2__)
+    if (length == 16) {
+        unpack_pairs_of_rows<kWidth, Bytes32>(codes, n & ~1, levels, out, next);
+        codes += (n & ~1) * length, out += (n & ~1) * dim, n &= 1;
+    }
+#endif
+    const auto whole = [&](auto bytes) { unpack_plane<kWidth, decltype(bytes)>(codes, n, length, levels, out, next); };
+    if (n == 0 || with_vectors(length, whole)) return;
+    const auto overlapping = [&](auto bytes) {
+        unpack_overlapping_plane<kWidth, decltype(bytes)>(codes, n - 1, length, levels, out, next);
+    };
+    const int last = with_vectors_within(length, overlapping) ? n - 1 : 0;
+    unpack_uneven_plane<kWidth>(codes + (int64_t)last * length, n - last, length, levels, out + (int64_t)last * dim, next);
 }
 
 // Codes of three bits are a plane of two bits and a plane of one bit. The third bits of half h of segment s of the first plane
-// are segment 2 s + h of the second. Where a segment of the first plane fills a vector, the second plane is loaded twice, side by
-// side in one vector.
+// are segment 2 s + h of the second. Where a segment of the first plane fills one vector, the second plane is loaded twice, side
+// by side in one vector; where it fills more, a vector lies in one half.
 template <class Bytes>
 inline typename Bytes::Type twice(const uint8_t* half) {
     typename Bytes::Type out;
@@ -181,24 +222,66 @@ inline Bytes16::Type twice<Bytes16>(const uint8_t* half) {
 }
 #endif
 
+// The levels of a vector of each of the four segments. low: the codes of two bits; third: their third bits, bits 2 s of segment s.
 template <class Bytes>
-inline void unpack_three_bits(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out, Stream& next) {
+inline void look_up_three_bits(typename Bytes::Type table, typename Bytes::Type low, typename Bytes::Type third, int segment,
+                               uint8_t* to) {
     typedef typename Bytes::Type Type;
-    constexpr int kSegment = Bytes::kBytes;
-    const Type table = load_bytes<Bytes>(levels);
-    Type masks[4];
-    for (int s = 0; s < 4; s++)
-        for (int i = 0; i < kSegment; i++) masks[s][i] = (uint8_t)(1 << (2 * s + (i >= kSegment / 2)));
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; s++) {
+        const Type high = (s ? Bytes::shifted(third, 2 * s - 2) : third << 2) & 4;
+        const Type level = Bytes::lookup(table, (Bytes::shifted(low, 2 * s) & 3) | high);
+        std::memcpy(to + s * segment, &level, sizeof level);
+    }
+}
+
+// A mask of the bytes of a vector from j on that belong to the first half of a segment.
+template <class Bytes>
+inline typename Bytes::Type in_first_half(int j, int half) {
+    typename Bytes::Type mask;
+    for (int i = 0; i < Bytes::kBytes; i++) mask[i] = j + i < half ? 0xff : 0;
+    return mask;
+}
+
+// kOne: whether a segment fills one vector.
+template <class Bytes, bool kOne>
+inline void unpack_three_bits(const uint8_t* codes, int n, int segment, const uint8_t* levels, uint8_t* out, Stream& next) {
+    typedef typename Bytes::Type Type;
+    constexpr int kBytes = Bytes::kBytes;
+    const int half = segment / 2;
+    const Type table = load_bytes<Bytes>(levels), mask = in_first_half<Bytes>(0, kBytes / 2);
     for (int t = 0; t < n; t++) {
         if (t % 16 == 0) next.work(2);
-        const uint8_t* row = codes + t * (kSegment + kSegment / 2);
-        const Type low = load_bytes<Bytes>(row);
-        const Type third = twice<Bytes>(row + kSegment);
-#pragma GCC unroll 4
-        for (int s = 0; s < 4; s++) {
-            const Type high = (Type)((third & masks[s]) == masks[s]) & 4;
-            const Type level = Bytes::lookup(table, (Bytes::shifted(low, 2 * s) & 3) | high);
-            std::memcpy(out + (t * 4 + s) * kSegment, &level, sizeof level);
+        const uint8_t* row = codes + (int64_t)t * (segment + half);
+        for (int j = 0; j < (kOne ? kBytes : segment); j += kBytes) {
+            Type third = kOne ? twice<Bytes>(row + segment) : load_bytes<Bytes>(row + segment + j % half);
+            if (kOne) third = (third & mask) | (Bytes::shifted(third, 1) & ~mask);
+            else if (j >= half) third = Bytes::shifted(third, 1);
+            look_up_three_bits<Bytes>(table, load_bytes<Bytes>(row + j), third, segment, out + (int64_t)t * 4 * segment + j);
+        }
+    }
+}
+
+constexpr int kLargestSegment = 256;  // of vectors that overlap
+
+// The same for segments that are no power of two, with vectors that reach into the next row, as above; all rows but the last one.
+template <class Bytes>
+inline void unpack_overlapping_three_bits(const uint8_t* codes, int n, int segment, const uint8_t* levels, uint8_t* out,
+                                          Stream& next) {
+    typedef typename Bytes::Type Type;
+    constexpr int kBytes = Bytes::kBytes;
+    const Type table = load_bytes<Bytes>(levels);
+    const int half = segment / 2, last = (segment - 1) / kBytes * kBytes;
+    Type masks[kLargestSegment / kBytes];
+    for (int j = 0; j <= last; j += kBytes) masks[j / kBytes] = in_first_half<Bytes>(j, half);
+    for (int t = 0; t < n; t++) {
+        if (t % 16 == 0) next.work(2);
+        const uint8_t* row = codes + (int64_t)t * (segment + half);
+        for (int j = last; j >= 0; j -= kBytes) {
+            const Type mask = masks[j / kBytes];
+            const Type first = load_bytes<Bytes>(row + segment + j), second = load_bytes<Bytes>(row + segment + j - half);
+            const Type third = (first & mask) | (Bytes::shifted(second, 1) & ~mask);
+            look_up_three_bits<Bytes>(table, load_bytes<Bytes>(row + j), third, segment, out + (int64_t)t * 4 * segment + j);
         }
     }
 }
@@ -212,16 +295,31 @@ inline void unpack_three_bits_row(const uint8_t* row, int dim, const uint8_t* le
     }
 }
 
+inline void unpack_three_bits_planes(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out, Stream& next) {
+    const int segment = dim / 4;
+    const auto whole = [&](auto bytes) {
+        typedef decltype(bytes) Bytes;
+        if (segment == Bytes::kBytes) return unpack_three_bits<Bytes, true>(codes, n, segment, levels, out, next);
+        unpack_three_bits<Bytes, false>(codes, n, segment, levels, out, next);
+    };
+    // A power of two is one vector, or its halves are whole vectors.
+    if (n == 0 || ((segment & (segment - 1)) == 0 && with_vectors(segment, whole))) return;
+    const auto overlapping = [&](auto bytes) {
+        unpack_overlapping_three_bits<decltype(bytes)>(codes, n - 1, segment, levels, out, next);
+    };
+    // A vector of 16 bytes may be longer than a segment: it stays within the next row if that has 8.
+    const bool fits = segment >= 8 && segment <= kLargestSegment;
+    const int last = fits && with_vectors_within(segment < 16 ? 16 : segment, overlapping) ? n - 1 : 0;
+    for (int t = last; t < n; t++) unpack_three_bits_row(codes + (int64_t)t * (dim * 3 / 8), dim, levels, out + (int64_t)t * dim);
+}
+
 // Unpacks n rows of codes to n rows of `dim` bytes. levels: the byte of each code, repeated to 64.
 inline void unpack(const uint8_t* codes, int bits, int n, int dim, const uint8_t* levels, uint8_t* out,
                    Stream& next) {
     if (bits == 4) return unpack_one_plane<4>(codes, n, dim, levels, out, next);
     if (bits == 2) return unpack_one_plane<2>(codes, n, dim, levels, out, next);
     if (bits == 1) return unpack_one_plane<1>(codes, n, dim, levels, out, next);
-    if (dim == 64) return unpack_three_bits<Bytes16>(codes, n, levels, out, next);
-    if (dim == 128) return unpack_three_bits<Bytes32>(codes, n, levels, out, next);
-    if (dim == 256) return unpack_three_bits<Bytes64>(codes, n, levels, out, next);
-    for (int t = 0; t < n; t++) unpack_three_bits_row(codes + (int64_t)t * (dim * 3 / 8), dim, levels, out + (int64_t)t * dim);
+    unpack_three_bits_planes(codes, n, dim, levels, out, next);
 }
 
 }  // namespace

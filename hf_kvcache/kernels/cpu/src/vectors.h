@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -47,13 +47,30 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
+#if defined(__AVX__)
+inline float sum_of_eight(__m256 v) {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+inline float largest_of_eight(__m256 v) {
+    const __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+#endif
+
 inline float sum(Vec v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)v);
-#endif
+#elif defined(__AVX__)
+    return sum_of_eight((__m256)v);
+#else
     float total = 0;
     for (int i = 0; i < kLanes; i++) total += v[i];
     return total;
+#endif
 }
 
 // Prefetches the next record, a few cache lines at a time, while the current one is computed with. A core's own prefetcher
@@ -83,10 +100,13 @@ struct Stream {
 inline float largest(Vec v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)v);
-#endif
+#elif defined(__AVX__)
+    return largest_of_eight((__m256)v);
+#else
     float top = v[0];
     for (int i = 1; i < kLanes; i++) top = v[i] > top ? v[i] : top;
     return top;
+#endif
 }
 
 inline float larger(float a, float b) { return a > b ? a : b; }
