@@ -91,4 +91,5 @@ def compressed_by_name(
             f"codec={codec!r} with {widths} for a {config.model_type!r} model, whose keys are values too; "
             f"accepted: {accepted}"
         )
-    return compressed_options(config, *((bits.pop(), 8) if codec == "auto" else (None, None)), validate)
+    entries, window = (bits.pop(), 8) if codec == "auto" else (None, None)
+    return compressed_options(config, entries, window, validate)
