@@ -94,7 +94,7 @@ def test_forks_and_files(bits: int | None, tmp_path: Path) -> None:
     held.save(tmp_path / "cache", tokens)
     loaded = KVCache.load(tmp_path / "cache", model.config, input_ids=tokens)
     assert isinstance(loaded, CompressedKVCache)
-    with pytest.raises(ValueError, match="offload=.* with a 'deepseek_v4' model"):
+    with pytest.raises(ValueError, match=r"offload=.* with a 'deepseek_v4' model"):
         KVCache.load(tmp_path / "cache", model.config, input_ids=tokens, offload="cpu")
     for cache in (held.fork(), loaded):
         goes_on_like(cache, held.fork(), more)
