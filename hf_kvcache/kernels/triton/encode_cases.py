@@ -30,8 +30,11 @@ CASES: tuple[tuple[str, int, int, torch.dtype], ...] = (
 
 def waived(codec: str, dim: int, arch: str) -> dict[str, str]:
     """What the report lets pass: packing is a small part of the time, so a few spills there cost little."""
-    known = (codec, dim, arch) == ("unbiased3", 80, "sm100")
-    return {"spills": "4 instructions, at a width that is padded to 128"} if known else {}
+    if (codec, dim, arch) == ("unbiased3", 80, "sm100"):
+        return {"spills": "4 instructions, at a width that is padded to 128"}
+    if (codec, dim) == ("unbiased4", 128) and arch not in ("sm90", "gfx942"):
+        return {"spills": "2 to 14 of 8,000 instructions, since keys are scaled"}
+    return {}
 
 
 def formats(codec: str, dims: tuple[int, int]) -> tuple[SideFormat, SideFormat, tuple[str, str]]:

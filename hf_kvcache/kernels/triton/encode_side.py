@@ -260,8 +260,8 @@ def load_rotated(source, stride, token, real, signs, factors, key_mean, key_scal
             part = tl.load(rows + k[None, :], mask=real[:, None] & (k < side.dim)[None, :], other=0.0)
             if key_scale is not None:
                 # By a power of two: exact, as the scale keeps the quotient in the range of the type.
-                divided = part.to(tl.float32) / tl.load(key_scale + k, mask=k < side.dim, other=1.0)[None, :]
-                part = divided.to(part.dtype)
+                inverse = 1.0 / tl.load(key_scale + k, mask=k < side.dim, other=1.0)
+                part = (part.to(tl.float32) * inverse[None, :]).to(part.dtype)
             if side.turned:
                 columns = tl.load(signs + place[:, None] * side.dim_pad + k[None, :])
             else:
@@ -271,7 +271,7 @@ def load_rotated(source, stride, token, real, signs, factors, key_mean, key_scal
     else:
         x = tl.load(rows + channel[None, :], mask=real[:, None] & there[None, :], other=0.0).to(tl.float32)
         if key_scale is not None:
-            x /= tl.load(key_scale + channel, mask=there, other=1.0)[None, :]
+            x *= (1.0 / tl.load(key_scale + channel, mask=there, other=1.0))[None, :]
         if side.turned:
             x = tl.trans(x)
     if side.centered:
