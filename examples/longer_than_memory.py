@@ -17,7 +17,7 @@ from hf_kvcache import KVCache
 
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
 TEXT = files("hf_kvcache").joinpath("cli/data/alice.txt").read_text(encoding="utf-8")  # or a text of yours
-LIMIT, CHUNK = 160 << 20, 128
+LIMIT, CHUNK = 208 << 20, 128
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")

@@ -46,6 +46,8 @@ class AttentionOverPages(DenseReads):
 
     def _attend_segments(self, new: NewTokens, storage: PagedStorage, call: AttentionCall, skip: int) -> torch.Tensor:
         visibility = self.visibility(new, call, skip)
+        if not skip:
+            self.balance(new, call)
         segments = [
             (slice(max(at.start, skip), at.stop), ahead)
             for at, ahead in self.rollback.segments(storage, new, self.options.tail_length)

@@ -58,6 +58,7 @@ class EvictingAttention(KVCacheLayer):
         assert self.evictor is not None
         self.evictor.attending = Attending(call.scoring, call.module)
         self.note_padding(new, call.mask)
+        self.balance(new, call)
         draft = self._draft(new, call, first=False)
         output = self._attend_draft(draft)
         self._attended = True
