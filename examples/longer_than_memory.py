@@ -3,6 +3,7 @@
 The process is held to LIMIT bytes more than the model takes (Linux). Without `offload`, reading stops with an error.
 """
 
+import ctypes
 import os
 import resource
 import sys
@@ -17,7 +18,12 @@ from hf_kvcache import KVCache
 
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")  # hub id or folder
 TEXT = files("hf_kvcache").joinpath("cli/data/alice.txt").read_text(encoding="utf-8")  # or a text of yours
-LIMIT, CHUNK = 208 << 20, 128
+LIMIT, CHUNK = 160 << 20, 128
+
+# glibc keeps what was freed, and the limit counts that too: large blocks go back to the system at once.
+libc = ctypes.CDLL(None)
+libc.mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
+libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
