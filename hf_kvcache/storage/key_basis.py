@@ -60,6 +60,11 @@ class KeyBasis:
         mean, scale = self.mean, self.scale
         return None if mean is None else rows_of(mean, rows), None if scale is None else rows_of(scale, rows)
 
+    def by_row(self, rows: np.ndarray | None = None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Mean and scale by rows of the page table, ``[b * page heads, dim]`` each, of all sequences or of ``rows``."""
+        mean, scale = (self.mean, self.scale) if rows is None else self.of(rows)
+        return None if mean is None else mean.flatten(0, 1), None if scale is None else scale.flatten(0, 1)
+
     def balance(self, query: torch.Tensor, keys: torch.Tensor, valid: np.ndarray | None, sinks: int) -> None:
         """Fix the scale by a first update, before any of its tokens is packed.
 

@@ -62,7 +62,7 @@ class PageReader:
         slabs = table.pool.slabs()
         if fetched is not None:
             slabs, addresses = [fetched.records], fetched.addresses
-        mean, scale = (None if t is None else t.flatten(0, 1) for t in (basis.mean, basis.scale))
+        mean, scale = basis.by_row()
         pages = Pages(self.layout, slabs, addresses, counts, first, table.scattered(), mean, table.heads, scale)
         pages.follow(table.resident)
         return pages

@@ -135,7 +135,7 @@ class PageWriter:
             self.encoder.write(keys, values, *self.basis.of(rows), records)
             yield 0, pages, records
             return
-        basis = [None if t is None else t.flatten(0, 1) for t in self.basis.of(rows)]
+        basis = self.basis.by_row(rows)
         page = keys.shape[0] * keys.shape[1] * self.page_size * keys.shape[3]
         step = pages if keys.is_meta else max(1, _ENCODE_ELEMENTS // page)
         for start in range(0, pages, step):

@@ -178,6 +178,6 @@ class TokenView:
         records = storage.pool.read(np.where(ids >= 0, ids, ids.max()).flatten()).unflatten(0, ids.shape)
         shape = (*ids.shape, storage.page_size, storage.layout.sides[side].dim)
         buffer = torch.empty(shape, device=storage.device)
-        mean, scale = (None if t is None else t.flatten(0, 1) for t in storage.writer.basis.of(self.rows))
+        mean, scale = storage.writer.basis.by_row(self.rows)
         tokens = storage.encoder.decode(side, records, mean, buffer, scale)
         return tokens.unflatten(0, (len(self.rows), storage.heads))
