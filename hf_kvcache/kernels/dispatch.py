@@ -32,6 +32,7 @@ OPERATIONS = {
         "hadamard",
         "pack",
         "encode",
+        "key_scale",
         "static_step",
     ),
     "native": ("decode", "extend", "latent_decode", "latent_gather", "pack", "choose"),

@@ -7,12 +7,10 @@ import torch
 
 from hf_kvcache.kernels.static_state import MEAN_KNOWN
 from hf_kvcache.layers.static_contents import StaticContents
-from hf_kvcache.storage.key_basis import key_scale
-from hf_kvcache.storage.transfers import is_run, rows_of, to_device
+from hf_kvcache.storage.encoding import encoded_in_parts
+from hf_kvcache.storage.key_basis import key_scale, write_key_mean
+from hf_kvcache.storage.transfers import rows_of, to_device
 from hf_kvcache.utils.autocast import without_autocast
-
-#: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
-_ENCODE_ELEMENTS = 1 << 19
 
 
 class StaticPacking(StaticContents):
@@ -36,7 +34,9 @@ class StaticPacking(StaticContents):
     def _write(self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
         """Encode whole pages of ``keys [b, H, n * P, Dk]`` and count them."""
         page_size, batch, pages = self.page_size, len(rows), keys.shape[2] // self.page_size
-        self._fix_mean_of(rows, keys)
+        mean, known = self.tensors.key_mean, self.numbers.counters[MEAN_KNOWN]
+        if mean is not None:
+            write_key_mean(self.settings.encoder, rows, keys, mean, self.tensors.key_scale, known)
         columns = self.pages_held[rows][:, None] + np.arange(pages)  # [b, n]
         table_rows = (rows[:, None] * self.heads + np.arange(self.heads)).reshape(-1)
         head_columns = columns.repeat(self.heads, 0)  # [b * H, n]
@@ -44,7 +44,7 @@ class StaticPacking(StaticContents):
         paged = positions.reshape(batch, pages, page_size)
         self.numbers.paged[rows[:, None], columns] = paged
         self.numbers.first[table_rows[:, None], head_columns] = paged[:, :, 0].repeat(self.heads, 0)
-        self.numbers.counters[MEAN_KNOWN, rows] = 1
+        known[rows] = 1  # for codecs without a mean too, as a compiled step does
         self.pages_held[rows] += pages
         self.numbers.page_events += 1
 
@@ -59,41 +59,17 @@ class StaticPacking(StaticContents):
         if self.tensors.key_scale is not None:
             self.tensors.key_scale.fill_(1)
 
-    def _fix_mean_of(self, rows: np.ndarray, keys: torch.Tensor) -> None:
-        """Take the mean of ``keys [b, H, n, Dk]`` as the key mean of those of ``rows`` that have none yet."""
-        encoder, known = self.settings.encoder, self.numbers.counters[MEAN_KNOWN, rows]
-        key_mean, whole, device = self.tensors.key_mean, self.tensors.key_scale, keys.device
-        if key_mean is None or known.all():
-            return
-        scale = None if whole is None else rows_of(whole, rows)
-        # Of sequences side by side the rows are a view, which can be written to.
-        if not known.any() and is_run(rows) and encoder.write_key_mean(keys, scale, rows_of(key_mean, rows)):
-            return
-        new = np.flatnonzero(known == 0)
-        mean = encoder.key_mean_of(keys.float().mean(2), scale)
-        key_mean[to_device(rows[new], device)] = mean[to_device(new, device)].float()
-
     def _encode(self, rows: np.ndarray, keys: torch.Tensor, values: torch.Tensor, places: np.ndarray) -> None:
         """Encode whole pages of ``keys [b, H, n * P, Dk]`` into the records ``places [b * H, n]``."""
-        encoder, page_size, device = self.settings.encoder, self.page_size, keys.device
-        pages, records = places.shape[1], self.tensors.records
+        encoder, records, device = self.settings.encoder, self.tensors.records, keys.device
         whole = self.tensors.key_mean, self.tensors.key_scale
         mean, scale = (None if t is None else rows_of(t, rows) for t in whole)
         if encoder.writes_at_once(keys, values):
             addresses = records.data_ptr() + places.T.reshape(-1) * self.layout.record_bytes
             encoder.write(keys, values, mean, scale, to_device(addresses, device))
             return
-        basis = [None if t is None else t.flatten(0, 1) for t in (mean, scale)]
-        step = max(1, _ENCODE_ELEMENTS // (len(rows) * self.heads * page_size * keys.shape[3]))
-        for start in range(0, pages, step):
-            stop = min(start + step, pages)
-            span = slice(start * page_size, stop * page_size)
-            sides = [
-                x[:, :, span].unflatten(2, (-1, page_size)).permute(2, 0, 1, 3, 4).flatten(0, 2) for x in (keys, values)
-            ]
-            repeated = [None if t is None else t.repeat(stop - start, 1) for t in basis]
-            to = to_device(places[:, start:stop].T.reshape(-1), device)
-            records[to] = encoder.encode(sides[0], sides[1], *repeated)
+        for start, stop, part in encoded_in_parts(encoder, keys, values, mean, scale):
+            records[to_device(places[:, start:stop].T.reshape(-1), device)] = part
 
     def _drop_packed(self, every: slice | torch.Tensor, rows: np.ndarray, start: int, stop: int) -> None:
         """Remove the slots ``start ... stop - 1`` of sequences that use all slots, shifting the rest down."""

@@ -78,7 +78,7 @@ class StaticStorage(StaticPacking):
         self._note_places(rows, np.full((len(rows), 1), self.seen))
         self.lengths[rows] += 1
         self._follows = -1
-        self._settle_one()
+        self._commit_one()
 
     def finish_step(self) -> None:
         """:meth:`finish_one` of a token that is no padding in any row, whose slot is counted."""
@@ -88,9 +88,9 @@ class StaticStorage(StaticPacking):
         else:
             self._note_places(np.arange(self.batch), np.full((self.batch, 1), seen))
         self._follows = seen + 1
-        self._settle_one()
+        self._commit_one()
 
-    def _settle_one(self) -> None:
+    def _commit_one(self) -> None:
         """Count one more token as seen, pack the pages that are due, and drop those outside of the window."""
         self.numbers.seen += 1
         keep_from = self.settings.start(self.seen)

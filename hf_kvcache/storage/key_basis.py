@@ -6,17 +6,8 @@ import numpy as np
 import torch
 
 from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.kernels import key_scale as kernels
 from hf_kvcache.storage.transfers import is_run, rows_of, to_device
-
-#: Tokens of a first update that fix a scale; fewer say too little.
-_LEAST_TOKENS = 8
-#: The largest exponent of a scale.
-_LARGEST_EXPONENT = 4
-#: Root mean squares of keys in half precision are at most two to the power of this after scaling, far from infinity.
-_HALF_EXPONENT = 12
-#: Share of the mean over the channels that every channel has at least.
-_LEAST_POWER = 1e-6
-_TINY = 1e-30
 
 
 class KeyBasis:
@@ -85,22 +76,8 @@ class KeyBasis:
             keys: the first keys that are packed, ``[b, Hkv, n, Dk]``.
             weights: bool ``[b, Hkv, n]``, which of them count; None if all do.
         """
-        if self.mean is None or self.known[rows].all():
-            return
-        unknown, (own, scale) = not self.known[rows].any(), self.of(rows)
-        # Of sequences side by side the rows are a view, which can be written to.
-        assert own is not None
-        if weights is None and unknown and is_run(rows) and self.encoder.write_key_mean(keys, scale, own):
-            self.known[rows] = True
-            return
-        if weights is None:
-            mean = keys.float().mean(2)
-        else:
-            mean = (keys.float() * weights.unsqueeze(-1)).sum(2) / weights.sum(2, keepdim=True).clamp_min(1)
-        new = np.flatnonzero(~self.known[rows])
-        rotated = self.encoder.key_mean_of(mean, scale)
-        self.mean[to_device(rows[new], self.mean.device)] = rows_of(rotated, new).to(self.mean.dtype)
-        self.known[rows] = True
+        if self.mean is not None:
+            write_key_mean(self.encoder, rows, keys, self.mean, self.scale, self.known, weights)
 
     def note_truncated(self, held: np.ndarray) -> None:
         """Take note which sequences still have pages, bool ``[B]``: the others have no mean any more."""
@@ -149,6 +126,43 @@ class KeyBasis:
             self.scale = state["key_scale"].to(device)
 
 
+def write_key_mean(
+    encoder: PageEncoder,
+    rows: np.ndarray,
+    keys: torch.Tensor,
+    mean: torch.Tensor,
+    scale: torch.Tensor | None,
+    known: np.ndarray,
+    weights: torch.Tensor | None = None,
+) -> None:
+    """Write the mean of ``keys`` for those of the sequences ``rows`` that have none yet.
+
+    Args:
+        encoder: makes page records.
+        rows: numbers of sequences.
+        keys: the first keys that are packed, ``[b, Hkv, n, Dk]``.
+        mean: float32 ``[B, page heads, dim]``, of all sequences; written.
+        scale: float32 ``[B, Hkv, Dk]``, by what keys are divided; None if they are not.
+        known: ``[B]``, not 0 for the sequences that have a mean; written.
+        weights: bool ``[b, Hkv, n]``, which of the keys count; None if all do.
+    """
+    missing = known[rows] == 0
+    if not missing.any():
+        return
+    own_scale = None if scale is None else rows_of(scale, rows)
+    # Of sequences side by side the rows are a view, which can be written to.
+    at_once = weights is None and missing.all() and is_run(rows)
+    if not (at_once and encoder.write_key_mean(keys, own_scale, rows_of(mean, rows))):
+        if weights is None:
+            found = keys.float().mean(2)
+        else:
+            found = (keys.float() * weights.unsqueeze(-1)).sum(2) / weights.sum(2, keepdim=True).clamp_min(1)
+        new = np.flatnonzero(missing)
+        rotated = encoder.key_mean_of(found, own_scale)
+        mean[to_device(rows[new], mean.device)] = rows_of(rotated, new).to(mean.dtype)
+    known[rows] = 1
+
+
 def key_scale(query: torch.Tensor, keys: torch.Tensor, valid: np.ndarray | None, sinks: int) -> torch.Tensor:
     """The scale of the keys of each sequence, head and channel; 1 where there are too few tokens.
 
@@ -161,48 +175,8 @@ def key_scale(query: torch.Tensor, keys: torch.Tensor, valid: np.ndarray | None,
     Returns:
         Float32 ``[B, Hkv, Dk]``, contiguous.
     """
-    batch, heads, length, dim = keys.shape
     if valid is None:
-        count: torch.Tensor | int = length - sinks
-        if length - sinks < _LEAST_TOKENS:
-            return torch.ones(batch, heads, dim, device=keys.device)
-        query, keys = query[:, :, sinks:], keys[:, :, sinks:]
-    else:
-        counted = valid & (valid.cumsum(1) > sinks)
-        there = to_device(counted, keys.device)[:, None, :, None]
-        count = to_device(counted.sum(1).astype(np.float32), keys.device)[:, None, None]
-        # What stands at padding may be NaN, and 0 * NaN is not 0.
-        query, keys = query.masked_fill(~there, 0), keys.masked_fill(~there, 0)
-        least, count = count >= _LEAST_TOKENS, count.clamp_min(1)
-    power = _squares(query).unflatten(1, (heads, -1)).mean(2) / count
-    squares = _squares(keys) / count
-    variance = squares - (keys.sum(2, dtype=torch.float32) / count).square()
-    # Kernels divide in the dtype of the keys.
-    lowest = (squares.log2() / 2 - _HALF_EXPONENT).ceil() if keys.dtype == torch.float16 else None
-    scale = balanced(variance.clamp_min_(0), power, lowest)
-    return scale if valid is None else torch.where(least, scale, 1.0)
-
-
-def _squares(x: torch.Tensor) -> torch.Tensor:
-    """The sum of the squares over tokens, float32 ``[B, H, D]``, of ``x [B, H, T, D]``."""
-    wider = torch.promote_types(x.dtype, torch.float32)  # numbers of 64 bits cannot be summed in 32
-    return torch.linalg.vector_norm(x, dim=2, dtype=wider).float().square_()
-
-
-def balanced(variance: torch.Tensor, power: torch.Tensor, lowest: torch.Tensor | None = None) -> torch.Tensor:
-    """The scale of the keys of each channel: a power of two near ``(variance / power) ** (1 / 4)``.
-
-    Its geometric mean over the channels is near 1, and it is between 1/16 and 16.
-
-    Args:
-        variance: of the keys, float32 ``[..., Dk]``.
-        power: mean square of the queries, of the same shape.
-        lowest: the smallest exponents, of the same shape; None where nothing but the range bounds them.
-    """
-    ratio = [x + _LEAST_POWER * x.mean(-1, keepdim=True) + _TINY for x in (variance, power)]
-    exponent = (ratio[0].log2() - ratio[1].log2()) / 4
-    exponent = (exponent - exponent.mean(-1, keepdim=True)).nan_to_num_(0.0).round_()
-    if lowest is not None:
-        exponent = torch.maximum(exponent, lowest.nan_to_num(0.0))
-    exponent = exponent.clamp_(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).to(torch.int32)
-    return ((exponent + 127) << 23).view(torch.float32)  # the bits of a power of two
+        if keys.shape[2] - sinks < kernels.LEAST_TOKENS:
+            return torch.ones(*keys.shape[:2], keys.shape[3], device=keys.device)
+        return kernels.key_scale(query, keys, sinks, None)
+    return kernels.key_scale(query, keys, sinks, to_device(valid & (valid.cumsum(1) > sinks), keys.device))

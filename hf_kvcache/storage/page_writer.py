@@ -10,13 +10,11 @@ import torch
 
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.storage.dense_buffer import DenseBuffer
+from hf_kvcache.storage.encoding import encoded_in_parts
 from hf_kvcache.storage.key_basis import KeyBasis
 from hf_kvcache.storage.page_table import PageTable
 from hf_kvcache.storage.transfers import rows_of, to_device
 from hf_kvcache.utils.autocast import without_autocast
-
-#: Elements encoded at a time: few enough that a codec's many passes over them stay in a core's cache.
-_ENCODE_ELEMENTS = 1 << 19
 
 #: Turns keys ``[b, Hkv, n, Dk]`` of the sequences ``rows`` at ``positions [b, n]`` into the keys that pages hold.
 AsPacked = Callable[[np.ndarray, torch.Tensor, np.ndarray], torch.Tensor]
@@ -135,18 +133,7 @@ class PageWriter:
             self.encoder.write(keys, values, *self.basis.of(rows), records)
             yield 0, pages, records
             return
-        basis = self.basis.by_row(rows)
-        page = keys.shape[0] * keys.shape[1] * self.page_size * keys.shape[3]
-        step = pages if keys.is_meta else max(1, _ENCODE_ELEMENTS // page)
-        for start in range(0, pages, step):
-            stop = min(start + step, pages)
-            span = slice(start * self.page_size, stop * self.page_size)
-            columns = [
-                x[:, :, span].unflatten(2, (-1, self.page_size)).permute(2, 0, 1, 3, 4).flatten(0, 2)
-                for x in (keys, values)
-            ]
-            repeated = [None if t is None else t.repeat(stop - start, 1) for t in basis]
-            yield start, stop, self.encoder.encode(columns[0], columns[1], *repeated)
+        yield from encoded_in_parts(self.encoder, keys, values, *self.basis.of(rows))
 
     def note_truncated(self) -> None:
         """Take note that pages were dropped: a sequence without a page has no basis any more."""

@@ -25,7 +25,7 @@ STEPS = 120
 
 @pytest.mark.slow
 def test_a_compiled_step_on_the_pretended_gpu() -> None:
-    """Launches alone: attention, merge, page and what settles it, and the key mean of codecs that subtract one."""
+    """Launches alone: attention, merge, the page and what commits it, and the key mean of codecs that subtract one."""
     pytest.importorskip("triton", exc_type=ImportError)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval")])}
     command = [sys.executable, "-m", "benchmarks.gpu.pretended_static", "--uncompiled"]

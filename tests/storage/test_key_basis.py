@@ -11,7 +11,8 @@ import torch
 from hf_kvcache import QuantizedKVCache
 from hf_kvcache.codecs import resolve
 from hf_kvcache.codecs.pages import PageEncoder
-from hf_kvcache.storage.key_basis import balanced, key_scale
+from hf_kvcache.kernels.reference.key_scale import balanced
+from hf_kvcache.storage.key_basis import key_scale
 from tests import families
 from tests.running import as_cache, prompt
 

@@ -10,11 +10,11 @@ import triton
 from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.triton.attention_cases import formats
 from hf_kvcache.kernels.triton.compile_case import CompileCase
-from hf_kvcache.kernels.triton.static_kernels import merge_static_kernel, settle_kernel
+from hf_kvcache.kernels.triton.static_kernels import commit_kernel, merge_static_kernel
 from hf_kvcache.kernels.triton.step_config import MERGED_SPLITS, StepKind, Turn
 
-SETTLE_WARPS = 4
-#: Slots that ``settle_kernel`` moves at a time.
+COMMIT_WARPS = 4
+#: Slots that ``commit_kernel`` moves at a time.
 _BLOCK = 32
 _CPU = torch.device("cpu")
 #: Sequences, KV heads, slots and pages a row, query heads per KV head, tokens of a page.
@@ -39,10 +39,10 @@ def merge_constants(
     }
 
 
-def settle_constants(
+def commit_constants(
     page_size: int, key_dim: int, value_dim: int, sizes: tuple[int, int, int, int], window: bool
 ) -> dict[str, Any]:
-    """The constants of ``settle_kernel``."""
+    """The constants of ``commit_kernel``."""
     return {
         "PAGE": page_size,
         "KEY_DIM": key_dim,
@@ -61,7 +61,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
     """The cases for a target."""
     cases = []
     for window, mask in ((False, 0), (True, 1)):
-        cases += [_merge_case(architecture, 128, window, mask), _settle_case(architecture, 128, window)]
+        cases += [_merge_case(architecture, 128, window, mask), _commit_case(architecture, 128, window)]
     return cases
 
 
@@ -90,7 +90,7 @@ def _merge_case(arch: str, dim: int, window: bool, mask: int) -> CompileCase:
     )
 
 
-def _settle_case(arch: str, dim: int, window: bool) -> CompileCase:
+def _commit_case(arch: str, dim: int, window: bool) -> CompileCase:
     pointers = {
         **dict.fromkeys(("events", "state", "positions", "places", "first"), "*i64"),
         **dict.fromkeys(("keys", "values"), "*bf16"),
@@ -99,11 +99,11 @@ def _settle_case(arch: str, dim: int, window: bool) -> CompileCase:
     strides = tuple(f"{name}_{axis}" for name in ("key", "value") for axis in "bhn")
     sizes = ("batch", "heads", "slots", "sink_length", "capacity")
     return CompileCase(
-        name=f"settle D={dim}" + (" window" if window else ""),
-        kernel=settle_kernel,
+        name=f"commit D={dim}" + (" window" if window else ""),
+        kernel=commit_kernel,
         signature={**pointers, **dict.fromkeys((*strides, *sizes), "i32")},
-        constants=settle_constants(_PAGE, dim, dim, _SIZES, window),
-        num_warps=SETTLE_WARPS,
+        constants=commit_constants(_PAGE, dim, dim, _SIZES, window),
+        num_warps=COMMIT_WARPS,
         num_stages=1,
         aligned=(*pointers, *strides),
     )

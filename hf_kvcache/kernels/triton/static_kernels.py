@@ -9,7 +9,7 @@ device. So a CUDA graph can be captured once and replayed.
    left the window), how many pages have left the window, and whether the page fixes the key mean.
 3. ``due_mean_kernel`` finds that key mean, for codecs that subtract one.
 4. ``_encode_kernel`` encodes the page.
-5. ``settle_kernel`` moves the slots behind the page down, keeps the table, and counts the step.
+5. ``commit_kernel`` moves the slots behind the page down, keeps the table, and counts the step.
 
 The last three return at once where nothing is due. No program reads what another one of the same launch writes:
 counters of sequences are read in 1 and changed in 2, each by a program of its own, and the number of tokens seen is
@@ -165,7 +165,7 @@ def merge_static_kernel(
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "slots", "sink_length", "capacity"])
-def settle_kernel(
+def commit_kernel(
     # This changes from launch to launch.
     events,
     # The state.

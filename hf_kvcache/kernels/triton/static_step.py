@@ -15,7 +15,7 @@ from hf_kvcache.kernels.triton.encode import due_launch, supports_encoding, supp
 from hf_kvcache.kernels.triton.key_mean import DUE_WARPS, EVENTS, due_mean_arguments, due_mean_kernel, stretches_of
 from hf_kvcache.kernels.triton.prepared_launch import PreparedLaunch, current_stream
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES, level_tables
-from hf_kvcache.kernels.triton.static_kernels import merge_static_kernel, settle_kernel
+from hf_kvcache.kernels.triton.static_kernels import commit_kernel, merge_static_kernel
 from hf_kvcache.kernels.triton.step_config import StepKind
 from hf_kvcache.kernels.triton.step_kernels import step_kernel
 
@@ -90,7 +90,7 @@ class StaticStep:
         self._unread = held.dense_keys if held.key_mean is None else held.key_mean
         self._step, self._merge = self._prepare_step(new), self._prepare_merge(new)
         self._mean = None if held.key_mean is None else self._prepare_mean(held.key_mean)
-        self._encode, self._settle = due_launch(held), self._prepare_settle()
+        self._encode, self._commit = due_launch(held), self._prepare_commit()
 
     @on_their_device
     def __call__(
@@ -122,7 +122,7 @@ class StaticStep:
             sums = torch.empty(batch * self._heads, stretches_of(page_size), dim, device=device)
             self._mean(stream, (events, sums))
         self._encode(stream, (events,))
-        self._settle(stream, (events,))
+        self._commit(stream, (events,))
         return output
 
     def _prepare_step(self, new: NewToken) -> PreparedLaunch:
@@ -216,7 +216,7 @@ class StaticStep:
         arguments = due_mean_arguments(held.layout.sides["keys"], keys, held.key_scale, mean)
         return PreparedLaunch(due_mean_kernel, (self._batch * self._heads, 1), arguments, {"num_warps": DUE_WARPS})
 
-    def _prepare_settle(self) -> PreparedLaunch:
+    def _prepare_commit(self) -> PreparedLaunch:
         held, (batch, heads, slots, pages) = self._held, self._held.sizes
         strides = {"key": held.dense_keys.stride()[:3], "value": held.dense_values.stride()[:3]}
         arguments: dict[str, Any] = {
@@ -233,12 +233,12 @@ class StaticStep:
             "slots": slots,
             "sink_length": held.sink_length,
             "capacity": pages,
-            **static_cases.settle_constants(
+            **static_cases.commit_constants(
                 held.layout.page_size, self._kind.key_dim, self._kind.value_dim, held.sizes, held.window is not None
             ),
         }
-        options = {"num_warps": static_cases.SETTLE_WARPS, "num_stages": 1}
-        return PreparedLaunch(settle_kernel, (batch * heads, 3), arguments, options)
+        options = {"num_warps": static_cases.COMMIT_WARPS, "num_stages": 1}
+        return PreparedLaunch(commit_kernel, (batch * heads, 3), arguments, options)
 
     def _mask_stride(self, new: NewToken) -> int:
         """Elements between the masks of sequences; 0 where all have the same."""
