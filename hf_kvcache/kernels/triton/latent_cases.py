@@ -36,6 +36,8 @@ def compile_cases(arch: str) -> list[CompileCase]:
     for codec in ("bf16", "int8", "int4"):
         layout = PageLayout(latent_format(codec, 512), latent_format("bf16", _ROTARY), _PAGE)
         cases += [step_case(arch, codec, layout, heads) for heads in (16, 128)]
+        if codec == "int8":
+            cases.append(step_case(arch, codec, layout, 128, ragged=True))
     rank = 128 if arch.startswith("gfx") else 512
     cases.append(dense_case(arch, torch.float32, 128, rank))
     cases += [dense_case(arch, torch.float32, 128, rank, decoded=True), dense_case(arch, torch.float16, 128, 512, True)]

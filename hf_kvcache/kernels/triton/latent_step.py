@@ -8,9 +8,11 @@ from threading import get_ident
 from typing import Any, NamedTuple
 from weakref import ref
 
+import numpy as np
 import torch
 import triton
 
+from hf_kvcache.kernels.device_table import send
 from hf_kvcache.kernels.inputs import CallInputs, UpProjections
 from hf_kvcache.kernels.page import SideFormat
 from hf_kvcache.kernels.reference.hadamard import rotation_signs
@@ -71,6 +73,7 @@ class LatentPlan:
         self.device, self.dtype = query.device, query.dtype
         self.arch = architecture(self.device)
         self.batch, self.heads = query.shape[:2]
+        self.ragged = inputs.ragged
         self.capacity, self.rank = slots.keys.shape[2:]
         self.rotary = slots.values.shape[3]
         self.nope, self.value_dim = inputs.up.keys.shape[1], inputs.up.values.shape[1]
@@ -138,9 +141,15 @@ def supports_step(inputs: CallInputs) -> bool:
 class LatentPreparedCall:
     """A prepared step over latents; :class:`~hf_kvcache.kernels.prepared_call.PreparedCall` describes it.
 
+    In a ragged batch the slots in use are on the device too, where the projection counts them. They are sent there
+    after anything else than this call has stored tokens.
+
     Args:
         inputs: what it is prepared for.
     """
+
+    #: Sequences may hold different numbers of tokens.
+    takes_ragged = True
 
     def __init__(self, inputs: CallInputs) -> None:
         assert inputs.up is not None
@@ -151,6 +160,11 @@ class LatentPreparedCall:
         self._plan = plan = LatentPlan(inputs)
         self._strides = inputs.up.keys.stride()[:2]
         self._device, self._index = plan.device, plan.device.index or 0
+        self._lengths: torch.Tensor | None = None
+        if inputs.ragged:
+            with torch.inference_mode(False):
+                self._lengths = torch.empty(plan.batch, dtype=torch.int64, device=self._device)
+        self._next = -1  # the position for which `_lengths` are right
         self._prepare()
 
     @property
@@ -165,14 +179,23 @@ class LatentPreparedCall:
         assert up is not None
         if get_ident() != self._thread:
             self._prepare()  # with scratch memory of this thread
+        slots, lengths = self.slots, self._lengths
+        if lengths is not None and position != self._next:
+            send(slots.lengths, lengths)
+        self._next = -1  # an interrupted call may have counted the token there
         output = query.new_empty(plan.batch, 1, plan.heads, plan.value_dim)
         if self._device.type == "cuda" and torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._device):
                 self._launch(query, keys, values, up, output, slot)
         else:
             self._launch(query, keys, values, up, output, slot)
-        self.slots.positions[:, slot] = position
-        self.slots.lengths.fill(slot + 1)
+        if lengths is None:
+            slots.positions[:, slot] = position
+            slots.lengths.fill(slot + 1)
+        else:
+            slots.positions[np.arange(plan.batch), slots.lengths] = position
+            slots.lengths += 1
+        self._next = position + 1
         return output
 
     def _launch(
@@ -223,6 +246,7 @@ class LatentPreparedCall:
         arguments = {
             "latent_slots": slots.keys,
             "rotary_slots": slots.values,
+            "lengths": self._partial if self._lengths is None else self._lengths,
             "signs": self._partial if turns[0].signs is None else turns[0].signs,
             "rotary_signs": self._partial if turns[1].signs is None else turns[1].signs,
             "absorbed": self._absorbed,
@@ -254,6 +278,7 @@ class LatentPreparedCall:
             "tables": self._partial if pages is None else _tables(pages, self._device),
             "latent_slots": self.slots.keys,
             "rotary_slots": self.slots.values,
+            "lengths": self._partial if self._lengths is None else self._lengths,
             "partial": self._partial,
             "partial_lse": self._lse,
             "turned_b": turned.stride(0),
@@ -322,6 +347,7 @@ def project_constants(plan: LatentPlan, turns: list[Turn]) -> dict[str, Any]:
         "COMPUTE": dense_compute(plan.dtype, plan.dtype, plan.arch),
         "TURN": turns[0].kind,
         "TURN_ROTARY": turns[1].kind,
+        "RAGGED": plan.ragged,
     }
 
 
@@ -345,6 +371,7 @@ def step_constants(plan: LatentPlan, pages: Any, turns: list[Turn], softcap: boo
         "ROTATED": turns[0].kind != "none",
         "FULL": pages is None or pages.full,
         "SOFTCAP": softcap,
+        "RAGGED": plan.ragged,
     }
 
 

@@ -19,7 +19,14 @@ _BF16 = TRITON_TYPES[torch.bfloat16]
 def project_case(heads: int) -> CompileCase:
     """``project_kernel`` into the rotated basis of the latents."""
     pointers = dict.fromkeys(("query", "latents", "rotary", "weight", "latent_slots", "rotary_slots"), "*bf16")
-    pointers |= {"signs": "*fp32", "rotary_signs": "*fp32", "absorbed": "*bf16", "rotated": "*fp32", "turned": "*fp32"}
+    pointers |= {
+        "lengths": "*fp32",
+        "signs": "*fp32",
+        "rotary_signs": "*fp32",
+        "absorbed": "*bf16",
+        "rotated": "*fp32",
+        "turned": "*fp32",
+    }
     strides = dict.fromkeys(("query_b", "query_h", "latents_b", "rotary_b", "weight_h", "weight_d"), "i32")
     strides |= _SLOT_STRIDES
     return CompileCase(
@@ -38,6 +45,7 @@ def project_case(heads: int) -> CompileCase:
             "COMPUTE": _BF16,
             "TURN": "hadamard",
             "TURN_ROTARY": "none",
+            "RAGGED": False,
         },
         num_warps=PROJECT_OPTIONS["num_warps"],
         num_stages=PROJECT_OPTIONS["num_stages"],
@@ -47,18 +55,18 @@ def project_case(heads: int) -> CompileCase:
     )
 
 
-def step_case(arch: str, codec: str, layout: PageLayout, heads: int) -> CompileCase:
+def step_case(arch: str, codec: str, layout: PageLayout, heads: int, ragged: bool = False) -> CompileCase:
     """``step_kernel`` for a bfloat16 query over full pages of a codec and a buffer of full-precision tokens."""
     config = step_config(arch, heads, reads(layout, torch.bfloat16, arch))
     latents, rotary = page_sides(layout, torch.bfloat16, arch)
     rotated = layout.sides["keys"].rotation != "none"
     pointers = {"absorbed": "*bf16", "rotated": "*fp32" if rotated else "*bf16", "turned": "*bf16", "pages": "*i64"}
     pointers |= {"tables": "*fp32", "latent_slots": "*bf16", "rotary_slots": "*bf16"}
-    pointers |= {"partial": "*fp32", "partial_lse": "*fp32"}
+    pointers |= {"lengths": "*i64" if ragged else "*fp32", "partial": "*fp32", "partial_lse": "*fp32"}
     strides = {"turned_b": "i32", "turned_h": "i32", **_SLOT_STRIDES}
     sizes = ("slots", "rows", "columns", "capacity", "per_split", "page_splits", "per_dense", "rows_m")
     return CompileCase(
-        name=f"latent_decode step {codec} H={heads}",
+        name=f"latent_decode step {codec} H={heads}" + (" ragged" if ragged else ""),
         kernel=step_kernel,
         signature=pointers | strides | dict.fromkeys(sizes, "i32") | {"inner": "fp32", "softcap": "fp32"},
         constants={
@@ -75,8 +83,9 @@ def step_case(arch: str, codec: str, layout: PageLayout, heads: int) -> CompileC
             "DENSE_TOKENS": config.block_n,
             "STAGES": config.num_stages,
             "ROTATED": rotated,
-            "FULL": True,
+            "FULL": not ragged,
             "SOFTCAP": False,
+            "RAGGED": ragged,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

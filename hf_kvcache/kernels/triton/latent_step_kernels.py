@@ -24,11 +24,11 @@ def _turn(x, signs, ROWS: tl.constexpr, D: tl.constexpr, LOG_D: tl.constexpr, SI
 
 @triton.jit
 def _store_token(new, new_b, buffer, buffer_b, buffer_n, slot, b, inside, D: tl.constexpr, PAD: tl.constexpr):
-    """Copy the new token ``[D]`` of each sequence ``b`` to its slot of the buffer."""
+    """Copy the new token ``[D]`` of each sequence ``b`` to its slot of the buffer; ``slot`` is int64, as ``b``."""
     channel = tl.arange(0, PAD)
     mask = inside[:, None] & (channel < D)[None, :]
     row = tl.load(new + b[:, None] * new_b + channel[None, :], mask=mask, other=0.0)
-    to = b[:, None] * buffer_b + tl.cast(slot, tl.int64) * buffer_n + channel[None, :]
+    to = b[:, None] * buffer_b + slot[:, None] * buffer_n + channel[None, :]
     tl.store(buffer + to, row, mask=mask)
 
 
@@ -43,6 +43,7 @@ def project_kernel(
     # The buffer of full-precision tokens.
     latent_slots,
     rotary_slots,
+    lengths,
     # Rotations.
     signs,
     rotary_signs,
@@ -77,19 +78,23 @@ def project_kernel(
     COMPUTE: tl.constexpr,
     TURN: tl.constexpr,
     TURN_ROTARY: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """Take a head's queries of ``BLOCK_B`` sequences into latent space; grid (heads, sequence blocks).
 
-    The programs of the first head store the new tokens too.
+    The programs of the first head store the new tokens too, and count them in ``lengths``, which no other program of
+    this launch reads.
 
     Args:
         query: ``[B, HEADS, DN + DR]``; the last dimension is contiguous, as in all that follows.
         latents: of the new tokens, ``[B, R]``.
         rotary: their rotary keys, ``[B, DR]``.
         weight: ``[HEADS, DN, R]``, the up-projection of the keys.
-        slot: the slot of the new tokens.
+        slot: the slot of the new tokens; unless ``RAGGED``.
         latent_slots: ``[B, slots, R]``; the slot is written.
         rotary_slots: ``[B, slots, DR]``; the slot is written.
+        lengths: int64 ``[B]``, slots in use of each sequence, which is the slot of its new token; read if ``RAGGED``,
+            and counted on.
         signs: fp32 ``[R]``, of the rotation of latents; read if ``TURN`` is ``"signed_hadamard"``. ``rotary_signs``
             ``[DR]``: likewise for the rotary keys.
         absorbed: ``[B, HEADS, R + DR]``, written: the query in latent space, then its rotary part.
@@ -101,15 +106,22 @@ def project_kernel(
         LOG_R, LOG_DR: logarithms in base 2 of ``R`` and ``DR_PAD``.
         BLOCK_K: channels of the query that are multiplied at a time.
         COMPUTE: type in which dot products take queries and weights.
+        RAGGED: whether sequences hold different numbers of tokens.
     """
     head = tl.program_id(0)
     b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     inside = b < batch
     channel = tl.arange(0, R)
     if head == 0:
-        _store_token(latents, latents_b, latent_slots, latent_slots_b, latent_slots_n, slot, b, inside, R, R)
+        if RAGGED:
+            to_slot = tl.load(lengths + b, mask=inside, other=0)
+        else:
+            to_slot = tl.zeros([BLOCK_B], tl.int64) + slot
+        _store_token(latents, latents_b, latent_slots, latent_slots_b, latent_slots_n, to_slot, b, inside, R, R)
         if DR > 0:
-            _store_token(rotary, rotary_b, rotary_slots, rotary_slots_b, rotary_slots_n, slot, b, inside, DR, DR_PAD)
+            _store_token(rotary, rotary_b, rotary_slots, rotary_slots_b, rotary_slots_n, to_slot, b, inside, DR, DR_PAD)
+        if RAGGED:
+            tl.store(lengths + b, to_slot + 1, mask=inside)
     rows = query + b[:, None] * query_b + head * query_h
     weights = weight + tl.cast(head, tl.int64) * weight_h
     acc = tl.zeros([BLOCK_B, R], tl.float32)
@@ -149,6 +161,7 @@ def step_kernel(
     # Full-precision tokens.
     latent_slots,
     rotary_slots,
+    lengths,
     # Outputs.
     partial,
     partial_lse,
@@ -186,13 +199,15 @@ def step_kernel(
     ROTATED: tl.constexpr,
     FULL: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """Attention of one query token over pages, the first ``page_splits`` splits, and slots, the other splits.
 
     The grid is (rows times query blocks, splits). Every query sees every token.
 
     Args:
-        slots: slots in use.
+        slots: slots in use, the new token's included; unless ``RAGGED``.
+        lengths: int64 ``[rows]``, slots in use of each row, the new token's included; read if ``RAGGED``.
         absorbed: ``[rows, GROUP, R + DR]``, contiguous: the query in latent space, then its rotary part.
         rotated: ``[rows, GROUP, R]``: in the rotated basis of the latents if ``ROTATED``, and then contiguous; else
             ``absorbed``.
@@ -202,6 +217,7 @@ def step_kernel(
         LATENTS: the side of a page that holds the latents; None if there are no pages.
         PAGE_TOKENS: tokens of a page that are computed at a time.
         DENSE_TOKENS: slots that are computed at a time.
+        RAGGED: whether rows hold different numbers of tokens.
         latent_slots, rotary_slots, DR_PAD and others: as in ``dense_kernel`` and ``pages_kernel``.
     """
     stride_h: tl.constexpr = R + DR
@@ -252,6 +268,9 @@ def step_kernel(
                 SOFTCAP,
             )
     if tl.program_id(1) >= page_splits:
+        used = slots
+        if RAGGED:
+            used = tl.load(lengths + tl.program_id(0) // tl.cdiv(rows_m, BLOCK_M)).to(tl.int32)
         dense_kernel(
             absorbed,
             absorbed + R,
@@ -278,7 +297,7 @@ def step_kernel(
             0,
             0,
             rows,
-            slots,
+            used,
             per_dense,
             rows_m,
             0,

@@ -63,6 +63,21 @@ class Step:
         return prepared(self.query, self.keys, self.values, self.slot, self.call.visibility.start)
 
 
+class RaggedStep(Step):
+    """A step of sequences that hold different numbers of tokens, all of which the new token sees."""
+
+    def __init__(self, call: Call, lengths: list[int], device: torch.device) -> None:
+        unused = torch.arange(call.dense.keys.shape[2]) >= torch.tensor(lengths)[:, None]
+        unused[:, -1] = False  # the new token
+        super().__init__(call._replace(dense=replace(call.dense, unused=unused)), device)
+        self.before = np.array(lengths)
+        for row, length in enumerate(lengths):
+            for buffer in self.buffers:
+                buffer[row, :, length:] = torch.nan
+        self.inputs = replace(self.inputs, ragged=True)
+        self.inputs.slots.lengths[:] = self.before
+
+
 def verify(call: Call, device: torch.device) -> None:
     """Two equal steps give the right output, and store the token and nothing else."""
     step = Step(call, device)
@@ -108,6 +123,42 @@ CASES: dict[str, tuple[str | None, Shape, dict[str, Any]]] = {
 def test_cases(name: str, device: torch.device) -> None:
     codec, shape, features = CASES[name]
     verify(make(codec, shape, **features), device)
+
+
+RAGGED: dict[str, tuple[str | None, Shape, list[int], dict[str, Any]]] = {
+    "no pages, and no other token": (None, Shape(16, 8, 8, 3, batch=2), [0, 5], {"slots": 6}),
+    "pages": ("int8 rotated", Shape(32, 8, 16, 5, batch=3), [40, 0, 17], {"columns": 3, "ragged": True, "slots": 70}),
+    "many sequences": ("int8", Shape(16, 0, 16, 2, batch=18), list(range(18)), {"columns": 1, "slots": 19}),
+}
+
+
+@chosen("name", RAGGED, fast=[("no pages, and no other token",)])
+def test_ragged(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sequence gets the token in its own slot. Lengths are sent after tokens that the call has not stored."""
+    codec, shape, lengths, features = RAGGED[name]
+    monkeypatch.setattr(latent_step, "_LEAST_TOKENS", 16)  # several splits, of which some rows have no token
+    monkeypatch.setattr(latent_step, "programs_wanted", lambda device: 40)
+    step = RaggedStep(make(codec, shape, **features), lengths, device)
+    sent: list[Any] = []
+    original = latent_step.send
+    monkeypatch.setattr(latent_step, "send", lambda array, to: (sent.append(array), original(array, to)))
+    assert PreparedCall.supports(step.inputs)
+    prepared, slots, position = PreparedCall(step.inputs), step.inputs.slots, step.call.visibility.start
+    slots.positions[:] = -1
+    first = step.run(prepared)
+    assert_within(first.cpu(), step.wanted, TOLERANCES[torch.float16])
+    rows = np.arange(len(lengths))
+    for buffer, new in zip(step.buffers, (step.keys, step.values), strict=True):
+        assert torch.equal(buffer[rows, 0, lengths], new[:, 0, 0])
+        for row, length in enumerate(lengths):
+            assert buffer[row, :, length + 1 :].isnan().all() and not buffer[row, :, : length + 1].isnan().any()
+    assert (slots.lengths == step.before + 1).all() and (slots.positions[rows, lengths] == position).all()
+    assert (slots.positions == -1).sum() == slots.positions.size - len(rows)
+    slots.lengths[:] = step.before  # as if the token were taken back
+    again = step.run(prepared)
+    assert torch.equal(first.view(torch.uint8), again.view(torch.uint8)) and len(sent) == 2
+    prepared(step.query, step.keys, step.values, step.slot, position + 1)
+    assert len(sent) == 2 and torch.equal(step.buffers[0][rows, 0, slots.lengths - 1], step.keys[:, 0, 0])
 
 
 def test_packed_rotary_keys(device: torch.device) -> None:
@@ -159,7 +210,8 @@ def test_what_is_left_to_the_general_path(device: torch.device) -> None:
 
 
 @pytest.mark.slow
-def test_a_layer_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_of_a_model(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps over page events and a crop, each by a prepared call, against those of the general path."""
     heads, rank, rotary, width, steps = 3, 32, 16, 24, 30
     config = DeepseekV3Config(
@@ -184,6 +236,8 @@ def test_a_layer_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).half()
         for shape in ((heads, 50 + steps, width + rotary), (1, 50 + steps, rank), (1, 50 + steps, rotary))
     )
+    mask = torch.ones(2, 50 + steps, dtype=torch.bool)
+    mask[1, :11] = False
     used: list[PreparedCall] = []
     original = PreparedCall.__call__
 
@@ -198,7 +252,11 @@ def test_a_layer_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(prepared_call, "implementation", lambda op, device: module_of)
         new = latents[:, :, start:stop], turned[:, :, start:stop]
         keys, values = module.expand_kv(*caches[number].update(*new, 0))
-        return function(module, query[:, :, start:stop], keys, values, None, scaling=module.scaling)[0]
+        own = mask[:, :stop].clone() if padded else None
+        if own is not None and stop - start > 1:
+            own = own[:, None, None] & own[:, None, :, None] & torch.ones(stop, stop, dtype=torch.bool).tril()
+        output = function(module, query[:, :, start:stop], keys, values, own, scaling=module.scaling)[0]
+        return output[mask[:, start:stop]] if padded else output
 
     with torch.inference_mode():
         for start, stop in [(0, 50), *((at, at + 1) for at in range(50, 50 + steps))]:
@@ -211,4 +269,7 @@ def test_a_layer_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     storages = [layer.storage for layer in layers]
     assert len(used) == steps
     assert storages[0].table.columns == storages[1].table.columns > 3
-    assert torch.equal(storages[0].dense.keys, storages[1].dense.keys)
+    assert (storages[0].dense.lengths == storages[1].dense.lengths).all()
+    for row, length in enumerate(storages[0].dense.lengths):
+        assert torch.equal(*(storage.dense.keys[row, :, :length] for storage in storages))
+    assert padded == (storages[0].dense.uniform_length is None)
