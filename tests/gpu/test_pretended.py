@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from benchmarks.gpu import pretended_device
 from benchmarks.gpu.pretended_device import DEVICE, KINDS, PretendedDevice
+from hf_kvcache.kernels.workspace import scratch
 
 ROOT = Path(__file__).parents[2]
 BUDGET = ROOT / "benchmarks" / "gpu" / "pretended.csv"
@@ -77,6 +79,16 @@ def test_a_tensor_is_on_a_gpu() -> None:
             x.numpy()
     with pytest.raises(RuntimeError, match="outside"):
         x + 1
+
+
+def test_each_stream_has_its_own_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels on two streams run at the same time, so they must not write to the same buffer."""
+    with PretendedDevice():
+        buffers = []
+        for number in (0, 7, 0):
+            monkeypatch.setattr(torch.cuda, "current_stream", lambda *_, own=number: SimpleNamespace(cuda_stream=own))
+            buffers.append(scratch("a test", (4,), torch.float32, DEVICE).data_ptr())
+    assert buffers[0] == buffers[2] != buffers[1]
 
 
 def test_the_line_that_asks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,8 +177,8 @@ class LatentPreparedCall:
     ) -> torch.Tensor:
         up, plan = self._up(), self._plan
         assert up is not None
-        if get_ident() != self._thread:
-            self._prepare()  # with scratch memory of this thread
+        if get_ident() != self._thread or current_stream(self._device) != self._stream:
+            self._prepare()  # with scratch memory of this thread and stream
         slots, lengths = self.slots, self._lengths
         if lengths is not None and position != self._next:
             send(slots.lengths, lengths)
@@ -207,7 +207,7 @@ class LatentPreparedCall:
         output: torch.Tensor,
         slot: int,
     ) -> None:
-        stream = current_stream(self._device)
+        stream = self._stream
         self._project(stream, (query, keys, values, up.keys), (slot,))
         self._step(stream, (), (slot + 1,))
         self._merge(stream, (), ())
@@ -218,7 +218,7 @@ class LatentPreparedCall:
     def _prepare(self) -> None:
         """Fill in all arguments of the launches but those of a token."""
         plan = self._plan
-        self._thread = get_ident()
+        self._thread, self._stream = get_ident(), current_stream(self._device)
         by_head = plan.batch, plan.heads
         self._absorbed = self._memory("absorbed", (*by_head, plan.rank + plan.rotary), plan.dtype)
         self._rotated = self._memory("rotated", (*by_head, plan.rank), torch.float32)

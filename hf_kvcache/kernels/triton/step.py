@@ -87,11 +87,11 @@ class PreparedCall:
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
     ) -> torch.Tensor:
-        if get_ident() != self._thread:
-            self._prepare()  # with scratch memory of this thread
+        device = self._device
+        if get_ident() != self._thread or current_stream(device) != self._stream:
+            self._prepare()  # with scratch memory of this thread and stream
         if self._follows:
             self._follow(position)
-        device = self._device
         output = torch.empty_like(self._like)
         if device.type == "cuda" and torch.cuda.current_device() != self._index:
             with torch.cuda.device(device):
@@ -126,14 +126,13 @@ class PreparedCall:
         slot: int,
         position: int,
     ) -> None:
-        stream = current_stream(self._device)
-        partial, lse = self._partial, self._lse
+        stream, partial, lse = self._stream, self._partial, self._lse
         self._step(stream, (query, keys, values, lse, partial, lse), (slot, position))  # there is no mask
         self._merge(stream, (output, partial, lse))
 
     def _prepare(self) -> None:
         """Fill in all arguments of both launches but those of a token."""
-        self._thread, kind = get_ident(), self._kind
+        self._thread, self._stream, kind = get_ident(), current_stream(self._device), self._kind
         shape = self._splits.all, self._batch * self._heads, kind.group
         self._partial = scratch("triton.partial", (*shape, kind.value_dim), torch.float32, self._device)
         self._lse = scratch("triton.lse", shape, torch.float32, self._device)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_kvcache.kernels.inputs import CallInputs, Pages, Scoring, Slots
+from hf_kvcache.kernels.triton import step as steps
 from hf_kvcache.kernels.triton.step import PreparedCall, supports
 from hf_kvcache.kernels.workspace import scratch
 from tests.choosing import chosen
@@ -188,6 +189,20 @@ def test_a_grid_for_more_pages_than_there_are(device: torch.device) -> None:
             call, pages=all_pages.until(columns), keys=call.keys[:, :columns], values=call.values[:, :columns]
         )
         assert_near(step.run(prepared).cpu(), expected(fewer).output)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="no such streams on a GPU")
+def test_a_step_on_another_stream_asks_for_scratch_memory_there(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(steps, "scratch", lambda tag, *rest: (asked.append(tag), scratch(tag, *rest))[1])
+    each = Step(make_call(None, Shape(columns=0), device=device))
+    prepared = PreparedCall(each.inputs)
+    for stream, count in ((0, 2), (7, 4), (7, 4), (0, 6)):
+        monkeypatch.setattr(steps, "current_stream", lambda device, own=stream: own)
+        each.run(prepared)
+        assert len(asked) == count
 
 
 def test_other_threads_have_their_own_scratch_memory(device: torch.device) -> None:
