@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.kernels.device_table import send
 from hf_kvcache.kernels.static_state import COUNTERS, FIRST, GAPS, HEADER, StaticState
 from hf_kvcache.storage.transfers import to_device
 
@@ -175,7 +176,7 @@ class Numbers:
     """Views of ``state`` and ``page_positions`` on the host.
 
     On a CPU, writing to them changes the tensors. On another device they are views of a copy, which is 0 at first:
-    whoever reads them calls :meth:`read` before, and :meth:`write` after a change. Both wait for the device.
+    whoever reads them calls :meth:`read` before, which waits for the device, and :meth:`write` after a change.
 
     Attributes:
         seen: ``[1]``, tokens seen, padding included.
@@ -222,10 +223,10 @@ class Numbers:
         """Bring the tensors up to date, if this is a copy."""
         for own, copy in self._pairs:
             if own is not copy:
-                own.copy_(copy)
+                send(copy.numpy(), own)
 
     def write_state(self) -> None:
         """:meth:`write` of all but ``paged``."""
         own, copy = self._pairs[0]
         if own is not copy:
-            own.copy_(copy)
+            send(copy.numpy(), own)

@@ -37,7 +37,8 @@ def test_a_compiled_step_on_the_pretended_gpu() -> None:
         kernels = 5 if name.startswith("unbiased") else 4
         for step in ("first step", "step"):
             assert found[step] == {"kernels": kernels, "operators": 0, "uploads": 0, "readbacks": 0, "waits": 0}, name
-        assert found["prompt"]["kernels"] <= 3 and found["prompt"]["waits"] <= 9
+        launches = 5 if name.startswith("unbiased") else 1  # scale and mean of keys take two each
+        assert found["prompt"]["kernels"] <= launches and found["prompt"]["waits"] <= 7
 
 
 @pytest.mark.cuda
