@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.codecs.pages import PageEncoder
+from hf_kvcache.kernels import pack as kernels
 from hf_kvcache.storage.transfers import is_run, rows_of, to_device
 
 #: Tokens of a first update that fix a scale; fewer say too little.
@@ -167,6 +168,9 @@ def key_scale(query: torch.Tensor, keys: torch.Tensor, valid: np.ndarray | None,
         if length - sinks < _LEAST_TOKENS:
             return torch.ones(batch, heads, dim, device=keys.device)
         query, keys = query[:, :, sinks:], keys[:, :, sinks:]
+        at_once = kernels.key_scale(query, keys)
+        if at_once is not None:
+            return at_once
     else:
         counted = valid & (valid.cumsum(1) > sinks)
         there = to_device(counted, keys.device)[:, None, :, None]
