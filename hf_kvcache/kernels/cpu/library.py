@@ -13,6 +13,10 @@ from hf_kvcache.kernels.cpu.build import LIBRARY
 ABI_VERSION = 12
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
+#: Environment variable that names the instruction set to use in place of the best one.
+ISA_VARIABLE = "HF_KVCACHE_ISA"
+#: All instruction sets that kernels are written for, best first.
+ISAS = ("avx512-amx", "avx512-vnni", "avx512", "avx2", "portable")
 
 
 class Side(Structure):
@@ -219,6 +223,7 @@ def load() -> ctypes.CDLL:
 
     Raises:
         OSError: if there is none, or it cannot be loaded.
+        ValueError: if ``HF_KVCACHE_ISA`` names an instruction set that this machine lacks.
     """
     library, reason = _load()
     if library is None:
@@ -248,12 +253,23 @@ def set_isa(name: str) -> None:
 
 def available_isas() -> list[str]:
     """The instruction sets that can be used here, best first."""
-    current, names = isa(), []
-    for name in ("avx512-amx", "avx512-vnni", "avx512", "avx2", "portable"):
-        if load().hfkv_set_isa(name.encode()) == 0:
-            names.append(name)
-    load().hfkv_set_isa(current.encode())
+    return _available(load())
+
+
+def _available(library: ctypes.CDLL) -> list[str]:
+    current = library.hfkv_isa()
+    names = [name for name in ISAS if library.hfkv_set_isa(name.encode()) == 0]
+    library.hfkv_set_isa(current)
     return names
+
+
+def _use_forced(library: ctypes.CDLL) -> None:
+    """Use the instruction set that the environment names; raises ValueError if it cannot be used here."""
+    name = os.environ.get(ISA_VARIABLE, "")
+    if name and library.hfkv_set_isa(name.encode(errors="replace")):
+        raise ValueError(
+            f"{ISA_VARIABLE}={name!r}; accepted: {', '.join(ISAS)}; this machine has {', '.join(_available(library))}"
+        )
 
 
 @lru_cache(maxsize=1)
@@ -279,6 +295,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         function.argtypes, function.restype = [POINTER(call)], c_int32
     library.hfkv_decode_side.argtypes = [POINTER(Layout), c_int32, c_void_p, c_int64, c_void_p, c_int32]
     library.hfkv_decode_side.restype = None
+    _use_forced(library)
     return library, None
 
 

@@ -1,4 +1,4 @@
-"""``encode_pages`` against the codecs in torch: the same bytes where nothing is rotated, as small an error elsewhere."""
+"""``encode_pages`` against the codecs in torch: the same bytes where nothing is rotated, else as small an error."""
 
 from __future__ import annotations
 
