@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 
 from benchmarks import plots
+from hf_kvcache.kernels.cpu import library
 from hf_kvcache.kernels.dispatch import backends
-from hf_kvcache.utils.environment import machine, versions
+from hf_kvcache.utils.environment import cpu_model, machine, versions
 
 RESULTS = Path("results/benchmarks")
 Row = dict[str, Any]
@@ -82,7 +83,7 @@ class Report:
             ValueError: if a number of a row is not finite.
         """
         kernels = ", ".join(f"{op} {backend}" for op, backend in backends(self.device).items())
-        self.note(f"Our kernels: {kernels}.")
+        self.note(f"Our kernels: {kernels}.{_on_cpu()}")
         for note in self.notes:
             console.print(f"- {note}")
         path = self.save(args)
@@ -105,7 +106,7 @@ class Report:
             "script": self.script,
             "command": command(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine(self.device) | {"kernels": backends(self.device)},
+            "machine": machine(self.device) | {"kernels": backends(self.device), "isa": _isa()},
             "versions": versions(),
             "settings": settings,
             "facts": self.facts,
@@ -114,6 +115,17 @@ class Report:
         }
         path.write_text(json.dumps(payload, indent=1, default=str) + "\n", encoding="utf-8")
         return path
+
+
+def _isa() -> str | None:
+    """The instruction set of our kernels on the CPU; None where they are not compiled."""
+    return library.isa() if library.reason_missing() is None else None
+
+
+def _on_cpu() -> str:
+    """A sentence that names the processor and the instruction set."""
+    isa = _isa()
+    return "" if isa is None else f" Processor: {cpu_model()}; instruction set: {isa}."
 
 
 def _check_finite(rows: list[Row]) -> None:

@@ -34,6 +34,7 @@ class CacheContract(Offloading):
         self._pass = ForwardPass(config, self.layers)
         self._read_check = ReadCheck(options)
         self._drop_limit = drop_limit(config)
+        self._fitting: set[tuple[int, ...]] = set()  # heads and widths of keys that fit the config
         self.begin_offloading(options.offload is not None)
 
     @property
@@ -72,7 +73,7 @@ class CacheContract(Offloading):
             )
         layer = self.layers[layer_idx]
         if not getattr(layer, "is_initialized", True):
-            check_states(self.config, key_states)
+            self._check_states(key_states)
         if not self._read_check.passed:
             self._read_check.check(self.layers, layer_idx)
         latest = self._pass
@@ -209,6 +210,13 @@ class CacheContract(Offloading):
     def _interrupted(self) -> bool:
         """Whether the latest forward pass ended in the middle."""
         return not self._pass.ended or self._pass.complete_length(self.layers) < self.get_seq_length()
+
+    def _check_states(self, key_states: torch.Tensor) -> None:
+        """Raise ValueError if keys cannot come from the model. Layers mostly have keys of one kind, checked once."""
+        kind = key_states.shape[1:2] + key_states.shape[3:]
+        if kind not in self._fitting:
+            check_states(self.config, key_states)
+            self._fitting.add(kind)
 
     def _select(self, argument: str, rows: torch.Tensor, apply: Callable[[Any], None]) -> None:
         for own in self.own_layers:

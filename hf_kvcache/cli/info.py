@@ -46,6 +46,7 @@ def _kernels() -> str:
     if forced:
         return f"{forced} ({dispatch.VARIABLE})"
     missing = dispatch.reason_missing("native", "cpu")
-    on_cpu = f"native, {library.isa()}" if missing is None else f"reference ({missing})"
+    by = f" ({library.ISA_VARIABLE})" if os.environ.get(library.ISA_VARIABLE) else ""
+    on_cpu = f"native, {library.isa()}{by}" if missing is None else f"reference ({missing})"
     missing = dispatch.reason_missing("triton", "cuda")
     return f"cpu: {on_cpu}; cuda: {'triton' if missing is None else f'reference ({missing})'}"

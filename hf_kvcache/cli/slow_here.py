@@ -37,6 +37,7 @@ class Here:
         triton: why the kernels for GPUs cannot run; None if they can.
         transformers: the installed release.
         tested: the releases that the package was tested with; empty if that is not known.
+        forced_isa: the instruction set that the environment variable forces; empty for none.
     """
 
     forced: str
@@ -49,6 +50,7 @@ class Here:
     triton: str | None
     transformers: str
     tested: tuple[str, ...]
+    forced_isa: str = ""
 
     @classmethod
     def found(cls) -> Here:
@@ -65,6 +67,7 @@ class Here:
             triton=dispatch.reason_missing("triton", "cuda"),
             transformers=RELEASE,
             tested=_tested(),
+            forced_isa=os.environ.get(library.ISA_VARIABLE, ""),
         )
 
     def reasons(self) -> list[str]:
@@ -74,6 +77,9 @@ class Here:
     def _backend(self) -> Iterator[str]:
         if self.forced:
             yield f"{dispatch.VARIABLE}={self.forced} forces these kernels everywhere; unset it for the fastest ones"
+        if self.forced_isa and self.library is None:
+            name = library.ISA_VARIABLE
+            yield f"{name}={self.forced_isa} forces this instruction set on the CPU; unset it for the best one"
 
     def _cpu(self) -> Iterator[str]:
         x86 = self.machine.lower() in ("x86_64", "amd64")
@@ -83,13 +89,15 @@ class Here:
                 f"on the CPU attention runs in torch ({self.library}); {first}reinstall: pip install --force-reinstall "
                 "--no-deps hf-kvcache"
             )
+        elif self.forced_isa:
+            return
         elif self.isa == "portable" and x86:
             yield "the processor has no AVX2, so the kernels use no vector instructions; only another processor helps"
         elif self.isa == "portable":
             yield f"there are no kernels for the vector instructions of {self.machine}; only another processor helps"
         elif self.isa in ("avx2", "avx512"):
             yield (
-                f"the processor has no AVX-512 VNNI, so packed codes are multiplied as floats ({self.isa}); only "
+                f"the processor has no AVX-512 VNNI, so packed codes are multiplied in 16 bits ({self.isa}); only "
                 "another processor helps"
             )
 

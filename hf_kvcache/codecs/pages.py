@@ -10,7 +10,6 @@ from hf_kvcache.kernels.pack import (
     can_encode_pages,
     decode_side,
     encode_pages,
-    encode_side,
     pack_bits,
     write_key_mean,
 )
@@ -109,7 +108,7 @@ class PageEncoder:
         key_scale: torch.Tensor | None,
         records: torch.Tensor,
     ) -> None:
-        """Encode whole pages where they lie, in one launch, if :meth:`writes_at_once`.
+        """Encode whole pages where they lie, in one launch or call, if :meth:`writes_at_once`.
 
         Args:
             keys: ``[b, Hkv, n * P, Dk]`` in the model's basis.
@@ -193,8 +192,6 @@ class PageEncoder:
             return
         if fmt.level != "dense":
             x = x.float()
-            if encode_side(self.layout, side, codec.method, x, key_mean, key_scale, records):
-                return
             x = rotate(x if key_scale is None else x / key_scale.unsqueeze(1), fmt)
             if key_mean is not None:
                 x = x - key_mean.unsqueeze(1)

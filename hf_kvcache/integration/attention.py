@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -94,44 +94,62 @@ def attention_function(
     if is_dynamo_compiling():
         if isinstance(key, TracedStates):
             return _attend_in_graph(module, query, key, attention_mask, scaling, dropout, kwargs)
-        return _attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return _attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     if not (isinstance(key, KVHandle) and isinstance(value, KVHandle)):
-        mask = _computed(attention_mask)
-        return _attend_by_previous(module, query, (key, value), mask, scaling, dropout, kwargs)
-    layer = key.layer()
+        return _attend_by_previous(module, query, (key, value), _computed(attention_mask), scaling, dropout, kwargs)
+    # Decode steps come through here: what follows calls no function of ours that it need not.
+    layer = key._layer if key._at_version == key._layer.version else key.layer()
     scaling_ = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scoring = Scoring(scaling_, kwargs.get("softcap"), _sink_logits(module, kwargs))
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    # getattr is slow for attributes that a module does not have: slower than all else in this function.
+    sinks = module._parameters.get("sinks") if sinks is None else sinks
+    scoring = _plain_scoring(scaling_, softcap) if sinks is None else Scoring(scaling_, softcap, sinks)
     collected = COLLECTOR.get()
     asked = kwargs.get("output_attentions") or (collected and collects_attentions(collected))
     with_weights = bool(asked) and _gives_weights(module, layer)
     if not layer.has_history():
-        # There are no earlier tokens: the new tokens attend to each other exactly as without this package.
-        mask = _computed(attention_mask)
-        result = _attend_by_previous(module, query, layer.new_tokens(), mask, scaling, dropout, kwargs)
-        with torch.no_grad():
-            layer.note_attended(AttentionCall(query, mask, scoring, module=module))
-        return result
-    _check_supported(module, dropout, kwargs)
-    mask, picked = _apart(attention_mask)
-    call = AttentionCall(query, mask, scoring, _is_causal(module, kwargs), module, picked=picked)
+        return _attend_first(module, query, layer, scoring, attention_mask, scaling, dropout, kwargs)
+    if dropout or not _REFUSED.isdisjoint(kwargs):
+        _check_supported(module, dropout, kwargs)
+    plain = attention_mask is None or type(attention_mask) is torch.Tensor
+    mask, picked = (attention_mask, None) if plain else _apart(attention_mask)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    call = AttentionCall(query, mask, scoring, causal, module, picked=picked)
     if not torch.is_grad_enabled() and not with_weights:
         return layer.attend(call), None
     sources = [x for x in (query, *layer.differentiable()) if x.requires_grad]
     with torch.no_grad():
         if with_weights:
-            # The previous implementation computes the weights, over dense tensors.
-            dense = key.dense(), value.dense()
             mask = _computed(attention_mask)
-            output, weights = _attend_by_previous(module, query, dense, mask, scaling, dropout, kwargs)
+            output, weights = _attend_by_previous(
+                module, query, (key.dense(), value.dense()), mask, scaling, dropout, kwargs
+            )
             layer.note_attended(replace(call, mask=mask, picked=None))
         else:
             output, weights = layer.attend(call), None
-    if not torch.is_grad_enabled():
-        return output, weights
-    return refuse_gradient(output, *sources), weights
+    return (refuse_gradient(output, *sources) if torch.is_grad_enabled() else output), weights
 
 
 _attention = torch.compiler.disable(attention_function)
+
+
+def _attend_first(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    layer: CachedStates,
+    scoring: Scoring,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention where there are no earlier tokens: the new ones attend to each other as without this package."""
+    mask = _computed(attention_mask)
+    result = _attend_by_previous(module, query, layer.new_tokens(), mask, scaling, dropout, kwargs)
+    with torch.no_grad():
+        layer.note_attended(AttentionCall(query, mask, scoring, module=module))
+    return result
 
 
 def _attend_in_graph(
@@ -238,10 +256,20 @@ def _reads_masks(module: torch.nn.Module) -> bool:
     return config is not None and previous_implementation(config) in ("eager", "sdpa")
 
 
+@lru_cache(maxsize=64)
+def _plain_scoring(scaling: float, softcap: float | None) -> Scoring:
+    """Scoring without sink logits, which nobody changes: one object for all layers and steps."""
+    return Scoring(scaling, softcap)
+
+
+#: Arguments of attention functions that attention over a cache does not take.
+_REFUSED = frozenset(("position_bias", "block_indices", "indices"))
+
+
 def _check_supported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise ValueError(f"dropout={dropout!r} with a KVCache; accepted: 0.0. Call model.eval().")
-    for name in ("position_bias", "block_indices", "indices"):
+    for name in sorted(_REFUSED):
         if name == "block_indices" and _reads_masks(module):
             continue  # the model has made a mask of them
         if kwargs.get(name) is not None:

@@ -37,7 +37,7 @@ class _Bound(str):
         return other == IMPLEMENTATION or other == self.previous
 
     def __ne__(self, other: object) -> bool:
-        return not self == other
+        return other != IMPLEMENTATION and other != self.previous
 
     # Comparison and hash say nothing of `str`, whose own methods torch.compile cannot trace.
     def __hash__(self) -> int:

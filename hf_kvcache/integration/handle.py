@@ -128,6 +128,26 @@ class KVHandle(torch.Tensor):
         layer.note_dense_read()
         return layer.dense_side(self._side).contiguous()
 
+    @staticmethod
+    def of_both(
+        layer: CachedStates, keys: torch.Tensor, values: torch.Tensor, length: int
+    ) -> tuple[KVHandle, KVHandle]:
+        """Handles on ``length`` keys and values of a layer: two objects by one call, since every step makes them.
+
+        Args:
+            layer: the layer.
+            keys: new keys, ``[B, Hkv, T, Dk]``.
+            values: new values, ``[B, Hkv, T, Dv]``.
+            length: number of tokens that attention may see.
+        """
+        batch, heads, _, dim = keys.shape
+        version, device, make = layer.version, keys.device, torch.Tensor._make_wrapper_subclass
+        first = make(KVHandle, (batch, heads, length, dim), dtype=keys.dtype, device=device)
+        second = make(KVHandle, (batch, heads, length, values.shape[3]), dtype=values.dtype, device=device)
+        first._layer, first._side, first._at_version, first._source = layer, "keys", version, None
+        second._layer, second._side, second._at_version, second._source = layer, "values", version, None
+        return first, second
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"KVHandle({self._side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 

@@ -14,6 +14,6 @@ __all__ = ["LEAST_TOKENS", "key_scale"]
 def key_scale(query: torch.Tensor, keys: torch.Tensor, first: int, counted: torch.Tensor | None) -> torch.Tensor:
     """See :func:`hf_kvcache.kernels.reference.key_scale.key_scale`."""
     faster = implementation("key_scale", keys.device)
-    if faster is not None and faster.supports(query, keys):
+    if faster is not None and faster.supports(query, keys, first, counted):
         return faster.key_scale(query, keys, first, counted)
     return reference.key_scale(query, keys, first, counted)

@@ -9,7 +9,7 @@ from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.reference import levels
 from hf_kvcache.kernels.reference import pack as reference
 
-__all__ = ["can_encode_pages", "decode_side", "encode_pages", "encode_side", "pack_bits", "write_key_mean"]
+__all__ = ["can_encode_pages", "decode_side", "encode_pages", "pack_bits", "write_key_mean"]
 
 #: Names of the encodings of keys and of values; None for one that no kernel has.
 Methods = tuple[str | None, str | None]
@@ -30,7 +30,7 @@ def encode_pages(
     key_scale: torch.Tensor | None,
     records: torch.Tensor,
 ) -> None:
-    """Encode whole pages in one launch; see :func:`hf_kvcache.kernels.triton.encode.encode_pages`."""
+    """Encode whole pages in one launch or call; see :func:`hf_kvcache.kernels.triton.encode.encode_pages`."""
     faster = implementation("encode", keys.device)
     assert faster is not None
     faster.encode_pages(layout, methods, keys, values, key_mean, key_scale, records)
@@ -57,41 +57,9 @@ def write_key_mean(fmt: SideFormat, keys: torch.Tensor, key_scale: torch.Tensor 
     return True
 
 
-def encode_side(
-    layout: PageLayout,
-    side: str,
-    method: str | None,
-    x: torch.Tensor,
-    key_mean: torch.Tensor | None,
-    key_scale: torch.Tensor | None,
-    records: torch.Tensor,
-) -> bool:
-    """Encode one side of pages by the C++ kernels, which take a side at a time, if they can.
-
-    Args:
-        layout: the layout of the records.
-        side: ``"keys"`` or ``"values"``.
-        method: name of the encoding.
-        x: float32 ``[N, P, D]`` in the model's basis.
-        key_mean: float32 ``[N, D]``, what to subtract from the rotated vectors of each page; or None.
-        key_scale: float32 ``[N, D]``, by what to divide the vectors before the rotation; or None.
-        records: uint8 ``[N, record_bytes]``; only the fields of this side are written.
-
-    Returns:
-        Whether it was encoded.
-    """
-    faster = implementation("pack", x.device)
-    if faster is None or not hasattr(faster, "encode_side"):
-        return False
-    if not faster.supports_encoding(layout, side, method, x):
-        return False
-    faster.encode_side(layout, side, method, x, key_mean, key_scale, records)
-    return True
-
-
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack uint8 ``codes [..., D]`` (each below ``2**bits``) into ``[..., D * bits / 8]``; D is a multiple of 8."""
-    if codes.is_cuda:  # the CPU kernels round and pack in one call, :func:`encode_side`
+    if codes.is_cuda:  # the CPU kernels round and pack in one call, :func:`encode_pages`
         faster = implementation("pack", codes.device)
         if faster is not None:
             return faster.pack_bits(codes, bits)

@@ -104,19 +104,13 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
         if self.rollback.recording:
             self.rollback.unconfirmed += key_states.shape[2]
         self.version += 1
-        return self._handles_on(self._new)
-
-    def _handles_on(self, new: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """Handles on all keys and all values that the queries of the new tokens may see."""
-        batch, heads, count, key_dim = new.keys.shape
-        length = self._seen if self.sliding_window is None else self._visible_length(count)
-        keys = KVHandle(self, "keys", (batch, heads, length, key_dim), new.keys)
-        values = KVHandle(self, "values", (batch, heads, length, new.values.shape[3]), new.values)
-        if new.with_gradient is not None and torch.is_grad_enabled():
-            key_states, value_states = new.with_gradient
-            exact = new.position == 0
-            return attach_gradient(keys, key_states, exact), attach_gradient(values, value_states, exact)
-        return keys, values
+        length = self._seen if self.sliding_window is None else self._visible_length(key_states.shape[2])
+        handles = KVHandle.of_both(self, key_states, value_states, length)
+        if with_gradient is not None and torch.is_grad_enabled():
+            exact = self._new.position == 0
+            keys, values = (attach_gradient(*pair, exact) for pair in zip(handles, with_gradient, strict=True))
+            return keys, values
+        return handles
 
     def has_history(self) -> bool:
         """Whether attention must read tokens that were added before the latest update."""

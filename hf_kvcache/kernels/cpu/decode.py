@@ -89,14 +89,15 @@ class PreparedCall(CpuPreparedCall):
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
     ) -> torch.Tensor:
-        call, token, floats = self._call, self._token, _floats(query)
+        call, token, plain = self._call, self._token, query.dtype == torch.float32
+        floats = query if plain and query.stride(-1) == 1 else query.float().contiguous()
         output = torch.empty(self._sizes, device="cpu")
         call.query, call.output = floats.data_ptr(), output.data_ptr()
         token.first, token.second = keys.data_ptr(), values.data_ptr()
         call.slots, call.start, call.threads = slot + 1, position, torch.get_num_threads()
         if self._run(self._reference):
             raise no_memory()
-        return output if query.dtype == torch.float32 else output.to(query.dtype)
+        return output if plain else output.to(query.dtype)
 
 
 def _floats(query: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import c_uint8
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,9 +29,16 @@ def native_layout(layout: PageLayout) -> Layout | None:
 
 
 def make_layout(layout: PageLayout) -> Layout | None:
-    """A new C struct of a layout; None if the kernels cannot read such pages."""
+    """The C struct of a layout; None if the kernels cannot read such pages."""
+    return _layout_of(layout.sides["keys"], layout.sides["values"], layout.page_size)
+
+
+@lru_cache(maxsize=64)
+def _layout_of(key_format: SideFormat, value_format: SideFormat, page_size: int) -> Layout | None:
+    """The C struct, which nobody changes, of all layouts of a kind: the layers of a model have one each."""
+    layout = PageLayout(key_format, value_format, page_size)
     keys, values = (_side(layout, side) for side in ("keys", "values"))
-    return None if keys is None or values is None else Layout(keys, values, layout.page_size, layout.record_bytes)
+    return None if keys is None or values is None else Layout(keys, values, page_size, layout.record_bytes)
 
 
 def _side(layout: PageLayout, name: str) -> Side | None:

@@ -10,9 +10,13 @@ from pathlib import Path
 
 from hf_kvcache.kernels.cpu.build import LIBRARY
 
-ABI_VERSION = 8
+ABI_VERSION = 12
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
+#: Environment variable that names the instruction set to use in place of the best one.
+ISA_VARIABLE = "HF_KVCACHE_ISA"
+#: All instruction sets that kernels are written for, best first.
+ISAS = ("avx512-amx", "avx512-vnni", "avx512", "avx2", "portable")
 
 
 class Side(Structure):
@@ -149,18 +153,69 @@ class Grid(Structure):
     _fields_ = (("count", c_int32), ("levels", c_float * 16), ("edges", c_float * 16))
 
 
+class Vectors(Structure):
+    """``HfkvVectors``."""
+
+    _fields_ = (("at", c_void_p), *((name, c_int64) for name in ("batch", "head", "token")))
+
+
+class EncodeSide(Structure):
+    """``HfkvEncodeSide``."""
+
+    _fields_ = (("method", c_int32), ("grid", Grid), ("x", Vectors))
+
+
 class Encode(Structure):
     """``HfkvEncode``."""
 
     _fields_ = (
         ("layout", POINTER(Layout)),
-        *((name, c_int32) for name in ("values", "method")),
-        ("grid", Grid),
-        *((name, c_void_p) for name in ("x", "key_mean", "key_scale")),
+        ("keys", EncodeSide),
+        ("values", EncodeSide),
+        *((name, c_int32) for name in ("level", "heads", "rows")),
         ("pages", c_int64),
-        ("records", c_void_p),
+        *((name, c_void_p) for name in ("key_mean", "key_scale", "addresses")),
         ("threads", c_int32),
     )
+
+
+class KeyMean(Structure):
+    """``HfkvKeyMean``."""
+
+    _fields_ = (
+        ("layout", POINTER(Layout)),
+        ("keys", Vectors),
+        *((name, c_int32) for name in ("level", "batch", "heads")),
+        ("tokens", c_int64),
+        *((name, c_void_p) for name in ("key_scale", "mean")),
+        ("threads", c_int32),
+    )
+
+
+class KeyScale(Structure):
+    """``HfkvKeyScale``."""
+
+    _fields_ = (
+        *((name, Vectors) for name in ("query", "keys")),
+        *((name, c_int32) for name in ("level", "batch", "query_heads", "heads", "dim")),
+        ("tokens", c_int64),
+        ("scale", c_void_p),
+        ("threads", c_int32),
+    )
+
+
+#: The functions that take one struct and return whether memory ran out.
+_CALLS: dict[str, type[Structure]] = {
+    "hfkv_attend": Attend,
+    "hfkv_latent_attend": Latent,
+    "hfkv_project": Project,
+    "hfkv_latent_step": LatentCall,
+    "hfkv_gather_latents": LatentGather,
+    "hfkv_encode": Encode,
+    "hfkv_key_mean": KeyMean,
+    "hfkv_key_scale": KeyScale,
+    "hfkv_choose": Choose,
+}
 
 
 def load() -> ctypes.CDLL:
@@ -168,6 +223,7 @@ def load() -> ctypes.CDLL:
 
     Raises:
         OSError: if there is none, or it cannot be loaded.
+        ValueError: if ``HF_KVCACHE_ISA`` names an instruction set that this machine lacks.
     """
     library, reason = _load()
     if library is None:
@@ -197,12 +253,23 @@ def set_isa(name: str) -> None:
 
 def available_isas() -> list[str]:
     """The instruction sets that can be used here, best first."""
-    current, names = isa(), []
-    for name in ("avx512-amx", "avx512-vnni", "avx512", "avx2", "portable"):
-        if load().hfkv_set_isa(name.encode()) == 0:
-            names.append(name)
-    load().hfkv_set_isa(current.encode())
+    return _available(load())
+
+
+def _available(library: ctypes.CDLL) -> list[str]:
+    current = library.hfkv_isa()
+    names = [name for name in ISAS if library.hfkv_set_isa(name.encode()) == 0]
+    library.hfkv_set_isa(current)
     return names
+
+
+def _use_forced(library: ctypes.CDLL) -> None:
+    """Use the instruction set that the environment names; raises ValueError if it cannot be used here."""
+    name = os.environ.get(ISA_VARIABLE, "")
+    if name and library.hfkv_set_isa(name.encode(errors="replace")):
+        raise ValueError(
+            f"{ISA_VARIABLE}={name!r}; accepted: {', '.join(ISAS)}; this machine has {', '.join(_available(library))}"
+        )
 
 
 @lru_cache(maxsize=1)
@@ -223,22 +290,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{path.name} has ABI {library.hfkv_abi_version()}, this package wants {ABI_VERSION}: rebuild it"
     library.hfkv_isa.restype = c_char_p
     library.hfkv_set_isa.argtypes = [c_char_p]
-    library.hfkv_attend.argtypes = [POINTER(Attend)]
-    library.hfkv_attend.restype = c_int32
-    library.hfkv_latent_attend.argtypes = [POINTER(Latent)]
-    library.hfkv_latent_attend.restype = c_int32
-    library.hfkv_project.argtypes = [POINTER(Project)]
-    library.hfkv_project.restype = c_int32
-    library.hfkv_latent_step.argtypes = [POINTER(LatentCall)]
-    library.hfkv_latent_step.restype = c_int32
-    library.hfkv_gather_latents.argtypes = [POINTER(LatentGather)]
-    library.hfkv_gather_latents.restype = c_int32
+    for name, call in _CALLS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [POINTER(call)], c_int32
     library.hfkv_decode_side.argtypes = [POINTER(Layout), c_int32, c_void_p, c_int64, c_void_p, c_int32]
     library.hfkv_decode_side.restype = None
-    library.hfkv_encode.argtypes = [POINTER(Encode)]
-    library.hfkv_encode.restype = c_int32
-    library.hfkv_choose.argtypes = [POINTER(Choose)]
-    library.hfkv_choose.restype = c_int32
+    _use_forced(library)
     return library, None
 
 

@@ -25,7 +25,7 @@ _WARPS = 4
 _MOST_DIM = 512
 
 
-def supports(query: torch.Tensor, keys: torch.Tensor) -> bool:
+def supports(query: torch.Tensor, keys: torch.Tensor, first: int, counted: torch.Tensor | None) -> bool:
     """Whether :func:`key_scale` can do such tokens: of one dtype, at most 512 wide."""
     return keys.shape[3] <= _MOST_DIM and query.dtype == keys.dtype and keys.dtype in TRITON_TYPES and keys.numel() > 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -67,6 +69,39 @@ def test_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match=r"name='avx1024' is not available here; accepted: .*portable"):
         library.set_isa("avx1024")
     assert library.isa() == before
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch, loaded: None) -> Iterator[Callable[[str], str]]:
+    """Loads the library with ``HF_KVCACHE_ISA`` set, and returns the instruction set in use."""
+    before = library.isa()
+
+    def load(name: str) -> str:
+        monkeypatch.setenv(library.ISA_VARIABLE, name)
+        library._load.cache_clear()
+        return library.isa()
+
+    yield load
+    monkeypatch.delenv(library.ISA_VARIABLE, raising=False)
+    library._load.cache_clear()
+    library.set_isa(before)
+
+
+def test_forced_instruction_set(forced: Callable[[str], str]) -> None:
+    """The variable chooses any instruction set of this machine; none at all leaves it as it is."""
+    for name in library.available_isas():
+        assert forced(name) == name
+        assert forced("") == name
+
+
+@pytest.mark.parametrize("name", ["AVX2", "avx512-", "neon!", " "])
+def test_forced_instruction_set_that_is_not_there(name: str, forced: Callable[[str], str]) -> None:
+    before, here = library.isa(), ", ".join(library.available_isas())
+    message = f"HF_KVCACHE_ISA={name!r}; accepted: {', '.join(library.ISAS)}; this machine has {here}"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            forced(name)
+    assert forced("") == before
 
 
 def test_keys_and_values_of_two_dtypes() -> None:

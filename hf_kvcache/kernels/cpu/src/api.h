@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 8
+#define HFKV_ABI_VERSION 12
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -169,7 +169,7 @@ struct HfkvChoose {
 };
 
 // How a side is encoded; the codecs of hf_kvcache/codecs define the methods.
-enum HfkvMethod : int32_t { HFKV_INTEGER = 0, HFKV_UNBIASED_KEYS = 1, HFKV_UNBIASED_VALUES = 2, HFKV_NORM = 3 };
+enum HfkvMethod : int32_t { HFKV_INTEGER = 0, HFKV_UNBIASED_KEYS = 1, HFKV_UNBIASED_VALUES = 2, HFKV_NORM = 3, HFKV_COPY = 4 };
 
 struct HfkvGrid {
     int32_t count;     // levels
@@ -177,15 +177,47 @@ struct HfkvGrid {
     float edges[16];   // count - 1 numbers half-way between neighboring levels
 };
 
+// Vectors of keys, values or queries, [B, H, n, D]: D is contiguous, other strides are in elements.
+struct HfkvVectors {
+    const void* at;
+    int64_t batch, head, token;
+};
+
+struct HfkvEncodeSide {
+    int32_t method;
+    HfkvGrid grid;
+    HfkvVectors x;  // [B, H, pages * P, D] in the model's basis
+};
+
 struct HfkvEncode {
     const HfkvLayout* layout;
-    int32_t values, method;  // values: whether the side is that of the values
-    HfkvGrid grid;
-    const float* x;       // [pages, P, D] in the model's basis
-    const float* key_mean;  // [pages, D], to be subtracted from the rotated vectors; or null
-    const float* key_scale;  // [pages, D], by which to divide the vectors before the rotation; or null
+    HfkvEncodeSide keys, values;
+    int32_t level;  // of the elements of both sides
+    int32_t heads, rows;  // rows: B * H
     int64_t pages;
-    uint8_t* records;     // [pages, record_bytes]; the fields of this side are written
+    const float* key_mean;   // [rows, Dk], to be subtracted from the rotated vectors; or null
+    const float* key_scale;  // [rows, Dk], powers of two by which to divide the vectors before the rotation; or null
+    const int64_t* addresses;  // [pages, rows], of records of which every byte is written
+    int32_t threads;
+};
+
+// The rotated mean of keys [B, H, tokens, Dk], of elements of a level.
+struct HfkvKeyMean {
+    const HfkvLayout* layout;
+    HfkvVectors keys;
+    int32_t level, batch, heads;
+    int64_t tokens;
+    const float* key_scale;  // [B * H, Dk], by which to divide the mean before the rotation; or null
+    float* mean;             // [B * H, Dk]
+    int32_t threads;
+};
+
+// The scale of each channel of keys [B, H, tokens, Dk] for queries [B, Hq, tokens, Dk], of elements of a level.
+struct HfkvKeyScale {
+    HfkvVectors query, keys;
+    int32_t level, batch, query_heads, heads, dim;
+    int64_t tokens;
+    float* scale;  // [B * H, Dk]
     int32_t threads;
 };
 
@@ -213,8 +245,11 @@ void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* a
                       int32_t threads);
 // Choose the pages of a decode step; returns 0, or 1 if memory ran out.
 int32_t hfkv_choose(const HfkvChoose* call);
-// Encode one side of pages; returns 0, or 1 if memory ran out.
+// Encode pages; returns 0, or 1 if memory ran out.
 int32_t hfkv_encode(const HfkvEncode* call);
+// Compute the mean or the scale of keys; return 0, or 1 if memory ran out.
+int32_t hfkv_key_mean(const HfkvKeyMean* call);
+int32_t hfkv_key_scale(const HfkvKeyScale* call);
 }
 #if defined(__GNUC__)
 #pragma GCC visibility pop

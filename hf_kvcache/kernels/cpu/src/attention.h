@@ -33,7 +33,7 @@ struct Run {
     int queries;  // of a row: query heads of a KV head times query tokens, head by head
     int page_size, page_pitch, key_pitch, value_pitch, rows, splits, tasks;
     char* memory;
-    size_t row_floats, task_floats, thread_bytes;
+    size_t task_floats, thread_bytes;
 
     explicit Run(const HfkvAttend& c) : call(c), keys(c.layout->keys), values(c.layout->values) {
         queries = c.query_heads / c.heads * c.length;
@@ -48,34 +48,36 @@ struct Run {
         splits = c.columns == 0 ? 0 : splits < most ? splits : most;
         tasks = rows * (splits + 1);
         memory = nullptr;
-        row_floats = (size_t)queries * (2 * key_pitch + 16);
         task_floats = (size_t)rounded(2 * queries) + (size_t)queries * value_pitch;
         const size_t longest = larger_int(rounded(larger_int(keys.dim, values.dim)), page_pitch);
         const size_t widest = larger_int(keys.dim, values.dim);
-        thread_bytes = sizeof(float) * (queries * (key_pitch + 2 * page_pitch + value_pitch) + page_size * widest)
+        thread_bytes = sizeof(float) * (queries * (3 * key_pitch + 16 + 2 * page_pitch + value_pitch) + page_size * widest)
                      + sizeof(float) * 3 * (page_size * widest + longest)  // at most, every element has a scale
                      + page_size * widest + 64 + 16 * (longest + 64) + 256;
         thread_bytes = (thread_bytes + 63) & ~(size_t)63;
     }
 
     size_t bytes() const {
-        return sizeof(float) * (rows * row_floats + tasks * task_floats) + call.threads * thread_bytes + 64;
+        return sizeof(float) * (counter_floats() + tasks * task_floats) + call.threads * thread_bytes + 64;
     }
 
-    float* row_queries(int row) const { return (float*)memory + row * row_floats; }
-    float* rotated_queries(int row) const { return row_queries(row) + (size_t)queries * key_pitch; }
-    float* shifts(int row) const { return rotated_queries(row) + (size_t)queries * key_pitch; }
+    // For each row, how many of its tasks are done.
+    int32_t* done() const { return (int32_t*)memory; }
+    size_t counter_floats() const { return rounded(rows); }
 
     Partial partial(int task) const {
-        float* at = (float*)memory + rows * row_floats + task * task_floats;
+        float* at = (float*)memory + counter_floats() + task * task_floats;
         return {at, at + queries, at + rounded(2 * queries)};
     }
 
     Scratch scratch(int thread) const {
-        float* at = (float*)(memory + sizeof(float) * (rows * row_floats + tasks * task_floats) + thread * thread_bytes);
+        float* at = (float*)(memory + sizeof(float) * (counter_floats() + tasks * task_floats) + thread * thread_bytes);
         const size_t widest = larger_int(keys.dim, values.dim);
         const size_t longest = larger_int(rounded((int)widest), page_pitch);
         Scratch s;
+        s.row_queries = at, at += (size_t)queries * key_pitch;
+        s.rotated_queries = at, at += (size_t)queries * key_pitch;
+        s.shifts = at, at += (size_t)queries * 16;
         s.queries = at, at += (size_t)queries * key_pitch;
         s.scores = at, at += (size_t)queries * page_pitch;
         s.weights = at, at += (size_t)queries * page_pitch;
@@ -92,17 +94,19 @@ struct Run {
 };
 
 // Scales the queries of a row, rotates them, and computes what the mean that was subtracted from the packed keys adds to their
-// scores.
-inline void prepare_row(const Run& run, int row) {
+// scores. Each thread does so for the rows that it comes to, which costs less than waiting for one that does it for all.
+inline void prepare_row(const Run& run, int row, Scratch& s) {
+    if (s.row == row) return;
+    s.row = row;
     const HfkvAttend& c = run.call;
     const int b = row / c.heads, head = row % c.heads, group = c.query_heads / c.heads;
     for (int m = 0; m < run.queries; m++) {
         const int g = m / c.length, at = m % c.length;
         const float* from = c.query + b * c.query_batch + (head * group + g) * c.query_head + at * c.query_token;
-        float* to = run.row_queries(row) + (size_t)m * run.key_pitch;
+        float* to = s.row_queries + (size_t)m * run.key_pitch;
         for (int i = 0; i < run.keys.dim; i++) to[i] = from[i] * c.inner_scale;
         if (run.splits == 0) continue;
-        float* rotated = run.rotated_queries(row) + (size_t)m * run.key_pitch;
+        float* rotated = s.rotated_queries + (size_t)m * run.key_pitch;
         if (c.key_scale) {
             const float* scale = c.key_scale + (size_t)row * run.keys.dim;
             for (int i = 0; i < run.keys.dim; i++) to[i] *= scale[i];
@@ -111,7 +115,7 @@ inline void prepare_row(const Run& run, int row) {
         } else {
             rotate(run.keys, to, false, rotated);
         }
-        run.shifts(row)[m] = c.key_mean ? dot(rotated, c.key_mean + (size_t)row * run.keys.dim, run.keys.dim) : 0.0f;
+        s.shifts[m] = c.key_mean ? dot(rotated, c.key_mean + (size_t)row * run.keys.dim, run.keys.dim) : 0.0f;
     }
 }
 
@@ -208,8 +212,7 @@ inline void attend_page(const Run& run, int row, int column, bool last, float* a
     if (c.window && at(n - 1) <= c.start - c.window) return;
     const uint8_t* record = (const uint8_t*)c.addresses[cell];
     s.next.begin(last ? nullptr : (const uint8_t*)c.addresses[cell + 1], c.layout->record_bytes);
-    page_scores(run.keys, run.page_size, record, n, run.rotated_queries(row), run.queries, run.key_pitch, run.shifts(row), s,
-                run.page_pitch);
+    page_scores(run.keys, run.page_size, record, n, s.rotated_queries, run.queries, run.key_pitch, s.shifts, s, run.page_pitch);
     if (c.softcap > 0) cap_scores(run, s.scores, n);
     if (c.window && at(0) <= c.start + c.length - 1 - c.window) hide_by_position(run, s.scores, n, false, at);
     copy_scores(run, s.scores, n, row, (int64_t)column * run.page_size, keys, all_scores);
@@ -262,7 +265,7 @@ inline void attend_dense(const Run& run, int row, float* all_scores, Scratch& s,
         const int n = c.slots - start < kDenseTile ? c.slots - start : kDenseTile;
         const uint8_t* keys = (const uint8_t*)c.dense_keys + width * (b * c.keys_batch + head * c.keys_head + start * c.keys_token);
         const Rows key_rows{c.dense_level, 0, run.keys.dim, keys, width * c.keys_token};
-        by_fours(run.queries, DotOp{key_rows, n, run.row_queries(row), run.key_pitch, s.scores, run.page_pitch, s.next});
+        by_fours(run.queries, DotOp{key_rows, n, s.row_queries, run.key_pitch, s.scores, run.page_pitch, s.next});
         if (c.softcap > 0) cap_scores(run, s.scores, n);
         if (c.dense_positions) {
             const int64_t* positions = c.dense_positions + b * c.positions_batch + start;
@@ -364,6 +367,7 @@ inline int attend(const HfkvAttend& given) {
     const bool failed = !workspace.at() || (call.page_sums && !page_scores) || (call.dense_sums && !dense_scores);
     if (!failed) {
         run.memory = workspace.at();
+        std::memset(run.done(), 0, sizeof(int32_t) * run.rows);
         store_token(call);
 #pragma omp parallel num_threads(call.threads)
         {
@@ -375,11 +379,10 @@ inline int attend(const HfkvAttend& given) {
 #if defined(__AMX_INT8__)
             configure_tiles();
 #endif
-#pragma omp for schedule(static)
-            for (int row = 0; row < run.rows; row++) prepare_row(run, row);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
             for (int task = 0; task < run.tasks; task++) {
                 const int row = task / (run.splits + 1), part = task % (run.splits + 1);
+                prepare_row(run, row, s);
                 Partial p = run.partial(task);
                 begin(run, p);
                 if (part == run.splits) {
@@ -390,9 +393,8 @@ inline int attend(const HfkvAttend& given) {
                     for (int64_t column = first; column < stop; column++)
                         attend_page(run, row, (int)column, column + 1 == stop, page_scores, s, p);
                 }
-            }
-#pragma omp for schedule(static)
-            for (int row = 0; row < run.rows; row++) {
+                // Who does the last task of a row merges them all.
+                if (__atomic_add_fetch(run.done() + row, 1, __ATOMIC_ACQ_REL) <= run.splits) continue;
                 finish_row(run, row, s.decoded);
                 if (page_scores) add_sums(run, row, page_scores, page_keys, call.page_sums);
                 if (dense_scores) add_sums(run, row, dense_scores, call.slots, call.dense_sums);

@@ -20,11 +20,14 @@
     int hfkv_gather_latents_##isa(const HfkvLatentGather*);                                                        \
     void hfkv_decode_side_##isa(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);                     \
     int hfkv_encode_##isa(const HfkvEncode*);                                                                      \
+    int hfkv_key_mean_##isa(const HfkvKeyMean*);                                                                   \
+    int hfkv_key_scale_##isa(const HfkvKeyScale*);                                                                 \
     int hfkv_choose_##isa(const HfkvChoose*);
 
 #define HFKV_KERNELS(isa)                                                                             \
     hfkv_attend_##isa, hfkv_latent_attend_##isa, hfkv_project_##isa, hfkv_latent_step_##isa,         \
-        hfkv_gather_latents_##isa, hfkv_decode_side_##isa, hfkv_encode_##isa, hfkv_choose_##isa
+        hfkv_gather_latents_##isa, hfkv_decode_side_##isa, hfkv_encode_##isa, hfkv_key_mean_##isa,       \
+        hfkv_key_scale_##isa, hfkv_choose_##isa
 
 HFKV_DECLARE(portable)
 #if defined(HFKV_X86)
@@ -46,6 +49,8 @@ struct Isa {
     int (*gather_latents)(const HfkvLatentGather*);
     void (*decode_side)(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);
     int (*encode)(const HfkvEncode*);
+    int (*key_mean)(const HfkvKeyMean*);
+    int (*key_scale)(const HfkvKeyScale*);
     int (*choose)(const HfkvChoose*);
 };
 
@@ -122,6 +127,10 @@ void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* a
 }
 
 int32_t hfkv_encode(const HfkvEncode* call) { return current->encode(call); }
+
+int32_t hfkv_key_mean(const HfkvKeyMean* call) { return current->key_mean(call); }
+
+int32_t hfkv_key_scale(const HfkvKeyScale* call) { return current->key_scale(call); }
 
 int32_t hfkv_choose(const HfkvChoose* call) { return current->choose(call); }
 }

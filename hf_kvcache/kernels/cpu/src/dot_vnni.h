@@ -268,7 +268,7 @@ inline void weigh_part(const Rows& vectors, int c, int k, const Split& weights, 
     __m512i high[2][M], low[2][M];
     for (int i = 0; i < 2; i++)
         for (int m = 0; m < M; m++) high[i][m] = _mm512_setzero_si512(), low[i][m] = _mm512_set1_epi32(weights.start[m]);
-    const int units = 6 * 64 / (vectors.rows.length * Lookup<Rows::kBits>::kSegments);
+    const int units = vectors.units();
     uint8_t room[4 * kLargestExactDim];
     for (int t = 0; t < vectors.rows.n; t += 4) {
         if (t % 32 == 0) next.work(units);

@@ -1,16 +1,19 @@
-// Packing of pages: rotates, quantizes and packs one side of pages into records, hfkv_encode. kernels.inc exports it; the codecs in
+// Packing of pages: rotates, quantizes and packs keys and values into records, hfkv_encode. kernels.inc exports it; the codecs in
 // hf_kvcache/codecs define and explain the methods. Sums run in another order than in torch, so a number on the edge between two
 // levels may get the other code.
 #pragma once
 
 #include <cstdlib>
 
+#include "dot_float.h"
+#include "nearest_level.h"
 #include "rotate.h"
 #include "workspace.h"
 
 namespace {
 
 constexpr float kTiny = 1e-6f, kLargestHalf = 65504.0f, kSmallestStep = 6.103515625e-05f;
+constexpr int64_t kOneThreadElements = 1 << 16;  // packing fewer elements takes less time than waking a thread
 
 inline uint16_t to_half(float x) {
     x = x > kLargestHalf ? kLargestHalf : x < -kLargestHalf ? -kLargestHalf : x;
@@ -42,119 +45,157 @@ inline float stored(float x, uint8_t* field, int index) {
 
 inline float at_least(float x, float least) { return x > least ? x : least; }
 
-// A page being packed: `tokens` vectors of `dim` floats.
+// A side of a page being packed: `tokens` rows of `dim` numbers, `pitch` apart. Behind a row stand zeros up to a multiple of a
+// vector. The pitch is more than that, so that the vectors of a column do not compete for the same few lines of the first cache.
 struct Page {
-    int tokens, dim;
-    float* x;        // [tokens, dim], rotated, less the key mean
-    float* levels;   // [tokens, dim]
-    uint8_t* codes;  // [tokens, dim]
-    float* by_token;
-    float* by_channel[6];
+    int tokens, dim, pitch;
+    float* x;        // rotated, less the key mean
+    float* levels;
+    uint8_t* codes;
+    float* gain;     // [tokens]
+    float* inverse;  // [tokens], of the gain
+    float* raw;      // [pitch]
+    float* factor;   // [pitch], by which elements are multiplied before the rotation
+    float* there;    // [pitch], 1 for channels, and 0 behind them
+    float* by_channel[5];
+
+    static int pitch_of(int dim) { return (dim + 15) / 16 * 16 + 16; }
+    static size_t floats(int tokens, int dim) { return 2 * (size_t)(tokens + 8) * pitch_of(dim) + 2 * (size_t)tokens; }
+    static size_t bytes(int tokens, int dim) {
+        const size_t all = floats(tokens, dim) * sizeof(float) + (size_t)tokens * pitch_of(dim);
+        return (all + 63) & ~(size_t)63;
+    }
+
+    Page(int tokens_, int dim_, float* memory) : tokens(tokens_), dim(dim_), pitch(pitch_of(dim_)) {
+        x = memory, memory += (size_t)tokens * pitch;
+        levels = memory, memory += (size_t)tokens * pitch;
+        raw = memory, memory += pitch;
+        factor = memory, memory += pitch;
+        there = memory, memory += pitch;
+        for (float*& row : by_channel) row = memory, memory += pitch;
+        gain = memory, memory += tokens;
+        inverse = memory, memory += tokens;
+        codes = (uint8_t*)memory;
+        for (int c = 0; c < pitch; c++) there[c] = c < dim ? 1.0f : 0.0f, raw[c] = 0;
+    }
+
+    void set_gain(int t, float value) { gain[t] = value, inverse[t] = 1.0f / value; }
+    // Sets the entries behind the last channel.
+    void clear_rest(float* row) const {
+        for (int c = dim; c < pitch; c++) row[c] = 0;
+    }
+    // A vector of levels, with 0 behind the last channel.
+    Vec counted(Vec level, int c) const { return c + kLanes > dim ? level * load(there + c) : level; }
 };
 
-// Levels nearest to x, and their codes: a code is the number of edges between levels that lie below x.
-inline void nearest_levels(const float* x, int n, const HfkvGrid& grid, float* levels, uint8_t* codes) {
-    int i = 0;
+inline Vec square_root(Vec x) {
 #if defined(__AVX512F__)
-    const __m512 table = _mm512_loadu_ps(grid.levels);
-    for (; i + 16 <= n; i += 16) {
-        const __m512 v = _mm512_loadu_ps(x + i);
-        __m512i code = _mm512_setzero_si512();
-        for (int e = 0; e + 1 < grid.count; e++)
-            code = _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(v, _mm512_set1_ps(grid.edges[e]), _CMP_GT_OQ), code,
-                                         _mm512_set1_epi32(1));
-        _mm512_storeu_ps(levels + i, _mm512_permutexvar_ps(code, table));
-        _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(code));
-    }
+    return (Vec)_mm512_sqrt_ps((__m512)x);
+#else
+    for (int i = 0; i < kLanes; i++) x[i] = __builtin_sqrtf(x[i]);
+    return x;
 #endif
-    for (; i < n; i++) {
-        int code = 0;
-        for (int e = 0; e + 1 < grid.count; e++) code += x[i] > grid.edges[e];
-        levels[i] = grid.levels[code];
-        codes[i] = (uint8_t)code;
+}
+
+// Mean and standard deviation of each channel of x / gain.
+inline void moments(const Page& p, float* scale, float* mean) {
+    const float share = 1.0f / (float)p.tokens;
+    for (int c = 0; c < p.dim; c += kLanes) {
+        Vec even = splat(0.0f), odd = splat(0.0f);
+        int t = 0;
+        for (; t + 2 <= p.tokens; t += 2) {
+            even += load(p.x + t * p.pitch + c) * splat(p.inverse[t]);
+            odd += load(p.x + (t + 1) * p.pitch + c) * splat(p.inverse[t + 1]);
+        }
+        for (; t < p.tokens; t++) even += load(p.x + t * p.pitch + c) * splat(p.inverse[t]);
+        const Vec center = (even + odd) * splat(share);
+        even = odd = splat(0.0f);
+        for (t = 0; t + 2 <= p.tokens; t += 2) {
+            const Vec a = load(p.x + t * p.pitch + c) * splat(p.inverse[t]) - center;
+            const Vec b = load(p.x + (t + 1) * p.pitch + c) * splat(p.inverse[t + 1]) - center;
+            even += a * a, odd += b * b;
+        }
+        for (; t < p.tokens; t++) {
+            const Vec a = load(p.x + t * p.pitch + c) * splat(p.inverse[t]) - center;
+            even += a * a;
+        }
+        store(mean + c, center);
+        store(scale + c, max(square_root((even + odd) * splat(share)), splat(kTiny)));
     }
 }
 
-// Levels of (x / gain - zero) / scale, and their codes.
-inline void quantize_page(Page& p, const float* gain, const float* zero, const float* scale, const HfkvGrid& grid) {
-    for (int t = 0; t < p.tokens; t++) {
-        const float* x = p.x + t * p.dim;
-        float* y = p.levels + t * p.dim;
-        const float inverse = 1.0f / gain[t];
-        for (int c = 0; c < p.dim; c++) y[c] = (x[c] * inverse - zero[c]) / scale[c];
-        nearest_levels(y, p.dim, grid, y, p.codes + t * p.dim);
-    }
-}
-
-// Finds the scale and the zero point of each channel that bring levels * scale + zero closest to x / gain.
-inline void fit_line(const Page& p, const float* gain, float* scale, float* zero) {
-    float* level_mean = p.by_channel[4];
-    float* mean = p.by_channel[5];
-    for (int c = 0; c < p.dim; c++) level_mean[c] = mean[c] = 0;
-    for (int t = 0; t < p.tokens; t++) {
-        const float inverse = 1.0f / gain[t];
-        for (int c = 0; c < p.dim; c++) {
-            level_mean[c] += p.levels[t * p.dim + c];
-            mean[c] += p.x[t * p.dim + c] * inverse;
-        }
-    }
-    for (int c = 0; c < p.dim; c++) level_mean[c] /= (float)p.tokens, mean[c] /= (float)p.tokens, scale[c] = zero[c] = 0;
-    for (int t = 0; t < p.tokens; t++) {
-        const float inverse = 1.0f / gain[t];
-        for (int c = 0; c < p.dim; c++) {
-            const float spread = p.levels[t * p.dim + c] - level_mean[c];
-            scale[c] += spread * (p.x[t * p.dim + c] * inverse - mean[c]);
-            zero[c] += spread * spread;
-        }
-    }
-    for (int c = 0; c < p.dim; c++) {
-        scale[c] = at_least(scale[c] / at_least(zero[c], kTiny), kTiny);
-        zero[c] = mean[c] - scale[c] * level_mean[c];
-    }
+// inverse[c] = 1 / scale[c], and 0 behind the last channel.
+inline void invert(const Page& p, const float* scale, float* inverse) {
+    for (int c = 0; c < p.dim; c++) inverse[c] = 1.0f / scale[c];
+    p.clear_rest(inverse);
 }
 
 // Finds a gain of each token, and a mean and a scale of each channel, that make the entries of a page close to N(0, 1).
-inline void normalize(const Page& p, float* gain, float* scale, float* mean) {
-    for (int t = 0; t < p.tokens; t++) gain[t] = 1;
+inline void normalize(Page& p, float* scale, float* mean, float* inverse) {
+    for (int t = 0; t < p.tokens; t++) p.set_gain(t, 1);
     for (int round = 0; round < 3; round++) {
-        for (int c = 0; c < p.dim; c++) mean[c] = scale[c] = 0;
-        for (int t = 0; t < p.tokens; t++) {
-            const float inverse = 1.0f / gain[t];
-            for (int c = 0; c < p.dim; c++) mean[c] += p.x[t * p.dim + c] * inverse;
-        }
-        for (int c = 0; c < p.dim; c++) mean[c] /= (float)p.tokens;
-        for (int t = 0; t < p.tokens; t++) {
-            const float inverse = 1.0f / gain[t];
-            for (int c = 0; c < p.dim; c++) {
-                const float d = p.x[t * p.dim + c] * inverse - mean[c];
-                scale[c] += d * d;
-            }
-        }
-        for (int c = 0; c < p.dim; c++) scale[c] = at_least(__builtin_sqrtf(scale[c] / (float)p.tokens), kTiny);
+        moments(p, scale, mean);
         if (round == 2) return;
+        invert(p, scale, inverse);
         for (int t = 0; t < p.tokens; t++) {
-            float total = 0;
-            for (int c = 0; c < p.dim; c++) {
-                const float d = (p.x[t * p.dim + c] - mean[c] * gain[t]) / scale[c];
+            const float* x = p.x + t * p.pitch;
+            const Vec gain = splat(p.gain[t]);
+            Vec total = splat(0.0f);
+            for (int c = 0; c < p.dim; c += kLanes) {
+                const Vec d = (load(x + c) - load(mean + c) * gain) * load(inverse + c);
                 total += d * d;
             }
-            gain[t] = at_least(__builtin_sqrtf(total / (float)p.dim), 1e-4f);
+            p.set_gain(t, at_least(__builtin_sqrtf(sum(total) / (float)p.dim), 1e-4f));
         }
     }
+}
+
+// Codes and levels of (x / gain - zero) / scale. Then finds the scale and the zero point of each channel that bring
+// levels * scale + zero closest to x / gain.
+template <int kDepth>
+inline void quantize_and_fit(const Page& p, const LevelTree<kDepth>& tree, const float* zero, const float* scale, float* inverse,
+                             float* fitted_scale, float* fitted_zero) {
+    invert(p, scale, inverse);
+    const Vec share = splat(1.0f / (float)p.tokens), tiny = splat(kTiny);
+    for (int c = 0; c < p.dim; c += kLanes) {
+        const Vec origin = load(zero + c), factor = load(inverse + c);
+        Vec level_sum = splat(0.0f), x_sum = splat(0.0f);
+        for (int t = 0; t < p.tokens; t++) {
+            const int at = t * p.pitch + c;
+            const Vec x = load(p.x + at) * splat(p.inverse[t]);
+            const Vec level = tree.nearest((x - origin) * factor, p.codes + at);
+            store(p.levels + at, level);
+            level_sum += level, x_sum += x;
+        }
+        const Vec level_mean = level_sum * share, mean = x_sum * share;
+        Vec products = splat(0.0f), squares = splat(0.0f);
+        for (int t = 0; t < p.tokens; t++) {
+            const int at = t * p.pitch + c;
+            const Vec spread = load(p.levels + at) - level_mean;
+            products += spread * (load(p.x + at) * splat(p.inverse[t]) - mean);
+            squares += spread * spread;
+        }
+        const Vec slope = max(products / max(squares, tiny), tiny);
+        store(fitted_scale + c, slope);
+        store(fitted_zero + c, mean - slope * level_mean);
+    }
+    p.clear_rest(fitted_scale);
+    p.clear_rest(fitted_zero);
 }
 
 struct Products {
     float xx, xy, yy;
 };
 
+// Products of a row with its approximation y(c), a vector from channel c on, which is 0 behind the last channel.
 template <class Approximation>
 inline Products products(const float* x, int dim, const Approximation& y) {
-    Products sums = {0, 0, 0};
-    for (int c = 0; c < dim; c++) {
-        const float b = y(c);
-        sums.xx += x[c] * x[c], sums.xy += x[c] * b, sums.yy += b * b;
+    Vec xx = splat(0.0f), xy = xx, yy = xx;
+    for (int c = 0; c < dim; c += kLanes) {
+        const Vec a = load(x + c), b = y(c);
+        xx += a * a, xy += a * b, yy += b * b;
     }
-    return sums;
+    return {sum(xx), sum(xy), sum(yy)};
 }
 
 // hf_kvcache.codecs.unbiased.unbiased_gain
@@ -166,171 +207,246 @@ inline float unbiased_gain(const Products& p) {
     return slope * length / other;
 }
 
-inline void encode_unbiased_keys(const HfkvSide& side, const HfkvGrid& grid, Page& p, uint8_t* record) {
-    float* gain = p.by_token;
-    float* scale = p.by_channel[0];
-    float* zero = p.by_channel[1];
-    float* fitted_scale = p.by_channel[2];
-    float* fitted_zero = p.by_channel[3];
-    normalize(p, gain, scale, zero);
-    quantize_page(p, gain, zero, scale, grid);
-    fit_line(p, gain, fitted_scale, fitted_zero);
+template <int kDepth>
+inline void encode_unbiased_keys(const HfkvSide& side, const LevelTree<kDepth>& tree, Page& p, uint8_t* record) {
+    float *scale = p.by_channel[0], *zero = p.by_channel[1], *inverse = p.by_channel[4];
+    float *fitted_scale = p.by_channel[2], *fitted_zero = p.by_channel[3];
+    normalize(p, scale, zero, inverse);
+    quantize_and_fit(p, tree, zero, scale, inverse, fitted_scale, fitted_zero);
+    const auto of_row = [&](int t, const float* by, const float* plus) {
+        const float* levels = p.levels + t * p.pitch;
+        return products(p.x + t * p.pitch, p.dim, [=](int c) { return load(levels + c) * load(by + c) + load(plus + c); });
+    };
     for (int t = 0; t < p.tokens; t++) {
-        const float* levels = p.levels + t * p.dim;
-        const Products sums =
-            products(p.x + t * p.dim, p.dim, [&](int c) { return levels[c] * fitted_scale[c] + fitted_zero[c]; });
+        const Products sums = of_row(t, fitted_scale, fitted_zero);
         const float fitted = sums.xy / at_least(sums.yy, kTiny);
-        if (fitted > gain[t] / 4) gain[t] = fitted;
+        if (fitted > p.gain[t] / 4) p.set_gain(t, fitted);
     }
     for (int c = 0; c < p.dim; c++) {
         scale[c] = at_least(from_half(to_half(fitted_scale[c])), kTiny);
         zero[c] = from_half(to_half(fitted_zero[c]));
     }
-    quantize_page(p, gain, zero, scale, grid);
-    fit_line(p, gain, fitted_scale, fitted_zero);
+    p.clear_rest(zero);
+    quantize_and_fit(p, tree, zero, scale, inverse, fitted_scale, fitted_zero);
     for (int c = 0; c < p.dim; c++) {
         scale[c] = stored(fitted_scale[c], record + side.scale, c);
         zero[c] = stored(fitted_zero[c], record + side.zero, c);
     }
+    p.clear_rest(scale);
     // The gain is fitted last, to what will be decoded, and so takes up the rounding of the other two.
-    for (int t = 0; t < p.tokens; t++) {
-        const float* levels = p.levels + t * p.dim;
-        const Products sums = products(p.x + t * p.dim, p.dim, [&](int c) { return levels[c] * scale[c] + zero[c]; });
-        stored(unbiased_gain(sums), record + side.other, t);
-    }
+    for (int t = 0; t < p.tokens; t++) stored(unbiased_gain(of_row(t, scale, zero)), record + side.other, t);
 }
 
-inline void encode_unbiased_values(const HfkvSide& side, const HfkvGrid& grid, Page& p, uint8_t* record) {
+// Codes and levels of x * inverse for a row; returns its products with the levels.
+template <int kDepth>
+inline Products quantize_row(const Page& p, const LevelTree<kDepth>& tree, int t, float inverse) {
+    const float* x = p.x + t * p.pitch;
+    uint8_t* codes = p.codes + t * p.pitch;
+    const Vec factor = splat(inverse);
+    return products(x, p.dim, [&](int c) { return p.counted(tree.nearest(load(x + c) * factor, codes + c), c); });
+}
+
+inline float square_sum(const float* x, int dim) {
+    Vec total = splat(0.0f);
+    for (int c = 0; c < dim; c += kLanes) total += load(x + c) * load(x + c);
+    return sum(total);
+}
+
+template <int kDepth>
+inline void encode_unbiased_values(const HfkvSide& side, const LevelTree<kDepth>& tree, Page& p, uint8_t* record) {
     for (int t = 0; t < p.tokens; t++) {
-        const float* x = p.x + t * p.dim;
-        float* levels = p.levels + t * p.dim;
-        uint8_t* codes = p.codes + t * p.dim;
-        const auto level = [&](int c) { return levels[c]; };
-        float total = 0;
-        for (int c = 0; c < p.dim; c++) total += x[c] * x[c];
-        float scale = at_least(__builtin_sqrtf(total / (float)p.dim), kTiny);
-        for (int pass = 0; pass < 2; pass++) {
-            const float inverse = 1.0f / scale;
-            for (int c = 0; c < p.dim; c++) levels[c] = x[c] * inverse;
-            nearest_levels(levels, p.dim, grid, levels, codes);
-            const Products sums = products(x, p.dim, level);
-            scale = pass ? unbiased_gain(sums) : at_least(from_half(to_half(sums.xy / sums.yy)), kTiny);
-        }
-        stored(scale, record + side.scale, t);
+        float scale = at_least(__builtin_sqrtf(square_sum(p.x + t * p.pitch, p.dim) / (float)p.dim), kTiny);
+        const Products first = quantize_row(p, tree, t, 1.0f / scale);
+        scale = at_least(from_half(to_half(first.xy / first.yy)), kTiny);
+        stored(unbiased_gain(quantize_row(p, tree, t, 1.0f / scale)), record + side.scale, t);
     }
 }
 
 // TurboQuant: the scale is the norm, corrected so that the decoded vector is as long as the original one.
-inline void encode_norm(const HfkvSide& side, const HfkvGrid& grid, Page& p, uint8_t* record) {
+template <int kDepth>
+inline void encode_norm(const HfkvSide& side, const LevelTree<kDepth>& tree, Page& p, uint8_t* record) {
     for (int t = 0; t < p.tokens; t++) {
-        const float* x = p.x + t * p.dim;
-        float* levels = p.levels + t * p.dim;
-        float total = 0, decoded = 0;
-        for (int c = 0; c < p.dim; c++) total += x[c] * x[c];
-        const float norm = __builtin_sqrtf(total), inverse = __builtin_sqrtf((float)p.dim) / at_least(norm, 1e-12f);
-        for (int c = 0; c < p.dim; c++) levels[c] = x[c] * inverse;
-        nearest_levels(levels, p.dim, grid, levels, p.codes + t * p.dim);
-        for (int c = 0; c < p.dim; c++) decoded += levels[c] * levels[c];
-        stored(norm / __builtin_sqrtf(decoded), record + side.scale, t);
+        const float norm = __builtin_sqrtf(square_sum(p.x + t * p.pitch, p.dim));
+        const Products sums = quantize_row(p, tree, t, __builtin_sqrtf((float)p.dim) / at_least(norm, 1e-12f));
+        stored(norm / __builtin_sqrtf(sums.yy), record + side.scale, t);
     }
 }
 
-// KIVI: a scale and a zero point for each group of tokens or channels, both rounded before the codes are chosen.
-inline void encode_integer(const HfkvSide& side, Page& p, uint8_t* record) {
-    const bool by_channel = side.axis == HFKV_CHANNEL;
+inline uint8_t integer_code(float x, float low, float step, float most) {
+    const float code = __builtin_rintf((x - low) / step);
+    return (uint8_t)(int)(!(code > 0) ? 0 : code > most ? most : code);  // NaN becomes 0
+}
+
+// KIVI: a scale and a zero point for each group of tokens, in every channel. Both are rounded before the codes are chosen.
+inline void encode_integer_channels(const HfkvSide& side, Page& p, uint8_t* record) {
     const float most = (float)((1 << side.bits) - 1);
-    const int groups = by_channel ? p.tokens / side.group : p.dim / side.group;
-    const int lanes = by_channel ? p.dim : 1;  // neighboring elements that have scales of their own
-    float* low = p.by_channel[0];
-    float* high = p.by_channel[1];
-    for (int outer = 0; outer < (by_channel ? groups : p.tokens); outer++) {
-        for (int g = 0; g < (by_channel ? 1 : groups); g++) {
-            const float* x = by_channel ? p.x + outer * side.group * p.dim : p.x + outer * p.dim + g * side.group;
-            uint8_t* codes = p.codes + (x - p.x);
-            const int step = by_channel ? p.dim : 1;  // from a member of a group to the next
-            for (int c = 0; c < lanes; c++) low[c] = high[c] = x[c];
-            for (int i = 1; i < side.group; i++)
-                for (int c = 0; c < lanes; c++) {
-                    const float v = x[i * step + c];
-                    low[c] = v < low[c] ? v : low[c];
-                    high[c] = v > high[c] ? v : high[c];
-                }
-            const int first = by_channel ? outer * p.dim : outer * groups + g;
-            for (int c = 0; c < lanes; c++) {
-                low[c] = stored(low[c], record + side.zero, first + c);
-                high[c] = stored(at_least((high[c] - low[c]) / most, kSmallestStep), record + side.scale, first + c);
+    float *low = p.by_channel[0], *high = p.by_channel[1];
+    for (int first = 0; first < p.tokens; first += side.group) {
+        const float* x = p.x + first * p.pitch;
+        uint8_t* codes = p.codes + first * p.pitch;
+        for (int c = 0; c < p.dim; c++) low[c] = high[c] = x[c];
+        for (int i = 1; i < side.group; i++)
+            for (int c = 0; c < p.dim; c++) {
+                const float v = x[i * p.pitch + c];
+                low[c] = v < low[c] ? v : low[c];
+                high[c] = v > high[c] ? v : high[c];
             }
-            for (int i = 0; i < side.group; i++)
-                for (int c = 0; c < lanes; c++) {
-                    const float code = __builtin_rintf((x[i * step + c] - low[c]) / high[c]);
-                    codes[i * step + c] = (uint8_t)(!(code > 0) ? 0 : code > most ? most : code);  // NaN becomes 0
-                }
+        const int at = first / side.group * p.dim;
+        for (int c = 0; c < p.dim; c++) {
+            low[c] = stored(low[c], record + side.zero, at + c);
+            high[c] = stored(at_least((high[c] - low[c]) / most, kSmallestStep), record + side.scale, at + c);
         }
+        for (int i = 0; i < side.group; i++)
+            for (int c = 0; c < p.dim; c++) codes[i * p.pitch + c] = integer_code(x[i * p.pitch + c], low[c], high[c], most);
+    }
+}
+
+// The same for each group of channels, of every token.
+inline void encode_integer_tokens(const HfkvSide& side, Page& p, uint8_t* record) {
+    const float most = (float)((1 << side.bits) - 1);
+    const int groups = p.dim / side.group;
+    for (int t = 0; t < p.tokens; t++)
+        for (int g = 0; g < groups; g++) {
+            const float* x = p.x + t * p.pitch + g * side.group;
+            uint8_t* codes = p.codes + t * p.pitch + g * side.group;
+            float low = x[0], high = x[0];
+            int c = 0;
+            if (side.group >= kLanes) {
+                Vec lows = load(x), highs = lows;
+                for (; c + kLanes <= side.group; c += kLanes) {
+                    const Vec v = load(x + c);
+                    lows = select(v < lows, v, lows), highs = select(v > highs, v, highs);
+                }
+                for (int i = 0; i < kLanes; i++) low = lows[i] < low ? lows[i] : low, high = highs[i] > high ? highs[i] : high;
+            }
+            for (; c < side.group; c++) low = x[c] < low ? x[c] : low, high = x[c] > high ? x[c] : high;
+            low = stored(low, record + side.zero, t * groups + g);
+            const float step = stored(at_least((high - low) / most, kSmallestStep), record + side.scale, t * groups + g);
+            for (int i = 0; i < side.group; i++) codes[i] = integer_code(x[i], low, step, most);
+        }
+}
+
+// The codes of a plane of kWidth bits: bits shift to shift + kWidth - 1 of each.
+template <int kWidth>
+inline void pack_plane(const uint8_t* __restrict codes, int shift, int length, uint8_t* __restrict out) {
+    for (int j = 0; j < length; j++) {
+        unsigned byte = 0;
+#pragma GCC unroll 8
+        for (int s = 0; s < 8 / kWidth; s++) byte |= ((codes[s * length + j] >> shift) & ((1u << kWidth) - 1)) << (s * kWidth);
+        out[j] = (uint8_t)byte;
     }
 }
 
 // Packs codes of a byte each to planes of 1, 2, 4 or 8 bits, the widest first; hf_kvcache/kernels/reference/pack.py defines this.
 inline void pack_row(const uint8_t* codes, int bits, int dim, uint8_t* out) {
     int shift = 0;
-    for (int width = 8; width; width /= 2) {
-        if (!(bits & width)) continue;
-        const int length = dim * width / 8, mask = (1 << width) - 1;
-        for (int j = 0; j < length; j++) out[j] = (uint8_t)((codes[j] >> shift) & mask);
-        for (int s = 1; s < 8 / width; s++)
-            for (int j = 0; j < length; j++) out[j] |= (uint8_t)(((codes[s * length + j] >> shift) & mask) << (s * width));
-        out += length;
-        shift += width;
+    if (bits & 8) std::memcpy(out, codes, dim), out += dim, shift += 8;
+    if (bits & 4) pack_plane<4>(codes, shift, dim / 2, out), out += dim / 2, shift += 4;
+    if (bits & 2) pack_plane<2>(codes, shift, dim / 4, out), out += dim / 4, shift += 2;
+    if (bits & 1) pack_plane<1>(codes, shift, dim / 8, out);
+}
+
+// out[c] = x[c] * factor[c]; x has elements of a level.
+template <class Element>
+inline void scale_row(const uint8_t* x, const float* factor, int dim, float* out) {
+    int c = 0;
+    for (; c + kLanes <= dim; c += kLanes) store(out + c, Element::load_vec(x + c * Element::kBytes) * load(factor + c));
+    for (; c < dim; c++) out[c] = Element::load_one(x + c * Element::kBytes) * factor[c];
+}
+
+inline void scale_row(int level, const uint8_t* x, const float* factor, int dim, float* out) {
+    if (level == HFKV_FLOAT32) return scale_row<Float32>(x, factor, dim, out);
+    if (level == HFKV_BFLOAT16) return scale_row<BFloat16>(x, factor, dim, out);
+    scale_row<Float16>(x, factor, dim, out);
+}
+
+// Fills in p.x: tokens `token` bytes apart, divided by key_scale, rotated, less key_mean.
+inline void rotate_page(const HfkvSide& side, int level, const uint8_t* x, int64_t token, const float* key_scale,
+                        const float* key_mean, Page& p) {
+    const float norm = side.rotation == 2 ? 1.0f / __builtin_sqrtf((float)p.dim) : 1.0f;
+    for (int c = 0; c < p.dim; c++)
+        p.factor[c] = norm * (side.rotation == 2 ? side.signs[c] : 1.0f) / (key_scale ? key_scale[c] : 1.0f);
+    for (int t = 0; t < p.tokens; t++) {
+        float* to = p.x + t * p.pitch;
+        scale_row(level, x + t * token, p.factor, p.dim, side.rotation == 1 ? p.raw : to);
+        if (side.rotation == 1) rotate_by_matrix(p.raw, side.matrix, p.dim, false, to);
+        if (side.rotation == 2) walsh_hadamard(to, p.dim);
+        if (key_mean)
+            for (int c = 0; c < p.dim; c++) to[c] -= key_mean[c];
+        p.clear_rest(to);
     }
 }
 
-inline void encode_page(const HfkvEncode& call, const HfkvSide& side, int64_t index, Page& p, float* raw) {
-    uint8_t* record = call.records + index * call.layout->record_bytes;
-    const float* key_mean = call.key_mean ? call.key_mean + index * side.dim : nullptr;
-    const float* key_scale = call.key_scale ? call.key_scale + index * side.dim : nullptr;
-    for (int t = 0; t < p.tokens; t++) {
-        const float* from = call.x + (index * p.tokens + t) * side.dim;
-        float* to = p.x + t * side.dim;
-        if (side.rotation == 2 && !key_scale) {
-            rotate(side, from, false, to);
-        } else {
-            for (int c = 0; c < side.dim; c++) raw[c] = key_scale ? from[c] / key_scale[c] : from[c];
-            rotate(side, raw, false, to);
-        }
-        if (key_mean)
-            for (int c = 0; c < side.dim; c++) to[c] -= key_mean[c];
-    }
-    switch (call.method) {
-        case HFKV_INTEGER: encode_integer(side, p, record); break;
-        case HFKV_UNBIASED_KEYS: encode_unbiased_keys(side, call.grid, p, record); break;
-        case HFKV_UNBIASED_VALUES: encode_unbiased_values(side, call.grid, p, record); break;
-        default: encode_norm(side, call.grid, p, record);
+template <int kDepth>
+inline void encode_levels(const HfkvSide& side, const HfkvEncodeSide& given, Page& p, uint8_t* record) {
+    const LevelTree<kDepth> tree(given.grid);
+    if (given.method == HFKV_UNBIASED_KEYS) return encode_unbiased_keys(side, tree, p, record);
+    if (given.method == HFKV_UNBIASED_VALUES) return encode_unbiased_values(side, tree, p, record);
+    encode_norm(side, tree, p, record);
+}
+
+inline void encode_side(const HfkvSide& side, const HfkvEncodeSide& given, Page& p, uint8_t* record) {
+    if (given.method == HFKV_INTEGER) {
+        if (side.axis == HFKV_CHANNEL) encode_integer_channels(side, p, record);
+        else encode_integer_tokens(side, p, record);
+    } else if (given.grid.count <= 2) {
+        encode_levels<1>(side, given, p, record);
+    } else if (given.grid.count <= 4) {
+        encode_levels<2>(side, given, p, record);
+    } else if (given.grid.count <= 8) {
+        encode_levels<3>(side, given, p, record);
+    } else {
+        encode_levels<4>(side, given, p, record);
     }
     for (int t = 0; t < p.tokens; t++)
-        pack_row(p.codes + t * side.dim, side.bits, side.dim, record + side.codes + t * (side.dim * side.bits / 8));
+        pack_row(p.codes + t * p.pitch, side.bits, side.dim, record + side.codes + t * (side.dim * side.bits / 8));
+}
+
+// One side of record `index`, [pages, rows]. The bytes between its fields become 0.
+inline void encode_record(const HfkvEncode& call, int64_t index, bool values, float* memory) {
+    const HfkvSide& side = values ? call.layout->values : call.layout->keys;
+    const HfkvEncodeSide& given = values ? call.values : call.keys;
+    const int64_t start = values ? call.layout->values.codes : 0;
+    const int64_t stop = values ? call.layout->record_bytes : call.layout->values.codes;
+    const int64_t column = index / call.rows, row = index % call.rows, width = call.level == HFKV_FLOAT32 ? 4 : 2;
+    uint8_t* record = (uint8_t*)call.addresses[index];
+    const HfkvVectors& from = given.x;
+    const int64_t token = width * from.token;
+    const uint8_t* x = (const uint8_t*)from.at + width * (row / call.heads * from.batch + row % call.heads * from.head);
+    x += column * call.layout->page_size * token;
+    std::memset(record + start, 0, (size_t)(stop - start));
+    if (side.dim == 0) return;
+    if (given.method == HFKV_COPY) {
+        const int64_t bytes = width * side.dim;
+        for (int t = 0; t < call.layout->page_size; t++)
+            std::memcpy(record + side.codes + t * bytes, x + t * token, (size_t)bytes);
+        return;
+    }
+    Page page(call.layout->page_size, side.dim, memory);
+    const float* scale = values || !call.key_scale ? nullptr : call.key_scale + row * side.dim;
+    const float* mean = values || !call.key_mean ? nullptr : call.key_mean + row * side.dim;
+    rotate_page(side, call.level, x, token, scale, mean, page);
+    encode_side(side, given, page, record);
 }
 
 inline int encode_pages(const HfkvEncode& call) {
-    const HfkvSide& side = call.values ? call.layout->values : call.layout->keys;
-    const int tokens = call.layout->page_size, dim = side.dim;
-    const size_t elements = (size_t)tokens * dim, floats = 2 * elements + tokens + 7 * (size_t)dim;
-    const size_t bytes = (floats * sizeof(float) + elements + 63) & ~(size_t)63;
-    const Workspace workspace(bytes * call.threads);
+    const HfkvLayout& layout = *call.layout;
+    const int tokens = layout.page_size, dim = layout.keys.dim > layout.values.dim ? layout.keys.dim : layout.values.dim;
+    const int64_t records = call.pages * call.rows;
+    const bool few = records * tokens * (layout.keys.dim + layout.values.dim) < kOneThreadElements;
+    const int threads = few ? 1 : (int)(call.threads < 2 * records ? call.threads : 2 * records);
+    const size_t bytes = Page::bytes(tokens, dim);
+    const Workspace workspace(bytes * threads);
     char* memory = workspace.at();
     if (!memory) return 1;
-#pragma omp parallel num_threads(call.threads)
-    {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t task = 0; task < 2 * records; task++) {
 #if defined(_OPENMP)
-        float* at = (float*)(memory + bytes * omp_get_thread_num());
+        float* own = (float*)(memory + bytes * omp_get_thread_num());
 #else
-        float* at = (float*)memory;
+        float* own = (float*)memory;
 #endif
-        Page p = {tokens, dim, at, at + elements, nullptr, at + 2 * elements, {}};
-        float* channels = p.by_token + tokens;
-        for (int i = 0; i < 6; i++) p.by_channel[i] = channels + (size_t)i * dim;
-        float* raw = channels + 6 * (size_t)dim;
-        p.codes = (uint8_t*)(raw + dim);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < call.pages; i++) encode_page(call, side, i, p, raw);
+        encode_record(call, task / 2, task % 2, own);
     }
     return 0;
 }

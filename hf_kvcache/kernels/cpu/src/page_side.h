@@ -12,11 +12,17 @@
 #include "unpack.h"
 #include "dot_avx2.h"
 #include "dot_vnni.h"
+#include "three_bits_vnni.h"
 
 namespace {
 
 // The buffers of one thread.
 struct Scratch {
+    // The queries of the row that the thread is at, [M, key pitch]: scaled, and rotated too; and what is added to their scores.
+    int row = -1;
+    float* row_queries;
+    float* rotated_queries;
+    float* shifts;
     float* queries;  // [M, key pitch], scaled for a page
     float* scores;   // [M, page pitch]
     float* weights;  // [M, page pitch]
@@ -238,6 +244,10 @@ struct VnniScores {
         if (side.bits == 8) return dot_codes<M>(CodeRows<8>(side, codes, length, n), split, s.next, put);
         if (side.bits == 4 && length % 16 == 0) return dot_codes<M>(CodeRows<4>(side, codes, length, n), split, s.next, put);
         if (side.bits == 2 && length % 16 == 0) return dot_codes<M>(CodeRows<2>(side, codes, length, n), split, s.next, put);
+        if (three_bits_fit(side)) {
+            if (side.dim == 64) return dot_three_bits<M, 64>(side, codes, n, split, s.next, put);
+            return dot_three_bits<M, 128>(side, codes, n, split, s.next, put);
+        }
         unpack(codes, side.bits, n, side.dim, side.levels, s.bytes, s.next);
         dot_codes<M>(CodeRows<8>(side, s.bytes, side.dim, n), split, s.next, put);
     }
@@ -265,7 +275,12 @@ struct VnniOutput {
             add_part<M>(split, shifts, side.has_other ? s.third : nullptr, block, part, totals, side.dim,
                         output + (int64_t)m * output_pitch, output_pitch);
         };
-        with_level_vectors(side, record + side.codes, n, s.bytes, s.next,
+        const uint8_t* codes = record + side.codes;
+        if (three_bits_fit(side)) {
+            if (side.dim == 64) return weigh_three_bits<M, 64>(side, codes, n, split, s.next, put);
+            return weigh_three_bits<M, 128>(side, codes, n, split, s.next, put);
+        }
+        with_level_vectors(side, codes, n, s.bytes, s.next,
                   [&](const auto& vectors) { weigh_codes<M>(vectors, split, s.next, put); });
     }
 };

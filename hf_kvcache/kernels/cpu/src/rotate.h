@@ -7,28 +7,43 @@
 
 namespace {
 
-inline Vec mirrored(Vec v, int distance) {
+// The lanes in another order: lane i becomes lane i ^ kDistance.
+template <int kDistance>
+inline Vec mirrored(Vec v) {
 #if defined(__AVX512F__)
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return (Vec)_mm512_permutexvar_ps(_mm512_xor_si512(lanes, _mm512_set1_epi32(distance)), (__m512)v);
-#endif
+    const __m512 x = (__m512)v;
+    if (kDistance == 1) return (Vec)_mm512_permute_ps(x, 0xb1);
+    if (kDistance == 2) return (Vec)_mm512_permute_ps(x, 0x4e);
+    return (Vec)(kDistance == 4 ? _mm512_shuffle_f32x4(x, x, 0xb1) : _mm512_shuffle_f32x4(x, x, 0x4e));
+#elif defined(__AVX__)
+    const __m256 x = (__m256)v;
+    if (kDistance == 4) return (Vec)_mm256_permute2f128_ps(x, x, 1);
+    return (Vec)(kDistance == 1 ? _mm256_permute_ps(x, 0xb1) : _mm256_permute_ps(x, 0x4e));
+#else
     Vec out;
-    for (int i = 0; i < kLanes; i++) out[i] = v[i ^ distance];
+    for (int i = 0; i < kLanes; i++) out[i] = v[i ^ kDistance];
     return out;
+#endif
+}
+
+// The stages of the transform that stay within a vector, from distance kDistance on.
+template <int kDistance>
+inline Vec within_vector(Vec v) {
+    if constexpr (kDistance >= kLanes) {
+        return v;
+    } else {
+        Vec sign;
+        for (int i = 0; i < kLanes; i++) sign[i] = i & kDistance ? -1.0f : 1.0f;
+        return within_vector<2 * kDistance>(mirrored<kDistance>(v) + v * sign);
+    }
 }
 
 // The Walsh-Hadamard transform in place, not normalized, in the order of Sylvester's construction; dim is a power of two.
 inline void walsh_hadamard(float* x, int dim) {
     int h = 1;
     if (dim % kLanes == 0) {
-        for (; h < kLanes; h *= 2) {
-            Vec sign;
-            for (int i = 0; i < kLanes; i++) sign[i] = i & h ? -1.0f : 1.0f;
-            for (int c = 0; c < dim; c += kLanes) {
-                const Vec v = load(x + c);
-                store(x + c, mirrored(v, h) + v * sign);
-            }
-        }
+        for (int c = 0; c < dim; c += kLanes) store(x + c, within_vector<1>(load(x + c)));
+        h = kLanes;
     }
     for (; h < dim; h *= 2)
         for (int c = 0; c < dim; c += 2 * h) {

@@ -262,6 +262,34 @@ inline void unpack_three_bits(const uint8_t* codes, int n, int segment, const ui
     }
 }
 
+#if defined(__AVX2__)
+// The same for segments of 16 bytes, two rows at a time in the halves of a vector; n is even.
+inline void unpack_pairs_of_three_bit_rows(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out, Stream& next) {
+    constexpr int kRow = 24, kDim = 64;
+    const __m256i table = _mm256_loadu_si256((const __m256i*)levels), three = _mm256_set1_epi8(3), four = _mm256_set1_epi8(4);
+    // Bit 2 s of byte j is the third bit of channel j of segment s.
+    const __m256i second = _mm256_set_epi64x(-1, 0, -1, 0);
+    for (int t = 0; t < n; t += 2) {
+        if (t % 16 == 0) next.work(2);
+        const uint8_t* row = codes + (int64_t)t * kRow;
+        const auto pair = [&](int i) { return _mm_loadu_si128((const __m128i*)(row + i)); };
+        const auto twice_eight = [&](int i) { return _mm_castpd_si128(_mm_loaddup_pd((const double*)(row + i))); };
+        const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(pair(0)), pair(kRow), 1);
+        __m256i third = _mm256_inserti128_si256(_mm256_castsi128_si256(twice_eight(16)), twice_eight(kRow + 16), 1);
+        third = _mm256_blendv_epi8(third, _mm256_srli_epi16(third, 1), second);
+        uint8_t* to = out + (int64_t)t * kDim;
+#pragma GCC unroll 4
+        for (int s = 0; s < 4; s++) {
+            const __m256i high = _mm256_and_si256(s ? _mm256_srli_epi16(third, 2 * s - 2) : _mm256_slli_epi16(third, 2), four);
+            const __m256i two = _mm256_and_si256(s ? _mm256_srli_epi16(low, 2 * s) : low, three);
+            const __m256i level = _mm256_shuffle_epi8(table, _mm256_or_si256(two, high));
+            _mm_storeu_si128((__m128i*)(to + 16 * s), _mm256_castsi256_si128(level));
+            _mm_storeu_si128((__m128i*)(to + kDim + 16 * s), _mm256_extracti128_si256(level, 1));
+        }
+    }
+}
+#endif
+
 constexpr int kLargestSegment = 256;  // of vectors that overlap
 
 // The same for segments that are no power of two, with vectors that reach into the next row, as above; all rows but the last one.
@@ -297,6 +325,12 @@ inline void unpack_three_bits_row(const uint8_t* row, int dim, const uint8_t* le
 
 inline void unpack_three_bits_planes(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out, Stream& next) {
     const int segment = dim / 4;
+#if defined(__AVX2__)
+    if (dim == 64) {
+        unpack_pairs_of_three_bit_rows(codes, n & ~1, levels, out, next);
+        codes += (n & ~1) * 24, out += (n & ~1) * 64, n &= 1;
+    }
+#endif
     const auto whole = [&](auto bytes) {
         typedef decltype(bytes) Bytes;
         if (segment == Bytes::kBytes) return unpack_three_bits<Bytes, true>(codes, n, segment, levels, out, next);

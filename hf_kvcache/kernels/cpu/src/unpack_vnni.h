@@ -84,6 +84,8 @@ struct LevelVectors {
     }
     // Which 64 channels of a row are output k of the vector at byte c.
     int block(int k, int c) const { return k * (kLength == 64 ? (rows.length + 63) / 64 : 1) + c / 64; }
+    // What weighing all rows by 64 of these channels is worth in units of Stream, for every 32 rows.
+    int units() const { return 6 * 64 / (rows.length * Lookup<kBits>::kSegments); }
 
 private:
     static constexpr int kShift = kLength == 64 ? 4 : kLength == 32 ? 3 : 2;
