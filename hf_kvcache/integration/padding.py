@@ -112,7 +112,7 @@ def _read(shown: torch.Tensor, start: int, places: PaddingPlaces) -> tuple[int, 
     """
     if shown.device.type == "cpu":
         on_host = shown.numpy()
-        return np.count_nonzero(on_host[:, :start]), on_host[places.rows, places.positions], on_host[:, start:]
+        return int(np.count_nonzero(on_host[:, :start])), on_host[places.rows, places.positions], on_host[:, start:]
     earlier, new = shown[:, :start], shown[:, start:]
     parts = earlier.sum()[None], earlier[places.on_device(shown.device)].long(), new.flatten().long()
     count, padding, rest = np.split(torch.cat(parts).cpu().numpy(), [1, 1 + len(places.rows)])

@@ -60,6 +60,8 @@ def prepare(inputs: CallInputs) -> PreparedCall | None:
     make = getattr(implementation(_operation(latents), device), "PreparedCall", None)
     if make is None or (inputs.ragged and not takes_ragged(latents, device)):
         return None
+    if inputs.query.shape[2] > most_tokens(latents, device):
+        return None
     return make(inputs) if make.supports(inputs) else None
 
 

@@ -38,7 +38,9 @@ class CpuPreparedCall:
 
     def refit(self, pages: Pages | None, slots: Slots) -> bool:
         """See :meth:`hf_kvcache.kernels.prepared_call.PreparedCall.refit`."""
-        if (pages is None) != (self.pages is None):
+        before, sides = self.slots, (slots.keys, slots.values)
+        layouts = [None if each is None else each.layout for each in (pages, self.pages)]
+        if layouts[0] is not layouts[1] or any(x.dtype != before.keys.dtype or x.stride(-1) != 1 for x in sides):
             return False
         if pages is not None:
             self._stored = set_pages(self._attend, pages)
