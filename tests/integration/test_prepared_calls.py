@@ -129,13 +129,13 @@ def test_up_projections_may_change(calls_taken: list[bool]) -> None:
     assert calls_taken and all(calls_taken)
 
 
-@pytest.mark.parametrize("case", [*CASES, "shared keys"])
+@pytest.mark.parametrize("case", CASES)
 def test_blocks_of_padded_rows(case: str, calls_taken: list[bool]) -> None:
     """A few tokens at once, of a padded batch, give what they give without prepared calls, while beams are exchanged.
 
     Layers that evict and layers of latents take single tokens only.
     """
-    name, make = CASES.get(case, ("gemma3n", lambda config: QuantizedKVCache(config, **SIZES)))
+    name, make = CASES[case]
     model = _build(name)
     ours, other = make(model.config), _without_prepared_calls(make(model.config))
     padded, lengths = left_padded([prompt(20), prompt(33), prompt(27)]), [33, 3, 1, 16, 1, 1, 5, 2, 2, 12]
@@ -159,6 +159,17 @@ def test_blocks_of_padded_rows(case: str, calls_taken: list[bool]) -> None:
     layers = sum(layer.storage is not None for layer in ours.own_layers)
     assert len(calls_taken) == expected * layers and all(calls_taken)
     ours.integrity()
+
+
+def test_blocks_that_other_layers_read(calls_taken: list[bool]) -> None:
+    """A layer that reads the keys of another one attends to a block that is stored already, and stays causal."""
+    model = families.build("gemma3n")
+    ours, reference = KVCache(model.config, **SIZES), full_cache(model)
+    for number, ids in enumerate(prompt(60).split([33, 3, 7, 16, 1], 1)):
+        expected = forward(model, ids, reference)
+        torch.testing.assert_close(forward(model, ids, ours), expected, rtol=0, atol=ROUNDING)
+        assert bool(calls_taken) == (number > 0)
+    assert all(calls_taken)
 
 
 def test_calls_stay_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
