@@ -96,15 +96,27 @@ class Padding:
                 raise _shows(int(places.rows[0]), int(places.positions[0]))
             return True
         self._check_length(mask)
-        batch, earlier = len(mask), mask[:, : self.start].bool()
-        shown, new = earlier[places.on_device(mask.device)], mask[:, self.start : self.start + self.length].bool()
-        # One transfer: how many tokens each sequence sees, which of the padding it sees, and which of the new tokens.
-        parts = earlier.sum(1), shown.long(), new.flatten().long()
-        counts, seen_padding, on_host = np.split(torch.cat(parts).cpu().numpy(), [batch, batch + len(shown)])
+        count, seen_padding, self._shown_new = _read(mask[:, : self.start + self.length].bool(), self.start, places)
         if wrong := np.flatnonzero(seen_padding).tolist():
             raise _shows(int(places.rows[wrong[0]]), int(places.positions[wrong[0]]))
-        self._shown_new = on_host.reshape(new.shape).astype(bool)
-        return np.array_equal(counts, self.start - places.counts(batch)) and not self._new[1]
+        # All padding is hidden, so that as many tokens as that are hidden only if nothing else is.
+        return count == len(mask) * self.start - len(places.rows) and not self._new[1]
+
+
+def _read(shown: torch.Tensor, start: int, places: PaddingPlaces) -> tuple[int, np.ndarray, np.ndarray]:
+    """What a mask ``[B, tokens]`` says, by one transfer at most.
+
+    Returns:
+        How many of the first ``start`` tokens of all sequences are shown; which of the ``places`` among them are; and
+        which of the tokens behind them are, bool ``[B, tokens - start]``.
+    """
+    if shown.device.type == "cpu":
+        on_host = shown.numpy()
+        return int(np.count_nonzero(on_host[:, :start])), on_host[places.rows, places.positions], on_host[:, start:]
+    earlier, new = shown[:, :start], shown[:, start:]
+    parts = earlier.sum()[None], earlier[places.on_device(shown.device)].long(), new.flatten().long()
+    count, padding, rest = np.split(torch.cat(parts).cpu().numpy(), [1, 1 + len(places.rows)])
+    return int(count[0]), padding, rest.reshape(new.shape).astype(bool)
 
 
 def attach_padding(mask: torch.Tensor, padding: Padding) -> None:

@@ -217,7 +217,7 @@ class UpProjections:
 
 @dataclass
 class Slots:
-    """The buffer of full-precision tokens. A prepared call stores a new token in the next slot of every sequence.
+    """The buffer of full-precision tokens. A prepared call stores new tokens in the next slots of every sequence.
 
     Attributes:
         keys: ``[B, Hkv, slots, Dk]``, including the slots that are not in use yet.
@@ -237,18 +237,18 @@ class Slots:
 
 @dataclass
 class CallInputs:
-    """What a prepared call is made for: the layout of a new token, and what stays the same for the tokens after it.
+    """What a prepared call is made for: the layout of n new tokens, and what stays the same for the tokens after them.
 
     Attributes:
-        query: ``[B, Hq, 1, Dk]``.
-        keys: of the new token, ``[B, Hkv, 1, Dk]``, or its latents. No sequence has padding here.
-        values: of the new token, ``[B, Hkv, 1, Dv]``, or its rotary keys.
+        query: ``[B, Hq, n, Dk]``.
+        keys: of the new tokens, ``[B, Hkv, n, Dk]``, or their latents. No sequence has padding here.
+        values: of the new tokens, ``[B, Hkv, n, Dv]``, or their rotary keys.
         pages: the pages; None if there are none.
         slots: the buffer of full-precision tokens, of which every sequence has equally many unless ``ragged``.
         scoring: how scores are made.
         window: tokens a query sees (sliding windows); None for all.
         up: the up-projections, if latents are stored; None if keys and values are.
-        ragged: whether sequences hold different numbers of tokens. Then a token goes to the first free slot of each.
+        ragged: whether sequences hold different numbers of tokens. Then tokens go to the first free slots of each.
     """
 
     query: torch.Tensor

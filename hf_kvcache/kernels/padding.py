@@ -19,6 +19,7 @@ class PaddingPlaces:
     def __init__(self, rows: np.ndarray, positions: np.ndarray) -> None:
         self.rows, self.positions = rows, positions
         self._next: tuple[np.ndarray, int, PaddingPlaces] | None = None
+        self._selected: tuple[np.ndarray, PaddingPlaces] | None = None
         self._there: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -54,9 +55,18 @@ class PaddingPlaces:
         """The places of the sequences ``rows``, which are numbered anew in this order."""
         if self is NO_PADDING:
             return self
+        known = self._selected
+        if known is None or not np.array_equal(known[0], rows):
+            # As in `extend`. Beams of one prompt have the same padding, and exchanging them gives this object itself.
+            known = self._selected = rows.copy(), self._select(rows)
+        return known[1]
+
+    def _select(self, rows: np.ndarray) -> PaddingPlaces:
         where = [np.flatnonzero(self.rows == row) for row in rows]
         new = np.repeat(np.arange(len(rows)), [len(at) for at in where])
-        return padding_places(new, self.positions[np.concatenate(where)] if where else np.zeros(0, np.int64))
+        positions = self.positions[np.concatenate(where)] if where else np.zeros(0, np.int64)
+        same = np.array_equal(new, self.rows) and np.array_equal(positions, self.positions)
+        return self if same else padding_places(new, positions)
 
     def counts(self, batch: int) -> np.ndarray:
         """The number of places of each of ``batch`` sequences, int64 ``[B]``."""

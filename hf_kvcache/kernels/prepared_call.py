@@ -1,4 +1,4 @@
-"""Prepared calls: attention of one new token a sequence, with arguments that are filled in once for many tokens."""
+"""Prepared calls: attention of a few new tokens a sequence, with arguments that are filled in once for many calls."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hf_kvcache.kernels.inputs import CallInputs, Pages, Slots, UpProjections
 
 
 class PreparedCall(Protocol):
-    """Attention of one new token a sequence, prepared once and called for one token after the other.
+    """Attention of n new tokens a sequence, prepared once and called again for the n tokens after them.
 
     The pages, the slots, the up-projections, the layout of the tokens and the scoring have to be those for which it was
     prepared; its caller compares them.
 
     Attributes:
         pages: the pages it reads; None if there are none.
-        slots: the buffer of full-precision tokens, in which it stores the new token.
+        slots: the buffer of full-precision tokens, in which it stores the new tokens.
         up: the up-projections, if latents are stored.
     """
 
@@ -32,15 +32,25 @@ class PreparedCall(Protocol):
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
     ) -> torch.Tensor:
-        """Store the token in ``slot`` with its position, count it, and attend to it and to all tokens before it.
+        """Store the tokens from ``slot`` on with their positions, count them, and attend.
 
-        In a ragged batch ``slot`` is that of the longest sequence.
+        Each query sees its own token and all tokens before it. In a ragged batch ``slot`` is that of the longest
+        sequence. ``position`` is that of the first of the tokens.
 
         Returns:
-            ``[B, 1, Hq, Dv]``.
+            ``[B, n, Hq, Dv]``.
 
         Raises:
-            MemoryError: if there is no memory for partial results; the token is not counted then.
+            MemoryError: if there is no memory for partial results; the tokens are not counted then.
+        """
+
+    def refit(self, pages: Pages | None, slots: Slots) -> bool:
+        """Go on with other pages of the same layout and another buffer with slots of the same kind.
+
+        Beams that are exchanged and drafts that are taken back ask for it at every step.
+
+        Returns:
+            Whether the call fits now. If not, or if this is interrupted, it must not be used again.
         """
 
 
@@ -49,6 +59,8 @@ def prepare(inputs: CallInputs) -> PreparedCall | None:
     device, latents = inputs.query.device, inputs.up is not None
     make = getattr(implementation(_operation(latents), device), "PreparedCall", None)
     if make is None or (inputs.ragged and not takes_ragged(latents, device)):
+        return None
+    if inputs.query.shape[2] > most_tokens(latents, device):
         return None
     return make(inputs) if make.supports(inputs) else None
 
@@ -62,6 +74,15 @@ def takes_ragged(latents: bool, device: torch.device) -> bool:
     """
     make = getattr(implementation(_operation(latents), device), "PreparedCall", None)
     return getattr(make, "takes_ragged", False)
+
+
+def most_tokens(latents: bool, device: torch.device) -> int:
+    """How many new tokens a sequence prepared calls on a device take at most; 0 if there are no such calls.
+
+    The arguments are those of :func:`takes_ragged`.
+    """
+    make = getattr(implementation(_operation(latents), device), "PreparedCall", None)
+    return 0 if make is None else getattr(make, "most_tokens", 1)
 
 
 def _operation(latents: bool) -> str:

@@ -1,4 +1,4 @@
-"""Plain decoding, one token at a time, by prepared calls.
+"""Decoding by prepared calls: plain steps of one token, and a few tokens at once, such as drafts.
 
 A prepared call is a kernel call whose arguments are checked once and used for many tokens. The Python code of a decode
 step delays the kernel, so it is one function here, and reads attributes in place of calling methods.
@@ -14,14 +14,14 @@ from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.padding import padding_of
 from hf_kvcache.kernels.inputs import CallInputs, Pages, Scoring, Slots, UpProjections
 from hf_kvcache.kernels.padding import NO_PADDING
-from hf_kvcache.kernels.prepared_call import PreparedCall, prepare, takes_ragged
+from hf_kvcache.kernels.prepared_call import PreparedCall, most_tokens, prepare, takes_ragged
 from hf_kvcache.layers.attention import AttentionOverPages
 from hf_kvcache.layers.new_tokens import NewTokens
 from hf_kvcache.storage import PagedStorage
 
 
 class PreparedDecoding:
-    """Attention of single tokens over the storage of one layer, by prepared calls.
+    """Attention of single tokens, or a few, over the storage of one layer, by prepared calls.
 
     Args:
         window: number of tokens that a query sees, its own included; None for full attention.
@@ -44,62 +44,70 @@ class PreparedDecoding:
         up: UpProjections | None = None,
         pages: Pages | None = None,
     ) -> torch.Tensor | None:
-        """Store one token of each sequence, and compute its attention over itself and all tokens before it.
+        """Store new tokens of each sequence, and compute their attention over themselves and all tokens before them.
 
         Args:
             storage: the storage. It holds no page packed ahead, and the same number of tokens of each sequence unless
                 the backend takes ragged batches.
-            new: one token of each sequence, none of them padding.
-            query: ``[B, Hq, 1, Dk]``.
+            new: n tokens of each sequence, none of them padding; no more than the backend takes.
+            query: ``[B, Hq, n, Dk]``.
             scoring: how scores are computed.
             up: the weights that expand latents to keys and values; None if the storage holds keys and values.
             pages: the pages to read, the same object from step to step; None for all pages of the storage.
 
         Returns:
-            ``[B, 1, Hq, Dv]``. None, with nothing stored, if no kernel can store and attend in one call.
+            ``[B, n, Hq, Dv]``. None, with nothing stored, if no kernel can store and attend in one call.
         """
         dense, call, known, keys, values = storage.dense, self._latest, self._scoring, new.keys, new.values
         slot, ragged = dense.longest, dense.uniform_length is None
+        used = slot + keys.shape[2]
         kind = (query.shape, query.stride(), query.dtype, keys.stride(), values.stride(), ragged)
         # Pages outside of the device are fetched for every token, and may come to lie elsewhere. Who gives the pages to
         # read has done so.
         fetched = storage.pages() if pages is None and storage.reader.fetch is not None else None
-        if slot == dense.positions.shape[1]:
-            dense.reserve(slot + 1)
+        if used > dense.positions.shape[1]:
+            dense.reserve(used)
         if (
             call is None
             or known is None
-            or self._version != storage.table.version
-            or (fetched is not None and call.pages is not fetched)
-            or call.slots.keys is not dense.keys  # replaced together with the values and positions
-            or call.slots.lengths is not dense.lengths  # replaced whenever tokens leave the buffer or are taken back
             or self._kind != kind
             or known.sink_logits is not scoring.sink_logits
             or known.scaling != scoring.scaling
             or known.softcap != scoring.softcap
             or (up is not None and call.up is not up)
+        ):
+            call = None  # of another kind
+        if (
+            call is None
+            or self._version != storage.table.version
+            or (fetched is not None and call.pages is not fetched)
+            or call.slots.keys is not dense.keys  # replaced together with the values and positions
+            or call.slots.lengths is not dense.lengths  # replaced whenever tokens leave the buffer or are taken back
             or (pages is not None and call.pages is not pages)
         ):
+            self._latest = None  # what follows may be interrupted: only then is there a call for all of these
             slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths, dense.positions_on_device)
             read = storage.pages() if pages is None else pages
-            inputs = CallInputs(query, keys, values, read, slots, scoring, self.window, up, ragged)
-            call = self._latest = prepare(inputs)  # may be interrupted: only then is it the call for all of these
-            self._version, self._kind, self._scoring = storage.table.version, kind, scoring
+            if call is None or not call.refit(read, slots):
+                call = prepare(CallInputs(query, keys, values, read, slots, scoring, self.window, up, ragged))
+            self._version, self._kind, self._scoring, self._latest = storage.table.version, kind, scoring, call
             if call is None:
                 return None
         output = call(query, keys, values, slot, new.position)
-        dense.longest = slot + 1  # the call has counted it in `lengths`
+        dense.longest = used  # the call has counted them in `lengths`
         if not ragged:
-            dense.uniform_length = slot + 1
+            dense.uniform_length = used
         new.stored = True
         return output
 
 
 class DecodeSteps(AttentionOverPages):
-    """A layer that uses prepared calls for plain decoding, and general attention over pages for everything else."""
+    """A layer that uses prepared calls for decoding, and general attention over pages for everything else."""
 
     #: Whether prepared calls can serve the layer: the kernels read its pages without further work in Python.
     can_prepare = True
+    #: Whether they can serve several tokens at once, and tokens that may be rolled back.
+    prepares_blocks = True
 
     def clear(self) -> None:
         super().clear()
@@ -108,52 +116,63 @@ class DecodeSteps(AttentionOverPages):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         new, storage = self._new, self.storage
-        output = None if new is None or storage is None else self.attend_token(new, storage, call)
+        output = None if new is None or storage is None else self.attend_tokens(new, storage, call)
         if output is None or storage is None:
             return super().attend(call)
         if not self.options.deferred:
-            if self.sliding_window is None and storage.dense.longest < storage.writer.first_due:
-                self._new = None  # the token is stored, and no page is full
+            recording, full = self.rollback.recording, storage.dense.longest >= storage.writer.first_due
+            if self.sliding_window is None and not recording and not full:
+                self._new = None  # the tokens are stored, and no page is full
             else:
                 self.flush()
         return output
 
-    def attend_token(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
-        """Store the new token and compute its attention by a prepared call.
+    def attend_tokens(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
+        """Store the new tokens and compute their attention by a prepared call.
 
         Returns:
-            ``[B, 1, Hq, Dv]``. None, with nothing stored, if the update is not plain decoding: it has several tokens or
-            new padding, a padded or ragged batch that the backend does not take, a mask that hides more than causality
-            and padding do, tokens that may be rolled back, or a gradient.
+            ``[B, n, Hq, Dv]``. None, with nothing stored, if no prepared call can serve the update: it has many tokens
+            or new padding, a padded or ragged batch that the backend does not take, a mask that hides more than
+            causality and padding do, drafts that reach a new page, or a gradient.
         """
         query, keys = call.query, new.keys
         if (
             query is None
             or self.prepared is None
-            or keys.shape[2] != 1
-            or query.shape[2] != 1
+            or query.shape[2] != keys.shape[2]
             or new.stored
-            or self.rollback.recording
             or storage.writer.ahead  # whose tokens leave the buffer without a change of the table
             or query.shape[0] != keys.shape[0]
             or query.shape[1] % storage.heads
             or (query.requires_grad and torch.is_grad_enabled())
         ):
             return None
+        count = keys.shape[2]
+        if (count > 1 or self.rollback.recording) and not self._takes_block(storage, call, count):
+            return None
         if self.padding is not NO_PADDING or storage.dense.uniform_length is None:
-            if call.mask is None or not takes_ragged(self.takes_expansion, query.device):
+            if not takes_ragged(self.takes_expansion, query.device):
                 return None
-            padding = padding_of(call.mask, new.position, 1, self.sliding_window)
+            padding = padding_of(call.mask, new.position, count, self.sliding_window)
             if padding is None or not padding.hides_only(self.padding) or padding.valid is not None:
                 return None
         elif call.mask is not None:
-            padding = padding_of(call.mask, new.position, 1, self.sliding_window)
+            padding = padding_of(call.mask, new.position, count, self.sliding_window)
             if padding is None or not padding.none:
                 return None
         return self.step(new, storage, call)
 
+    def _takes_block(self, storage: PagedStorage, call: AttentionCall, count: int) -> bool:
+        """Whether a prepared call can serve ``count`` tokens at once, or such that may be rolled back."""
+        if not self.prepares_blocks or count > most_tokens(self.takes_expansion, call.queries.device):
+            return False
+        if count > 1 and not call.causal and (call.mask is None or call.mask.dim() != 4):
+            return False  # a 4D mask without anything but padding is causal, whatever the module says
+        # Drafts see a page as packed from the token on at which plain decoding packs it.
+        return not self.rollback.recording or storage.dense.longest + count <= storage.writer.first_due
+
     def step(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
-        """The prepared call of :meth:`attend_token`, which has checked the update. None if no kernel supports it."""
+        """The prepared call of :meth:`attend_tokens`, which has checked the update. None if no kernel supports it."""
         query = call.query
         if self.prepared is None or query is None:
             return None

@@ -32,6 +32,7 @@ class EvictingAttention(KVCacheLayer):
     """
 
     evicts = True
+    prepares_blocks = False  # a draft is computed in parts, and between them tokens are evicted
 
     def __init__(self, index: int, options: LayerOptions, eviction: EvictionOptions, place: LayerPlace) -> None:
         super().__init__(index, options)
@@ -172,7 +173,7 @@ class EvictingAttention(KVCacheLayer):
         evictor.note(new.position, new.length, new.valid, drafted)
         output = None
         if not accumulated and self.watcher is None:
-            output = self.attend_token(new, storage, draft.call)
+            output = self.attend_tokens(new, storage, draft.call)
         if output is None:
             result = self._read_all(draft, accumulated)
             output = result.output

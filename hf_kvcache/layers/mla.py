@@ -39,6 +39,7 @@ class LatentLayer(KVCacheLayer):
 
     #: Handles on latents may be replaced by handles on the keys and values that the latents expand to.
     takes_expansion = True
+    prepares_blocks = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -162,8 +163,8 @@ class IndexedLatentLayer(LatentLayer):
             call = replace(call, mask=call.picked.mask.dense(), picked=None)
         return super().attend(call)
 
-    def attend_token(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
-        return None if call.picked is not None else super().attend_token(new, storage, call)
+    def attend_tokens(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
+        return None if call.picked is not None else super().attend_tokens(new, storage, call)
 
     def _gathers(self, call: AttentionCall, picked: Picked) -> bool:
         """Whether the picked tokens are read one by one: they are fewer than all, and the latents need no expansion."""

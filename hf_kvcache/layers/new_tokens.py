@@ -133,7 +133,8 @@ def dense_tokens(
     """
     buffer, held = storage.dense, storage.dense.longest
     keys, values = buffer.keys[:, :, :held], buffer.values[:, :, :held]
-    plain = visibility.mask is None and visibility.window is None
+    # Of several queries, the first do not see the tokens of the last.
+    plain = visibility.mask is None and visibility.window is None and visibility.length == 1
     if new.stored and plain and not ahead and buffer.uniform_length is not None:
         return DenseTokens(keys, values)
     positions, fresh = buffer.positions[:, :held], 0
@@ -147,7 +148,7 @@ def dense_tokens(
         positions = np.ascontiguousarray(np.concatenate([positions, at], 1))
     ragged = buffer.uniform_length is None or (fresh and new.valid is not None)
     oldest = int(positions[:, 0].min()) if positions.shape[1] else 0  # there is no token if all are padding
-    if not ragged and not ahead and not fresh and visibility.sees_all(oldest):
+    if not ragged and not ahead and not fresh and visibility.length == 1 and visibility.sees_all(oldest):
         return DenseTokens(keys, values, None, None)
     unused = None
     if ragged or ahead:

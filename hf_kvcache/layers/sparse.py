@@ -51,6 +51,7 @@ class SparseReads(KVCacheLayer):
     leader_index: int | None = None
     leader: SparseReads | None = None
     dense = False
+    prepares_blocks = False
 
     def clear(self) -> None:
         super().clear()

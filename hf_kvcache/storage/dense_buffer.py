@@ -145,7 +145,8 @@ class DenseBuffer:
     def select(self, rows: np.ndarray) -> None:
         """Replace the sequences by ``rows`` of them, which may repeat."""
         index = torch.from_numpy(rows).to(self.keys.device)
-        self.keys, self.values = self.keys[index], self.values[index]
+        # Much faster than indexing.
+        self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
         self.positions, self.lengths = self.positions[rows], self.lengths[rows]
         self._note_lengths()
 

@@ -76,22 +76,32 @@ class StorageMachine(RuleBasedStateMachine):
         now.seen += 1
 
     @precondition(lambda self: self.current.storage.ahead == 0)
-    @precondition(lambda self: self.current.storage.dense.uniform_length is not None)
-    @rule(count=st.integers(1, 6), window=st.sampled_from([None, 9]), capped=st.booleans())
-    def decode(self, count: int, window: int | None, capped: bool) -> None:
+    @rule(
+        count=st.integers(1, 6),
+        length=st.sampled_from([1, 1, 1, 2, 5, 16]),
+        window=st.sampled_from([None, 9]),
+        capped=st.booleans(),
+    )
+    def decode(self, count: int, length: int, window: int | None, capped: bool) -> None:
         now, softcap = self.current, 2.0 if capped else None
-        for _ in range(count):
-            keys, values = self.tokens(1)
-            query = random_tokens(self.seed + 5000, now.storage.batch, 1, (KEY_DIM, 1), 3 * HEADS)[0]
+        for _ in range(count if length == 1 else 1):
+            keys, values = self.tokens(length)
+            query = random_tokens(self.seed + 5000, now.storage.batch, length, (KEY_DIM, 1), 3 * HEADS)[0]
             new = NewTokens(keys, values, now.seen)
+            dense = now.storage.dense
+            for row, used in enumerate(dense.lengths):
+                for buffer in (dense.keys, dense.values):
+                    buffer[row, :, used:] = torch.nan
             output = now.steps[window].attend(now.storage, new, query, Scoring(0.25, softcap))
+            for buffer in (dense.keys, dense.values):
+                buffer.nan_to_num_()
             assert new.stored == (output is not None)
             if output is None:  # no kernel does both at once here
-                now.storage.append_one(keys, values, now.seen, None)
+                now.storage.append_block(keys, values, now.seen, None, pack=False)
             now.model.append(keys, values, now.seen, None)
             if output is not None:
                 assert_near(output, attention_by_lists(now.model, query, now.seen, 0.25, True, window, softcap))
-            now.seen += 1
+            now.seen += length
             now.storage.pack_due()
             now.model.pack_due()
 

@@ -29,14 +29,18 @@ def set_pages(call: Call, pages: Pages) -> np.ndarray | None:
     """Fill in where the pages lie.
 
     Returns:
-        An array that has to live as long as the call, which holds only its address; None if there is none.
+        An array that has to live as long as the call, which holds only its address; None if there is none. The pages
+        have to live as long, too.
     """
     addresses, counts, first = pages.addresses, pages.counts, pages.first
     call.addresses, call.counts, call.first = (a.ctypes.data for a in (addresses, counts, first))
     call.row_stride, call.columns = addresses.strides[0] // addresses.itemsize, addresses.shape[1]
     stored = _scattered_positions(pages, call.row_stride)
-    if stored is not None:
-        call.positions = stored.ctypes.data
+    call.positions = None if stored is None else stored.ctypes.data
+    if isinstance(call, library.Attend):
+        mean, scale = pages.key_mean, pages.key_scale
+        call.key_mean = None if mean is None else mean.data_ptr()
+        call.key_scale = None if scale is None else scale.data_ptr()
     return stored
 
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 
+from hf_kvcache.kernels.attention import MOST_DECODED_QUERIES
 from hf_kvcache.kernels.cpu import library
 from hf_kvcache.kernels.cpu.calls import no_memory, run, set_pages, set_places, set_scoring
 from hf_kvcache.kernels.cpu.layouts import DENSE, make_layout, native_layout
@@ -62,39 +63,45 @@ def attend(
 
 
 class PreparedCall(CpuPreparedCall):
-    """Prepared attention of one new token a sequence over keys and values."""
+    """Prepared attention of a few new tokens a sequence over keys and values."""
+
+    most_tokens = MOST_DECODED_QUERIES
 
     def __init__(self, inputs: CallInputs) -> None:
         super().__init__(inputs)
-        slots, batch, query_heads = inputs.slots, *inputs.query.shape[:2]
+        slots, (batch, query_heads, length, _) = inputs.slots, inputs.query.shape
         key_dim, value_dim = slots.keys.shape[3], slots.values.shape[3]
-        self._sizes = batch, 1, query_heads, value_dim
-        self._log_sum_exp = torch.empty(batch, query_heads, 1, device="cpu")
-        call = self._call = library.Attend.from_buffer_copy(_template(inputs.pages, key_dim, value_dim))
+        self._sizes = batch, length, query_heads, value_dim
+        self._log_sum_exp = torch.empty(batch, query_heads, length, device="cpu")
+        call = self._attend = library.Attend.from_buffer_copy(_template(inputs.pages, key_dim, value_dim))
         call.log_sum_exp = self._log_sum_exp.data_ptr()
-        call.batch, call.query_heads, call.heads, call.length = batch, query_heads, slots.keys.shape[1], 1
+        call.batch, call.query_heads, call.heads, call.length = batch, query_heads, slots.keys.shape[1], length
         call.query_batch, call.query_head, call.query_token, _ = _floats(inputs.query).stride()
-        _set_dense(call, all_slots(inputs))
-        call.window = inputs.window or 0
+        self._set_dense(all_slots(slots, inputs.window))
+        call.window, call.causal = inputs.window or 0, 1
         set_scoring(call, inputs.scoring)
-        self._token = call.token
-        set_token(self._token, inputs.keys, inputs.values, slots)
+        self._token, self._length = call.token, length
+        set_token(self._token, inputs)
         self._run, self._reference = library.load().hfkv_attend, byref(call)
 
     @staticmethod
     def supports(inputs: CallInputs) -> bool:
         """Whether a call can be prepared for such tokens."""
-        return can_prepare(inputs) and supports(inputs.query, inputs.pages, all_slots(inputs), visibility_of(inputs))
+        dense = all_slots(inputs.slots, inputs.window)
+        return can_prepare(inputs) and supports(inputs.query, inputs.pages, dense, visibility_of(inputs))
+
+    def _set_dense(self, dense: DenseTokens) -> None:
+        _set_dense(self._attend, dense)
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int
     ) -> torch.Tensor:
-        call, token, plain = self._call, self._token, query.dtype == torch.float32
+        call, token, plain = self._attend, self._token, query.dtype == torch.float32
         floats = query if plain and query.stride(-1) == 1 else query.float().contiguous()
         output = torch.empty(self._sizes, device="cpu")
         call.query, call.output = floats.data_ptr(), output.data_ptr()
         token.first, token.second = keys.data_ptr(), values.data_ptr()
-        call.slots, call.start, call.threads = slot + 1, position, torch.get_num_threads()
+        call.slots, call.start, call.threads = slot + self._length, position, torch.get_num_threads()
         if self._run(self._reference):
             raise no_memory()
         return output if plain else output.to(query.dtype)
@@ -113,10 +120,6 @@ def _with_pages(pages: Pages) -> library.Attend:
     prepared = pages.prepared.get("native")
     if prepared is None:
         call = library.Attend(layout=pointer(native_layout(pages.layout)))
-        if pages.key_mean is not None:
-            call.key_mean = pages.key_mean.data_ptr()
-        if pages.key_scale is not None:
-            call.key_scale = pages.key_scale.data_ptr()
         prepared = pages.prepared["native"] = (call, set_pages(call, pages))
     return prepared[0]
 

@@ -91,10 +91,10 @@ class PreparedCall(CpuPreparedCall):
         self._log_sum_exp = torch.empty(batch, heads, 1, device="cpu")
         attend = library.Latent.from_buffer_copy(template(inputs.pages, rank, rotary))
         _set_query(attend, self._query, self._latents, self._log_sum_exp)
-        set_dense(attend, all_slots(inputs))
+        set_dense(attend, all_slots(slots, inputs.window))
         _set_visibility(attend, visibility_of(inputs))
         set_scoring(attend, inputs.scoring)
-        set_token(attend.token, inputs.keys, inputs.values, slots)
+        set_token(attend.token, inputs)
         sizes = batch, heads, 1
         inner, outer = (
             self._latents,
@@ -116,12 +116,16 @@ class PreparedCall(CpuPreparedCall):
         query, up = inputs.query, inputs.up
         assert up is not None
         latents = query.new_empty(1, 1, query.shape[1], inputs.slots.keys.shape[3])  # as attention will give them
+        dense = all_slots(inputs.slots, inputs.window)
         return (
             can_prepare(inputs)
-            and supports(query, inputs.pages, all_slots(inputs), visibility_of(inputs), inputs.scoring)
+            and supports(query, inputs.pages, dense, visibility_of(inputs), inputs.scoring)
             and supports_projection(query[..., : up.keys.shape[1]], up.keys)
             and supports_projection(latents, up.values)
         )
+
+    def _set_dense(self, dense: DenseTokens) -> None:
+        set_dense(self._attend, dense)
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int

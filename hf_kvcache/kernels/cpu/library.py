@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.cpu.build import LIBRARY
 
-ABI_VERSION = 12
+ABI_VERSION = 13
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 #: Environment variable that names the instruction set to use in place of the best one.
@@ -44,10 +44,12 @@ class Token(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("first", "second")),
-        *((name, c_int64) for name in ("first_batch", "first_head", "second_batch", "second_head")),
+        *((name, c_int64) for name in ("first_batch", "first_head", "first_token")),
+        *((name, c_int64) for name in ("second_batch", "second_head", "second_token")),
         ("positions", c_void_p),
         ("positions_batch", c_int64),
         ("lengths", c_void_p),
+        *((name, c_int32) for name in ("count", "ragged")),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from hf_kvcache.kernels.device_table import send
-from hf_kvcache.kernels.inputs import CallInputs, UpProjections
+from hf_kvcache.kernels.inputs import CallInputs, Pages, Slots, UpProjections
 from hf_kvcache.kernels.page import SideFormat
 from hf_kvcache.kernels.reference.hadamard import rotation_signs
 from hf_kvcache.kernels.triton.configs import Config, architecture, programs_wanted
@@ -171,6 +171,9 @@ class LatentPreparedCall:
     def up(self) -> UpProjections | None:
         """The up-projections; None if the model is gone."""
         return self._up()
+
+    def refit(self, pages: Pages | None, slots: Slots) -> bool:
+        return False  # the arguments of its launches are those of one table and one buffer
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot: int, position: int

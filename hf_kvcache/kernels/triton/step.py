@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.kernels.device_table import send
-from hf_kvcache.kernels.inputs import CallInputs, DenseTokens, UpProjections
+from hf_kvcache.kernels.inputs import CallInputs, DenseTokens, Pages, Slots, UpProjections
 from hf_kvcache.kernels.triton.configs import architecture, programs_wanted
 from hf_kvcache.kernels.triton.launch import can_attend
 from hf_kvcache.kernels.triton.prepared_launch import PreparedLaunch, current_stream
@@ -106,6 +106,9 @@ class PreparedCall:
             slots.positions[:, slot] = position
             slots.lengths.fill(slot + 1)
         return output
+
+    def refit(self, pages: Pages | None, slots: Slots) -> bool:
+        return False  # the arguments of its launches are those of one table and one buffer
 
     def _follow(self, position: int) -> None:
         """Bring to the device what the general path has stored, unless the latest token was stored by this call."""

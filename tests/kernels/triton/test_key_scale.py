@@ -72,7 +72,7 @@ def test_against_a_loop(
     absent = torch.from_numpy(~counted)[:, None, :, None].to(device)
     query, keys = query.masked_fill(absent, torch.nan), keys.masked_fill(absent, torch.nan)
     there = torch.from_numpy(counted).to(device) if padded else None
-    assert kernel.supports(query, keys)
+    assert kernel.supports(query, keys, first, there)
     found = kernel.key_scale(query, keys, first, there)
     exponent, wanted = found.log2().cpu().double(), expected(query, keys, counted)
     assert (exponent == exponent.round()).all() and found.is_contiguous()

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 12
+#define HFKV_ABI_VERSION 13
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -36,16 +36,19 @@ struct HfkvLayout {
     int64_t record_bytes;
 };
 
-// One new token of each sequence, at the position of the query. The call first stores it in the last full-precision slot and
-// then attends to it too. Its sides, `first` and `second` [B, H, D], have the level of the slots; strides are in elements.
-// Without a new token `first` is null.
+// `count` new tokens of each sequence, at the positions of the queries. The call first stores them in the full-precision slots
+// behind those in use and then attends to them too. Their sides, `first` and `second` [B, H, count, D], have the level of the
+// slots; strides are in elements. Without new tokens `first` is null.
 struct HfkvToken {
     const void* first;
     const void* second;
-    int64_t first_batch, first_head, second_batch, second_head;
+    int64_t first_batch, first_head, first_token, second_batch, second_head, second_token;
     int64_t* positions;  // [B, slots], the positions of the slots; sequences are positions_batch apart
     int64_t positions_batch;
     int64_t* lengths;    // [B], the number of slots in use; set once nothing can fail any more
+    int32_t count;
+    // Whether sequences use different numbers of slots. Else all of them use the slots of the call, new tokens included.
+    int32_t ragged;
 };
 
 struct HfkvAttend {
@@ -66,7 +69,8 @@ struct HfkvAttend {
     int32_t columns;
     const float* key_mean;  // [rows, Dk], subtracted from the packed keys in the rotated basis; or null
     const float* key_scale;  // [rows, Dk], by which the packed keys were divided before the rotation; or null
-    // Full-precision tokens [B, Hkv, n, D], strides in elements; positions and unused [B, n].
+    // Full-precision tokens [B, Hkv, n, D], strides in elements; positions and unused [B, n]. Of a ragged batch, n is the most that
+    // a sequence has.
     const void* dense_keys;
     const void* dense_values;
     int32_t dense_level, slots;

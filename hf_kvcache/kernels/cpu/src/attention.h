@@ -220,49 +220,71 @@ inline void attend_page(const Run& run, int row, int column, bool last, float* a
     page_output(run.values, run.page_size, record, n, s.scores, run.queries, run.page_pitch, s, p.output, run.value_pitch);
 }
 
-// A vector of each sequence and head, with strides in bytes.
+// The full-precision slots that a sequence uses, those of its new tokens included. `slots` is the number of the call.
+inline int slots_of(const HfkvToken& token, int slots, int sequence) {
+    return token.first && token.ragged ? (int)token.lengths[sequence] + token.count : slots;
+}
+
+// A vector of each sequence, head and token, with strides in bytes.
 struct Vectors {
     const void* at;
-    int64_t batch, head;
+    int64_t batch, head, token;
 };
 
-// Copies one side of a new token, vectors of so many bytes.
-inline void store_side(const Vectors& from, const Vectors& to, int batches, int heads, int64_t bytes) {
+// Copies one side of the new tokens, vectors of so many bytes, to the last of the slots in use.
+inline void store_side(const HfkvToken& token, const Vectors& from, const Vectors& to, int slots, int batches, int heads, int64_t bytes) {
     if (bytes == 0) return;
-    for (int b = 0; b < batches; b++)
+    for (int b = 0; b < batches; b++) {
+        const int64_t first = slots_of(token, slots, b) - token.count;
         for (int h = 0; h < heads; h++)
-            std::memcpy((uint8_t*)to.at + b * to.batch + h * to.head, (const uint8_t*)from.at + b * from.batch + h * from.head, bytes);
+            for (int t = 0; t < token.count; t++)
+                std::memcpy((uint8_t*)to.at + b * to.batch + h * to.head + (first + t) * to.token,
+                            (const uint8_t*)from.at + b * from.batch + h * from.head + t * from.token, bytes);
+    }
 }
 
-inline void note_position(const HfkvToken& token, int batches, int slots, int64_t position) {
-    for (int b = 0; b < batches; b++) token.positions[b * token.positions_batch + slots - 1] = position;
+// Notes the positions of the new tokens: `position` is that of the first.
+inline void note_positions(const HfkvToken& token, int batches, int slots, int64_t position) {
+    for (int b = 0; b < batches; b++) {
+        int64_t* to = token.positions + b * token.positions_batch + slots_of(token, slots, b) - token.count;
+        for (int t = 0; t < token.count; t++) to[t] = position + t;
+    }
 }
 
-inline void count_token(const HfkvToken& token, int batches, int slots) {
+inline void count_tokens(const HfkvToken& token, int batches, int slots) {
     if (!token.first) return;
-    for (int b = 0; b < batches; b++) token.lengths[b] = slots;
+    for (int b = 0; b < batches; b++) token.lengths[b] = slots_of(token, slots, b);
 }
 
-// Stores the new token in the last slot. It is counted only once nothing can fail any more.
-inline void store_token(const HfkvAttend& c) {
+// Stores the new tokens in the last slots. They are counted only once nothing can fail any more.
+inline void store_tokens(const HfkvAttend& c) {
     const HfkvToken& t = c.token;
     if (!t.first) return;
-    const int64_t width = width_of(c.dense_level), slot = width * (c.slots - 1);
-    store_side({t.first, width * t.first_batch, width * t.first_head},
-               {(uint8_t*)c.dense_keys + slot * c.keys_token, width * c.keys_batch, width * c.keys_head}, c.batch, c.heads,
+    const int64_t width = width_of(c.dense_level);
+    store_side(t, {t.first, width * t.first_batch, width * t.first_head, width * t.first_token},
+               {c.dense_keys, width * c.keys_batch, width * c.keys_head, width * c.keys_token}, c.slots, c.batch, c.heads,
                width * c.layout->keys.dim);
-    store_side({t.second, width * t.second_batch, width * t.second_head},
-               {(uint8_t*)c.dense_values + slot * c.values_token, width * c.values_batch, width * c.values_head}, c.batch, c.heads,
+    store_side(t, {t.second, width * t.second_batch, width * t.second_head, width * t.second_token},
+               {c.dense_values, width * c.values_batch, width * c.values_head, width * c.values_token}, c.slots, c.batch, c.heads,
                width * c.layout->values.dim);
-    note_position(t, c.batch, c.slots, c.start);
+    note_positions(t, c.batch, c.slots, c.start);
+}
+
+// Hides new tokens from the queries before them. Their scores are those from `first` on of the n ones at `scores`.
+inline void hide_later(const Run& run, float* scores, int first, int n) {
+    const int length = run.call.length;
+    for (int t = first < 0 ? 0 : first; t < n; t++)
+        for (int i = 0; i < t - first && i < length; i++)
+            for (int m = i; m < run.queries; m += length) scores[(size_t)m * run.page_pitch + t] = kMinusInfinity;
 }
 
 inline void attend_dense(const Run& run, int row, float* all_scores, Scratch& s, Partial& p) {
     const HfkvAttend& c = run.call;
     const int b = row / c.heads, head = row % c.heads;
     const int64_t width = width_of(c.dense_level);
-    for (int start = 0; start < c.slots; start += kDenseTile) {
-        const int n = c.slots - start < kDenseTile ? c.slots - start : kDenseTile;
+    const int slots = slots_of(c.token, c.slots, b);
+    for (int start = 0; start < slots; start += kDenseTile) {
+        const int n = slots - start < kDenseTile ? slots - start : kDenseTile;
         const uint8_t* keys = (const uint8_t*)c.dense_keys + width * (b * c.keys_batch + head * c.keys_head + start * c.keys_token);
         const Rows key_rows{c.dense_level, 0, run.keys.dim, keys, width * c.keys_token};
         by_fours(run.queries, DotOp{key_rows, n, s.row_queries, run.key_pitch, s.scores, run.page_pitch, s.next});
@@ -270,6 +292,8 @@ inline void attend_dense(const Run& run, int row, float* all_scores, Scratch& s,
         if (c.dense_positions) {
             const int64_t* positions = c.dense_positions + b * c.positions_batch + start;
             hide_by_position(run, s.scores, n, c.causal, [&](int t) { return positions[t]; });
+        } else if (c.token.first) {
+            hide_later(run, s.scores, slots - c.token.count - start, n);
         }
         if (c.dense_unused) {
             const uint8_t* unused = c.dense_unused + b * c.unused_batch + start;
@@ -368,7 +392,7 @@ inline int attend(const HfkvAttend& given) {
     if (!failed) {
         run.memory = workspace.at();
         std::memset(run.done(), 0, sizeof(int32_t) * run.rows);
-        store_token(call);
+        store_tokens(call);
 #pragma omp parallel num_threads(call.threads)
         {
 #if defined(_OPENMP)
@@ -403,7 +427,7 @@ inline int attend(const HfkvAttend& given) {
             release_tiles();
 #endif
         }
-        count_token(call.token, call.batch, call.slots);
+        count_tokens(call.token, call.batch, call.slots);
     }
     std::free(page_scores);
     std::free(dense_scores);

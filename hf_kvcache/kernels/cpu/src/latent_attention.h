@@ -489,7 +489,9 @@ inline LatentRows dense_rows_of(const LatentSide& how, int level, const uint8_t*
 
 inline void attend_dense_latents(const LatentRun& run, int task, int sequence, int bundle, int start, LatentScratch& s) {
     const HfkvLatent& c = run.call;
-    const int n = c.slots - start < kLatentChunk ? c.slots - start : kLatentChunk, width = width_of(c.dense_level);
+    const int left = slots_of(c.token, c.slots, sequence) - start;
+    if (left <= 0) return;  // other sequences use more slots
+    const int n = left < kLatentChunk ? left : kLatentChunk, width = width_of(c.dense_level);
     const int64_t* positions = c.dense_positions ? c.dense_positions + sequence * c.positions_batch + start : nullptr;
     const auto position = [&](int t) { return positions[t]; };
     const uint8_t* unused = c.dense_unused ? c.dense_unused + sequence * c.unused_batch + start : nullptr;
@@ -598,15 +600,15 @@ inline int64_t bytes_read(const HfkvLatent& c) {
 }
 
 // Stores the new token in the last slot, as in attention.h.
-inline void store_token(const HfkvLatent& c) {
+inline void store_tokens(const HfkvLatent& c) {
     const HfkvToken& t = c.token;
     if (!t.first) return;
-    const int64_t width = width_of(c.dense_level), slot = width * (c.slots - 1);
-    store_side({t.first, width * t.first_batch, 0}, {(uint8_t*)c.dense_latents + slot * c.latents_token, width * c.latents_batch, 0},
-               c.batch, 1, width * c.layout->keys.dim);
-    store_side({t.second, width * t.second_batch, 0}, {(uint8_t*)c.dense_rotary + slot * c.rotary_token, width * c.rotary_batch, 0},
-               c.batch, 1, width * c.layout->values.dim);
-    note_position(t, c.batch, c.slots, c.start);
+    const int64_t width = width_of(c.dense_level);
+    store_side(t, {t.first, width * t.first_batch, 0, width * t.first_token},
+               {c.dense_latents, width * c.latents_batch, 0, width * c.latents_token}, c.slots, c.batch, 1, width * c.layout->keys.dim);
+    store_side(t, {t.second, width * t.second_batch, 0, width * t.second_token},
+               {c.dense_rotary, width * c.rotary_batch, 0, width * c.rotary_token}, c.slots, c.batch, 1, width * c.layout->values.dim);
+    note_positions(t, c.batch, c.slots, c.start);
 }
 
 // Stores the new token, if there is one, and attends. The caller counts the token.
@@ -617,7 +619,7 @@ inline int attend_latents(const HfkvLatent& given) {
     const Workspace workspace(run.bytes());
     if (!workspace.at()) return 1;
     run.memory = workspace.at();
-    store_token(call);
+    store_tokens(call);
     const int prepared = call.batch * run.blocks, first = run.page_splits ? 0 : 1, bases = (run.page_splits > 0) + (run.dense_splits > 0);
 #pragma omp parallel num_threads(call.threads)
     {

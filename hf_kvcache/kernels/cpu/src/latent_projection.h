@@ -124,7 +124,7 @@ inline int latent_step(const HfkvLatentStep& call) {
             std::memcpy((uint8_t*)attend.query + width * (b * attend.query_batch + h * attend.query_head + rank),
                         (const uint8_t*)absorb.x + width * (b * absorb.x_batch + h * absorb.x_head + absorb.n), width * rotary);
     if (attend_latents(attend) || project(expand)) return 1;
-    count_token(attend.token, attend.batch, attend.slots);
+    count_tokens(attend.token, attend.batch, attend.slots);
     return 0;
 }
 
