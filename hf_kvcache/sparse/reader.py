@@ -10,9 +10,11 @@ from hf_kvcache.kernels.choose import best_columns, choose
 from hf_kvcache.kernels.inputs import Pages
 from hf_kvcache.sparse.base import Question, Selector
 from hf_kvcache.sparse.budget import ReadBudget
+from hf_kvcache.sparse.fetched import FetchedPages
 from hf_kvcache.sparse.picked import PickedPages
 from hf_kvcache.sparse.summaries import PageSummaries
 from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.resident import ResidentPages
 from hf_kvcache.storage.transfers import to_device
 
 
@@ -71,6 +73,11 @@ class PageReader:
         self._limits: dict[int, Limits] = {}
         self._version = -1
         self._picked: PickedPages | None = None
+        fetch = storage.reader.fetch
+        #: Copies of pages on the device; None if it can read all pages where they lie.
+        self.resident: ResidentPages | None = None
+        if fetch is not None and not fetch.in_place:
+            self.resident = ResidentPages(fetch.device, storage.layout.record_bytes)
         #: The columns that were chosen last, int64 ``[rows, n]``; None before the first choice.
         self.columns: torch.Tensor | None = None
 
@@ -134,7 +141,7 @@ class PageReader:
         """The pages in ``columns [rows, n]``.
 
         Args:
-            pages: all pages.
+            pages: all pages. Of those that have no records, outside of the device, the chosen ones are fetched.
             limits: how many of them.
             columns: what was chosen.
             own: whether it was chosen among these very pages. Another layer may have chosen among more: pages that a
@@ -143,8 +150,14 @@ class PageReader:
         self.columns = columns
         picked = self._picked
         full = own and limits.full and columns.shape[1] == limits.most
-        if picked is None or picked.columns != columns.shape[1] or picked.full != full:
-            picked = PickedPages(pages, columns.shape[1], full)
+        outside = len(pages.slabs[0]) == 0
+        kind = FetchedPages if outside else PickedPages
+        if type(picked) is not kind or picked.columns != columns.shape[1] or picked.full != full:
+            if outside:
+                assert self.resident is not None
+                picked = FetchedPages(pages, columns.shape[1], full, self.table, self.resident)
+            else:
+                picked = PickedPages(pages, columns.shape[1], full)
             if columns.shape[1] == limits.most:
                 self._picked = picked
         picked.pick(pages, columns)
