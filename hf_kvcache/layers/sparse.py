@@ -149,6 +149,10 @@ class SparseReads(KVCacheLayer):
     ) -> PickedPages:
         """The pages that the selector picks, or that the leader has picked."""
         reader, leader = self.reader(storage), self.leader
+        if leader is None and query.shape[2] == 1:
+            picked = reader.pick_prepared(storage, pages, limits, query)
+            if picked is not None:
+                return picked
         with without_autocast(query.device):
             if leader is None:
                 return reader.pick(storage, pages, limits, query, position)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from hf_kvcache.kernels.choose import best_columns, choose
-from hf_kvcache.kernels.inputs import Pages
+from hf_kvcache.kernels.choose import PreparedChoice, best_columns, choose, prepare_choice
+from hf_kvcache.kernels.inputs import ChoiceInputs, Pages
 from hf_kvcache.sparse.base import Question, Selector
 from hf_kvcache.sparse.budget import ReadBudget
 from hf_kvcache.sparse.fetched import FetchedPages
@@ -73,6 +74,10 @@ class PageReader:
         self._limits: dict[int, Limits] = {}
         self._version = -1
         self._picked: PickedPages | None = None
+        # The latest prepared choice, and the pages and the layout of queries that it was prepared for.
+        self._choice: PreparedChoice | None = None
+        self._chosen_from: Pages | None = None
+        self._kind: tuple[Any, ...] = ()
         fetch = storage.reader.fetch
         #: Copies of pages on the device; None if it can read all pages where they lie.
         self.resident: ResidentPages | None = None
@@ -103,6 +108,7 @@ class PageReader:
         """How many pages each row may read; the same as long as the table does not change."""
         if self._version != storage.table.version:
             self._limits, self._picked, self._version = {}, None, storage.table.version
+            self._choice = self._chosen_from = None
         found = self._limits.get(pages.columns)
         if found is None:
             found = self._limits[pages.columns] = self._made(pages)
@@ -132,6 +138,47 @@ class PageReader:
         asked = selector.ask(query.detach().float().reshape(pages.rows, -1, query.shape[3]))
         columns = choose(asked, codes, scales, self.summaries.spans, length, limits.most, limits.rows, limits.missing)
         return self.read(pages, limits, columns)
+
+    def pick_prepared(
+        self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor
+    ) -> PickedPages | None:
+        """As :meth:`pick` for one token, by a call that is prepared once for each version of the table.
+
+        Returns:
+            None if there is no such call, or pages have to be fetched first.
+        """
+        kind = query.shape, query.stride(), query.dtype
+        if self._chosen_from is not pages or self._kind != kind:
+            # May be interrupted: only then is it the call for these pages and queries.
+            self._choice = self._prepared(storage, pages, limits, query)
+            self._chosen_from, self._kind = pages, kind
+        if self._choice is None:
+            return None
+        self.columns = self._choice(query)
+        return self._picked
+
+    def _prepared(
+        self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor
+    ) -> PreparedChoice | None:
+        by_sign = self.options.selector.by_sign
+        if self.summaries is None or by_sign is None or len(pages.slabs[0]) == 0:
+            return None
+        codes, scales = self.summaries.brought(storage, pages.columns)
+        self._picked = picked = PickedPages(pages, limits.most, limits.full)
+        return prepare_choice(
+            ChoiceInputs(
+                query,
+                by_sign,
+                codes,
+                scales,
+                self.summaries.spans,
+                limits.rows,
+                limits.missing,
+                pages,
+                picked.table,
+                picked.counts,
+            )
+        )
 
     def pick_best(self, pages: Pages, limits: Limits, scores: torch.Tensor) -> PickedPages:
         """The pages with the largest ``scores [rows, q, columns]``."""
