@@ -147,6 +147,7 @@ def runs() -> list[Run]:
         Run("4 bits, two turns", "llama", four, turns=2),
         Run("4 bits, sparse", "llama", sparse),
         Run("4 bits, sparse, padded batch", "llama", sparse, rows=3),
+        Run("4 bits, sparse, offloaded", "llama", partial(sparse, offload="cpu")),
         Run("4 bits, sparse, prompt lookup", "llama", sparse, {"prompt_lookup_num_tokens": 3}),
     ]
 

@@ -211,7 +211,7 @@ class KVCache(SavableCache):
     def memory(self) -> MemoryReport:
         """The bytes that the cache holds, by part, in total and for each layer."""
         report = MemoryReport.of_layers([layer_report(layer) for layer in self.layers])
-        report.buffers = 0 if self.options.offload is None else self.options.offload.buffer_bytes
+        report.buffers += 0 if self.options.offload is None else self.options.offload.buffer_bytes
         return report
 
     def integrity(self) -> None:

@@ -83,7 +83,7 @@ class CacheContract(Offloading):
         # The base class would also create missing layers, and move all that offloaded ones hold.
         states = layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
         if self.offloading:
-            self._fetch_ahead(layer_idx)
+            self._fetch_ahead(layer_idx, key_states.shape[2])
         if layer_idx not in latest.not_in_every_pass:
             latest.reached = place
         return states

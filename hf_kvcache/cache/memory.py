@@ -39,8 +39,10 @@ class MemoryReport:
         packed_bits: number of bits in all pages, scales included.
         packed_elements: number of elements in all pages.
         outside: bytes among these that lie outside of the device: pages of a cache with ``offload``.
-        buffers: bytes on the device into which pages from outside are fetched. The caches of a thread share them, and
-            they are not part of ``parts``.
+        buffers: bytes on the device into which pages from outside are fetched, which are not part of ``parts``. The
+            caches of a thread share two of them; layers that read sparsely have one each, for the pages that they pick.
+        fetched: bytes of pages that were copied from outside to the device since the cache was made, forked or read
+            from a file; 0 where pages are read where they lie.
         read_last_step: bytes that the attention of the latest update read, by part: ``pages``, ``tokens`` in full
             precision, and the ``summaries`` by which sparse reading chose pages. A layer that always reads everything
             counts what it holds.
@@ -54,6 +56,7 @@ class MemoryReport:
     packed_elements: int = 0
     outside: int = 0
     buffers: int = 0
+    fetched: int = 0
     read_last_step: dict[str, int] = field(default_factory=lambda: dict.fromkeys(READ, 0))
     layers: list[MemoryReport] = field(default_factory=list)
 
@@ -96,6 +99,8 @@ class MemoryReport:
             total.packed_bits += layer.packed_bits
             total.packed_elements += layer.packed_elements
             total.outside += layer.outside
+            total.buffers += layer.buffers
+            total.fetched += layer.fetched
         return total
 
     def __str__(self) -> str:
@@ -141,7 +146,11 @@ def _own_report(given: KVCacheLayer) -> MemoryReport:
     report.outside = bytes_outside(storage)
     report.read_last_step["pages"] = len(storage.table.page_ids()) * storage.layout.record_bytes
     report.read_last_step["tokens"] = report.parts["sinks"] + report.parts["tail"]
+    fetch = None if given.storage is None else given.storage.reader.fetch
+    report.fetched = 0 if fetch is None else fetch.copied
     if isinstance(given, SparseReads):
+        report.buffers, copied = given.resident_bytes()
+        report.fetched += copied
         report.parts["summaries"] = tensor_bytes(given.summary_tensors())
         report.read_last_step.update(given.bytes_read())
     report.packed_elements = packed_elements(storage)

@@ -170,7 +170,7 @@ def _divide(config: PreTrainedConfig, options: LayerOptions, layers: list[Any]) 
     """
     sparse = options.sparse
     assert sparse is not None
-    for name in ("latents", "max_length", "offload"):
+    for name in ("latents", "max_length"):
         if (given := getattr(options, name)) is not None:
             shown = given if isinstance(given, str | int) else type(given).__name__
             raise ValueError(f"{name}={shown!r} with sparse reading; accepted: {name}=None, or sparse=None")

@@ -65,14 +65,11 @@ class Offloading(OtherStates):
                 layer.prefetch()
                 return
 
-    def _fetch_ahead(self, layer_idx: int) -> None:
-        """A forward pass has come to a layer: the pages of the next one begin to come."""
+    def _fetch_ahead(self, layer_idx: int, tokens: int) -> None:
+        """A forward pass of so many tokens has come to a layer: the pages of the next one begin to come."""
         following = self._following.get(layer_idx)
-        if following is None:
-            return
-        storage = cast(KVCacheLayer, self.layers[following]).storage
-        if storage is not None and storage.reader.fetch is not None:
-            storage.reader.fetch.ahead(storage.table)
+        if following is not None:
+            cast(KVCacheLayer, self.layers[following]).fetch_ahead(tokens)
 
     def _checked_layer(self, what: str, layer_idx: int, last: int | None = None) -> Any:
         if not self.offloading:

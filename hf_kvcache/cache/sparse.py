@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class SparseReadCache(KVCache):
         sink_length: as in :class:`KVCache`, like ``validate``, ``bind``, ``key_bits`` and ``value_bits``.
         tail_length: number of newest tokens in full precision, which every step reads.
         page_size: number of tokens that are picked together, a multiple of 8.
+        offload: as in :class:`KVCache`. A step then fetches the picked pages that the device does not have yet.
         **options: options of the selector and of the codec.
 
     Raises:
@@ -65,6 +67,7 @@ class SparseReadCache(KVCache):
         value_bits: int | None = None,
         validate: bool = False,
         bind: bool = True,
+        offload: str | PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         decoder = decoder_config(config)
@@ -102,6 +105,7 @@ class SparseReadCache(KVCache):
             sparse=sparse,
             validate=validate,
             bind=bind,
+            offload=offload,
             **widths,
             **options,
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property
+from weakref import ref
 
 import numpy as np
 import torch
@@ -15,6 +17,16 @@ from hf_kvcache.kernels.visibility import visible
 _PADDING = "_hf_kvcache_padding"
 _VALID = "_hf_kvcache_valid"
 _CHECKED = "_hf_kvcache_checked"
+
+
+class _Attached(threading.local):
+    """The masks of this thread whose padding is known, as long as they are in use: those of a forward pass."""
+
+    def __init__(self) -> None:
+        self.masks: list[ref[torch.Tensor]] = []
+
+
+_attached = _Attached()
 
 
 @dataclass
@@ -122,6 +134,25 @@ def _read(shown: torch.Tensor, start: int, places: PaddingPlaces) -> tuple[int, 
 def attach_padding(mask: torch.Tensor, padding: Padding) -> None:
     """Take note that ``mask`` says nothing but ``padding``, causality and a window."""
     setattr(mask, _PADDING, padding)
+    _attached.masks = [known for known in _attached.masks if known() is not None] + [ref(mask)]
+
+
+def _padding_of_copy(mask: torch.Tensor, kind: tuple[int, int, int | None]) -> Padding | None:
+    """The padding of the mask of a ``(start, length, window)`` that ``mask`` is a copy of on another device, or None.
+
+    Where layers lie on several devices, accelerate copies the mask to the device of each of them. A copy has no
+    attributes. Its elements are compared, since a model may also have added something to them; this waits for a GPU.
+    """
+    for known in _attached.masks:
+        original = known()
+        if original is None or (original.shape, original.dtype) != (mask.shape, mask.dtype):
+            continue
+        padding: Padding = getattr(original, _PADDING)
+        if (padding.start, padding.length, padding.window) != kind or original.device == mask.device:
+            continue
+        if torch.equal(original.to(mask.device), mask):
+            return padding
+    return None
 
 
 def padding_of(mask: torch.Tensor | None, seen: int, length: int, window: int | None) -> Padding | None:
@@ -140,6 +171,10 @@ def padding_of(mask: torch.Tensor | None, seen: int, length: int, window: int | 
     if padding is None and only_padding:
         padding = Padding(mask, seen, length, window)
         attach_padding(mask, padding)
+    elif padding is None:
+        padding = _padding_of_copy(mask, (seen, length, window))
+        if padding is not None:
+            setattr(mask, _PADDING, padding)
     if padding is None or (padding.start, padding.length) != (seen, length):
         return None
     return padding if only_padding or padding.window == window else None

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from hf_kvcache.kernels.dispatch import implementation
+from hf_kvcache.kernels.inputs import ChoiceInputs
 from hf_kvcache.kernels.reference import choose as reference
 from hf_kvcache.kernels.reference.choose import NO_COLUMN, best_columns
 
-__all__ = ["NO_COLUMN", "best_columns", "choose"]
+__all__ = ["NO_COLUMN", "PreparedChoice", "best_columns", "choose", "prepare_choice"]
+
+
+class PreparedChoice(Protocol):
+    """A choice of pages for one query token of each sequence, prepared once and made for one token after the other.
+
+    The queries have the layout for which it was prepared, and all else is the same; its caller compares them.
+
+    Attributes:
+        columns: int64 ``[rows, n]``, what was chosen last, as :func:`choose` returns it.
+    """
+
+    columns: torch.Tensor
+
+    def __call__(self, query: torch.Tensor) -> torch.Tensor:
+        """Choose pages for ``query [B, Hq, 1, D]``, copy their entries to the table, and return their columns.
+
+        Raises:
+            MemoryError: if there is no memory for the scores.
+        """
+
+
+def prepare_choice(inputs: ChoiceInputs) -> PreparedChoice | None:
+    """A prepared choice by the backend of the queries' device; None if the backend has none for such inputs."""
+    make = getattr(implementation("choose", inputs.query.device), "PreparedChoice", None)
+    return make(inputs) if make is not None and make.supports(inputs) else None
 
 
 def choose(

@@ -262,6 +262,37 @@ class CallInputs:
     ragged: bool = False
 
 
+@dataclass
+class ChoiceInputs:
+    """What a prepared choice of pages is made for: the layout of queries, and what stays the same from step to step.
+
+    Attributes:
+        query: ``[B, Hq, 1, D]``.
+        by_sign: whether the positive part of a query meets the first half of a vector and the negative part the second;
+            else the vectors are as wide as queries.
+        codes: int8 ``[rows, columns * spans, W]``, the vectors of each part of a page.
+        scales: float16 ``[rows, columns * spans]``, above 0.
+        spans: parts of a page.
+        limits: int64 ``[rows]``, how many pages a row may have; None if all may have as many as there is room for.
+        missing: bool ``[rows, columns]``, True where a row has no page; None if there is a page everywhere.
+        pages: all pages.
+        table: int64 ``[3, rows, n]``, where the chosen columns of the table of ``pages`` are written, in their order:
+            addresses, counts and first positions; 0 where nothing is chosen.
+        counts: int32 ``[rows, n]`` on the host, the counts once more. On a GPU it is not written.
+    """
+
+    query: torch.Tensor
+    by_sign: bool
+    codes: torch.Tensor
+    scales: torch.Tensor
+    spans: int
+    limits: torch.Tensor | None
+    missing: torch.Tensor | None
+    pages: Pages
+    table: torch.Tensor
+    counts: np.ndarray
+
+
 class Attention(NamedTuple):
     """The result of attention.
 

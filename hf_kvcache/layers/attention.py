@@ -60,13 +60,13 @@ class AttentionOverPages(DenseReads):
         if len(segments) == 1:
             queries, ahead = segments[0]
             dense = dense_tokens(storage, new, visibility, ahead, queries)
-            return self.read(call, call.queries, storage.pages(ahead), dense, visibility).output
+            return self.read(call, call.queries, self.pages_of(storage, ahead), dense, visibility).output
         outputs = []
         for queries, ahead in segments:
             own = slice(queries.start - skip, queries.stop - skip)
             dense = dense_tokens(storage, new, visibility, ahead, queries)
             query = call.queries[:, :, own]
-            outputs.append(self.read(call, query, storage.pages(ahead), dense, visibility.part(own)).output)
+            outputs.append(self.read(call, query, self.pages_of(storage, ahead), dense, visibility.part(own)).output)
         return torch.cat(outputs, 1)
 
     def read(
@@ -91,6 +91,10 @@ class AttentionOverPages(DenseReads):
             sums: whether to return also the probability of each key, summed over the queries.
         """
         return attend(query, pages, dense, visibility, call.scoring, sums)
+
+    def pages_of(self, storage: PagedStorage, ahead: int) -> Pages | None:
+        """The pages that :meth:`read` is given, ``ahead`` of those packed ahead among them."""
+        return storage.pages(ahead)
 
     def check_query(self, query: torch.Tensor) -> int:
         """How many of the new tokens have no query; raises ValueError if the shape does not fit the new keys."""

@@ -187,6 +187,11 @@ class KVCacheLayer(SavedState, CacheLayerMixin):
         if self.storage is not None and self.storage.reader.fetch is not None:
             self.storage.reader.fetch.begin(self.storage.table)
 
+    def fetch_ahead(self, tokens: int) -> None:
+        """The layer before runs, with so many new ``tokens``: begin to fetch what this one will need from outside."""
+        if self.storage is not None and self.storage.reader.fetch is not None:
+            self.storage.reader.fetch.ahead(self.storage.table)
+
     def _check_offloads(self, what: str) -> None:
         if self.options.offload is None:
             raise NotImplementedError(

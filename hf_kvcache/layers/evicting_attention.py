@@ -165,7 +165,7 @@ class EvictingAttention(KVCacheLayer):
         """Attention of another layer that reads the keys of this one. Eviction waits until all layers have read."""
         visibility = self.visibility(new, call, skip)
         dense = dense_tokens(storage, new, visibility, 0, slice(skip, new.length))
-        return self.read(call, call.queries, storage.pages(), dense, visibility).output
+        return self.read(call, call.queries, self.pages_of(storage, storage.ahead), dense, visibility).output
 
     def _attend_part(self, draft: Draft) -> torch.Tensor:
         new, (storage, evictor) = draft.new, self._held()
@@ -191,7 +191,7 @@ class EvictingAttention(KVCacheLayer):
         if new.length == 1:
             self._store(new)
         dense = dense_tokens(storage, new, visibility, 0, slice(0, new.length))
-        return self.read(call, call.queries, storage.pages(), dense, visibility, accumulated)
+        return self.read(call, call.queries, self.pages_of(storage, storage.ahead), dense, visibility, accumulated)
 
     def _observe_first(self, draft: Draft) -> None:
         """Let the evictor observe a first update, whose attention the model's own implementation has computed."""

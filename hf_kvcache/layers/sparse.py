@@ -67,16 +67,18 @@ class SparseReads(KVCacheLayer):
         return reader
 
     def step(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
-        query, pages = call.query, storage.pages()
+        query = call.query
         if self.prepared is None or query is None:
             return None
-        read = pages
+        read = pages = self.pages_of(storage, storage.ahead)
         if pages is not None and not self.dense:
             limits = self.reader(storage).limits(storage, pages)
             if not limits.everything:
                 if self._measures():
                     return None  # pages are chosen by what attention over all of them finds
                 read = self._picked(storage, pages, limits, query, new.position)
+        if read is pages:
+            read = pages = storage.pages()  # all of them, fetched where they have to be
         output = self.prepared.attend(storage, new, query, call.scoring, pages=read)
         if output is not None:
             self._note(storage, pages, read)
@@ -97,6 +99,9 @@ class SparseReads(KVCacheLayer):
         limits = None
         if pages is not None and few and not self.dense:
             limits = self.reader(storage).limits(storage, pages)
+        if pages is not None and (limits is None or limits.everything or self._measures()):
+            # All of them, and fetched where they have to be.
+            pages = storage.pages(storage.ahead - storage.table.columns + pages.columns)
         if pages is None or limits is None or limits.everything:
             self._note(storage, pages, pages, dense)
             return super().read(call, query, pages, dense, visibility, sums)
@@ -106,7 +111,34 @@ class SparseReads(KVCacheLayer):
         self._note(storage, pages, picked, dense)
         return self._read_picked(call, query, pages, picked, dense, visibility, sums)
 
+    def pages_of(self, storage: PagedStorage, ahead: int) -> Pages | None:
+        return storage.pages(ahead) if self.dense else storage.unfetched(ahead)
+
+    # -- offloading -----------------------------------------------------------------------------------------------
+
+    def offload(self) -> None:
+        super().offload()
+        if self._reader is not None and self._reader.resident is not None:
+            self._reader.resident.clear()
+
+    def prefetch(self) -> None:
+        """Begin to fetch pages, if the next token reads all of them. What it picks else is not known."""
+        self._check_offloads("prefetch()")
+        if self._reads_all(1):
+            super().prefetch()
+
+    def fetch_ahead(self, tokens: int) -> None:
+        if self._reads_all(tokens):
+            super().fetch_ahead(tokens)
+
     # -- internals ------------------------------------------------------------------------------------------------
+
+    def _reads_all(self, tokens: int) -> bool:
+        """Whether so many new tokens read all pages, under a mask that says nothing but causality and padding."""
+        if self.dense or tokens > MOST_DECODED_QUERIES or self._measures():
+            return True
+        pages = None if self.storage is None else self.storage.unfetched()
+        return self.storage is None or pages is None or self.reader(self.storage).limits(self.storage, pages).everything
 
     def _measures(self) -> bool:
         """Whether this layer chooses pages by their attention probabilities."""
@@ -118,6 +150,10 @@ class SparseReads(KVCacheLayer):
     ) -> PickedPages:
         """The pages that the selector picks, or that the leader has picked."""
         reader, leader = self.reader(storage), self.leader
+        if leader is None and query.shape[2] == 1:
+            picked = reader.pick_prepared(storage, pages, limits, query)
+            if picked is not None:
+                return picked
         with without_autocast(query.device):
             if leader is None:
                 return reader.pick(storage, pages, limits, query, position)
@@ -216,6 +252,11 @@ class SparseReads(KVCacheLayer):
     def summary_tensors(self) -> list[torch.Tensor]:
         """What is kept of the pages to choose by."""
         return [] if self._reader is None else self._reader.tensors
+
+    def resident_bytes(self) -> tuple[int, int]:
+        """Bytes of the memory for picked pages from outside of the device, and bytes copied there so far."""
+        resident = None if self._reader is None else self._reader.resident
+        return (0, 0) if resident is None else (resident.nbytes, resident.copied)
 
     def bytes_read(self) -> dict[str, int]:
         """The bytes that the latest attention over stored tokens read, by part; 0 before there was one."""

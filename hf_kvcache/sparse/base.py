@@ -44,12 +44,20 @@ class Selector:
     vectors: ClassVar[int] = 0
     #: How these are rounded to 8 bits: 1 up, -1 down, 0 to the nearest.
     rounding: ClassVar[tuple[int, ...]] = ()
+    #: How :meth:`ask` makes a vector of a query, for kernels that do the same: True for its positive part and then its
+    #: negative one, False for the query as it is, None if only :meth:`ask` knows.
+    by_sign: ClassVar[bool | None] = None
     #: Whether pages are scored by their attention probabilities, for which a layer reads all of them.
     exact: ClassVar[bool] = False
     #: Whether some layers choose for those behind them.
     shared: ClassVar[bool] = False
     #: Tokens that are summarized together; None for a whole page.
     span: int | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "ask" in cls.__dict__ and "by_sign" not in cls.__dict__:
+            cls.by_sign = None  # what is said of another method
 
     def __repr__(self) -> str:
         return self.name

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from hf_kvcache.kernels.choose import best_columns, choose
-from hf_kvcache.kernels.inputs import Pages
+from hf_kvcache.kernels.choose import PreparedChoice, best_columns, choose, prepare_choice
+from hf_kvcache.kernels.inputs import ChoiceInputs, Pages
 from hf_kvcache.sparse.base import Question, Selector
 from hf_kvcache.sparse.budget import ReadBudget
+from hf_kvcache.sparse.fetched import FetchedPages
 from hf_kvcache.sparse.picked import PickedPages
 from hf_kvcache.sparse.summaries import PageSummaries
 from hf_kvcache.storage import PagedStorage
+from hf_kvcache.storage.resident import ResidentPages
 from hf_kvcache.storage.transfers import to_device
 
 
@@ -71,6 +74,15 @@ class PageReader:
         self._limits: dict[int, Limits] = {}
         self._version = -1
         self._picked: PickedPages | None = None
+        # The latest prepared choice, and the pages and the layout of queries that it was prepared for.
+        self._choice: PreparedChoice | None = None
+        self._chosen_from: Pages | None = None
+        self._kind: tuple[Any, ...] = ()
+        fetch = storage.reader.fetch
+        #: Copies of pages on the device; None if it can read all pages where they lie.
+        self.resident: ResidentPages | None = None
+        if fetch is not None and not fetch.in_place:
+            self.resident = ResidentPages(fetch.device, storage.layout.record_bytes)
         #: The columns that were chosen last, int64 ``[rows, n]``; None before the first choice.
         self.columns: torch.Tensor | None = None
 
@@ -96,6 +108,7 @@ class PageReader:
         """How many pages each row may read; the same as long as the table does not change."""
         if self._version != storage.table.version:
             self._limits, self._picked, self._version = {}, None, storage.table.version
+            self._choice = self._chosen_from = None
         found = self._limits.get(pages.columns)
         if found is None:
             found = self._limits[pages.columns] = self._made(pages)
@@ -126,6 +139,47 @@ class PageReader:
         columns = choose(asked, codes, scales, self.summaries.spans, length, limits.most, limits.rows, limits.missing)
         return self.read(pages, limits, columns)
 
+    def pick_prepared(
+        self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor
+    ) -> PickedPages | None:
+        """As :meth:`pick` for one token, by a call that is prepared once for each version of the table.
+
+        Returns:
+            None if there is no such call, or pages have to be fetched first.
+        """
+        kind = query.shape, query.stride(), query.dtype
+        if self._chosen_from is not pages or self._kind != kind:
+            # May be interrupted: only then is it the call for these pages and queries.
+            self._choice = self._prepared(storage, pages, limits, query)
+            self._chosen_from, self._kind = pages, kind
+        if self._choice is None:
+            return None
+        self.columns = self._choice(query)
+        return self._picked
+
+    def _prepared(
+        self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor
+    ) -> PreparedChoice | None:
+        by_sign = self.options.selector.by_sign
+        if self.summaries is None or by_sign is None or len(pages.slabs[0]) == 0:
+            return None
+        codes, scales = self.summaries.brought(storage, pages.columns)
+        self._picked = picked = PickedPages(pages, limits.most, limits.full)
+        return prepare_choice(
+            ChoiceInputs(
+                query,
+                by_sign,
+                codes,
+                scales,
+                self.summaries.spans,
+                limits.rows,
+                limits.missing,
+                pages,
+                picked.table,
+                picked.counts,
+            )
+        )
+
     def pick_best(self, pages: Pages, limits: Limits, scores: torch.Tensor) -> PickedPages:
         """The pages with the largest ``scores [rows, q, columns]``."""
         return self.read(pages, limits, best_columns(scores, limits.most, limits.rows, limits.missing))
@@ -134,7 +188,7 @@ class PageReader:
         """The pages in ``columns [rows, n]``.
 
         Args:
-            pages: all pages.
+            pages: all pages. Of those that have no records, outside of the device, the chosen ones are fetched.
             limits: how many of them.
             columns: what was chosen.
             own: whether it was chosen among these very pages. Another layer may have chosen among more: pages that a
@@ -143,8 +197,14 @@ class PageReader:
         self.columns = columns
         picked = self._picked
         full = own and limits.full and columns.shape[1] == limits.most
-        if picked is None or picked.columns != columns.shape[1] or picked.full != full:
-            picked = PickedPages(pages, columns.shape[1], full)
+        outside = len(pages.slabs[0]) == 0
+        kind = FetchedPages if outside else PickedPages
+        if type(picked) is not kind or picked.columns != columns.shape[1] or picked.full != full:
+            if outside:
+                assert self.resident is not None
+                picked = FetchedPages(pages, columns.shape[1], full, self.table, self.resident)
+            else:
+                picked = PickedPages(pages, columns.shape[1], full)
             if columns.shape[1] == limits.most:
                 self._picked = picked
         picked.pick(pages, columns)

@@ -173,6 +173,8 @@ class PageFetch:
     def __init__(self, target: PageSource, place: int, device: torch.device) -> None:
         self.target, self.place, self.device = target, place, device
         self.in_place = target.in_place(device)
+        #: Bytes that were copied to the buffers so far.
+        self.copied = 0
         self._fetched: Fetched | None = None
         # Which parts of which slabs hold the pages, and of which version of the table.
         self._parts: list[tuple[Slab, int, int, int]] = []
@@ -196,7 +198,9 @@ class PageFetch:
         buffers = self.target.buffers(self.device)
         buffer = buffers.pair[self.place % 2]
         if buffer.version != table.version and table.columns:
-            buffers.fill(buffer, self._spans(table), table.version)
+            parts = self._spans(table)
+            buffers.fill(buffer, parts, table.version)
+            self.copied += sum((last - first) * slab.records.shape[1] for slab, first, last, _ in parts)
 
     def ahead(self, table: PageTable) -> None:
         """:meth:`begin` a layer ahead, unless the pages are read in place and lie in memory anyway."""

@@ -213,11 +213,11 @@ class PagedStorage:
 
         As long as nothing changes, it is the same object: calls that were prepared for it test that it still is.
         """
-        pages = self.reader.read(self.table, self.writer.basis)
-        if ahead == self.writer.ahead or pages is None:
-            return pages
-        columns = pages.columns - self.writer.ahead + ahead
-        return pages.until(columns) if columns else None
+        return self._until(self.reader.read(self.table, self.writer.basis), ahead)
+
+    def unfetched(self, ahead: int = 0) -> Pages | None:
+        """As :meth:`pages`, but pages that would have to be fetched have no records, which kernels could read."""
+        return self._until(self.reader.unfetched(self.table, self.writer.basis), ahead)
 
     def decoded(self, side: str, pages: Pages, records: torch.Tensor, first: int) -> torch.Tensor:
         """Keys or values of some of the pages as the model made them, but for rounding.
@@ -248,6 +248,13 @@ class PagedStorage:
         _check_order(self.table, self.dense, self.ahead, self.page_size)
 
     # -- internals ------------------------------------------------------------------------------------------------
+
+    def _until(self, pages: Pages | None, ahead: int) -> Pages | None:
+        """The pages with ``ahead`` of those packed ahead."""
+        if ahead == self.writer.ahead or pages is None:
+            return pages
+        columns = pages.columns - self.writer.ahead + ahead
+        return pages.until(columns) if columns else None
 
     def _append_rows(
         self,

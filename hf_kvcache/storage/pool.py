@@ -44,6 +44,7 @@ class PagePool:
         self.record_bytes, self.device, self.target = record_bytes, device, target
         self.memory = Slabs(record_bytes, device, target)
         self._references = np.zeros(0, dtype=np.int32)
+        self._editions = np.zeros(0, dtype=np.int32)
         self._free = np.zeros(0, dtype=np.int64)
         #: Original positions of pages whose tokens do not stand side by side; the others store only their first.
         self.positions: dict[int, np.ndarray] = {}
@@ -70,6 +71,10 @@ class PagePool:
         with self._lock:
             return self._referring()[ids]
 
+    def editions(self, ids: np.ndarray) -> np.ndarray:
+        """How often each of ``ids`` was given to a page: with its edition, an id names one page forever."""
+        return self._editions[ids]
+
     def add_holder(self, holder: PageHolder) -> None:
         """Make a table known to :meth:`check`; held weakly."""
         with self._locked():
@@ -81,6 +86,7 @@ class PagePool:
             self._reserve(count)
             ids, self._free = self._free[:count], self._free[count:]
             self._references[ids] = 1
+            self._editions[ids] += 1
         return ids
 
     def reserve(self, count: int) -> None:
@@ -112,6 +118,7 @@ class PagePool:
             ids = self.memory.adopt(Slab(records))
             self._extend()
             self._references[ids] = 1
+            self._editions[ids] += 1
         return ids
 
     def retain(self, ids: np.ndarray) -> None:
@@ -199,7 +206,7 @@ class PagePool:
         """Room for the references to all page ids."""
         more = self.memory.total - len(self._references)
         if more:
-            self._references = np.concatenate([self._references, np.zeros(more, dtype=np.int32)])
+            self._references, self._editions = (np.pad(x, (0, more)) for x in (self._references, self._editions))
 
     def _drop_empty_slabs(self, freed: np.ndarray) -> None:
         for index in np.unique(self.memory.owner(freed)).tolist():

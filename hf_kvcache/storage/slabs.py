@@ -20,6 +20,8 @@ from hf_kvcache.storage.transfers import is_run, rows_of, to_device
 _GROWTH = 1 / 64
 #: The same outside of the device, where each slab is a transfer of its own.
 _GROWTH_OUTSIDE = 1 / 8
+#: Pages that may be sent to the device to read one of them there; where it would be more, the host picks them out.
+_MOST_BESIDE = 2
 
 
 @dataclass(eq=False)
@@ -179,6 +181,22 @@ class Slabs:
         """A copy of the pages ``ids`` on the device, uint8 ``[len(ids), record_bytes]``."""
         return self._read(ids, self.device)
 
+    def gathered(self, ids: np.ndarray) -> torch.Tensor:
+        """A copy of the pages ``ids`` on the device, sent there at once and nothing beside them.
+
+        The host copies them together first. A GPU may still be writing pages to where they lie, so this waits for it.
+        """
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.current_stream(self.device).synchronize()
+        shape = len(ids), self.record_bytes
+        together = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=cuda)
+        for slab, slots, where in self._by_slab(ids):
+            # Eight bytes at a time: records are aligned to 16.
+            picked = slab.records.view(torch.int64).index_select(0, torch.from_numpy(slots))
+            together.view(torch.int64)[torch.from_numpy(where)] = picked
+        return together.to(self.device, non_blocking=True)
+
     def read_outside(self, ids: np.ndarray) -> torch.Tensor:
         """A copy of the pages ``ids`` where they lie: in the host's memory, unless they lie on the device."""
         if self.target is None:
@@ -188,6 +206,10 @@ class Slabs:
         return self._read(ids, torch.device("cpu"))
 
     def _read(self, ids: np.ndarray, device: torch.device) -> torch.Tensor:
+        if self.target is not None and device == self.device and len(ids):
+            beside = sum(last - first for _, first, last, _ in self.spans(ids))
+            if beside > _MOST_BESIDE * len(ids) and not self.in_place:
+                return self.gathered(ids)
         parts = [self._on_device(*part, device) for part in self._by_slab(ids)]
         if len(parts) == 1:
             part, slots, _ = parts[0]

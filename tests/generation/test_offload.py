@@ -367,6 +367,7 @@ CACHES: dict[str, Any] = {
     "quantized": lambda offload: QuantizedKVCache(CONFIG, bits=4, offload=offload),
     "heavy hitters": lambda offload: HeavyHitterCache(CONFIG, 64, offload=offload),
     "window": lambda offload: SlidingWindowCache(CONFIG, 64, offload=offload),
+    "sparse": lambda offload: SparseReadCache(CONFIG, bits=4, dense_layers=0, offload=offload),
     "latent": lambda offload: LatentKVCache(mla_families.build("deepseek_v3").config, offload=offload),
 }
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.gpu.pretended_device import DEVICE, OnDevice, PretendedDevice
-from hf_kvcache import KVCache
+from hf_kvcache import KVCache, SparseReadCache
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.storage.fetching import DeviceBuffers
@@ -24,7 +24,9 @@ CONFIG = LlamaConfig(
 
 def run(device: torch.device, codec: str, offload: Any) -> tuple[list[torch.Tensor], Any]:
     """Outputs of 30 steps behind a prompt of 60 tokens, then all that the cache holds; and its memory report."""
-    cache = KVCache(CONFIG, codec, offload=offload, page_size=8, tail_length=8, sink_length=2)
+    sizes: dict[str, Any] = {"page_size": 8, "tail_length": 8, "sink_length": 2, "offload": offload}
+    sparse = codec == "sparse"
+    cache = SparseReadCache(CONFIG, 0.4, bits=4, dense_layers=1, **sizes) if sparse else KVCache(CONFIG, codec, **sizes)
     draw = torch.Generator().manual_seed(0)
     found = []
     for start, stop in [(0, 60), *((at, at + 1) for at in range(60, 90))]:
@@ -44,7 +46,7 @@ def run(device: torch.device, codec: str, offload: Any) -> tuple[list[torch.Tens
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", ["none", "int3", "unbiased4"])
+@pytest.mark.parametrize("codec", ["none", "int3", "unbiased4", "sparse"])
 def test_as_on_a_cpu(codec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_KVCACHE_BACKEND", "reference")
     expected, _ = run(torch.device("cpu"), codec, None)

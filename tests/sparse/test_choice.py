@@ -15,7 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from hf_kvcache import SparseReadCache
 from hf_kvcache.integration.attention import attention_function
 from hf_kvcache.layers.sparse import SparseLayer
+from hf_kvcache.sparse.fetched import FetchedPages
+from tests.generation.test_offload import outside
 from tests.sparse import brute_force
+from tests.storage.outside import target
 from tests.tolerances import SPLIT_IN_16_BITS, assert_within
 
 SINKS, TAIL, PAGE = 2, 5, 8
@@ -117,12 +120,17 @@ class Sequences:
     shape=st.sampled_from([(4, 2, 8), (3, 1, 24), (6, 2, 16)]),
     amount=st.sampled_from([0.2, 0.5, SINKS + TAIL + PAGE, SINKS + TAIL + 3 * PAGE]),
     codec=st.sampled_from(["none", "rotated8", "int4"]),
+    where=st.sampled_from([None, "fetched", "fetched", "files"]),
 )
 def test_random_operations(
-    steps: list[str], prompt: int, batch: int, shape: tuple[int, int, int], amount: float, codec: str
+    steps: list[str], prompt: int, batch: int, shape: tuple[int, int, int], amount: float, codec: str, where: str | None
 ) -> None:
-    """After prompts, chunks, crops, reordering and forks, each token reads the best pages and no others."""
+    """After prompts, chunks, crops, reordering and forks, each token reads the best pages and no others.
+
+    So it does with pages outside of the device, of which it then fetches those that it has not.
+    """
     model = Sequences(batch, *shape, read_budget=amount, codec=codec)
+    outside(model.cache, target(where))
     model.add(prompt)
     for step in [*steps, "token"]:
         if step == "crop" and model.keys.shape[2] > 12:
@@ -141,6 +149,39 @@ def test_random_operations(
                 query, output = model.add(1)
             model.check_step(query, output)
     model.cache.integrity()
+
+
+def test_a_step_fetches_what_is_not_there() -> None:
+    """Picked pages that earlier steps have left on the device are not fetched again, and no other page ever is."""
+    model = Sequences(2, 4, 2, 16, read_budget=0.3, codec="rotated8")
+    outside(model.cache, target("fetched"))
+    model.add(200)
+    kept, latest = 0, set[int]()
+    for _ in range(3 * PAGE):
+        before, reader = model.cache.memory().fetched, model.layer._reader
+        there = set() if reader is None or reader.resident is None else set(reader.resident._ids.tolist())
+        found = model.add(1)
+        report = model.cache.memory()
+        model.check_step(*found)  # which reads all pages
+        storage, read = model.layer.storage, model.layer.latest_read
+        assert storage is not None and read is not None and isinstance(read.pages, FetchedPages)
+        columns = np.array(brute_force.chosen(model.layer))
+        picked = {int(page) for page in storage.table.ids_at(columns).flatten()}
+        assert latest <= there
+        new, latest = picked - there, picked
+        slots = report.layers[0].buffers // storage.layout.record_bytes
+        assert report.fetched - before == len(new) * storage.layout.record_bytes
+        assert len(picked) <= slots <= 1.25 * len(picked) + 1 + len(columns)
+        kept += len(picked) - len(new)
+    assert kept
+    model.cache.offload(0)
+    model.cache.prefetch(0)
+    before = model.cache.memory().fetched
+    model.add(1)
+    assert model.cache.memory().fetched - before == model.cache.memory().read_last_step["pages"]
+    fork = model.cache.fork()
+    assert fork.memory().fetched == 0
+    fork.integrity()
 
 
 def test_padded_rows() -> None:

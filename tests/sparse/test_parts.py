@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, MistralConfig
+from transformers import DeepseekV3Config, LlamaConfig, MistralConfig
 
 from hf_kvcache import KVCache, SparseReadCache
 from hf_kvcache.sparse.anchors import choose_anchors, read_anchors, write_anchors
@@ -83,7 +83,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"selector=kascade with eviction",
     ),
-    "offload": (lambda: _with_sparse(offload="cpu"), ValueError, r"offload=.*with sparse reading"),
+    "offload": (lambda: SparseReadCache(CONFIG, offload="disk"), ValueError, r"offload='disk': no such folder"),
+    "latents": (lambda: SparseReadCache(DeepseekV3Config()), ValueError, r"'deepseek_v3'.*cache latents.*accepted"),
     "maximum length": (lambda: _with_sparse(max_length=512), ValueError, r"max_length=512 with sparse reading"),
     "windows": (
         lambda: SparseReadCache(MistralConfig(**SHAPE, sliding_window=64)),

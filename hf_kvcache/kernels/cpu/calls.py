@@ -25,6 +25,11 @@ def no_memory(purpose: str = "for the partial results") -> MemoryError:
     return MemoryError(f"attention over a KVCache: no memory left {purpose}")
 
 
+def in_floats(query: torch.Tensor) -> torch.Tensor:
+    """A query ``[..., D]`` as kernels take it: float32, and the elements of a vector side by side."""
+    return query if query.dtype == torch.float32 and query.stride(-1) == 1 else query.float().contiguous()
+
+
 def set_pages(call: Call, pages: Pages) -> np.ndarray | None:
     """Fill in where the pages lie.
 

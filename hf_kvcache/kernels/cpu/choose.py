@@ -7,12 +7,15 @@ from ctypes import byref
 import torch
 
 from hf_kvcache.kernels.cpu import library
-from hf_kvcache.kernels.cpu.calls import run
+from hf_kvcache.kernels.cpu.calls import in_floats, no_memory, run
+from hf_kvcache.kernels.inputs import ChoiceInputs
+
+_PURPOSE = "to choose pages"
 
 
 def supports(query: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, length: int) -> bool:
     """Whether :func:`choose` can do a call: one query token, and vectors whose elements lie side by side."""
-    return length == 1 and query.is_contiguous() and codes.stride(2) == 1 and codes.stride(1) == codes.shape[2]
+    return length == 1 and query.is_contiguous() and _side_by_side(codes)
 
 
 def choose(
@@ -28,25 +31,72 @@ def choose(
 
     Where pages have equal scores, those that come first are chosen.
     """
-    rows, queries, width = query.shape
+    rows, queries, _ = query.shape
     columns = torch.empty(rows, count, dtype=torch.int64, device="cpu")
-    call = library.Choose(
-        query=query.data_ptr(),
+    call = _call(codes, scales, spans, limits, missing, columns)
+    call.query, call.query_batch, call.query_head = query.data_ptr(), query.stride(0), query.stride(1)
+    call.heads, call.queries, call.threads = 1, queries, torch.get_num_threads()
+    run(library.load().hfkv_choose, byref(call), _PURPOSE)
+    return columns
+
+
+class PreparedChoice:
+    """A choice whose C struct stays filled in; each token sets only its queries.
+
+    :class:`hf_kvcache.kernels.choose.PreparedChoice` describes the interface.
+    """
+
+    def __init__(self, inputs: ChoiceInputs) -> None:
+        query, pages = in_floats(inputs.query), inputs.pages
+        self._inputs = inputs  # the struct holds only addresses
+        self.columns = torch.empty(inputs.table.shape[1:], dtype=torch.int64, device="cpu")
+        call = _call(inputs.codes, inputs.scales, inputs.spans, inputs.limits, inputs.missing, self.columns)
+        call.query_batch, call.query_head, _, _ = query.stride()
+        call.heads, call.queries, call.by_sign = pages.heads, query.shape[1] // pages.heads, inputs.by_sign
+        call.addresses, call.counts, call.first = (x.ctypes.data for x in (pages.addresses, pages.counts, pages.first))
+        call.table_row = pages.counts.strides[0] // pages.counts.itemsize
+        call.table, call.table_counts = inputs.table.data_ptr(), inputs.counts.ctypes.data
+        self._call, self._run, self._reference = call, library.load().hfkv_choose, byref(call)
+
+    @staticmethod
+    def supports(inputs: ChoiceInputs) -> bool:
+        """Whether a choice can be prepared for such queries."""
+        return _side_by_side(inputs.codes)
+
+    def __call__(self, query: torch.Tensor) -> torch.Tensor:
+        call, query = self._call, in_floats(query)
+        call.query, call.threads = query.data_ptr(), torch.get_num_threads()
+        if self._run(self._reference):
+            raise no_memory(_PURPOSE)
+        return self.columns
+
+
+def _side_by_side(codes: torch.Tensor) -> bool:
+    return codes.stride(2) == 1 and codes.stride(1) == codes.shape[2]
+
+
+def _call(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    spans: int,
+    limits: torch.Tensor | None,
+    missing: torch.Tensor | None,
+    chosen: torch.Tensor,
+) -> library.Choose:
+    """A call without its queries."""
+    rows, vectors, width = codes.shape
+    return library.Choose(
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
         limits=None if limits is None else limits.data_ptr(),
         missing=None if missing is None else missing.data_ptr(),
-        chosen=columns.data_ptr(),
+        chosen=chosen.data_ptr(),
         codes_row=codes.stride(0),
         scales_row=scales.stride(0),
         missing_row=0 if missing is None else missing.stride(0),
         rows=rows,
-        queries=queries,
         width=width,
-        columns=codes.shape[1] // spans,
+        columns=vectors // spans,
         spans=spans,
-        count=count,
-        threads=torch.get_num_threads(),
+        count=chosen.shape[1],
     )
-    run(library.load().hfkv_choose, byref(call), "to choose pages")
-    return columns

@@ -9,7 +9,7 @@ import torch
 
 from hf_kvcache.kernels.attention import MOST_DECODED_QUERIES
 from hf_kvcache.kernels.cpu import library
-from hf_kvcache.kernels.cpu.calls import no_memory, run, set_pages, set_places, set_scoring
+from hf_kvcache.kernels.cpu.calls import in_floats, no_memory, run, set_pages, set_places, set_scoring
 from hf_kvcache.kernels.cpu.layouts import DENSE, make_layout, native_layout
 from hf_kvcache.kernels.cpu.prepared_call import CpuPreparedCall, all_slots, can_prepare, set_token, visibility_of
 from hf_kvcache.kernels.inputs import Attention, CallInputs, DenseTokens, Pages, Scoring
@@ -39,7 +39,7 @@ def attend(
 ) -> Attention:
     """As :func:`hf_kvcache.kernels.reference.decode.attend`."""
     batch, query_heads, length, _ = query.shape
-    floats = _floats(query)
+    floats = in_floats(query)
     keys, values = dense.keys, dense.values
     output = torch.empty(batch, length, query_heads, values.shape[3], device="cpu")
     log_sum_exp = torch.empty(batch, query_heads, length, device="cpu")
@@ -76,7 +76,7 @@ class PreparedCall(CpuPreparedCall):
         call = self._attend = library.Attend.from_buffer_copy(_template(inputs.pages, key_dim, value_dim))
         call.log_sum_exp = self._log_sum_exp.data_ptr()
         call.batch, call.query_heads, call.heads, call.length = batch, query_heads, slots.keys.shape[1], length
-        call.query_batch, call.query_head, call.query_token, _ = _floats(inputs.query).stride()
+        call.query_batch, call.query_head, call.query_token, _ = in_floats(inputs.query).stride()
         self._set_dense(all_slots(slots, inputs.window))
         call.window, call.causal = inputs.window or 0, 1
         set_scoring(call, inputs.scoring)
@@ -105,10 +105,6 @@ class PreparedCall(CpuPreparedCall):
         if self._run(self._reference):
             raise no_memory()
         return output if plain else output.to(query.dtype)
-
-
-def _floats(query: torch.Tensor) -> torch.Tensor:
-    return query if query.dtype == torch.float32 and query.stride(-1) == 1 else query.float().contiguous()
 
 
 def _template(pages: Pages | None, key_dim: int, value_dim: int) -> library.Attend:

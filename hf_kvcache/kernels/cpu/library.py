@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.cpu.build import LIBRARY
 
-ABI_VERSION = 13
+ABI_VERSION = 14
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 #: Environment variable that names the instruction set to use in place of the best one.
@@ -144,8 +144,13 @@ class Choose(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("query", "codes", "scales", "limits", "missing", "chosen")),
-        *((name, c_int64) for name in ("codes_row", "scales_row", "missing_row")),
-        *((name, c_int32) for name in ("rows", "queries", "width", "columns", "spans", "count", "threads")),
+        *((name, c_void_p) for name in ("addresses", "first", "counts", "table", "table_counts")),
+        *(
+            (name, c_int64)
+            for name in ("query_batch", "query_head", "codes_row", "scales_row", "missing_row", "table_row")
+        ),
+        *((name, c_int32) for name in ("rows", "heads", "queries", "width", "columns", "spans", "count", "by_sign")),
+        ("threads", c_int32),
     )
 
 

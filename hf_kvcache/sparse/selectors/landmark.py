@@ -19,6 +19,7 @@ class Landmark(Selector):
 
     vectors = 1
     rounding = (0,)
+    by_sign = False
 
     def __init__(self, span: int | None = None) -> None:
         self.span = None if span is None else whole("span", span, 1)

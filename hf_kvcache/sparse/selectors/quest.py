@@ -22,6 +22,7 @@ class Quest(Selector):
 
     vectors = 2
     rounding = 1, -1
+    by_sign = True
 
     def __init__(self, span: int | None = None) -> None:
         self.span = None if span is None else whole("span", span, 1)

@@ -7,6 +7,7 @@ import torch
 
 from hf_kvcache.kernels.dispatch import module_of
 from hf_kvcache.kernels.reference.choose import NO_COLUMN, choose
+from tests.kernels.choices import CASES, Case, expected, make
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,20 @@ def test_choice(isa: str, rows: int, queries: int, width: int, columns: int, spa
             if lacking is not None:  # where too few pages are left, those that are missing may stand for any other
                 got, expected = (_held(x, lacking) for x in (got, expected))
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prepared(isa: str, case: Case) -> None:
+    """A call that is prepared once chooses for one query after the other, and copies the pages' table entries."""
+    inputs = make(case)
+    native = module_of("choose", "native")
+    assert native.PreparedChoice.supports(inputs)
+    call = native.PreparedChoice(inputs)
+    for seed in (0, 1):
+        inputs.query.copy_(make(case, seed).query)
+        columns, table = expected(case, inputs)
+        assert torch.equal(call(inputs.query), columns)
+        assert torch.equal(inputs.table, table) and (inputs.counts == table[1].numpy()).all()
 
 
 def _held(columns: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 13
+#define HFKV_ABI_VERSION 14
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -160,16 +160,21 @@ struct HfkvLatentStep {
 
 // Which pages a decode step reads. A row is a KV head of a sequence, and `queries` are those of its query heads. A page is
 // summarized in `spans` parts, by a vector of signed bytes and a scale in half precision each. The score of a page is the largest
-// product of any query with any of its parts.
+// product of any query with any of its parts. With `by_sign` a query has width / 2 elements: its positive part meets the first half
+// of a vector, its negative part the second. Where `table` is not null, the entries of the chosen pages are copied there.
 struct HfkvChoose {
-    const float* query;      // [rows, queries, width]
+    const float* query;      // elements side by side; query_batch and query_head apart
     const int8_t* codes;     // [rows, columns * spans, width]; rows are codes_row apart
     const uint16_t* scales;  // [rows, columns * spans]; rows are scales_row apart
     const int64_t* limits;   // [rows], how many columns a row may have; or null
     const uint8_t* missing;  // [rows, columns], where a row has no page; rows are missing_row apart; or null
     int64_t* chosen;         // [rows, count], ascending columns, then 2^30 where there are fewer
-    int64_t codes_row, scales_row, missing_row;
-    int32_t rows, queries, width, columns, spans, count, threads;  // count is at most columns
+    const int64_t *addresses, *first;  // [rows, columns], the table of all pages; rows are table_row apart
+    const int32_t* counts;   // the same
+    int64_t* table;          // [3, rows, count], addresses, counts and first positions, 0 where nothing is chosen; or null
+    int32_t* table_counts;   // [rows, count], the counts once more
+    int64_t query_batch, query_head, codes_row, scales_row, missing_row, table_row;
+    int32_t rows, heads, queries, width, columns, spans, count, by_sign, threads;  // count is at most columns
 };
 
 // How a side is encoded; the codecs of hf_kvcache/codecs define the methods.

@@ -52,8 +52,20 @@ inline float largest_product_of(const HfkvChoose& c, const float* query, const i
     return top;
 }
 
-inline void score_pages(const HfkvChoose& c, int row, int first, int stop, float* scores) {
-    const float* query = c.query + (size_t)row * c.queries * c.width;
+// Writes what the queries of a row ask: [queries, width].
+inline void ask(const HfkvChoose& c, int row, float* asked) {
+    const int dim = c.by_sign ? c.width / 2 : c.width;
+    const float* query = c.query + row / c.heads * c.query_batch + (int64_t)(row % c.heads) * c.queries * c.query_head;
+    for (int m = 0; m < c.queries; m++, query += c.query_head, asked += c.width) {
+        if (!c.by_sign) std::memcpy(asked, query, sizeof(float) * dim);
+        for (int i = 0; i < dim && c.by_sign; i++) {
+            asked[i] = query[i] > 0 ? query[i] : 0.0f;
+            asked[dim + i] = query[i] < 0 ? query[i] : 0.0f;
+        }
+    }
+}
+
+inline void score_pages(const HfkvChoose& c, int row, int first, int stop, const float* query, float* scores) {
     for (int column = first; column < stop; column++) {
         float top = kMinusInfinity;
         for (int part = 0; part < c.spans && !(c.missing && c.missing[row * c.missing_row + column]); part++) {
@@ -109,24 +121,43 @@ inline void choose_row(const HfkvChoose& c, int row, const float* scores, float*
     for (; found < c.count; found++) chosen[found] = kNoColumn;
 }
 
+// Copies the entries of the chosen pages of a row from one table to the other.
+inline void copy_entries(const HfkvChoose& c, int row) {
+    const size_t begin = (size_t)row * c.count, cells = (size_t)c.rows * c.count;
+    const int64_t from = row * c.table_row;
+    for (int i = 0; i < c.count; i++) {
+        const int64_t column = c.chosen[begin + i];
+        const bool held = column < c.columns;
+        c.table[begin + i] = held ? c.addresses[from + column] : 0;
+        c.table_counts[begin + i] = held ? c.counts[from + column] : 0;
+        c.table[cells + begin + i] = c.table_counts[begin + i];
+        c.table[2 * cells + begin + i] = held ? c.first[from + column] : 0;
+    }
+}
+
 inline int choose(const HfkvChoose& c) {
     const int blocks = (c.columns + kPagesPerTask - 1) / kPagesPerTask, tasks = c.rows * blocks;
-    const Workspace workspace(sizeof(float) * 2 * (size_t)c.rows * c.columns);
+    const size_t cells = (size_t)c.rows * c.columns, asked_by_row = (size_t)c.queries * c.width;
+    const Workspace workspace(sizeof(float) * (2 * cells + c.rows * asked_by_row));
     if (!workspace.at()) return 1;
     float* scores = (float*)workspace.at();
-    float* sorted = scores + (size_t)c.rows * c.columns;
+    float *sorted = scores + cells, *asked = sorted + cells;
     const int threads = tasks == 1 ? 1 : c.threads;
 #pragma omp parallel num_threads(threads)
     {
+#pragma omp for schedule(static)
+        for (int row = 0; row < c.rows; row++) ask(c, row, asked + row * asked_by_row);
 #pragma omp for schedule(dynamic, 1)
         for (int task = 0; task < tasks; task++) {
             const int row = task / blocks, first = task % blocks * kPagesPerTask;
             const int stop = first + kPagesPerTask < c.columns ? first + kPagesPerTask : c.columns;
-            score_pages(c, row, first, stop, scores + (size_t)row * c.columns);
+            score_pages(c, row, first, stop, asked + row * asked_by_row, scores + (size_t)row * c.columns);
         }
 #pragma omp for schedule(static)
-        for (int row = 0; row < c.rows; row++)
+        for (int row = 0; row < c.rows; row++) {
             choose_row(c, row, scores + (size_t)row * c.columns, sorted + (size_t)row * c.columns);
+            if (c.table) copy_entries(c, row);
+        }
     }
     return 0;
 }

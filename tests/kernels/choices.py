@@ -1,0 +1,86 @@
+"""Random inputs of prepared choices of pages, and what is right for them, by loops in float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from hf_kvcache.kernels.inputs import ChoiceInputs, Pages
+from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.reference.choose import NO_COLUMN
+
+
+class Case(NamedTuple):
+    """Sizes of a choice. ``some`` says whether rows may have fewer pages than others, and lack some."""
+
+    batch: int
+    heads: int
+    group: int
+    dim: int
+    columns: int
+    spans: int
+    count: int
+    by_sign: bool
+    some: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+CASES = [
+    Case(1, 1, 1, 16, 1, 1, 1, True),
+    Case(2, 3, 3, 24, 70, 2, 9, True, some=True),
+    Case(1, 2, 5, 7, 130, 1, 130, False),
+    Case(1, 3, 4, 128, 65, 4, 64, True, dtype=torch.bfloat16),
+    Case(3, 2, 6, 33, 64, 1, 1, False, some=True),
+]
+
+
+def make(case: Case, seed: int = 0) -> ChoiceInputs:
+    """Inputs of which nothing lies side by side that need not, with NaN and noise behind what counts."""
+    draw, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    rows, width = case.batch * case.heads, case.dim * (1 + case.by_sign)
+    query = torch.randn(case.batch, 1, case.heads * case.group, case.dim, generator=draw).to(case.dtype).transpose(1, 2)
+    codes = torch.randint(-127, 128, (rows, (case.columns + 3) * case.spans, width), dtype=torch.int8, generator=draw)
+    scales = (torch.rand(rows, (case.columns + 3) * case.spans, generator=draw) + 0.1).half()
+    scales[:, case.columns * case.spans :] = torch.nan
+    held = case.columns * case.spans
+    lengths = random.integers(case.count, case.columns + 1, rows) if case.some else np.full(rows, case.columns)
+    shape = rows, case.columns + 5
+    there = np.arange(shape[1]) < lengths[:, None]
+    addresses = np.where(there, random.integers(1, 1 << 60, shape), 0)
+    counts = np.where(there, random.integers(1, 9, shape), 0).astype(np.int32)
+    first = random.integers(0, 1 << 40, shape)
+    side = SideFormat(case.dim, 8, "dense", dense_dtype=torch.float32)
+    of_pages = (x[:, : case.columns] for x in (addresses, counts, first))
+    pages = Pages(PageLayout(side, side, 8), [torch.zeros(1, 16, dtype=torch.uint8)], *of_pages, {}, None, case.heads)
+    limits = torch.from_numpy(random.integers(1, case.count + 1, rows)) if case.some else None
+    missing = torch.from_numpy(~there[:, : case.columns]) if case.some else None
+    table = torch.full((3, rows, case.count), -7, dtype=torch.int64)
+    chosen = np.full((rows, case.count), -7, dtype=np.int32)
+    vectors = codes[:, :held], scales[:, :held]
+    return ChoiceInputs(query, case.by_sign, *vectors, case.spans, limits, missing, pages, table, chosen)
+
+
+def expected(case: Case, inputs: ChoiceInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns ``[rows, n]`` that are to be chosen for ``inputs.query``, and their table ``[3, rows, n]``."""
+    rows = inputs.pages.rows
+    query = inputs.query.double().numpy().reshape(rows, case.group, case.dim)
+    columns = np.full((rows, case.count), NO_COLUMN)
+    table = np.zeros((3, rows, case.count), dtype=np.int64)
+    for row in range(rows):
+        vectors = inputs.codes[row].double().numpy() * inputs.scales[row].double().numpy()[:, None]
+        scores = np.full(case.columns, -np.inf)
+        for column in range(case.columns):
+            for part in vectors[column * case.spans : (column + 1) * case.spans]:
+                for one in query[row]:
+                    met = np.where(one > 0, part[: case.dim], part[-case.dim :]) if case.by_sign else part
+                    scores[column] = max(scores[column], one @ met)
+        if inputs.missing is not None:
+            scores[inputs.missing[row].numpy()] = -np.inf
+        count = case.count if inputs.limits is None else int(inputs.limits[row])
+        best = np.sort(np.argsort(-scores, kind="stable")[:count])
+        columns[row, :count] = best
+        for part, array in enumerate((inputs.pages.addresses, inputs.pages.counts, inputs.pages.first)):
+            table[part, row, :count] = array[row, best]
+    return torch.from_numpy(columns), torch.from_numpy(table)
