@@ -181,7 +181,9 @@ def reason_missing() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: ``"portable"``, ``"avx2"``, ``"avx512"``, ``"avx512-vnni"`` or ``"avx512-amx"``."""
+    """The instruction set in use: ``"portable"``; ``"avx2"``, ``"avx512-vnni"`` or ``"avx512-amx"`` on x86-64;
+    ``"neon-dotprod"`` or ``"neon-i8mm"`` on ARM.
+    """
     return load().hfkv_isa().decode()
 
 
@@ -198,7 +200,7 @@ def set_isa(name: str) -> None:
 def available_isas() -> list[str]:
     """The instruction sets that can be used here, best first."""
     current, names = isa(), []
-    for name in ("avx512-amx", "avx512-vnni", "avx512", "avx2", "portable"):
+    for name in ("avx512-amx", "avx512-vnni", "avx2", "neon-i8mm", "neon-dotprod", "portable"):
         if load().hfkv_set_isa(name.encode()) == 0:
             names.append(name)
     load().hfkv_set_isa(current.encode())
