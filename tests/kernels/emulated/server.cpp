@@ -40,7 +40,8 @@ uint32_t& place_of(uintptr_t page) {
     return places[at];
 }
 
-// A page appears with its content at once, since another thread may be reading it.
+// A page has to appear with its content, since another thread may be reading it. QEMU maps a file in two steps, with a page of
+// zeros between them; so the page can be accessed only afterwards.
 void fetch(uintptr_t page) {
     uint32_t& place = place_of(page);
     if (place) return;  // another thread was faster
@@ -48,8 +49,9 @@ void fetch(uintptr_t page) {
     const size_t at = held * kPage;
     if (pread(memory, store + at, kPage, (off_t)page) != (ssize_t)kPage) give_up("no such memory", page);
     std::memcpy(snapshot + at, store + at, kPage);
-    if (mmap((void*)page, kPage, PROT_READ | PROT_WRITE, MAP_SHARED, store_file, (off_t)at) != (void*)page)
+    if (mmap((void*)page, kPage, PROT_NONE, MAP_SHARED, store_file, (off_t)at) != (void*)page)
         give_up("taken by the emulator", page);
+    if (mprotect((void*)page, kPage, PROT_READ | PROT_WRITE)) give_up("no access to the memory", page);
     addresses[held++] = page;
     place = (uint32_t)held;
 }
