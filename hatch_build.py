@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,9 @@ class NativeKernels(BuildHookInterface):
         assert spec is not None and spec.loader is not None
         native = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(native)
+        system = platform_tag()
+        if sys.platform == "darwin":  # the compiler compiles for the same release as the tag says
+            os.environ["MACOSX_DEPLOYMENT_TARGET"] = ".".join(system.split("_")[1:3])
         try:
             library = native.build()
         except native.CompilerError as error:
@@ -42,4 +47,22 @@ class NativeKernels(BuildHookInterface):
         build_data["artifacts"].append(str(library.relative_to(self.root)))
         # The library depends on the platform, but neither on Python's nor on torch's binary interface.
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        build_data["tag"] = f"py3-none-{system}"
+
+
+def platform_tag() -> str:
+    """The platform of the wheel, as its name says it.
+
+    On macOS a Python may be for two processors, but the library is for this one. The oldest release that it runs on is
+    ``$MACOSX_DEPLOYMENT_TARGET``, else that of the Python, and at least 11.0 on ARM, whose first release that was.
+    """
+    system = sysconfig.get_platform()
+    if sys.platform != "darwin":
+        return system.replace("-", "_").replace(".", "_")
+    oldest = os.environ.get("MACOSX_DEPLOYMENT_TARGET") or system.split("-")[1]
+    major, minor = (int(part) for part in (*oldest.split("."), "0")[:2])
+    machine = platform.machine()
+    if machine == "arm64":
+        major, minor = max((major, minor), (11, 0))
+    # From 11 on, the names of wheels count major releases only.
+    return f"macosx_{major}_{0 if major > 10 else minor}_{machine}"

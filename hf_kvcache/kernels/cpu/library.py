@@ -16,7 +16,7 @@ VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 #: Environment variable that names the instruction set to use in place of the best one.
 ISA_VARIABLE = "HF_KVCACHE_ISA"
 #: All instruction sets that kernels are written for, best first.
-ISAS = ("avx512-amx", "avx512-vnni", "avx512", "avx2", "portable")
+ISAS = ("avx512-amx", "avx512-vnni", "avx2", "neon-i8mm", "neon-dotprod", "portable")
 
 
 class Side(Structure):
@@ -244,7 +244,9 @@ def reason_missing() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: ``"portable"``, ``"avx2"``, ``"avx512"``, ``"avx512-vnni"`` or ``"avx512-amx"``."""
+    """The instruction set in use: ``"portable"``; ``"avx2"``, ``"avx512-vnni"`` or ``"avx512-amx"`` on x86-64;
+    ``"neon-dotprod"`` or ``"neon-i8mm"`` on ARM.
+    """
     return load().hfkv_isa().decode()
 
 

@@ -16,7 +16,7 @@ from tests.kernels.cpu.cases import Call, Case, make_call
 from tests.tolerances import SPLIT_IN_16_BITS, TOLERANCES, Tolerance, assert_within
 
 #: The instruction sets with integer dot products.
-INTEGER_ISAS = ("avx2", "avx512", "avx512-vnni", "avx512-amx")
+INTEGER_ISAS = ("avx2", "avx512-vnni", "avx512-amx", "neon-dotprod", "neon-i8mm")
 
 
 @lru_cache(maxsize=16)

@@ -80,7 +80,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@given(case=cases(), name=st.sampled_from(["amx", "vnni", "avx512", "avx2", "portable"]))
+@given(case=cases(), name=st.sampled_from(["amx", "vnni", "avx2", "i8mm", "dotprod", "portable"]))
 @settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -235,7 +235,7 @@ struct HfkvKeyScale {
 #endif
 extern "C" {
 int32_t hfkv_abi_version();
-// Name of the instruction set in use: "portable", "avx2", "avx512", "avx512-vnni", "avx512-amx".
+// Name of the instruction set in use: "portable", "avx2", "avx512-vnni", "avx512-amx", "neon-dotprod", "neon-i8mm".
 const char* hfkv_isa();
 // Use that instruction set (for tests); returns 0, or 1 if this CPU lacks it or it was not compiled.
 int32_t hfkv_set_isa(const char* name);

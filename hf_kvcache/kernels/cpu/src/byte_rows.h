@@ -1,5 +1,6 @@
 // Rows of bytes (levels, or codes of 8 bits) as numbers, and the split of floats into bytes for integer products with them.
-// page_side.h reads rows as floats by `Byte`; dot_vnni.h and dot_amx.h use the split, and dot_avx2.h keeps the 16 bits together.
+// page_side.h reads rows as floats by `Byte`; dot_vnni.h, dot_amx.h and dot_neon.h use the split, and dot_avx2.h keeps the 16 bits
+// together.
 //
 // The value of a byte is `byte - kBias`, centered: rounding errors are proportional to the values, and the rotation back would
 // gather the error of a mean that all channels share in one channel. For integer products the float side is split in two signed
@@ -36,7 +37,7 @@ struct Byte {
 // Wider rows or longer pages could overflow int32.
 constexpr int kLargestExactDim = 256, kLargestExactTokens = 256;
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
 
 constexpr int kLargestUnits = 32512;  // 127 * 256: the high byte stays within 127
 
@@ -48,7 +49,7 @@ inline float rest_of_mean(int offset, float total, float unit, int32_t start) {
     return mean * (total - unit * (float)(start / -kBias));
 }
 
-#endif  // __AVX2__
+#endif  // __AVX2__ || __ARM_FEATURE_DOTPROD
 
 #if defined(__AVX512VNNI__)
 

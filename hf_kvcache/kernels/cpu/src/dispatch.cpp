@@ -4,12 +4,15 @@
 
 #include "api.h"
 
-#if defined(HFKV_X86)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #define HFKV_DECLARE(isa)                                                                                          \
@@ -29,13 +32,13 @@
         hfkv_gather_latents_##isa, hfkv_decode_side_##isa, hfkv_encode_##isa, hfkv_key_mean_##isa,       \
         hfkv_key_scale_##isa, hfkv_choose_##isa
 
+// build.py defines HFKV_WITH_<unit> for each unit kernels_<unit>.cpp that it compiles.
 HFKV_DECLARE(portable)
-#if defined(HFKV_X86)
 HFKV_DECLARE(avx2)
-HFKV_DECLARE(avx512)
 HFKV_DECLARE(vnni)
 HFKV_DECLARE(amx)
-#endif
+HFKV_DECLARE(dotprod)
+HFKV_DECLARE(i8mm)
 
 namespace {
 
@@ -54,14 +57,19 @@ struct Isa {
     int (*choose)(const HfkvChoose*);
 };
 
-#if defined(HFKV_X86)
+#if defined(HFKV_WITH_AVX2)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
-bool has_avx512() {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
 
+#if defined(HFKV_WITH_VNNI) || defined(HFKV_WITH_AMX)
+bool has_vnni() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+#if defined(HFKV_WITH_AMX)
 // Linux gives the 8 KiB of state of the tiles only to processes that ask for them.
 bool has_amx() {
 #if defined(__linux__)
@@ -76,13 +84,39 @@ bool has_amx() {
 }
 #endif
 
+#if defined(__aarch64__) && defined(__APPLE__)
+bool has_feature(const char* name) {
+    int there = 0;
+    size_t size = sizeof there;
+    return sysctlbyname(name, &there, &size, nullptr, 0) == 0 && there;
+}
+bool has_dotprod() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_dotprod() && has_feature("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__aarch64__) && defined(__linux__)
+// The numbers of HWCAP_ASIMDDP and HWCAP2_I8MM, which old headers lack.
+bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1); }
+#elif defined(__aarch64__)
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
+
 // Best first.
 const Isa kIsas[] = {
-#if defined(HFKV_X86)
+#if defined(HFKV_WITH_AMX)
     {"avx512-amx", has_amx(), HFKV_KERNELS(amx)},
+#endif
+#if defined(HFKV_WITH_VNNI)
     {"avx512-vnni", has_vnni(), HFKV_KERNELS(vnni)},
-    {"avx512", has_avx512(), HFKV_KERNELS(avx512)},
+#endif
+#if defined(HFKV_WITH_AVX2)
     {"avx2", has_avx2(), HFKV_KERNELS(avx2)},
+#endif
+#if defined(HFKV_WITH_I8MM)
+    {"neon-i8mm", has_i8mm(), HFKV_KERNELS(i8mm)},
+#endif
+#if defined(HFKV_WITH_DOTPROD)
+    {"neon-dotprod", has_dotprod(), HFKV_KERNELS(dotprod)},
 #endif
     {"portable", true, HFKV_KERNELS(portable)},
 };

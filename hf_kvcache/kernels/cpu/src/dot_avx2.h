@@ -11,6 +11,8 @@
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 
+#define HFKV_MULTIPLES  // page_side.h computes with multiples
+
 namespace {
 
 constexpr int kWideQueries = 4;

@@ -1,6 +1,6 @@
 // One side of a page and all the queries of a row: `page_scores` gives their scores with the keys, `page_output` the weighted
 // sums of the values, and `decode` the elements. attention.h calls them; they choose between float32 and the
-// integer products of AVX2, VNNI and AMX.
+// integer products of AVX2, VNNI, AMX and NEON.
 //
 // With x_hat = (level * scale + zero) * other, scales per channel fold into the query (or the output), scales per token into the
 // scores (or the weights), and a zero point is one more dot product. Scales are applied to elements only where they are shared
@@ -11,6 +11,7 @@
 #include "api.h"
 #include "unpack.h"
 #include "dot_avx2.h"
+#include "dot_neon.h"
 #include "dot_vnni.h"
 #include "three_bits_vnni.h"
 
@@ -287,9 +288,9 @@ struct VnniOutput {
 
 #endif  // __AVX512VNNI__
 
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#if defined(HFKV_MULTIPLES)
 
-// Whether dot_avx2.h computes a page: the sums of wider rows and longer pages could overflow.
+// Whether dot_avx2.h or dot_neon.h computes a page: the sums of wider rows and longer pages could overflow.
 inline bool multiples_fit(const HfkvSide& side, int page_size) {
     return side.level == HFKV_CODES && side.dim <= kLargestExactDim && page_size <= kLargestExactTokens;
 }
@@ -323,7 +324,7 @@ struct LevelOutput {
     }
 };
 
-#endif  // __AVX2__ && !__AVX512VNNI__
+#endif  // HFKV_MULTIPLES
 
 // scores[m, t] of the first n rows of codes, before scaling.
 inline void code_scores(const HfkvSide& side, int page_size, const uint8_t* record, int n, int count, int query_pitch, Scratch& s,
@@ -341,7 +342,7 @@ inline void code_scores(const HfkvSide& side, int page_size, const uint8_t* reco
 #endif
     (void)page_size;
     const Rows rows = page_rows(side, record, n, s);
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#if defined(HFKV_MULTIPLES)
     if (multiples_fit(side, page_size)) return by_fours(count, LevelScores{side, rows, n, query_pitch, pitch, s});
 #endif
     by_fours(count, DotOp{rows, n, s.queries, query_pitch, s.scores, pitch, s.next});
@@ -362,7 +363,7 @@ inline void code_output(const HfkvSide& side, int page_size, const uint8_t* reco
 #endif
     (void)page_size;
     const Rows rows = page_rows(side, record, n, s);
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#if defined(HFKV_MULTIPLES)
     if (multiples_fit(side, page_size)) return by_fours(count, LevelOutput{side, rows, n, pitch, s, output, output_pitch});
 #endif
     by_fours(count, WeighOp{rows, n, s.weights, pitch, output, output_pitch, s.next});

@@ -7,6 +7,8 @@
 
 #if defined(__F16C__) || defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -66,6 +68,8 @@ inline float sum(Vec v) {
     return _mm512_reduce_add_ps((__m512)v);
 #elif defined(__AVX__)
     return sum_of_eight((__m256)v);
+#elif defined(__aarch64__)
+    return vaddvq_f32((float32x4_t)v);
 #else
     float total = 0;
     for (int i = 0; i < kLanes; i++) total += v[i];
@@ -102,6 +106,8 @@ inline float largest(Vec v) {
     return _mm512_reduce_max_ps((__m512)v);
 #elif defined(__AVX__)
     return largest_of_eight((__m256)v);
+#elif defined(__aarch64__)
+    return vmaxnmvq_f32((float32x4_t)v);
 #else
     float top = v[0];
     for (int i = 1; i < kLanes; i++) top = v[i] > top ? v[i] : top;
@@ -149,6 +155,10 @@ inline Vec hyperbolic_tangent(Vec x) {
 inline float from_half(uint16_t h) {
 #if defined(__F16C__)
     return _cvtsh_ss(h);
+#elif defined(__aarch64__)
+    __fp16 half;
+    std::memcpy(&half, &h, 2);
+    return half;
 #else
     uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
     float x;
@@ -165,6 +175,8 @@ inline void halves(const uint8_t* p, int n, float* out) {
     for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + 2 * i))));
 #elif defined(__F16C__)
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 2 * i))));
+#elif defined(__aarch64__)
+    for (; i + 4 <= n; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 2 * i))));
 #endif
     for (; i < n; i++) {
         uint16_t h;
