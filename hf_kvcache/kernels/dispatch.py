@@ -34,7 +34,7 @@ OPERATIONS = {
         "encode",
         "static_step",
     ),
-    "native": ("decode", "extend", "latent_decode", "latent_gather", "pack", "choose"),
+    "native": ("decode", "extend", "latent_decode", "latent_picked", "pack", "choose"),
 }
 
 

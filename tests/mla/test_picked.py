@@ -11,11 +11,8 @@ import torch
 
 from hf_kvcache import unbind
 from hf_kvcache.integration.picks import PickedIndices, PickMask
-from hf_kvcache.kernels.hadamard import rotation_matrix
 from hf_kvcache.kernels.latent_decode import latent_attend
-from hf_kvcache.kernels.page import SideFormat
 from hf_kvcache.kernels.visibility import Visibility
-from hf_kvcache.layers import picked_reads
 from hf_kvcache.layers.mla import IndexedLatentLayer
 from hf_kvcache.layers.picked_reads import attend_picked, places_of
 from tests.kernels.test_latent_decode import Shape, make_call, make_case
@@ -193,15 +190,3 @@ def test_attention_to_picks(codec: str) -> None:
     wanted = latent_attend(call.query, call.pages, call.dense, under[1], call.scoring)
     torch.testing.assert_close(got.output, wanted.output, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.log_sum_exp, wanted.log_sum_exp, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("dim", [1, 2, 64, 96, 512])
-@pytest.mark.parametrize("rotation", ["none", "hadamard", "signed_hadamard"])
-def test_rotated_vectors(dim: int, rotation: Any) -> None:
-    """The rotation of few vectors is that of the page format, and is undone."""
-    fmt, x = SideFormat(dim, 8, group=dim, rotation=rotation), torch.randn(2, 3, dim)
-    matrix = rotation_matrix(dim, rotation, torch.float64, torch.device("cpu"))
-    wanted = x.double() if matrix is None else x.double() @ matrix
-    got = picked_reads._rotated(x, fmt)
-    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(picked_reads._rotated(got, fmt, inverse=True), x, rtol=0, atol=1e-5)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.cpu.build import LIBRARY
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 
@@ -104,15 +104,10 @@ class Latent(Structure):
     )
 
 
-class LatentGather(Structure):
-    """``HfkvLatentGather``."""
+class LatentPicked(Structure):
+    """``HfkvLatentPicked``."""
 
-    _fields_ = (
-        ("from_", Latent),
-        ("places", c_void_p),
-        ("count", c_int64),
-        *((name, c_void_p) for name in ("latents", "rotary")),
-    )
+    _fields_ = (("attend", Latent), ("places", c_void_p), ("count", c_int64), ("queries", c_int32))
 
 
 class Project(Structure):
@@ -231,8 +226,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.hfkv_project.restype = c_int32
     library.hfkv_latent_step.argtypes = [POINTER(LatentCall)]
     library.hfkv_latent_step.restype = c_int32
-    library.hfkv_gather_latents.argtypes = [POINTER(LatentGather)]
-    library.hfkv_gather_latents.restype = c_int32
+    library.hfkv_attend_picked.argtypes = [POINTER(LatentPicked)]
+    library.hfkv_attend_picked.restype = c_int32
     library.hfkv_decode_side.argtypes = [POINTER(Layout), c_int32, c_void_p, c_int64, c_void_p, c_int32]
     library.hfkv_decode_side.restype = None
     library.hfkv_encode.argtypes = [POINTER(Encode)]
