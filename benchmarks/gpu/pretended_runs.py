@@ -91,11 +91,13 @@ def _indexed(family: str) -> Any:
     if family == "deepseek_v32":
         return transformers.DeepseekV32Config(**shared, first_k_dense_replace=2)
     layers = {"layer_types": ["indexed_attention"] * 2, "mlp_layer_types": ["dense"] * 2}
-    own = {"qk_rope_head_dim": 0, "indexer_types": ["full", "shared"], "index_kpool": 4, "hc_mult": 2, "pad_token_id": 0}
+    own = {"qk_rope_head_dim": 0, "indexer_types": ["full", "shared"], "index_kpool": 4, "hc_mult": 2}
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
     vision["projection_intermediate_size"] = 32
     tokens = {f"{kind}_{what}": 0 for kind in ("image", "video") for what in ("token_id", "start_token_id")}
-    config = transformers.Glm5NextConfig(text_config=shared | own | layers, vision_config=vision, **tokens)
+    config = transformers.Glm5NextConfig(
+        text_config=shared | own | layers | {"pad_token_id": 0}, vision_config=vision, **tokens
+    )
     config.text_config._attn_implementation = "sdpa"
     return config
 

@@ -91,11 +91,12 @@ def check(backend: str, call: Call, count: int, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("backend", _BACKENDS)
 @pytest.mark.parametrize("codec", CODECS)
 def test_picked_tokens(backend: str, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More and fewer tokens than a chunk has, of pages and of slots; rows without some pages; queries that see nothing."""
+    """More and fewer tokens than a chunk has, of pages and of slots; rows without some pages; a query of nothing."""
     if dispatch.reason_missing(backend, "cpu"):
         pytest.skip("no compiled kernels")
     for i, shape in enumerate((*SHAPES[1:4], Shape(64, 16, 32, 18, 2, 2))):
-        call = make_call(make_case(codec, shape, ragged=shape.batch > 1, sinks=i == 1, softcap=20.0 if i == 2 else None))
+        scoring: Any = {"sinks": i == 1, "softcap": 20.0 if i == 2 else None}
+        call = make_call(make_case(codec, shape, ragged=shape.batch > 1, **scoring))
         check(backend, call, (150, 11, 64, 65)[i], monkeypatch)
 
 

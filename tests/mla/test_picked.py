@@ -49,7 +49,10 @@ def test_decoding_reads_what_is_picked(name: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_three_hundred_tokens(name: str, attention: str) -> None:
     """300 tokens, over many pages."""
-    model = mla_families.build(name, attention=attention)
+    try:
+        model = mla_families.build(name, attention=attention)
+    except ValueError as error:
+        pytest.skip(str(error))  # transformers has this attention for no model of the family
     ours, theirs = both(model, prompt(40), 300)
     assert torch.equal(ours.tokens, theirs.tokens)
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=ROUNDING)
