@@ -31,7 +31,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_kvcache
-from hf_kvcache.integration import mla
+from hf_kvcache.integration import mla, picks
 
 DEVICE = torch.device("cuda", 0)
 #: The limits of an H100.
@@ -81,6 +81,8 @@ class OnDevice(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(kind not in (torch.Tensor, torch.nn.Parameter, OnDevice) for kind in types):
+            return NotImplemented  # for a tensor of the package, which knows what to do
         raise RuntimeError(f"{func} outside of the pretended device: its tensors can be used nowhere else")
 
     def data_ptr(self) -> int:
@@ -210,6 +212,7 @@ class PretendedDevice(contextlib.ExitStack):
         for name, value in _of_torch_cuda(self).items():
             self.enter_context(patch.object(torch.cuda, name, value))
         self.enter_context(patch.object(mla, "_split_if_plain", _split_if_plain))
+        self.enter_context(patch.object(picks, "_is_plain", lambda x: type(x) is OnDevice))
         self.enter_context(_Functions(self))
         self.enter_context(_Operators(self))
         _ACTIVE.append(self)
@@ -334,6 +337,8 @@ class _Functions(TorchFunctionMode):
             return _to(*args, **kwargs)
         if func is torch.nonzero and isinstance(args[0], OnDevice):
             return args[0].nonzero(**kwargs)
+        if func is torch.Tensor.__invert__ and _is_cuda(args[0].device):
+            return torch.bitwise_not(args[0])
         if func is torch.Tensor.pin_memory:
             return args[0].clone()
         if func is torch.empty and kwargs.get("pin_memory") and not _is_cuda(kwargs.get("device")):

@@ -30,7 +30,7 @@ from benchmarks.gpu import pretended  # first: it takes Triton out of the interp
 # isort: split
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.gpu.pretended_device import DEVICE, KINDS, Counted, PretendedDevice, moved
 from benchmarks.gpu.settings import be_quiet
@@ -66,6 +66,8 @@ def config_of(family: str) -> Any:
         own = {"v_head_dim": 32, "moe_intermediate_size": 32, "first_k_dense_replace": 2, "num_key_value_heads": 4}
         shared = {name: value for name, value in _SHARED.items() if name != "head_dim"}
         return transformers.DeepseekV3Config(**shared | sizes | experts | own)
+    if family in ("deepseek_v32", "glm5"):
+        return _indexed(family)
     if family == "gpt_oss":
         experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
         layers = ["sliding_attention", "full_attention"]
@@ -79,12 +81,34 @@ def config_of(family: str) -> Any:
     return transformers.LlamaConfig(**_SHARED | {"head_dim": {"llama": 128, "llama 64": 64}[family]})
 
 
+def _indexed(family: str) -> Any:
+    """A config of two tiny layers with an indexer that picks 16 tokens; in GLM 5 they share it."""
+    sizes = {"kv_lora_rank": 256, "q_lora_rank": 32, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    indexer = {"index_topk": 16, "index_head_dim": 64, "index_n_heads": 4}
+    own = sizes | experts | indexer | {"moe_intermediate_size": 32, "num_key_value_heads": 4}
+    shared = {name: value for name, value in _SHARED.items() if name != "head_dim"} | own
+    if family == "deepseek_v32":
+        return transformers.DeepseekV32Config(**shared, first_k_dense_replace=2)
+    layers = {"layer_types": ["indexed_attention"] * 2, "mlp_layer_types": ["dense"] * 2}
+    own = {"qk_rope_head_dim": 0, "indexer_types": ["full", "shared"], "index_kpool": 4, "hc_mult": 2}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
+    vision["projection_intermediate_size"] = 32
+    tokens = {f"{kind}_{what}": 0 for kind in ("image", "video") for what in ("token_id", "start_token_id")}
+    config = transformers.Glm5NextConfig(
+        text_config=shared | own | layers | {"pad_token_id": 0}, vision_config=vision, **tokens
+    )
+    config.text_config._attn_implementation = "sdpa"
+    return config
+
+
 def model_of(family: str, attention: str | None = None) -> Any:
     """A random model of that family on the CPU, bfloat16."""
     config = config_of(family)
     config._attn_implementation = attention or ("eager" if family in ("gemma2", "gpt_oss") else "sdpa")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.bfloat16).eval()
     settings = model.generation_config
     settings.eos_token_id, settings.pad_token_id, settings.disable_compile = None, 0, True
     return model
@@ -137,6 +161,8 @@ def runs() -> list[Run]:
         Run("latents", "deepseek", latents),
         Run("latents, 4 bits", "deepseek", partial(latents, bits=4)),
         Run("latents, 8 bits, padded batch", "deepseek", partial(latents, bits=8), rows=2),
+        Run("picked latents, 4 bits", "deepseek_v32", partial(latents, bits=4)),
+        Run("picked latents of GLM 5, 4 bits", "glm5", partial(latents, bits=4)),
         Run("low rank, 4 bits", "llama", low_rank),
         Run("4 bits, prompt lookup", "llama", four, {"prompt_lookup_num_tokens": 3}),
         Run("4 bits, offloaded", "llama", partial(four, offload="cpu")),

@@ -34,7 +34,7 @@ from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.lowrank.projection import LayerProjection
 from hf_kvcache.sparse.reader import SparseOptions
 from hf_kvcache.storage.offload import offload_target
-from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
+from hf_kvcache.utils.validation import given_only, not_default, refuse_unknown, whole
 
 
 class KVCache(SavableCache):
@@ -104,6 +104,8 @@ class KVCache(SavableCache):
             whole(name, value, least)
         if compresses(decoder):
             refused = dict(eviction=eviction, latents=latents, max_length=max_length, sparse=sparse, offload=offload)
+            refused |= not_default(KVCache, sink_length=sink_length, tail_length=tail_length, page_size=page_size)
+            refused |= codec_options
             self._begin(compressed_by_name(decoder, codec, widths, refused, validate), bind)
             return
         if page_size % 8:

@@ -23,8 +23,8 @@ class CompressedKVCache(KVCache):
     The compressor of the model takes no mask. It would compress padding together with tokens, so a batch of prompts of
     different lengths is refused before anything is stored.
 
-    transformers says that the model cannot go back, which holds for its own cache. For prompt lookup and assisted
-    decoding with this cache, set ``model._is_stateful = False``.
+    transformers refuses prompt lookup and assisted decoding for this model, because its own cache cannot go back. Given
+    this cache, ``generate`` allows both.
 
     Args:
         config: the model's config.

@@ -83,7 +83,7 @@ def compressed_by_name(
         if value is not None:
             raise ValueError(
                 f"{name}={value!r} with a {config.model_type!r} model, which compresses its tokens itself; accepted: "
-                f"None, or {accepted}"
+                f"to leave it out, or {accepted}"
             )
     bits = set(widths.values()) or {4}
     if codec not in ("none", "auto") or len(bits) > 1 or (codec == "none" and widths):

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from hf_kvcache.integration import picks
+from hf_kvcache.integration import drafts, picks
 from hf_kvcache.integration.architecture import modeling_file
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.compiling import outside_graphs
@@ -62,6 +62,7 @@ def bind(config: PreTrainedConfig) -> None:
         if not hasattr(expand, "__wrapped__"):
             setattr(cls, METHOD, _wrapped(expand))
     picks.wrap(file, _takes_picks)
+    drafts.wrap(file)
     if key not in _bound:
         release = finalize(config, _release, key)
         release.atexit = False
@@ -83,6 +84,7 @@ def _release(key: int) -> None:
         if hasattr(expand, "__wrapped__"):
             setattr(cls, METHOD, expand.__wrapped__)
     picks.unwrap(file)
+    drafts.unwrap(file)
 
 
 def _wrapped(expand: Expand) -> Expand:

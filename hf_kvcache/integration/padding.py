@@ -193,6 +193,16 @@ def valid_in(mask: torch.Tensor, length: int) -> np.ndarray | None:
     return known[0]
 
 
+def shown_tokens(shown: torch.Tensor) -> np.ndarray | None:
+    """A mask of the new tokens ``[B, q]`` on the host; None if it hides none. It is read once, by the first layer."""
+    known = getattr(shown, _VALID, None)
+    if known is None:
+        on_host = shown.cpu().numpy()
+        known = (None if on_host.all() else on_host,)
+        setattr(shown, _VALID, known)
+    return known[0]
+
+
 def _valid_in(mask: torch.Tensor, length: int) -> np.ndarray | None:
     new = visible(mask[..., -length:]).any(1)
     if mask.shape[2] == length:

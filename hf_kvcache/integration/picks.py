@@ -40,23 +40,32 @@ class Picked:
         indices: whole numbers ``[B, q, k]``, the columns of the mask that each query may see; -1 for none.
         mask: the mask that the model makes of them, which is computed only if it is used.
         alone: whether the indices say all that a query sees. Otherwise the call has a mask that hides more.
+        shown: bool ``[B, q]``, which of the queries' tokens are no padding, if the indexer was told. The layers of a
+            model share this tensor.
     """
 
     indices: torch.Tensor
     mask: PickMask
     alone: bool
+    shown: torch.Tensor | None = None
 
 
 class PickedIndices(torch.Tensor):
     """What an indexer returns, ``[B, q, k]``. The mask that a model makes of it is a :class:`PickMask`."""
 
     chosen: torch.Tensor
+    shown: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, indices: torch.Tensor) -> PickedIndices:
-        """Indices that an indexer has picked, as a tensor of the same shape, dtype and device."""
+    def __new__(cls, indices: torch.Tensor, shown: torch.Tensor | None = None) -> PickedIndices:
+        """Indices that an indexer has picked, as a tensor of the same shape, dtype and device.
+
+        Args:
+            indices: ``[B, q, k]``.
+            shown: as of :class:`Picked`.
+        """
         picked = torch.Tensor._make_wrapper_subclass(cls, indices.shape, dtype=indices.dtype, device=indices.device)
-        picked.chosen = indices
+        picked.chosen, picked.shown = indices, shown
         return picked
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -89,6 +98,7 @@ class PickMask(torch.Tensor):
     role: str
     chosen: torch.Tensor | None
     base: torch.Tensor | None
+    shown: torch.Tensor | None
     _compute: Callable[[], torch.Tensor]
     _computed: torch.Tensor | None
 
@@ -114,6 +124,7 @@ class PickMask(torch.Tensor):
         """
         mask = torch.Tensor._make_wrapper_subclass(cls, sizes, dtype=like.dtype, device=like.device)
         mask.role, mask.chosen, mask.base, mask._compute, mask._computed = role, indices, base, compute, None
+        mask.shown = None
         return mask
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -131,7 +142,7 @@ class PickMask(torch.Tensor):
         assert self.chosen is not None
         if self.base is not None and self.chosen.shape[-1] == self.shape[-1]:
             return self.base, None  # as many as there are: the model picks each of them once
-        return self.base, Picked(self.chosen, self, self.base is None)
+        return self.base, Picked(self.chosen, self, self.base is None, self.shown)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PickMask({self.role}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -165,7 +176,7 @@ def _note_cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if type(args[0]) is not PickedIndices:
         return None
     cast = _compute(func, args, kwargs)
-    return None if cast.is_floating_point() or cast.dtype == torch.bool else PickedIndices(cast)
+    return None if cast.is_floating_point() or cast.dtype == torch.bool else PickedIndices(cast, args[0].shown)
 
 
 def _note_scatter(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -282,13 +293,20 @@ def _wrapped_indexer(takes_picks: Callable[[Any, int, int], bool], forward: Call
     def picks(module: Any, *args: Any, **kwargs: Any) -> Any:
         indices = forward(module, *args, **kwargs)
         cache = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
-        if cache is None or is_dynamo_compiling() or type(indices) is not torch.Tensor or indices.dim() != 3:
+        if cache is None or is_dynamo_compiling() or not _is_plain(indices) or indices.dim() != 3:
             return indices
         if not takes_picks(cache, module.layer_idx, indices.shape[1]):
             return indices
-        return PickedIndices(indices)
+        shown = kwargs.get("attention_mask")
+        told = isinstance(shown, torch.Tensor) and shown.dtype == torch.bool and shown.shape == indices.shape[:2]
+        return PickedIndices(indices, shown if told else None)
 
     return picks
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether ``x`` is a tensor and not of a subclass, whose operations may mean something else."""
+    return type(x) is torch.Tensor
 
 
 def _wrapped_mask(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -300,6 +318,8 @@ def _wrapped_mask(build: Callable[..., Any]) -> Callable[..., Any]:
         compute = functools.partial(build, module, *args, **(kwargs | {"topk_indices": picked.chosen}))
         batch, queries, _ = picked.shape
         # The dtype of an additive mask is that of the queries; nobody asks before the mask is computed.
-        return PickMask("mask", compute, (batch, 1, queries, length), _boolean(picked), picked.chosen)
+        noted = PickMask("mask", compute, (batch, 1, queries, length), _boolean(picked), picked.chosen)
+        noted.shown = picked.shown
+        return noted
 
     return mask

@@ -35,7 +35,7 @@ OPERATIONS = {
         "key_scale",
         "static_step",
     ),
-    "native": ("decode", "extend", "latent_decode", "latent_gather", "pack", "encode", "key_scale", "choose"),
+    "native": ("decode", "extend", "latent_decode", "latent_picked", "pack", "encode", "key_scale", "choose"),
 }
 
 

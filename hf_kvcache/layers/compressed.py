@@ -36,6 +36,8 @@ class WindowLayer(CompressedReads, CacheLayerMixin):
     is_croppable = True
     is_sliding = True
     supports_early_init = False
+    #: transformers says that the model cannot go back, which holds for its own cache. Drafts are allowed by this.
+    takes_back_drafts = True
 
     def __init__(
         self, index: int, options: LayerOptions, sliding_window: int, rates: dict[str, int] | None = None

@@ -10,6 +10,7 @@ import torch
 
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.mla import Expansion
+from hf_kvcache.integration.padding import shown_tokens
 from hf_kvcache.integration.picks import Picked
 from hf_kvcache.kernels.attention import attend, without_gradient
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring, UpProjections
@@ -159,6 +160,8 @@ class IndexedLatentLayer(LatentLayer):
         return self._handles
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
+        if call.picked is not None and call.picked.alone:
+            self._note_shown(call.picked)
         if call.picked is not None and not self._gathers(call, call.picked):
             call = replace(call, mask=call.picked.mask.dense(), picked=None)
         return super().attend(call)
@@ -204,14 +207,23 @@ class IndexedLatentLayer(LatentLayer):
         result = attend_picked(latent_query, positions, pages, dense, visibility, call.scoring)
         return without_gradient(query, result._replace(output=expand(result.output, up.values)))
 
+    def _note_shown(self, picked: Picked) -> None:
+        """Record which new tokens are padding, where nothing but the picks says what a query sees.
+
+        Padding picks nothing, and nothing picks padding. So a single token, which is padding in no model, is not asked
+        for: the answer would make a GPU wait at every step. Stored, padding would take room and nothing else.
+        """
+        new, _ = self._latest()
+        if new.earlier_padding is not None:
+            return
+        if new.length > 1:
+            new.valid = shown_tokens((picked.indices >= 0).any(2) if picked.shown is None else picked.shown)
+        new.earlier_padding = self.padding
+        self.padding = self.padding.extend(new.position, new.valid)
+
     def visibility(self, new: NewTokens, call: AttentionCall, skip: int) -> Visibility:
         if call.picked is None or not call.picked.alone:
             return super().visibility(new, call, skip)
-        if new.earlier_padding is None:  # padding picks nothing, and nothing picks padding
-            valid = (call.picked.indices >= 0).any(2).cpu().numpy()
-            new.valid = None if valid.all() else valid
-            new.earlier_padding = self.padding
-            self.padding = self.padding.extend(new.position, new.valid)
         return Visibility(new.position, new.length, mask=None, mask_start=0, causal=True, window=None)
 
     def held_states(self, side: str) -> torch.Tensor | None:

@@ -5,12 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hf_kvcache.kernels.hadamard import rotate, rotation_matrix
+from hf_kvcache.kernels import latent_picked
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.latent_decode import latent_attend
-from hf_kvcache.kernels.latent_gather import gather_latents
-from hf_kvcache.kernels.page import SideFormat
-from hf_kvcache.kernels.reference.hadamard import rotation_signs
 from hf_kvcache.kernels.visibility import Visibility, visible
 from hf_kvcache.storage.transfers import to_device
 
@@ -42,47 +38,13 @@ def attend_picked(
         As :func:`hf_kvcache.kernels.latent_decode.latent_attend`. Positions that the query may not see, and those of
         which nothing is stored, count as none.
     """
-    batch, heads, length, width = query.shape
-    flat = positions.flatten(1)
-    places = places_of(flat, pages, dense).masked_fill_(_hidden(positions, visibility).flatten(1), -1)
-    latents, rotary = gather_latents(pages, dense, places)
-    if pages is not None:
-        # Queries are rotated, and not the many tokens back.
-        formats, rank = pages.layout.sides, latents.shape[3]
-        parts = _rotated(query[..., :rank], formats["keys"]), _rotated(query[..., rank:], formats["values"])
-        query = torch.cat(parts, -1) if parts[0].shape[3] < width else parts[0]
-    if length > 1:  # every query is a sequence of its own
-        query = query.transpose(1, 2).reshape(batch * length, heads, 1, width)
-        latents, rotary = (x.view(batch * length, 1, positions.shape[2], x.shape[3]) for x in (latents, rotary))
-    gathered = DenseTokens(latents, rotary, unused=(places < 0).view(len(query), -1))
-    # The order of the gathered tokens says nothing, so nothing but `unused` hides any.
-    everything = Visibility(start=0, length=1, mask=None, mask_start=0, causal=False, window=None)
-    output, log_sum_exp, _, _ = latent_attend(query, None, gathered, everything, scoring)
-    if pages is not None:
-        output = _rotated(output, pages.layout.sides["keys"], inverse=True)
-    log_sum_exp = log_sum_exp.view(batch, length, heads).transpose(1, 2)
-    return Attention(output.view(batch, length, heads, output.shape[3]), log_sum_exp)
-
-
-def _rotated(x: torch.Tensor, fmt: SideFormat, inverse: bool = False) -> torch.Tensor:
-    """A few vectors ``[..., D]`` in the rotated basis of ``fmt``, or back from it, in their own dtype."""
-    dim = fmt.dim
-    if fmt.rotation == "none":
-        return x
-    if x.device.type != "cpu" or dim & (dim - 1):
-        return rotate(x.float(), fmt, inverse).to(x.dtype)
-    # Sylvester's matrix is a Kronecker product of small ones. To read all of it takes most of the time of few vectors.
-    right = 1 << (dim.bit_length() // 2)
-    signs = rotation_signs(dim, fmt.rotation)
-    y = x.float() if inverse else x.float() * signs
-    first, second = (rotation_matrix(n, "hadamard", y.dtype, y.device) for n in (dim // right, right))
-    assert first is not None and second is not None
-    y = (first @ y.reshape(*x.shape[:-1], dim // right, right) @ second).reshape(x.shape)
-    return (y * signs if inverse else y).to(x.dtype)
+    places = places_of(positions.flatten(1), pages, dense).view(positions.shape)
+    places.masked_fill_(_hidden(positions, visibility), -1)
+    return latent_picked.attend_picked(query, places, pages, dense, scoring)
 
 
 def places_of(positions: torch.Tensor, pages: Pages | None, dense: DenseTokens) -> torch.Tensor:
-    """Where tokens lie, as :func:`hf_kvcache.kernels.latent_gather.gather_latents` takes it.
+    """Where tokens lie, as :func:`hf_kvcache.kernels.latent_picked.attend_picked` takes it.
 
     Args:
         positions: int64 ``[B, n]``.

@@ -74,3 +74,9 @@ def refuse_unknown(cls: type, given: Iterable[str], options: Mapping[str, Iterab
 def given_only(**arguments: Any) -> dict[str, Any]:
     """The arguments that are not None."""
     return {name: value for name, value in arguments.items() if value is not None}
+
+
+def not_default(cls: type, **arguments: Any) -> dict[str, Any]:
+    """The arguments that are not the defaults of the constructor of ``cls``."""
+    parameters = inspect.signature(cls).parameters
+    return {name: value for name, value in arguments.items() if value != parameters[name].default}

@@ -19,7 +19,7 @@ WINDOW, CHOSEN = 12, 5
 
 @cache
 def build(dtype: torch.dtype = torch.float32, **others: Any) -> PreTrainedModel:
-    """The model; it says that it can go back, as users of assisted decoding have to say."""
+    """The model."""
     modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
     shape = {
         "vocab_size": VOCABULARY,
@@ -59,7 +59,6 @@ def build(dtype: torch.dtype = torch.float32, **others: Any) -> PreTrainedModel:
             elif path.endswith("sinks"):
                 torch.nn.init.normal_(weight, std=0.5)
     model.generation_config.eos_token_id = None
-    model._is_stateful = False
     return model.to(dtype).eval()
 
 

@@ -59,6 +59,28 @@ def test_prompt_lookup_is_plain_decoding(bits: int | None) -> None:
     held.integrity()
 
 
+def test_drafts_are_allowed_with_this_cache_only() -> None:
+    """Other caches of a bound model are still refused, and so is a draft where this cache only runs beside it."""
+    model, prompt = build(), ids(1, 20)
+    held, theirs = CompressedKVCache(model.config), DynamicCache(config=model.config)
+    refused: list[bool] = []
+
+    def beside(step: Any, scores: Any) -> Any:
+        with pytest.raises(ValueError, match="not supported with stateful models"):
+            generate(model, prompt, theirs, 4, prompt_lookup_num_tokens=3)
+        refused.append(model._is_stateful)
+        return scores
+
+    generate(model, prompt, held, 3, prompt_lookup_num_tokens=3, logits_processor=[beside])
+    assert refused and not any(refused) and model._is_stateful
+    kind: Any = type(model)
+    unbind(model.config)
+    assert "generate" not in vars(kind) and "_is_stateful" not in vars(model)
+    assert next(vars(cls)["_is_stateful"] for cls in kind.__mro__ if "_is_stateful" in vars(cls)) is True
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        generate(model, prompt, held, 4, prompt_lookup_num_tokens=3)
+
+
 @pytest.mark.slow
 def test_assisted_decoding_is_plain_decoding() -> None:
     model, prompt = build(), ids(1, 20)

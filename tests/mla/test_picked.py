@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from hf_kvcache import unbind
+from hf_kvcache import LatentKVCache, unbind
 from hf_kvcache.integration.picks import PickedIndices, PickMask
-from hf_kvcache.kernels.hadamard import rotation_matrix
 from hf_kvcache.kernels.latent_decode import latent_attend
-from hf_kvcache.kernels.page import SideFormat
 from hf_kvcache.kernels.visibility import Visibility
-from hf_kvcache.layers import picked_reads
 from hf_kvcache.layers.mla import IndexedLatentLayer
 from hf_kvcache.layers.picked_reads import attend_picked, places_of
+from hf_kvcache_eval.caches import held_bytes
 from tests.kernels.test_latent_decode import Shape, make_call, make_case
 from tests.mla import families as mla_families
 from tests.mla.families import names
@@ -52,7 +51,10 @@ def test_decoding_reads_what_is_picked(name: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_three_hundred_tokens(name: str, attention: str) -> None:
     """300 tokens, over many pages."""
-    model = mla_families.build(name, attention=attention)
+    try:
+        model = mla_families.build(name, attention=attention)
+    except ValueError as error:
+        pytest.skip(str(error))  # transformers has this attention for no model of the family
     ours, theirs = both(model, prompt(40), 300)
     assert torch.equal(ours.tokens, theirs.tokens)
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=ROUNDING)
@@ -195,13 +197,22 @@ def test_attention_to_picks(codec: str) -> None:
     torch.testing.assert_close(got.log_sum_exp, wanted.log_sum_exp, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dim", [1, 2, 64, 96, 512])
-@pytest.mark.parametrize("rotation", ["none", "hadamard", "signed_hadamard"])
-def test_rotated_vectors(dim: int, rotation: Any) -> None:
-    """The rotation of few vectors is that of the page format, and is undone."""
-    fmt, x = SideFormat(dim, 8, group=dim, rotation=rotation), torch.randn(2, 3, dim)
-    matrix = rotation_matrix(dim, rotation, torch.float64, torch.device("cpu"))
-    wanted = x.double() if matrix is None else x.double() @ matrix
-    got = picked_reads._rotated(x, fmt)
-    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(picked_reads._rotated(got, fmt, inverse=True), x, rtol=0, atol=1e-5)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ("deepseek_v32", "glm_moe_dsa") if name in INDEXED])
+@pytest.mark.parametrize(("bits", "spread", "share"), [(8, 0.3, 0.55), (4, 0.6, 0.45)])
+def test_few_bits_are_close_and_take_less(name: str, bits: int, spread: float, share: float, tmp_path: Path) -> None:
+    """In units of the spread of the logits, and as a share of transformers' bytes; a loaded cache goes on alike.
+
+    Rounding changes a few of the 16 picks, each of which changes logits by more than rounding itself does.
+    """
+    model, ids, more = mla_families.shared(name), prompt(400), prompt(12, seed=1)
+    theirs, held = full_cache(model), latent(model, bits=bits)
+    for cache in (theirs, held):
+        forward(model, ids, cache)
+    held.save(tmp_path / "saved", ids)
+    loaded = LatentKVCache.load(tmp_path / "saved", model.config, input_ids=ids)
+    logits = [torch.cat([forward(model, x, cache) for x in more.split(1, 1)], 1) for cache in (theirs, held, loaded)]
+    assert gathered(held) == gathered(loaded) > 0
+    assert torch.equal(logits[1], logits[2])
+    assert float((logits[1] - logits[0]).abs().mean() / logits[0].std()) < spread
+    assert held_bytes(held) < share * held_bytes(theirs)

@@ -67,7 +67,7 @@ def latent_attend(
     output = torch.empty(batch, length, heads, rank, dtype=query.dtype, device="cpu")
     log_sum_exp = torch.empty(batch, heads, length, device="cpu")
     call = library.Latent.from_buffer_copy(template(pages, rank, rotary.shape[3]))
-    _set_query(call, query, output, log_sum_exp)
+    set_query(call, query, output, log_sum_exp)
     set_dense(call, dense)
     _set_visibility(call, visibility)
     _sinks = set_scoring(call, scoring)  # lives until the call has been made
@@ -90,7 +90,7 @@ class PreparedCall(CpuPreparedCall):
         self._latents = torch.empty(batch, 1, heads, rank, dtype=dtype, device="cpu")
         self._log_sum_exp = torch.empty(batch, heads, 1, device="cpu")
         attend = library.Latent.from_buffer_copy(template(inputs.pages, rank, rotary))
-        _set_query(attend, self._query, self._latents, self._log_sum_exp)
+        set_query(attend, self._query, self._latents, self._log_sum_exp)
         set_dense(attend, all_slots(slots, inputs.window))
         _set_visibility(attend, visibility_of(inputs))
         set_scoring(attend, inputs.scoring)
@@ -147,7 +147,8 @@ def _by_head(x: torch.Tensor) -> tuple[int, int, int]:
     return batch, heads, length
 
 
-def _set_query(call: library.Latent, query: torch.Tensor, output: torch.Tensor, log_sum_exp: torch.Tensor) -> None:
+def set_query(call: library.Latent, query: torch.Tensor, output: torch.Tensor, log_sum_exp: torch.Tensor) -> None:
+    """Fill in the queries, and where their results go."""
     call.query, call.output, call.log_sum_exp = query.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr()
     call.query_level = DENSE[query.dtype]
     call.query_batch, call.query_head, call.query_token, _ = query.stride()

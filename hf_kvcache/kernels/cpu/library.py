@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.cpu.build import LIBRARY
 
-ABI_VERSION = 14
+ABI_VERSION = 15
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 #: Environment variable that names the instruction set to use in place of the best one.
@@ -110,15 +110,10 @@ class Latent(Structure):
     )
 
 
-class LatentGather(Structure):
-    """``HfkvLatentGather``."""
+class LatentPicked(Structure):
+    """``HfkvLatentPicked``."""
 
-    _fields_ = (
-        ("from_", Latent),
-        ("places", c_void_p),
-        ("count", c_int64),
-        *((name, c_void_p) for name in ("latents", "rotary")),
-    )
+    _fields_ = (("attend", Latent), ("places", c_void_p), ("count", c_int64), ("queries", c_int32))
 
 
 class Project(Structure):
@@ -217,7 +212,7 @@ _CALLS: dict[str, type[Structure]] = {
     "hfkv_latent_attend": Latent,
     "hfkv_project": Project,
     "hfkv_latent_step": LatentCall,
-    "hfkv_gather_latents": LatentGather,
+    "hfkv_attend_picked": LatentPicked,
     "hfkv_encode": Encode,
     "hfkv_key_mean": KeyMean,
     "hfkv_key_scale": KeyScale,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.test_latent_decode import CODECS, Shape
+from tests.kernels.test_latent_decode import CODECS, Shape, make_call, make_case
 from tests.kernels.test_latent_gather import check
+from tests.kernels.test_latent_picked import check as check_picked
 from tests.kernels.triton.fixtures import poisoned_outputs  # noqa: F401
 
 _FAST = ("bfloat16", "int4 rotated in groups")
@@ -16,6 +17,14 @@ _FAST = ("bfloat16", "int4 rotated in groups")
 def test_gathered_tokens(codec: str) -> None:
     """Rows without some of the pages, tokens of both kinds and of none."""
     check("triton", codec, Shape(64, 16, 32, 5, 1, 2), count=16, ragged=True, dense_dtype=torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", _FAST)
+def test_attention_to_gathered_tokens(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole call, in the kernels' basis: gathering, attention, and the rotation of queries and outputs."""
+    call = make_call(make_case(codec, Shape(64, 16, 32, 5, 2, 2), ragged=True))
+    check_picked("triton", call, 24, monkeypatch)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 14
+#define HFKV_ABI_VERSION 15
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -126,15 +126,15 @@ struct HfkvLatent {
     int32_t threads;
 };
 
-// Single tokens of a call's pages and full-precision slots, in the basis of the pages. Of the call only the layout, the batch,
-// pages, full-precision tokens and threads count. A place is a slot, or slots + column * P + the place in a page, or -1 for no
-// token, which gives zeros.
-struct HfkvLatentGather {
-    HfkvLatent from;
-    const int64_t* places;  // [B, count]
+// Absorbed latent attention of queries that see tokens of their own each: `count` places, in any order, none of them twice. Of
+// `attend`, `batch` is the number of all queries, whose `length` is 1. Each `queries` of them after another are of one sequence. The
+// token, positions, mask and visibility do not count. A place is a full-precision slot, or slots + column * P + the place in a page,
+// or -1 for no token.
+struct HfkvLatentPicked {
+    HfkvLatent attend;
+    const int64_t* places;  // [batch, count]
     int64_t count;
-    void* latents;  // [B, count, r], elements of dense_level
-    void* rotary;   // [B, count, dr]
+    int32_t queries;
 };
 
 // A projection of few vectors by a matrix of each head. weight: [H, n, width], strides in elements; width is a multiple of 16.
@@ -247,8 +247,8 @@ int32_t hfkv_latent_attend(const HfkvLatent* call);
 int32_t hfkv_project(const HfkvProject* call);
 // A whole decode step of latent attention; returns 0, or 1 if memory ran out (the token is not counted then).
 int32_t hfkv_latent_step(const HfkvLatentStep* call);
-// Gather single latents; returns 0, or 1 if memory ran out.
-int32_t hfkv_gather_latents(const HfkvLatentGather* call);
+// Absorbed latent attention to picked tokens; returns 0, or 1 if memory ran out (nothing is written then).
+int32_t hfkv_attend_picked(const HfkvLatentPicked* call);
 // Decode one side of the n records at `addresses` into float32 [n, P, D], in the rotated basis and without the key mean.
 void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out,
                       int32_t threads);

@@ -20,7 +20,7 @@
     int hfkv_latent_attend_##isa(const HfkvLatent*);                                                               \
     int hfkv_project_##isa(const HfkvProject*);                                                                    \
     int hfkv_latent_step_##isa(const HfkvLatentStep*);                                                             \
-    int hfkv_gather_latents_##isa(const HfkvLatentGather*);                                                        \
+    int hfkv_attend_picked_##isa(const HfkvLatentPicked*);                                                        \
     void hfkv_decode_side_##isa(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);                     \
     int hfkv_encode_##isa(const HfkvEncode*);                                                                      \
     int hfkv_key_mean_##isa(const HfkvKeyMean*);                                                                   \
@@ -29,7 +29,7 @@
 
 #define HFKV_KERNELS(isa)                                                                             \
     hfkv_attend_##isa, hfkv_latent_attend_##isa, hfkv_project_##isa, hfkv_latent_step_##isa,         \
-        hfkv_gather_latents_##isa, hfkv_decode_side_##isa, hfkv_encode_##isa, hfkv_key_mean_##isa,       \
+        hfkv_attend_picked_##isa, hfkv_decode_side_##isa, hfkv_encode_##isa, hfkv_key_mean_##isa,       \
         hfkv_key_scale_##isa, hfkv_choose_##isa
 
 // build.py defines HFKV_WITH_<unit> for each unit kernels_<unit>.cpp that it compiles.
@@ -49,7 +49,7 @@ struct Isa {
     int (*latent_attend)(const HfkvLatent*);
     int (*project)(const HfkvProject*);
     int (*latent_step)(const HfkvLatentStep*);
-    int (*gather_latents)(const HfkvLatentGather*);
+    int (*attend_picked)(const HfkvLatentPicked*);
     void (*decode_side)(const HfkvLayout*, int, const int64_t*, int64_t, float*, int);
     int (*encode)(const HfkvEncode*);
     int (*key_mean)(const HfkvKeyMean*);
@@ -154,7 +154,7 @@ int32_t hfkv_project(const HfkvProject* call) { return current->project(call); }
 
 int32_t hfkv_latent_step(const HfkvLatentStep* call) { return current->latent_step(call); }
 
-int32_t hfkv_gather_latents(const HfkvLatentGather* call) { return current->gather_latents(call); }
+int32_t hfkv_attend_picked(const HfkvLatentPicked* call) { return current->attend_picked(call); }
 
 void hfkv_decode_side(const HfkvLayout* layout, int32_t values, const int64_t* addresses, int64_t n, float* out, int32_t threads) {
     current->decode_side(layout, values, addresses, n, out, threads);

@@ -50,6 +50,7 @@ struct LatentScratch {
     uint8_t* weights; // [blocks, groups, steps, parts] tiles
     uint8_t* woven;   // 64 channels of a chunk, in the order of tiles
     uint8_t* seen;    // [heads or 1, q, 64], whether a query sees a token
+    uint8_t *picked, *picked_rotary;  // [64, dim] each, where tokens are picked
     Stream next;
 };
 
@@ -89,23 +90,27 @@ struct LatentRun {
     int rank, width, queries, blocks, bundles;  // blocks have 16 queries, bundles up to kMostBlocks blocks
     int page_splits, dense_splits, tasks, weight_parts;
     bool by_head;  // whether heads see different tokens
+    const HfkvLatentPicked* picks;  // null: the queries read all pages and slots
     char* memory = nullptr;
     size_t query_bytes, partial_bytes, scratch_bytes;
 
-    explicit LatentRun(const HfkvLatent& c) : call(c), latents(c.layout->keys), rotary(c.layout->values) {
+    explicit LatentRun(const HfkvLatent& c, const HfkvLatentPicked* picked = nullptr)
+        : call(c), latents(c.layout->keys), rotary(c.layout->values), picks(picked) {
         rank = latents.dim, width = rank + rotary.dim, queries = c.heads * c.length;
         packed = {page_side(latents), page_side(rotary)};
         dense = {dense_side(c.dense_level, rank), dense_side(c.dense_level, rotary.dim)};
         // Tiles write 64 channels of the output at a time.
         if (rank % 64) packed.latents = dense.latents = {rank, rank, false};
+        // Picked tokens are decoded to rows like full-precision ones, but in the basis of the pages.
+        if (picks) packed = dense;
         blocks = (queries + kQueries - 1) / kQueries;
         bundles = (blocks + kMostBlocks - 1) / kMostBlocks;
         by_head = c.mask && c.mask_head;
         weight_parts = c.query_level == HFKV_FLOAT32 ? 3 : 2;
         const int rows = c.batch * bundles, wanted = (kTasksPerThread * c.threads + rows - 1) / rows;
         const int chunks = (c.slots + kLatentChunk - 1) / kLatentChunk;
-        page_splits = splits(c.columns, c.threads == 1 ? 1 : wanted, kLeastLatentPages);
-        dense_splits = splits(chunks, c.threads == 1 ? 1 : wanted, kLeastLatentPages);
+        page_splits = splits(picks ? picked_chunks() : c.columns, c.threads == 1 ? 1 : wanted, kLeastLatentPages);
+        dense_splits = picks ? 0 : splits(chunks, c.threads == 1 ? 1 : wanted, kLeastLatentPages);
         tasks = rows * (page_splits + dense_splits);
         Arena none{nullptr};
         query_at(none), query_bytes = (size_t)none.at;
@@ -152,6 +157,8 @@ struct LatentRun {
         s.weights = a.take<uint8_t>((size_t)kMostBlocks * most_groups() * 6 * 1024);
         s.woven = a.take<uint8_t>(8 * 1024);
         s.seen = a.take<uint8_t>((size_t)call.length * (by_head ? call.heads : 1) * kLatentChunk);
+        s.picked = a.take<uint8_t>(picks ? sizeof(float) * kLatentChunk * rank : 0);
+        s.picked_rotary = a.take<uint8_t>(picks ? sizeof(float) * kLatentChunk * rotary.dim : 0);
         return s;
     }
 
@@ -171,6 +178,9 @@ struct LatentRun {
         Arena a{memory + 2 * call.batch * blocks * query_bytes + tasks * kMostBlocks * partial_bytes + thread * scratch_bytes};
         return scratch_at(a);
     }
+    int picked_chunks() const { return (int)((picks->count + kLatentChunk - 1) / kLatentChunk); }
+    // How the elements of picked tokens are given to the products.
+    int picked_level(const LatentSide& side) const { return side.tiles ? HFKV_BFLOAT16 : HFKV_FLOAT32; }
     int bundle_blocks(int bundle) const {
         const int left = blocks - bundle * kMostBlocks;
         return left < kMostBlocks ? left : kMostBlocks;
@@ -530,16 +540,20 @@ inline void end_latents(const LatentRun& run, const LatentSide& side, int count,
 #endif
 }
 
+inline void attend_picked_chunk(const LatentRun& run, int task, int query, int bundle, int chunk, bool last, LatentScratch& s);
+
 inline void run_latent_task(const LatentRun& run, int task, LatentScratch& s) {
     const int splits = run.page_splits + run.dense_splits, row = task / splits, part = task % splits;
     const int sequence = row / run.bundles, bundle = row % run.bundles, count = run.bundle_blocks(bundle);
     for (int b = 0; b < count; b++) begin_latents(run, run.partial(task, b));
     const bool packed = part < run.page_splits;
     if (packed) {
-        const int first = (int)((int64_t)run.call.columns * part / run.page_splits);
-        const int stop = (int)((int64_t)run.call.columns * (part + 1) / run.page_splits);
-        for (int column = first; column < stop; column++)
-            attend_latent_page(run, task, sequence, bundle, column, column + 1 == stop, s);
+        const int64_t units = run.picks ? run.picked_chunks() : run.call.columns;
+        const int first = (int)(units * part / run.page_splits), stop = (int)(units * (part + 1) / run.page_splits);
+        for (int i = first; i < stop; i++) {
+            if (run.picks) attend_picked_chunk(run, task, sequence, bundle, i, i + 1 == stop, s);
+            else attend_latent_page(run, task, sequence, bundle, i, i + 1 == stop, s);
+        }
     } else {
         const int chunks = (run.call.slots + kLatentChunk - 1) / kLatentChunk, i = part - run.page_splits;
         for (int chunk = chunks * i / run.dense_splits; chunk < chunks * (i + 1) / run.dense_splits; chunk++)
@@ -611,15 +625,9 @@ inline void store_tokens(const HfkvLatent& c) {
     note_positions(t, c.batch, c.slots, c.start);
 }
 
-// Stores the new token, if there is one, and attends. The caller counts the token.
-inline int attend_latents(const HfkvLatent& given) {
-    HfkvLatent call = given;
-    if (bytes_read(call) < kOneThreadBytes) call.threads = 1;
-    LatentRun run(call);
-    const Workspace workspace(run.bytes());
-    if (!workspace.at()) return 1;
-    run.memory = workspace.at();
-    store_tokens(call);
+// Computes the partial results of a call, whose memory is there, and merges them.
+inline void run_latents(const LatentRun& run) {
+    const HfkvLatent& call = run.call;
     const int prepared = call.batch * run.blocks, first = run.page_splits ? 0 : 1, bases = (run.page_splits > 0) + (run.dense_splits > 0);
 #pragma omp parallel num_threads(call.threads)
     {
@@ -643,6 +651,18 @@ inline int attend_latents(const HfkvLatent& given) {
         for (int i = 0; i < call.batch * run.queries; i++)
             finish_latent_query(run, i / run.queries, i % run.queries, s.latents.floats);
     }
+}
+
+// Stores the new token, if there is one, and attends. The caller counts the token.
+inline int attend_latents(const HfkvLatent& given) {
+    HfkvLatent call = given;
+    if (bytes_read(call) < kOneThreadBytes) call.threads = 1;
+    LatentRun run(call);
+    const Workspace workspace(run.bytes());
+    if (!workspace.at()) return 1;
+    run.memory = workspace.at();
+    store_tokens(call);
+    run_latents(run);
     return 0;
 }
 
