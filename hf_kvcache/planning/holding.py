@@ -11,6 +11,9 @@ from hf_kvcache.cache.memory import layer_report
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.layers.low_rank import LowRankLayer
+from hf_kvcache.layers.sparse import SparseLayer
+from hf_kvcache.layers.static import StaticLayer
+from hf_kvcache.planning import allocated, sparse
 from hf_kvcache.planning.evicted import Evicted, waits
 from hf_kvcache.planning.held import Held
 from hf_kvcache.planning.model import LayerCall, Shape
@@ -40,6 +43,11 @@ class Holding:
         self._known: dict[tuple[int, int], Held] = {}
         self._evicted = Evicted(calls, queries)
 
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that a sequence can have; None if there is no such number."""
+        return getattr(getattr(self._make(), "options", None), "max_length", None)
+
     def bytes(self, batch: int, tokens: int) -> Held:
         """Bytes after a prompt of ``tokens`` tokens of each of ``batch`` sequences, read in one forward pass.
 
@@ -64,11 +72,9 @@ class Holding:
                     prompt, kept = prompt + held.peak, kept + held.total
                 total += held
             else:
-                kind = type(layer), getattr(layer, "sliding_window", None), _ranks(layer), repr(calls)
+                kind = type(layer), getattr(layer, "sliding_window", None), _ranks(layer), _reads(layer), repr(calls)
                 if kind not in alike:
-                    for call in calls:
-                        call.repeat(layer, batch, _as_many_held(layer, calls, tokens))
-                    alike[kind] = _held_by(layer)
+                    alike[kind] = _held_after(layer, calls, batch, tokens)
                 total += alike[kind]
         if prompt:
             # Nothing is dropped before compress(), which reads again on a copy of the whole prompt.
@@ -81,6 +87,22 @@ def _ranks(layer: Any) -> tuple[int, int, int] | None:
     if not isinstance(layer, LowRankLayer):
         return None
     return layer.projection.keys.rank, layer.projection.values.rank, layer.projection.groups
+
+
+def _reads(layer: Any) -> tuple[bool, bool] | None:
+    """Whether the layer reads everything, and whether it chooses what it reads; None if it is not sparse."""
+    return (layer.dense, layer.leader_index is None) if isinstance(layer, SparseLayer) else None
+
+
+def _held_after(layer: Any, calls: tuple[LayerCall, ...], batch: int, tokens: int) -> Held:
+    """What an empty layer that evicts nothing holds after the calls of one forward pass."""
+    growing = allocated.growing(layer) if isinstance(layer, StaticLayer) else layer
+    for call in calls:
+        call.repeat(growing, batch, _as_many_held(growing, calls, tokens))
+    held = _held_by(growing)
+    if isinstance(layer, StaticLayer):
+        return allocated.held(layer, calls, batch, tokens, held)
+    return sparse.with_choice(layer, held) if isinstance(layer, SparseLayer) else held
 
 
 def _as_many_held(layer: Any, calls: tuple[LayerCall, ...], tokens: int) -> int:
