@@ -12,12 +12,12 @@ def with_choice(layer: SparseLayer, held: Held) -> Held:
     The summaries by which it chooses are made in that step; they are held and read from then on.
 
     Args:
-        layer: the layer after a prompt without padding.
+        layer: a layer that does not read everything, after a prompt without padding.
         held: what it holds then.
     """
     storage, options = layer.storage, layer.options.sparse
     pages = None if storage is None else storage.pages()
-    if pages is None or storage is None or options is None or layer.dense:
+    if pages is None or storage is None or options is None:
         return held
     reader = layer.reader(storage)
     limits = reader.limits(storage, pages)
