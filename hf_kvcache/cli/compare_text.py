@@ -19,10 +19,12 @@ def read_text(path: str | None) -> tuple[str, str]:
     """
     if path is None:
         return packaged_text()
+    if not Path(path).is_file():
+        raise ValueError(f"--text={path!r}: there is no such file")
     try:
         return Path(path).read_text(encoding="utf-8"), Path(path).name
     except UnicodeDecodeError as error:
-        raise ValueError(f"text={path!r} is not UTF-8 text: {error}") from error
+        raise ValueError(f"--text={path!r} is not UTF-8 text: {error}") from error
 
 
 def cut_windows(tokenizer: Any, text: str, prefix: int, suffix: int, windows: int) -> torch.Tensor:

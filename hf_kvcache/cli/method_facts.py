@@ -150,8 +150,13 @@ def _selectors() -> Iterator[Method]:
     for name in selectors.available():
         selector = selectors.resolve(name)
         vectors = selector.vectors
-        needs = f"{vectors} {'vector' if vectors == 1 else 'vectors'} for each part of a page" * bool(vectors)
-        step = "scores of the pages" + ", for which some layers read all of them" * selector.exact
+        needs = _listed(
+            f"{vectors} {'vector' if vectors == 1 else 'vectors'} for each part of a page" * bool(vectors),
+            "the attention of a step to all pages" * selector.exact,
+            "layers that choose for others, optionally found by a calibration" * selector.shared,
+        )
+        readers = "some layers read" if selector.shared else "every layer reads"
+        step = "scores of the pages" + f", for which {readers} all of them" * selector.exact
         measured = results("sparse", rf"\S*selector={name}(;\S*)?")
         shown = [x for x in measured if f"@{_READ}" in x.cache] or measured
         yield Method(
@@ -159,7 +164,7 @@ def _selectors() -> Iterator[Method]:
             name,
             *_said(type(selector)),
             "tokens read, or a share",
-            needs or _NONE,
+            needs,
             step,
             measured,
             shown[0] if shown else None,

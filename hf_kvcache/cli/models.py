@@ -53,7 +53,9 @@ def load_default_model(
 
     Raises:
         RuntimeError: The packages that contain or read the default model are not installed.
+        ValueError: ``model`` is a path, and nothing is there.
     """
+    check_model(model)
     with quiet_transformers():
         source = model or str(default_model_folder())
         with _status(f"loading {model or DEFAULT_MODEL_NAME}"):
@@ -62,6 +64,14 @@ def load_default_model(
             if device is not None:
                 loaded = loaded.to(device)
     return loaded.eval(), tokenizer
+
+
+def check_model(model: str | None) -> None:
+    """Raise ValueError if a path on this machine is named that is not there, which would be looked for on the hub."""
+    if model is None or Path(model).exists():
+        return
+    if model.endswith(".json") or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"--model={model!r}: there is no such file or folder; accepted: a hub id, or a path")
 
 
 def default_model_folder() -> Path:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from hf_kvcache.cli.models import check_model
+from hf_kvcache.cli.reading import check_picture
 from hf_kvcache.planning import Plan, plan
 from hf_kvcache.planning.caches import DEFAULT, EXAMPLES
 from hf_kvcache.planning.sizes import parse_count, show_bytes
@@ -41,6 +43,9 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _run(args: argparse.Namespace) -> int:
+    check_model(args.model)
+    if args.plot:
+        check_picture("plot", args.plot)
     config = AutoConfig.from_pretrained(args.model)
     context = parse_count("context", args.context)
     found = plan(
@@ -99,10 +104,8 @@ def as_text(found: Plan) -> str:
 
 
 def _plot(found: Plan, path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise RuntimeError("--plot needs matplotlib; install it with: pip install matplotlib") from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for row in found.caches:

@@ -69,9 +69,19 @@ class StaticAttention:
             ValueError: if the codec cannot store such keys and values, or there are no kernels for such steps on a
                 device that is not a CPU.
         """
+        tensors = self.allocate(key_states.detach(), value_states.detach())
+        if not tensors.state.is_cpu:
+            self._check_kernels(tensors)
+        self.tensors = tensors.at_fixed_addresses()
+        self.settings_key = settings_key(self.settings)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def allocate(self, keys: torch.Tensor, values: torch.Tensor) -> StaticTensors:
+        """The memory for keys and values with the shapes, dtype and device of these; notes the settings."""
         options, page_size = self.options, self.options.page_size
         self.settings = StaticSettings(
-            PageEncoder(options.codec, key_states.shape[-1], value_states.shape[-1], page_size, key_states.dtype),
+            PageEncoder(options.codec, keys.shape[-1], values.shape[-1], page_size, keys.dtype),
             # In a sliding layer the first tokens leave the window like any others.
             options.sink_length if self.sliding_window is None else 0,
             options.tail_length,
@@ -79,13 +89,7 @@ class StaticAttention:
             self.sliding_window,
             options.validate,
         )
-        tensors = StaticTensors.allocate(self.settings, key_states.detach(), value_states.detach())
-        if not tensors.state.is_cpu:
-            self._check_kernels(tensors)
-        self.tensors = tensors.at_fixed_addresses()
-        self.settings_key = settings_key(self.settings)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+        return StaticTensors.allocate(self.settings, keys, values)
 
     def _check_kernels(self, tensors: StaticTensors) -> None:
         """Raise ValueError unless there are kernels for steps on the device of the tensors, a GPU."""

@@ -15,17 +15,22 @@ from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.evicting import HeavyHitterCache, SlidingWindowCache
 from hf_kvcache.cache.latent import LatentKVCache
 from hf_kvcache.cache.quantized import QuantizedKVCache
+from hf_kvcache.cache.sparse import SparseReadCache
 from hf_kvcache.codecs.registry import resolve as resolve_codec
 from hf_kvcache.eviction.registry import available as policies
 from hf_kvcache.eviction.registry import resolve as resolve_policy
 from hf_kvcache.eviction.registry import wrappers
 from hf_kvcache.planning.sizes import parse_count
+from hf_kvcache.sparse.registry import available as selectors
 
 #: What a plan compares by default.
 DEFAULT = ("full", "none", "quantized:8", "quantized:4", "quantized:2")
 
 #: A name of every kind.
-EXAMPLES = ("full", "none", "quantized:8:4", "codec:int4", "snapkv:2k+4bits", "h2o:0.25", "window:4k:4", "lowrank:0.5")
+EXAMPLES = (
+    *("full", "none", "quantized:8:4", "codec:int4", "quantized:4@64k", "snapkv:2k+4bits", "h2o:0.25", "window:4k:4"),
+    *("sparse:quest:0.25+4bits", "lowrank:0.5"),
+)
 
 Make = Callable[[PreTrainedConfig], Cache]
 
@@ -63,14 +68,16 @@ def maker(name: str) -> Make:
 
     - ``full``: transformers' ``DynamicCache``; ``none``: ``KVCache`` in full precision.
     - ``quantized:BITS`` or ``quantized:KEY_BITS:VALUE_BITS``: ``QuantizedKVCache``; ``codec:NAME``: ``KVCache`` with
-      that codec.
+      that codec. Behind all but ``full``, ``@TOKENS`` is their ``max_length`` (``quantized:4@64k``).
     - ``POLICY:BUDGET``: ``HeavyHitterCache``. A budget is a number of tokens (``h2o:1024``, ``ada-snapkv:2k``), or a
       share below 1 (``snapkv:0.25``).
     - ``window:TOKENS`` or ``window:TOKENS:SINKS``: ``SlidingWindowCache``.
+    - ``sparse:SELECTOR:BUDGET``: ``SparseReadCache``, with the tokens that a step reads (``sparse:quest:1024``), or a
+      share below 1. A fourth part is the number of first layers that read everything.
     - ``lowrank:RANK`` or ``lowrank:SHARE``: ``LatentKVCache`` for models that cache keys and values. A third part names
       the file with the bases; without it the cache can be planned and not be made.
 
-    Behind the last three, ``+BITSbits``, ``+KEY_BITS:VALUE_BITSbits`` or ``+CODEC`` say how tokens are packed.
+    Behind the last four, ``+BITSbits``, ``+KEY_BITS:VALUE_BITSbits`` or ``+CODEC`` say how tokens are packed.
 
     Raises:
         ValueError: if no cache has that name.
@@ -83,22 +90,27 @@ def maker(name: str) -> Make:
 
 def _plain(name: str) -> Make | None:
     """A cache that keeps every token in full width."""
-    kind, *settings = name.split(":")
-    if kind == "full" and not settings:
+    if name == "full":
         return _dynamic
+    cache, at, room = name.partition("@")
+    tokens = _budget(room)
+    if at and not isinstance(tokens, int):
+        return None
+    options: dict[str, Any] = {"max_length": tokens} if at else {}
+    kind, *settings = cache.split(":")
     if kind == "none" and not settings:
-        return lambda config: KVCache(config)
+        return lambda config: KVCache(config, **options)
     if kind == "codec" and len(settings) == 1:
-        return lambda config: KVCache(config, settings[0])
+        return lambda config: KVCache(config, settings[0], **options)
     if kind == "quantized" and 1 <= len(settings) <= 2 and all(bits.isdigit() for bits in settings):
         bits = [int(number) for number in settings]
-        options: dict[str, Any] = {"bits": bits[0]} if len(bits) == 1 else {"key_bits": bits[0], "value_bits": bits[1]}
+        options |= {"bits": bits[0]} if len(bits) == 1 else {"key_bits": bits[0], "value_bits": bits[1]}
         return lambda config: QuantizedKVCache(config, **options)
     return None
 
 
 def _with_codec(name: str) -> Make | None:
-    """A cache that keeps some tokens, or some directions of each."""
+    """A cache that keeps or reads some tokens, or keeps some directions of each."""
     cache, plus, codec = name.rpartition("+")
     cache, stored = (cache, _stored(codec)) if plus else (codec, {})
     kind, _, settings = cache.partition(":")
@@ -108,6 +120,8 @@ def _with_codec(name: str) -> Make | None:
         return _low_rank(settings, stored)
     if kind == "window":
         return _window(settings, stored)
+    if kind == "sparse":
+        return _sparse(settings, stored)
     with suppress(ValueError):
         resolve_policy(kind)
         budget = _budget(settings)
@@ -145,6 +159,16 @@ def _window(settings: str, stored: dict[str, Any]) -> Make | None:
     return lambda config: SlidingWindowCache(config, tokens, **options)
 
 
+def _sparse(settings: str, stored: dict[str, Any]) -> Make | None:
+    selector, _, read = settings.partition(":")
+    read, colon, dense = read.partition(":")
+    budget = _budget(read)
+    if selector not in selectors() or budget is None or (colon and not dense.isdigit()):
+        return None
+    options = stored | ({"dense_layers": int(dense)} if colon else {})
+    return lambda config: SparseReadCache(config, budget, selector, **options)
+
+
 def _low_rank(settings: str, stored: dict[str, Any]) -> Make | None:
     width, _, file = settings.partition(":")
     asked = _budget(width)
@@ -158,10 +182,12 @@ def _accepted() -> str:
     names = ", ".join(policies())
     return (
         "'full' (transformers' DynamicCache), 'none' (KVCache), 'quantized:BITS', 'quantized:KEY_BITS:VALUE_BITS', "
-        "'codec:NAME' (a codec, 'codec:int4'), 'POLICY:BUDGET' (tokens or a share, 'h2o:1024', 'snapkv:0.25'), "
-        "'window:TOKENS', 'window:TOKENS:SINKS', 'lowrank:RANK', 'lowrank:SHARE:FILE'; behind the last three kinds "
-        "also '+BITSbits', '+KEY_BITS:VALUE_BITSbits' (not with lowrank) or '+CODEC'. Policies: "
-        f"{names}, with {' or '.join(f'{name}-' for name in wrappers())} in front"
+        "'codec:NAME' (a codec, 'codec:int4'), the last three also with '@TOKENS' (max_length, 'quantized:4@64k'); "
+        "'POLICY:BUDGET' (tokens or a share, 'h2o:1024', 'snapkv:0.25'), 'window:TOKENS', 'window:TOKENS:SINKS', "
+        "'sparse:SELECTOR:BUDGET', 'sparse:SELECTOR:BUDGET:DENSE_LAYERS', 'lowrank:RANK', 'lowrank:SHARE:FILE', these also with '+BITSbits', "
+        "'+KEY_BITS:VALUE_BITSbits' (not with lowrank) or '+CODEC'. "
+        f"Policies: {names}, with {' or '.join(f'{name}-' for name in wrappers())} in front. "
+        f"Selectors: {', '.join(selectors())}"
     )
 
 

@@ -11,6 +11,9 @@ from hf_kvcache.cache.memory import layer_report
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.layers.low_rank import LowRankLayer
+from hf_kvcache.layers.sparse import SparseLayer
+from hf_kvcache.layers.static import StaticLayer
+from hf_kvcache.planning import allocated, sparse
 from hf_kvcache.planning.evicted import Evicted, waits
 from hf_kvcache.planning.held import Held
 from hf_kvcache.planning.model import LayerCall, Shape
@@ -24,7 +27,8 @@ class Holding:
     Args:
         make: makes an empty cache.
         calls: what the model gives to each of its layers in a forward pass.
-        queries: the queries that read each layer, by its index; only needed for layers that evict.
+        queries: the queries that read each layer, by its index; only needed for layers that evict, or choose what a
+            step reads.
         fill: the cache after a pass of so many sequences and tokens, for layers of transformers' own that repeated
             calls do not fill as a pass would; None if there are none.
     """
@@ -36,9 +40,14 @@ class Holding:
         queries: Mapping[int, Shape],
         fill: Callable[[int, int], Cache] | None = None,
     ) -> None:
-        self._make, self._calls, self._fill = make, calls, fill
+        self._make, self._calls, self._queries, self._fill = make, calls, queries, fill
         self._known: dict[tuple[int, int], Held] = {}
         self._evicted = Evicted(calls, queries)
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that a sequence can have; None if there is no such number."""
+        return getattr(getattr(self._make(), "options", None), "max_length", None)
 
     def bytes(self, batch: int, tokens: int) -> Held:
         """Bytes after a prompt of ``tokens`` tokens of each of ``batch`` sequences, read in one forward pass.
@@ -64,16 +73,24 @@ class Holding:
                     prompt, kept = prompt + held.peak, kept + held.total
                 total += held
             else:
-                kind = type(layer), getattr(layer, "sliding_window", None), _ranks(layer), repr(calls)
+                window, chooses = getattr(layer, "sliding_window", None), self._chooses(layer)
+                kind = type(layer), window, _ranks(layer), chooses, repr(calls)
                 if kind not in alike:
-                    for call in calls:
-                        call.repeat(layer, batch, _as_many_held(layer, calls, tokens))
-                    alike[kind] = _held_by(layer)
+                    held = _held_after(layer, calls, batch, tokens)
+                    alike[kind] = held if chooses is None else sparse.with_choice(layer, held)
                 total += alike[kind]
         if prompt:
             # Nothing is dropped before compress(), which reads again on a copy of the whole prompt.
             total = Held(total.total, total.read, total.total - kept + 2 * prompt)
         return total
+
+    def _chooses(self, layer: Any) -> bool | None:
+        """Whether a layer chooses what its steps read, or reads what another one chose; None if it reads everything.
+
+        It does so where the model does not give attention what the cache returns.
+        """
+        sparse_reading = isinstance(layer, SparseLayer) and not layer.dense and layer.index in self._queries
+        return layer.leader_index is None if sparse_reading else None
 
 
 def _ranks(layer: Any) -> tuple[int, int, int] | None:
@@ -81,6 +98,17 @@ def _ranks(layer: Any) -> tuple[int, int, int] | None:
     if not isinstance(layer, LowRankLayer):
         return None
     return layer.projection.keys.rank, layer.projection.values.rank, layer.projection.groups
+
+
+def _held_after(layer: Any, calls: tuple[LayerCall, ...], batch: int, tokens: int) -> Held:
+    """What an empty layer that evicts nothing holds after the calls of one forward pass."""
+    growing = allocated.growing(layer) if isinstance(layer, StaticLayer) else layer
+    for call in calls:
+        call.repeat(growing, batch, _as_many_held(growing, calls, tokens))
+    held = _held_by(growing)
+    if isinstance(layer, StaticLayer):
+        return allocated.held(layer, calls, batch, tokens, held)
+    return held
 
 
 def _as_many_held(layer: Any, calls: tuple[LayerCall, ...], tokens: int) -> int:

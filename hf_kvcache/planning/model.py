@@ -1,14 +1,17 @@
 """A model on the ``meta`` device: how many bytes its weights are, and what its layers give to a cache.
 
 Two short passes of different sizes through the real model show the arguments of every call to every layer of the cache.
-A dimension that grows by as much as the batch is the batch (and a number), one that grows as the tokens do is theirs.
+A dimension that grows by as much as the batch is the batch (and a number), one that grows as the tokens do is theirs,
+and one that grows by a part of that is one of every so many tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from math import lcm
 from typing import Any
 
 import torch
@@ -16,20 +19,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hf_kvcache.cache.memory import tensor_bytes
+from hf_kvcache.cache.compressed_config import compresses
+from hf_kvcache.cache.memory import layer_report
 from hf_kvcache.integration.architecture import model_class
 from hf_kvcache.integration.attention import attention_function
 from hf_kvcache.integration.binding import IMPLEMENTATION
 from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.layers.base import KVCacheLayer
-from hf_kvcache.layers.compressed import WindowLayer
 
-#: Sequences and tokens of the two passes. Both grow, by different numbers.
+#: Sequences and tokens of two passes.
+Passes = tuple[tuple[int, int], tuple[int, int]]
+#: Those of the two passes. Both grow, by different numbers.
 _PASSES = ((2, 11), (3, 13))
 #: Sequences and tokens of a third, longer one, which shows whether the two have told all.
 _CHECK = (2, 301)
 #: Methods of a cache's layers that models call, by the beginnings of their names.
 _CALLS = ("update", "store")
+#: The one among them that is left out as long as no window of tokens is full (DeepSeek V4).
+_OF_FULL_WINDOWS = "update_overlap_state"
 _BATCH, _TOKENS = "batch", "tokens"
 
 
@@ -38,17 +45,18 @@ class Shape:
     """The shape of a tensor that a model gives to a cache.
 
     Attributes:
-        dims: a number, and what is added to it: ``"batch"``, ``"tokens"`` or nothing (``""``).
+        dims: a number, what is added to it: ``"batch"``, ``"tokens"`` or nothing (``""``), and by what that is divided
+            before.
         dtype: the dtype.
     """
 
-    dims: tuple[tuple[int, str], ...]
+    dims: tuple[tuple[int, str, int], ...]
     dtype: torch.dtype
 
     def sizes(self, batch: int, tokens: int) -> list[int]:
         """The sizes for so many sequences and tokens."""
         added = {"": 0, _BATCH: batch, _TOKENS: tokens}
-        return [more + added[what] for more, what in self.dims]
+        return [more + added[what] // rate for more, what, rate in self.dims]
 
     def blank(self, batch: int, tokens: int) -> torch.Tensor:
         """A tensor of this shape on the ``meta`` device."""
@@ -75,6 +83,8 @@ class LayerCall:
         def blank(value: Any) -> Any:
             return value.blank(batch, tokens) if isinstance(value, Shape) else value
 
+        if self.method == _OF_FULL_WINDOWS and blank(self.arguments[1]).numel() == 0:
+            return
         getattr(layer, self.method)(*map(blank, self.arguments), **{name: blank(v) for name, v in self.named})
 
 
@@ -111,42 +121,67 @@ class ModelOnMeta:
         self.bytes = sum(p.numel() * p.element_size() for _, p in weights)
         self.expert_bytes = sum(p.numel() * p.element_size() for name, p in weights if ".experts." in name)
         self.queries: dict[int, Shape] = {}
+        self._of_kind: ModelOnMeta | None = None
 
-    def calls(self, make_cache: Callable[[], Cache]) -> list[tuple[LayerCall, ...]]:
+    def calls(self, make_cache: Callable[[PreTrainedConfig], Cache]) -> list[tuple[LayerCall, ...]]:
         """What each layer of such a cache is given in a forward pass, in order.
 
         Raises:
             NotTold: if the model does not run on the ``meta`` device as far as its last layer.
         """
-        (first, queries), (second, other_queries) = (self._pass(make_cache(), *size) for size in _PASSES)
-        self.queries |= {i: _shape(queries[i], other_queries[i]) for i in queries.keys() & other_queries.keys()}
+        if self._repeats_kinds():
+            kinds = self.config.layer_types
+            calls = dict(zip(dict.fromkeys(kinds), self._one_of_each().calls(make_cache), strict=True))
+            return [calls[kind] for kind in kinds]
+        passes = _PASSES
+        if compresses(self.config):  # so many tokens that all windows are full
+            period = lcm(*self.config.compress_rates.values())
+            passes = (2, 2 * period), (3, 5 * period)
+        (first, queries), (second, other_queries) = (self._pass(make_cache(self.config), *size) for size in passes)
+        both = queries.keys() & other_queries.keys()
+        self.queries |= {i: _shape(queries[i], other_queries[i], passes) for i in both}
         found = []
         for index, (a, b) in enumerate(zip(first, second, strict=True)):
             if [call[0] for call in a] != [call[0] for call in b]:
                 raise self._not_told(f"calls of layer {index} depend on the number of tokens")
-            found.append(tuple(_merged(x, y) for x, y in zip(a, b, strict=True)))
+            found.append(tuple(_merged(x, y, passes) for x, y in zip(a, b, strict=True)))
         return found
 
-    def tell_all(self, make_cache: Callable[[], Cache], calls: list[tuple[LayerCall, ...]]) -> bool:
-        """Whether repeating the calls gives what a longer pass gives to transformers' own layers.
+    def _repeats_kinds(self) -> bool:
+        """Whether it is enough to run one layer of each type: a pass through DeepSeek V4 takes seconds."""
+        return compresses(self.config) and len(set(self.config.layer_types)) < len(self.config.layer_types)
 
-        Layers that compress their states say something else in a longer pass (DeepSeek V4).
-        """
-        repeated, run = make_cache(), self.filled(make_cache, *_CHECK)
+    def _one_of_each(self) -> ModelOnMeta:
+        """The model with one layer of each type, in the order in which the types come first."""
+        if self._of_kind is None:
+            short, count = deepcopy(self.config), self.config.num_hidden_layers
+            chosen = [self.config.layer_types.index(kind) for kind in dict.fromkeys(self.config.layer_types)]
+            for name, value in vars(self.config).items():
+                if isinstance(value, list) and len(value) == count:
+                    setattr(short, name, [value[index] for index in chosen])
+            short.num_hidden_layers = len(chosen)
+            self._of_kind = ModelOnMeta(short, self.model.dtype)
+        return self._of_kind
+
+    def tell_all(self, make_cache: Callable[[PreTrainedConfig], Cache], calls: list[tuple[LayerCall, ...]]) -> bool:
+        """Whether repeating the calls gives what a longer pass gives to layers that are not of keys and values."""
+        if self._repeats_kinds():
+            first = {kind: of_layer for kind, of_layer in zip(self.config.layer_types, calls, strict=True)}
+            kinds = dict.fromkeys(self.config.layer_types)
+            return self._one_of_each().tell_all(make_cache, [first[kind] for kind in kinds])
+        repeated, run = make_cache(self.config), self.filled(make_cache, *_CHECK)
         for layer, of_layer, other in zip(repeated.layers, calls, run.layers, strict=True):
             if isinstance(layer, KVCacheLayer):
                 continue
-            if isinstance(layer, WindowLayer):
-                return False  # what its compressors are given depends on what it returned before
             for call in of_layer:
                 call.repeat(layer, *_CHECK)
-            if tensor_bytes(vars(layer)) != tensor_bytes(vars(other)):
+            if layer_report(layer).total != layer_report(other).total:
                 return False
         return True
 
-    def filled(self, make_cache: Callable[[], Cache], batch: int, tokens: int) -> Cache:
+    def filled(self, make_cache: Callable[[PreTrainedConfig], Cache], batch: int, tokens: int) -> Cache:
         """A cache after a pass of that size."""
-        cache = make_cache()
+        cache = make_cache(self.config)
         self._pass(cache, batch, tokens)
         return cache
 
@@ -201,31 +236,33 @@ def _record(layer: Any, calls: list[tuple[str, Any, Any]], index: int, latest: l
             setattr(layer, name, watched(name))
 
 
-def _merged(first: tuple[str, Any, Any], second: tuple[str, Any, Any]) -> LayerCall:
+def _merged(first: tuple[str, Any, Any], second: tuple[str, Any, Any], passes: Passes) -> LayerCall:
     """One call from its forms in both passes."""
 
     def merge(a: Any, b: Any) -> Any:
-        return _shape(a, b) if isinstance(a, torch.Tensor) else a
+        return _shape(a, b, passes) if isinstance(a, torch.Tensor) else a
 
     (name, args, named), (_, other_args, other_named) = first, second
     rest = tuple((key, merge(named[key], other_named[key])) for key in sorted(named))
     return LayerCall(name, tuple(map(merge, args, other_args)), rest)
 
 
-def _shape(first: torch.Tensor, second: torch.Tensor) -> Shape:
+def _shape(first: torch.Tensor, second: torch.Tensor, passes: Passes) -> Shape:
     """The shape of a tensor from its forms in both passes."""
-    return Shape(tuple(map(_dim, first.shape, second.shape)), first.dtype)
+    return Shape(tuple(_dim(a, b, passes) for a, b in zip(first.shape, second.shape, strict=True)), first.dtype)
 
 
-def _dim(first: int, second: int) -> tuple[int, str]:
-    sizes = zip(*_PASSES, strict=True)
-    growth = {after - before: what for (before, after), what in zip(sizes, (_BATCH, _TOKENS), strict=True)}
-    if first == second:
-        return first, ""
-    what = growth.get(second - first)
-    if what is None:
-        raise NotTold(f"a state of the model has {first} entries for {_PASSES[0]} and {second} for {_PASSES[1]}")
-    return first - _PASSES[0][(_BATCH, _TOKENS).index(what)], what
+def _dim(first: int, second: int, passes: Passes) -> tuple[int, str, int]:
+    (batch, tokens), growth = passes[0], second - first
+    more_sequences, more_tokens = (after - before for before, after in zip(*passes, strict=True))
+    if growth == 0:
+        return first, "", 1
+    if growth == more_sequences:
+        return first - batch, _BATCH, 1
+    if growth < 0 or more_tokens % growth:
+        raise NotTold(f"a state of the model has {first} entries for {passes[0]} and {second} for {passes[1]}")
+    rate = more_tokens // growth
+    return first - tokens // rate, _TOKENS, rate
 
 
 @dataclass

@@ -34,13 +34,15 @@ class CachePlan:
 
     Attributes:
         name: the name by which it was asked for.
-        bytes: bytes that it holds after a prompt of that length, as its ``memory().total`` says. Where heads compete
-            for tokens, this is the most that it can be.
+        bytes: bytes that it holds after a prompt of that length, as its ``memory().total`` says, with what the first
+            step makes to choose pages by (``sparse:...``). Where heads compete for tokens, this is the most that it can
+            be.
         bytes_per_token: what the last tokens added, averaged over 1,024 tokens, in bytes a token of one sequence.
         longest_context: tokens of each sequence that fit beside the weights at the peak, up to 67,108,864; None without
             ``memory``, 0 if none fit.
         largest_batch: sequences of that context that fit so, up to 65,536; None without ``memory``.
-        step_floor_ms: the time in which a decode step can read weights and cache; None without ``bandwidth``.
+        step_floor_ms: the time in which a decode step can read weights and cache, or the part of the cache that it
+            reads; None without ``bandwidth``.
         curve: bytes at each of the ``lengths`` that were asked for.
         peak: the most bytes that it holds while the prompt is read in one forward pass. A cache that evicts holds all
             tokens of a layer until that layer has attended.
@@ -149,7 +151,7 @@ def _holdings(model: ModelOnMeta, makers: dict[str, Make], unknown: list[str]) -
         try:
             empty: Callable[[], Cache] = partial(make, config)
             ours = isinstance(make, LowRank) or isinstance(empty(), KVCache)
-            any_of_it = partial(KVCache, config) if ours else empty
+            any_of_it: Make = KVCache if ours else make
             if ours not in calls:
                 calls[ours] = model.calls(any_of_it)
                 told[ours] = model.tell_all(any_of_it, calls[ours])
@@ -157,7 +159,7 @@ def _holdings(model: ModelOnMeta, makers: dict[str, Make], unknown: list[str]) -
                 empty = low_rank.planned(config, make, calls[ours])
             # Layers of a model that compresses its tokens pack what they hold; others that are filled hold it as it is.
             packs = ours and compresses(config)
-            fill = None if told[ours] else partial(model.filled, empty if packs else any_of_it)
+            fill = None if told[ours] else partial(model.filled, make if packs else any_of_it)
             found[name] = Holding(empty, calls[ours], model.queries, fill), _note(make, empty())
         except (ValueError, TypeError) as error:
             unknown.append(f"{name}: {error}")
@@ -190,7 +192,8 @@ def _row(
     earlier = holding.bytes(batch, before).total if before else 0
     longest = largest = None
     if room is not None:
-        longest = _most(lambda n: holding.bytes(batch, n).peak, room, _MOST_TOKENS)
+        most = holding.longest or _MOST_TOKENS
+        longest = _most(lambda n: holding.bytes(batch, n).peak, room, most)
         largest = _most(lambda n: holding.bytes(n, tokens).peak, room, _MOST_SEQUENCES)
     return CachePlan(
         name,

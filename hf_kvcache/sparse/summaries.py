@@ -86,9 +86,10 @@ class PageSummaries(ColumnFollower):
     # -- internals ------------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)
-    def _reserve(self, rows: int, columns: int, width: int, device: torch.device) -> None:
-        """Room for so many columns, growing by half, so that a page costs constant time on average."""
-        held, codes, scales = 0, self._codes, self._scales
+    def reserve(self, storage: PagedStorage, columns: int) -> None:
+        """Make room for so many columns, growing by half, so that a page costs constant time on average."""
+        rows, width = len(storage.table.lengths), self.selector.vectors * storage.layout.sides["keys"].dim
+        held, codes, scales, device = 0, self._codes, self._scales, storage.device
         if codes is not None and codes.shape[0] == rows and codes.device == device:
             held = codes.shape[1] // self.spans
         else:
@@ -104,7 +105,7 @@ class PageSummaries(ColumnFollower):
 
     def _bring(self, storage: PagedStorage, stop: int) -> None:
         rows, dim = len(storage.table.lengths), storage.layout.sides["keys"].dim
-        self._reserve(rows, stop, self.selector.vectors * dim, storage.device)
+        self.reserve(storage, stop)
         step = max(1, _DECODED_ELEMENTS // (rows * storage.page_size * dim))
         with without_autocast(storage.device):
             for start in range(self.same, stop, step):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from hf_kvcache import HeavyHitterCache, KVCache, unbind
+from hf_kvcache import HeavyHitterCache, KVCache, SparseReadCache, bind, unbind
 from hf_kvcache.cache.memory import layer_report
 from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.layers.evicting import EvictingLayer
@@ -26,6 +26,23 @@ def fill(model: Any, cache: Cache) -> Any:
     finally:
         unbind(model.config.get_text_config(decoder=True))
     return cache
+
+
+def step(model: Any, cache: Cache) -> Any:
+    """Let a model give one more token to ``cache``; returns it."""
+    config = model.config.get_text_config(decoder=True)
+    bind(config)
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.full((BATCH, 1), 5), use_cache=True, **with_cache(model, cache))
+    finally:
+        unbind(config)
+    return cache
+
+
+def made_by_a_step(model: Any, cache: Cache) -> int:
+    """Bytes of what a first step makes to choose by what it reads."""
+    return step(model, cache).memory().parts["summaries"] if isinstance(cache, SparseReadCache) else 0
 
 
 def held(cache: Cache) -> int:

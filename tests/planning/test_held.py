@@ -11,10 +11,12 @@ from hf_kvcache.planning import plan
 from hf_kvcache.planning.caches import maker
 from tests.model_families.building import NotBuilt, build
 from tests.model_families.catalog import TEXT, Family, families
-from tests.planning.holding import BATCH, CONTEXT, fill, held, saved_by_chance
+from tests.planning.holding import BATCH, CONTEXT, fill, held, made_by_a_step, saved_by_chance
 
 CACHES = ("full", "none", "quantized:8", "quantized:4", "quantized:4:2", "codec:int4")
 EVICTING = ("h2o:90", "window:60:2+8bits", "snapkv:0.5+int4")
+#: All memory at once, and pages that are chosen at each step.
+OTHERS = ("quantized:4@400", "sparse:quest:0.5:0+8bits")
 #: Plain, soft-capped with a window, hybrid, latents, sinks, heads that share, no attention.
 SAMPLE = ("llama", "gemma2", "qwen3_next", "deepseek_v3", "gpt_oss", "bloom", "mamba")
 
@@ -35,13 +37,15 @@ def test_planned_bytes_are_held(family: Family) -> None:
         fill(model, DynamicCache(config=model.config.get_text_config(decoder=True)))
     except (NotBuilt, ValueError, NotImplementedError) as error:
         pytest.skip(str(error))
-    found = plan(model.config, CONTEXT, BATCH, CACHES + EVICTING, torch.float32)
+    names = CACHES + EVICTING + OTHERS
+    found = plan(model.config, CONTEXT, BATCH, names, torch.float32)
     assert found.caches
     for row in found.caches:
         cache = fill(model, maker(row.name)(model.config))
-        assert row.bytes == held(cache) + saved_by_chance(cache), row.name
+        filled = held(cache) + saved_by_chance(cache)
+        assert row.bytes == filled + made_by_a_step(model, cache), row.name
     assert found.weight_bytes == 4 * found.parameters
     # Whatever cannot be planned cannot be made either.
-    for name in set(CACHES + EVICTING) - {row.name for row in found.caches}:
+    for name in set(names) - {row.name for row in found.caches}:
         with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError)):
             fill(model, maker(name)(model.config))

@@ -97,7 +97,7 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_names() -> None:
     """Every example, and both forms of a budget, make the cache that they say."""
-    config = AutoConfig.for_model("llama", num_hidden_layers=2)
+    config = AutoConfig.for_model("llama", num_hidden_layers=3)
     for name in EXAMPLES:
         assert name.startswith("lowrank") or maker(name)(config) is not None
     packed: Any = maker("ada-snapkv:2k+8:4bits")(config)
@@ -130,6 +130,10 @@ def test_sizes() -> None:
         ({"caches": ["snapkv:0.0"]}, "'snapkv:0.0'; accepted"),
         ({"caches": ["ada:0.5"]}, "'ada:0.5'; accepted"),
         ({"caches": ["snapkv:1k+5bit"]}, "'snapkv:1k[+]5bit'; accepted: .*[+]BITSbits"),
+        ({"caches": ["none@lots"]}, "'none@lots'; accepted: .*@TOKENS"),
+        ({"caches": ["full@4k"]}, "'full@4k'; accepted"),
+        ({"caches": ["sparse:quest"]}, "'sparse:quest'; accepted: .*sparse:SELECTOR:BUDGET"),
+        ({"caches": ["sparse:question:64"]}, "'sparse:question:64'; accepted: .*Selectors: kascade, .*quest"),
         ({"caches": ["window:0.5"]}, "'window:0.5'; accepted"),
         ({"caches": ["window:4k:few"]}, "'window:4k:few'; accepted"),
         ({"caches": ["lowrank:half"]}, "'lowrank:half'; accepted"),
