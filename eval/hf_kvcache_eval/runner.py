@@ -61,7 +61,7 @@ def _want_queries(caches: Sequence[str]) -> bool:
     found = []
     for cache in caches:
         with suppress(ValueError):
-            found.append(Method(cache).kind.queries)
+            found.append(Method(cache).queries)
     return any(found)
 
 

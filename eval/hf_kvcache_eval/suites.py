@@ -134,7 +134,8 @@ def caches(name: str) -> list[str]:
         policies += WRAPPED
         return ["full", *(f"{policy}@{share}" for policy in policies for share in SHARES)]
     if name == "sparse":
-        read = [f"sparse@{share}:selector={one}" for one in selectors() for share in READ_SHARES]
+        # The first layer's attention is spread over all tokens; the second one's is not.
+        read = [f"sparse@{share}:selector={one};dense_layers=1" for one in selectors() for share in READ_SHARES]
         return ["full", *read, *(f"{policy}@{COMPARED_SHARE}" for policy in EVICTING_TOO)]
     if name == "latent":
         low_rank = [

@@ -110,7 +110,15 @@ def test_a_setting_that_came_later_had_its_default_before(
     assert len(count) == 2
 
 
-@pytest.mark.parametrize(("caches", "kept"), [(["full", "int4", "zip9"], False), (["zip9", "snapkv@0.3"], True)])
+@pytest.mark.parametrize(
+    ("caches", "kept"),
+    [
+        (["full", "int4", "zip9", "sparse@0.5"], False),
+        (["zip9", "snapkv@0.3"], True),
+        (["sparse@0.5+int4"], True),
+        (["sparse@0.5:budget=0.5"], True),
+    ],
+)
 def test_queries_are_kept_where_some_cache_evicts(
     comparison: Comparison, monkeypatch: pytest.MonkeyPatch, caches: list[str], kept: bool
 ) -> None:
