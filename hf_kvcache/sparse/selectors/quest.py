@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from hf_kvcache.sparse.base import Selector
@@ -41,6 +43,11 @@ class Quest(Selector):
 
     def ask(self, query: torch.Tensor) -> torch.Tensor:
         # Twice the score: middle and half are half of the bounds' sum and of their difference.
-        total, size, weight = query.sum(1), torch.linalg.vector_norm(query, 1, 1), self.range_weight
-        return torch.cat([total.add(size, alpha=weight), total.sub(size, alpha=weight)], -1)
+        total, size = query.sum(1).unsqueeze(-2), torch.linalg.vector_norm(query, 1, 1).unsqueeze(-2)
+        return torch.addcmul(total, size, _weights(self.range_weight, query.device)).flatten(-2)
 
+
+@lru_cache
+def _weights(weight: float, device: torch.device) -> torch.Tensor:
+    """``[[weight], [-weight]]``, made on the device."""
+    return torch.linspace(weight, -weight, 2, device=device).unsqueeze(1)
