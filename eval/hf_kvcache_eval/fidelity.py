@@ -95,14 +95,14 @@ class Fidelity(TaskInPieces):
     def _full(self, bench: Bench, index: int) -> torch.Tensor:
         """Log-probabilities ``[B, suffix, vocabulary]`` of a piece through the full cache, computed once for all."""
         rows = self._rows(bench)
-        owner = (self, bench.protocol.block)
-        held = bench.memo.get("reference")
-        if held is None or held[0] != owner:
+        owner, kept = bench.memo.get("reference", (None, {}))
+        if owner != (self, bench.protocol.block):
             # One task's at a time: they are the largest thing that is held.
-            held = bench.memo["reference"] = (owner, {})
-        if index not in held[1]:
-            held[1][index] = _Run(bench, Method("full"), self.prefix).decode(rows[index])
-        return held[1][index]
+            kept = {}
+            bench.memo["reference"] = (self, bench.protocol.block), kept
+        if index not in kept:
+            kept[index] = _Run(bench, Method("full"), self.prefix).decode(rows[index])
+        return kept[index]
 
 
 class _Run:
