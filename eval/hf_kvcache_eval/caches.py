@@ -247,6 +247,17 @@ class Method:
         """Whether this is transformers' own full cache."""
         return self.spec.name == "full"
 
+    @property
+    def queries(self) -> bool:
+        """Whether this cache looks at the queries of a prefill."""
+        if self.spec.name != "sparse":
+            return self.kind.queries
+        # Selectors look at the queries of steps only, an evicting cache and a codec that scales keys at those of a
+        # prefill too.
+        return self.spec.codec is not None or not {"codec", "bits", "key_bits", "value_bits", "budget"}.isdisjoint(
+            self.spec.options
+        )
+
     def make(self, config: PreTrainedConfig, protocol: Protocol) -> Any:
         """An empty cache for a model of ``config``."""
         return self.kind.make(self.spec, config, protocol)

@@ -128,7 +128,7 @@ class Cell:
 
 
 class Store:
-    """The folder of one comparison: ``cells/*.json`` and ``timings/*.json``.
+    """The folder of one comparison: ``cells/*.json`` and ``timings/*.json``; ``pieces/*.json`` of unfinished cells.
 
     Args:
         folder: made where it does not exist.
@@ -136,12 +136,28 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.cells, self.timings = folder / "cells", folder / "timings"
+        self.cells, self.timings, self.pieces = folder / "cells", folder / "timings", folder / "pieces"
 
     def write(self, cell: Cell, timing: dict[str, Any]) -> None:
         """Keep a cell; it appears whole or not at all."""
         _write(self.timings / f"{cell.slug}.json", json.dumps(timing, indent=1) + "\n")
         _write(self.cells / f"{cell.slug}.json", cell.to_json())
+        if cell.status == "done":
+            (self.pieces / f"{cell.slug}.json").unlink(missing_ok=True)
+
+    def write_pieces(self, cell: Cell, pieces: list[dict[str, Any]]) -> None:
+        """Keep the first pieces of a cell that is not finished; no NaN or infinity gets in."""
+        text = json.dumps({"cell": asdict(cell), "pieces": pieces}, allow_nan=False)
+        _write(self.pieces / f"{cell.slug}.json", text + "\n")
+
+    def read_pieces(self, cache: str, task: str) -> tuple[Cell, list[dict[str, Any]]] | None:
+        """What :meth:`write_pieces` kept for a cache on a task; None if it is not there or cannot be read."""
+        path = self.pieces / f"{Cell(cache, task).slug}.json"
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            return Cell.from_json(json.dumps(kept["cell"])), kept["pieces"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
     def read(self, cache: str, task: str) -> Cell | None:
         """The cell of a cache on a task; None if it is not there or cannot be read."""

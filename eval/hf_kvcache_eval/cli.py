@@ -90,8 +90,9 @@ def _run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from hf_kvcache.utils.processes import launched, own_device
+    from hf_kvcache_eval.comparison import Comparison
     from hf_kvcache_eval.protocol import Protocol
-    from hf_kvcache_eval.runner import Comparison, run
+    from hf_kvcache_eval.runner import run
     from hf_kvcache_eval.specs import split
     from hf_kvcache_eval.suites import caches
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from hf_kvcache import KVCache
+from hf_kvcache import KVCache, SparseReadCache
 from hf_kvcache_eval.caches import Method, held_bytes
 from hf_kvcache_eval.cells import Memory, Metric, Series
 from hf_kvcache_eval.statistics import mean_metric
-from hf_kvcache_eval.task import Bench, Outcome, Task
+from hf_kvcache_eval.task import Bench, Outcome, Piece, TaskInPieces
 from hf_kvcache_eval.text import WIKITEXT, read_text
 
 _LABELS = {"kl": "KL (nats)", "delta_nll": "change of NLL (nats)"}
 
 
 @dataclass
-class Fidelity(Task):
+class Fidelity(TaskInPieces):
     """Prefix, compress, then a teacher-forced continuation that is decoded through the compressed cache.
 
     Attributes:
@@ -39,55 +39,70 @@ class Fidelity(Task):
     def name(self) -> str:  # type: ignore[override]
         return f"fidelity@{self.prefix}"
 
-    def run(self, bench: Bench, method: Method) -> Outcome:
-        windows, text = self._windows(bench)
-        full = self._full(bench, windows)
-        compared: list[dict[str, torch.Tensor]] = []
-        run = _Run(bench, method, self.prefix)
+    def count(self, bench: Bench) -> int:
+        return len(self._rows(bench))
+
+    def measure(self, bench: Bench, method: Method, index: int) -> Piece:
+        rows = self._rows(bench)[index]
+        full = self._full(bench, index)
         step = self.batch if method.kind.rows else 1
-        for start in range(0, len(windows), step):
-            rows = windows[start : start + step]
-            compared.append(_compare(full[start : start + step], run.decode(rows), rows[:, self.prefix :]))
-            bench.advance((start + len(rows)) / len(windows))
-        joined = {name: torch.cat([part[name] for part in compared]) for name in compared[0]}
+        run = _Run(bench, method, self.prefix)
+        other = torch.cat([run.decode(part) for part in rows.split(step)])
+        found = {name: x.tolist() for name, x in _compare(full, other, rows[:, self.prefix :]).items()}
+        if run.read is not None:
+            found["read"] = [run.read] * len(rows)
+        return Piece(found, run.memory, run.timing)
+
+    def outcome(self, bench: Bench, found: Piece) -> Outcome:
+        joined = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in found.found.items()}
         return Outcome(
             metrics=_metrics(joined),
             series={name: _by_distance(joined[name], name) for name in _LABELS},
-            memory=run.memory,
+            memory=found.memory,
             protocol={
                 "prefix": self.prefix,
                 "suffix": self.suffix,
-                "windows": len(windows),
-                "text": text,
+                "windows": len(joined["kl"]),
+                "text": self._text(bench)[1],
                 "what": "KL(full || cache) in nats per decoded token; the reference decodes through DynamicCache in "
                 "float32 in the same blocks",
             },
-            timing=run.timing,
+            timing=found.timing,
         )
+
+    def _text(self, bench: Bench) -> tuple[torch.Tensor, str]:
+        """The text as tokens ``[T]``, and its name."""
+        key = ("tokens",)
+        if key not in bench.memo:
+            text, name = read_text(bench.data, WIKITEXT)
+            bench.memo[key] = bench.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0], name
+        return bench.memo[key]
+
+    def _rows(self, bench: Bench) -> tuple[torch.Tensor, ...]:
+        """The windows of each piece."""
+        return self._windows(bench)[0].split(self.batch)
 
     def _windows(self, bench: Bench) -> tuple[torch.Tensor, str]:
         """Windows ``[n, prefix + suffix]`` and the text's name."""
-        text, name = read_text(bench.data, WIKITEXT)
-        key = ("tokens", name)
-        if key not in bench.memo:
-            bench.memo[key] = bench.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-        tokens, length = bench.memo[key], self.prefix + self.suffix
+        tokens, name = self._text(bench)
+        length = self.prefix + self.suffix
         if len(tokens) < length:
             raise ValueError(f"{name} has {len(tokens)} tokens; one window takes {length}")
         count = min(self.windows, len(tokens) // length)
         starts = torch.linspace(0, len(tokens) - length, count).long().tolist()
         return torch.stack([tokens[start : start + length] for start in starts]), name
 
-    def _full(self, bench: Bench, windows: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities ``[n, suffix, vocabulary]`` through the full cache, computed once for all methods."""
-        key = (self.name, self.suffix, len(windows), bench.protocol.block)
-        if key not in bench.memo:
+    def _full(self, bench: Bench, index: int) -> torch.Tensor:
+        """Log-probabilities ``[B, suffix, vocabulary]`` of a piece through the full cache, computed once for all."""
+        rows = self._rows(bench)
+        owner, kept = bench.memo.get("reference", (None, {}))
+        if owner != (self, bench.protocol.block):
             # One task's at a time: they are the largest thing that is held.
-            for old in [k for k in bench.memo if isinstance(k, tuple) and str(k[0]).startswith("fidelity")]:
-                del bench.memo[old]
-            run = _Run(bench, Method("full"), self.prefix)
-            bench.memo[key] = torch.cat([run.decode(rows) for rows in windows.split(self.batch)])
-        return bench.memo[key]
+            kept = {}
+            bench.memo["reference"] = (self, bench.protocol.block), kept
+        if index not in kept:
+            kept[index] = _Run(bench, Method("full"), self.prefix).decode(rows[index])
+        return kept[index]
 
 
 class _Run:
@@ -96,7 +111,8 @@ class _Run:
     def __init__(self, bench: Bench, method: Method, prefix: int) -> None:
         self.bench, self.method, self.prefix = bench, method, prefix
         self.memory: Memory | None = None
-        self.timing: dict[str, Any] = {"decode_seconds": 0.0, "decode_calls": 0}
+        self.read: float | None = None
+        self.timing: dict[str, float] = {"decode_seconds": 0.0, "decode_calls": 0}
 
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
         """Log-probabilities ``[B, suffix, vocabulary]`` of the continuations of ``rows [B, prefix + suffix]``."""
@@ -107,6 +123,7 @@ class _Run:
         out = [logits.log_softmax(-1) for logits in reader.logits(rows[:, self.prefix :])]
         self.timing["decode_seconds"] += time.perf_counter() - started
         self.timing["decode_calls"] += len(out)
+        self.read = read_share(reader.caches[0])
         return torch.cat(out, 1)
 
 
@@ -118,6 +135,16 @@ def memory_of(cache: Any, config: Any, batch: int, tokens: int) -> Memory:
         full = report.full_bf16
         bits = report.bits_per_element if report.packed_elements else None
     return Memory(batch * tokens, held_bytes(cache), full, bits)
+
+
+def read_share(cache: Any) -> float | None:
+    """Bytes that the latest step of a sparse cache read, of those that it would read of all tokens; else None."""
+    if not isinstance(cache, SparseReadCache):
+        return None
+    report = cache.memory()
+    return sum(report.read_last_step.values()) / sum(
+        report.parts[name] for name in ("codes", "scales", "sinks", "tail")
+    )
 
 
 def full_bytes(config: Any, tokens: int) -> int:
@@ -143,6 +170,7 @@ def _compare(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> 
 def _metrics(found: dict[str, torch.Tensor]) -> dict[str, Metric]:
     # Windows are independent of each other, neighboring tokens are not: standard errors are over windows.
     kl = found["kl"]
+    read = {"read": mean_metric(found["read"], higher_is_better=False, unit="share")} if "read" in found else {}
     return {
         "kl": mean_metric(kl.mean(1), higher_is_better=False, unit="nats"),
         "kl_p99": Metric(kl.flatten().quantile(0.99).item(), None, False, "nats"),
@@ -150,6 +178,7 @@ def _metrics(found: dict[str, torch.Tensor]) -> dict[str, Metric]:
         "top1": mean_metric(found["agree"].mean(1), unit="share"),
         "delta_nll": mean_metric(found["delta_nll"].mean(1), higher_is_better=False, unit="nats"),
         "nll": mean_metric(found["nll"].mean(1), higher_is_better=False, unit="nats"),
+        **read,
     }
 
 

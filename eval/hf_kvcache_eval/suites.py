@@ -56,6 +56,8 @@ class Size:
         batch: samples of a retrieval task decoded together.
         quotes: samples of quotation tasks, whose NLL tells more a sample than right or wrong; ``samples`` if None.
         protocol: fields of the shared protocol that the suite changes, for every cache alike.
+        together: windows of fidelity decoded together, ``windows`` of them whatever their length; None takes fewer
+            where they are long.
     """
 
     windows: int
@@ -65,6 +67,7 @@ class Size:
     batch: int = 4
     quotes: int | None = None
     protocol: dict[str, Any] = field(default_factory=dict, hash=False)
+    together: int | None = None
 
 
 SIZES = {
@@ -75,7 +78,7 @@ SIZES = {
     "eviction": Size(6, 64, 50, 100, 10, 12, {"tail_length": EVICTING_TAIL, "page_size": EVICTING_PAGE, "block": 64}),
     "latent": Size(8, 128, 8, 40),
     # One token at a time: a longer block of queries would read everything.
-    "sparse": Size(3, 64, 10, 40, 1, protocol={"tail_length": 64, "page_size": 64, "block": 1}),
+    "sparse": Size(4, 32, 8, 40, 4, protocol={"tail_length": 64, "page_size": 64, "block": 1}, together=2),
 }
 TASKS = {
     "quick": "fidelity@1024 quote@1024 passkey@512 speed@1024",
@@ -96,9 +99,10 @@ TASKS = {
 #: Shares kept, and policies with others in front, in the suite *eviction*.
 SHARES = (0.5, 0.3, 0.2, 0.1)
 WRAPPED = ("ada-snapkv", "ada-expected", "critical-snapkv")
-#: Shares read in the suite *sparse*, and what evicts as much for comparison.
+#: Shares read in the suite *sparse*, and what keeps as much as one of them for comparison.
 READ_SHARES = (0.5, 0.25, 0.12, 0.06)
-EVICTING_TOO = ("snapkv", "compactor")
+COMPARED_SHARE = 0.25
+EVICTING_TOO = ("snapkv", "ada-expected", "compactor", "h2o", "kvzip")
 #: Shares of the head dimension, and projections by the names of their files (`docs/evaluation/index.md` makes them), in
 #: the suite *latent*.
 RATIOS = (0.75, 0.5, 0.35)
@@ -130,8 +134,9 @@ def caches(name: str) -> list[str]:
         policies += WRAPPED
         return ["full", *(f"{policy}@{share}" for policy in policies for share in SHARES)]
     if name == "sparse":
-        read = [f"sparse@{share}:selector={one}" for one in selectors() for share in READ_SHARES]
-        return ["full", *read, *(f"{policy}@{share}" for policy in EVICTING_TOO for share in READ_SHARES)]
+        # The first layer's attention is spread over all tokens; the second one's is not.
+        read = [f"sparse@{share}:selector={one};dense_layers=1" for one in selectors() for share in READ_SHARES]
+        return ["full", *read, *(f"{policy}@{COMPARED_SHARE}" for policy in EVICTING_TOO)]
     if name == "latent":
         low_rank = [
             f"latent@{ratio}{codec}:projection={projection}"
@@ -205,6 +210,8 @@ def entry(word: str, size: Size) -> Entry:
 
 def _fidelity(length: int, size: Size) -> Task:
     # Long windows are few: the time goes with the square of their length.
+    if size.together is not None:
+        return Fidelity(length, size.suffix, size.windows, size.together)
     windows = max(3, size.windows * 1024 // max(length, 1024))
     return Fidelity(length, size.suffix, windows=windows, batch=max(1, min(4, 4096 // length)))
 

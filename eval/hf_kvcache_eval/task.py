@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,33 @@ class Bench:
         return self._models[dtype]
 
 
+@dataclass
+class Piece:
+    """What a task found on some of its samples. It is kept as JSON until all of them are measured.
+
+    Attributes:
+        found: by name, one entry a sample: a number, or a list of numbers.
+        memory: bytes after the prefill.
+        timing: seconds and counts, which are added up over the pieces.
+    """
+
+    found: dict[str, list[Any]]
+    memory: Memory | None = None
+    timing: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Piece]) -> Piece:
+        """One piece with the samples of all, in their order; the memory is that of the last."""
+        found: dict[str, list[Any]] = {}
+        timing: dict[str, float] = {}
+        for piece in pieces:
+            for name, samples in piece.found.items():
+                found.setdefault(name, []).extend(samples)
+            for name, amount in piece.timing.items():
+                timing[name] = timing.get(name, 0) + amount
+        return cls(found, pieces[-1].memory, timing)
+
+
 class Task(ABC):
     """A measurement.
 
@@ -95,3 +122,30 @@ class Task(ABC):
         Raises:
             ValueError: if the method cannot do this task, or its data are missing; the cell is then marked failed.
         """
+
+
+class TaskInPieces(Task):
+    """A measurement whose samples are measured a few at a time.
+
+    A comparison measures the first piece of every cache, then the second one. So a prompt is prefilled once, and only
+    the prefill of one piece is held.
+    """
+
+    @abstractmethod
+    def count(self, bench: Bench) -> int:
+        """How many pieces there are, the same for every method."""
+
+    @abstractmethod
+    def measure(self, bench: Bench, method: Method, index: int) -> Piece:
+        """Measure ``method`` on the samples of the ``index``-th piece; raises as :meth:`run` does."""
+
+    @abstractmethod
+    def outcome(self, bench: Bench, found: Piece) -> Outcome:
+        """The task's numbers from all pieces, joined."""
+
+    def run(self, bench: Bench, method: Method) -> Outcome:
+        pieces, count = [], self.count(bench)
+        for index in range(count):
+            pieces.append(self.measure(bench, method, index))
+            bench.advance((index + 1) / count)
+        return self.outcome(bench, Piece.joined(pieces))

@@ -91,10 +91,10 @@ class Selector:
         """The vectors whose products with the summaries are the scores.
 
         Args:
-            query: float32 ``[rows, M, D]``, the queries of each row.
+            query: float32 ``[rows, g, q, D]``, the queries of the ``g`` query heads of each row.
 
         Returns:
-            ``[rows, M, vectors * D]``.
+            ``[rows, q, vectors * D]``, for all query heads together.
         """
         raise NotImplementedError
 

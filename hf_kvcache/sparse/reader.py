@@ -135,7 +135,7 @@ class PageReader:
             question = Question(pages.rows, pages.columns, length, position, self.index, query.device)
             return self.pick_best(pages, limits, selector.score(question))
         codes, scales = self.summaries.brought(storage, pages.columns)
-        asked = selector.ask(query.detach().float().reshape(pages.rows, -1, query.shape[3]))
+        asked = selector.ask(query.detach().float().reshape(pages.rows, -1, length, query.shape[3]))
         columns = choose(asked, codes, scales, self.summaries.spans, length, limits.most, limits.rows, limits.missing)
         return self.read(pages, limits, columns)
 

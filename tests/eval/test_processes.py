@@ -22,9 +22,9 @@ from hf_kvcache.lowrank.moment_collection import collect
 from hf_kvcache.lowrank.moments import States
 from hf_kvcache.utils import processes
 from hf_kvcache_eval import runner
+from hf_kvcache_eval.comparison import Comparison
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.protocol import Protocol
-from hf_kvcache_eval.runner import Comparison
 from hf_kvcache_eval.suites import Entry
 from tests import families
 from tests.eval.tiny import LetterTokenizer

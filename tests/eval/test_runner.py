@@ -17,12 +17,12 @@ from hf_kvcache.eviction import registry
 from hf_kvcache_eval import cli, runner, suites
 from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Cell, Metric, Store
+from hf_kvcache_eval.comparison import Comparison
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.prefills import Prefills
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.report import write_report
 from hf_kvcache_eval.retrieval import RetrievalTask
-from hf_kvcache_eval.runner import Comparison
 from hf_kvcache_eval.suites import Entry
 from hf_kvcache_eval.task import Bench, Outcome, Task
 from tests.eval.tiny import LetterTokenizer
@@ -87,7 +87,7 @@ def test_a_cell_says_how_it_was_made(comparison: Comparison) -> None:
 
 def test_finished_cells_are_not_measured_again(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     before = runner.run(comparison, CONSOLE)
-    monkeypatch.setattr(Fidelity, "run", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(Fidelity, "measure", lambda *args: pytest.fail("measured again"))
     assert [cell.to_json() for cell in runner.run(comparison, CONSOLE)] == [cell.to_json() for cell in before]
 
 
@@ -100,8 +100,8 @@ def test_a_setting_that_came_later_had_its_default_before(
         del cell["protocol"]["settings"]["batch"]
         path.write_text(json.dumps(cell))
     count: list[Method] = []
-    run = Fidelity.run
-    monkeypatch.setattr(Fidelity, "run", lambda self, bench, method: count.append(method) or run(self, bench, method))
+    measure = Fidelity.measure
+    monkeypatch.setattr(Fidelity, "measure", lambda self, *args: count.append(args[1]) or measure(self, *args))
     use(monkeypatch, ("fidelity@48", Entry(replace(SMALL, batch=Fidelity.batch))))
     runner.run(comparison, CONSOLE)
     assert not count
@@ -110,7 +110,15 @@ def test_a_setting_that_came_later_had_its_default_before(
     assert len(count) == 2
 
 
-@pytest.mark.parametrize(("caches", "kept"), [(["full", "int4", "zip9"], False), (["zip9", "snapkv@0.3"], True)])
+@pytest.mark.parametrize(
+    ("caches", "kept"),
+    [
+        (["full", "int4", "zip9", "sparse@0.5"], False),
+        (["zip9", "snapkv@0.3"], True),
+        (["sparse@0.5+int4"], True),
+        (["sparse@0.5:budget=0.5"], True),
+    ],
+)
 def test_queries_are_kept_where_some_cache_evicts(
     comparison: Comparison, monkeypatch: pytest.MonkeyPatch, caches: list[str], kept: bool
 ) -> None:
@@ -133,8 +141,8 @@ def test_a_cell_that_was_measured_otherwise_is_measured_again(
 ) -> None:
     runner.run(comparison, CONSOLE)
     count: list[Method] = []
-    run = Fidelity.run
-    monkeypatch.setattr(Fidelity, "run", lambda self, bench, method: count.append(method) or run(self, bench, method))
+    measure = Fidelity.measure
+    monkeypatch.setattr(Fidelity, "measure", lambda self, *args: count.append(args[1]) or measure(self, *args))
     runner.run(replace(comparison, **change), CONSOLE)
     assert len(count) == 2
 
@@ -149,6 +157,46 @@ def test_a_killed_run_goes_on_where_it_stopped(comparison: Comparison, monkeypat
     use(monkeypatch, ("fidelity@48", Entry(SMALL)))
     runner.run(comparison, CONSOLE)
     assert files(comparison.out) == kept
+
+
+def test_a_killed_run_goes_on_with_the_next_piece(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece is measured on all caches before the next, from one prefill, and never twice."""
+    use(monkeypatch, ("fidelity@48", Entry(replace(SMALL, windows=3, batch=1))))
+    runner.run(comparison, CONSOLE)
+    whole = files(comparison.out)
+    order: list[tuple[str, int]] = []
+    measure = Fidelity.measure
+
+    def stopping(self: Fidelity, bench: Bench, method: Method, index: int) -> Any:
+        if len(order) == 3:
+            raise KeyboardInterrupt
+        order.append((str(method), index))
+        assert bench.prefills is not None and len(bench.prefills._kept) <= 1
+        return measure(self, bench, method, index)
+
+    again = replace(comparison, out=comparison.out / "again")
+    monkeypatch.setattr(Fidelity, "measure", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(again, CONSOLE)
+    assert not (again.out / "cells").exists()
+    order.append(("stop", 0))
+    runner.run(again, CONSOLE)
+    del order[3]
+    assert order == [(cache, index) for index in range(3) for cache in ("full", "int2")]
+    assert files(again.out) == whole and not list((again.out / "pieces").iterdir())
+
+
+def test_pieces_that_were_measured_otherwise_are_measured_again(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.run(comparison, CONSOLE)
+    store, cell = Store(comparison.out), runner.run(comparison, CONSOLE)[1]
+    blank = replace(cell, seed=1, metrics={}, series={}, memory=None)
+    store.write_pieces(blank, [{"found": {}, "memory": None, "timing": {}}])
+    whole = files(comparison.out)
+    (comparison.out / "cells" / f"{cell.slug}.json").unlink()
+    runner.run(comparison, CONSOLE)
+    assert files(comparison.out) == whole
 
 
 def test_a_half_written_cell_is_measured_again(comparison: Comparison) -> None:
@@ -211,7 +259,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_once_and_named(
 
 
 def test_a_number_that_is_not_finite_fails_the_cell(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fidelity, "run", lambda *args: Outcome({"kl": Metric(float("inf"))}))
+    monkeypatch.setattr(Fidelity, "outcome", lambda *args: Outcome({"kl": Metric(float("inf"))}))
     cells = runner.run(comparison, CONSOLE)
     assert {cell.status for cell in cells} == {"failed"}
 

@@ -36,18 +36,21 @@ def rounded_outward(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.n
     return np.floor(low / scale - 1e-9) * scale, np.ceil(high / scale + 1e-9) * scale
 
 
-def page_scores(keys: np.ndarray, query: np.ndarray, spans: list[list[int]]) -> np.ndarray:
+def page_scores(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], weight: float = 0.3) -> np.ndarray:
     """Quest's score of each page.
 
     Args:
         keys: ``[T, D]`` of one KV head.
         query: ``[g, D]`` of its query heads.
         spans: the tokens of each page.
+        weight: of the distance of the bounds.
     """
     scores = []
     for span in spans:
         low, high = rounded_outward(keys[span].min(0), keys[span].max(0))
-        scores.append(max(sum(max(q * a, q * b) for q, a, b in zip(one, low, high, strict=True)) for one in query))
+        middle, half = (low + high) / 2, weight * (high - low) / 2
+        nearer = [(m - h, m + h) for m, h in zip(middle, half, strict=True)]
+        scores.append(sum(max(q * a, q * b) for one in query for q, (a, b) in zip(one, nearer, strict=True)))
     return np.array(scores)
 
 

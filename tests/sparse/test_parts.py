@@ -70,6 +70,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "selector": (lambda: SparseReadCache(CONFIG, selector="best"), ValueError, r"selector='best'.*kascade.*quest"),
     "option": (lambda: SparseReadCache(CONFIG, spam=8), TypeError, r"'spam'; did you mean 'span'\?.*'quest': span"),
     "span": (lambda: SparseReadCache(CONFIG, span=0), ValueError, r"span=0.*whole numbers from 1"),
+    "range weight": (lambda: SparseReadCache(CONFIG, range_weight=1.5), ValueError, r"range_weight=1\.5.*from 0 to 1"),
     "uneven span": (lambda: SparseReadCache(CONFIG, span=24), ValueError, r"span=24.*page_size=64"),
     "all dense": (lambda: SparseReadCache(CONFIG, dense_layers=4), ValueError, r"dense_layers=4.*fewer than.*4"),
     "page": (lambda: SparseReadCache(CONFIG, page_size=12), ValueError, r"page_size=12.*multiples of 8"),

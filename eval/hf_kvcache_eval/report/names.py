@@ -46,6 +46,18 @@ def kept_share(cache: str) -> tuple[str, float] | None:
     return cache.replace(f"@{cache.partition('@')[2].partition('+')[0].partition(':')[0]}", "", 1), spec.budget
 
 
+def reads_share(cache: str) -> bool:
+    """Whether the share in the name is what a step reads, of tokens that all stay."""
+    return _name(cache) == "sparse"
+
+
+def blind(cache: str) -> str:
+    """The method that chooses at random what ``cache`` chooses, in the form of :func:`kept_share`."""
+    if not reads_share(cache):
+        return "random"
+    return re.sub(r"selector=[^;]*", "selector=random", cache)
+
+
 @dataclass(frozen=True)
 class TaskName:
     """A task's name in parts: ``base@length:variant``.

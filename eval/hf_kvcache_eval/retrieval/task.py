@@ -20,7 +20,7 @@ from hf_kvcache_eval.retrieval.prompts import Prompt, batches, tokenized
 from hf_kvcache_eval.retrieval.registry import kinds
 from hf_kvcache_eval.retrieval.sample import Sample
 from hf_kvcache_eval.statistics import mean_metric
-from hf_kvcache_eval.task import Bench, Outcome, Task
+from hf_kvcache_eval.task import Bench, Outcome, Piece, TaskInPieces
 from hf_kvcache_eval.text import WALDEN, read_text
 
 #: Tokens that an output may have beyond those of the expected answers.
@@ -28,7 +28,7 @@ _MORE = 8
 
 
 @dataclass
-class RetrievalTask(Task):
+class RetrievalTask(TaskInPieces):
     """Prefill a context, compress, then ask for something that stands in it.
 
     Attributes:
@@ -73,18 +73,27 @@ class RetrievalTask(Task):
         """Whether the answer is given and scored, instead of generated."""
         return self.literal or self.forced
 
-    def run(self, bench: Bench, method: Method) -> Outcome:
-        prompts, text = self.prompts(bench)
+    def count(self, bench: Bench) -> int:
+        return len(self._batches(bench))
+
+    def measure(self, bench: Bench, method: Method, index: int) -> Piece:
+        prompts = self._batches(bench)[index]
         asking = Asking(bench, method)
         asking.check_fits(max(prompt.tokens for prompt in prompts))
-        found: dict[int, dict[str, float]] = {}
+        scores: list[dict[str, float]] = []
         for rows in batches(prompts, self.batch if method.kind.rows else 1):
-            scores = asking.score(rows, self.forced) if self.scored else asking.recall(rows)
-            found.update(zip((prompt.sample.index for prompt in rows), scores, strict=True))
-            bench.advance(len(found) / len(prompts))
+            scores += asking.score(rows, self.forced) if self.scored else asking.recall(rows)
+        found: dict[str, list[Any]] = {name: [score[name] for score in scores] for name in scores[0]}
+        return Piece({"index": [prompt.sample.index for prompt in prompts]} | found, asking.memory, asking.timing)
+
+    def outcome(self, bench: Bench, found: Piece) -> Outcome:
+        columns = dict(found.found)
+        place = {index: at for at, index in enumerate(columns.pop("index"))}
+        prompts, text = self.prompts(bench)
+        scores = [{name: x[place[p.sample.index]] for name, x in columns.items()} for p in prompts]
         return Outcome(
-            metrics=metrics_of([found[prompt.sample.index] for prompt in prompts], "nll" if self.literal else None),
-            memory=asking.memory,
+            metrics=metrics_of(scores, "nll" if self.literal else None),
+            memory=found.memory,
             protocol={
                 "kind": self.kind,
                 "length": self.length,
@@ -94,13 +103,21 @@ class RetrievalTask(Task):
                 "text": text,
                 "what": self._what(),
             },
-            timing=asking.timing,
+            timing=found.timing,
         )
+
+    def _batches(self, bench: Bench) -> list[list[Prompt]]:
+        """The samples of each piece."""
+        return list(batches(self.prompts(bench)[0], self.batch))
 
     def prompts(self, bench: Bench) -> tuple[list[Prompt], str]:
         """The samples as tokens, and the name of their text."""
-        made, text = self._samples(bench)
-        return [tokenized(sample, bench.tokenizer, self.literal, self.query_aware) for sample in made], text
+        key = ("prompts", self.name, self.samples, bench.protocol.seed, str(bench.data))
+        if key not in bench.memo:
+            made, text = self._samples(bench)
+            tokens = [tokenized(sample, bench.tokenizer, self.literal, self.query_aware) for sample in made]
+            bench.memo[key] = tokens, text
+        return bench.memo[key]
 
     def _samples(self, bench: Bench) -> tuple[list[Sample], str]:
         """The samples and the name of their text."""
@@ -135,7 +152,7 @@ class Asking:
         self.bench, self.method = bench, method
         self.model = bench.model(method.dtype)
         self.memory: Memory | None = None
-        self.timing: dict[str, Any] = {"decode_seconds": 0.0}
+        self.timing: dict[str, float] = {"decode_seconds": 0.0}
 
     def check_fits(self, tokens: int) -> None:
         """ValueError if the model has no positions for ``tokens``."""

@@ -28,11 +28,11 @@ from hf_kvcache.utils.environment import machine, versions
 from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Cell, Memory, Store
 from hf_kvcache_eval.cli import data_folder
+from hf_kvcache_eval.comparison import model_name
 from hf_kvcache_eval.fidelity import full_bytes
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.retrieval.prompts import Prompt
 from hf_kvcache_eval.retrieval.task import Asking, RetrievalTask, metrics_of, recall_of, scores_of
-from hf_kvcache_eval.runner import model_name
 from hf_kvcache_eval.specs import parse, split
 from hf_kvcache_eval.suites import Entry, suite
 from hf_kvcache_eval.task import Bench

@@ -33,7 +33,9 @@ def choose(
     Returns:
         int64 ``[rows, n]``; see :func:`best_columns`.
     """
-    scores = torch.bmm(query, codes.float().transpose(1, 2)).unflatten(1, (-1, length)).amax(1)
+    scores = torch.bmm(query, codes.float().transpose(1, 2))
+    if query.shape[1] > length:
+        scores = scores.unflatten(1, (-1, length)).amax(1)
     scores.mul_(scales.unsqueeze(1))
     if spans > 1:
         scores = scores.unflatten(2, (-1, spans)).amax(3)

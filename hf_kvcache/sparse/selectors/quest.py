@@ -1,31 +1,38 @@
-"""Quest (arXiv:2406.10774): the largest product that a query can have with any key within a page's bounds."""
+"""Quest (arXiv:2406.10774): the product that a query may have with a key within a page's bounds."""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 
 from hf_kvcache.sparse.base import Selector
 from hf_kvcache.sparse.registry import register
-from hf_kvcache.utils.validation import whole
+from hf_kvcache.utils.validation import between, whole
 
 
 @register("quest")
 class Quest(Selector):
-    """Scores a page by its largest possible product with the query, ``sum over d of max(q_d * min_d, q_d * max_d)``.
+    """Scores a page by what the queries of a group may find in it.
 
-    ``min`` and ``max`` are taken element by element over the keys of the page. A positive ``q_d`` meets ``max_d`` and a
-    negative one ``min_d``, so the score is one product of ``[max, min]`` with the positive and the negative part of q.
+    The bounds of a page are its smallest and its largest key, element by element. The score is the sum over the query
+    heads of ``q * middle + range_weight * |q| * half`` over the elements, where ``middle`` is the middle of the bounds
+    and ``half`` half of their distance. With a weight of 1 this is the largest product that a query can have within the
+    bounds, as in the paper. Keys are far from reaching it in all elements at once, so a smaller weight tells pages
+    apart better.
 
     Args:
         span: tokens that have bounds of their own; a page has the score of its best part. None is a whole page.
+        range_weight: of the bounds' distance, 0 to 1.
     """
 
     vectors = 2
     rounding = 1, -1
     by_sign = True
 
-    def __init__(self, span: int | None = None) -> None:
+    def __init__(self, span: int | None = None, range_weight: float = 0.3) -> None:
         self.span = None if span is None else whole("span", span, 1)
+        self.range_weight = between("range_weight", range_weight, 0, 1)
 
     def summarize(self, keys: torch.Tensor, unused: torch.Tensor | None) -> torch.Tensor:
         if unused is None:
@@ -36,4 +43,12 @@ class Quest(Selector):
         return torch.stack([high, low], 1).masked_fill(empty, 0.0)
 
     def ask(self, query: torch.Tensor) -> torch.Tensor:
-        return torch.cat([query.clamp_min(0), query.clamp_max(0)], -1)
+        # Twice the score: middle and half are half of the bounds' sum and of their difference.
+        total, size = query.sum(1).unsqueeze(-2), torch.linalg.vector_norm(query, 1, 1).unsqueeze(-2)
+        return torch.addcmul(total, size, _weights(self.range_weight, query.device)).flatten(-2)
+
+
+@lru_cache
+def _weights(weight: float, device: torch.device) -> torch.Tensor:
+    """``[[weight], [-weight]]``, made on the device."""
+    return torch.linspace(weight, -weight, 2, device=device).unsqueeze(1)
