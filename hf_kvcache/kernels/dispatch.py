@@ -32,6 +32,7 @@ OPERATIONS = {
         "hadamard",
         "pack",
         "encode",
+        "choose",
         "static_step",
     ),
     "native": ("decode", "extend", "latent_decode", "latent_gather", "pack", "choose"),

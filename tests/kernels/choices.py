@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case(1, 1, 1, 16, 1, 1, 1, True),
-    Case(2, 3, 3, 24, 70, 2, 9, True, some=True),
+    Case(2, 1, 3, 24, 40, 2, 9, True, some=True),
     Case(1, 2, 5, 7, 130, 1, 130, False),
     Case(1, 3, 4, 128, 65, 4, 64, True, dtype=torch.bfloat16),
     Case(3, 2, 6, 33, 64, 1, 1, False, some=True),
