@@ -44,13 +44,12 @@ def choose(
     codes: torch.Tensor,
     scales: torch.Tensor,
     spans: int,
-    length: int,
     count: int,
     limits: torch.Tensor | None,
     missing: torch.Tensor | None,
 ) -> torch.Tensor:
     """As :func:`hf_kvcache.kernels.reference.choose.choose`, which says what the arguments are."""
     faster = implementation("choose", query.device)
-    if faster is not None and faster.supports(query, codes, scales, length):
+    if faster is not None and faster.supports(query, codes):
         return faster.choose(query, codes, scales, spans, count, limits, missing)
-    return reference.choose(query, codes, scales, spans, length, count, limits, missing)
+    return reference.choose(query, codes, scales, spans, count, limits, missing)

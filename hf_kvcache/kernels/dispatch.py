@@ -33,6 +33,7 @@ OPERATIONS = {
         "pack",
         "encode",
         "key_scale",
+        "choose",
         "static_step",
     ),
     "native": ("decode", "extend", "latent_decode", "latent_picked", "pack", "encode", "key_scale", "choose"),

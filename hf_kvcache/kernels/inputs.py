@@ -268,9 +268,9 @@ class ChoiceInputs:
 
     Attributes:
         query: ``[B, Hq, 1, D]``.
-        by_sign: whether the positive part of a query meets the first half of a vector and the negative part the second;
-            else the vectors are as wide as queries.
-        codes: int8 ``[rows, columns * spans, W]``, the vectors of each part of a page.
+        size_weights: one number for each of the one or two vectors of a part of a page. The vector meets the sum of the
+            queries of a row, plus the number times the sum of their absolute values; the two products are added.
+        codes: int8 ``[rows, columns * spans, W]``, the vectors of each part of a page side by side.
         scales: float16 ``[rows, columns * spans]``, above 0.
         spans: parts of a page.
         limits: int64 ``[rows]``, how many pages a row may have; None if all may have as many as there is room for.
@@ -282,7 +282,7 @@ class ChoiceInputs:
     """
 
     query: torch.Tensor
-    by_sign: bool
+    size_weights: tuple[float, ...]
     codes: torch.Tensor
     scales: torch.Tensor
     spans: int

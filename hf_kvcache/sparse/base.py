@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +35,7 @@ class Question:
 class Selector:
     """Scores pages. A new selector is one file in ``selectors/`` with a subclass that carries ``@register``.
 
-    A selector of ``vectors`` overrides :meth:`summarize` and :meth:`ask`. One that needs nothing of the pages overrides
+    A selector of ``vectors`` overrides :meth:`summarize`, and :attr:`size_weights` or :meth:`ask`. One that needs nothing of the pages overrides
     :meth:`score`. One with ``exact`` is given the attention probabilities themselves, and overrides neither.
     """
 
@@ -44,9 +45,6 @@ class Selector:
     vectors: ClassVar[int] = 0
     #: How these are rounded to 8 bits: 1 up, -1 down, 0 to the nearest.
     rounding: ClassVar[tuple[int, ...]] = ()
-    #: How :meth:`ask` makes a vector of a query, for kernels that do the same: True for its positive part and then its
-    #: negative one, False for the query as it is, None if only :meth:`ask` knows.
-    by_sign: ClassVar[bool | None] = None
     #: Whether pages are scored by their attention probabilities, for which a layer reads all of them.
     exact: ClassVar[bool] = False
     #: Whether some layers choose for those behind them.
@@ -54,13 +52,17 @@ class Selector:
     #: Tokens that are summarized together; None for a whole page.
     span: int | None = None
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if "ask" in cls.__dict__ and "by_sign" not in cls.__dict__:
-            cls.by_sign = None  # what is said of another method
-
     def __repr__(self) -> str:
         return self.name
+
+    @property
+    def size_weights(self) -> tuple[float, ...] | None:
+        """How :meth:`ask` makes each of the one or two vectors, so that kernels can do the same.
+
+        A vector is the sum of the queries over the query heads, plus this weight times the sum of their absolute values.
+        None if a selector makes them in another way.
+        """
+        return None
 
     def settings(self) -> dict[str, Any]:
         """The arguments of the constructor by name, read from the attributes of these names."""
@@ -96,8 +98,20 @@ class Selector:
         Returns:
             ``[rows, q, vectors * D]``, for all query heads together.
         """
-        raise NotImplementedError
+        weights, total = self.size_weights, query.sum(1)
+        if weights is None:
+            raise NotImplementedError
+        if weights == (0.0,):
+            return total
+        size = torch.linalg.vector_norm(query, 1, 1).unsqueeze(-2)
+        return torch.addcmul(total.unsqueeze(-2), size, _on_device(weights, query.device)).flatten(-2)
 
     def score(self, question: Question) -> torch.Tensor:
         """Scores float32 ``[rows, q, columns]``; the largest are picked."""
         raise NotImplementedError
+
+
+@lru_cache
+def _on_device(weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """One or two weights as a column, made on the device."""
+    return torch.linspace(weights[0], weights[-1], len(weights), device=device).unsqueeze(1)

@@ -136,7 +136,7 @@ class PageReader:
             return self.pick_best(pages, limits, selector.score(question))
         codes, scales = self.summaries.brought(storage, pages.columns)
         asked = selector.ask(query.detach().float().reshape(pages.rows, -1, length, query.shape[3]))
-        columns = choose(asked, codes, scales, self.summaries.spans, length, limits.most, limits.rows, limits.missing)
+        columns = choose(asked, codes, scales, self.summaries.spans, limits.most, limits.rows, limits.missing)
         return self.read(pages, limits, columns)
 
     def pick_prepared(
@@ -160,15 +160,16 @@ class PageReader:
     def _prepared(
         self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor
     ) -> PreparedChoice | None:
-        by_sign = self.options.selector.by_sign
-        if self.summaries is None or by_sign is None or len(pages.slabs[0]) == 0:
+        selector = self.options.selector
+        weights = selector.size_weights if type(selector).ask is Selector.ask else None
+        if self.summaries is None or weights is None or len(pages.slabs[0]) == 0:
             return None
         codes, scales = self.summaries.brought(storage, pages.columns)
         self._picked = picked = PickedPages(pages, limits.most, limits.full)
         return prepare_choice(
             ChoiceInputs(
                 query,
-                by_sign,
+                weights,
                 codes,
                 scales,
                 self.summaries.spans,

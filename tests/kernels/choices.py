@@ -22,24 +22,24 @@ class Case(NamedTuple):
     columns: int
     spans: int
     count: int
-    by_sign: bool
+    size_weights: tuple[float, ...]
     some: bool = False
     dtype: torch.dtype = torch.float32
 
 
 CASES = [
-    Case(1, 1, 1, 16, 1, 1, 1, True),
-    Case(2, 3, 3, 24, 70, 2, 9, True, some=True),
-    Case(1, 2, 5, 7, 130, 1, 130, False),
-    Case(1, 3, 4, 128, 65, 4, 64, True, dtype=torch.bfloat16),
-    Case(3, 2, 6, 33, 64, 1, 1, False, some=True),
+    Case(1, 1, 1, 16, 1, 1, 1, (1.0, -1.0)),
+    Case(2, 1, 3, 24, 40, 2, 9, (0.3, -0.3), some=True),
+    Case(1, 2, 5, 7, 130, 1, 130, (0.0,)),
+    Case(1, 3, 4, 128, 65, 4, 64, (0.3, -0.3), dtype=torch.bfloat16),
+    Case(3, 2, 6, 33, 64, 1, 1, (0.0,), some=True),
 ]
 
 
 def make(case: Case, seed: int = 0) -> ChoiceInputs:
     """Inputs of which nothing lies side by side that need not, with NaN and noise behind what counts."""
     draw, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    rows, width = case.batch * case.heads, case.dim * (1 + case.by_sign)
+    rows, width = case.batch * case.heads, case.dim * len(case.size_weights)
     query = torch.randn(case.batch, 1, case.heads * case.group, case.dim, generator=draw).to(case.dtype).transpose(1, 2)
     codes = torch.randint(-127, 128, (rows, (case.columns + 3) * case.spans, width), dtype=torch.int8, generator=draw)
     scales = (torch.rand(rows, (case.columns + 3) * case.spans, generator=draw) + 0.1).half()
@@ -59,7 +59,7 @@ def make(case: Case, seed: int = 0) -> ChoiceInputs:
     table = torch.full((3, rows, case.count), -7, dtype=torch.int64)
     chosen = np.full((rows, case.count), -7, dtype=np.int32)
     vectors = codes[:, :held], scales[:, :held]
-    return ChoiceInputs(query, case.by_sign, *vectors, case.spans, limits, missing, pages, table, chosen)
+    return ChoiceInputs(query, case.size_weights, *vectors, case.spans, limits, missing, pages, table, chosen)
 
 
 def expected(case: Case, inputs: ChoiceInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,9 +73,12 @@ def expected(case: Case, inputs: ChoiceInputs) -> tuple[torch.Tensor, torch.Tens
         scores = np.full(case.columns, -np.inf)
         for column in range(case.columns):
             for part in vectors[column * case.spans : (column + 1) * case.spans]:
-                for one in query[row]:
-                    met = np.where(one > 0, part[: case.dim], part[-case.dim :]) if case.by_sign else part
-                    scores[column] = max(scores[column], one @ met)
+                products = [
+                    one @ vector + weight * (np.abs(one) @ vector)
+                    for one in query[row]
+                    for weight, vector in zip(case.size_weights, np.split(part, len(case.size_weights)), strict=True)
+                ]
+                scores[column] = max(scores[column], sum(products))
         if inputs.missing is not None:
             scores[inputs.missing[row].numpy()] = -np.inf
         count = case.count if inputs.limits is None else int(inputs.limits[row])

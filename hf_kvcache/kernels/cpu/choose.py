@@ -13,9 +13,9 @@ from hf_kvcache.kernels.inputs import ChoiceInputs
 _PURPOSE = "to choose pages"
 
 
-def supports(query: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, length: int) -> bool:
+def supports(query: torch.Tensor, codes: torch.Tensor) -> bool:
     """Whether :func:`choose` can do a call: one query token, and vectors whose elements lie side by side."""
-    return length == 1 and query.is_contiguous() and _side_by_side(codes)
+    return query.shape[1] == 1 and query.is_contiguous() and _side_by_side(codes)
 
 
 def choose(
@@ -31,11 +31,10 @@ def choose(
 
     Where pages have equal scores, those that come first are chosen.
     """
-    rows, queries, _ = query.shape
-    columns = torch.empty(rows, count, dtype=torch.int64, device="cpu")
+    columns = torch.empty(len(query), count, dtype=torch.int64, device="cpu")
     call = _call(codes, scales, spans, limits, missing, columns)
-    call.query, call.query_batch, call.query_head = query.data_ptr(), query.stride(0), query.stride(1)
-    call.heads, call.queries, call.threads = 1, queries, torch.get_num_threads()
+    call.query, call.query_batch = query.data_ptr(), query.stride(0)
+    call.heads, call.queries, call.vectors, call.threads = 1, 1, 1, torch.get_num_threads()
     run(library.load().hfkv_choose, byref(call), _PURPOSE)
     return columns
 
@@ -52,7 +51,8 @@ class PreparedChoice:
         self.columns = torch.empty(inputs.table.shape[1:], dtype=torch.int64, device="cpu")
         call = _call(inputs.codes, inputs.scales, inputs.spans, inputs.limits, inputs.missing, self.columns)
         call.query_batch, call.query_head, _, _ = query.stride()
-        call.heads, call.queries, call.by_sign = pages.heads, query.shape[1] // pages.heads, inputs.by_sign
+        call.heads, call.queries, call.vectors = pages.heads, query.shape[1] // pages.heads, len(inputs.size_weights)
+        call.size_weights[: call.vectors] = inputs.size_weights
         call.addresses, call.counts, call.first = (x.ctypes.data for x in (pages.addresses, pages.counts, pages.first))
         call.table_row = pages.counts.strides[0] // pages.counts.itemsize
         call.table, call.table_counts = inputs.table.data_ptr(), inputs.counts.ctypes.data

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.cpu.build import LIBRARY
 
-ABI_VERSION = 15
+ABI_VERSION = 16
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 #: Environment variable that names the instruction set to use in place of the best one.
@@ -144,7 +144,8 @@ class Choose(Structure):
             (name, c_int64)
             for name in ("query_batch", "query_head", "codes_row", "scales_row", "missing_row", "table_row")
         ),
-        *((name, c_int32) for name in ("rows", "heads", "queries", "width", "columns", "spans", "count", "by_sign")),
+        *((name, c_int32) for name in ("rows", "heads", "queries", "width", "vectors", "columns", "spans", "count")),
+        ("size_weights", c_float * 2),
         ("threads", c_int32),
     )
 

@@ -13,19 +13,17 @@ def choose(
     codes: torch.Tensor,
     scales: torch.Tensor,
     spans: int,
-    length: int,
     count: int,
     limits: torch.Tensor | None,
     missing: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The pages with the best scores. The score of a page for a query token is the largest over the query heads.
+    """The pages with the best scores for each query token.
 
     Args:
-        query: float32 ``[rows, g * q, W]``, head by head.
+        query: float32 ``[rows, q, W]``, for all query heads together.
         codes: int8 ``[rows, columns * spans, W]``, the vectors of each part of a page.
         scales: float16 ``[rows, columns * spans]``, above 0. A page has the score of its best part.
         spans: parts of a page.
-        length: number ``q`` of query tokens.
         count: how many pages a query token chooses.
         limits: int64 ``[rows]``, how many of them a row may have; None if all may have ``count``.
         missing: bool ``[rows, columns]``, True where a row has no page; None if there is a page everywhere.
@@ -34,8 +32,6 @@ def choose(
         int64 ``[rows, n]``; see :func:`best_columns`.
     """
     scores = torch.bmm(query, codes.float().transpose(1, 2))
-    if query.shape[1] > length:
-        scores = scores.unflatten(1, (-1, length)).amax(1)
     scores.mul_(scales.unsqueeze(1))
     if spans > 1:
         scores = scores.unflatten(2, (-1, spans)).amax(3)

@@ -19,7 +19,7 @@ class Landmark(Selector):
 
     vectors = 1
     rounding = (0,)
-    by_sign = False
+    size_weights = (0.0,)
 
     def __init__(self, span: int | None = None) -> None:
         self.span = None if span is None else whole("span", span, 1)
@@ -29,6 +29,3 @@ class Landmark(Selector):
             return keys.mean(1, keepdim=True)
         counts = (~unused).sum(1)[:, None, None].clamp_min(1)
         return keys.masked_fill(unused.unsqueeze(-1), 0.0).sum(1, keepdim=True) / counts
-
-    def ask(self, query: torch.Tensor) -> torch.Tensor:
-        return query.sum(1)

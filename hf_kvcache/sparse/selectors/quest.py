@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from hf_kvcache.sparse.base import Selector
@@ -28,11 +26,15 @@ class Quest(Selector):
 
     vectors = 2
     rounding = 1, -1
-    by_sign = True
 
     def __init__(self, span: int | None = None, range_weight: float = 0.3) -> None:
         self.span = None if span is None else whole("span", span, 1)
         self.range_weight = between("range_weight", range_weight, 0, 1)
+
+    @property
+    def size_weights(self) -> tuple[float, float]:
+        # Twice the score: middle and half are half of the bounds' sum and of their difference.
+        return self.range_weight, -self.range_weight
 
     def summarize(self, keys: torch.Tensor, unused: torch.Tensor | None) -> torch.Tensor:
         if unused is None:
@@ -41,14 +43,3 @@ class Quest(Selector):
         high = keys.masked_fill(hidden, -torch.inf).amax(1)
         low = keys.masked_fill(hidden, torch.inf).amin(1)
         return torch.stack([high, low], 1).masked_fill(empty, 0.0)
-
-    def ask(self, query: torch.Tensor) -> torch.Tensor:
-        # Twice the score: middle and half are half of the bounds' sum and of their difference.
-        total, size = query.sum(1).unsqueeze(-2), torch.linalg.vector_norm(query, 1, 1).unsqueeze(-2)
-        return torch.addcmul(total, size, _weights(self.range_weight, query.device)).flatten(-2)
-
-
-@lru_cache
-def _weights(weight: float, device: torch.device) -> torch.Tensor:
-    """``[[weight], [-weight]]``, made on the device."""
-    return torch.linspace(weight, -weight, 2, device=device).unsqueeze(1)

@@ -11,13 +11,13 @@ from tests.kernels.choices import CASES, Case, expected, make
 
 
 @pytest.mark.parametrize(
-    ("rows", "queries", "width", "columns", "spans", "count"),
-    [(1, 1, 16, 1, 1, 1), (3, 3, 40, 70, 2, 9), (2, 5, 7, 130, 1, 130), (8, 4, 256, 65, 4, 64), (2, 6, 33, 64, 1, 1)],
+    ("rows", "width", "columns", "spans", "count"),
+    [(1, 16, 1, 1, 1), (3, 40, 70, 2, 9), (2, 7, 130, 1, 130), (8, 256, 65, 4, 64), (2, 33, 64, 1, 1)],
 )
-def test_choice(isa: str, rows: int, queries: int, width: int, columns: int, spans: int, count: int) -> None:
+def test_choice(isa: str, rows: int, width: int, columns: int, spans: int, count: int) -> None:
     """The C++ kernel chooses what the reference does, with rows that may have fewer pages or lack some."""
     draw = torch.Generator().manual_seed(0)
-    query = torch.randn(rows, queries, width, generator=draw)
+    query = torch.randn(rows, 1, width, generator=draw)
     held = torch.randint(-127, 128, (rows, columns * spans + 5, width), dtype=torch.int8, generator=draw)
     codes = held[:, : columns * spans]
     scales = (torch.rand(rows, columns * spans + 5, generator=draw) + 0.1).half()[:, : columns * spans]
@@ -26,9 +26,9 @@ def test_choice(isa: str, rows: int, queries: int, width: int, columns: int, spa
     native = module_of("choose", "native")
     for some in (None, limits):
         for lacking in (None, missing):
-            assert native.supports(query, codes, scales, 1)
+            assert native.supports(query, codes)
             got = native.choose(query, codes, scales, spans, count, some, lacking)
-            expected = choose(query, codes, scales, spans, 1, count, some, lacking)
+            expected = choose(query, codes, scales, spans, count, some, lacking)
             if lacking is not None:  # where too few pages are left, those that are missing may stand for any other
                 got, expected = (_held(x, lacking) for x in (got, expected))
             assert torch.equal(got, expected)

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 15
+#define HFKV_ABI_VERSION 16
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -174,7 +174,9 @@ struct HfkvChoose {
     int64_t* table;          // [3, rows, count], addresses, counts and first positions, 0 where nothing is chosen; or null
     int32_t* table_counts;   // [rows, count], the counts once more
     int64_t query_batch, query_head, codes_row, scales_row, missing_row, table_row;
-    int32_t rows, heads, queries, width, columns, spans, count, by_sign, threads;  // count is at most columns
+    int32_t rows, heads, queries, width, vectors, columns, spans, count;  // width is that of all vectors, count at most columns
+    float size_weights[2];   // of each vector: it meets the queries' sum plus this times the sum of their absolute values
+    int32_t threads;
 };
 
 // How a side is encoded; the codecs of hf_kvcache/codecs define the methods.

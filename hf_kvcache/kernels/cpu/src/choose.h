@@ -1,4 +1,4 @@
-// The choice of pages for a decode step, hfkv_choose: products of the queries of a row with signed bytes that summarize its pages,
+// The choice of pages for a decode step, hfkv_choose: products of what the queries of a row ask with signed bytes that summarize its pages,
 // and the pages with the largest of them. kernels.inc exports it.
 #pragma once
 
@@ -23,45 +23,29 @@ inline Vec load_bytes(const int8_t* p) {
 #endif
 }
 
-// The largest product of N queries, `width` apart, with a vector of bytes.
-template <int N>
-float largest_product(const float* query, const int8_t* codes, int width) {
-    Vec sums[N];
-    float rest[N];
-    for (int m = 0; m < N; m++) sums[m] = splat(0.0f), rest[m] = 0;
+// The product of floats with bytes, in four sums, so that additions need not wait for each other.
+inline float product(const float* query, const int8_t* codes, int width) {
+    Vec sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+    float rest = 0;
     int i = 0;
-    for (; i + kLanes <= width; i += kLanes) {
-        const Vec x = load_bytes(codes + i);
-        for (int m = 0; m < N; m++) sums[m] += x * load(query + (size_t)m * width + i);
-    }
-    for (; i < width; i++)
-        for (int m = 0; m < N; m++) rest[m] += codes[i] * query[(size_t)m * width + i];
-    float top = kMinusInfinity;
-    for (int m = 0; m < N; m++) top = larger(top, sum(sums[m]) + rest[m]);
-    return top;
+    for (; i + 4 * kLanes <= width; i += 4 * kLanes)
+        for (int m = 0; m < 4; m++) sums[m] += load_bytes(codes + i + m * kLanes) * load(query + i + m * kLanes);
+    for (; i + kLanes <= width; i += kLanes) sums[0] += load_bytes(codes + i) * load(query + i);
+    for (; i < width; i++) rest += codes[i] * query[i];
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }
 
-inline float largest_product_of(const HfkvChoose& c, const float* query, const int8_t* codes) {
-    float top = kMinusInfinity;
-    int m = 0;
-    for (; m + 4 <= c.queries; m += 4) top = larger(top, largest_product<4>(query + (size_t)m * c.width, codes, c.width));
-    const float* rest = query + (size_t)m * c.width;
-    if (c.queries - m == 3) return larger(top, largest_product<3>(rest, codes, c.width));
-    if (c.queries - m == 2) return larger(top, largest_product<2>(rest, codes, c.width));
-    if (c.queries - m == 1) return larger(top, largest_product<1>(rest, codes, c.width));
-    return top;
-}
-
-// Writes what the queries of a row ask: [queries, width].
+// Writes what the queries of a row ask: [width].
 inline void ask(const HfkvChoose& c, int row, float* asked) {
-    const int dim = c.by_sign ? c.width / 2 : c.width;
+    const int dim = c.width / c.vectors;
     const float* query = c.query + row / c.heads * c.query_batch + (int64_t)(row % c.heads) * c.queries * c.query_head;
-    for (int m = 0; m < c.queries; m++, query += c.query_head, asked += c.width) {
-        if (!c.by_sign) std::memcpy(asked, query, sizeof(float) * dim);
-        for (int i = 0; i < dim && c.by_sign; i++) {
-            asked[i] = query[i] > 0 ? query[i] : 0.0f;
-            asked[dim + i] = query[i] < 0 ? query[i] : 0.0f;
+    for (int i = 0; i < dim; i++) {
+        float total = 0, size = 0;
+        for (int m = 0; m < c.queries; m++) {
+            const float x = query[m * c.query_head + i];
+            total += x, size += x < 0 ? -x : x;
         }
+        for (int v = 0; v < c.vectors; v++) asked[v * dim + i] = total + c.size_weights[v] * size;
     }
 }
 
@@ -70,8 +54,8 @@ inline void score_pages(const HfkvChoose& c, int row, int first, int stop, const
         float top = kMinusInfinity;
         for (int part = 0; part < c.spans && !(c.missing && c.missing[row * c.missing_row + column]); part++) {
             const int64_t at = (int64_t)column * c.spans + part;
-            const float product = largest_product_of(c, query, c.codes + row * c.codes_row + at * c.width);
-            top = larger(top, product * from_half(c.scales[row * c.scales_row + at]));
+            const float found = product(query, c.codes + row * c.codes_row + at * c.width, c.width);
+            top = larger(top, found * from_half(c.scales[row * c.scales_row + at]));
         }
         scores[column] = top;
     }
@@ -137,7 +121,7 @@ inline void copy_entries(const HfkvChoose& c, int row) {
 
 inline int choose(const HfkvChoose& c) {
     const int blocks = (c.columns + kPagesPerTask - 1) / kPagesPerTask, tasks = c.rows * blocks;
-    const size_t cells = (size_t)c.rows * c.columns, asked_by_row = (size_t)c.queries * c.width;
+    const size_t cells = (size_t)c.rows * c.columns, asked_by_row = (size_t)c.width;
     const Workspace workspace(sizeof(float) * (2 * cells + c.rows * asked_by_row));
     if (!workspace.at()) return 1;
     float* scores = (float*)workspace.at();
