@@ -35,8 +35,9 @@ class Question:
 class Selector:
     """Scores pages. A new selector is one file in ``selectors/`` with a subclass that carries ``@register``.
 
-    A selector of ``vectors`` overrides :meth:`summarize`, and :attr:`size_weights` or :meth:`ask`. One that needs nothing of the pages overrides
-    :meth:`score`. One with ``exact`` is given the attention probabilities themselves, and overrides neither.
+    A selector of ``vectors`` overrides :meth:`summarize`, and :attr:`size_weights` or :meth:`ask`. One that needs
+    nothing of the pages overrides :meth:`score`. One with ``exact`` is given the attention probabilities themselves,
+    and overrides neither.
     """
 
     #: Registered name.
@@ -59,8 +60,8 @@ class Selector:
     def size_weights(self) -> tuple[float, ...] | None:
         """How :meth:`ask` makes each of the one or two vectors, so that kernels can do the same.
 
-        A vector is the sum of the queries over the query heads, plus this weight times the sum of their absolute values.
-        None if a selector makes them in another way.
+        A vector is the sum of the queries over the query heads, plus this weight times the sum of their absolute
+        values. None if a selector makes them in another way.
         """
         return None
 
