@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+#: Bytes up to which CUDA copies pageable memory before a call returns.
+_COPIED_AT_ONCE = 1 << 16
 #: Columns of a table, at least.
 _LEAST_COLUMNS = 16
 
@@ -115,3 +117,12 @@ def send(array: np.ndarray, to: torch.Tensor) -> None:
     if to.is_cuda:
         source = source.pin_memory()  # from other memory a copy would wait for the device
     to.copy_(source, non_blocking=True)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """``array`` as a tensor on ``device``, without waiting for the device. On a CPU it shares the array's memory."""
+    source = torch.from_numpy(np.ascontiguousarray(array))
+    # The driver takes a copy of little memory before the call returns. For more it may wait, unless it is pinned.
+    if device.type == "cuda" and array.nbytes > _COPIED_AT_ONCE:
+        source = source.pin_memory()
+    return source.to(device, non_blocking=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_kvcache.kernels.device_table import DeviceTable, ResidentTable
+from hf_kvcache.kernels.device_table import DeviceTable, ResidentTable, to_device
 from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.workspace import scratch
 
@@ -121,14 +121,14 @@ class Pages:
 
     def positions(self, start: int, stop: int) -> torch.Tensor:
         """As :meth:`host_positions`, on the device of the pages."""
-        return torch.from_numpy(self.host_positions(start, stop)).to(self.device)
+        return to_device(self.host_positions(start, stop), self.device)
 
     def unused(self, start: int, stop: int) -> torch.Tensor | None:
         """bool ``[rows, stop - start, P]``, True where there is no token; None if there is a token everywhere."""
         counts = self.counts[:, start:stop]
         if self.full or (counts == self.layout.page_size).all():
             return None
-        return torch.from_numpy(np.arange(self.layout.page_size) >= counts[:, :, None]).to(self.device)
+        return to_device(np.arange(self.layout.page_size) >= counts[:, :, None], self.device)
 
     def records(self, start: int, stop: int) -> torch.Tensor:
         """The records of some columns, uint8 ``[stop - start, rows, record_bytes]``.
@@ -149,8 +149,8 @@ class Pages:
             return self.slabs[owner[0]][int(slots[0]) : int(slots[0]) + len(slots)].view(shape)
         out = scratch("pages", (len(slots), self.layout.record_bytes), torch.uint8, self.device)
         for index in np.unique(owner).tolist():
-            where = torch.from_numpy(np.flatnonzero(owner == index)).to(self.device)
-            picked = torch.from_numpy(slots[owner == index]).to(self.device)
+            where = to_device(np.flatnonzero(owner == index), self.device)
+            picked = to_device(slots[owner == index], self.device)
             # Eight bytes at a time (records are aligned to 16): torch gathers element by element.
             out.view(torch.int64)[where] = self.slabs[index].view(torch.int64).index_select(0, picked)
         return out.view(shape)

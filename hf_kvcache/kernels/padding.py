@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_kvcache.kernels.device_table import to_device
+
 
 class PaddingPlaces:
     """The positions of padding of each sequence. Instances never change, so that the layers of a model can share them.
@@ -29,7 +31,7 @@ class PaddingPlaces:
         """Rows and positions as tensors on ``device``. They are sent there once."""
         if device not in self._there:
             with torch.inference_mode(False):
-                rows, positions = (torch.from_numpy(x).to(device) for x in (self.rows, self.positions))
+                rows, positions = (to_device(x, device) for x in (self.rows, self.positions))
             self._there[device] = rows, positions
         return self._there[device]
 

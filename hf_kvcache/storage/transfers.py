@@ -8,17 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-#: Bytes up to which CUDA copies pageable memory before a call returns.
-_COPIED_AT_ONCE = 1 << 16
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """``array`` as a tensor on ``device``, without waiting for the device. On a CPU it shares the array's memory."""
-    source = torch.from_numpy(np.ascontiguousarray(array))
-    # The driver takes a copy of little memory before the call returns. For more it may wait, unless it is pinned.
-    if device.type == "cuda" and array.nbytes > _COPIED_AT_ONCE:
-        source = source.pin_memory()
-    return source.to(device, non_blocking=True)
+from hf_kvcache.kernels.device_table import to_device as to_device
 
 
 def to_host(tensor: torch.Tensor) -> np.ndarray:

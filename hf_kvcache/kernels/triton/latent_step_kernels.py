@@ -121,6 +121,7 @@ def project_kernel(
         if DR > 0:
             _store_token(rotary, rotary_b, rotary_slots, rotary_slots_b, rotary_slots_n, to_slot, b, inside, DR, DR_PAD)
         if RAGGED:
+            tl.debug_barrier()  # several threads load the length of a sequence, and one of them stores it
             tl.store(lengths + b, to_slot + 1, mask=inside)
     rows = query + b[:, None] * query_b + head * query_h
     weights = weight + tl.cast(head, tl.int64) * weight_h

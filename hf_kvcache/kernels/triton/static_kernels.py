@@ -149,6 +149,8 @@ def merge_static_kernel(
             ends = page_positions + (sequence * capacity + column) * page_size + page_size - 1
             stale = (tl.load(ends, mask=column < pages, other=0) < keep_from) & (column < pages)
             dropped += tl.sum(stale.to(tl.int32), 0)
+        # Every thread has loaded the counters above, and one of them stores what follows.
+        tl.debug_barrier()
         tl.store(counters + _LENGTH * batch, length - due * page_size)
         tl.store(counters + _PAGES * batch, pages + packed - dropped)
         tl.store(counters + _MEAN_KNOWN * batch, known | packed)

@@ -23,6 +23,7 @@ CALLED = {
     "hadamard": ("rotate",),
     "pack": ("pack_bits", "decode_side"),
     "encode": ("encode_pages", "key_mean"),
+    "key_scale": ("key_scale",),
     "latent_gather": ("gather_latents",),
     "static_step": ("StaticStep.__call__",),
 }

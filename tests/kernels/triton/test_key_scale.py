@@ -83,7 +83,7 @@ def test_against_a_loop(
         assert len(exponent.unique()) > 3
 
 
-@pytest.mark.parametrize("x", [0.0, torch.nan, slow(1e18), slow(torch.inf)])
+@pytest.mark.parametrize("x", [torch.nan, *map(slow, (0.0, 1e18, torch.inf))])
 def test_any_numbers_give_powers_of_two(x: float, device: torch.device) -> None:
     """As the reference: channels without variance, squares beyond the range, and numbers that are not finite."""
     query, keys = made((1, 2, 20, 16), 2, torch.float32, device)
