@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_pack [--quick] [--shapes 9/3/64 32/8/128] [--tokens 2048]
 
-One layer, batch of 1, float32. A prompt is an update and what follows its attention: the scale and the mean of the keys,
+One layer, batch of 1, float32. A prompt is an update and what follows its attention: scale and mean of the keys,
 packing, storing. Attention itself is left out, and so is making the cache. A step is an update and attention of one
 token. Times are the CPU time of the process with all its threads, so that other processes count for little. The
 fastest of the rounds is taken of the prompt, and the median step; a page is the median of the steps that pack one, less
