@@ -137,6 +137,17 @@ VIEWS = (
         },
     ),
     View(
+        "bench_pack",
+        f"Packing, CPU time, one layer, {_SHAPE}",
+        ("shape",),
+        "prompt_ms",
+        {
+            "prompt_ms": ("prompt ms", _digits(2)),
+            "page_packing_ms": ("page ms", _digits(3)),
+            "step_ms": ("step ms", _digits(3)),
+        },
+    ),
+    View(
         "bench_sparse",
         f"Decode step that reads {{budget:.0%}} of the tokens, one layer, {_SHAPE}, {{codec}}",
         ("shape", "budget", "codec"),

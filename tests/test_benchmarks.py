@@ -22,6 +22,7 @@ from benchmarks import (
     bench_latent,
     bench_memory,
     bench_model,
+    bench_pack,
     bench_prefill,
     bench_prompts,
     bench_sparse,
@@ -98,6 +99,12 @@ def test_append(tmp_path: Path) -> None:
     assert rows[DYNAMIC]["append_allocations"] == 2
     assert rows[DYNAMIC]["append_allocated_bytes"] == 2 * 2 * 302 * 16 * 4
     assert rows["ours 4-bit"]["append_allocations"] == 0
+
+
+def test_pack(tmp_path: Path) -> None:
+    argv = ["--no-plots", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "300", "--rounds", "1"]
+    rows = rows_of(bench_pack.main(argv))
+    assert [row["cache"] for row in rows] == list(bench_pack.METHODS)
 
 
 def test_memory(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_appending_costs_the_same_however_much_is_held() -> None:
     """Neither torch nor numpy allocates more for a token after 16,384 tokens than after 512."""
     # Python allocates for itself now and then: the least of three runs is the storage's own.
     short, long = (min(_cost(length) for _ in range(3)) for length in (512, 16384))
-    assert long[0] == short[0] <= 16 * 1024
+    assert long[0] <= short[0] <= 16 * 1024
     assert long[1] < 1.5 * short[1] + 4096
 
 

@@ -11,13 +11,14 @@ import torch
 
 from hf_kvcache.kernels.cpu import library
 from hf_kvcache.kernels.cpu.calls import run
-from hf_kvcache.kernels.cpu.layouts import DENSE, native_layout
+from hf_kvcache.kernels.cpu.layouts import DENSE, make_layout, native_layout
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 
 __all__ = ["encode_pages", "key_mean", "supports_encoding", "supports_mean"]
 
 #: The methods of encoding that the kernels know, by their names in the codecs' ``method``.
 METHODS = {"integer": 0, "unbiased_keys": 1, "unbiased_values": 2, "norm": 3, "dense": 4}
+_ONE_THREAD_ELEMENTS = 1 << 16
 
 
 def supports_encoding(
@@ -73,7 +74,7 @@ def encode_pages(
 
 def supports_mean(fmt: SideFormat, keys: torch.Tensor) -> bool:
     """Whether :func:`key_mean` can compute the mean of such keys."""
-    return keys.dtype in DENSE and fmt.level != "dense"
+    return keys.dtype in DENSE and fmt.level != "dense" and _of_keys(fmt) is not None
 
 
 def key_mean(fmt: SideFormat, keys: torch.Tensor, key_scale: torch.Tensor | None, mean: torch.Tensor) -> None:
@@ -90,8 +91,10 @@ def key_mean(fmt: SideFormat, keys: torch.Tensor, key_scale: torch.Tensor | None
     """
     vectors, keys = vectors_of(keys)
     batch, heads, tokens, _ = keys.shape
+    layout = _of_keys(fmt)
+    assert layout is not None
     call = library.KeyMean(
-        layout=pointer(_of_keys(fmt)),
+        layout=pointer(layout),
         keys=vectors,
         level=DENSE[keys.dtype],
         batch=batch,
@@ -99,7 +102,7 @@ def key_mean(fmt: SideFormat, keys: torch.Tensor, key_scale: torch.Tensor | None
         tokens=tokens,
         key_scale=None if key_scale is None else key_scale.data_ptr(),
         mean=mean.data_ptr(),
-        threads=torch.get_num_threads(),
+        threads=threads_for(keys),
     )
     run(library.load().hfkv_key_mean, byref(call), "for the mean of the keys")
 
@@ -127,11 +130,14 @@ def _addresses(records: torch.Tensor) -> np.ndarray:
 
 
 @lru_cache(maxsize=16)
-def _of_keys(fmt: SideFormat) -> library.Layout:
-    """A layout whose keys have a format. Of it only their rotation counts."""
-    layout = native_layout(PageLayout(fmt, fmt, fmt.group if fmt.axis == "channel" else 8))
-    assert layout is not None
-    return layout
+def _of_keys(fmt: SideFormat) -> library.Layout | None:
+    """A layout whose keys have a format, of which only the rotation counts; None if the kernels know no such format."""
+    return make_layout(PageLayout(fmt, fmt, fmt.group if fmt.axis == "channel" else 8))
+
+
+def threads_for(x: torch.Tensor) -> int:
+    """Threads for one pass over a tensor: waking others takes longer than reading a few pages."""
+    return 1 if x.numel() < _ONE_THREAD_ELEMENTS else torch.get_num_threads()
 
 
 @lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ import torch
 
 from hf_kvcache.kernels.cpu import library
 from hf_kvcache.kernels.cpu.calls import run
-from hf_kvcache.kernels.cpu.encode import vectors_of
+from hf_kvcache.kernels.cpu.encode import threads_for, vectors_of
 from hf_kvcache.kernels.cpu.layouts import DENSE
 from hf_kvcache.kernels.reference.key_scale import LEAST_TOKENS
 
@@ -44,7 +44,7 @@ def key_scale(query: torch.Tensor, keys: torch.Tensor, first: int, counted: torc
         dim=dim,
         tokens=tokens,
         scale=scale.data_ptr(),
-        threads=torch.get_num_threads(),
+        threads=threads_for(query),
     )
     run(library.load().hfkv_key_scale, byref(call), "for the scale of the keys")
     return scale

@@ -51,6 +51,12 @@ def test_scale(isa: str, dtype: torch.dtype) -> None:
         assert (found.log2().double() - wanted).abs().max() <= 0.5 + 1e-3, (dim, length, group)
 
 
+def test_no_mean_in_an_unknown_format(loaded: None) -> None:
+    """Levels off the grid are left to torch, as pages of them are."""
+    fmt = SideFormat(64, 2, level="table", group=64, zero=False, table=(-1.0, -0.301, 0.302, 1.0))
+    assert not native.supports_mean(fmt, torch.zeros(1, 1, 8, 64))
+
+
 def test_scale_of_strange_keys(isa: str) -> None:
     """Keys that are all alike, zero, or not finite have finite scales; so have queries that are zero."""
     normal = torch.randn(1, 2, 20, 24)

@@ -53,7 +53,7 @@ struct Run {
         const size_t widest = larger_int(keys.dim, values.dim);
         thread_bytes = sizeof(float) * (queries * (3 * key_pitch + 16 + 2 * page_pitch + value_pitch) + page_size * widest)
                      + sizeof(float) * 3 * (page_size * widest + longest)  // at most, every element has a scale
-                     + page_size * widest + 64 + 16 * (longest + 64) + 256;
+                     + page_size * widest + 256 + 16 * (longest + 64) + 256;
         thread_bytes = (thread_bytes + 63) & ~(size_t)63;
     }
 
@@ -88,7 +88,7 @@ struct Run {
         s.second = at, at += page_size * widest + longest;
         s.third = at, at += page_size * widest + longest;
         s.bytes = (uint8_t*)at;
-        s.split = (int8_t*)(s.bytes + page_size * widest + 64);
+        s.split = (int8_t*)(s.bytes + page_size * widest + 256);
         return s;
     }
 };

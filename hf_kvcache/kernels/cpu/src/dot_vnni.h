@@ -15,14 +15,14 @@ constexpr int kVnniQueries = 4;
 typedef int32_t __attribute__((may_alias)) FourBytes;
 
 // Adds to each lane of sums four products: of its bytes of x with the four signed bytes at `four`.
-inline void multiply(__m512i& sums, __m512i x, const int8_t* four) {
+HFKV_INLINE void multiply(__m512i& sums, __m512i x, const int8_t* four) {
     // From the intrinsic, GCC 12 makes an instruction of its own that loads the four bytes.
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(x), "m"(*(const FourBytes*)four));
 }
 
 // Reduces the lanes of each of four vectors by op.
 template <class Op>
-inline __m128 fold_four(const __m512 v[4], const Op& op) {
+HFKV_INLINE __m128 fold_four(const __m512 v[4], const Op& op) {
     const __m512 a = op(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
     const __m512 b = op(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
     const __m512 c = op(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
@@ -37,7 +37,7 @@ inline __mmask16 first_lanes(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__
 inline __mmask64 first_bytes(int n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 
 // 16 numbers of half precision at p as floats, 0 in lanes that are not `in`; 1 everywhere if p is null.
-inline __m512 factors(const uint8_t* p, __mmask16 in) {
+HFKV_INLINE __m512 factors(const uint8_t* p, __mmask16 in) {
     return p ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(in, p)) : _mm512_set1_ps(1.0f);
 }
 
@@ -94,7 +94,7 @@ inline Scaled scale_rows(const float* x, int pitch, int n, const uint8_t* factor
 
 // Stores the bytes of 64 columns, given as a vector for each of eight rows, group by group of four columns. Group g is element
 // g / 4 of lane g % 4, which is the order of split_bytes.
-inline void store_groups(const __m512i rows[8], int8_t* to) {
+HFKV_INLINE void store_groups(const __m512i rows[8], int8_t* to) {
     __m512i pairs[8], quads[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
@@ -150,7 +150,7 @@ inline Split split_rows(const float* x, int pitch, int n, const float* tops, int
 
 // Transposes 16 rows of 32 bytes: lane i of v[g] becomes group g of row i, four bytes. Before, v[j] holds rows j and 4 + j, and
 // v[4 + j] holds rows 8 + j and 12 + j.
-inline void transpose_halves(__m512i v[8]) {
+HFKV_INLINE void transpose_halves(__m512i v[8]) {
     __m512i w[8];
 #pragma GCC unroll 2
     for (int r = 0; r < 8; r += 4) {
@@ -167,14 +167,14 @@ inline void transpose_halves(__m512i v[8]) {
 }
 
 // The same for 16 rows of 16 bytes: before, v[j] holds rows j, 4 + j, 8 + j and 12 + j.
-inline void transpose_quarters(__m512i v[4]) {
+HFKV_INLINE void transpose_quarters(__m512i v[4]) {
     const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
     const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
     v[0] = _mm512_unpacklo_epi64(a, c), v[1] = _mm512_unpackhi_epi64(a, c);
     v[2] = _mm512_unpacklo_epi64(b, d), v[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-inline __m512i two_halves(const uint8_t* a, const uint8_t* b) {
+HFKV_INLINE __m512i two_halves(const uint8_t* a, const uint8_t* b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a)), _mm256_loadu_si256((const __m256i*)b), 1);
 }
 
@@ -191,7 +191,7 @@ struct TokenSums {
     }
     // Adds the products of kGroups groups of four channels, from channel c of every segment on.
     template <int kGroups, int kBits>
-    void add(const __m512i* groups, const CodeRows<kBits>& rows, const Split& queries, int c) {
+    HFKV_INLINE void add(const __m512i* groups, const CodeRows<kBits>& rows, const Split& queries, int c) {
         constexpr int kSegments = Lookup<kBits>::kSegments;
 #pragma GCC unroll 8
         for (int g = 0; g < kGroups; g++)
@@ -207,7 +207,7 @@ struct TokenSums {
                 }
             }
     }
-    __m512 total(int m) const {
+    HFKV_INLINE __m512 total(int m) const {
         const __m512i high_bytes = _mm512_slli_epi32(_mm512_add_epi32(high[0][m], high[1][m]), 8);
         return _mm512_cvtepi32_ps(_mm512_add_epi32(high_bytes, _mm512_add_epi32(low[0][m], low[1][m])));
     }
@@ -253,7 +253,7 @@ inline void dot_codes(const CodeRows<kBits>& rows, const Split& queries, Stream&
 }
 
 // Part p of four rows, with the bytes of the four tokens side by side: lane i holds channel 16 (i / 4) + 4 p + i % 4.
-inline __m512i weave_part(const __m512i row[4], int p) {
+HFKV_INLINE __m512i weave_part(const __m512i row[4], int p) {
     const __m512i ab = p / 2 ? _mm512_unpackhi_epi8(row[0], row[1]) : _mm512_unpacklo_epi8(row[0], row[1]);
     const __m512i cd = p / 2 ? _mm512_unpackhi_epi8(row[2], row[3]) : _mm512_unpacklo_epi8(row[2], row[3]);
     return p % 2 ? _mm512_unpackhi_epi16(ab, cd) : _mm512_unpacklo_epi16(ab, cd);
@@ -262,7 +262,7 @@ inline __m512i weave_part(const __m512i row[4], int p) {
 // Sums of all rows by each of M rows of weights, for two vectors of 16 channels, which put(block, part, totals) receives. They are
 // parts kPart and kPart + 1 of output k, or part kPart of outputs k and k + 1 where a vector of bytes has several outputs.
 template <int M, int kPart, class Rows, class Put>
-inline void weigh_part(const Rows& vectors, int c, int k, const Split& weights, Stream& next, const Put& put) {
+HFKV_INLINE void weigh_part(const Rows& vectors, int c, int k, const Split& weights, Stream& next, const Put& put) {
     constexpr bool kParts = Rows::kOutputs == 1;
     const __mmask64 in = first_bytes(vectors.rows.length - c);
     __m512i high[2][M], low[2][M];
@@ -313,7 +313,7 @@ inline void weigh_codes(const Rows& given, const Split& weights, Stream& next, c
 // output[m, c] += (unit * total + shift) * other for the 16 channels of a part of a block. other: null stands for 1; dim: the
 // number of all channels.
 template <int M>
-inline void add_part(const Split& weights, const float* shifts, const float* other, int block, int part, const __m512* totals,
+HFKV_INLINE void add_part(const Split& weights, const float* shifts, const float* other, int block, int part, const __m512* totals,
                      int dim, float* output, int pitch) {
     const int c = 64 * block + 4 * part;
 #pragma GCC unroll 4

@@ -229,7 +229,7 @@ struct VnniScores {
             before[i] = _mm512_set1_ps(split.lift(i, side.offset, sums.totals[i]) + sums.zeros[i]);
             lifts[i] = _mm512_set1_ps(sums.totals[i] / side.step);
         }
-        const auto put = [&](int t, const __m512* totals) {
+        const auto put = [&](int t, const __m512* totals) __attribute__((always_inline)) {
             const __mmask16 in = first_lanes(n - t);
             const __m512 scale = factors(token ? token + 2 * t : nullptr, in);
             const __m512 zero = token_zero ? factors(token_zero + 2 * t, in) : _mm512_setzero_ps();
@@ -272,14 +272,14 @@ struct VnniOutput {
         if (side.has_other && m == 0) halves(record + side.other, side.dim, s.third);
         float shifts[M];
         for (int i = 0; i < M; i++) shifts[i] = split.lift(i, side.offset, sums.totals[i]) + sums.zeros[i];
-        const auto put = [&](int block, int part, const __m512* totals) {
+        const auto put = [&](int block, int part, const __m512* totals) __attribute__((always_inline)) {
             add_part<M>(split, shifts, side.has_other ? s.third : nullptr, block, part, totals, side.dim,
                         output + (int64_t)m * output_pitch, output_pitch);
         };
         const uint8_t* codes = record + side.codes;
         if (three_bits_fit(side)) {
-            if (side.dim == 64) return weigh_three_bits<M, 64>(side, codes, n, split, s.next, put);
-            return weigh_three_bits<M, 128>(side, codes, n, split, s.next, put);
+            if (side.dim == 64) return weigh_three_bits<M, 64>(side, codes, n, split, s.bytes, s.next, put);
+            return weigh_three_bits<M, 128>(side, codes, n, split, s.bytes, s.next, put);
         }
         with_level_vectors(side, codes, n, s.bytes, s.next,
                   [&](const auto& vectors) { weigh_codes<M>(vectors, split, s.next, put); });

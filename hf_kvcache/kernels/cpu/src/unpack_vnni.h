@@ -23,7 +23,7 @@ struct Lookup {
         table = _mm512_permutexvar_epi8(_mm512_load_si512(place), table);
 #endif
     }
-    __m512i find(__m512i codes) const {
+    HFKV_INLINE __m512i find(__m512i codes) const {
         if (kBits == 8) return codes;
 #if defined(__AVX512VBMI__)
         return _mm512_permutexvar_epi8(codes, table);
@@ -31,7 +31,7 @@ struct Lookup {
         return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8((char)((1 << kBits) - 1))));
 #endif
     }
-    __m512i segment(__m512i bytes, int s) const { return find(s ? _mm512_srli_epi16(bytes, s * kBits) : bytes); }
+    HFKV_INLINE __m512i segment(__m512i bytes, int s) const { return find(s ? _mm512_srli_epi16(bytes, s * kBits) : bytes); }
 };
 
 // Packed rows, or rows of levels.
@@ -45,7 +45,7 @@ struct CodeRows {
     CodeRows(const HfkvSide& side, const uint8_t* bytes, int row_bytes, int rows)
         : data(bytes), length(row_bytes), n(rows), levels(side) {}
     // `count` rows from t on. If some lie behind the last row, a copy in `room`, in which these are 0.
-    const uint8_t* from(int t, int count, uint8_t* room) const {
+    HFKV_INLINE const uint8_t* from(int t, int count, uint8_t* room) const {
         const uint8_t* rows = data + (int64_t)t * length;
         if (t + count <= n) return rows;
         std::memset(room, 0, (size_t)count * length);
@@ -70,14 +70,14 @@ struct LevelVectors {
             shifts[k] = _mm512_mullo_epi32(_mm512_set1_epi32(kBits * 0x10001),
                                            _mm512_srli_epi32(_mm512_add_epi32(place, _mm512_set1_epi32(16 * k)), kShift));
     }
-    __m512i row(const uint8_t* from, __mmask64 in) const {
+    HFKV_INLINE __m512i row(const uint8_t* from, __mmask64 in) const {
         if (kLength == 64) return _mm512_maskz_loadu_epi8(in, from);
         if (kLength == 32) return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)from));
         return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from));
     }
     // 64 bytes of row t of a page from c on. Behind the last row that counts, the record holds bytes that may be read.
     __m512i load(int64_t t, int c) const { return row(rows.data + t * rows.length + c, ~0ull); }
-    __m512i level(__m512i bytes, int k) const {
+    HFKV_INLINE __m512i level(__m512i bytes, int k) const {
         if (kBits == 8) return bytes;
         const bool first = kLength == 64 && k == 0;  // nothing to shift
         return rows.levels.find(first ? bytes : _mm512_srlv_epi16(bytes, shifts[k]));

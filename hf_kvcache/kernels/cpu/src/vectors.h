@@ -19,6 +19,10 @@
 #define HFKV_LANES 4
 #endif
 
+// Small functions of inner loops. Left to itself, GCC stops inlining where a translation unit has grown by so much, and then leaves
+// out of line whatever it comes to: a transposition of registers in the middle of a loop, by way of memory.
+#define HFKV_INLINE inline __attribute__((always_inline))
+
 // Nothing here may have external linkage. Every translation unit is compiled for another instruction set, and the linker would
 // keep one copy of a function for all of them.
 namespace {
@@ -27,21 +31,21 @@ constexpr int kLanes = HFKV_LANES;
 typedef float Vec __attribute__((vector_size(4 * HFKV_LANES)));
 typedef int32_t VecInt __attribute__((vector_size(4 * HFKV_LANES)));
 
-inline Vec load(const float* p) {
+HFKV_INLINE Vec load(const float* p) {
     Vec v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
 
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+HFKV_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-inline Vec splat(float x) { return x - Vec{}; }
+HFKV_INLINE Vec splat(float x) { return x - Vec{}; }
 
-inline Vec select(VecInt condition, Vec yes, Vec no) {
+HFKV_INLINE Vec select(VecInt condition, Vec yes, Vec no) {
     return (Vec)((condition & (VecInt)yes) | (~condition & (VecInt)no));
 }
 
-inline Vec max(Vec a, Vec b) {
+HFKV_INLINE Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
 #else
@@ -120,7 +124,7 @@ inline float larger(float a, float b) { return a > b ? a : b; }
 constexpr float kMinusInfinity = -__builtin_inff();
 
 // e^x for x <= 88 with a relative error below 2e-7, and 0 for x < -87, -inf included.
-inline Vec exponential(Vec x) {
+HFKV_INLINE Vec exponential(Vec x) {
 #if !defined(__AVX512F__)
     const VecInt vanishes = x < splat(-87.0f);
     x = select(vanishes, splat(-87.0f), x);
