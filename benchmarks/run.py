@@ -17,6 +17,7 @@ SCRIPTS = (
     "bench_decode",
     "bench_prefill",
     "bench_append",
+    "bench_batch",
     "bench_memory",
     "bench_model",
     "bench_eviction",
