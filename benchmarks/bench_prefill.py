@@ -5,9 +5,9 @@
 ``update`` and attention, batch of 1, float32. *chunk*: 512 new tokens over T held ones, with the causal mask that a
 model makes (once for all its layers; it is not timed). Before every round each method goes back to its T tokens: the
 transformers caches get back the tensors they had, ours is a fork of the cache that holds them (pages are shared, the
-full-precision tail is copied), whose last 512 tokens came in chunks too. Behind a chunk of fewer tokens than a page, T
-is 40 tokens more, so that no page fills. *first*: T tokens into an empty cache. Methods take turns; medians. Each method's output is checked against float64 attention (chunk) or against DynamicCache's (first)
-before it is timed.
+full-precision tail is copied), whose last 512 tokens came in chunks too. Behind a chunk of fewer tokens than a page,
+T is 40 tokens more, so that no page fills. *first*: T tokens into an empty cache. Methods take turns; medians. Each
+method's output is checked against float64 attention (chunk) or against DynamicCache's (first) before it is timed.
 """
 
 from __future__ import annotations
