@@ -1,18 +1,19 @@
 """Prefill in one attention layer: a chunk of new tokens over the tokens held, and the first tokens of all.
 
-    python -m benchmarks.bench_prefill [--quick] [--chunk 512] [--tokens 4096 16384] [--first 1024 4096]
+    python -m benchmarks.bench_prefill [--quick] [--chunk 2 16 512] [--tokens 4096 16384] [--first 1024 4096]
 
 ``update`` and attention, batch of 1, float32. *chunk*: 512 new tokens over T held ones, with the causal mask that a
 model makes (once for all its layers; it is not timed). Before every round each method goes back to its T tokens: the
 transformers caches get back the tensors they had, ours is a fork of the cache that holds them (pages are shared, the
-full-precision tail is copied), whose last 512 tokens came in chunks too. *first*: T tokens into an empty cache. Methods
-take turns; medians. Each method's output is checked against float64 attention (chunk) or against DynamicCache's (first)
-before it is timed.
+full-precision tail is copied), whose last 512 tokens came in chunks too. Behind a chunk of fewer tokens than a page,
+T is 40 tokens more, so that no page fills. *first*: T tokens into an empty cache. Methods take turns; medians. Each
+method's output is checked against float64 attention (chunk) or against DynamicCache's (first) before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -38,10 +39,12 @@ from benchmarks.methods import (
 )
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
 from benchmarks.tables import show
-from benchmarks.timing import Clock, cpu_clock, take_turns
+from benchmarks.timing import Clock, cpu_clock, take_turns, thread_clock
 
 METHODS = (DYNAMIC, STATIC, PEERS[0], PEERS[2], "ours none", "ours 8-bit", "ours 4-bit", "ours 2-bit")
 _LEAST_ROUNDS = 3
+#: Tokens of a page, and how many more are held behind a chunk of fewer.
+_PAGE, _OFFSET = 128, 40
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -65,11 +68,17 @@ def inputs(shape: Shape, count: int, like: torch.Tensor) -> Inputs:
 
 @torch.inference_mode()
 def measure_chunk(
-    shape: Shape, tokens: int, names: Sequence[str], like: torch.Tensor, clock: Clock, args: argparse.Namespace
+    shape: Shape,
+    tokens: int,
+    chunk: int,
+    names: Sequence[str],
+    like: torch.Tensor,
+    clock: Clock,
+    args: argparse.Namespace,
 ) -> list[Row]:
-    """The rows of a chunk of ``args.chunk`` tokens over ``tokens`` held ones."""
+    """The rows of a chunk of ``chunk`` tokens over ``tokens`` held ones."""
     torch.manual_seed(tokens)
-    chunk = args.chunk
+    tokens += _OFFSET if chunk < _PAGE else 0
     keys, values = shape.tokens(tokens, like)
     new = inputs(shape, chunk, like)
     expected = exact.attention(new[0], torch.cat([keys, new[1]], 2), torch.cat([values, new[2]], 2))
@@ -146,16 +155,17 @@ def run(
 ) -> None:
     """Measure and show every shape, for tokens of the dtype and device of ``like``."""
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("prefill", total=len(args.shapes) * (len(args.tokens) + len(args.first)))
+        total = len(args.shapes) * (len(args.tokens) * len(args.chunk) + len(args.first))
+        task = progress.add_task("prefill", total=total)
         for shape in map(Shape.parse, args.shapes):
-            names = available(METHODS, shape, like, report)
+            names = available(args.methods, shape, like, report)
             rows = []
             few = [name for name in names if name != PEERS[0]]
             if len(few) < len(names) and max([*args.tokens, *args.first]) > args.peer_tokens:
                 report.note(f"hqq is left out above {args.peer_tokens:,} tokens (--peer-tokens).")
-            for count in args.tokens:
+            for count, chunk in itertools.product(args.tokens, args.chunk):
                 here = names if count <= args.peer_tokens else few
-                rows += measure_chunk(shape, count, here, like, clock, args)
+                rows += measure_chunk(shape, count, chunk, here, like, clock, args)
                 progress.advance(task)
             for count in args.first:
                 here = names if count <= args.peer_tokens else few
@@ -170,7 +180,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", help="query heads/KV heads/head_dim; default: 32/8/128 9/3/64")
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens held by the chunk; default: 1024 4096 16384")
     parser.add_argument("--first", type=int, nargs="+", help="tokens of the first prefill; default: 1024 4096")
-    parser.add_argument("--chunk", type=int, help="new tokens; default: 512")
+    parser.add_argument("--chunk", type=int, nargs="+", help="new tokens; default: 2, 4, 8, 16 and 512")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="default: all"
+    )
+    parser.add_argument("--cpu-time", action="store_true", help="count the time of the thread, not that of the clock")
     parser.add_argument("--rounds", type=int, help="rounds at most; default: 9")
     parser.add_argument("--seconds", type=float, default=6.0, help="for the rounds of one shape and T, at most")
     parser.add_argument("--peer-tokens", type=int, default=1024, help="largest T at which hqq runs")
@@ -178,14 +192,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.shapes = pick(args.shapes, args.quick, [str(LLAMA_8B), str(SMOLLM2)], [str(SMOLLM2)])
     args.tokens = pick(args.tokens, args.quick, [1024, 4096, 16384], [1024])
     args.first = pick(args.first, args.quick, [1024, 4096], [1024])
-    args.chunk = args.chunk or (128 if args.quick else 512)
+    args.chunk = pick(args.chunk, args.quick, [2, 4, 8, 16, 512], [4, 128])
+    if args.cpu_time and torch.get_num_threads() > 1:
+        parser.error("--cpu-time counts one thread; accepted with --threads 1")
+    if DYNAMIC not in args.methods:
+        parser.error(f"--methods: accepted: {DYNAMIC} and others, since all are compared with it")
     args.rounds = args.rounds or (3 if args.quick else 9)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
     args, console, report = parse(argv), make_console(), Report("bench_prefill")
-    run(report, args, PLAIN, cpu_clock, console)
+    run(report, args, PLAIN, thread_clock if args.cpu_time else cpu_clock, console)
     return report.finish(args, console)
 
 

@@ -11,8 +11,7 @@ Before it is timed, the output of each sparse side is compared with float64 atte
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,7 +22,7 @@ import torch
 from benchmarks.methods import LLAMA_8B, SMOLLM2, Shape
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
 from benchmarks.tables import show
-from benchmarks.timing import Clock, cpu_clock, take_turns
+from benchmarks.timing import Clock, cpu_clock, take_turns, thread_clock
 from hf_kvcache import KVCache, SparseReadCache
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.kernels.inputs import Scoring
@@ -91,13 +90,6 @@ def check(side: Side) -> None:
     weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     farthest = float((output[0, 0].double() - (weights @ values).flatten(0, 1)).abs().max())
     assert farthest < _FARTHEST, f"{layer!r} is {farthest} from float64"
-
-
-def thread_clock(action: Callable[[], Any]) -> float:
-    """Microseconds of CPU time of this thread."""
-    start = time.thread_time_ns()
-    action()
-    return (time.thread_time_ns() - start) / 1e3
 
 
 def measure(

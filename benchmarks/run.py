@@ -18,6 +18,7 @@ SCRIPTS = (
     "bench_prefill",
     "bench_append",
     "bench_pack",
+    "bench_batch",
     "bench_memory",
     "bench_model",
     "bench_eviction",

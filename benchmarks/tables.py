@@ -161,6 +161,18 @@ VIEWS = (
         },
     ),
     View(
+        "bench_batch",
+        "Decode step of a batch, {what}",
+        ("what",),
+        "batch_us",
+        {
+            "batch_us": ("µs", _WHOLE),
+            "over_plain": ("over no padding", _times),
+            "reorder_us": ("exchange of beams, µs", _WHOLE),
+        },
+        keys=("tokens", "cache", "batch_of"),
+    ),
+    View(
         "bench_prompts",
         "Time to the first token behind a stored prefix of {prefix} tokens",
         ("prefix",),

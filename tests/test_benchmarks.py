@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from benchmarks import (
     bench_append,
     bench_assisted,
+    bench_batch,
     bench_decode,
     bench_eviction,
     bench_latent,
@@ -90,6 +91,12 @@ def test_prefill(tmp_path: Path) -> None:
     argv = ["--no-plots", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "300", "--first", "200"]
     rows = rows_of(bench_prefill.main([*argv, "--chunk", "64", "--rounds", "1", "--peer-tokens", "1"]))
     assert {row["kind"] for row in rows} == {"chunk", "first"}
+
+
+def test_batch(tmp_path: Path) -> None:
+    argv = ["--quick", "--no-plots", "--out", str(tmp_path), "--shapes", SHAPE, "--rounds", "1", "--batch", "2"]
+    rows = rows_of(bench_batch.main([*argv, "--tokens", "64", "--caches", "ours 4-bit", "--model-layers", "0"]))
+    assert [row["batch_of"] for row in rows] == list(bench_batch.KINDS)
 
 
 def test_append(tmp_path: Path) -> None:

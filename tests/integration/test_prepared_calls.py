@@ -19,6 +19,7 @@ from hf_kvcache.layers import decode_step
 from hf_kvcache.layers.decode_step import PreparedDecoding
 from hf_kvcache.layers.new_tokens import NewTokens
 from tests import families
+from tests.choosing import chosen
 from tests.mla import families as mla_families
 from tests.running import ROUNDING, forward, full_cache, left_padded, prompt, small_cache
 from tests.storage.list_model import (
@@ -129,7 +130,7 @@ def test_up_projections_may_change(calls_taken: list[bool]) -> None:
     assert calls_taken and all(calls_taken)
 
 
-@pytest.mark.parametrize("case", CASES)
+@chosen("case", CASES, fast=[("llama",), ("gemma2",), ("snapkv",), ("latents",)])
 def test_blocks_of_padded_rows(case: str, calls_taken: list[bool]) -> None:
     """A few tokens at once, of a padded batch, give what they give without prepared calls, while beams are exchanged.
 
