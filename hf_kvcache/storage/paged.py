@@ -214,8 +214,7 @@ class PagedStorage:
         As long as nothing changes, it is the same object: calls that were prepared for it test that it still is. Without
         ``fetch``, pages that would have to be fetched have no records, and kernels cannot read them.
         """
-        read = self.reader.read if fetch else self.reader.unfetched
-        pages = read(self.table, self.writer.basis)
+        pages = (self.reader.read if fetch else self.reader.unfetched)(self.table, self.writer.basis)
         if ahead == self.writer.ahead or pages is None:
             return pages
         columns = pages.columns - self.writer.ahead + ahead
