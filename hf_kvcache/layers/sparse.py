@@ -112,7 +112,7 @@ class SparseReads(KVCacheLayer):
         return self._read_picked(call, query, pages, picked, dense, visibility, sums)
 
     def pages_of(self, storage: PagedStorage, ahead: int) -> Pages | None:
-        return storage.pages(ahead) if self.dense else storage.unfetched(ahead)
+        return storage.pages(ahead, fetch=self.dense)
 
     # -- offloading -----------------------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ class SparseReads(KVCacheLayer):
         """Whether so many new tokens read all pages, under a mask that says nothing but causality and padding."""
         if self.dense or tokens > MOST_DECODED_QUERIES or self._measures():
             return True
-        pages = None if self.storage is None else self.storage.unfetched()
+        pages = None if self.storage is None else self.storage.pages(self.storage.ahead, fetch=False)
         return self.storage is None or pages is None or self.reader(self.storage).limits(self.storage, pages).everything
 
     def _measures(self) -> bool:

@@ -99,12 +99,6 @@ class PageTable:
         """A copy of the ids of columns ``[0, columns)`` of ``rows``, ``-1`` where a row has no page."""
         return self._ids[rows, :columns]
 
-    def ids_at(self, columns: np.ndarray) -> np.ndarray:
-        """The ids ``[rows, n]`` of the pages in ``columns [rows, n]`` of each row, ``-1`` where a row has no page."""
-        inside = columns < self._ids.shape[1]
-        ids = np.take_along_axis(self._ids, np.where(inside, columns, 0), 1)
-        return np.where(inside, ids, _NO_PAGE)
-
     def counts(self, rows: np.ndarray, columns: int) -> np.ndarray:
         """A copy of the token counts of columns ``[0, columns)`` of ``rows``."""
         return self._counts[rows, :columns]
@@ -308,6 +302,13 @@ def _wider(array: np.ndarray, more: int, fill: int = 0) -> np.ndarray:
     wider = np.full((len(array), array.shape[1] + more), fill, dtype=array.dtype)
     wider[:, : array.shape[1]] = array
     return wider
+
+
+def ids_at(table: PageTable, columns: np.ndarray) -> np.ndarray:
+    """The ids ``[rows, n]`` of the pages in ``columns [rows, n]`` of each row, ``-1`` where a row has no page."""
+    inside = columns < table._ids.shape[1]
+    ids = np.take_along_axis(table._ids, np.where(inside, columns, 0), 1)
+    return np.where(inside, ids, _NO_PAGE)
 
 
 def page_spans(table: PageTable, leave_out: int, page_size: int) -> list[tuple[int, int]]:

@@ -208,16 +208,17 @@ class PagedStorage:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def pages(self, ahead: int = 0) -> Pages | None:
+    def pages(self, ahead: int = 0, fetch: bool = True) -> Pages | None:
         """The pages as kernels read them, ``ahead`` of those packed ahead among them; None if there are none.
 
-        As long as nothing changes, it is the same object: calls that were prepared for it test that it still is.
+        As long as nothing changes, it is the same object: calls that were prepared for it test that it still is. Without
+        ``fetch``, pages that would have to be fetched have no records, and kernels cannot read them.
         """
-        return self._until(self.reader.read(self.table, self.writer.basis), ahead)
-
-    def unfetched(self, ahead: int = 0) -> Pages | None:
-        """As :meth:`pages`, but pages that would have to be fetched have no records, which kernels could read."""
-        return self._until(self.reader.unfetched(self.table, self.writer.basis), ahead)
+        pages = (self.reader.read if fetch else self.reader.unfetched)(self.table, self.writer.basis)
+        if ahead == self.writer.ahead or pages is None:
+            return pages
+        columns = pages.columns - self.writer.ahead + ahead
+        return pages.until(columns) if columns else None
 
     def decoded(self, side: str, pages: Pages, records: torch.Tensor, first: int) -> torch.Tensor:
         """Keys or values of some of the pages as the model made them, but for rounding.
@@ -248,13 +249,6 @@ class PagedStorage:
         _check_order(self.table, self.dense, self.ahead, self.page_size)
 
     # -- internals ------------------------------------------------------------------------------------------------
-
-    def _until(self, pages: Pages | None, ahead: int) -> Pages | None:
-        """The pages with ``ahead`` of those packed ahead."""
-        if ahead == self.writer.ahead or pages is None:
-            return pages
-        columns = pages.columns - self.writer.ahead + ahead
-        return pages.until(columns) if columns else None
 
     def _append_rows(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hf_kvcache.storage.page_table import PageTable
+from hf_kvcache.storage.page_table import PageTable, ids_at
 from hf_kvcache.storage.transfers import to_device
 
 #: Room beyond the pages of a step, as a share of these: for pages of earlier steps, which a later one may pick again.
@@ -58,7 +58,7 @@ class ResidentPages:
         Returns:
             The addresses of their records, int64 ``[rows, n]``; 0 where a row has no page.
         """
-        ids = table.ids_at(columns)
+        ids = ids_at(table, columns)
         held = ids != _NONE
         wanted, place = np.unique(ids[held], return_inverse=True)
         slots = self._slots_of(wanted, table.pool.editions(wanted))

@@ -16,6 +16,7 @@ from hf_kvcache import SparseReadCache
 from hf_kvcache.integration.attention import attention_function
 from hf_kvcache.layers.sparse import SparseLayer
 from hf_kvcache.sparse.fetched import FetchedPages
+from hf_kvcache.storage.page_table import ids_at
 from tests.generation.test_offload import outside
 from tests.sparse import brute_force
 from tests.storage.outside import target
@@ -166,7 +167,7 @@ def test_a_step_fetches_what_is_not_there() -> None:
         storage, read = model.layer.storage, model.layer.latest_read
         assert storage is not None and read is not None and isinstance(read.pages, FetchedPages)
         columns = np.array(brute_force.chosen(model.layer))
-        picked = {int(page) for page in storage.table.ids_at(columns).flatten()}
+        picked = {int(page) for page in ids_at(storage.table, columns).flatten()}
         assert latest <= there
         new, latest = picked - there, picked
         slots = report.layers[0].buffers // storage.layout.record_bytes

@@ -15,7 +15,9 @@ from hf_kvcache.prompts import PromptStore
 from hf_kvcache.sparse.picked import PickedPages
 from hf_kvcache.sparse.registry import available
 from tests.generation.kinds import decode
+from tests.generation.test_offload import outside
 from tests.running import ROUNDING, as_cache, forward, left_padded, prompt
+from tests.storage.outside import target
 
 SIZES: dict[str, Any] = {"sink_length": 2, "tail_length": 4, "page_size": 16}
 
@@ -130,7 +132,10 @@ def test_assisted_decoding(model: PreTrainedModel, selector: str) -> None:
 
 @pytest.mark.parametrize("policy", ["snapkv", "h2o", "ada-expected"])
 def test_with_eviction(model: PreTrainedModel, policy: str) -> None:
-    """Steps read from what is kept; with a budget for all of it, as the evicting cache itself does, bit by bit."""
+    """Steps read from what is kept; with a budget for all of it, as the evicting cache itself does, bit by bit.
+
+    Where the kept pages lie outside of the device, nothing changes.
+    """
     sizes = {"sink_length": 2, "tail_length": 4, "page_size": 8}
     ours = _sparse(model, 1.0, budget=60, policy=policy, bits=8, **sizes)
     other = HeavyHitterCache(model.config, 60, policy, bits=8, **sizes)
@@ -142,8 +147,15 @@ def test_with_eviction(model: PreTrainedModel, policy: str) -> None:
     decode(model, sparse, 4)
     assert all(_picking(sparse))
     sparse.integrity()
-    fork = sparse.fork()
-    assert torch.equal(decode(model, fork, 10), decode(model, sparse, 10))
+    fork, elsewhere = (
+        sparse.fork(),
+        outside(_sparse(model, 0.5, budget=60, policy=policy, bits=8, **sizes), target("fetched")),
+    )
+    forward(model, prompt(110), elsewhere)
+    decode(model, elsewhere, 4)
+    expected = decode(model, sparse, 10)
+    assert torch.equal(decode(model, fork, 10), expected) and torch.equal(decode(model, elsewhere, 10), expected)
+    assert all(_picking(elsewhere)) and elsewhere.memory().fetched > 0
 
 
 @pytest.mark.parametrize("family", ["gemma3"])

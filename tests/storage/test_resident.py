@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_kvcache.storage.page_table import PageTable
+from hf_kvcache.storage.page_table import PageTable, ids_at
 from hf_kvcache.storage.pool import PagePool
 from hf_kvcache.storage.resident import ResidentPages
 from tests.storage.outside import Fetching
@@ -48,7 +48,7 @@ def test_random_operations(seed: int) -> None:
             case 7:
                 forks.clear()
         columns = np.sort(random.permuted(np.tile(np.arange(table.columns + 1), (ROWS, 1)), axis=1)[:, :3], 1)
-        ids = table.ids_at(columns)
+        ids = ids_at(table, columns)
         addresses = resident.bring(table, columns)
         assert ((addresses == 0) == (columns == table.columns)).all()
         held = ids >= 0

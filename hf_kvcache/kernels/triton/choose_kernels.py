@@ -15,7 +15,7 @@ from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 #: Pages that a program scores, and its warps.
 BLOCK, SCORE_WARPS = 32, 4
 #: Columns of a table that one program can choose from: they lie in its registers.
-MOST_COLUMNS = 8192
+MOST_COLUMNS = 4096
 _NO_COLUMN = tl.constexpr(NO_COLUMN)
 _LEAST_KEY = tl.constexpr(-(1 << 31))
 
@@ -172,7 +172,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
     ]
     return [
         *scored,
-        *(_pick_case(columns, count) for columns, count in ((512, 128), (2048, 204), (MOST_COLUMNS, 2048))),
+        *(_pick_case(columns, count) for columns, count in ((512, 128), (2048, 204), (MOST_COLUMNS, 1024))),
     ]
 
 
