@@ -46,7 +46,8 @@ def build(folder: Path) -> Path:
     # The library finds its OpenMP in the process, as it does beside torch.
     openmp = ["-fopenmp", "-Wl,--no-as-needed"]
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-pthread"]
-    subprocess.run([CROSS, *flags, *openmp, "-rdynamic", HERE / "server.cpp", "-o", folder / "server", "-ldl"], check=True)
+    server = [HERE / "server.cpp", "-rdynamic", "-o", folder / "server", "-ldl"]
+    subprocess.run([CROSS, *flags, *openmp, *server], check=True)
     lines = [
         f"TEXT_FUNCTION({index}, {name[1:]})" if name.startswith("*") else f"FUNCTION({index}, {name})"
         for index, name in enumerate(functions())
