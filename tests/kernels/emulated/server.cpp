@@ -12,6 +12,7 @@
 #include <atomic>
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/mman.h>
 
 #include "protocol.h"
@@ -57,7 +58,7 @@ void fetch(uintptr_t page) {
 }
 
 void handle(int, siginfo_t* info, void*) {
-    while (busy.test_and_set(std::memory_order_acquire)) {}
+    while (busy.test_and_set(std::memory_order_acquire)) sched_yield();
     fetch((uintptr_t)info->si_addr & ~(kPage - 1));
     busy.clear(std::memory_order_release);
 }
