@@ -98,7 +98,7 @@ sanitize: $(STAMP) ## the CPU kernels' tests with the address and undefined-beha
 	$(BIN)/python hf_kvcache/kernels/cpu/build.py $$library --sanitize && \
 	HF_KVCACHE_NATIVE_LIBRARY=$$library ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($$compiler -print-file-name=libasan.so) $$($$compiler -print-file-name=libstdc++.so)" \
-	$(BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/kernels/cpu
+	$(BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/kernels/cpu tests/kernels/test_latent_picked.py
 
 test-arm: $(STAMP) ## the CPU kernels' tests with the kernels for ARM, emulated (ARM="--cpu max"; needs a cross compiler and QEMU)
 	$(BIN)/python -m tests.kernels.emulated.run $(ARM)

@@ -1,6 +1,7 @@
 """One decode step of one latent-attention layer (DeepSeek-V2-Lite's shape): transformers' own path against ours.
 
     python -m benchmarks.bench_latent [--quick] [--tokens 1024 4096 16384] [--dtypes fp32 bf16] [--picked-of 65536]
+    python -m benchmarks.bench_latent --threads 1 --cpu-time     beside other work
 
 16 heads, 128 + 64 query and key dimensions, 128 value dimensions, latents of 512 with rotary keys of 64; batch of 1,
 random weights, latents and rotary keys as the layer's own projections give them for random normal states. *step*: from
@@ -27,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 
 from benchmarks import exact, indexed_latent
+from benchmarks.bench_sparse import thread_clock
 from benchmarks.methods import DTYPES, DYNAMIC
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
 from benchmarks.tables import show
@@ -192,7 +194,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--picked-heads", type=int, default=16, help="heads beside the indexer; default: 16")
     parser.add_argument("--rounds", type=int, help="rounds at most; default: 15")
     parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one dtype and T, at most")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread in place of wall time")
     args = start(parser, argv)
+    if args.cpu_time and torch.get_num_threads() > 1:
+        parser.error("--cpu-time counts one thread; accepted with --threads 1")
     args.tokens = pick(args.tokens, args.quick, [1024, 4096, 16384], [512])
     args.picked_of = pick(args.picked_of, args.quick, [65536], [512])
     args.picked = args.picked or (32 if args.quick else 2048)
@@ -203,7 +208,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     args, console, report = parse(argv), make_console(), Report("bench_latent")
-    run(report, args, cpu_clock, console)
+    run(report, args, thread_clock if args.cpu_time else cpu_clock, console)
+    if args.cpu_time:
+        report.note("Times are CPU times of one thread.")
     return report.finish(args, console)
 
 

@@ -213,8 +213,8 @@ class IndexedLatentLayer(LatentLayer):
         Padding picks nothing, and nothing picks padding. So a single token, which is padding in no model, is not asked
         for: the answer would make a GPU wait at every step. Stored, padding would take room and nothing else.
         """
-        new, _ = self._latest()
-        if new.earlier_padding is not None:
+        new, storage = self._latest()
+        if new.earlier_padding is not None or picked.indices.shape[:2] != (storage.batch, new.length):
             return
         if new.length > 1:
             new.valid = shown_tokens((picked.indices >= 0).any(2) if picked.shown is None else picked.shown)
