@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,8 @@ _ENTRY, _INDEXED = 352, 160
 
 
 def _v4_full() -> int:
-    """20 layers have an entry for 4 tokens, 23 for 128; a window, which transformers' layer holds as keys and as values;
-    and the last window of compression, gates in float32."""
+    """20 layers have an entry for 4 tokens, 23 for 128. All have a window, which transformers' layer counts as keys and
+    as values, and the 20 the last window of compression, with gates in float32."""
     entries = 20 * T // 4 * (512 + 128) * 2 + 23 * T // 128 * 512 * 2
     return entries + 43 * (2 * 127 * 512 * 2 + 8) + 20 * 4 * (512 + 128) * (2 + 4)
 
@@ -51,8 +53,8 @@ def _v4_packed() -> int:
 
 
 #: Billions of weights; KV heads times width in all layers, as the textbook counts them; bytes a token of DynamicCache,
-#: all layers; bytes of it that do not grow with the tokens; bytes a token in 4 bits. Layers with a window hold one token
-#: less than it, and each of them a number of 8 bytes.
+#: all layers; bytes of it that do not grow with the tokens; bytes a token in 4 bits. Layers with a window hold one
+#: token less than it, and each of them a number of 8 bytes.
 KNOWN = {
     "llama_3.1_8b": (8.03, 32 * 8 * 128, 2 * 32 * 8 * 128 * 2, 0, 32 * 8 * _packed(128)),
     "qwen3_30b_a3b": (30.5, 48 * 4 * 128, 2 * 48 * 4 * 128 * 2, 0, 48 * 4 * _packed(128)),
@@ -138,6 +140,25 @@ def test_what_fits_and_the_floor_of_a_step(tmp_path: Path, capsys: pytest.Captur
     assert full["longest_context"] == room // 2**14 and full["largest_batch"] == room // 2**31
     assert full["step_floor_ms"] == pytest.approx((found["weight_bytes"] + 2**31) / 2e9)
     assert 3.5 < packed["longest_context"] / full["longest_context"] < 4 and found["textbook"]["bytes"] == 2**31
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "./nowhere.json"], "--model='./nowhere.json': there is no such file or folder"),
+        (["--model", "{here}", "--plot", "no/such/plan.png"], "--plot='no/such/plan.png': there is no such folder"),
+        (["--model", "{here}", "--plot", "plan.bmp"], "'bmp'; accepted"),
+    ],
+)
+def test_bad_commands(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are refused before anything is planned, and the process says so with its exit status."""
+    here = str(FOLDER / "llama_3.1_8b.json")
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(sys, "argv", ["hf-kvcache", "plan", *(x.format(here=here) for x in arguments)])
+        runpy.run_module("hf_kvcache.cli", run_name="__main__")
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert message in said.err and said.out == ""
 
 
 def test_the_most_that_fits() -> None:
