@@ -147,7 +147,7 @@ def test_what_fits_and_the_floor_of_a_step(tmp_path: Path, capsys: pytest.Captur
     [
         (["--model", "./nowhere.json"], "--model='./nowhere.json': there is no such file or folder"),
         (["--model", "{here}", "--plot", "no/such/plan.png"], "--plot='no/such/plan.png': there is no such folder"),
-        (["--model", "{here}", "--plot", "plan.bmp"], "'bmp'; accepted"),
+        pytest.param(["--model", "{here}", "--plot", "plan.bmp"], "'bmp'; accepted", marks=pytest.mark.slow),
     ],
 )
 def test_bad_commands(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
