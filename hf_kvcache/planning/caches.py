@@ -184,8 +184,8 @@ def _accepted() -> str:
         "'full' (transformers' DynamicCache), 'none' (KVCache), 'quantized:BITS', 'quantized:KEY_BITS:VALUE_BITS', "
         "'codec:NAME' (a codec, 'codec:int4'), the last three also with '@TOKENS' (max_length, 'quantized:4@64k'); "
         "'POLICY:BUDGET' (tokens or a share, 'h2o:1024', 'snapkv:0.25'), 'window:TOKENS', 'window:TOKENS:SINKS', "
-        "'sparse:SELECTOR:BUDGET', 'sparse:SELECTOR:BUDGET:DENSE_LAYERS', 'lowrank:RANK', 'lowrank:SHARE:FILE', these also with '+BITSbits', "
-        "'+KEY_BITS:VALUE_BITSbits' (not with lowrank) or '+CODEC'. "
+        "'sparse:SELECTOR:BUDGET', 'sparse:SELECTOR:BUDGET:DENSE_LAYERS', 'lowrank:RANK', 'lowrank:SHARE:FILE', these "
+        "also with '+BITSbits', '+KEY_BITS:VALUE_BITSbits' (not with lowrank) or '+CODEC'. "
         f"Policies: {names}, with {' or '.join(f'{name}-' for name in wrappers())} in front. "
         f"Selectors: {', '.join(selectors())}"
     )

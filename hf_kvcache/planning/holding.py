@@ -62,7 +62,7 @@ class Holding:
     def _find(self, batch: int, tokens: int) -> Held:
         total, alike, prompt, kept = _NOTHING, dict[Any, Held](), 0, 0
         filled = None if self._fill is None else self._fill(batch, tokens).layers
-        layers = self._make().layers
+        layers: list[Any] = self._make().layers
         splits = self._evicted.splits(layers, tokens)
         for index, (layer, calls) in enumerate(zip(layers, self._calls, strict=True)):
             if filled is not None and not isinstance(layer, KVCacheLayer):

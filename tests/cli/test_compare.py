@@ -174,6 +174,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
         (["--prefix", "1"], "prefix=1"),
         (["--suffix", "x"], "suffix='x'; accepted"),
         (["--windows", "0"], "windows"),
+        (["--text", "no/such.txt"], "--text='no/such.txt': there is no such file"),
         (["--html", "no/such/page.html"], "no such folder"),
         (["--plot", "plot.bmp"], "ends in 'bmp'; accepted"),
         (["--prefix", "50k"], "this takes 51,328 tokens, the model takes 1,024"),

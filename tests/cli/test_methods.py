@@ -37,6 +37,9 @@ def test_every_method_says_what_it_is() -> None:
     assert by_name["policy", "tova"].needs == "the last query; keys"
     assert "second reading" in by_name["policy", "kvzip"].needs
     assert by_name["in front of a policy", "critical"].needs == "keys and values; the output projection"
+    anchored, oracle = by_name["selector", "kascade"], by_name["selector", "oracle"]
+    assert anchored.needs.startswith("the attention of a step to all pages; layers that choose for others")
+    assert "some layers read all of them" in anchored.step and "every layer reads all of them" in oracle.step
     assert by_name["low-rank method", "palu"].step == "keys are rotated again"
 
 

@@ -13,6 +13,8 @@ from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.layers.evicting import EvictingLayer
 
 BATCH, CONTEXT = 2, 300
+#: Models that take the new tokens out of all of them.
+GIVEN_ALL = ("cpmant",)
 
 
 def fill(model: Any, cache: Cache) -> Any:
@@ -31,10 +33,11 @@ def fill(model: Any, cache: Cache) -> Any:
 def step(model: Any, cache: Cache) -> Any:
     """Let a model give one more token to ``cache``; returns it."""
     config = model.config.get_text_config(decoder=True)
+    tokens = CONTEXT + 1 if config.model_type in GIVEN_ALL else 1
     bind(config)
     try:
         with torch.no_grad():
-            model(input_ids=torch.full((BATCH, 1), 5), use_cache=True, **with_cache(model, cache))
+            model(input_ids=torch.full((BATCH, tokens), 5), use_cache=True, **with_cache(model, cache))
     finally:
         unbind(config)
     return cache

@@ -17,15 +17,20 @@ CACHES = ("full", "none", "quantized:8", "quantized:4", "quantized:4:2", "codec:
 EVICTING = ("h2o:90", "window:60:2+8bits", "snapkv:0.5+int4")
 #: All memory at once, and pages that are chosen at each step.
 OTHERS = ("quantized:4@400", "sparse:quest:0.5:0+8bits")
+#: Cuts its masks, which then do not say any more that they hide nothing: every step reads everything.
+CUTS_MASKS = ("gemma4_unified",)
 #: Plain, soft-capped with a window, hybrid, latents, sinks, heads that share, no attention.
 SAMPLE = ("llama", "gemma2", "qwen3_next", "deepseek_v3", "gpt_oss", "bloom", "mamba")
 
 
+def _fast(family: Family) -> bool:
+    return family.task == TEXT and family.model_type in SAMPLE
+
+
 def _parameters() -> list[object]:
     return [
-        pytest.param(family, id=family.model_type, marks=[] if family.model_type in SAMPLE else [pytest.mark.slow])
+        pytest.param(family, id=f"{family.model_type}-{family.task}", marks=[] if _fast(family) else [pytest.mark.slow])
         for family in families()
-        if family.task == TEXT
     ]
 
 
@@ -37,13 +42,21 @@ def test_planned_bytes_are_held(family: Family) -> None:
         fill(model, DynamicCache(config=model.config.get_text_config(decoder=True)))
     except (NotBuilt, ValueError, NotImplementedError) as error:
         pytest.skip(str(error))
+    except (TypeError, AttributeError) as error:
+        if family.task == TEXT:
+            raise
+        pytest.skip(f"takes no text alone: {error}")
     names = CACHES + EVICTING + OTHERS
     found = plan(model.config, CONTEXT, BATCH, names, torch.float32)
     assert found.caches
     for row in found.caches:
         cache = fill(model, maker(row.name)(model.config))
         filled = held(cache) + saved_by_chance(cache)
-        assert row.bytes == filled + made_by_a_step(model, cache), row.name
+        made = made_by_a_step(model, cache)
+        if row.name.startswith("sparse") and family.model_type in CUTS_MASKS:
+            assert row.bytes > filled and made == 0, row.name
+        else:
+            assert row.bytes == filled + made, row.name
     assert found.weight_bytes == 4 * found.parameters
     # Whatever cannot be planned cannot be made either.
     for name in set(names) - {row.name for row in found.caches}:

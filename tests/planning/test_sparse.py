@@ -16,7 +16,7 @@ from tests.planning.holding import BATCH, CONTEXT, fill, held, step
     [
         ("llama", "sparse:quest:0.5:0"),
         ("llama", "sparse:kascade:0.4:0"),
-        ("gemma2", "sparse:landmark:160:0+int4"),
+        pytest.param("gemma2", "sparse:landmark:160:0+int4", marks=pytest.mark.slow),
         pytest.param("llama", "sparse:quest:0.5:1+4bits", marks=pytest.mark.slow),
         pytest.param("llama", "sparse:random:0.6:0", marks=pytest.mark.slow),
         pytest.param("llama", "sparse:quest:300:0", marks=pytest.mark.slow),
