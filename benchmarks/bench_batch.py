@@ -76,8 +76,9 @@ def layer_batches(shape: Shape, tokens: int, batch: int, codec: str) -> list[Bat
         return tuple(torch.randn(batch, each, count, shape.dim) for each in heads)
 
     def attend(cache: KVCache, new: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> None:
-        keys, values = cache.update(*new[1:], 0)
-        method.function(method.module, new[0], keys, values, mask, dropout=0.0, scaling=method.module.scaling)
+        query, key, value = new
+        keys, values = cache.update(key, value, 0)
+        method.function(method.module, query, keys, values, mask, dropout=0.0, scaling=method.module.scaling)
 
     def run(cache: KVCache, mask: torch.Tensor, count: int = 1) -> Callable[[], None]:
         made = create_causal_mask(method.config, torch.empty(batch, count, 1), mask, cache)

@@ -17,6 +17,8 @@ from hf_kvcache.kernels.visibility import visible
 _PADDING = "_hf_kvcache_padding"
 _VALID = "_hf_kvcache_valid"
 _CHECKED = "_hf_kvcache_checked"
+#: Dtypes of masks that numpy reads where they are.
+_READ_IN_PLACE = (torch.bool, torch.int64, torch.int32, torch.float32)
 
 
 class _Attached(threading.local):
@@ -49,6 +51,7 @@ class Padding:
     window: int | None = None
     _compared: tuple[PaddingPlaces, bool] | None = field(default=None, repr=False, compare=False)
     _shown_new: np.ndarray | None = field(default=None, repr=False, compare=False)
+    _found: tuple[np.ndarray | None, bool] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def none(self) -> bool:
@@ -58,9 +61,14 @@ class Padding:
         self._check_length(self.attention_mask)
         return bool(self.attention_mask.all())
 
-    @cached_property
+    @property
     def _new(self) -> tuple[np.ndarray | None, bool]:
         """Which new tokens are no padding, and whether the mask hides some of these."""
+        if self._found is None:
+            self._found = self._find_new()
+        return self._found
+
+    def _find_new(self) -> tuple[np.ndarray | None, bool]:
         mask, shown = self.attention_mask, self._shown_new
         if mask is None:
             return None, False
@@ -108,6 +116,13 @@ class Padding:
                 raise _shows(int(places.rows[0]), int(places.positions[0]))
             return True
         self._check_length(mask)
+        if mask.device.type == "cpu" and mask.dtype in _READ_IN_PLACE:
+            array = mask.detach().numpy()[:, : self.start + self.length]
+            # All hidden tokens are the padding: the new ones are shown, too.
+            alone = np.count_nonzero(array) == array.size - len(places.rows)
+            if alone and not array[places.rows, places.positions].any():
+                self._found = None, False
+                return True
         count, seen_padding, self._shown_new = _read(mask[:, : self.start + self.length].bool(), self.start, places)
         if wrong := np.flatnonzero(seen_padding).tolist():
             raise _shows(int(places.rows[wrong[0]]), int(places.positions[wrong[0]]))
@@ -122,9 +137,6 @@ def _read(shown: torch.Tensor, start: int, places: PaddingPlaces) -> tuple[int, 
         How many of the first ``start`` tokens of all sequences are shown; which of the ``places`` among them are; and
         which of the tokens behind them are, bool ``[B, tokens - start]``.
     """
-    if shown.device.type == "cpu":
-        on_host = shown.numpy()
-        return int(np.count_nonzero(on_host[:, :start])), on_host[places.rows, places.positions], on_host[:, start:]
     earlier, new = shown[:, :start], shown[:, start:]
     parts = earlier.sum()[None], earlier[places.on_device(shown.device)].long(), new.flatten().long()
     count, padding, rest = np.split(torch.cat(parts).cpu().numpy(), [1, 1 + len(places.rows)])

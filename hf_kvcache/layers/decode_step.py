@@ -14,7 +14,7 @@ from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.padding import padding_of
 from hf_kvcache.kernels.inputs import CallInputs, Pages, Scoring, Slots, UpProjections
 from hf_kvcache.kernels.padding import NO_PADDING
-from hf_kvcache.kernels.prepared_call import PreparedCall, most_tokens, prepare, takes_ragged
+from hf_kvcache.kernels.prepared_call import PreparedCall, most_tokens, prepare
 from hf_kvcache.layers.attention import AttentionOverPages
 from hf_kvcache.layers.new_tokens import NewTokens
 from hf_kvcache.storage import PagedStorage
@@ -151,8 +151,6 @@ class DecodeSteps(AttentionOverPages):
         if (count > 1 or self.rollback.recording) and not self._takes_block(storage, call, count):
             return None
         if self.padding is not NO_PADDING or storage.dense.uniform_length is None:
-            if not takes_ragged(self.takes_expansion, query.device):
-                return None
             padding = padding_of(call.mask, new.position, count, self.sliding_window)
             if padding is None or not padding.hides_only(self.padding) or padding.valid is not None:
                 return None
