@@ -211,8 +211,7 @@ class PagedStorage:
     def pages(self, ahead: int = 0, fetch: bool = True) -> Pages | None:
         """The pages as kernels read them, ``ahead`` of those packed ahead among them; None if there are none.
 
-        As long as nothing changes, it is the same object: calls that were prepared for it test that it still is.
-        Without ``fetch``, pages that would have to be fetched have no records, and kernels cannot read them.
+        While nothing changes, it is the same object. Without ``fetch``, pages outside of the device have no records.
         """
         pages = (self.reader.read if fetch else self.reader.unfetched)(self.table, self.writer.basis)
         if ahead == self.writer.ahead or pages is None:

@@ -10,7 +10,9 @@ import torch
 import transformers
 from transformers import Cache, PreTrainedModel
 
+from benchmarks.gpu.pretended_device import DEVICE, PretendedDevice
 from hf_kvcache import HeavyHitterCache, KVCache
+from hf_kvcache.integration.padding import Padding, attach_padding, padding_of
 from tests import families
 from tests.running import ROUNDING, forward, full_cache, left_padded, prompt, small_cache
 
@@ -246,3 +248,20 @@ def test_a_mask_without_the_window_that_the_cache_has() -> None:
         forward(model, ids[:, :50], cache)
     wanted = forward(model, ids[:, 50:], expected, attention_mask=mask)
     torch.testing.assert_close(forward(model, ids[:, 50:], got, attention_mask=mask), wanted, rtol=0, atol=ROUNDING)
+
+
+def test_a_mask_on_another_device() -> None:
+    """A copy is known by its elements, as long as the mask is in use; one to which something was added is not."""
+    mask = torch.ones(2, 1, 3, 9, dtype=torch.bool).tril(6)
+    padding = Padding(torch.ones(2, 9), 6, 3, None)
+    with PretendedDevice():
+        alone = mask.to(DEVICE)
+        assert padding_of(alone, 6, 3, None) is None
+        attach_padding(mask, padding)
+        moved, other = mask.to(DEVICE), mask.to(DEVICE)
+        other[1, 0, 2, 0] = False
+        assert padding_of(moved, 6, 3, None) is padding and padding_of(mask.to(DEVICE), 6, 3, 4) is None
+        assert padding_of(other, 6, 3, None) is None and padding_of(mask.to(DEVICE), 5, 3, None) is None
+        copied = mask.to(DEVICE)
+        del mask
+        assert padding_of(copied, 6, 3, None) is None
