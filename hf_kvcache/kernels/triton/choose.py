@@ -16,6 +16,7 @@ from hf_kvcache.kernels.triton.choose_kernels import (
     score_constants,
     score_kernel,
 )
+from hf_kvcache.kernels.triton.device import on_their_device
 from hf_kvcache.kernels.triton.prepared_launch import PreparedLaunch, current_stream
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
@@ -35,7 +36,7 @@ class PreparedChoice:
 
     def __init__(self, inputs: ChoiceInputs) -> None:
         self._inputs = inputs
-        self._device, self._index = inputs.query.device, inputs.query.device.index or 0
+        self._device = inputs.query.device
         with torch.inference_mode(False):
             self.columns = torch.empty(inputs.table.shape[1:], dtype=torch.int64, device=self._device)
             size = inputs.pages.rows, inputs.pages.columns
@@ -56,15 +57,12 @@ class PreparedChoice:
         )
 
     def __call__(self, query: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cuda" and torch.cuda.current_device() != self._index:
-            with torch.cuda.device(self._device):
-                self._launch(query)
-        else:
-            self._launch(query)
+        self._launch(query)
         if self._device.type == "cpu":  # the interpreter
             torch.from_numpy(self._inputs.counts).copy_(self._inputs.table[1])
         return self.columns
 
+    @on_their_device
     def _launch(self, query: torch.Tensor) -> None:
         stream = current_stream(self._device)
         self._score(stream, (query,))

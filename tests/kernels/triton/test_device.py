@@ -25,6 +25,7 @@ CALLED = {
     "encode": ("encode_pages", "key_mean"),
     "key_scale": ("key_scale",),
     "latent_gather": ("gather_latents",),
+    "choose": ("PreparedChoice._launch",),
     "static_step": ("StaticStep.__call__",),
 }
 
