@@ -281,7 +281,7 @@ def _choose_tokens(policy: Policy, scored: list[tuple[Context, torch.Tensor]]) -
     """Choose the tokens that stay, for each layer bool ``[1, Hkv, T]``."""
     if not policy.across_layers:
         return [
-            choose(score, context.protected, context.held, context.quota, policy.head_floor, policy.threshold)
+            choose(score, context.protected, context.held, context.quota, policy.head_floor, policy.keeps_above)
             for context, score in scored
         ]
     contexts, scores = [context for context, _ in scored], [score for _, score in scored]
@@ -294,7 +294,7 @@ def _choose_tokens(policy: Policy, scored: list[tuple[Context, torch.Tensor]]) -
     held = joined([torch.ones_like(c.protected) if c.held is None else c.held for c in contexts], False)
     protected = joined([c.protected for c in contexts], False)
     quota = max(context.quota for context in contexts)
-    keep = choose(joined(scores, 0.0), protected, held, quota, policy.head_floor or 0.0, policy.threshold)
+    keep = choose(joined(scores, 0.0), protected, held, quota, policy.head_floor or 0.0, policy.keeps_above)
     parts = keep.split(heads, 1)
     return [part[:, :, : score.shape[2]] for part, score in zip(parts, scores, strict=True)]
 

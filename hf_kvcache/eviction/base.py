@@ -49,7 +49,7 @@ class Policy(ABC):
     #: Of policies that replay: whether heads compete over all layers and not only within theirs.
     across_layers: bool = False
     #: None: as many tokens stay as the budget has room for. A number: of them, those that score no more go too.
-    threshold: float | None = None
+    keeps_above: float | None = None
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

@@ -65,13 +65,13 @@ class LayerSelection:
         """The tokens that stay. Waits for nothing: how many they are, the host knows without asking the device."""
         policy, storage, least = self.policy, held.storage, self.most_protected(held)
         quota = max(self.quota(int(held.rows[0])), least)
-        if policy.threshold is not None:
+        if policy.keeps_above is not None:
             # Which tokens score too little, the device knows; only sinks and tail are known to stay.
             room = held.tokens <= storage.sink_length + storage.tail_length
         elif policy.head_floor is not None:
-            room = (held.counts.sum(1) <= quota * storage.heads).all()
+            room = bool((held.counts.sum(1) <= quota * storage.heads).all())
         else:
-            room = (held.counts <= quota).all()
+            room = bool((held.counts <= quota).all())
         if room:
             return Choice(None, held.tokens)
         recent = max(min(policy.recent(quota), quota - least + storage.tail_length), 0)
@@ -84,7 +84,7 @@ class LayerSelection:
         """bool ``[b, Hkv, T]``: the protected tokens, the newest ``recent``, and those with the best scores."""
         context = self.context(held, quota, self.protected(held, recent))
         policy, scores = self.policy, self.scores(context)
-        keep = choose(scores, context.protected, context.held, quota, policy.head_floor, policy.threshold)
+        keep = choose(scores, context.protected, context.held, quota, policy.head_floor, policy.keeps_above)
         if is_tokenwise(held.storage.layout):
             return keep
         return keep & ~held.in_sparse_pages(keep, self.protected(held, 0))

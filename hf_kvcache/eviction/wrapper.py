@@ -56,8 +56,8 @@ class Wrapper(Policy):
         return self.policy.replay_by_head
 
     @property
-    def threshold(self) -> float | None:  # type: ignore[override]
-        return self.policy.threshold
+    def keeps_above(self) -> float | None:  # type: ignore[override]
+        return self.policy.keeps_above
 
     @property
     def needs_rope(self) -> bool:  # type: ignore[override]

@@ -108,7 +108,7 @@ class Evicted:
             elif evictor.schedule.waits:
                 evictor.evict(storage, np.zeros(1, np.int64), tokens)
             parts = layer_report(layer).parts
-            lost = kept < tokens or layer.eviction.policy.threshold is not None
+            lost = kept < tokens or layer.eviction.policy.keeps_above is not None
             if lost and (split is not None or _uneven(layer)):
                 parts["tables"] += _uncertain(storage)
             # Of what is remembered of queries, a step reads sums of attention only.
@@ -157,7 +157,7 @@ def kept_tokens(layer: EvictingLayer, tokens: int) -> int:
 
 def _uneven(layer: EvictingLayer) -> bool:
     """Whether the heads of a layer keep different numbers of tokens."""
-    return layer.eviction.policy.head_floor is not None or layer.eviction.policy.threshold is not None
+    return layer.eviction.policy.head_floor is not None or layer.eviction.policy.keeps_above is not None
 
 
 def _longest(layer: EvictingLayer) -> int:

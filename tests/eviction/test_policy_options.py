@@ -97,7 +97,7 @@ def test_wrappers_want_what_the_policy_inside_wants() -> None:
             assert policy.layer_quota(50, 1, 4, 8, 90) == plain.layer_quota(50, 1, 4, 8, 90)
     assert [policy.needs_output for policy in inside("knorm")] == [False, False, True, True, False]
     assert [policy.head_floor for policy in inside("knorm")] == [None, 0.2, None, 0.2, None]
-    assert [policy.threshold for policy in inside("knorm")] == [None] * 4 + [1e-3]
+    assert [policy.keeps_above for policy in inside("knorm")] == [None] * 4 + [1e-3]
 
 
 @pytest.mark.parametrize(

@@ -35,5 +35,5 @@ class Threshold(Wrapper):
         self.tau = between("tau", tau, -_LARGEST, _LARGEST)
 
     @property
-    def threshold(self) -> float | None:  # type: ignore[override]
+    def keeps_above(self) -> float | None:  # type: ignore[override]
         return self.tau
