@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.hooks import RemovableHandle
 
+from hf_kvcache.cache.watch import Watch
 from hf_kvcache.eviction import Context, Policy
 from hf_kvcache.eviction.selection import choose
 from hf_kvcache.integration.versions import with_cache
-from hf_kvcache.layers.drafts import Draft
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.storage.token_view import TokenView
 
@@ -22,8 +21,6 @@ Fork = Callable[[], Any]
 
 #: Number of tokens in a forward pass of the second reading, as in the paper.
 _CHUNK = 2048
-#: Number of scores that are computed at once, to bound the memory.
-_STRIP_ELEMENTS = 1 << 22
 
 
 def compress(
@@ -111,100 +108,6 @@ def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor
             of_layer.append(keep)
     for layer, rows in zip(layers, kept, strict=True):
         layer.keep_only(rows)
-
-
-class Watch:
-    """Records the largest attention probability that each key of a layer gets from any query of its group.
-
-    Args:
-        layer: the layer, which holds the context.
-
-    Attributes:
-        largest: float32 ``[B, Hkv, T]``; by query head and over the lengths of hidden states, ``[B, Hkv, g, T]``, if
-            the policy asks for that.
-        hidden: the lengths ``[B, q]`` of the hidden states whose attention comes next; None if nobody asks for them.
-    """
-
-    def __init__(self, layer: EvictingLayer) -> None:
-        assert layer.storage is not None
-        self.storage, self.by_head = layer.storage, layer.eviction.policy.replay_by_head
-        self.held = [TokenView.of(self.storage, np.array([row])) for row in range(self.storage.batch)]
-        shape = (self.storage.batch, self.storage.heads, max(held.tokens for held in self.held))
-        self.largest = torch.zeros(shape, device=self.storage.device)
-        self.hidden: torch.Tensor | None = None
-
-    def attach(self, layer: EvictingLayer) -> RemovableHandle | None:
-        """Have the attention module of ``layer`` tell its hidden states, if the policy asks for their lengths."""
-        if not self.by_head:
-            return None
-        attending = None if layer.evictor is None else layer.evictor.attending
-        module = None if attending is None else attending.module
-        if module is None:
-            raise ValueError(
-                f"layer {layer.index}: policy {layer.eviction.policy.name!r} needs the hidden states of the attention "
-                "module, which is not known; accepted: a cache that the model has filled in this process"
-            )
-        return module.register_forward_pre_hook(self._see_hidden, with_kwargs=True)
-
-    def __call__(self, draft: Draft, log_sum_exp: torch.Tensor) -> None:
-        """Record one attention call.
-
-        Args:
-            draft: the update, with its queries ``[B, Hq, q, Dk]``.
-            log_sum_exp: of the scores of each query, ``[B, Hq, q]``.
-        """
-        if self.by_head:
-            assert self.hidden is not None
-            # Over the length of the hidden state: a difference of logarithms. No attention is infinite over a zero.
-            log_sum_exp = log_sum_exp + self.hidden.clamp_min(torch.finfo(torch.float32).tiny).log()[:, None]
-            groups = draft.call.queries.shape[1] // self.storage.heads
-            if self.largest.dim() == 3:
-                self.largest = self.largest[:, :, None].repeat(1, 1, groups, 1)
-        for row, held in enumerate(self.held):
-            valid = None if draft.new.valid is None else torch.from_numpy(draft.new.valid[row])
-            query, total = draft.call.queries[row].float(), log_sum_exp[row]
-            if valid is not None:
-                query, total = query[:, valid.to(query.device)], total[:, valid.to(query.device)]
-            keys = held.states("keys")[0]
-            query = (query * draft.call.scoring.inner).unflatten(0, (keys.shape[0], -1))
-            total = total.unflatten(0, (keys.shape[0], -1))
-            largest = self.largest[row, ..., : held.tokens]
-            if not self.by_head:
-                _raise_to(largest, query.flatten(1, 2), total.flatten(1, 2), keys, draft.call.scoring.softcap)
-                continue
-            for head in range(query.shape[1]):
-                _raise_to(largest[:, head], query[:, head], total[:, head], keys, draft.call.scoring.softcap)
-
-    def _see_hidden(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take note of the lengths of the hidden states that an attention module is given."""
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
-        if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3:
-            raise ValueError(
-                f"{type(module).__name__} is not given hidden states [batch, tokens, width], which the policy needs; "
-                "accepted here: policy 'kvzip'"
-            )
-        self.hidden = hidden.float().norm(dim=-1)
-
-
-def _raise_to(
-    largest: torch.Tensor, query: torch.Tensor, total: torch.Tensor, keys: torch.Tensor, softcap: float | None
-) -> None:
-    """Raise ``largest [Hkv, T]`` to the largest ``exp(score - total)`` of any query, in place.
-
-    Args:
-        largest: what is raised.
-        query: ``[Hkv, n, D]``, scaled.
-        total: ``[Hkv, n]``.
-        keys: ``[Hkv, T, D]``.
-        softcap: of the scores; None for none.
-    """
-    step = max(1, _STRIP_ELEMENTS // max(keys.shape[0] * keys.shape[1], 1))
-    for start in range(0, query.shape[1], step):
-        scores = query[:, start : start + step] @ keys.transpose(-1, -2)
-        if softcap is not None:
-            scores = scores.tanh_().mul_(softcap)
-        found = scores.sub_(total[:, start : start + step, None]).amax(1).exp_()
-        torch.maximum(largest, found, out=largest)
 
 
 def _evicting_layers(layers: Sequence[Any]) -> list[EvictingLayer]:
