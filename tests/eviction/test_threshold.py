@@ -84,7 +84,11 @@ def test_second_reading() -> None:
     assert len(counts) > 1 and min(counts) > 6 and max(counts) < 60
 
 
-@pytest.mark.parametrize("name", ["threshold-snapkv:90", "threshold-snapkv:1k", "threshold-ada-dropkv:0.4+4bits"])
+@pytest.mark.parametrize(
+    "name",
+    ["threshold-snapkv:1k"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("threshold-snapkv:90", "threshold-ada-dropkv:0.4+4bits")],
+)
 def test_plans_are_upper_bounds(name: str) -> None:
     model = families.build("llama")
     (row,) = plan(model.config, CONTEXT, BATCH, [name], torch.float32).caches
