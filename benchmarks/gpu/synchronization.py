@@ -28,7 +28,7 @@ from hf_kvcache.eviction import available
 CODECS = ("none", "rotated8", "unbiased4", "unbiased3", "unbiased2", "fp8", "kvarn4")
 #: Policies that need something that one layer without a model does not have: calibrated queries, rotary embeddings, a
 #: second reading of the context.
-_NEED_MORE = ("triattention", "expected", "kvzip", "compactor", "leverage")
+_NEED_MORE = ("triattention", "expected", "kvzip", "kvzipplus", "compactor", "leverage")
 RIGHT = "right"
 # As the cases of step b have them, so that most kernels are compiled already.
 HEADS, QUERY_HEADS, DIM, PROMPT = 8, 32, 128, 300

@@ -23,7 +23,7 @@ from benchmarks.gpu.pretended_device import DEVICE, KINDS, PretendedDevice
 HEADS, GROUP, DIM, PROMPT, STEPS = 2, 2, 16, 60, 10
 _SIZES = {"budget": 32, "page_size": 8, "sink_length": 2, "tail_length": 4, "interval": 8}
 #: Options that let short sequences show what a policy does.
-_SMALL = {"window": 8, "lag": 8, "chunk": 16, "future": 16, "offset": 64}
+_SMALL = {"window": 8, "lag": 8, "chunk": 16, "future": 16, "offset": 64, "length": 4, "tau": 0.01}
 
 
 class Layers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,13 +33,14 @@ class Prefill:
         mask: ``[B, T]``, 0 for left padding.
         logits: after the last token, ``[B, vocabulary]``.
         states: what each layer computed.
-        replayed: what a second reading found, for policies that need one; it does not depend on their budgets.
+        replayed: what a second reading found, for policies that need one, by their ``replay_by_head``; it does not
+            depend on their budgets.
     """
 
     mask: torch.Tensor
     logits: torch.Tensor
     states: list[LayerStates]
-    replayed: list[torch.Tensor] | None = None
+    replayed: dict[bool, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -50,7 +51,7 @@ class Prefill:
         """One sequence without its padding; its tensors are views."""
         start = int((self.mask[index] == 0).sum())
         rows = slice(index, index + 1)
-        replayed = None if self.replayed is None else [layer[rows] for layer in self.replayed]
+        replayed = {by_head: [layer[rows] for layer in layers] for by_head, layers in self.replayed.items()}
         states = [layer.row(rows, start) for layer in self.states]
         return Prefill(self.mask[rows, start:], self.logits[rows], states, replayed)
 

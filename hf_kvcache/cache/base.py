@@ -187,7 +187,8 @@ class KVCache(SavableCache):
 
         Returns:
             For each layer that evicts, float32 ``[B, Hkv, T]`` for its T stored tokens in their order: the largest
-            attention probability that a token got from any query of the head's group.
+            attention probability that a token got from any query of the head's group. ``[B, Hkv, g, T]`` for policies
+            with ``replay_by_head``.
         """
         self.check_complete()
         self.refuse_static("replay()")

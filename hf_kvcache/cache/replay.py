@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 
+from hf_kvcache.cache.watch import Watch
 from hf_kvcache.eviction import Context, Policy
 from hf_kvcache.eviction.selection import choose
 from hf_kvcache.integration.versions import with_cache
-from hf_kvcache.layers.drafts import Draft
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.storage.token_view import TokenView
 
@@ -20,8 +21,6 @@ Fork = Callable[[], Any]
 
 #: Number of tokens in a forward pass of the second reading, as in the paper.
 _CHUNK = 2048
-#: Number of scores that are computed at once, to bound the memory.
-_STRIP_ELEMENTS = 1 << 22
 
 
 def compress(
@@ -70,10 +69,13 @@ def replay(
 
     Returns:
         For each layer that evicts, float32 ``[B, Hkv, T]`` for its T stored tokens in their order: the largest
-        attention probability that a token got from any query of the head's group.
+        attention probability that a token got from any query of the head's group. For policies with
+        ``replay_by_head``, ``[B, Hkv, g, T]``: by query head, each probability over the length of the query's hidden
+        state.
 
     Raises:
-        ValueError: if no layer evicts, a layer has evicted already, or the shapes do not fit the cache.
+        ValueError: if no layer evicts, a layer has evicted already, the shapes do not fit the cache, or hidden states
+            are needed of an attention module that is not known.
     """
     evicting = _evicting_layers(layers)
     _check(evicting, input_ids, attention_mask)
@@ -89,57 +91,23 @@ def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor
         replayed: what :func:`replay` returned for these layers.
 
     Raises:
-        ValueError: if the result has another number of layers or sequences.
+        ValueError: if the result has another number of layers or sequences, or another policy's shape.
     """
-    batch = layers[0].batch_size
+    batch, policy = layers[0].batch_size, layers[0].eviction.policy
     if len(replayed) != len(layers) or any(x.shape[0] != batch for x in replayed):
         raise ValueError(f"replayed has {len(replayed)} layers; accepted: what replay() returned for this cache")
+    if any(x.dim() != 3 + policy.replay_by_head for x in replayed):
+        raise ValueError(
+            f"replayed[0] of shape {tuple(replayed[0].shape)}; accepted: what replay() returned for policy "
+            f"{policy.name!r}, {'[B, Hkv, g, T]' if policy.replay_by_head else '[B, Hkv, T]'}"
+        )
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
     for row in range(batch):
         scored = [_score_sequence(layer, largest, row) for layer, largest in zip(layers, replayed, strict=True)]
-        for of_layer, keep in zip(kept, _choose_tokens(layers[0].eviction.policy, scored), strict=True):
+        for of_layer, keep in zip(kept, _choose_tokens(policy, scored), strict=True):
             of_layer.append(keep)
     for layer, rows in zip(layers, kept, strict=True):
         layer.keep_only(rows)
-
-
-class Watch:
-    """Records the largest attention probability that each key of a layer gets from any query of its group.
-
-    Args:
-        layer: the layer, which holds the context.
-    """
-
-    def __init__(self, layer: EvictingLayer) -> None:
-        assert layer.storage is not None
-        self.storage = layer.storage
-        self.held = [TokenView.of(self.storage, np.array([row])) for row in range(self.storage.batch)]
-        shape = (self.storage.batch, self.storage.heads, max(held.tokens for held in self.held))
-        self.largest = torch.zeros(shape, device=self.storage.device)
-
-    def __call__(self, draft: Draft, log_sum_exp: torch.Tensor) -> None:
-        """Record one attention call.
-
-        Args:
-            draft: the update, with its queries ``[B, Hq, q, Dk]``.
-            log_sum_exp: of the scores of each query, ``[B, Hq, q]``.
-        """
-        for row, held in enumerate(self.held):
-            valid = None if draft.new.valid is None else torch.from_numpy(draft.new.valid[row])
-            query, total = draft.call.queries[row].float(), log_sum_exp[row]
-            if valid is not None:
-                query, total = query[:, valid.to(query.device)], total[:, valid.to(query.device)]
-            keys = held.states("keys")[0]
-            largest = self.largest[row, :, : held.tokens]
-            query = (query * draft.call.scoring.inner).unflatten(0, (keys.shape[0], -1)).flatten(1, 2)
-            total = total.unflatten(0, (keys.shape[0], -1)).flatten(1, 2)
-            step = max(1, _STRIP_ELEMENTS // (keys.shape[0] * held.tokens))
-            for start in range(0, query.shape[1], step):
-                scores = query[:, start : start + step] @ keys.transpose(-1, -2)
-                if draft.call.scoring.softcap is not None:
-                    scores = scores.tanh_().mul_(draft.call.scoring.softcap)
-                found = scores.sub_(total[:, start : start + step, None]).amax(1).exp_()
-                torch.maximum(largest, found, out=largest)
 
 
 def _evicting_layers(layers: Sequence[Any]) -> list[EvictingLayer]:
@@ -160,8 +128,27 @@ def _read_again(
 ) -> list[Watch]:
     """Run the model over the context again, in chunks. Each chunk is read on a copy of the cache."""
     watches = [Watch(layer) for layer in layers]
-    batch, length = input_ids.shape
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
+    with ExitStack() as hooks:
+        for layer, watch in zip(layers, watches, strict=True):
+            handle = watch.attach(layer)
+            if handle is not None:
+                hooks.callback(handle.remove)
+        by_index = {layer.index: watch for layer, watch in zip(layers, watches, strict=True)}
+        _read_chunks(by_index, fork, model, input_ids, mask, prompt_ids)
+    return watches
+
+
+def _read_chunks(
+    watches: dict[int, Watch],
+    fork: Fork,
+    model: Any,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    prompt_ids: torch.Tensor | None,
+) -> None:
+    """Read the context in chunks, each on a copy of the cache whose layers are watched, by their index in the model."""
+    batch, length = input_ids.shape
     for start in range(0, length, _CHUNK):
         ids, valid = input_ids[:, start : start + _CHUNK], mask[:, start : start + _CHUNK]
         if prompt_ids is not None:
@@ -171,17 +158,15 @@ def _read_again(
             order = valid.argsort(dim=1, stable=True)
             ids, valid = ids.gather(1, order), valid.gather(1, order)
         copy = fork()
-        by_index = {layer.index: watch for layer, watch in zip(layers, watches, strict=True)}
         for layer in copy.layers:
             if isinstance(layer, EvictingLayer):
-                layer.watcher = by_index[layer.index]
+                layer.watcher = watches[layer.index]
         whole = torch.cat([mask, valid], 1)
         inputs: dict[str, Any] = {}
         if not bool(whole.all()):
             positions = (whole.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
             inputs = {"attention_mask": whole, "position_ids": positions}
         model(input_ids=ids, **with_cache(model, copy), use_cache=True, logits_to_keep=1, **inputs)
-    return watches
 
 
 def _score_sequence(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tuple[Context, torch.Tensor]:
@@ -191,7 +176,7 @@ def _score_sequence(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tu
     protected = selection.protected(held, 0)
     quota = max(selection.quota(row), selection.most_protected(held))
     context = selection.context(held, quota, protected)
-    context.replayed = largest[row : row + 1, :, : held.tokens]
+    context.replayed = largest[row : row + 1, ..., : held.tokens]
     return context, selection.scores(context)
 
 
@@ -199,7 +184,7 @@ def _choose_tokens(policy: Policy, scored: list[tuple[Context, torch.Tensor]]) -
     """Choose the tokens that stay, for each layer bool ``[1, Hkv, T]``."""
     if not policy.across_layers:
         return [
-            choose(score, context.protected, context.held, context.quota, policy.head_floor)
+            choose(score, context.protected, context.held, context.quota, policy.head_floor, policy.keeps_above)
             for context, score in scored
         ]
     contexts, scores = [context for context, _ in scored], [score for _, score in scored]
@@ -212,7 +197,7 @@ def _choose_tokens(policy: Policy, scored: list[tuple[Context, torch.Tensor]]) -
     held = joined([torch.ones_like(c.protected) if c.held is None else c.held for c in contexts], False)
     protected = joined([c.protected for c in contexts], False)
     quota = max(context.quota for context in contexts)
-    keep = choose(joined(scores, 0.0), protected, held, quota, policy.head_floor or 0.0)
+    keep = choose(joined(scores, 0.0), protected, held, quota, policy.head_floor or 0.0, policy.keeps_above)
     parts = keep.split(heads, 1)
     return [part[:, :, : score.shape[2]] for part, score in zip(parts, scores, strict=True)]
 

@@ -124,6 +124,8 @@ def _policy(kind: str, name: str, policy: Policy, measured: list[Result]) -> Met
     budget = "tokens or a share" if policy.head_floor is None else "tokens or a share, split among the heads of a layer"
     if policy.across_layers:
         budget = "tokens or a share, split among all heads"
+    if policy.keeps_above is not None:
+        budget = "a score, and tokens or a share at most"
     return Method(kind, name, *_said(type(policy)), budget, needs, step, measured, shown[0] if shown else None)
 
 

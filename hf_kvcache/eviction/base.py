@@ -34,6 +34,9 @@ class Policy(ABC):
     #: Whether it scores by reading the context once more (``ctx.replayed``); then nothing is evicted before
     #: ``cache.compress(model, input_ids)``.
     needs_replay: bool = False
+    #: Of policies that replay: whether ``ctx.replayed`` is of each query head, ``[B, Hkv, g, T]``, and each probability
+    #: is divided by the length of the query's hidden state.
+    replay_by_head: bool = False
     #: Whether it works before rotary positions (``ctx.rope``).
     needs_rope: bool = False
     #: Whether it looks at the output projection (``ctx.output_weight``).
@@ -45,6 +48,8 @@ class Policy(ABC):
     head_floor: float | None = None
     #: Of policies that replay: whether heads compete over all layers and not only within theirs.
     across_layers: bool = False
+    #: None: as many tokens stay as the budget has room for. A number: of them, those that score no more go too.
+    keeps_above: float | None = None
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

@@ -269,7 +269,7 @@ class Evictor:
         """
         for change, kept in zip(changes, self.kept_tokens([change.plan for change in changes]), strict=True):
             held, keep = change.plan.held, change.plan.keep
-            if keep is not None:
+            if keep is not None and kept.drops(change.plan):
                 self.schedule.note_eviction(seen)
                 if fit and self.options.compensate:
                     self._compensate(held, keep, kept.most(change.plan))

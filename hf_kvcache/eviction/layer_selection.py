@@ -30,7 +30,8 @@ class Choice(NamedTuple):
     """Which tokens stay.
 
     Attributes:
-        keep: bool ``[b, Hkv, T]``; None if all of them do. Else every sequence, or some, loses tokens.
+        keep: bool ``[b, Hkv, T]``; None if all of them do. Else every sequence, or some, loses tokens; where a policy
+            has a threshold, perhaps none does.
         most: tokens that a head keeps at most, on average over the heads of any sequence.
     """
 
@@ -64,9 +65,14 @@ class LayerSelection:
         """The tokens that stay. Waits for nothing: how many they are, the host knows without asking the device."""
         policy, storage, least = self.policy, held.storage, self.most_protected(held)
         quota = max(self.quota(int(held.rows[0])), least)
-        if (held.counts <= quota).all():
-            return Choice(None, held.tokens)
-        if policy.head_floor is not None and (held.counts.sum(1) <= quota * storage.heads).all():
+        if policy.keeps_above is not None:
+            # Which tokens score too little, the device knows; only sinks and tail are known to stay.
+            room = held.tokens <= storage.sink_length + storage.tail_length
+        elif policy.head_floor is not None:
+            room = bool((held.counts.sum(1) <= quota * storage.heads).all())
+        else:
+            room = bool((held.counts <= quota).all())
+        if room:
             return Choice(None, held.tokens)
         recent = max(min(policy.recent(quota), quota - least + storage.tail_length), 0)
         keep = self.best(held, quota, recent)
@@ -77,7 +83,8 @@ class LayerSelection:
     def best(self, held: TokenView, quota: int, recent: int) -> torch.Tensor:
         """bool ``[b, Hkv, T]``: the protected tokens, the newest ``recent``, and those with the best scores."""
         context = self.context(held, quota, self.protected(held, recent))
-        keep = choose(self.scores(context), context.protected, context.held, quota, self.policy.head_floor)
+        policy, scores = self.policy, self.scores(context)
+        keep = choose(scores, context.protected, context.held, quota, policy.head_floor, policy.keeps_above)
         if is_tokenwise(held.storage.layout):
             return keep
         return keep & ~held.in_sparse_pages(keep, self.protected(held, 0))

@@ -11,6 +11,7 @@ def choose(
     held: torch.Tensor | None,
     quota: int,
     head_floor: float | None = None,
+    above: float | None = None,
 ) -> torch.Tensor:
     """The tokens that stay: the protected ones, and of the others those with the highest scores.
 
@@ -21,12 +22,15 @@ def choose(
         quota: tokens that a head keeps, protected ones included.
         head_floor: None: each head keeps ``quota``. A share: the heads of a layer compete for ``Hkv * quota`` tokens,
             and each keeps at least this share of ``quota`` (Ada-KV, arXiv:2407.11550).
+        above: None, or the score above which a token must be to stay, if it is not protected.
 
     Returns:
         bool ``[B, Hkv, T]``. More than ``quota`` only where more tokens are protected.
     """
     limit = torch.finfo(torch.float32).max
     scores = scores.float().nan_to_num(nan=-limit).clamp(-limit, limit)
+    if above is not None:
+        scores = scores.masked_fill(scores <= above, -torch.inf)
     scores = scores.masked_fill(protected, torch.inf)
     if held is not None:
         scores = scores.masked_fill(~held, -torch.inf)

@@ -52,6 +52,14 @@ class Wrapper(Policy):
         return self.policy.needs_replay
 
     @property
+    def replay_by_head(self) -> bool:  # type: ignore[override]
+        return self.policy.replay_by_head
+
+    @property
+    def keeps_above(self) -> float | None:  # type: ignore[override]
+        return self.policy.keeps_above
+
+    @property
     def needs_rope(self) -> bool:  # type: ignore[override]
         return self.policy.needs_rope
 

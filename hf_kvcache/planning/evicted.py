@@ -45,7 +45,7 @@ class Evicted:
             tokens: tokens of the prompt.
             split: the tokens of each head that leave the dense buffer; None if the layer's budget says it.
         """
-        kept, compete = kept_tokens(layer, tokens), split is not None or layer.eviction.policy.head_floor is not None
+        kept, compete = kept_tokens(layer, tokens), split is not None or _uneven(layer)
         page, dense, short = layer.options.page_size, dense_tokens(layer), min(tokens, _longest(layer))
         if kept >= tokens:
             after, pages = self._simulated(layer, place, tokens, kept, split)
@@ -108,7 +108,8 @@ class Evicted:
             elif evictor.schedule.waits:
                 evictor.evict(storage, np.zeros(1, np.int64), tokens)
             parts = layer_report(layer).parts
-            if kept < tokens and (split is not None or layer.eviction.policy.head_floor is not None):
+            lost = kept < tokens or layer.eviction.policy.keeps_above is not None
+            if lost and (split is not None or _uneven(layer)):
                 parts["tables"] += _uncertain(storage)
             # Of what is remembered of queries, a step reads sums of attention only.
             not_read = () if layer.eviction.policy.needs_accumulated else ("other",)
@@ -154,6 +155,11 @@ def kept_tokens(layer: EvictingLayer, tokens: int) -> int:
     return max(quota, dense_tokens(layer))
 
 
+def _uneven(layer: EvictingLayer) -> bool:
+    """Whether the heads of a layer keep different numbers of tokens."""
+    return layer.eviction.policy.head_floor is not None or layer.eviction.policy.keeps_above is not None
+
+
 def _longest(layer: EvictingLayer) -> int:
     """Tokens of the longest prompt that is given to a storage where a few pages are kept of it.
 
@@ -182,7 +188,7 @@ def pages_apart(count: int, newest: int, free: int, page: int) -> int:
 
 
 def _uncertain(storage: PagedStorage) -> int:
-    """Bytes by which a layer where heads compete can hold more than the split with the most pages.
+    """Bytes by which a layer can hold more than the split with the most pages, where heads keep different numbers.
 
     Any of these pages may store positions, and a head may have one page more than in that split.
     """

@@ -181,6 +181,8 @@ def _note(make: Make, cache: Cache) -> str:
     )
     shared = policy.head_floor is not None or policy.across_layers
     most = "at most: heads compete for tokens, and how many pages they fill depends on the text" if shared else ""
+    if policy.keeps_above is not None:
+        most = "at most: tokens that score too little go too, and how many these are depends on the text"
     return "; ".join(part for part in (waits, most) if part)
 
 

@@ -64,9 +64,17 @@ class KeptTokens:
 
     def most(self, planned: PrunePlan) -> int:
         """Tokens that the head keeps that keeps most, full-precision ones included."""
+        return int(self._counts(planned).max(initial=0))
+
+    def drops(self, planned: PrunePlan) -> bool:
+        """Whether any token goes, of a plan that names those that stay."""
+        return bool((self._counts(planned) < planned.held.counts.reshape(-1)).any())
+
+    def _counts(self, planned: PrunePlan) -> np.ndarray:
+        """int64 ``[R]``, tokens that each head keeps, full-precision ones included."""
         held = planned.held
         staying = held.used - planned.stop + min(held.used, held.storage.sink_length)
-        return staying + int((self.survive.sum(1) + self.leaving).max(initial=0))
+        return staying + self.survive.sum(1) + self.leaving
 
 
 @dataclass

@@ -133,6 +133,36 @@ def rkv(policy: Any, head: Head) -> list[float]:
     return [policy.weight * a - (1 - policy.weight) * r for a, r in zip(importance, redundancy, strict=True)]
 
 
+def dropkv(policy: Any, head: Head) -> list[float]:
+    """Attention over the others once more, without each token in turn."""
+    scores = np.zeros(head.count)
+    matrix = head.matrix()
+    for q in range(head.group):
+        for query in range(len(head.at)):
+            weights = matrix[q, query]
+            output = weights @ head.values
+            for token in np.flatnonzero(weights):
+                others = weights.copy()
+                others[token] = 0.0
+                left = 1 - weights[token]
+                without = others @ head.values / left if left else 0 * output
+                scores[token] += np.sum((without - output) ** 2)
+    return (scores / (head.group * max(len(head.at), 1))).tolist()
+
+
+def chunk(policy: Any, head: Head) -> list[float]:
+    inner = score(policy.policy, head)
+    scores = list(inner)
+    members: dict[int, list[int]] = {}
+    for token, position in enumerate(head.positions):
+        if not head.protected[token]:
+            members.setdefault(math.floor(position / policy.length), []).append(token)
+    for tokens in members.values():
+        for token in tokens:
+            scores[token] = math.fsum(inner[each] for each in tokens) / len(tokens)
+    return scores
+
+
 def keydiff(policy: Any, head: Head) -> list[float]:
     units = [key / np.linalg.norm(key) for key in head.keys]
     anchor = sum(units) / len(units)
@@ -202,6 +232,9 @@ SCORES: dict[str, Score] = {
     "keepall": keepall,
     "ada": ada,
     "critical": critical,
+    "dropkv": dropkv,
+    "chunk": chunk,
+    "threshold": ada,
 }
 
 

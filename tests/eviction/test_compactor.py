@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -141,20 +142,25 @@ def test_bad_options_are_named(option: str, value: Any) -> None:
         resolve("compactor", **{option: value})
 
 
-@pytest.mark.parametrize("normalized", [False, True])
-def test_kvzip_is_what_the_replay_looked_at(normalized: bool) -> None:
-    policy = resolve("kvzip", normalized=normalized)
-    assert policy.needs_replay and policy.needs_output is normalized
-    plain = random_context(SHAPES["ragged"])
-    ctx = replace(plain, replayed=torch.rand(plain.positions.shape, generator=torch.Generator().manual_seed(0)))
+def test_kvzip_is_what_the_replay_looked_at() -> None:
+    policy = resolve("kvzip")
+    replayed = torch.rand(2, 2, 7)
+    assert policy.needs_replay and not policy.needs_output
+    assert policy.score(replace(random_context(SHAPES["ragged"]), replayed=replayed)) is replayed
+
+
+def test_kvzipplus_weighs_each_head_by_its_projection() -> None:
+    policy, plain = resolve("kvzipplus"), random_context(SHAPES["ragged, ratio 8"])
+    batch, heads, tokens = plain.positions.shape
+    replayed = torch.rand(batch, heads, 8, tokens, generator=torch.Generator().manual_seed(0))
+    ctx = replace(plain, replayed=replayed)
     scores = policy.score(ctx)
-    assert ctx.replayed is not None and ctx.output_weight is not None
+    assert ctx.output_weight is not None and policy.needs_output and policy.needs_replay
     for index, kv_head in heads_of(ctx):
-        head = Head(ctx, index, kv_head)
-        for token, value in enumerate(head.values):
-            expected = float(ctx.replayed[index, kv_head, token])
-            if normalized:
-                blocks = ctx.output_weight.double().numpy().reshape(ctx.output_weight.shape[0], -1, len(value))
-                group = range(kv_head * head.group, (kv_head + 1) * head.group)
-                expected *= np.mean([np.abs(blocks[:, q] @ value).sum() for q in group])
+        for token, value in enumerate(Head(ctx, index, kv_head).values):
+            blocks = ctx.output_weight.double().numpy().reshape(ctx.output_weight.shape[0], -1, len(value))
+            expected = max(
+                float(replayed[index, kv_head, q, token]) * math.dist(blocks[:, kv_head * 8 + q] @ value, [0] * 12)
+                for q in range(8)
+            )
             assert_near(scores[index, kv_head, token], torch.tensor(expected), torch.float32)

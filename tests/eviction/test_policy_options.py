@@ -34,6 +34,10 @@ BAD = [
     ("ada-knorm", "floor", 1.1, "numbers from 0 to 1"),
     ("critical-h2o", "first", -0.1, "numbers from 0 to 1"),
     ("critical-h2o", "epsilon", -1, "numbers from 0 to inf"),
+    ("dropkv", "window", 0, "whole numbers from 1"),
+    ("chunk-snapkv", "length", 0, "whole numbers from 1"),
+    ("threshold-snapkv", "tau", float("inf"), "numbers from -3.4"),
+    ("threshold-snapkv", "tau", None, "numbers from -3.4"),
 ]
 
 
@@ -78,19 +82,22 @@ def test_options_reach_the_policy_or_wrapper_that_has_them() -> None:
 
 
 def inside(name: str, **options: Any) -> list[Policy]:
-    return [resolve(f"{front}{name}", **options) for front in ("", "ada-", "critical-", "critical-ada-")]
+    return [
+        resolve(f"{front}{name}", **options) for front in ("", "ada-", "critical-", "critical-ada-", "chunk-threshold-")
+    ]
 
 
 def test_wrappers_want_what_the_policy_inside_wants() -> None:
     for name in set(available()) - {"random"}:
         plain = resolve(name)
         for policy in inside(name)[1:]:
-            for wish in ("observed", "needs_accumulated", "needs_replay", "needs_rope"):
+            for wish in ("observed", "needs_accumulated", "needs_replay", "replay_by_head", "needs_rope"):
                 assert getattr(policy, wish) == getattr(plain, wish)
             assert policy.recent(50) == plain.recent(50)
             assert policy.layer_quota(50, 1, 4, 8, 90) == plain.layer_quota(50, 1, 4, 8, 90)
-    assert [policy.needs_output for policy in inside("knorm")] == [False, False, True, True]
-    assert [policy.head_floor for policy in inside("knorm")] == [None, 0.2, None, 0.2]
+    assert [policy.needs_output for policy in inside("knorm")] == [False, False, True, True, False]
+    assert [policy.head_floor for policy in inside("knorm")] == [None, 0.2, None, 0.2, None]
+    assert [policy.keeps_above for policy in inside("knorm")] == [None] * 4 + [1e-3]
 
 
 @pytest.mark.parametrize(

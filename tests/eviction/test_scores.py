@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kvcache.eviction import Context, Policy, available, context, resolve
+from hf_kvcache.eviction import Context, Policy, available, context, output_lengths, resolve
 from hf_kvcache.eviction.policies import critical, rkv
 from hf_kvcache.eviction.registry import wrappers
 from tests.choosing import chosen
@@ -17,7 +17,7 @@ from tests.eviction.contexts import SHAPES, random_context, shown
 from tests.tolerances import TOLERANCES, assert_near
 
 #: Policies that are tested elsewhere: they need replays or rotary positions, or have no score to derive.
-ELSEWHERE = {"compactor", "expected", "kvzip", "leverage", "random", "triattention"}
+ELSEWHERE = {"compactor", "expected", "kvzip", "kvzipplus", "leverage", "random", "triattention"}
 
 POLICIES: dict[str, dict[str, Any]] = {
     "h2o": {},
@@ -40,6 +40,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "lagkv": {},
     "lagkv small": {"lag": 4, "sinks": 2},
     "lagkv across": {"lag": 5, "sinks": 0, "across": True},
+    "dropkv": {},
+    "dropkv small": {"window": 3},
     "streaming": {},
     "keepall": {},
     "ada-snapkv": {"window": 6},
@@ -47,6 +49,10 @@ POLICIES: dict[str, dict[str, Any]] = {
     "critical-ada-snapkv": {"window": 6, "first": 0.25},
     "critical-keydiff": {"epsilon": 0.01},
     "critical-h2o": {},
+    "chunk-snapkv": {"window": 6},
+    "chunk-keydiff": {"length": 3},
+    "chunk-critical-dropkv": {"window": 6, "length": 5},
+    "threshold-ada-dropkv": {"tau": 0.02},
 }
 
 
@@ -137,7 +143,7 @@ def test_working_block_by_block_changes_nothing(policy: Policy, monkeypatch: pyt
     whole = policy.score(ctx)[ctx.held]
     monkeypatch.setattr(context, "_STRIP_ELEMENTS", 1500)
     monkeypatch.setattr(rkv, "_BLOCK_ELEMENTS", 500)
-    monkeypatch.setattr(critical, "_BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr(output_lengths, "_BLOCK_ELEMENTS", 500)
     assert_near(policy.score(ctx)[ctx.held], whole)
 
 

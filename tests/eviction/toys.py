@@ -22,7 +22,7 @@ from tests.generation.layers import States
 PAGE, SINKS, TAIL, BUDGET, INTERVAL = 8, 2, 4, 32, 8
 HEADS, DIM = 2, 16
 #: Options that let short sequences show what a policy does.
-_SMALL = {"window": 8, "lag": 8, "chunk": 16, "future": 16, "offset": 64}
+_SMALL = {"window": 8, "lag": 8, "chunk": 16, "future": 16, "offset": 64, "length": 4, "tau": 0.01}
 CODECS: dict[str, dict[str, Any]] = {
     "none": {"codec": "none"},
     "rotated8": {"codec": "rotated8", "key_axis": "token"},

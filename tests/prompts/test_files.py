@@ -55,7 +55,9 @@ def test_every_codec(model: PreTrainedModel, codec: str, tmp_path: Path) -> None
     assert KVCache.about_file(tmp_path / "file")["tokens"] == padded["input_ids"].tolist()
 
 
-@pytest.mark.parametrize("policy", some([*available(), "ada-snapkv", "ada-critical-snapkv"], "ada-snapkv"))
+@pytest.mark.parametrize(
+    "policy", some([*available(), "ada-snapkv", "ada-critical-snapkv", "chunk-threshold-snapkv"], "ada-snapkv")
+)
 def test_every_policy(model: PreTrainedModel, policy: str, tmp_path: Path) -> None:
     """Files, forks and stores give the state that was kept, and it goes on as before."""
     options: dict[str, Any] = {"window": 6, "floor": 0.4} if policy == "ada-snapkv" else {}
@@ -65,7 +67,7 @@ def test_every_policy(model: PreTrainedModel, policy: str, tmp_path: Path) -> No
 
     cache = make()
     forward(model, prompt(50), cache)
-    if policy == "kvzip":
+    if cache.policy.needs_replay:
         cache.compress(model, prompt(50))
     with PromptStore(make, directory=tmp_path / "store", model=model) as store:
         store.put(prompt(50), cache)

@@ -6,13 +6,11 @@ import torch
 
 from hf_kvcache.eviction.base import Policy
 from hf_kvcache.eviction.context import Context
+from hf_kvcache.eviction.output_lengths import output_lengths
 from hf_kvcache.eviction.registry import register
 from hf_kvcache.eviction.selection import highest
 from hf_kvcache.eviction.wrapper import Wrapper
 from hf_kvcache.utils.validation import between
-
-#: Output elements computed at a time.
-_BLOCK_ELEMENTS = 1 << 22
 
 
 @register("critical", wraps=True)
@@ -56,19 +54,6 @@ class Critical(Wrapper):
         candidates = ~ctx.protected & ~absent
         chosen = candidates & highest(scores.masked_fill(~candidates, -torch.inf), (free * self.first).long())
         lowest = scores.masked_fill(absent, 0.0).amin(-1, keepdim=True).clamp_max(0.0)
-        weighted = (scores - lowest + self.epsilon) * output_lengths(ctx)
+        weighted = (scores - lowest + self.epsilon) * output_lengths(ctx, 1).mean(2)
         # Finite, so that there is room above for what is protected.
         return weighted.masked_fill(chosen, torch.finfo(weighted.dtype).max)
-
-
-def output_lengths(ctx: Context) -> torch.Tensor:
-    """L1 norm of each value behind the output projection, averaged over a group's heads, float32 ``[B, Hkv, T]``."""
-    assert ctx.output_weight is not None
-    batch, heads, tokens, dim = ctx.values.shape
-    weight = ctx.output_weight.float().unflatten(1, (heads, -1, dim)).permute(2, 1, 3, 0)
-    total = torch.zeros(batch, heads, tokens, device=ctx.values.device)
-    step = max(1, _BLOCK_ELEMENTS // (batch * heads * weight.shape[-1]))
-    for part in (slice(start, start + step) for start in range(0, tokens, step)):
-        for of_head in weight:
-            total[:, :, part] += (ctx.values[:, :, part].float() @ of_head).abs_().sum(-1)
-    return total / len(weight)

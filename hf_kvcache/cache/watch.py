@@ -1,0 +1,120 @@
+"""What attention gives the tokens of a layer while the context is read a second time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from hf_kvcache.layers.drafts import Draft
+from hf_kvcache.layers.evicting import EvictingLayer
+from hf_kvcache.storage.token_view import TokenView
+
+#: Number of scores that are computed at once, to bound the memory.
+_STRIP_ELEMENTS = 1 << 22
+
+
+class Watch:
+    """Records the largest attention probability that each key of a layer gets from any query of its group.
+
+    Args:
+        layer: the layer, which holds the context.
+
+    Attributes:
+        storage: that of the layer.
+        by_head: whether the policy asks for each query head, over the lengths of hidden states.
+        held: the tokens of each sequence.
+        largest: float32 ``[B, Hkv, T]``; ``[B, Hkv, g, T]`` by query head.
+        hidden: the lengths ``[B, q]`` of the hidden states whose attention comes next; None if nobody asks for them.
+    """
+
+    def __init__(self, layer: EvictingLayer) -> None:
+        assert layer.storage is not None
+        self.storage, self.by_head = layer.storage, layer.eviction.policy.replay_by_head
+        self.held = [TokenView.of(self.storage, np.array([row])) for row in range(self.storage.batch)]
+        shape = (self.storage.batch, self.storage.heads, max(held.tokens for held in self.held))
+        self.largest = torch.zeros(shape, device=self.storage.device)
+        self.hidden: torch.Tensor | None = None
+
+    def attach(self, layer: EvictingLayer) -> RemovableHandle | None:
+        """Have the attention module of ``layer`` tell its hidden states, if the policy asks for their lengths."""
+        if not self.by_head:
+            return None
+        attending = None if layer.evictor is None else layer.evictor.attending
+        module = None if attending is None else attending.module
+        if module is None:
+            raise ValueError(
+                f"layer {layer.index}: policy {layer.eviction.policy.name!r} needs the hidden states of the attention "
+                "module, which is not known; accepted: a cache that the model has filled in this process"
+            )
+        return module.register_forward_pre_hook(self._see_hidden, with_kwargs=True)
+
+    def __call__(self, draft: Draft, log_sum_exp: torch.Tensor) -> None:
+        """Record one attention call.
+
+        Args:
+            draft: the update, with its queries ``[B, Hq, q, Dk]``.
+            log_sum_exp: of the scores of each query, ``[B, Hq, q]``.
+        """
+        if self.by_head:
+            log_sum_exp = log_sum_exp + self._taken_logarithms(draft).to(log_sum_exp.device)
+            if self.largest.dim() == 3:
+                groups = draft.call.queries.shape[1] // self.storage.heads
+                self.largest = self.largest[:, :, None].repeat(1, 1, groups, 1)
+        for row, held in enumerate(self.held):
+            valid = None if draft.new.valid is None else torch.from_numpy(draft.new.valid[row])
+            query, total = draft.call.queries[row].float(), log_sum_exp[row]
+            if valid is not None:
+                query, total = query[:, valid.to(query.device)], total[:, valid.to(query.device)]
+            keys = held.states("keys")[0]
+            query = (query * draft.call.scoring.inner).unflatten(0, (keys.shape[0], -1))
+            total = total.unflatten(0, (keys.shape[0], -1))
+            largest = self.largest[row, ..., : held.tokens]
+            if not self.by_head:
+                _raise_to(largest, query.flatten(1, 2), total.flatten(1, 2), keys, draft.call.scoring.softcap)
+                continue
+            for head in range(query.shape[1]):
+                _raise_to(largest[:, head], query[:, head], total[:, head], keys, draft.call.scoring.softcap)
+
+    def _taken_logarithms(self, draft: Draft) -> torch.Tensor:
+        """The logarithms ``[B, 1, q]`` of the lengths of the hidden states; those of one call serve one attention."""
+        hidden, self.hidden = self.hidden, None
+        if hidden is None:
+            raise RuntimeError(
+                f"{type(draft.call.module).__name__}: its hidden states were not seen before its attention, which "
+                "happens in a compiled model; accepted: the model before torch.compile, or policy 'kvzip'"
+            )
+        return hidden.clamp_min(torch.finfo(torch.float32).tiny).log()[:, None]
+
+    def _see_hidden(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take note of the lengths of the hidden states that an attention module is given."""
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3:
+            raise ValueError(
+                f"{type(module).__name__} is not given hidden states [batch, tokens, width], which the policy needs; "
+                "accepted here: policy 'kvzip'"
+            )
+        self.hidden = hidden.float().norm(dim=-1)
+
+
+def _raise_to(
+    largest: torch.Tensor, query: torch.Tensor, total: torch.Tensor, keys: torch.Tensor, softcap: float | None
+) -> None:
+    """Raise ``largest [Hkv, T]`` to the largest ``exp(score - total)`` of any query, in place.
+
+    Args:
+        largest: what is raised.
+        query: ``[Hkv, n, D]``, scaled.
+        total: ``[Hkv, n]``.
+        keys: ``[Hkv, T, D]``.
+        softcap: of the scores; None for none.
+    """
+    step = max(1, _STRIP_ELEMENTS // max(keys.shape[0] * keys.shape[1], 1))
+    for start in range(0, query.shape[1], step):
+        scores = query[:, start : start + step] @ keys.transpose(-1, -2)
+        if softcap is not None:
+            scores = scores.tanh_().mul_(softcap)
+        found = scores.sub_(total[:, start : start + step, None]).amax(1).exp_()
+        torch.maximum(largest, found, out=largest)
