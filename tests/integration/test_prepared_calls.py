@@ -162,6 +162,18 @@ def test_blocks_of_padded_rows(case: str, calls_taken: list[bool]) -> None:
     ours.integrity()
 
 
+def test_padding_of_layers_that_evict(calls_taken: list[bool]) -> None:
+    """Single tokens of which some are padding take no prepared call, and what follows does."""
+    model, padded = families.build("llama"), left_padded([prompt(24), prompt(21)])
+    ours, reference = CASES["snapkv"][1](model.config), full_cache(model)
+    for at, stop in [(0, 1), (1, 2), (2, 3), (3, 4), (4, 23), (23, 24)]:
+        until, ids = {"attention_mask": padded["attention_mask"][:, :stop]}, padded["input_ids"][:, at:stop]
+        expected, got = forward(model, ids, reference, **until), forward(model, ids, ours, **until)
+        shown = until["attention_mask"][:, at:].bool()
+        torch.testing.assert_close(got[shown], expected[shown], rtol=0, atol=ROUNDING)
+    assert len(calls_taken) == 2 * len(ours.own_layers) and all(calls_taken)
+
+
 def test_blocks_that_other_layers_read(calls_taken: list[bool]) -> None:
     """Where layers read the keys of another one, blocks take the general way and single tokens prepared calls."""
     model = families.build("gemma3n")
