@@ -164,8 +164,6 @@ class DecodeSteps(AttentionOverPages):
 
     def _takes_block(self, storage: PagedStorage, call: AttentionCall, count: int) -> bool:
         """Whether a prepared call can serve ``count`` tokens at once, or such that may be rolled back."""
-        if self.options.deferred:
-            return False  # other layers read the tokens as they came, before they are stored
         if not self.prepares_blocks or count > most_tokens(self.takes_expansion, call.queries.device):
             return False
         if count > 1 and not call.causal and (call.mask is None or call.mask.dim() != 4):

@@ -175,13 +175,13 @@ def test_padding_of_layers_that_evict(calls_taken: list[bool]) -> None:
 
 
 def test_blocks_that_other_layers_read(calls_taken: list[bool]) -> None:
-    """Where layers read the keys of another one, blocks take the general way and single tokens prepared calls."""
+    """A layer that reads the keys of another one attends to a block that is stored already, and stays causal."""
     model = families.build("gemma3n")
     ours, reference = KVCache(model.config, **SIZES), full_cache(model)
     for number, ids in enumerate(prompt(60).split([33, 3, 7, 16, 1], 1)):
         expected = forward(model, ids, reference)
         torch.testing.assert_close(forward(model, ids, ours), expected, rtol=0, atol=ROUNDING)
-        assert bool(calls_taken) == (number == 4)
+        assert bool(calls_taken) == (number > 0)
     assert all(calls_taken)
 
 
