@@ -151,8 +151,10 @@ class DecodeSteps(AttentionOverPages):
         if (count > 1 or self.rollback.recording) and not self._takes_block(storage, call, count):
             return None
         if self.padding is not NO_PADDING or storage.dense.uniform_length is None:
+            # Where the padding of this update is noted already, `self.padding` has it too.
+            earlier = self.padding if new.earlier_padding is None else new.earlier_padding
             padding = padding_of(call.mask, new.position, count, self.sliding_window)
-            if padding is None or not padding.hides_only(self.padding) or padding.valid is not None:
+            if padding is None or not padding.hides_only(earlier) or padding.valid is not None:
                 return None
         elif call.mask is not None:
             padding = padding_of(call.mask, new.position, count, self.sliding_window)
@@ -162,8 +164,6 @@ class DecodeSteps(AttentionOverPages):
 
     def _takes_block(self, storage: PagedStorage, call: AttentionCall, count: int) -> bool:
         """Whether a prepared call can serve ``count`` tokens at once, or such that may be rolled back."""
-        if self.options.deferred:
-            return False  # other layers read the tokens as they came, before they are stored
         if not self.prepares_blocks or count > most_tokens(self.takes_expansion, call.queries.device):
             return False
         if count > 1 and not call.causal and (call.mask is None or call.mask.dim() != 4):

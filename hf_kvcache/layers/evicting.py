@@ -215,6 +215,7 @@ class EvictingLayer(EvictingAttention):
             raise RuntimeError(CANNOT_TAKE_BACK.format(self.index, "the tokens that were evicted meanwhile"))
 
     def take_back(self, length: int) -> None:
+        self._store_complete(length)
         new, self._new = self._new, None
         attended, self._attended = self._attended, True
         undo, self._undo = self._undo, None

@@ -187,6 +187,7 @@ class LayerState:
 
     def take_back(self, length: int) -> None:
         """Return to the first ``length`` tokens. The update after them may have been interrupted at any point."""
+        self._store_complete(length)
         self._new = None
         if self.storage is not None:  # a layer without storage reads the tokens of another layer
             self._seen = length
@@ -194,6 +195,11 @@ class LayerState:
             self.padding = self.padding.before(length)
             self._confirm()
         self.version += 1
+
+    def _store_complete(self, length: int) -> None:
+        """Store the tokens of a pass that ended within the first ``length`` tokens, if they wait for other layers."""
+        if self._new is not None and self._new.position + self._new.length <= length:
+            self.flush()
 
     def note_broken(self) -> None:
         """Record that storing tokens was interrupted."""

@@ -64,6 +64,16 @@ def test_is_taken_back(kind: str, tokens: int) -> None:
     torch.testing.assert_close(decode(model, cache), expected, rtol=0, atol=1e-4)
 
 
+def test_what_waits_for_other_layers_stays() -> None:
+    """crop(0) keeps the tokens of the last complete pass in layers whose keys others read, and which store them late."""
+    model, cache = filled("shared keys")
+    forward(model, prompt(20), cache)
+    expected = decode(model, cache.fork())
+    cut_off_behind(mixer(model, 0), model, cache)
+    cache.crop(0)
+    torch.testing.assert_close(decode(model, cache), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["recurrent", "convolutions"])
 def test_what_cannot_be_taken_back_says_so(kind: str) -> None:
     """A recurrent state cannot return to an earlier token, so crop(0) raises an error that names the layer."""
