@@ -13,7 +13,7 @@ from tests import families
 from tests.mla import families as mla_families
 from tests.running import prompt
 
-_SMALL = {"sink_length": 2, "tail_length": 8, "page_size": 8}
+_SMALL: dict[str, Any] = {"sink_length": 2, "tail_length": 8, "page_size": 8}
 _MAKERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "pages": ("llama", lambda config: KVCache(config, "int4", **_SMALL)),
     "sparse": ("llama", lambda config: SparseReadCache(config, 32, "quest", dense_layers=1, **_SMALL)),
