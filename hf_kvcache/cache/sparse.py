@@ -87,6 +87,7 @@ class SparseReadCache(KVCache):
         for name, value in (("sink_length", sink_length), ("tail_length", tail_length), ("dense_layers", dense_layers)):
             whole(name, value, 0)
         whole("page_size", page_size, 8)
+        _check_weights(chosen)
         _check_span(chosen, page_size)
         sparse = SparseOptions(chosen, ReadBudget(read_budget, sink_length, tail_length, page_size), dense_layers)
         eviction = None
@@ -119,6 +120,16 @@ class SparseReadCache(KVCache):
             if leader is not None:
                 layer.leader = self.layers[leader]  # at every update, since layers are copied one by one
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def _check_weights(selector: Selector) -> None:
+    """Raise ValueError unless a selector has a weight for each vector: kernels read as many vectors as weights."""
+    weights = selector.size_weights
+    if weights is not None and not len(weights) == selector.vectors <= 2:
+        raise ValueError(
+            f"selector={selector!r} has size_weights={weights!r} and vectors={selector.vectors}; accepted: a weight "
+            "for each of one or two vectors, or None"
+        )
 
 
 def _check_span(selector: Selector, page_size: int) -> None:

@@ -35,7 +35,7 @@ class Watch:
         self.storage, self.by_head = layer.storage, layer.eviction.policy.replay_by_head
         self.held = [TokenView.of(self.storage, np.array([row])) for row in range(self.storage.batch)]
         shape = (self.storage.batch, self.storage.heads, max(held.tokens for held in self.held))
-        self.largest = torch.zeros(shape, device=self.storage.device)
+        self.largest = torch.zeros(shape, dtype=torch.float32, device=self.storage.device)
         self.hidden: torch.Tensor | None = None
 
     def attach(self, layer: EvictingLayer) -> RemovableHandle | None:

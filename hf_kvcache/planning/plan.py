@@ -43,7 +43,7 @@ class CachePlan:
         largest_batch: sequences of that context that fit so, up to 65,536; None without ``memory``.
         step_floor_ms: the time in which a decode step can read weights and cache, or the part of the cache that it
             reads; None without ``bandwidth``.
-        curve: bytes at each of the ``lengths`` that were asked for.
+        curve: bytes at each of the ``lengths`` that were asked for, up to its ``max_length`` if it has one.
         peak: the most bytes that it holds while the prompt is read in one forward pass. A cache that evicts holds all
             tokens of a layer until that layer has attended.
         note: what the figures rest on, in words; empty if they are what will be held.
@@ -129,7 +129,9 @@ def plan(
     for name, (holding, note) in _holdings(model, makers, unknown).items():
         try:
             row = _row(name, holding, batch, tokens, active, fitting, speed)
-            rows.append(replace(row, note=note, curve={n: holding.bytes(batch, n).total for n in lengths}))
+            most = holding.longest or max(lengths, default=0)
+            curve = {n: holding.bytes(batch, n).total for n in lengths if n <= most}
+            rows.append(replace(row, note=note, curve=curve))
         except ValueError as error:  # found at the first update
             unknown.append(f"{name}: {error}")
     try:

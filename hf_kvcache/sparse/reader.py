@@ -74,8 +74,8 @@ class PageReader:
         self._limits: dict[int, Limits] = {}
         self._version = -1
         self._picked: PickedPages | None = None
-        # The latest prepared choice, and the pages and the layout of queries that it was prepared for.
-        self._choice: PreparedChoice | None = None
+        # The latest prepared choice with what it writes to, and the pages and the layout of queries that it is for.
+        self._choice: tuple[PreparedChoice, PickedPages] | None = None
         self._chosen_from: Pages | None = None
         self._kind: tuple[Any, ...] = ()
         fetch = storage.reader.fetch
@@ -154,19 +154,20 @@ class PageReader:
             self._chosen_from, self._kind = pages, kind
         if self._choice is None:
             return None
-        self.columns = self._choice(query)
-        return self._picked
+        choice, picked = self._choice
+        self.columns = choice(query)
+        return picked
 
     def _prepared(
         self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor
-    ) -> PreparedChoice | None:
+    ) -> tuple[PreparedChoice, PickedPages] | None:
         selector = self.options.selector
         weights = selector.size_weights if type(selector).ask is Selector.ask else None
         if self.summaries is None or weights is None or len(pages.slabs[0]) == 0:
             return None
         codes, scales = self.summaries.brought(storage, pages.columns)
-        self._picked = picked = PickedPages(pages, limits.most, limits.full)
-        return prepare_choice(
+        picked = PickedPages(pages, limits.most, limits.full)
+        choice = prepare_choice(
             ChoiceInputs(
                 query,
                 weights,
@@ -180,6 +181,7 @@ class PageReader:
                 picked.counts,
             )
         )
+        return None if choice is None else (choice, picked)
 
     def pick_best(self, pages: Pages, limits: Limits, scores: torch.Tensor) -> PickedPages:
         """The pages with the largest ``scores [rows, q, columns]``."""

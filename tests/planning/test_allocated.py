@@ -33,8 +33,10 @@ def test_held_and_read(family: str, name: str) -> None:
 def test_no_more_than_the_maximum_fits() -> None:
     """However much memory there is; and what has no room is said to have none."""
     config = families.build("llama").config
-    found = plan(config, 320, 1, ["none@400", "none@319", "quantized:4@9"], torch.float32, memory="1TB")
+    names = ["none@400", "none@319", "quantized:4@9"]
+    found = plan(config, 320, 1, names, torch.float32, memory="1TB", lengths=(100, 400, 401))
     (row,) = found.caches
+    assert row.curve == {100: row.bytes, 400: row.bytes}
     assert (row.name, row.longest_context, row.largest_batch) == ("none@400", 400, 1 << 16)
     too_small, too_short = found.unknown
     assert too_small.startswith("quantized:4@9: max_length=9; accepted: whole numbers from 260")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from hf_kvcache import SparseReadCache
 from hf_kvcache.integration.attention import attention_function
 from hf_kvcache.layers.sparse import SparseLayer
+from hf_kvcache.sparse import reader as sparse_reader
 from hf_kvcache.sparse.fetched import FetchedPages
 from hf_kvcache.storage.page_table import ids_at
 from tests.generation.test_offload import outside
@@ -239,3 +241,24 @@ def test_a_page_event_summarizes_new_pages_only(monkeypatch: pytest.MonkeyPatch)
     model.cache.fork()
     model.add(1)
     assert sum(made) <= first + 5
+
+
+def test_an_interrupted_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries of the dtype before go on with the call that was prepared for them, and with what it writes to."""
+    model = Sequences(1, 4, 2, 16, read_budget=0.3, codec="rotated8")
+    model.add(90)
+    model.add(1)
+    storage, query = model.layer.storage, torch.randn(1, 4, 1, 16, generator=model.draw)
+    assert storage is not None
+    pages, chosen = storage.pages(), model.layer.reader(storage)
+    assert pages is not None
+    limits = chosen.limits(storage, pages)
+    first = chosen.pick_prepared(storage, pages, limits, query)
+    if first is None:
+        pytest.skip("this backend prepares no choice")
+    expected = first.table.clone()
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(sparse_reader, "prepare_choice", Mock(side_effect=MemoryError))
+        chosen.pick_prepared(storage, pages, limits, query.bfloat16())
+    again = chosen.pick_prepared(storage, pages, limits, query)
+    assert again is not None and torch.equal(again.table, expected) and expected[0].all()

@@ -23,6 +23,12 @@ SHAPE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_hidde
 CONFIG = LlamaConfig(**SHAPE)
 
 
+class OneWeight(Quest):
+    """A selector with fewer weights than vectors."""
+
+    size_weights = (0.5,)  # type: ignore[assignment]
+
+
 @given(exponent=st.integers(-30, 18), spread=st.integers(0, 12), seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
 def test_bounds_stay_bounds(exponent: int, spread: int, seed: int) -> None:
@@ -71,6 +77,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "option": (lambda: SparseReadCache(CONFIG, spam=8), TypeError, r"'spam'; did you mean 'span'\?.*'quest': span"),
     "span": (lambda: SparseReadCache(CONFIG, span=0), ValueError, r"span=0.*whole numbers from 1"),
     "range weight": (lambda: SparseReadCache(CONFIG, range_weight=1.5), ValueError, r"range_weight=1\.5.*from 0 to 1"),
+    "weights": (
+        lambda: SparseReadCache(CONFIG, selector=OneWeight()),
+        ValueError,
+        r"selector=quest has size_weights=\(0\.5,\) and vectors=2; accepted: a weight for each",
+    ),
     "uneven span": (lambda: SparseReadCache(CONFIG, span=24), ValueError, r"span=24.*page_size=64"),
     "all dense": (lambda: SparseReadCache(CONFIG, dense_layers=4), ValueError, r"dense_layers=4.*fewer than.*4"),
     "page": (lambda: SparseReadCache(CONFIG, page_size=12), ValueError, r"page_size=12.*multiples of 8"),
