@@ -115,7 +115,7 @@ class Watch:
         self.storage = layer.storage
         self.held = [TokenView.of(self.storage, np.array([row])) for row in range(self.storage.batch)]
         shape = (self.storage.batch, self.storage.heads, max(held.tokens for held in self.held))
-        self.largest = torch.zeros(shape, device=self.storage.device)
+        self.largest = torch.zeros(shape, dtype=torch.float32, device=self.storage.device)
 
     def __call__(self, draft: Draft, log_sum_exp: torch.Tensor) -> None:
         """Record one attention call.

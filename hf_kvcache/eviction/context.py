@@ -118,7 +118,7 @@ class Context:
     def received(self) -> torch.Tensor:
         """Probability of each key, summed over the queries, for each query head of a group: ``[B, Hkv, g, T]``."""
         batch, heads, tokens, _ = self.keys.shape
-        total = torch.zeros(batch, heads, self.groups, tokens, device=self.keys.device)
+        total = torch.zeros(batch, heads, self.groups, tokens, dtype=torch.float32, device=self.keys.device)
         for part in self._strips():
             total[..., : part.shape[-1]] += part.sum(3)
         return total

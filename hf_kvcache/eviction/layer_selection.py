@@ -211,7 +211,7 @@ def _reach(held: TokenView, at: np.ndarray, number: int) -> int:
 def _no_states(held: TokenView, side: str) -> torch.Tensor:
     """Zeros ``[b, Hkv, T, D]`` that take no memory, for a policy that does not look at them."""
     dim = held.storage.layout.sides[side].dim
-    return torch.zeros(1, device=held.storage.device).expand(*held.shape, dim)
+    return torch.zeros(1, dtype=torch.float32, device=held.storage.device).expand(*held.shape, dim)
 
 
 def _apart(storage: PagedStorage, states: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,10 @@ class AccumulatedAttention:
     def of(cls, storage: PagedStorage) -> AccumulatedAttention:
         """Sums of zero for the tokens of ``storage``."""
         shape = (storage.batch, storage.heads, 0)
-        return cls(torch.zeros(shape, device=storage.device), torch.zeros(shape, device=storage.device))
+        return cls(
+            torch.zeros(shape, dtype=torch.float32, device=storage.device),
+            torch.zeros(shape, dtype=torch.float32, device=storage.device),
+        )
 
     def add(self, dense: torch.Tensor, pages: torch.Tensor | None) -> None:
         """Add ``[B, Hq, n]`` to the first ``n`` slots and ``[B, Hq, columns * P]`` to the tokens in pages."""
@@ -154,7 +157,9 @@ class AccumulatedAttention:
         """Set the sums of the tokens ``held`` to ``accumulated [b, Hkv, T]``, and those of all other places to 0."""
         places = held.columns * held.storage.page_size
         self._reserve(held.used, places)
-        both = torch.zeros(*accumulated.shape[:2], held.used + places + 1, device=accumulated.device)
+        both = torch.zeros(
+            *accumulated.shape[:2], held.used + places + 1, dtype=torch.float32, device=accumulated.device
+        )
         # The last place takes what stands where there is no token.
         index = held.slots if held.everywhere else held.slots.masked_fill(~held.exists, both.shape[2] - 1)
         both.scatter_(2, index, accumulated)

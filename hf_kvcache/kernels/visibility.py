@@ -15,7 +15,7 @@ def visible(mask: torch.Tensor) -> torch.Tensor:
 def additive(mask: torch.Tensor) -> torch.Tensor:
     """A float32 mask to be added to scores, ``-inf`` where a query does not see, from a boolean or additive one."""
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+        return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, -torch.inf)
     return mask.float().masked_fill(~visible(mask), -torch.inf)
 
 
@@ -72,7 +72,7 @@ class Visibility:
         if unused is not None:
             hidden = hidden | unused[:, :, None, None, :]
         if self.mask is None:
-            return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            return torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).masked_fill_(hidden, -torch.inf)
         mask = self.mask if self.mask.shape[2] == 1 else self.mask[:, :, first:last]
         # [B, 1 or Hq, q, T] -> [B, 1 or Hkv, 1 or g, q, T], then the columns of the keys
         mask = mask.unflatten(1, (1, 1) if mask.shape[1] == 1 else (heads, -1))

@@ -89,7 +89,7 @@ class StaticTensors(NamedTuple):
         encoder, key_dim = settings.encoder, layout.sides["keys"].dim
         tensors = cls(
             torch.zeros(batch * heads * pages, layout.record_bytes, dtype=torch.uint8, device=device),
-            torch.ones(encoder.centered + encoder.balanced, batch, heads, key_dim, device=device),
+            torch.ones(encoder.centered + encoder.balanced, batch, heads, key_dim, dtype=torch.float32, device=device),
             keys.new_zeros(batch, heads, slots, keys.shape[3]),
             values.new_zeros(batch, heads, slots, values.shape[3]),
             torch.zeros(batch, pages, layout.page_size, dtype=torch.int32, device=device),

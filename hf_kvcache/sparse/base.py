@@ -115,4 +115,4 @@ class Selector:
 @lru_cache
 def _on_device(weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """One or two weights as a column, made on the device."""
-    return torch.linspace(weights[0], weights[-1], len(weights), device=device).unsqueeze(1)
+    return torch.linspace(weights[0], weights[-1], len(weights), dtype=torch.float32, device=device).unsqueeze(1)

@@ -151,7 +151,7 @@ def _keys_of(storage: PagedStorage, start: int, stop: int) -> tuple[torch.Tensor
     every = np.arange(len(table.lengths))
     ids, counts = table.ids(every, stop)[:, start:].T, table.counts(every, stop)[:, start:]
     records = storage.pool.read(np.where(ids >= 0, ids, ids.max()).flatten()).unflatten(0, ids.shape)
-    buffer = torch.empty(*ids.shape, size, storage.layout.sides["keys"].dim, device=storage.device)
+    buffer = torch.empty(*ids.shape, size, storage.layout.sides["keys"].dim, dtype=torch.float32, device=storage.device)
     mean, scale = storage.writer.basis.by_row()
     keys = storage.encoder.decode("keys", records, mean, buffer, scale).unflatten(1, (stop - start, size))
     if (counts == size).all():

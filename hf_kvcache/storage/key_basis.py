@@ -37,9 +37,9 @@ class KeyBasis:
         self.mean: torch.Tensor | None = None
         self.scale: torch.Tensor | None = None
         if encoder.centered:
-            self.mean = torch.zeros(batch, heads, encoder.layout.sides["keys"].dim, device=device)
+            self.mean = torch.zeros(batch, heads, encoder.layout.sides["keys"].dim, dtype=torch.float32, device=device)
         if encoder.balanced:
-            self.scale = torch.ones(batch, heads, encoder.layout.sides["keys"].dim, device=device)
+            self.scale = torch.ones(batch, heads, encoder.layout.sides["keys"].dim, dtype=torch.float32, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -177,6 +177,6 @@ def key_scale(query: torch.Tensor, keys: torch.Tensor, valid: np.ndarray | None,
     """
     if valid is None:
         if keys.shape[2] - sinks < kernels.LEAST_TOKENS:
-            return torch.ones(*keys.shape[:2], keys.shape[3], device=keys.device)
+            return torch.ones(*keys.shape[:2], keys.shape[3], dtype=torch.float32, device=keys.device)
         return kernels.key_scale(query, keys, sinks, None)
     return kernels.key_scale(query, keys, sinks, to_device(valid & (valid.cumsum(1) > sinks), keys.device))

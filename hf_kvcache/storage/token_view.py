@@ -177,7 +177,7 @@ class TokenView:
         ids = storage.table.ids(storage.table.rows_of(self.rows), columns).T
         records = storage.pool.read(np.where(ids >= 0, ids, ids.max()).flatten()).unflatten(0, ids.shape)
         shape = (*ids.shape, storage.page_size, storage.layout.sides[side].dim)
-        buffer = torch.empty(shape, device=storage.device)
+        buffer = torch.empty(shape, dtype=torch.float32, device=storage.device)
         mean, scale = storage.writer.basis.by_row(self.rows)
         tokens = storage.encoder.decode(side, records, mean, buffer, scale)
         return tokens.unflatten(0, (len(self.rows), storage.heads))

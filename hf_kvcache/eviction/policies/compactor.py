@@ -80,7 +80,9 @@ class Compactor(Policy):
         keys = ctx.rope.unrotate(ctx.keys, ctx.positions) * present
         keys = (keys - keys.sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp_min(1)) * present
         if not self.exact and self.sketch < keys.shape[-1]:
-            projection = torch.randn(keys.shape[-1], self.sketch, generator=ctx.generator(), device="cpu")
+            projection = torch.randn(
+                keys.shape[-1], self.sketch, generator=ctx.generator(), dtype=torch.float32, device="cpu"
+            )
             keys = keys @ projection.to(keys.device, non_blocking=True) / math.sqrt(self.sketch)
         keys = keys.double()
         gram = keys.mT @ keys
@@ -101,7 +103,9 @@ class Compactor(Policy):
         queries = ctx.queries.float().unflatten(1, (heads, -1)) * (ctx.scoring.inner if self.scaled else 1.0)
         parts = zip(*(x.split(self.chunk, dim=-1) for x in (queries.mT, keys.mT, there)), strict=True)
         received = torch.cat([self._received(q.mT, k, t, ctx.scoring.softcap) for q, k, t in parts], dim=-1)
-        total = torch.zeros(batch, heads, tokens, device=keys.device).scatter_add_(-1, place, received * there)
+        total = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=keys.device).scatter_add_(
+            -1, place, received * there
+        )
         observed = torch.zeros_like(total).scatter_add_(-1, place, there.to(total.dtype)) > 0
         return total * ctx.values.norm(dim=-1), observed
 

@@ -66,7 +66,7 @@ def output_lengths(ctx: Context) -> torch.Tensor:
     assert ctx.output_weight is not None
     batch, heads, tokens, dim = ctx.values.shape
     weight = ctx.output_weight.float().unflatten(1, (heads, -1, dim)).permute(2, 1, 3, 0)
-    total = torch.zeros(batch, heads, tokens, device=ctx.values.device)
+    total = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=ctx.values.device)
     step = max(1, _BLOCK_ELEMENTS // (batch * heads * weight.shape[-1]))
     for part in (slice(start, start + step) for start in range(0, tokens, step)):
         for of_head in weight:

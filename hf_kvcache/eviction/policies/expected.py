@@ -56,7 +56,7 @@ class ExpectedAttention(Policy):
 
     def score(self, ctx: Context) -> torch.Tensor:
         mean, covariance = self._future_queries(ctx)
-        total = torch.zeros(ctx.keys.shape[:3], device=ctx.keys.device)
+        total = torch.zeros(ctx.keys.shape[:3], dtype=torch.float32, device=ctx.keys.device)
         # One query head of each group at a time: keys times covariance is as large as the keys.
         for of_mean, of_covariance in zip(mean.unbind(2), covariance.unbind(2), strict=True):
             logits = (ctx.keys @ of_mean[..., None]).squeeze(-1)
@@ -95,7 +95,7 @@ class ExpectedAttention(Policy):
 
 def _average_rotation(rope: Rope, start: int, count: int, dim: int, device: torch.device) -> torch.Tensor:
     """``[D, D]``: row ``i`` is the ``i``-th unit vector, rotated to each of ``count`` positions and averaged."""
-    units = rope.pairs(torch.eye(dim, device=device))
+    units = rope.pairs(torch.eye(dim, dtype=torch.float32, device=device))
     # A vector whose pairs are all 1: what becomes of its pairs is what every pair is multiplied by.
     ones = units.real.sum(-1).expand(count, dim)
     factors = rope.pairs(rope.rotate(ones, torch.arange(start, start + count, device=device))).mean(0)

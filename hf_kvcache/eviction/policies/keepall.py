@@ -23,4 +23,4 @@ class KeepAll(Policy):
         return _EVERY_TOKEN
 
     def score(self, ctx: Context) -> torch.Tensor:
-        return torch.zeros(ctx.positions.shape, device=ctx.keys.device)
+        return torch.zeros(ctx.positions.shape, dtype=torch.float32, device=ctx.keys.device)

@@ -40,7 +40,7 @@ class LagKV(Policy):
 
     def score(self, ctx: Context) -> torch.Tensor:
         batch, heads, tokens, _ = ctx.keys.shape
-        scores = torch.full((batch, heads, tokens), _NOT_JUDGED, device=ctx.keys.device)
+        scores = torch.full((batch, heads, tokens), _NOT_JUDGED, dtype=torch.float32, device=ctx.keys.device)
         lag = min(self.lag, max((ctx.quota - self.sinks) // 4, _SHORTEST))
         judged = max(0, (tokens - self.sinks) // lag - 1)
         if judged == 0:

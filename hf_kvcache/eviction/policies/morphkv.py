@@ -27,7 +27,7 @@ class MorphKV(WindowPolicy):
 
     def score(self, ctx: Context) -> torch.Tensor:
         batch, heads, tokens, _ = ctx.keys.shape
-        fused = torch.zeros(batch, heads, ctx.groups, tokens, device=ctx.keys.device)
+        fused = torch.zeros(batch, heads, ctx.groups, tokens, dtype=torch.float32, device=ctx.keys.device)
         for part in ctx.probabilities():
             fused = fused + part.sum(3) if self.fuse == "sum" else torch.maximum(fused, part.amax(3))
         return fused.mean(2)

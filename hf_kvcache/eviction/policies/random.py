@@ -18,5 +18,5 @@ class Random(Policy):
 
     def score(self, ctx: Context) -> torch.Tensor:
         batch, heads, tokens, _ = ctx.keys.shape
-        draws = torch.rand(heads, tokens, generator=ctx.generator(), device="cpu")
+        draws = torch.rand(heads, tokens, generator=ctx.generator(), dtype=torch.float32, device="cpu")
         return draws.to(ctx.keys.device, non_blocking=True).expand(batch, -1, -1)

@@ -45,7 +45,7 @@ class RKV(WindowPolicy):
         """``[B, Hkv, T]``, sums to 1 over the tokens of a head."""
         keys = normalize(ctx.keys, dim=-1)
         batch, heads, tokens, _ = keys.shape
-        total = torch.zeros(batch, heads, tokens, device=keys.device)
+        total = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=keys.device)
         step = max(1, _BLOCK_ELEMENTS // (batch * heads * tokens))
         for start in range(0, tokens, step):
             total += self._similarity(keys, start, start + step).sum(2)

@@ -41,8 +41,8 @@ def attend(
     batch, query_heads, length, _ = query.shape
     floats = in_floats(query)
     keys, values = dense.keys, dense.values
-    output = torch.empty(batch, length, query_heads, values.shape[3], device="cpu")
-    log_sum_exp = torch.empty(batch, query_heads, length, device="cpu")
+    output = torch.empty(batch, length, query_heads, values.shape[3], dtype=torch.float32, device="cpu")
+    log_sum_exp = torch.empty(batch, query_heads, length, dtype=torch.float32, device="cpu")
     call = library.Attend.from_buffer_copy(_template(pages, keys.shape[3], values.shape[3]))
     call.query, call.output, call.log_sum_exp = floats.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr()
     call.query_batch, call.query_head, call.query_token, _ = floats.stride()
@@ -52,10 +52,12 @@ def attend(
     _sinks = set_scoring(call, scoring)  # lives until the call has been made
     page_sums = dense_sums = None
     if sums:
-        dense_sums = torch.empty(batch, query_heads, keys.shape[2], device="cpu")
+        dense_sums = torch.empty(batch, query_heads, keys.shape[2], dtype=torch.float32, device="cpu")
         call.dense_sums = dense_sums.data_ptr()
         if pages is not None:
-            page_sums = torch.empty(batch, query_heads, pages.columns * pages.layout.page_size, device="cpu")
+            page_sums = torch.empty(
+                batch, query_heads, pages.columns * pages.layout.page_size, dtype=torch.float32, device="cpu"
+            )
             call.page_sums = page_sums.data_ptr()
     call.threads = torch.get_num_threads()
     run(library.load().hfkv_attend, byref(call))
@@ -72,7 +74,7 @@ class PreparedCall(CpuPreparedCall):
         slots, (batch, query_heads, length, _) = inputs.slots, inputs.query.shape
         key_dim, value_dim = slots.keys.shape[3], slots.values.shape[3]
         self._sizes = batch, length, query_heads, value_dim
-        self._log_sum_exp = torch.empty(batch, query_heads, length, device="cpu")
+        self._log_sum_exp = torch.empty(batch, query_heads, length, dtype=torch.float32, device="cpu")
         call = self._attend = library.Attend.from_buffer_copy(_template(inputs.pages, key_dim, value_dim))
         call.log_sum_exp = self._log_sum_exp.data_ptr()
         call.batch, call.query_heads, call.heads, call.length = batch, query_heads, slots.keys.shape[1], length
@@ -98,7 +100,7 @@ class PreparedCall(CpuPreparedCall):
     ) -> torch.Tensor:
         call, token, plain = self._attend, self._token, query.dtype == torch.float32
         floats = query if plain and query.stride(-1) == 1 else query.float().contiguous()
-        output = torch.empty(self._sizes, device="cpu")
+        output = torch.empty(self._sizes, dtype=torch.float32, device="cpu")
         call.query, call.output = floats.data_ptr(), output.data_ptr()
         token.first, token.second = keys.data_ptr(), values.data_ptr()
         call.slots, call.start, call.threads = slot + self._length, position, torch.get_num_threads()

@@ -100,7 +100,9 @@ def _hidden(unused: torch.Tensor) -> torch.Tensor:
 
     It is not ``-inf``, by which a row without any token would become NaN. Such a row gets a very low log-sum-exp.
     """
-    return torch.zeros(unused.shape, device=unused.device).masked_fill_(unused, -1e30)[:, None, None]
+    return torch.zeros(unused.shape, dtype=torch.float32, device=unused.device).masked_fill_(unused, -1e30)[
+        :, None, None
+    ]
 
 
 def _dense(pages: Pages, side: str, records: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ def key_scale(query: torch.Tensor, keys: torch.Tensor, first: int, counted: torc
     assert counted is None
     (of_query, query), (of_keys, keys) = vectors_of(query[:, :, first:]), vectors_of(keys[:, :, first:])
     batch, heads, tokens, dim = keys.shape
-    scale = torch.empty(batch, heads, dim, device="cpu")
+    scale = torch.empty(batch, heads, dim, dtype=torch.float32, device="cpu")
     call = library.KeyScale(
         query=of_query,
         keys=of_keys,

@@ -65,7 +65,7 @@ def latent_attend(
     latents, rotary = dense.keys, dense.values
     rank = latents.shape[3]
     output = torch.empty(batch, length, heads, rank, dtype=query.dtype, device="cpu")
-    log_sum_exp = torch.empty(batch, heads, length, device="cpu")
+    log_sum_exp = torch.empty(batch, heads, length, dtype=torch.float32, device="cpu")
     call = library.Latent.from_buffer_copy(template(pages, rank, rotary.shape[3]))
     set_query(call, query, output, log_sum_exp)
     set_dense(call, dense)
@@ -88,7 +88,7 @@ class PreparedCall(CpuPreparedCall):
         self._sizes = batch, 1, heads, up.values.shape[1]
         self._query = torch.empty(batch, heads, 1, rank + rotary, dtype=dtype, device="cpu")
         self._latents = torch.empty(batch, 1, heads, rank, dtype=dtype, device="cpu")
-        self._log_sum_exp = torch.empty(batch, heads, 1, device="cpu")
+        self._log_sum_exp = torch.empty(batch, heads, 1, dtype=torch.float32, device="cpu")
         attend = library.Latent.from_buffer_copy(template(inputs.pages, rank, rotary))
         set_query(attend, self._query, self._latents, self._log_sum_exp)
         set_dense(attend, all_slots(slots, inputs.window))

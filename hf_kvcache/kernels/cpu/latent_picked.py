@@ -31,7 +31,7 @@ def attend_picked(
         query = query.transpose(1, 2).reshape(batch * length, heads, 1, width)
     places = places.contiguous()
     output = torch.empty(batch * length, 1, heads, rank, dtype=query.dtype, device="cpu")
-    log_sum_exp = torch.empty(batch * length, heads, 1, device="cpu")
+    log_sum_exp = torch.empty(batch * length, heads, 1, dtype=torch.float32, device="cpu")
     call = library.LatentPicked()
     call.attend = library.Latent.from_buffer_copy(template(pages, rank, dense.values.shape[3]))
     set_query(call.attend, query, output, log_sum_exp)

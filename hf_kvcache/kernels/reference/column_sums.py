@@ -75,7 +75,7 @@ def _dense_sums(
 ) -> torch.Tensor:
     """``[B * Hkv, g, n]`` from queries ``[B * Hkv, g, q, D]`` and the shift of their scores ``[B * Hkv, g, q, 1]``."""
     batch, heads, slots, _ = dense.keys.shape
-    sums, tile = torch.zeros(*rows.shape[:2], slots, device=rows.device), _tile(rows)
+    sums, tile = torch.zeros(*rows.shape[:2], slots, dtype=torch.float32, device=rows.device), _tile(rows)
     for start in range(0, slots, tile.keys):
         part = slice(start, min(start + tile.keys, slots))
         keys = dense.keys[:, :, part].float().flatten(0, 1).transpose(1, 2)
@@ -103,7 +103,7 @@ def _page_sums(
     layout = pages.layout
     keys = layout.sides["keys"]
     rotated = rotate(pages.scale_queries(rows), keys)
-    sums = torch.zeros(*rows.shape[:2], pages.columns, layout.page_size, device=rows.device)
+    sums = torch.zeros(*rows.shape[:2], pages.columns, layout.page_size, dtype=torch.float32, device=rows.device)
     step = max(1, _tile(rows).keys // layout.page_size)
     for start in range(0, pages.columns, step):
         stop = min(start + step, pages.columns)

@@ -96,7 +96,9 @@ def _attend_block(
         at, unused = dense.positions[:, None], None if dense.unused is None else dense.unused[:, None]
         bias = visibility.bias(at, unused, heads, queries)
     elif dense.unused is not None:
-        bias = torch.zeros(dense.unused.shape, device=query.device).masked_fill_(dense.unused, -torch.inf)
+        bias = torch.zeros(dense.unused.shape, dtype=torch.float32, device=query.device).masked_fill_(
+            dense.unused, -torch.inf
+        )
         bias = bias[:, None, None, None]
     dense_scores: list[torch.Tensor] | None = [] if sums else None
     page_scores: list[torch.Tensor] | None = [] if sums else None

@@ -29,7 +29,7 @@ def rotation_signs(dim: int, kind: Rotation) -> torch.Tensor:
     """The signs ``[dim]``, float32 on the CPU, by which channels are multiplied before the Hadamard matrix."""
     with torch.inference_mode(False):
         if kind != "signed_hadamard":
-            return torch.ones(dim, device="cpu")
+            return torch.ones(dim, dtype=torch.float32, device="cpu")
         drawn = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(_SIGN_SEED + dim), device="cpu")
         return 2.0 * drawn - 1.0
 

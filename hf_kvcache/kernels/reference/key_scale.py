@@ -31,7 +31,7 @@ def key_scale(query: torch.Tensor, keys: torch.Tensor, first: int, counted: torc
     if counted is None:
         count: torch.Tensor | int = length - first
         if length - first < LEAST_TOKENS:
-            return torch.ones(batch, heads, dim, device=keys.device)
+            return torch.ones(batch, heads, dim, dtype=torch.float32, device=keys.device)
         query, keys = query[:, :, first:], keys[:, :, first:]
     else:
         absent = ~counted[:, None, :, None]

@@ -63,7 +63,7 @@ def _attend_pages(
     rank = latent_format.dim
     wide, turned = rotate(rows[..., :rank], latent_format), rotate(rows[..., rank:], rotary_format)
     # Latents are keys and values: `score` decodes them, and `combine` uses them again.
-    latents = torch.empty(0, device="cpu")
+    latents = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def score(records: torch.Tensor) -> torch.Tensor:
         nonlocal latents

@@ -42,7 +42,7 @@ def _from_pages(pages: Pages, side: str, rows: torch.Tensor, tokens: torch.Tenso
     """The tokens ``column * P + place`` of some rows, float32 ``[n, D]``."""
     size, fmt = pages.layout.page_size, pages.layout.sides[side]
     columns, inverse = torch.unique(tokens // size, return_inverse=True)
-    decoded = torch.empty(len(columns), pages.rows, size, fmt.dim, device=tokens.device)
+    decoded = torch.empty(len(columns), pages.rows, size, fmt.dim, dtype=torch.float32, device=tokens.device)
     for i, column in enumerate(columns.tolist()):
         decoded[i] = decode_side(pages.layout, side, pages.records(column, column + 1)[0], decoded[i])
     return decoded[inverse, rows, tokens % size]

@@ -16,9 +16,9 @@ class OnlineSoftmax:
     """
 
     def __init__(self, rows: int, queries: int, value_dim: int, device: torch.device) -> None:
-        self._max = torch.full((rows, queries), -torch.inf, device=device)
-        self._sum = torch.zeros(rows, queries, device=device)
-        self._out = torch.zeros(rows, queries, value_dim, device=device)
+        self._max = torch.full((rows, queries), -torch.inf, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(rows, queries, dtype=torch.float32, device=device)
+        self._out = torch.zeros(rows, queries, value_dim, dtype=torch.float32, device=device)
 
     def weigh(self, scores: torch.Tensor) -> torch.Tensor:
         """Turn the scores of ``C`` blocks of ``n`` keys into weights. :meth:`add` takes their weighted values next.

@@ -216,7 +216,7 @@ def rotation_by_places(
         channel = (segment * (dim // segments) + place // segments)[there]
         signs = torch.zeros(dim_pad, dim_pad, dtype=dtype, device="cpu")
         signs[there, :dim] = matrix.T[channel].sign().to(dtype)
-        factors = torch.zeros(dim_pad, device="cpu")
+        factors = torch.zeros(dim_pad, dtype=torch.float32, device="cpu")
         factors[there] = matrix[:, channel].abs().amax(0).float()
         return signs.to(device), factors.to(device)
 

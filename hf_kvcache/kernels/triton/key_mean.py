@@ -44,7 +44,7 @@ def key_mean(fmt: SideFormat, keys: torch.Tensor, key_scale: torch.Tensor | None
     if rows == 0:
         return
     assert mean.is_contiguous() and mean.shape == (batch, heads, dim)
-    sums = torch.empty(rows, stretches, dim, device=keys.device)
+    sums = torch.empty(rows, stretches, dim, dtype=torch.float32, device=keys.device)
     dim_pad = max(LEAST, triton.next_power_of_2(dim))
     signs, factors = rotation_by_places(dim, dim_pad, 8, fmt.rotation, torch.float32, keys.device)
     _sum_kernel[(rows, stretches)](

@@ -36,9 +36,9 @@ def key_scale(query: torch.Tensor, keys: torch.Tensor, first: int, counted: torc
     query, keys = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys))
     batch, heads, tokens, dim = keys.shape
     rows, group, stretches = batch * heads, query.shape[1] // heads, triton.cdiv(tokens, _STRETCH)
-    sums = torch.empty(rows, stretches, group + 2, dim, device=keys.device)
-    counts = torch.empty(rows, stretches, device=keys.device)
-    scale = torch.empty(batch, heads, dim, device=keys.device)
+    sums = torch.empty(rows, stretches, group + 2, dim, dtype=torch.float32, device=keys.device)
+    counts = torch.empty(rows, stretches, dtype=torch.float32, device=keys.device)
+    scale = torch.empty(batch, heads, dim, dtype=torch.float32, device=keys.device)
     pad = triton.next_power_of_2(dim)
     shown = sums if counted is None else counted.contiguous().view(torch.uint8)
     _sums_kernel[(rows, stretches, 1 + group)](

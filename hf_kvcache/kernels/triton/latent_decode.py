@@ -346,7 +346,7 @@ def _attend_tokens(
 
 def _merge(call: _Call, page_splits: int, splits: int, partial: torch.Tensor, lse: torch.Tensor) -> Attention:
     output = call.query.new_empty(call.batch, call.length, call.heads, call.rank)
-    log_sum_exp = torch.empty(call.batch, call.heads, call.length, device=call.device)
+    log_sum_exp = torch.empty(call.batch, call.heads, call.length, dtype=torch.float32, device=call.device)
     rotation = "none" if call.pages is None else call.pages.layout.sides["keys"].rotation
     sinks = call.scoring.sink_logits
     merge_kernel[call.rows_m, call.batch](

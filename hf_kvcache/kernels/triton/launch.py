@@ -294,7 +294,7 @@ def combine(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp from partial results, of which the first ``page_splits`` are in the rotated basis."""
     output = call.query.new_empty(call.batch, call.length, call.query_heads, call.value_dim)
-    log_sum_exp = torch.empty(call.batch, call.query_heads, call.length, device=call.device)
+    log_sum_exp = torch.empty(call.batch, call.query_heads, call.length, dtype=torch.float32, device=call.device)
     rotation = None
     if page_splits:
         assert call.pages is not None
@@ -342,7 +342,7 @@ def _sums(call: Call, scores: torch.Tensor | None, log_sum_exp: torch.Tensor) ->
     if not call.sums or scores is None:
         return None
     keys = scores.shape[-1]
-    sums = torch.empty(call.batch, call.query_heads, keys, device=call.device)
+    sums = torch.empty(call.batch, call.query_heads, keys, dtype=torch.float32, device=call.device)
     block_n, warps = sums_shape(call.arch)
     grid = call.batch * call.query_heads, triton.cdiv(keys, block_n)
     sums_kernel[grid](scores, log_sum_exp, sums, call.rows_m, keys, GROUP=call.group, BLOCK_N=block_n, num_warps=warps)

@@ -110,8 +110,8 @@ class StaticStep:
         device, batch, heads = self._device, self._batch, self._query_heads
         output = query.new_empty(batch, 1, heads, self._value_dim)
         # Not scratch memory that is kept: a graph would know its address after it is gone.
-        partial = torch.empty(self._splits.all, batch * heads, self._value_dim, device=device)
-        lse = torch.empty(self._splits.all, batch * heads, device=device)
+        partial = torch.empty(self._splits.all, batch * heads, self._value_dim, dtype=torch.float32, device=device)
+        lse = torch.empty(self._splits.all, batch * heads, dtype=torch.float32, device=device)
         events = torch.empty(batch, EVENTS, dtype=torch.int64, device=device)
         shown = self._unread if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         stream = current_stream(device)
@@ -119,7 +119,7 @@ class StaticStep:
         self._merge(stream, (output, partial, lse, events, shown))
         if self._mean is not None:
             page_size, dim = self._held.layout.page_size, self._held.layout.sides["keys"].dim
-            sums = torch.empty(batch * self._heads, stretches_of(page_size), dim, device=device)
+            sums = torch.empty(batch * self._heads, stretches_of(page_size), dim, dtype=torch.float32, device=device)
             self._mean(stream, (events, sums))
         self._encode(stream, (events,))
         self._commit(stream, (events,))
