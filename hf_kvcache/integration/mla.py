@@ -286,7 +286,10 @@ def _is_plain_expansion(expansion: Expansion, weight: torch.Tensor) -> bool:
     if module not in _known_plain:
         latents, rotary = expansion.latents.new_tokens()
         generator = torch.Generator().manual_seed(0)
-        c, k = (torch.randn(1, 1, 2, x.shape[3], generator=generator, device="cpu").to(x) for x in (latents, rotary))
+        c, k = (
+            torch.randn(1, 1, 2, x.shape[3], generator=generator, dtype=torch.float32, device="cpu").to(x)
+            for x in (latents, rotary)
+        )
         keys, values = expansion.expand(c, k)
         up = _split(expansion, weight)
         expected = torch.cat([c @ up.keys.transpose(1, 2), k.expand(-1, len(up.keys), -1, -1)], -1)

@@ -40,7 +40,7 @@ class Embedding(NamedTuple):
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``cos, sin``, float32 ``[1, n, C]``, at ``positions [1, n]``."""
-        like = torch.empty(0, device=positions.device)
+        like = torch.empty(0, dtype=torch.float32, device=positions.device)
         arguments = () if self.layer_type is None else (self.layer_type,)
         tables = _on_device(self.rotary, positions.device)(like, positions, *arguments)
         if not (isinstance(tables, tuple) and len(tables) == 2):
@@ -105,11 +105,10 @@ def probe(module: torch.nn.Module, config: Any, embedding: Embedding) -> RopeLay
     return RopeLayout(
         first=torch.tensor([pair[0] for pair in pairs] + still[:half], device="cpu"),
         second=torch.tensor([pair[1] for pair in pairs] + still[half:], device="cpu"),
-        columns=torch.tensor([(moves[dim].own, moves[dim].other) for dim, _ in pairs], device="cpu")
-        .long()
+        columns=torch.tensor([(moves[dim].own, moves[dim].other) for dim, _ in pairs], dtype=torch.int64, device="cpu")
         .view(-1, 2)
         .T,
-        frequencies=torch.cat([frequencies, torch.zeros(half, device="cpu")]),
+        frequencies=torch.cat([frequencies, torch.zeros(half, dtype=torch.float32, device="cpu")]),
         scale=scale,
     )
 
@@ -141,15 +140,15 @@ def _answers(module: torch.nn.Module, config: Any, width: int) -> tuple[torch.Te
     weight = torch.empty(0, dtype=next(p.dtype for p in module.parameters() if p.is_floating_point()), device=device)
     digits = torch.arange(width, device="cpu") // _BASE ** torch.arange(_DIGITS, device="cpu")[:, None] % _BASE + 1
     one, zero, zeros = (
-        torch.ones(1, width, device="cpu"),
-        torch.zeros(1, width, device="cpu"),
-        torch.zeros(_DIGITS, width, device="cpu"),
+        torch.ones(1, width, dtype=torch.float32, device="cpu"),
+        torch.zeros(1, width, dtype=torch.float32, device="cpu"),
+        torch.zeros(_DIGITS, width, dtype=torch.float32, device="cpu"),
     )
     cos = torch.cat([one, zero, zero, digits, zeros]).to(weight)
     sin = torch.cat([zero, zero, one, zeros, digits]).to(weight)
-    states = torch.randn(_STATES, 1, config.hidden_size, generator=torch.Generator().manual_seed(0), device="cpu").to(
-        weight
-    )
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(_STATES, 1, config.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
+    states = states.to(weight)
     given: dict[str, Any] = {
         "hidden_states": states.expand(-1, len(cos), -1),
         "position_embeddings": (cos.expand(_STATES, -1, -1), sin.expand(_STATES, -1, -1)),
@@ -233,7 +232,9 @@ def _speeds(
     turns = [torch.complex(cos[:, [m.own for m in side]], sin[:, [m.other for m in side]]) for side in (first, second)]
     scale = float(turns[0][0].abs().mean()) if pairs else 1.0
     frequencies = turns[0][1].angle()
-    expected = scale * torch.exp(1j * torch.tensor([[0.0], [1.0], [far]], device="cpu") * frequencies)
+    expected = scale * torch.exp(
+        1j * torch.tensor([[0.0], [1.0], [far]], dtype=torch.float32, device="cpu") * frequencies
+    )
     # Angles are float32 products: of up to `far` radians, some units in the last place are wrong.
     if any(float((turn - expected).abs().max()) > 1e-3 * scale for turn in turns if pairs):
         raise rope_error(module, _NO_ROTATION)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import hf_kvcache
+from hf_kvcache.codecs import lloyd
 from tests.families import build
 from tests.generation.kinds import KINDS, Kind
 from tests.running import forward, one_of_each_codec, prompt, small_cache
@@ -24,8 +25,8 @@ _FACTORIES = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "logspa
 _FACTORIES |= {"randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"}
 #: Those of them that make floats unless they are told another dtype.
 _OF_FLOATS = {"empty", "eye", "linspace", "logspace", "ones", "rand", "randn", "zeros"}
-#: What kernels, which take float32, read and write.
-_FOR_KERNELS = ("cache", "eviction", "kernels", "layers", "sparse", "storage")
+#: Folders in which a float of another dtype would be wrong: kernels read and write float32.
+_IN_FLOAT32 = ("cache", "codecs", "eviction", "integration", "kernels", "layers", "sparse", "storage")
 
 
 def _run(kind: Kind, device: str) -> list[torch.Tensor]:
@@ -69,21 +70,32 @@ def test_every_codec(codec: str) -> None:
         wanted = found
 
 
-@pytest.mark.parametrize("kind", ["rotated4", "snapkv", "latents", "sparse"])
+@pytest.mark.parametrize("kind", ["rotated4", "snapkv", "reindexed", "latents", "sparse"])
 def test_default_dtype(kind: str) -> None:
     """Kernels write float32, also where a program has made bfloat16 the default."""
     of = KINDS[kind]
     model, ids, steps = of.build(), prompt(60, 2), prompt(20, 2, seed=1)
     wanted, dtype = None, torch.get_default_dtype()
-    for default in (dtype, torch.bfloat16):
+    for default in (torch.bfloat16, dtype):
         cache = of.cache(model)
         torch.set_default_dtype(default)
         try:
             found = torch.cat([forward(model, part, cache) for part in (ids, *steps.split(1, 1))], 1)
         finally:
             torch.set_default_dtype(dtype)
-        assert wanted is None or (found - wanted).abs().max() < 0.05
+        assert wanted is None or torch.equal(found, wanted)
         wanted = found
+
+
+def test_default_dtype_of_what_is_kept() -> None:
+    """A table of levels is made once in a process."""
+    wanted, dtype = lloyd._grid.__wrapped__(3, torch.device("cpu")), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = lloyd._grid.__wrapped__(3, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(dtype)
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_every_new_tensor_says_where_and_of_what() -> None:
@@ -93,7 +105,7 @@ def test_every_new_tensor_says_where_and_of_what() -> None:
 
 def _unsaid(package: Path) -> Iterator[str]:
     for path in sorted(package.rglob("*.py")):
-        of_kernels = path.relative_to(package).parts[0] in _FOR_KERNELS
+        in_float32 = path.relative_to(package).parts[0] in _IN_FLOAT32
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue
@@ -101,6 +113,6 @@ def _unsaid(package: Path) -> Iterator[str]:
                 continue
             named, name = {keyword.arg for keyword in call.keywords}, call.func.attr
             if (name in _FACTORIES and "device" not in named) or (
-                of_kernels and name in _OF_FLOATS and "dtype" not in named
+                in_float32 and name in _OF_FLOATS and "dtype" not in named
             ):
                 yield f"{path.name}:{call.lineno}: {ast.unparse(call)}"

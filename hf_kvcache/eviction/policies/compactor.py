@@ -69,7 +69,7 @@ class Compactor(Policy):
     def _weight(self, ctx: Context, held: torch.Tensor) -> torch.Tensor:
         """``[B, 1, 1]`` or a single number."""
         if self.weight is not None:
-            return torch.tensor(float(self.weight), device="cpu")
+            return torch.tensor(float(self.weight), dtype=torch.float32, device="cpu")
         tokens = held.float().sum(-1).mean(-1).clamp_min(1)
         return (1 - ctx.quota / tokens).clamp_min(0)[:, None, None]
 
