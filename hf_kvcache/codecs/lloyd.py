@@ -67,8 +67,8 @@ def _grid(bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Code and level of every cell of the lookup grid."""
     with torch.inference_mode(False):
         table = torch.tensor(normal_levels(bits), dtype=torch.float64, device="cpu")
-        cells = torch.arange(2 * _EDGE * _CELLS + 1, device="cpu") / _CELLS - _EDGE
-        codes = torch.bucketize(cells.double(), (table[1:] + table[:-1]) / 2)
+        cells = torch.arange(2 * _EDGE * _CELLS + 1, dtype=torch.float64, device="cpu") / _CELLS - _EDGE
+        codes = torch.bucketize(cells, (table[1:] + table[:-1]) / 2)
         return codes.to(torch.uint8).to(device), table[codes].float().to(device)
 
 

@@ -87,11 +87,11 @@ def check_weights(made: str, samples: Sequence[float], module: torch.nn.Module, 
     weight = _key_weight(module)
     if weight is None or not _is_loaded(weight):
         return
-    known, own = torch.tensor(samples, device="cpu"), torch.tensor(_samples(weight), device="cpu")
+    known, own = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (samples, _samples(weight)))
     if known.shape != own.shape:
         difference = 1.0
     else:
-        difference = float((own - known).norm() / known.norm().clamp_min(torch.finfo().tiny))
+        difference = float((own - known).norm() / known.norm().clamp_min(torch.finfo(torch.float32).tiny))
     if difference > _TOLERANCE:
         raise ValueError(
             f"the {made} was made with other weights: those of the keys in layer {layer} differ by {difference:.0%}; "

@@ -105,8 +105,7 @@ def probe(module: torch.nn.Module, config: Any, embedding: Embedding) -> RopeLay
     return RopeLayout(
         first=torch.tensor([pair[0] for pair in pairs] + still[:half], device="cpu"),
         second=torch.tensor([pair[1] for pair in pairs] + still[half:], device="cpu"),
-        columns=torch.tensor([(moves[dim].own, moves[dim].other) for dim, _ in pairs], device="cpu")
-        .long()
+        columns=torch.tensor([(moves[dim].own, moves[dim].other) for dim, _ in pairs], dtype=torch.int64, device="cpu")
         .view(-1, 2)
         .T,
         frequencies=torch.cat([frequencies, torch.zeros(half, dtype=torch.float32, device="cpu")]),
@@ -147,9 +146,9 @@ def _answers(module: torch.nn.Module, config: Any, width: int) -> tuple[torch.Te
     )
     cos = torch.cat([one, zero, zero, digits, zeros]).to(weight)
     sin = torch.cat([zero, zero, one, zeros, digits]).to(weight)
-    states = torch.randn(
-        _STATES, 1, config.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
-    ).to(weight)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(_STATES, 1, config.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
+    states = states.to(weight)
     given: dict[str, Any] = {
         "hidden_states": states.expand(-1, len(cos), -1),
         "position_embeddings": (cos.expand(_STATES, -1, -1), sin.expand(_STATES, -1, -1)),
@@ -233,7 +232,9 @@ def _speeds(
     turns = [torch.complex(cos[:, [m.own for m in side]], sin[:, [m.other for m in side]]) for side in (first, second)]
     scale = float(turns[0][0].abs().mean()) if pairs else 1.0
     frequencies = turns[0][1].angle()
-    expected = scale * torch.exp(1j * torch.tensor([[0.0], [1.0], [far]], device="cpu") * frequencies)
+    expected = scale * torch.exp(
+        1j * torch.tensor([[0.0], [1.0], [far]], dtype=torch.float32, device="cpu") * frequencies
+    )
     # Angles are float32 products: of up to `far` radians, some units in the last place are wrong.
     if any(float((turn - expected).abs().max()) > 1e-3 * scale for turn in turns if pairs):
         raise rope_error(module, _NO_ROTATION)

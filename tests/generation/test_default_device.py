@@ -1,4 +1,4 @@
-"""A default device that is not the model's: ``torch.set_default_device`` and ``with torch.device(...)`` change nothing.
+"""A default device or dtype that is not the model's: ``torch.set_default_device`` and the like change nothing.
 
 The default device here is ``meta``, whose tensors have no memory: one that the package made there by mistake could not
 be computed with.
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import hf_kvcache
+from hf_kvcache.codecs import lloyd
 from tests.families import build
 from tests.generation.kinds import KINDS, Kind
 from tests.running import forward, one_of_each_codec, prompt, small_cache
@@ -22,6 +23,10 @@ from tests.running import forward, one_of_each_codec, prompt, small_cache
 #: Functions of torch that make a tensor on the default device unless they are told another.
 _FACTORIES = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn"}
 _FACTORIES |= {"randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"}
+#: Those of them that make floats unless they are told another dtype.
+_OF_FLOATS = {"empty", "eye", "linspace", "logspace", "ones", "rand", "randn", "zeros"}
+#: Folders in which a float of another dtype would be wrong: kernels read and write float32.
+_IN_FLOAT32 = ("cache", "codecs", "eviction", "integration", "kernels", "layers", "sparse", "storage")
 
 
 def _run(kind: Kind, device: str) -> list[torch.Tensor]:
@@ -65,17 +70,49 @@ def test_every_codec(codec: str) -> None:
         wanted = found
 
 
-def test_every_new_tensor_says_where() -> None:
+@pytest.mark.parametrize("kind", ["rotated4", "snapkv", "reindexed", "latents", "sparse"])
+def test_default_dtype(kind: str) -> None:
+    """Kernels write float32, also where a program has made bfloat16 the default."""
+    of = KINDS[kind]
+    model, ids, steps = of.build(), prompt(60, 2), prompt(20, 2, seed=1)
+    wanted, dtype = None, torch.get_default_dtype()
+    for default in (torch.bfloat16, dtype):
+        cache = of.cache(model)
+        torch.set_default_dtype(default)
+        try:
+            found = torch.cat([forward(model, part, cache) for part in (ids, *steps.split(1, 1))], 1)
+        finally:
+            torch.set_default_dtype(dtype)
+        assert wanted is None or torch.equal(found, wanted)
+        wanted = found
+
+
+def test_default_dtype_of_what_is_kept() -> None:
+    """A table of levels is made once in a process."""
+    wanted, dtype = lloyd._grid.__wrapped__(3, torch.device("cpu")), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = lloyd._grid.__wrapped__(3, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(dtype)
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_every_new_tensor_says_where_and_of_what() -> None:
     """What tests do not reach: policies, calibration, kernels for GPUs."""
-    assert not list(_without_device(Path(hf_kvcache.__file__).parent))
+    assert not list(_unsaid(Path(hf_kvcache.__file__).parent))
 
 
-def _without_device(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*.py")):
+def _unsaid(package: Path) -> Iterator[str]:
+    for path in sorted(package.rglob("*.py")):
+        in_float32 = path.relative_to(package).parts[0] in _IN_FLOAT32
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue
-            of_torch = isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
-            named = any(keyword.arg == "device" for keyword in call.keywords)
-            if of_torch and call.func.attr in _FACTORIES and not named:
+            if not isinstance(call.func.value, ast.Name) or call.func.value.id != "torch":
+                continue
+            named, name = {keyword.arg for keyword in call.keywords}, call.func.attr
+            if (name in _FACTORIES and "device" not in named) or (
+                in_float32 and name in _OF_FLOATS and "dtype" not in named
+            ):
                 yield f"{path.name}:{call.lineno}: {ast.unparse(call)}"

@@ -96,7 +96,10 @@ class TriAttention(Policy):
         # In float64, where an angle of many turns keeps its fraction.
         turns = torch.exp(1j * (ctx.seen + offsets)[:, None] * frequencies).mean(0)
         length = ctx.rope.pairs(
-            ctx.rope.rotate(torch.ones(1, ctx.keys.shape[-1], device="cpu"), torch.zeros(1, device="cpu").long())
+            ctx.rope.rotate(
+                torch.ones(1, ctx.keys.shape[-1], dtype=torch.float32, device="cpu"),
+                torch.zeros(1, dtype=torch.float32, device="cpu").long(),
+            )
         )[0].real
         turns = (turns * length).to(typical.mean.dtype).to(typical.mean.device, non_blocking=True)
         length = length.to(typical.length.device, non_blocking=True)

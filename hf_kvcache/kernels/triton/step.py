@@ -105,6 +105,7 @@ class PreparedCall:
         else:
             slots.positions[:, slot] = position
             slots.lengths.fill(slot + 1)
+        self._next = position + 1
         return output
 
     def refit(self, pages: Pages | None, slots: Slots) -> bool:
@@ -118,7 +119,7 @@ class PreparedCall:
             if self._own_state and self.state is not None:
                 columns = 0 if self.pages is None else self.pages.columns
                 send(np.array([position, columns, *self.slots.lengths]), self.state)
-        self._next = position + 1
+        self._next = -1  # an interrupted call may have stored the token there or not
 
     def _launch(
         self,

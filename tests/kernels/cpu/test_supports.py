@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,14 @@ def test_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match=r"name='avx1024' is not available here; accepted: .*portable"):
         library.set_isa("avx1024")
     assert library.isa() == before
+
+
+@pytest.mark.parametrize("page", ["kernels", "installation"])
+def test_documented_instruction_sets(page: str) -> None:
+    """The pages list what ``HF_KVCACHE_ISA`` accepts, in the same order."""
+    text = (Path(__file__).parents[3] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    found = re.search(r"`HF_KVCACHE_ISA`.*?((?:`[\w-]+`(?:, | or\s|,\s)?)+)(?:\.|:)", text, re.DOTALL)
+    assert found is not None and tuple(re.findall(r"`([\w-]+)`", found[1])) == library.ISAS
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -171,6 +172,24 @@ def test_a_sequence_of_tokens(device: torch.device) -> None:
         assert torch.equal(output, captured(call.query, keys, values, 0, 0))
     assert step.slots.lengths.tolist() == [SPARE + 4]
     assert step.slots.positions[0, 3:].tolist() == [start, start + 1, start + 2, start + 3]
+
+
+def test_an_interrupted_call_says_nothing_of_the_next_token(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The general path stores its token then, and the call after that has to see it."""
+    call = make_call("unbiased4", Shape(heads=1, slots=6), device=device)
+    dense, start = call.dense, call.visibility.start - 1
+    step = Step(replace(call, dense=dense.until(5), visibility=replace(call.visibility, start=start)))
+    prepared = PreparedCall(replace(step.inputs, ragged=True))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(prepared, "_launch", Mock(side_effect=KeyboardInterrupt))
+        step.run(prepared)
+    for held, given in ((step.slots.keys, dense.keys), (step.slots.values, dense.values)):
+        held[:, :, step.slot] = given[:, :, step.slot]
+    step.slots.lengths += 1
+    output = prepared(call.query, new_token(dense.keys), new_token(dense.values), step.slot + 1, start + 1)
+    assert_near(output.cpu(), expected(call).output)
 
 
 @pytest.mark.slow
