@@ -65,7 +65,7 @@ def test_is_taken_back(kind: str, tokens: int) -> None:
 
 
 def test_what_waits_for_other_layers_stays() -> None:
-    """crop(0) keeps the tokens of the last complete pass in layers whose keys others read, and which store them late."""
+    """crop(0) keeps the last complete pass in layers whose keys others read, which store their tokens late."""
     model, cache = filled("shared keys")
     forward(model, prompt(20), cache)
     expected = decode(model, cache.fork())
