@@ -358,6 +358,7 @@ def test_policies_stand_in_a_table_by_what_they_keep(tmp_path: Path) -> None:
 def test_selectors_stand_beside_policies_by_what_they_read(tmp_path: Path) -> None:
     """Each is compared with the random choice of its kind, and a policy may have one share."""
     losses = {"full": 0.0, "random@0.5": 0.9, "snapkv@0.5": 0.5, "sparse@0.5:selector=random": 0.3}
+    losses["sparse@0.5"] = 0.2  # the selector that the cache has by default
     losses |= {f"sparse@{share}:selector=quest": 0.1 for share in (0.5, 0.2)}
     for cache, kl in losses.items():
         metrics = {"kl": mean_metric([0.9 * kl, 1.1 * kl], False, "nats")}
@@ -368,11 +369,12 @@ def test_selectors_stand_beside_policies_by_what_they_read(tmp_path: Path) -> No
     table = budget_table(found, found.tasks[0], "kl", [0.5, 0.2])
     assert [row[0].text for row in table.rows[1:]] == [
         "`sparse:selector=quest`",
+        "`sparse`",
         "`sparse:selector=random` (baseline)",
         "`snapkv`",
         "`random` (baseline)",
     ]
-    assert table.rows[1][1].mark == "better" and table.rows[2][2].text == "–"
+    assert [row[1].mark for row in table.rows[1:3]] == ["better", "better"] and table.rows[3][2].text == "–"
     text = write_report(tmp_path)[0].read_text()
     assert "## By what is kept or read" in text
     (read,) = [line for line in text.split("fidelity@1024: read\n")[1].splitlines() if "selector=" in line][:1]

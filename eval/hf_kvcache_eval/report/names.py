@@ -55,6 +55,9 @@ def blind(cache: str) -> str:
     """The method that chooses at random what ``cache`` chooses, in the form of :func:`kept_share`."""
     if not reads_share(cache):
         return "random"
+    if "selector=" not in cache:  # that of the cache by default
+        name, _, options = cache.partition(":")
+        return f"{name}:selector=random" + (f";{options}" if options else "")
     return re.sub(r"selector=[^;]*", "selector=random", cache)
 
 
