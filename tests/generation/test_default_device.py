@@ -16,6 +16,7 @@ import torch
 
 import hf_kvcache
 from hf_kvcache.codecs import lloyd
+from hf_kvcache.kernels.reference.hadamard import rotation_signs
 from tests.families import build
 from tests.generation.kinds import KINDS, Kind
 from tests.running import forward, one_of_each_codec, prompt, small_cache
@@ -88,14 +89,18 @@ def test_default_dtype(kind: str) -> None:
 
 
 def test_default_dtype_of_what_is_kept() -> None:
-    """A table of levels is made once in a process."""
-    wanted, dtype = lloyd._grid.__wrapped__(3, torch.device("cpu")), torch.get_default_dtype()
+    """Levels and signs are made once in a process, and C++ reads the signs by their address."""
+
+    def made() -> list[torch.Tensor]:
+        return [*lloyd._grid.__wrapped__(3, torch.device("cpu")), rotation_signs.__wrapped__(64, "signed_hadamard")]
+
+    wanted, dtype = made(), torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = lloyd._grid.__wrapped__(3, torch.device("cpu"))
+        found = made()
     finally:
         torch.set_default_dtype(dtype)
-    assert all(map(torch.equal, found, wanted))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_every_new_tensor_says_where_and_of_what() -> None:

@@ -31,7 +31,7 @@ def rotation_signs(dim: int, kind: Rotation) -> torch.Tensor:
         if kind != "signed_hadamard":
             return torch.ones(dim, dtype=torch.float32, device="cpu")
         drawn = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(_SIGN_SEED + dim), device="cpu")
-        return 2.0 * drawn - 1.0
+        return 2 * drawn.to(torch.float32) - 1
 
 
 def rotate(x: torch.Tensor, fmt: SideFormat, inverse: bool = False) -> torch.Tensor:
