@@ -121,11 +121,10 @@ def attention_function(
     sources = [x for x in (query, *layer.differentiable()) if x.requires_grad]
     with torch.no_grad():
         if with_weights:
-            mask = _computed(attention_mask)
-            output, weights = _attend_by_previous(
-                module, query, (key.dense(), value.dense()), mask, scaling, dropout, kwargs
-            )
-            layer.note_attended(replace(call, mask=mask, picked=None))
+            call = replace(call, mask=_computed(attention_mask), picked=None)
+            dense = key.dense(), value.dense()
+            output, weights = _attend_by_previous(module, query, dense, call.mask, scaling, dropout, kwargs)
+            layer.note_attended(call)
         else:
             output, weights = layer.attend(call), None
     return (refuse_gradient(output, *sources) if torch.is_grad_enabled() else output), weights

@@ -47,8 +47,7 @@ class PreparedDecoding:
         """Store new tokens of each sequence, and compute their attention over themselves and all tokens before them.
 
         Args:
-            storage: the storage. It holds no page packed ahead, and the same number of tokens of each sequence unless
-                the backend takes ragged batches.
+            storage: holds no page packed ahead, and equally many tokens of each sequence unless ragged ones are taken.
             new: n tokens of each sequence, none of them padding; no more than the backend takes.
             query: ``[B, Hq, n, Dk]``.
             scoring: how scores are computed.
@@ -88,8 +87,7 @@ class PreparedDecoding:
             self._latest = None  # what follows may be interrupted: only then is there a call for all of these
             slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths, dense.positions_on_device)
             read = storage.pages() if pages is None else pages
-            if call is None or not call.refit(read, slots):
-                call = prepare(CallInputs(query, keys, values, read, slots, scoring, self.window, up, ragged))
+            call = _fit(call, CallInputs(query, keys, values, read, slots, scoring, self.window, up, ragged))
             self._version, self._kind, self._scoring, self._latest = storage.table.version, kind, scoring, call
             if call is None:
                 return None
@@ -99,6 +97,11 @@ class PreparedDecoding:
             dense.uniform_length = used
         new.stored = True
         return output
+
+
+def _fit(call: PreparedCall | None, inputs: CallInputs) -> PreparedCall | None:
+    """The call with the pages and slots of ``inputs``, or a new one; None if no kernel can."""
+    return call if call is not None and call.refit(inputs.pages, inputs.slots) else prepare(inputs)
 
 
 class DecodeSteps(AttentionOverPages):
