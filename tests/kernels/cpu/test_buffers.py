@@ -23,8 +23,8 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tens
     """New tensors are NaN between guards of a known number; gives the tensors with their guards, float32 ``[n]``."""
     buffers: list[torch.Tensor] = []
 
-    def empty(*shape: int, device: str) -> torch.Tensor:
-        assert device == "cpu"
+    def empty(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+        assert dtype == torch.float32 and device == "cpu"
         count = torch.Size(shape).numel()
         buffer = torch.full((count + 2 * GUARD,), CANARY)
         buffers.append(buffer)
