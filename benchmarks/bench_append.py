@@ -20,13 +20,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.methods import DYNAMIC, SMOLLM2, CacheMethod, PackedMethod, Shape, filled_method
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
-from benchmarks.tables import show
+from benchmarks.sweep import sweep
 from benchmarks.timing import cpu_clock
 
 METHODS = (DYNAMIC, "ours none", "ours 8-bit", "ours 4-bit", "ours 2-bit")
@@ -153,15 +152,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> Any:
     args, console, report = parse(argv), make_console(), Report("bench_append")
     report.note("Ours: mean of the 128 calls of a block, one of which packs a page per head; the middle block.")
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("append", total=len(args.shapes) * len(args.tokens))
-        for shape in map(Shape.parse, args.shapes):
-            rows = []
-            for count in args.tokens:
-                rows += measure(shape, count, METHODS, args.blocks, args.dynamic_calls)
-                progress.advance(task)
-            show(report.script, rows, console)
-            report.rows += rows
+    sweep(args, console, report, lambda shape, count: measure(shape, count, METHODS, args.blocks, args.dynamic_calls))
     return report.finish(args, console)
 
 

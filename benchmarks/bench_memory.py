@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from transformers import DynamicCache
 
 from benchmarks.methods import (
@@ -29,7 +28,7 @@ from benchmarks.methods import (
     held_bytes,
 )
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
-from benchmarks.tables import show
+from benchmarks.sweep import sweep
 
 FP32, BF16 = "DynamicCache fp32", "DynamicCache bf16"
 
@@ -89,15 +88,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
         "At multiples of 128 tokens our full-precision tail is about as long as it gets (252 of 255 tokens, 192 on "
         "average), and the residual of hqq and quanto as short (0 of 127 tokens)."
     )
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("memory", total=len(args.shapes) * len(args.tokens))
-        for shape in map(Shape.parse, args.shapes):
-            rows = []
-            for count in args.tokens:
-                rows += measure(shape, count, like, report)
-                progress.advance(task)
-            show(report.script, rows, console)
-            report.rows += rows
+    sweep(args, console, report, lambda shape, count: measure(shape, count, like, report))
     return report.finish(args, console)
 
 

@@ -18,11 +18,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from benchmarks.methods import LLAMA_8B, SMOLLM2, PackedMethod, Shape, empty_method
 from benchmarks.session import Report, Row, make_console, make_parser, pick, start
-from benchmarks.tables import show
+from benchmarks.sweep import sweep
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.kernels.inputs import Scoring
 
@@ -100,14 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> Any:
     args, console, report = parse(argv), make_console(), Report("bench_pack")
     report.note("CPU time of all threads; prompt: the fastest of the rounds; page: above a median step.")
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("pack", total=len(args.shapes) * len(args.tokens))
-        for shape in map(Shape.parse, args.shapes):
-            for count in args.tokens:
-                rows = measure(shape, count, args.rounds)
-                progress.advance(task)
-                show(report.script, rows, console)
-                report.rows += rows
+    sweep(args, console, report, lambda shape, count: measure(shape, count, args.rounds))
     return report.finish(args, console)
 
 
