@@ -10,7 +10,7 @@ from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.latent_decode import latent_attend
 from hf_kvcache.kernels.latent_gather import gather_latents
 from hf_kvcache.kernels.page import SideFormat
-from hf_kvcache.kernels.visibility import Visibility
+from hf_kvcache.kernels.visibility import EVERYTHING
 
 __all__ = ["attend_picked"]
 
@@ -48,8 +48,7 @@ def attend_picked(
         latents, rotary = (x.view(batch * length, 1, places.shape[2], x.shape[3]) for x in (latents, rotary))
     gathered = DenseTokens(latents, rotary, unused=(places < 0).view(len(query), -1))
     # The order of the gathered tokens says nothing, so nothing but `unused` hides any.
-    everything = Visibility(start=0, length=1, mask=None, mask_start=0, causal=False, window=None)
-    output, log_sum_exp, _, _ = latent_attend(query, None, gathered, everything, scoring)
+    output, log_sum_exp, _, _ = latent_attend(query, None, gathered, EVERYTHING, scoring)
     if pages is not None:
         output = _rotated(output, pages.layout.sides["keys"], inverse=True)
     log_sum_exp = log_sum_exp.view(batch, length, heads).transpose(1, 2)

@@ -82,3 +82,7 @@ class Visibility:
         shape = torch.broadcast_shapes(mask.shape[:-1], column.shape[:-1])
         gathered = mask.expand(*shape, -1).gather(-1, column.expand(*shape, -1))
         return additive(gathered).masked_fill(hidden | outside, -torch.inf)
+
+
+#: One query that sees whatever it is given: what it may not see is not among it, or marked as unused.
+EVERYTHING = Visibility(start=0, length=1, mask=None, mask_start=0, causal=False, window=None)

@@ -10,15 +10,12 @@ from hf_kvcache.kernels.cpu import latent_decode, library
 from hf_kvcache.kernels.cpu.calls import run, set_scoring
 from hf_kvcache.kernels.cpu.latent_decode import set_dense, set_query, template
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.visibility import Visibility
-
-#: A picked token hides behind nothing: its place says that the query sees it.
-_ALL = Visibility(start=0, length=1, mask=None, mask_start=0, causal=False, window=None)
+from hf_kvcache.kernels.visibility import EVERYTHING
 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, scoring: Scoring) -> bool:
     """Whether :func:`attend_picked` can do a call. Others are done in two steps, of which torch does the first."""
-    return latent_decode.supports(query, pages, dense, _ALL, scoring)
+    return latent_decode.supports(query, pages, dense, EVERYTHING, scoring)
 
 
 def attend_picked(
