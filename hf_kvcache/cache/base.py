@@ -96,12 +96,9 @@ class KVCache(SavableCache):
         if codec_options:
             names = native_option_names(codec, widths) if ranks else codec_option_names(codec, **widths)
             refuse_unknown(type(self), codec_options, {f"codec {codec!r}": names})
-        for name, value, least in (
-            ("sink_length", sink_length, 0),
-            ("tail_length", tail_length, 0),
-            ("page_size", page_size, 8),
-        ):
-            whole(name, value, least)
+        whole("sink_length", sink_length, 0)
+        whole("tail_length", tail_length, 0)
+        whole("page_size", page_size, 8)
         if compresses(decoder):
             refused = dict(eviction=eviction, latents=latents, max_length=max_length, sparse=sparse, offload=offload)
             refused |= not_default(KVCache, sink_length=sink_length, tail_length=tail_length, page_size=page_size)

@@ -118,19 +118,35 @@ def attention_function(
     call = AttentionCall(query, mask, scoring, causal, module, picked=picked)
     if not torch.is_grad_enabled() and not with_weights:
         return layer.attend(call), None
+    return _attend_watched(module, query, layer, (key, value), call, with_weights, attention_mask, dropout, kwargs)
+
+
+_attention = torch.compiler.disable(attention_function)
+
+
+def _attend_watched(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    layer: CachedStates,
+    handles: tuple[KVHandle, KVHandle],
+    call: AttentionCall,
+    with_weights: bool,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over the cache where weights are asked for or gradients are recorded, which the output refuses."""
     sources = [x for x in (query, *layer.differentiable()) if x.requires_grad]
     with torch.no_grad():
         if with_weights:
             call = replace(call, mask=_computed(attention_mask), picked=None)
-            dense = key.dense(), value.dense()
+            dense = handles[0].dense(), handles[1].dense()
+            scaling = call.scoring.scaling
             output, weights = _attend_by_previous(module, query, dense, call.mask, scaling, dropout, kwargs)
             layer.note_attended(call)
         else:
             output, weights = layer.attend(call), None
     return (refuse_gradient(output, *sources) if torch.is_grad_enabled() else output), weights
-
-
-_attention = torch.compiler.disable(attention_function)
 
 
 def _attend_first(
