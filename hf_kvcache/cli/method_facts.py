@@ -116,7 +116,7 @@ def _policy(kind: str, name: str, policy: Policy, measured: list[Result]) -> Met
         "optionally a calibration" * ("calibration" in inspect.signature(type(policy)).parameters),
     )
     step = _listed(
-        "sums of attention, without a prepared call" * policy.needs_accumulated,
+        "sums of attention, on a CPU without a prepared call" * policy.needs_accumulated,
         "the query is kept" * bool(policy.observed),
         "the sinks are rotated at each eviction" * policy.moves_sinks,
     )

@@ -9,7 +9,7 @@ import torch
 
 from hf_kvcache.eviction.base import ALL_QUERIES
 from hf_kvcache.eviction.prompt_sums import prompt_sums
-from hf_kvcache.kernels.inputs import Attention, Scoring
+from hf_kvcache.kernels.inputs import Attention, Pages, Scoring, Slots
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.token_view import TokenView
 from hf_kvcache.storage.transfers import is_run, rows_of, to_device, tokens_of
@@ -148,6 +148,15 @@ class AccumulatedAttention:
         self._reserve(dense.shape[2], 0)
         self.dense[rows, :, : dense.shape[2]] += dense
 
+    def room_for(self, slots: Slots, pages: Pages | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sums, with room for all ``slots`` and all tokens of ``pages``, to which a prepared call may add."""
+        self._reserve(slots.keys.shape[2], 0 if pages is None else pages.columns * pages.layout.page_size)
+        return self.dense, self.pages
+
+    def holds(self, sums: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
+        """Whether ``sums`` are what :meth:`room_for` would return, if slots and pages are the same."""
+        return sums is not None and sums[0] is self.dense and sums[1] is self.pages
+
     def by_token(self, held: TokenView) -> torch.Tensor:
         """The accumulated attention of the tokens ``held``, ``[b, Hkv, T]``; changes nothing."""
         wanted = ((self.dense, held.used), (self.pages, held.columns * held.storage.page_size))
@@ -251,7 +260,7 @@ class Observations:
 
     def add_attention(self, storage: PagedStorage, attention: Attention, fresh: int, valid: np.ndarray | None) -> None:
         """Add the sums of one call of attention; its last ``fresh`` full-precision tokens are not stored yet."""
-        accumulated, dense = self._accumulated(storage), attention.dense_sums
+        accumulated, dense = self.received(storage), attention.dense_sums
         assert dense is not None
         stored = dense.shape[2] - fresh
         if storage.dense.uniform_length is not None and valid is None:
@@ -274,7 +283,7 @@ class Observations:
         scoring: Scoring,
     ) -> None:
         """Add the attention of a first update to its own ``keys``, where it was computed elsewhere."""
-        accumulated = self._accumulated(storage)
+        accumulated = self.received(storage)
         if valid is None:
             accumulated.add_rows(slice(None), prompt_sums(query, keys, scoring))
             return
@@ -333,7 +342,8 @@ class Observations:
             block=block,
         )
 
-    def _accumulated(self, storage: PagedStorage) -> AccumulatedAttention:
+    def received(self, storage: PagedStorage) -> AccumulatedAttention:
+        """The attention that the keys of ``storage`` have received."""
         if self.accumulated is None:
             self.accumulated = AccumulatedAttention.of(storage)
         return self.accumulated

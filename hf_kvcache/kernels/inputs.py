@@ -249,6 +249,9 @@ class CallInputs:
         window: tokens a query sees (sliding windows); None for all.
         up: the up-projections, if latents are stored; None if keys and values are.
         ragged: whether sequences hold different numbers of tokens. Then tokens go to the first free slots of each.
+        sums: float32 ``[B, Hkv, n]`` and ``[B, Hkv, m]``, with room for all slots and for all tokens in pages. A call
+            adds the probability of each key to them, averaged over the query heads that read it. None if nobody wants
+            them.
     """
 
     query: torch.Tensor
@@ -260,6 +263,7 @@ class CallInputs:
     window: int | None
     up: UpProjections | None = None
     ragged: bool = False
+    sums: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass

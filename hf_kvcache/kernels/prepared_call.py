@@ -20,10 +20,12 @@ class PreparedCall(Protocol):
         pages: the pages it reads; None if there are none.
         slots: the buffer of full-precision tokens, in which it stores the new tokens.
         up: the up-projections, if latents are stored.
+        sums: where it adds the probabilities of keys; None if it does not.
     """
 
     pages: Pages | None
     slots: Slots
+    sums: tuple[torch.Tensor, torch.Tensor] | None
 
     @property
     def up(self) -> UpProjections | None:
@@ -60,6 +62,8 @@ def prepare(inputs: CallInputs) -> PreparedCall | None:
     make = getattr(implementation(_operation(latents), device), "PreparedCall", None)
     if make is None or (inputs.ragged and not takes_ragged(latents, device)):
         return None
+    if inputs.sums is not None and not takes_sums(latents, device):
+        return None
     if inputs.query.shape[2] > most_tokens(latents, device):
         return None
     return make(inputs) if make.supports(inputs) else None
@@ -74,6 +78,15 @@ def takes_ragged(latents: bool, device: torch.device) -> bool:
     """
     make = getattr(implementation(_operation(latents), device), "PreparedCall", None)
     return getattr(make, "takes_ragged", False)
+
+
+def takes_sums(latents: bool, device: torch.device) -> bool:
+    """Whether prepared calls on a device can sum up the probabilities of keys.
+
+    The arguments are those of :func:`takes_ragged`.
+    """
+    make = getattr(implementation(_operation(latents), device), "PreparedCall", None)
+    return getattr(make, "takes_sums", False)
 
 
 def most_tokens(latents: bool, device: torch.device) -> int:

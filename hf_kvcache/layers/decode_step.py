@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_kvcache.eviction.observations import AccumulatedAttention
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.padding import padding_of
 from hf_kvcache.kernels.inputs import CallInputs, Pages, Scoring, Slots, UpProjections
@@ -43,6 +44,7 @@ class PreparedDecoding:
         scoring: Scoring,
         up: UpProjections | None = None,
         pages: Pages | None = None,
+        received: AccumulatedAttention | None = None,
     ) -> torch.Tensor | None:
         """Store new tokens of each sequence, and compute their attention over themselves and all tokens before them.
 
@@ -53,6 +55,7 @@ class PreparedDecoding:
             scoring: how scores are computed.
             up: the weights that expand latents to keys and values; None if the storage holds keys and values.
             pages: the pages to read, the same object from step to step; None for all pages of the storage.
+            received: where the probabilities of keys are added; None if nobody wants them.
 
         Returns:
             ``[B, n, Hq, Dv]``. None, with nothing stored, if no kernel can store and attend in one call.
@@ -83,11 +86,13 @@ class PreparedDecoding:
             or call.slots.keys is not dense.keys  # replaced together with the values and positions
             or call.slots.lengths is not dense.lengths  # replaced whenever tokens leave the buffer or are taken back
             or (pages is not None and call.pages is not pages)
+            or (received is not None and not received.holds(call.sums))
         ):
             self._latest = None  # what follows may be interrupted: only then is there a call for all of these
             slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths, dense.positions_on_device)
             read = storage.pages() if pages is None else pages
-            call = _fit(call, CallInputs(query, keys, values, read, slots, scoring, self.window, up, ragged))
+            sums = None if received is None else received.room_for(slots, read)
+            call = _fit(call, CallInputs(query, keys, values, read, slots, scoring, self.window, up, ragged, sums))
             self._version, self._kind, self._scoring, self._latest = storage.table.version, kind, scoring, call
             if call is None:
                 return None

@@ -14,6 +14,7 @@ from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.binding import is_bound
 from hf_kvcache.integration.versions import RELEASE
 from hf_kvcache.kernels.inputs import Attention
+from hf_kvcache.kernels.prepared_call import takes_sums
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.drafts import Draft, Undo
 from hf_kvcache.layers.new_tokens import NewTokens, dense_tokens
@@ -32,6 +33,8 @@ class EvictingAttention(KVCacheLayer):
     """
 
     evicts = True
+    #: Whether prepared calls can also sum up the attention that keys receive.
+    prepares_sums = True
     prepares_blocks = False  # a draft is computed in parts, and between them tokens are evicted
 
     def __init__(self, index: int, options: LayerOptions, eviction: EvictionOptions, place: LayerPlace) -> None:
@@ -172,8 +175,9 @@ class EvictingAttention(KVCacheLayer):
         drafted, accumulated = self._undo is not None, evictor.policy.needs_accumulated
         evictor.note(new.position, new.length, new.valid, drafted)
         output = None
-        if not accumulated and self.watcher is None:
+        if self.watcher is None and (not accumulated or self._steps_with_sums(draft.call)):
             output = self.attend_tokens(new, storage, draft.call)
+            accumulated = accumulated and output is None
         if output is None:
             result = self._read_all(draft, accumulated)
             output = result.output
@@ -183,6 +187,17 @@ class EvictingAttention(KVCacheLayer):
         if accumulated:
             evictor.observe_sums(storage, result, 0 if new.stored else new.length, new.valid)
         return output
+
+    def _steps_with_sums(self, call: AttentionCall) -> bool:
+        """Whether a prepared call can also sum up the attention that keys receive."""
+        return self.prepares_sums and call.count == 1 and takes_sums(self.takes_expansion, call.queries.device)
+
+    def step(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:
+        assert self.evictor is not None
+        if self.prepared is None or call.query is None or not self.evictor.policy.needs_accumulated:
+            return super().step(new, storage, call)
+        received = self.evictor.observations.received(storage)
+        return self.prepared.attend(storage, new, call.query, call.scoring, received=received)
 
     def _read_all(self, draft: Draft, accumulated: bool) -> Attention:
         """Attention of an update over all tokens. A single new token is stored first; several are stored afterwards."""

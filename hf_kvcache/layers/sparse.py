@@ -274,3 +274,5 @@ class SparseLayer(SparseReads):
 
 class SparseEvictingLayer(SparseReads, EvictingLayer):
     """A layer that evicts tokens, and reads some of the pages of those that it keeps."""
+
+    prepares_sums = False  # a step reads some of the keys

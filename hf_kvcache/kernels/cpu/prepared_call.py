@@ -21,6 +21,8 @@ class CpuPreparedCall:
 
     #: Sequences may hold different numbers of tokens: the kernels count the slots of each.
     takes_ragged = True
+    #: Probabilities are not summed up.
+    sums = None
 
     #: The part of the struct with the pages and the full-precision tokens; subclasses set it.
     _attend: Any

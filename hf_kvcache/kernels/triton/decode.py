@@ -6,7 +6,7 @@ import torch
 
 from hf_kvcache.kernels.attention import MOST_DECODED_QUERIES
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.triton import attention_cases, launch, step_cases
+from hf_kvcache.kernels.triton import attention_cases, launch, step_cases, step_sums
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.device import on_their_device
 from hf_kvcache.kernels.triton.step import PreparedCall as PreparedCall
@@ -44,4 +44,5 @@ def compile_cases(architecture: str) -> list[CompileCase]:
     for dim in (64, 128, 256):
         cases.append(attention_cases.dense_case(architecture, "decode", dim, 1))
         cases.append(attention_cases.combine_case(architecture, dim))
-    return [*cases, attention_cases.sums_case(architecture), *step_cases.compile_cases(architecture)]
+    cases += [attention_cases.sums_case(architecture), *step_sums.compile_cases(architecture)]
+    return cases + step_cases.compile_cases(architecture)

@@ -150,6 +150,8 @@ class LatentPreparedCall:
 
     #: Sequences may hold different numbers of tokens.
     takes_ragged = True
+    #: Probabilities are not summed up.
+    sums = None
 
     def __init__(self, inputs: CallInputs) -> None:
         assert inputs.up is not None

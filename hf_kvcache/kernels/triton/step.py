@@ -1,4 +1,4 @@
-"""A plain decode step by two Triton launches, prepared once for many tokens."""
+"""A plain decode step by two Triton launches, prepared once for many tokens; by three if attention is summed up."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hf_kvcache.kernels.triton.prepared_launch import PreparedLaunch, current_st
 from hf_kvcache.kernels.triton.sides import level_tables
 from hf_kvcache.kernels.triton.step_config import StepKind
 from hf_kvcache.kernels.triton.step_kernels import merge_kernel, step_kernel
+from hf_kvcache.kernels.triton.step_sums import prepare_sums
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
@@ -51,10 +52,13 @@ class PreparedCall:
 
     #: Sequences may hold different numbers of tokens.
     takes_ragged = True
+    #: The probabilities of keys may be summed up.
+    takes_sums = True
 
     def __init__(self, inputs: CallInputs, state: torch.Tensor | None = None, columns: int | None = None) -> None:
         self.pages, self.slots, self.state = inputs.pages, inputs.slots, state
         self.up: UpProjections | None = None
+        self.sums = inputs.sums
         self._inputs, query, slots = inputs, inputs.query, inputs.slots
         self._device, self._index = query.device, query.device.index or 0
         self._batch, self._query_heads = query.shape[:2]
@@ -130,9 +134,11 @@ class PreparedCall:
         slot: int,
         position: int,
     ) -> None:
-        stream, partial, lse = self._stream, self._partial, self._lse
+        stream, partial, lse, whole = self._stream, self._partial, self._lse, self._log_sum_exp
         self._step(stream, (query, keys, values, lse, partial, lse), (slot, position))  # there is no mask
-        self._merge(stream, (output, partial, lse))
+        self._merge(stream, (output, partial, lse, whole))
+        if self._add is not None:
+            self._add(stream, (), (slot,))
 
     def _prepare(self) -> None:
         """Fill in all arguments of both launches but those of a token."""
@@ -140,7 +146,18 @@ class PreparedCall:
         shape = self._splits.all, self._batch * self._heads, kind.group
         self._partial = scratch("triton.partial", (*shape, kind.value_dim), torch.float32, self._device)
         self._lse = scratch("triton.lse", shape, torch.float32, self._device)
+        self._add: PreparedLaunch | None = None
+        self._kept, self._log_sum_exp = self._partial, self._lse
+        if self.sums is not None:
+            self._prepare_sums(self.sums)
         self._step, self._merge = self._prepare_step(), self._prepare_merge()
+
+    def _prepare_sums(self, sums: tuple[torch.Tensor, torch.Tensor]) -> None:
+        rows, pages, slots = self._batch * self._heads, self.pages, self.slots.keys.shape[2]
+        places = 0 if pages is None else pages.columns * pages.layout.page_size
+        self._kept = scratch("triton.kept", (rows, self._kind.group, slots + places), torch.float32, self._device)
+        self._log_sum_exp = scratch("triton.lse_all", self._kept.shape[:2], torch.float32, self._device)
+        self._add = prepare_sums(self._kept, self._log_sum_exp, sums, self.state, slots)
 
     def _prepare_step(self) -> PreparedLaunch:
         inputs, pages, kind = self._inputs, self.pages, self._kind
@@ -152,8 +169,11 @@ class PreparedCall:
             "rotation": self._partial if turn.tensor is None else turn.tensor,
             "state": self._partial if self.state is None else self.state,
             "records": self._partial,
+            "kept": self._kept,
             "mask_b": 0,
             "record_bytes": 0,
+            "kept_row": self._kept.shape[-1],
+            "kept_pages": self.slots.keys.shape[2],
             "max_length": 0,
             "mask_least": 0.0,
             "page_splits": self._splits.pages,
@@ -170,6 +190,7 @@ class PreparedCall:
                 centered=pages is not None and pages.key_mean is not None,
                 scaled=pages is not None and pages.key_scale is not None,
                 softcap=inputs.scoring.softcap is not None,
+                keep=self._add is not None,
             ),
         }
         grid = self._batch * self._heads * kind.blocks, self._splits.all
@@ -187,7 +208,9 @@ class PreparedCall:
             "splits": self._splits.all,
             "batch": self._batch,
             "query_heads": self._query_heads,
-            **self._kind.merge_constants(turn, self._batch, sinks is not None, self.state is not None),
+            **self._kind.merge_constants(
+                turn, self._batch, sinks is not None, self.state is not None, self._add is not None
+            ),
         }
         return PreparedLaunch(merge_kernel, (self._batch * self._query_heads, 1), arguments, self._kind.merge_options)
 

@@ -35,7 +35,15 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         for case in (("unbiased4", 128, torch.bfloat16), ("rotated8", 128, torch.bfloat16))
         for window in (False, True)
     ]
-    return [*steps, *with_state, windowed, *masked, *(_merge_case(architecture, dim) for dim in (64, 128, 256))]
+    summed = [_step_case(architecture, codec, 128, torch.bfloat16, keep=True) for codec in ("unbiased4", "rotated4")]
+    return [
+        *steps,
+        *with_state,
+        windowed,
+        *masked,
+        *summed,
+        *(_merge_case(architecture, dim) for dim in (64, 128, 256)),
+    ]
 
 
 def _kind(arch: str, codec: str, dim: int, dtype: torch.dtype) -> StepKind:
@@ -43,7 +51,14 @@ def _kind(arch: str, codec: str, dim: int, dtype: torch.dtype) -> StepKind:
 
 
 def _step_case(
-    arch: str, codec: str, dim: int, dtype: torch.dtype, state: int = 0, window: bool = False, mask: int = 0
+    arch: str,
+    codec: str,
+    dim: int,
+    dtype: torch.dtype,
+    state: int = 0,
+    window: bool = False,
+    mask: int = 0,
+    keep: bool = False,
 ) -> CompileCase:
     kind = _kind(arch, codec, dim, dtype)
     assert kind.layout is not None
@@ -56,10 +71,10 @@ def _step_case(
         "page_places": "*i32" if state == 2 else "*i64",
         "records": "*u8",
         "mask": "*u8" if mask else "*fp32",
-        **dict.fromkeys(("key_mean", "key_scale", "tables", "rotation", "partial", "partial_lse"), "*fp32"),
+        **dict.fromkeys(("key_mean", "key_scale", "tables", "rotation", "partial", "partial_lse", "kept"), "*fp32"),
     }
     sizes = ("slot", "position", "columns", "capacity", "page_splits", "per_dense", "rows", "heads", "rows_m", "window")
-    more = "mask_b", "record_bytes", "max_length"
+    more = "mask_b", "record_bytes", "max_length", "kept_row", "kept_pages"
     constants = kind.step_constants(
         kind.query_turn(_CPU),
         state=state,
@@ -70,11 +85,16 @@ def _step_case(
         centered=kind.layout.sides["keys"].centered,
         scaled=kind.layout.sides["keys"].balanced,
         softcap=False,
+        keep=keep,
     )
     config, block_n = kind.config, constants["BLOCK_N"]
     name = f"step {codec} D={dim}" + (" fp32" if dtype == torch.float32 else "")
     return CompileCase(
-        name=name + ("", " state", " static")[state] + (" window" if window else "") + (" mask" if mask else ""),
+        name=name
+        + ("", " state", " static")[state]
+        + (" window" if window else "")
+        + (" mask" if mask else "")
+        + (" sums" if keep else ""),
         kernel=step_kernel,
         signature={
             **pointers,
@@ -97,7 +117,7 @@ def _merge_case(arch: str, dim: int) -> CompileCase:
     kind = _kind(arch, "unbiased4", dim, torch.bfloat16)
     pointers = {
         "output": "*bf16",
-        **dict.fromkeys(("partial", "partial_lse", "rotation", "sinks"), "*fp32"),
+        **dict.fromkeys(("partial", "partial_lse", "log_sum_exp", "rotation", "sinks"), "*fp32"),
         "state": "*i64",
     }
     sizes = ("stride", "page_splits", "splits", "batch", "query_heads")

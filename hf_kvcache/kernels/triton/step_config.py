@@ -121,6 +121,7 @@ class StepKind:
         scaled: bool,
         softcap: bool,
         mask: int = 0,
+        keep: bool = False,
     ) -> dict[str, Any]:
         """The constants of ``step_kernel``, which describes them.
 
@@ -156,6 +157,7 @@ class StepKind:
             "SCALED": scaled,
             "SOFTCAP": softcap,
             "ROTATION": turn.kind,
+            "KEEP": keep,
         }
 
     @property
@@ -163,7 +165,7 @@ class StepKind:
         """How ``merge_kernel`` is compiled."""
         return {"num_warps": 4 if self.value_dim <= 128 else 8, "num_stages": 1}
 
-    def merge_constants(self, turn: Turn, batch: int, sinks: bool, advance: bool) -> dict[str, Any]:
+    def merge_constants(self, turn: Turn, batch: int, sinks: bool, advance: bool, keep: bool = False) -> dict[str, Any]:
         """The constants of ``merge_kernel``, which describes them."""
         return {
             "DIM": self.value_dim,
@@ -174,4 +176,5 @@ class StepKind:
             "ROTATION": turn.kind,
             "SINKS": sinks,
             "ADVANCE": advance,
+            "KEEP": keep,
         }

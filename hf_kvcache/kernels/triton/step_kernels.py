@@ -114,6 +114,8 @@ def _attend_pages(
     mask_least,
     records,
     record_bytes,
+    kept,
+    kept_row,
     inner,
     softcap,
     KEYS: tl.constexpr,
@@ -130,9 +132,11 @@ def _attend_pages(
     SOFTCAP: tl.constexpr,
     ROTATION: tl.constexpr,
     LOG_D: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """Attention over the pages ``[first_page, last_page)`` of a row, as in ``pages_kernel``.
 
+    ``kept`` points to where the scores of the first page are written for the first row, if ``KEEP``.
     With ``PLACED == 3``, ``pages`` and ``positions`` are those of a static state, and ``mask`` is that of the sequence.
     """
     TILES: tl.constexpr = KEYS.page_pad // BLOCK_N
@@ -195,6 +199,10 @@ def _attend_pages(
             keep = keep & (at >= oldest)
         if WINDOW or MASK > 0 or MASKED:
             scores = tl.where(keep[None, :], scores, float("-inf"))
+        if KEEP:
+            key = (tile // TILES) * KEYS.page + token
+            to = (row.to(tl.int64) * rows_m + m)[:, None] * kept_row + key[None, :]
+            tl.store(kept + to, scores, mask=(m < rows_m)[:, None] & (token < KEYS.page)[None, :])
         # As in `pages_kernel`: weights times a scale per token must stay in the range of half precision.
         height = scores
         token_scale = tl.zeros([BLOCK_N], tl.float32)
@@ -260,6 +268,8 @@ def _attend_slots(
     mask,
     mask_least,
     max_length,
+    kept,
+    kept_row,
     inner,
     softcap,
     KEY_DIM: tl.constexpr,
@@ -275,11 +285,13 @@ def _attend_slots(
     STATIC: tl.constexpr,
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """Attention over the slots ``[first_slot, last_slot)`` of a row, and over the new token in the last split.
 
     ``keys`` and ``values`` point to the first slot of the row, ``positions`` to that of the sequence, and ``mask`` to
-    its mask. In a static state, a token that its mask hides or for which there is no room is not stored.
+    its mask. ``kept`` points to where the scores of the first slot are written for the first row, if ``KEEP``. In a
+    static state, a token that its mask hides or for which there is no room is not stored.
     """
     key_channel, value_channel = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
     key_there, value_there = key_channel < KEY_DIM, value_channel < VALUE_DIM
@@ -310,6 +322,9 @@ def _attend_slots(
         if MASK > 0:
             scores += bias[None, :]
         scores = tl.where(keep[None, :], scores, float("-inf"))
+        if KEEP:
+            to = (row.to(tl.int64) * rows_m + m)[:, None] * kept_row + at[None, :]
+            tl.store(kept + to, scores, mask=(m < rows_m)[:, None] & (at < last_slot)[None, :])
         weights, decay, peak, total = weigh(scores, scores, peak, total)
         v = tl.load(
             values + at.to(tl.int64)[:, None] * value_n + value_channel[None, :],
@@ -335,6 +350,8 @@ def _attend_slots(
             higher = tl.where(higher == float("-inf"), 0.0, higher)
         else:
             higher = tl.maximum(peak, scores)
+        if KEEP:
+            tl.store(kept + (row.to(tl.int64) * rows_m + m) * kept_row + slot, scores, mask=m < rows_m)
         decay, weight = tl.exp2(peak - higher), tl.exp2(scores - higher)
         acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)[None, :]
         peak, total = higher, total * decay + weight
@@ -391,6 +408,8 @@ def _attend_nothing(partial_lse, row, rows, m, rows_m, split):
         "window",
         "mask_b",
         "record_bytes",
+        "kept_row",
+        "kept_pages",
         "max_length",
     ]
 )
@@ -418,6 +437,8 @@ def step_kernel(
     records,
     # Lengths on the device.
     state,
+    # Scores.
+    kept,
     # Strides.
     query_b,
     query_h,
@@ -434,6 +455,8 @@ def step_kernel(
     position_b,
     mask_b,
     record_bytes,
+    kept_row,
+    kept_pages,
     # Sizes and scoring.
     columns,
     capacity,
@@ -474,6 +497,7 @@ def step_kernel(
     SCALED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ROTATION: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """Attention of one token a sequence over a split of the pages or of the full-precision tokens, which it joins.
 
@@ -504,8 +528,11 @@ def step_kernel(
         records: uint8, all records; read if ``PLACED == 3``.
         state: int64; with ``STATE == 1`` ``[2 + B]``: position of the token, columns of the table, slot of each
             sequence. With ``STATE == 2`` that of :class:`~hf_kvcache.kernels.static_state.StaticState`.
+        kept: fp32 ``[rows, rows_m, kept_row]``, the scores in base 2, those of the slots first; written if ``KEEP``.
         query_b, query_h: elements between sequences and heads of the query; others likewise, ``_n`` between slots.
         record_bytes: bytes of a record.
+        kept_row: elements between queries of ``kept``.
+        kept_pages: where in a row of ``kept`` the scores of the pages begin.
         columns: pages of a row; unless ``STATE``.
         capacity: the distance between rows of the table.
         page_splits: splits of the pages.
@@ -542,6 +569,7 @@ def step_kernel(
         SCALED: whether the keys were divided by a scale.
         SOFTCAP: whether scores are capped.
         ROTATION: how the query is rotated: ``"none"``, ``"butterfly"``, ``"matrix"``.
+        KEEP: whether to write the scores.
     """
     row, batch, head, m = locate(rows_m, heads, BLOCK_M)
     split = tl.program_id(1)
@@ -587,6 +615,8 @@ def step_kernel(
                 mask + batch64 * mask_b,
                 mask_least,
                 max_length,
+                kept,
+                kept_row,
                 inner,
                 softcap,
                 KEY_DIM,
@@ -602,6 +632,7 @@ def step_kernel(
                 STATE == 2,
                 MASK,
                 SOFTCAP,
+                KEEP,
             )
         else:
             _attend_nothing(partial_lse, row, rows, m, rows_m, split)
@@ -637,6 +668,8 @@ def step_kernel(
                 mask_least,
                 records,
                 record_bytes,
+                kept + kept_pages,
+                kept_row,
                 inner,
                 softcap,
                 KEYS,
@@ -653,6 +686,7 @@ def step_kernel(
                 SOFTCAP,
                 ROTATION,
                 LOG_D,
+                KEEP,
             )
         else:
             _attend_nothing(partial_lse, row, rows, m, rows_m, split)
@@ -688,6 +722,9 @@ def merge_splits(
     """Merge the splits of the query head of this program, as :func:`merge_kernel` says.
 
     With ``STATIC`` there may be no token at all, which gives 0; and without ``room`` for the token the output is NaN.
+
+    Returns:
+        The log-sum-exp of all scores, in base 2, with the sink logit.
     """
     index = tl.program_id(0)
     channel = tl.arange(0, DIM_PAD)
@@ -737,6 +774,7 @@ def merge_splits(
             packed = _butterfly(packed[None, :], rotation, channel, 1, DIM_PAD, LOG_D, True)
             packed = tl.reshape(packed, [DIM_PAD])
         tl.store(to + channel, (packed + dense).to(output.dtype.element_ty), mask=there)
+    return peak + tl.log2(total)
 
 
 @triton.jit(do_not_specialize=["stride", "page_splits", "splits", "batch"])
@@ -745,6 +783,8 @@ def merge_kernel(
     output,
     partial,
     partial_lse,
+    # The log-sum-exp.
+    log_sum_exp,
     # Rotation and sinks.
     rotation,
     sinks,
@@ -766,6 +806,7 @@ def merge_kernel(
     ROTATION: tl.constexpr,
     SINKS: tl.constexpr,
     ADVANCE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """Merge the splits of one query head of one sequence; grid (sequences times query heads).
 
@@ -773,6 +814,7 @@ def merge_kernel(
         output: ``[B, 1, Hq, DIM]``, written.
         partial: fp32 ``[splits, B * Hq, DIM]``, the first ``page_splits`` in the basis of the pages.
         partial_lse: fp32 ``[splits, B * Hq]``, in base 2; where it is -inf, ``partial`` holds anything.
+        log_sum_exp: fp32 ``[B * Hq]``, in base 2; written if ``KEEP``.
         rotation: of the values, as in :func:`step_kernel`.
         sinks: a logit per query head, ``[Hq]``; read if ``SINKS``.
         state: as in :func:`step_kernel`; if ``ADVANCE``, position and slots are counted on.
@@ -788,11 +830,14 @@ def merge_kernel(
         ROTATION: how the part of the pages is rotated back: ``"none"``, ``"butterfly"``, ``"matrix"``.
         SINKS: whether there are sink logits.
         ADVANCE: whether to count the token in ``state``.
+        KEEP: whether to write the log-sum-exp.
     """
-    merge_splits(
+    found = merge_splits(
         output, partial, partial_lse, rotation, sinks, stride, page_splits, splits, query_heads, True, DIM, DIM_PAD,
         LOG_D, BLOCK_S, ROTATION, SINKS, False,
     )  # fmt: skip
+    if KEEP:
+        tl.store(log_sum_exp + tl.program_id(0), found)
     if ADVANCE:
         index = tl.program_id(0)
         number = tl.arange(0, STATE_PAD)

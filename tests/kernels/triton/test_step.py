@@ -70,13 +70,13 @@ def new_token(tokens: torch.Tensor) -> torch.Tensor:
 
 def check(call: Call) -> None:
     """Two equal calls give the right output, store the token and nothing else, and so does the form with a state."""
-    outputs = []
+    outputs, sums = [], Sums(call)
     for with_state in (False, True):
         step = Step(call)
         state = step.state() if with_state else None
         before = None if state is None else state.clone()
         assert supports(step.inputs)
-        prepared = PreparedCall(step.inputs, state)
+        prepared = PreparedCall(step.inputs if with_state else replace(step.inputs, sums=sums.both), state)
         for _ in range(2):
             if state is not None and before is not None:
                 state.copy_(before)
@@ -87,7 +87,29 @@ def check(call: Call) -> None:
     for output in outputs:
         assert output.dtype == call.query.dtype
         assert torch.equal(output.view(torch.uint8), outputs[0].view(torch.uint8))
+    sums.check(calls=2)
     assert_near(outputs[0].cpu(), expected(call).output)
+
+
+class Sums:
+    """Sums of probabilities to which a call adds; there is room for more than it has."""
+
+    def __init__(self, call: Call) -> None:
+        self.call, (batch, self.heads, slots, _) = call, call.dense.keys.shape
+        places = 0 if call.pages is None else call.pages.columns * call.pages.layout.page_size
+        rooms = slots + SPARE + 2, places + 1
+        dense, pages = (torch.ones(batch, self.heads, room, device=call.query.device) for room in rooms)
+        self.both = dense, pages
+
+    def check(self, calls: int) -> None:
+        """Fail unless the sums are those of some calls, added to 1, and nothing else was written."""
+        wanted = expected(self.call)
+        for found, by_head in zip(self.both, (wanted.dense_sums, wanted.page_sums), strict=True):
+            assert by_head is not None
+            added = calls * by_head.unflatten(1, (self.heads, -1)).mean(2)
+            whole = 1 + torch.nn.functional.pad(added, (0, found.shape[2] - added.shape[2]))
+            # Queries of 16 bits meet pages in half precision.
+            assert_near(found.cpu(), whole, None if self.call.query.dtype == torch.float32 else torch.float16)
 
 
 def stored(step: Step) -> None:

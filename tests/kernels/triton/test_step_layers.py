@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_kvcache import HeavyHitterCache
 from hf_kvcache.integration.attention import attention_function
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.kernels import prepared_call
@@ -125,3 +126,34 @@ def test_a_window_that_drops_tokens_before_they_are_packed(batch: int, monkeypat
     storage = both.layers[0].cache.layers[0].storage
     assert storage.table.columns == 0
     assert storage.dense.longest < first
+
+
+@chosen("batch, wrapper", [1, 2], ["", "ada-"], fast=[(2, "")])
+def test_attention_that_keys_receive(batch: int, wrapper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H2O's sums are the same by prepared steps, over evictions, over pages, and where sequences differ in length."""
+    both, tokens = Both(monkeypatch, "full", "rotated8"), states(PROMPT + STEPS, batch=batch)
+    for layer in both.layers:
+        layer.cache = HeavyHitterCache(
+            layer.attention.config,
+            24,
+            f"{wrapper}h2o",
+            "rotated8",
+            page_size=8,
+            tail_length=4,
+            sink_length=2,
+            interval=4,
+        )
+    mask = torch.ones(batch, PROMPT + STEPS, dtype=torch.bool)
+    mask[1:, :9] = False
+    both.each(prompt(tokens.at(0, PROMPT), mask[:, :PROMPT]))
+    for at in range(PROMPT, PROMPT + STEPS):
+        both.each(step(tokens.at(at, at + 1), mask[:, : at + 1].clone()))
+        evictors = [layer.cache.layers[0].evictor for layer in both.layers]
+        received = [evictor.observations.accumulated for evictor in evictors]
+        for side in ("dense", "pages"):
+            sums = [getattr(found, side) for found in received]
+            held = min(x.shape[2] for x in sums)
+            assert_near(sums[0][..., :held], sums[1][..., :held].double())
+            assert not any(x[..., held:].any() for x in sums)
+    assert both.calls == STEPS
+    assert evictors[0].evictions > 1
