@@ -169,6 +169,7 @@ VIEWS = (
             "batch_us": ("µs", _WHOLE),
             "over_plain": ("over no padding", _times),
             "reorder_us": ("exchange of beams, µs", _WHOLE),
+            "mask_us": ("reading the mask, µs", _WHOLE),
         },
         keys=("tokens", "cache", "batch_of"),
     ),
