@@ -2,10 +2,11 @@
 
     python -m benchmarks.bench_batch [--quick] [--batch 8] [--shapes 9/3/64] [--tokens 1024] [--model-layers 30]
 
-Float32. *layer*: ``update`` and attention of one layer, whose mask an earlier layer of the model has read, as is the case
-in all layers but the first; the time of reading it is given apart. *model*: a forward pass of a random model in SmolLM2-135M's shape with a small
-vocabulary, mask included. The batches hold as many tokens a sequence, padding included, and take turns; medians. The
-time of exchanging beams is given apart. Of beams the halves of a batch are two prompts, one of them padded.
+Float32. *layer*: ``update`` and attention of one layer, whose mask an earlier layer of the model has read, as is so in
+all layers but the first; the time of reading it is given apart. *model*: a forward pass of a random model in
+SmolLM2-135M's shape with a small vocabulary, mask included. The batches hold as many tokens a sequence, padding
+included, and take turns; medians. The time of exchanging beams is given apart. Of beams the halves of a batch are two
+prompts, one of them padded.
 """
 
 from __future__ import annotations
