@@ -185,6 +185,14 @@ VIEWS = (
         by_isa=("prompt_ms", "page_packing_ms"),
     ),
     View(
+        "bench_pack",
+        f"The token at which {{layers}} layers pack a page, CPU time, {_SHAPE}",
+        ("layers", "shape"),
+        "pause_ms",
+        {"pause_ms": ("pause ms", _digits(2)), "layers_step_ms": ("step ms, all layers", _digits(2))},
+        by_isa=("pause_ms",),
+    ),
+    View(
         "bench_sparse",
         f"Decode step that reads {{budget:.0%}} of the tokens, one layer, {_SHAPE}, {{codec}}",
         ("shape", "budget", "codec"),

@@ -42,7 +42,7 @@ from tests import families
 from tests.docs.snippets import spelling_tokenizer
 
 #: Columns that may be zero: nothing was mapped, packed or allocated, or the methods agree to the last bit.
-MAY_BE_ZERO = ("page_faults", "packing", "error", "allocations", "allocated_bytes", "mean_kl", "top1_agreement")
+MAY_BE_ZERO = ("page_faults", "packing", "pause", "error", "allocations", "allocated_bytes", "mean_kl", "top1_agreement")
 METHODS = (DYNAMIC, STATIC, "fp8 QuantizedCache", DENSE32, "ours none", "ours 8-bit", "ours 4-bit")
 SHAPE = "4/2/16"
 
@@ -113,8 +113,9 @@ def test_append(tmp_path: Path) -> None:
 
 def test_pack(tmp_path: Path) -> None:
     argv = ["--no-plots", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "300", "--rounds", "1"]
-    rows = rows_of(bench_pack.main(argv))
-    assert [row["cache"] for row in rows] == list(bench_pack.METHODS)
+    rows = rows_of(bench_pack.main([*argv, "--layers", "2"]))
+    assert [row["cache"] for row in rows] == [*bench_pack.METHODS] * 2
+    assert all(row["layers_step_ms"] > 0 and "pause_ms" in row for row in rows[len(bench_pack.METHODS) :])
 
 
 def test_memory(tmp_path: Path) -> None:
