@@ -2,10 +2,11 @@
 
     python -m benchmarks.bench_batch [--quick] [--batch 8] [--shapes 9/3/64] [--tokens 1024] [--model-layers 30]
 
-Float32. *layer*: ``update`` and attention of one layer. Every step is one of its model: the mask is made before it and
-not timed, but what reading it costs is. *model*: a forward pass of a random model in SmolLM2-135M's shape with a small
-vocabulary, mask included. The batches hold as many tokens a sequence, padding included, and take turns; medians. The
-time of exchanging beams is given apart. Of beams the halves of a batch are two prompts, one of them padded.
+Float32. *layer*: ``update`` and attention of one layer, whose mask an earlier layer of the model has read, as is so in
+all layers but the first; the time of reading it is given apart. *model*: a forward pass of a random model in
+SmolLM2-135M's shape with a small vocabulary, mask included. The batches hold as many tokens a sequence, padding
+included, and take turns; medians. The time of exchanging beams is given apart. Of beams the halves of a batch are two
+prompts, one of them padded.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks.session import Report, Row, make_console, make_parser, pick, sta
 from benchmarks.tables import show
 from benchmarks.timing import Clock, cpu_clock, take_turns, thread_clock
 from hf_kvcache import KVCache
+from hf_kvcache.integration.padding import padding_of
 from hf_kvcache.integration.versions import with_cache
 
 KINDS = ("no padding", "left padding", "beams")
@@ -41,6 +43,10 @@ def first_mask(kind: str, batch: int, tokens: int) -> torch.Tensor:
     return mask
 
 
+#: Parts of a step in their order, by name.
+Timed = dict[str, Callable[[], Any]]
+
+
 class Batch:
     """A cache with a prompt in it, and what a step of its batch is.
 
@@ -48,23 +54,23 @@ class Batch:
         kind: one of ``KINDS``.
         cache: the cache, with ``tokens`` tokens a sequence.
         mask: the mask of the prompt.
-        run: makes a step: given the cache and the 2D mask, what is to be timed.
+        run: makes a step: given the cache and the 2D mask, what is to be timed, by name.
     """
 
     def __init__(
-        self, kind: str, cache: KVCache, mask: torch.Tensor, run: Callable[[KVCache, torch.Tensor], Callable[[], Any]]
+        self, kind: str, cache: KVCache, mask: torch.Tensor, run: Callable[[KVCache, torch.Tensor], Timed]
     ) -> None:
         self.kind, self.cache, self.mask, self.run = kind, cache, mask, run
 
     def step(self, clock: Clock) -> dict[str, float]:
-        """Microseconds of one step, and of the exchange of beams before it."""
+        """Microseconds of the parts of one step, and of the exchange of beams before it."""
         times = {}
         if self.kind == "beams":
             half = len(self.mask) // 2
             order = torch.cat([torch.randint(half, (half,)), half + torch.randint(half, (len(self.mask) - half,))])
             times["reorder/beams"] = clock(partial(self.cache.reorder_cache, order))
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        return times | {f"step/{self.kind}": clock(self.run(self.cache, self.mask))}
+        return times | {f"{name}/{self.kind}": clock(part) for name, part in self.run(self.cache, self.mask).items()}
 
 
 def layer_batches(shape: Shape, tokens: int, batch: int, codec: str) -> list[Batch]:
@@ -80,14 +86,20 @@ def layer_batches(shape: Shape, tokens: int, batch: int, codec: str) -> list[Bat
         keys, values = cache.update(key, value, 0)
         method.function(method.module, query, keys, values, mask, dropout=0.0, scaling=method.module.scaling)
 
-    def run(cache: KVCache, mask: torch.Tensor, count: int = 1) -> Callable[[], None]:
+    def read(cache: KVCache, mask: torch.Tensor | None, count: int) -> None:
+        layer = cache.layers[0]
+        padding = padding_of(mask, layer.get_seq_length(), count, layer.sliding_window)
+        if mask is not None and padding is not None:
+            padding.hides_only(layer.padding)
+
+    def run(cache: KVCache, mask: torch.Tensor, count: int = 1) -> Timed:
         made = create_causal_mask(method.config, torch.empty(batch, count, 1), mask, cache)
-        return partial(attend, cache, states(count), made)
+        return {"mask": partial(read, cache, made, count), "step": partial(attend, cache, states(count), made)}
 
     batches = []
     for kind in KINDS:
         cache, mask = KVCache(method.config, codec), first_mask(kind, batch, tokens)
-        run(cache, mask, tokens)()
+        run(cache, mask, tokens)["step"]()
         batches.append(Batch(kind, cache, mask, run))
     return batches
 
@@ -105,14 +117,14 @@ def model_batches(layers: int, tokens: int, batch: int, codec: str) -> list[Batc
     )
     model = LlamaForCausalLM(config).eval()
 
-    def run(cache: KVCache, mask: torch.Tensor, count: int = 1) -> Callable[[], Any]:
+    def run(cache: KVCache, mask: torch.Tensor, count: int = 1) -> Timed:
         ids = torch.randint(256, (batch, count))
-        return partial(model, ids, attention_mask=mask, logits_to_keep=1, **with_cache(model, cache))
+        return {"step": partial(model, ids, attention_mask=mask, logits_to_keep=1, **with_cache(model, cache))}
 
     batches = []
     for kind in KINDS:
         cache, mask = KVCache(config, codec), first_mask(kind, batch, tokens)
-        run(cache, mask, tokens)()
+        run(cache, mask, tokens)["step"]()
         batches.append(Batch(kind, cache, mask, run))
     return batches
 
@@ -136,7 +148,8 @@ def measure(batches: list[Batch], clock: Clock, args: argparse.Namespace, about:
             "over_plain": step / plain,
             "rounds": len(times["reorder/beams"]),
         }
-        rows.append(row | ({"reorder_us": median(times["reorder/beams"])} if kind == "beams" else {}))
+        parts = {"reorder_us": f"reorder/{kind}", "mask_us": f"mask/{kind}"}
+        rows.append(row | {column: median(times[part]) for column, part in parts.items() if part in times})
     return rows
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.report                                  make the page again from the CSV file
     python -m benchmarks.report results/benchmarks/*.json        first take over what these runs measured
 
-A row of the CSV file is a row of a script's results; one with ``setup`` is what made a script's rows, as JSON. Numbers
-have six significant digits. The columns that most rows use come first, and rows end with their last field that is not
-empty.
+A row of the CSV file is a row of a script's results; one with ``setup`` is what made a script's rows, as JSON. A run
+with a forced instruction set has the name of both, ``bench_decode-avx2``, and is kept beside the others. Numbers have
+six significant digits. The columns that most rows use come first, and rows end with their last field that is not empty.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
+from benchmarks.session import isa_label, result_name
 from benchmarks.tables import views
 from hf_kvcache_eval.report.document import Block, Bullets, Heading, Picture, Table, Text, code
 from hf_kvcache_eval.report.markdown import render
@@ -37,17 +38,17 @@ Result = dict[str, Any]
 
 
 def read(path: Path) -> dict[str, Result]:
-    """The results in a CSV file by script, in the form of a script's JSON file; none if there is no file."""
+    """The results in a CSV file by their names, in the form of a script's JSON file; none if there is no file."""
     results: dict[str, Result] = {}
     if not path.exists():
         return results
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file, restval=""):
-            script, setup = line.pop("script"), line.pop("setup")
+            name, setup = line.pop("script"), line.pop("setup")
             if setup:
-                results[script] = json.loads(setup) | {"script": script, "rows": []}
+                results[name] = json.loads(setup) | {"script": name.partition("-")[0], "rows": []}
             else:
-                results[script]["rows"].append({name: _value(text) for name, text in line.items() if text})
+                results[name]["rows"].append({column: _value(text) for column, text in line.items() if text})
     return results
 
 
@@ -59,10 +60,10 @@ def write(results: dict[str, Result], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(columns)
-        for script, result in sorted(results.items()):
+        for key, result in sorted(results.items()):
             setup = {name: value for name, value in result.items() if name not in ("script", "rows")}
             for row in ({"setup": json.dumps(setup, ensure_ascii=False)}, *result["rows"]):
-                fields = [script, *(_text(row.get(name, "")) for name in columns[1:])]
+                fields = [key, *(_text(row.get(name, "")) for name in columns[1:])]
                 table.writerow(fields[: max(index for index, text in enumerate(fields, 1) if text)])
 
 
@@ -78,17 +79,45 @@ def page(results: dict[str, Result], table: str) -> str:
         )
     ]
     blocks += [Picture(file, caption) for file, (script, _, caption) in _PICTURES.items() if script in results]
-    for script, result in sorted(results.items()):
-        blocks += [Heading(2, script), *_described(script), Bullets([*_setup(result), *result["notes"]])]
-        source = f"{code(result['command'])}, {processor(result)}, {result['date'][:10]}"
-        for view in views(script):
-            for title, rows in view.groups(result["rows"]):
-                header, *lines = view.lines(rows)
-                shown = Table(header)
-                for line in lines:
-                    shown.add(*line)
-                blocks += [Heading(3, title), Text(f"{source}."), shown]
+    for script in sorted({result["script"] for result in results.values()}):
+        runs = {name: result for name, result in sorted(results.items()) if result["script"] == script}
+        described = _described(script)
+        if len(runs) > 1:
+            blocks += [Heading(2, f"{script}, by instruction set"), *described, *_by_isa(script, list(runs.values()))]
+            described = []
+        for name, result in runs.items():
+            blocks += [Heading(2, name.replace("-", ", ", 1)), *described, *_run(result)]
     return f"# Benchmarks: all figures\n\nAll figures: [{table}]({table}).\n\n{render(blocks)}"
+
+
+def _run(result: Result) -> list[Block]:
+    """How a run was made, and its tables."""
+    blocks: list[Block] = [Bullets([*_setup(result), *result["notes"]])]
+    for view in views(result["script"]):
+        for title, rows in view.groups(result["rows"]):
+            blocks += [Heading(3, title), Text(f"{_source(result)}."), _table(view.lines(rows))]
+    return blocks
+
+
+def _by_isa(script: str, runs: Sequence[Result]) -> list[Block]:
+    """The tables with a column for each instruction set."""
+    rows = {isa_label(result["machine"]): result["rows"] for result in runs}
+    sources = "; ".join(f"{isa}: {_source(result)}" for isa, result in zip(rows, runs, strict=True))
+    found = [table for view in views(script) for table in view.compared(rows)]
+    return [block for title, lines in found for block in (Heading(3, title), Text(f"{sources}."), _table(lines))]
+
+
+def _source(result: Result) -> str:
+    """The command, the processor and the day of a run."""
+    return f"{code(result['command'])}, {processor(result)}, {result['date'][:10]}"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> Table:
+    header, *rest = lines
+    shown = Table(list(header))
+    for line in rest:
+        shown.add(*line)
+    return shown
 
 
 def _described(script: str) -> list[Text]:
@@ -141,10 +170,10 @@ def _value(text: str) -> Any:
 
 
 def update(results: dict[str, Result], files: Iterable[Path]) -> None:
-    """Put the results of JSON files in place of those of the same scripts."""
+    """Put the results of JSON files in place of those of the same scripts and forced instruction sets."""
     for path in files:
         result = json.loads(path.read_text(encoding="utf-8"))
-        results[result["script"]] = result
+        results[result_name(result["script"], result["machine"].get("forced_isa", ""))] = result
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -100,13 +101,13 @@ class Report:
         """
         _check_finite(self.rows)
         args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"{self.script}.json"
+        path = args.out / f"{result_name(self.script, forced_isa())}.json"
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "no_plots")}
         payload = {
             "script": self.script,
             "command": command(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine(self.device) | {"kernels": backends(self.device), "isa": _isa()},
+            "machine": machine(self.device) | {"kernels": backends(self.device), "isa": _isa()} | _forced(),
             "versions": versions(),
             "settings": settings,
             "facts": self.facts,
@@ -115,6 +116,26 @@ class Report:
         }
         path.write_text(json.dumps(payload, indent=1, default=str) + "\n", encoding="utf-8")
         return path
+
+
+def forced_isa() -> str:
+    """The instruction set that the environment names for our kernels; empty where they take the best one."""
+    return os.environ.get(library.ISA_VARIABLE, "")
+
+
+def result_name(script: str, isa: str) -> str:
+    """The name of a file of results: of the script, with the instruction set ``isa`` where one was forced."""
+    return f"{script}-{isa}" if isa else script
+
+
+def isa_label(machine: Row) -> str:
+    """How tables name the instruction set of a file of results, given its ``machine``."""
+    isa = machine.get("isa")
+    return str(machine.get("forced_isa") or (f"native ({isa})" if isa else "native"))
+
+
+def _forced() -> dict[str, str]:
+    return {"forced_isa": forced_isa()} if forced_isa() else {}
 
 
 def _isa() -> str | None:

@@ -5,7 +5,7 @@ A script prints them when it has measured; ``benchmarks.report`` writes the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,7 @@ class View:
         columns: title and way of writing of each column of figures.
         keys: what a row is about, the first columns.
         where: values that a row must have.
+        by_isa: the columns that are compared between instruction sets; empty if none are.
     """
 
     script: str
@@ -57,6 +58,7 @@ class View:
     columns: dict[str, tuple[str, Writer]]
     keys: tuple[str, ...] = ("tokens", "cache")
     where: Row = field(default_factory=dict, hash=False)
+    by_isa: tuple[str, ...] = ()
 
     def groups(self, rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
         """Title and rows of each table."""
@@ -71,11 +73,43 @@ class View:
         shown = [name for name in self.columns if any(row.get(name) not in (None, "") for row in rows)]
         lines = [[*self.keys, *(self.columns[name][0] for name in shown)]]
         for row in rows:
-            keys = [f"{row[key]:,}" if isinstance(row[key], int) else str(row[key]) for key in self.keys]
+            keys = self._keys_of(row)
             if row.get("attention"):
                 keys[-1] += f" ({row['attention']})"
             lines.append([*keys, *(self.columns[name][1](row[name]) if name in row else "–" for name in shown)])
         return lines
+
+    def compared(self, results: Mapping[str, Sequence[Row]]) -> list[tuple[str, list[list[str]]]]:
+        """Tables with a column for each instruction set, of its ``by_isa``.
+
+        Args:
+            results: the rows that were measured with each instruction set, by its name.
+
+        Returns:
+            Title of each table, and its lines, the header first.
+        """
+        tables: dict[str, dict[tuple[str, ...], dict[str, Row]]] = {}
+        for isa, rows in results.items():
+            for title, own in self.groups(rows) if self.by_isa else ():
+                for row in own:
+                    tables.setdefault(title, {}).setdefault(tuple(self._keys_of(row)), {})[isa] = row
+        cells = [(name, isa) for name in self.by_isa for isa in results]
+        header = [*self.keys, *(f"{self.columns[name][0]}, {isa}" for name, isa in cells)]
+        found = []
+        for title, by_keys in tables.items():
+            lines = [header]
+            for keys, by_isa in by_keys.items():
+                values = [by_isa.get(isa, {}).get(name) for name, isa in cells]
+                written = (
+                    "–" if value is None else self.columns[name][1](value)
+                    for value, (name, _) in zip(values, cells, strict=True)
+                )
+                lines.append([*keys, *written])
+            found.append((title, lines))
+        return found
+
+    def _keys_of(self, row: Row) -> list[str]:
+        return [f"{row[key]:,}" if isinstance(row[key], int) else str(row[key]) for key in self.keys]
 
 
 _SPEEDUP = ("× DynamicCache", _times)
@@ -103,6 +137,7 @@ VIEWS = (
             "page_faults": ("page faults", _WHOLE),
             "error": _ERROR,
         },
+        by_isa=("total_us", "speedup_dynamic", "speedup_dense"),
     ),
     View(
         "bench_prefill",
@@ -111,6 +146,7 @@ VIEWS = (
         "ms",
         _PREFILL,
         where={"kind": "chunk"},
+        by_isa=("ms", "time_over_dynamic"),
     ),
     View(
         "bench_prefill",
@@ -146,6 +182,15 @@ VIEWS = (
             "page_packing_ms": ("page ms", _digits(3)),
             "step_ms": ("step ms", _digits(3)),
         },
+        by_isa=("prompt_ms", "page_packing_ms"),
+    ),
+    View(
+        "bench_pack",
+        f"The token at which {{layers}} layers pack a page, CPU time, {_SHAPE}",
+        ("layers", "shape"),
+        "pause_ms",
+        {"pause_ms": ("pause ms", _digits(2)), "layers_step_ms": ("step ms, all layers", _digits(2))},
+        by_isa=("pause_ms",),
     ),
     View(
         "bench_sparse",
@@ -159,6 +204,7 @@ VIEWS = (
             "bytes_read": ("MB read", _MB),
             "share": ("of all bytes", _percent),
         },
+        by_isa=("sparse_us", "ratio"),
     ),
     View(
         "bench_batch",
@@ -169,8 +215,10 @@ VIEWS = (
             "batch_us": ("µs", _WHOLE),
             "over_plain": ("over no padding", _times),
             "reorder_us": ("exchange of beams, µs", _WHOLE),
+            "mask_us": ("reading the mask, µs", _WHOLE),
         },
         keys=("tokens", "cache", "batch_of"),
+        by_isa=("batch_us", "over_plain"),
     ),
     View(
         "bench_prompts",
@@ -246,6 +294,7 @@ VIEWS = (
             "mean_kl": ("mean KL", _short),
             "top1_agreement": ("top-1", _digits(3)),
         },
+        by_isa=("ms", "speedup_dynamic"),
     ),
     View(
         "bench_model",
@@ -298,6 +347,7 @@ VIEWS = (
             "bandwidth_share": ("of bandwidth", _percent),
             "error": _ERROR,
         },
+        by_isa=("step_us", "step_speedup"),
     ),
     View(
         "bench_latent",
@@ -328,6 +378,16 @@ def show(script: str, rows: Sequence[Row], console: Console) -> None:
     for view in views(script):
         for title, own in view.groups(rows):
             header, *lines = view.lines(own)
+            table = make_table(title, header)
+            for line in lines:
+                table.add_row(*line)
+            console.print(table)
+
+
+def show_compared(script: str, results: Mapping[str, Sequence[Row]], console: Console) -> None:
+    """Print the tables with a column for each instruction set, of rows by their instruction set."""
+    for view in views(script):
+        for title, (header, *lines) in view.compared(results):
             table = make_table(title, header)
             for line in lines:
                 table.add_row(*line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -31,15 +32,17 @@ from benchmarks import (
     methods,
     plots,
     report,
+    run,
     timing,
 )
 from benchmarks.methods import DENSE32, DYNAMIC, PLAIN, STATIC, Shape, filled_method
 from benchmarks.session import Report
+from hf_kvcache.kernels.cpu import library
 from tests import families
 from tests.docs.snippets import spelling_tokenizer
 
 #: Columns that may be zero: nothing was mapped, packed or allocated, or the methods agree to the last bit.
-MAY_BE_ZERO = ("page_faults", "packing", "error", "allocations", "allocated_bytes", "mean_kl", "top1_agreement")
+MAY_BE_ZERO = ("page_faults", "packing", "pause", "error", "allocations", "allocated_bytes", "mean_kl", "top1_agreement")
 METHODS = (DYNAMIC, STATIC, "fp8 QuantizedCache", DENSE32, "ours none", "ours 8-bit", "ours 4-bit")
 SHAPE = "4/2/16"
 
@@ -110,8 +113,9 @@ def test_append(tmp_path: Path) -> None:
 
 def test_pack(tmp_path: Path) -> None:
     argv = ["--no-plots", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "300", "--rounds", "1"]
-    rows = rows_of(bench_pack.main(argv))
-    assert [row["cache"] for row in rows] == list(bench_pack.METHODS)
+    rows = rows_of(bench_pack.main([*argv, "--layers", "2"]))
+    assert [row["cache"] for row in rows] == [*bench_pack.METHODS] * 2
+    assert all(row["layers_step_ms"] > 0 and "pause_ms" in row for row in rows[len(bench_pack.METHODS) :])
 
 
 def test_memory(tmp_path: Path) -> None:
@@ -233,6 +237,38 @@ def test_what_is_measured_again_replaces_what_was_there(tmp_path: Path) -> None:
     new.write_text(json.dumps(setup | {"script": "bench_append", "rows": [{"tokens": 2}]}), encoding="utf-8")
     report.update(old, [new])
     assert old["bench_append"]["rows"] == [{"tokens": 2}]
+
+
+@pytest.mark.skipif(library.reason_missing() is not None, reason="the CPU kernels are not compiled")
+def test_instruction_sets_are_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every script runs with each instruction set in turn; the page shows them side by side, and which one is which."""
+    times = {None: 100.0, "portable": 300.0}
+    ran = []
+
+    def measure(call: list[str], env: dict[str, str], check: bool) -> Any:
+        script, isa = call[2].partition(".")[2], env.get(library.ISA_VARIABLE)
+        ran.append((script, isa))
+        row = {"shape": SHAPE, "tokens": 1024, "cache": "ours 4-bit", "total_us": times[isa], "speedup_dense": 2.5}
+        with monkeypatch.context() as patch:
+            patch.setenv(library.ISA_VARIABLE, isa or "")
+            Report(script, rows=[row]).save(argparse.Namespace(out=tmp_path))
+        return argparse.Namespace(returncode=0)
+
+    monkeypatch.delenv(library.ISA_VARIABLE, raising=False)
+    monkeypatch.setattr(run.subprocess, "run", measure)
+    scripts = ["bench_decode", "bench_memory"]
+    run.main(["--isa", "portable,native", "--only", *scripts, "--out", str(tmp_path)])
+    assert ran == [(script, isa) for script in scripts for isa in ("portable", None)]
+    figures = tmp_path / "docs" / "figures.csv"
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+    report.main([*map(str, sorted(tmp_path.glob("bench_decode*.json"))), "--figures", str(figures)])
+    page = figures.with_name("index.md").read_text(encoding="utf-8")
+    best = f"native ({library.isa()})"
+    assert f"| tokens | cache | µs, {best} | µs, portable |" in page
+    assert "| 1,024 | ours 4-bit | 100 | 300 | – | – | 2.50 | 2.50 |" in page.splitlines()
+    assert "## bench_decode, portable" in page and report.read(figures)["bench_decode-portable"]["rows"][0]["tokens"]
+    with pytest.raises(SystemExit):
+        run.main(["--isa", "native,sse9"])
 
 
 def test_eviction(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ class Padding:
             return True
         self._check_length(mask)
         if mask.device.type == "cpu" and mask.dtype in _READ_IN_PLACE:
-            array = mask.detach().numpy()[:, : self.start + self.length]
+            array = (mask.detach() if mask.requires_grad else mask).numpy()[:, : self.start + self.length]
             # All hidden tokens are the padding: the new ones are shown, too.
             alone = np.count_nonzero(array) == array.size - len(places.rows)
             if alone and not array[places.rows, places.positions].any():

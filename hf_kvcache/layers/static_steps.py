@@ -71,25 +71,23 @@ class StaticSteps:
             scoring: how scores are computed.
 
         Returns:
-            ``[B, 1, Hq, Dv]``. None, with nothing stored, if sequences hold different numbers of tokens, or no kernel
-            can store and attend in one call.
+            ``[B, 1, Hq, Dv]``. None, with nothing stored, if no kernel can store and attend in one call.
         """
         lengths, sinks = contents.lengths, scoring.sink_logits
-        slot = int(lengths[0])
-        if len(lengths) > 1 and (lengths != slot).any():
-            return None
+        slot = int(lengths.max())
+        ragged = bool((lengths != slot).any())  # padded rows hold fewer tokens
         address = None if sinks is None else sinks.data_ptr()
         shapes = (query.shape, query.stride(), query.dtype, keys.stride(), values.stride(), keys.dtype)
         # Counted in the tensors, since a graph may have packed pages in copies of them.
-        kind = (shapes, scoring.scaling, scoring.softcap, address, int(contents.numbers.page_events[0]))
+        kind = (shapes, scoring.scaling, scoring.softcap, address, int(contents.numbers.page_events[0]), ragged)
         if self._call is None or self._kind != kind:
             tensors, positions = contents.tensors, contents.numbers.positions
             # On a CPU the positions on the device are those of the host.
             slots = Slots(
                 tensors.dense_keys, tensors.dense_values, positions, lengths, partial(torch.from_numpy, positions)
             )
-            window = contents.settings.window
-            self._call = prepare(CallInputs(query, keys, values, contents.pages(), slots, scoring, window))
+            window, pages = contents.settings.window, contents.pages()
+            self._call = prepare(CallInputs(query, keys, values, pages, slots, scoring, window, ragged=ragged))
             self._kind = kind
         if self._call is None:
             return None

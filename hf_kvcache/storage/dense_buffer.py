@@ -122,6 +122,9 @@ class DenseBuffer:
     def drop_oldest(self, rows: np.ndarray, count: int) -> None:
         """Remove the ``count`` oldest tail tokens of each of ``rows``, shifting the rest down."""
         start = self.sink_length
+        if len(rows) == len(self.lengths) and self.uniform_length is not None:
+            self._drop_oldest_of_all(count)
+            return
         for row in [slice(None)] if len(rows) == len(self.lengths) else rows.tolist():
             stop = int(self.lengths[row].max()) if isinstance(row, slice) else int(self.lengths[row])
             rest = slice(start + count, stop)
@@ -134,6 +137,17 @@ class DenseBuffer:
         self.lengths = self.lengths.copy()
         self.lengths[rows] -= count
         self._note_lengths()
+
+    def _drop_oldest_of_all(self, count: int) -> None:
+        """:meth:`drop_oldest` of all sequences, which hold equally many tokens."""
+        start, left = self.sink_length, self.longest - self.sink_length - count
+        for side in (self.keys, self.values):
+            rest = side.narrow(2, start + count, left)
+            side.narrow(2, start, left).copy_(rest.clone() if left > count else rest)  # ranges that overlap
+        positions = self.positions
+        positions[:, start : start + left] = positions[:, start + count : start + count + left].copy()
+        self.lengths = self.lengths - count
+        self.uniform_length = self.longest = start + left
 
     def truncate_from(self, position: int) -> None:
         """Forget the tokens at ``position`` and after."""
@@ -182,11 +196,12 @@ class DenseBuffer:
         """Make all the room that is usual: the sequences are long enough for pages."""
         self.reserve(self._usual_capacity)
 
-    @torch.inference_mode(False)
     def shrink(self, capacity: int | None = None) -> None:
         """Give back the room beyond ``capacity`` slots, by default the usual ones, if the content allows."""
         capacity = self._usual_capacity if capacity is None else capacity
-        if self.capacity > capacity >= self.longest:
+        if not self.capacity > capacity >= self.longest:
+            return
+        with torch.inference_mode(False):
             self.keys = self.keys[:, :, :capacity].clone()
             self.values = self.values[:, :, :capacity].clone()
             self.positions = self.positions[:, :capacity].copy()

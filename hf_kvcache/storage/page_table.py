@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -125,17 +126,26 @@ class PageTable:
         self._changed()
         self.pool.release(released)
 
-    def append(self, rows: np.ndarray, ids: np.ndarray, first: np.ndarray, count: int) -> None:
-        """Append full pages ``ids [len(rows), n]`` of ``count`` tokens, whose references pass to the table."""
+    def append(self, rows: np.ndarray, ids: np.ndarray, addresses: np.ndarray, first: np.ndarray, count: int) -> None:
+        """Append full pages, whose references pass to the table.
+
+        Args:
+            rows: of the table, ascending.
+            ids: of the pages, ``[len(rows), n]``.
+            addresses: of their records, of the same shape.
+            first: position of the first token of each.
+            count: tokens that each of them holds.
+        """
         added, held = ids.shape[1], self.lengths[rows]
-        self._reserve(int(held.max(initial=0)) + added)
-        columns = held[:, None] + np.arange(added)
-        self._ids[rows[:, None], columns] = ids
-        self._counts[rows[:, None], columns] = count
-        self._first[rows[:, None], columns] = first
-        self._addresses[rows[:, None], columns] = self.pool.addresses(ids)
+        start, longest = (int(held.min()), int(held.max())) if len(rows) else (self.columns, 0)
+        self._reserve(longest + added)
+        where: tuple[Any, Any] = rows[:, None], held[:, None] + np.arange(added)
+        if start == longest and len(rows) == len(self.lengths):
+            where = slice(None), slice(start, start + added)
+        self._ids[where], self._addresses[where], self._counts[where] = ids, addresses, count
+        self._first[where] = first
         self.lengths[rows] += added
-        self._changed(int(held.min(initial=self.columns)))
+        self._changed(start)
 
     def truncate_from(self, position: int) -> None:
         """Forget the tokens at ``position`` and after; a page that loses some keeps the others."""

@@ -57,9 +57,7 @@ class PageWriter:
         dense, first = self.dense, self.dense.sink_length
         if dense.longest < self.first_due:
             return
-        due = self.due(dense.lengths)
-        for pages in np.unique(due[due > 0]).tolist():
-            rows = np.flatnonzero(due == pages)
+        for pages, rows in self._rows_due():
             span = slice(first, first + pages * self.page_size)
             keys, values = (rows_of(x, rows)[:, :, span] for x in (dense.keys, dense.values))
             self._pack(rows, keys, values, dense.positions[rows, span], keep_from, as_packed)
@@ -159,6 +157,14 @@ class PageWriter:
 
     # -- internals ------------------------------------------------------------------------------------------------
 
+    def _rows_due(self) -> list[tuple[int, np.ndarray]]:
+        """The numbers of pages that are due, each with the sequences of which so many are."""
+        dense = self.dense
+        if dense.uniform_length is not None:
+            return [(int(self.due(dense.uniform_length)), np.arange(len(dense.lengths)))]
+        due = self.due(dense.lengths)
+        return [(pages, np.flatnonzero(due == pages)) for pages in np.unique(due[due > 0]).tolist()]
+
     def _pack(
         self,
         rows: np.ndarray,
@@ -169,16 +175,17 @@ class PageWriter:
         as_packed: AsPacked,
     ) -> None:
         """Make pages of ``keys [b, Hkv, n * P, Dk]``, but for those whose tokens all stand before ``keep_from``."""
-        stale = (positions[:, self.page_size - 1 :: self.page_size] < keep_from).sum(1)
-        if (stale != stale[0]).any():
-            for i in range(len(rows)):
-                one = slice(i, i + 1)
-                self._pack(rows[one], keys[one], values[one], positions[one], keep_from, as_packed)
-            return
-        skip = int(stale[0]) * self.page_size
-        if skip:
-            self.lost_before = max(self.lost_before, int(positions[:, skip - 1].max()) + 1)
-        keys, values, positions = keys[:, :, skip:], values[:, :, skip:], positions[:, skip:]
+        if keep_from:
+            stale = (positions[:, self.page_size - 1 :: self.page_size] < keep_from).sum(1)
+            if (stale != stale[0]).any():
+                for i in range(len(rows)):
+                    one = slice(i, i + 1)
+                    self._pack(rows[one], keys[one], values[one], positions[one], keep_from, as_packed)
+                return
+            skip = int(stale[0]) * self.page_size
+            if skip:
+                self.lost_before = max(self.lost_before, int(positions[:, skip - 1].max()) + 1)
+            keys, values, positions = keys[:, :, skip:], values[:, :, skip:], positions[:, skip:]
         if keys.shape[2]:
             with without_autocast(keys.device):
                 self._write(rows, as_packed(rows, keys, positions), values, positions)
@@ -189,22 +196,26 @@ class PageWriter:
         self.basis.fix_mean(rows, keys)
         table_rows = table.rows_of(rows)
         # Column by column, so that the pages that are read together lie together.
-        ids = pool.allocate(pages * len(table_rows)).reshape(pages, len(table_rows))
+        flat_ids = pool.allocate(pages * len(table_rows))
+        ids, addresses = flat_ids.reshape(pages, -1), pool.addresses(flat_ids).reshape(pages, -1)
         if pool.memory.in_place and self.encoder.writes_at_once(keys, values):
-            records = pool.memory.side_by_side(ids.flatten())
+            # Another device than the host's is spared an upload if it can.
+            records = None if keys.device.type == "cpu" else pool.memory.side_by_side(flat_ids)
             if records is None:
-                records = to_device(pool.addresses(ids.flatten()), keys.device)
+                records = to_device(addresses.reshape(-1), keys.device)
             self.encoder.write(keys, values, *self.basis.of(rows), records)
         else:
             for start, stop, records in self.encode(rows, keys, values):
                 pool.write(ids[start:stop].flatten(), records)
         paged = positions.reshape(len(rows), pages, self.page_size)
         self._note_positions(paged, ids)
-        table.append(table_rows, ids.T, paged[:, :, 0].repeat(table.heads, 0), self.page_size)
+        table.append(table_rows, ids.T, addresses.T, paged[:, :, 0].repeat(table.heads, 0), self.page_size)
 
     def _note_positions(self, positions: np.ndarray, ids: np.ndarray) -> None:
         """Remember every position of the pages whose tokens do not stand side by side."""
         scattered, heads = positions[:, :, -1] - positions[:, :, 0] != self.page_size - 1, self.table.heads
+        if not scattered.any():
+            return
         for row, column in np.argwhere(scattered).tolist():
             for page in ids[column, row * heads : (row + 1) * heads].tolist():
                 self.table.pool.note_positions(page, positions[row, column].copy())

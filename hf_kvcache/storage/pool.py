@@ -82,7 +82,8 @@ class PagePool:
 
     def allocate(self, count: int) -> np.ndarray:
         """``count`` ascending page ids with one reference each, whose contents are not yet written."""
-        with self._locked():
+        with self._lock:
+            self._release_abandoned()
             self._reserve(count)
             ids, self._free = self._free[:count], self._free[count:]
             self._references[ids] = 1
@@ -200,13 +201,14 @@ class PagePool:
         if len(self._free) < count:
             ids = self.memory.add(count - len(self._free))
             self._extend()
-            self._free = np.sort(np.concatenate([self._free, ids]))
+            self._free = np.sort(np.concatenate([self._free, ids])) if len(self._free) else ids
 
     def _extend(self) -> None:
         """Room for the references to all page ids."""
         more = self.memory.total - len(self._references)
         if more:
-            self._references, self._editions = (np.pad(x, (0, more)) for x in (self._references, self._editions))
+            new = np.zeros(more, dtype=np.int32)
+            self._references, self._editions = (np.concatenate([x, new]) for x in (self._references, self._editions))
 
     def _drop_empty_slabs(self, freed: np.ndarray) -> None:
         for index in np.unique(self.memory.owner(freed)).tolist():

@@ -89,14 +89,16 @@ class Slabs:
         """Whether what computes on the device can read and write the slabs."""
         return self.target is None or self.target.in_place(self.device)
 
-    @torch.inference_mode(False)
     def add(self, count: int) -> np.ndarray:
         """Memory for at least ``count`` pages; returns their ids, ascending."""
         growth = _GROWTH if self.target is None else _GROWTH_OUTSIDE
         count = max(count, int(self.held * growth))
         if self.target is None:
-            return self.adopt(Slab(torch.empty(count, self.record_bytes, dtype=torch.uint8, device=self.device)))
-        slabs = self.target.slabs(count, self.record_bytes, self.device)
+            with torch.inference_mode(False):
+                records = torch.empty(count, self.record_bytes, dtype=torch.uint8, device=self.device)
+            return self.adopt(Slab(records))
+        with torch.inference_mode(False):
+            slabs = self.target.slabs(count, self.record_bytes, self.device)
         return np.sort(np.concatenate([self.adopt(slab) for slab in slabs]))
 
     def adopt(self, slab: Slab) -> np.ndarray:
@@ -236,13 +238,14 @@ class Slabs:
 
     def _vacant(self, count: int) -> int:
         """The index of a slab of ``count`` pages without memory: one that was given back, or a new one."""
-        for index, (slab, size) in enumerate(zip(self._slabs, self._sizes, strict=True)):
-            if slab is None and size == count:
-                return index
+        if self.held < self.total:
+            for index, (slab, size) in enumerate(zip(self._slabs, self._sizes, strict=True)):
+                if slab is None and size == count:
+                    return index
         self._slabs.append(None)
         self._sizes.append(count)
-        self._starts = np.append(self._starts, self.total)
-        self._bases = np.append(self._bases, 0)
+        self._starts = np.concatenate((self._starts, (self.total,)))
+        self._bases = np.concatenate((self._bases, (0,)))
         self.total += count
         return len(self._slabs) - 1
 

@@ -9,5 +9,7 @@ import torch
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """A context without autocast, which would round what is packed before the codec does."""
-    # The meta device computes nothing, and torch has no autocast for it.
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    # The meta device computes nothing, and torch has no autocast for it. Entering a context takes time: once a page.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

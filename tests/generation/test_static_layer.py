@@ -11,6 +11,8 @@ import torch
 from hf_kvcache.codecs import resolve
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.kernels.inputs import Pages, Scoring
+from hf_kvcache.kernels.prepared_call import takes_ragged
+from hf_kvcache.layers import static_ops
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.static import StaticLayer
@@ -117,6 +119,25 @@ def test_the_same_pages_and_outputs(codec: str, window: int | None, updates: str
         if number % 7 == 0:
             same(growing, static)
     same(growing, static)
+
+
+@pytest.mark.skipif(not takes_ragged(False, torch.device("cpu")), reason="the CPU kernels are not compiled")
+def test_padded_steps_take_prepared_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a padded prompt, page events of single rows among the steps; the outputs are compared above."""
+    _, static = layers("unbiased4", None)
+    mask = torch.ones(3, 37, dtype=torch.long)
+    mask[0, :9], mask[2, :36] = 0, 0
+    queries = torch.randn(3, HEADS * GROUP, 37, DIM)
+    step(static, torch.randn(3, HEADS, 37, DIM), queries, mask)
+
+    def general(*_: Any) -> None:
+        raise AssertionError("the general way")
+
+    monkeypatch.setattr(static_ops, "attend_kernel", general)
+    for _ in range(PAGE + 2):
+        mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
+        step(static, torch.randn(3, HEADS, 1, DIM), queries[:, :, :1], mask)
+    assert static.storage is not None and len(set(static.storage.lengths.tolist())) == 3
 
 
 def test_padding_that_was_taken_back_is_forgotten() -> None:

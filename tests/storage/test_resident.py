@@ -21,7 +21,7 @@ def _append(table: PageTable, random: np.random.Generator, columns: int) -> None
     ids = table.pool.allocate(ROWS * columns).reshape(ROWS, columns)
     table.pool.write(ids.flatten(), torch.from_numpy(random.integers(1, 255, (ROWS * columns, BYTES), dtype=np.uint8)))
     first = (table.columns + np.arange(columns)) * PAGE
-    table.append(np.arange(ROWS), ids, first, PAGE)
+    table.append(np.arange(ROWS), ids, table.pool.addresses(ids), first, PAGE)
 
 
 @pytest.mark.parametrize("seed", range(3))

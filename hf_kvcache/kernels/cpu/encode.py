@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from ctypes import byref, c_float, pointer
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 
 from hf_kvcache.kernels.cpu import library
@@ -19,26 +19,21 @@ __all__ = ["encode_pages", "key_mean", "supports_encoding", "supports_mean"]
 #: The methods of encoding that the kernels know, by their names in the codecs' ``method``.
 METHODS = {"integer": 0, "unbiased_keys": 1, "unbiased_values": 2, "norm": 3, "dense": 4}
 _ONE_THREAD_ELEMENTS = 1 << 16
+_Methods = tuple[str | None, str | None]
+#: Calls in which everything is filled in that does not differ from call to call, by layout, methods and dtype.
+_templates: WeakKeyDictionary[PageLayout, dict[tuple[_Methods, torch.dtype], library.Encode | None]] = (
+    WeakKeyDictionary()
+)
 
 
-def supports_encoding(
-    layout: PageLayout, methods: tuple[str | None, str | None], keys: torch.Tensor, values: torch.Tensor
-) -> bool:
+def supports_encoding(layout: PageLayout, methods: _Methods, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether :func:`encode_pages` can encode such pages."""
-    return (
-        keys.dtype == values.dtype
-        and keys.dtype in DENSE
-        and all(
-            method in METHODS and (fmt.level != "dense" or fmt.dense_dtype == keys.dtype)
-            for method, fmt in zip(methods, layout.sides.values(), strict=True)
-        )
-        and native_layout(layout) is not None
-    )
+    return keys.dtype == values.dtype and _template(layout, methods, keys.dtype) is not None
 
 
 def encode_pages(
     layout: PageLayout,
-    methods: tuple[str | None, str | None],
+    methods: _Methods,
     keys: torch.Tensor,
     values: torch.Tensor,
     key_mean: torch.Tensor | None,
@@ -50,25 +45,18 @@ def encode_pages(
     Raises:
         MemoryError: if there is no memory for the work.
     """
+    template = _template(layout, methods, keys.dtype)
+    assert template is not None
+    call = library.Encode.from_buffer_copy(template)
     batch, heads, length, _ = keys.shape
-    sides = [
-        _side(layout, side, method, x) for side, method, x in zip(layout.sides, methods, (keys, values), strict=True)
-    ]
+    call.keys.x, keys = vectors_of(keys)
+    call.values.x, values = vectors_of(values)
     basis = [None if t is None else t.float().contiguous() for t in (key_mean, key_scale)]
+    call.key_mean, call.key_scale = (None if t is None else t.data_ptr() for t in basis)
     addresses = _addresses(records)
-    call = library.Encode(
-        layout=pointer(native_layout(layout)),
-        keys=sides[0][0],
-        values=sides[1][0],
-        level=DENSE[keys.dtype],
-        heads=heads,
-        rows=batch * heads,
-        pages=length // layout.page_size,
-        key_mean=None if basis[0] is None else basis[0].data_ptr(),
-        key_scale=None if basis[1] is None else basis[1].data_ptr(),
-        addresses=addresses.ctypes.data,
-        threads=torch.get_num_threads(),
-    )
+    call.addresses = addresses.data_ptr()
+    call.heads, call.rows, call.pages = heads, batch * heads, length // layout.page_size
+    call.threads = torch.get_num_threads()
     run(library.load().hfkv_encode, byref(call), "for the pages that are packed")
 
 
@@ -107,13 +95,26 @@ def key_mean(fmt: SideFormat, keys: torch.Tensor, key_scale: torch.Tensor | None
     run(library.load().hfkv_key_mean, byref(call), "for the mean of the keys")
 
 
-def _side(
-    layout: PageLayout, side: str, method: str | None, x: torch.Tensor
-) -> tuple[library.EncodeSide, torch.Tensor]:
-    """The struct of a side, and the tensor that it refers to."""
-    assert method is not None
-    vectors, x = vectors_of(x)
-    return library.EncodeSide(METHODS[method], _grid(layout.sides[side].table), vectors), x
+def _template(layout: PageLayout, methods: _Methods, dtype: torch.dtype) -> library.Encode | None:
+    """A call for pages of a layout without what differs from call to call; None if the kernels cannot encode them."""
+    made = _templates.setdefault(layout, {})
+    if (methods, dtype) not in made:
+        made[methods, dtype] = _make_template(layout, methods, dtype)
+    return made[methods, dtype]
+
+
+def _make_template(layout: PageLayout, methods: _Methods, dtype: torch.dtype) -> library.Encode | None:
+    native, formats = native_layout(layout), layout.sides.values()
+    known = all(
+        method in METHODS and (fmt.level != "dense" or fmt.dense_dtype == dtype)
+        for method, fmt in zip(methods, formats, strict=True)
+    )
+    if native is None or dtype not in DENSE or not known:
+        return None
+    keys, values = (
+        library.EncodeSide(METHODS[str(method)], _grid(fmt.table)) for method, fmt in zip(methods, formats, strict=True)
+    )
+    return library.Encode(pointer(native), keys, values, DENSE[dtype])
 
 
 def vectors_of(x: torch.Tensor) -> tuple[library.Vectors, torch.Tensor]:
@@ -122,11 +123,11 @@ def vectors_of(x: torch.Tensor) -> tuple[library.Vectors, torch.Tensor]:
     return library.Vectors(x.data_ptr(), *x.stride()[:3]), x
 
 
-def _addresses(records: torch.Tensor) -> np.ndarray:
+def _addresses(records: torch.Tensor) -> torch.Tensor:
     """Addresses of records, int64 ``[n]``, given as such or as uint8 ``[n, record_bytes]``."""
     if records.dtype == torch.int64:
-        return records.contiguous().numpy()
-    return records.data_ptr() + np.arange(len(records), dtype=np.int64) * records.stride(0)
+        return records.contiguous()
+    return records.data_ptr() + torch.arange(len(records), dtype=torch.int64, device="cpu") * records.stride(0)
 
 
 @lru_cache(maxsize=16)
