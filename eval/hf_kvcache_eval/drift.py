@@ -19,6 +19,7 @@ from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Memory, Metric
 from hf_kvcache_eval.fidelity import by_distance, memory_of
 from hf_kvcache_eval.protocol import Reader
+from hf_kvcache_eval.retrieval.task import end_tokens
 from hf_kvcache_eval.statistics import mean_metric
 from hf_kvcache_eval.task import Bench, Outcome, Piece, TaskInPieces
 from hf_kvcache_eval.text import running_text, text_windows
@@ -151,7 +152,9 @@ class Drift(TaskInPieces):
             part = rows[start : start + step]
             reader = _prefilled(bench, method, part, 1)
             memory = memory_of(reader.caches[0], reader.model.config, len(part), self.prefix - 1)
-            choose = Choice(_ends(bench, reader.model), self._generators(bench, index, start, len(part)))
+            choose = Choice(
+                sorted(end_tokens(reader.model, bench.tokenizer)), self._generators(bench, index, start, len(part))
+            )
             full = _prefilled(bench, Method("full"), part, _BLOCK) if compare else None
             parts.append(_write(reader, full, part[:, -1:], choose, self.length, timing))
         joined = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "kl", "agree"))
@@ -264,13 +267,6 @@ def _prefilled(bench: Bench, method: Method, rows: torch.Tensor, block: int) -> 
     reader.block = block
     reader.prefill(rows[:, :-1].tolist())
     return reader
-
-
-def _ends(bench: Bench, model: Any) -> list[int]:
-    """Tokens that end a text."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends, bench.tokenizer.eos_token_id]
-    return sorted({end for end in ends if end is not None})
 
 
 def _equal_tokens(a: Sequence[int], b: Sequence[int]) -> int:

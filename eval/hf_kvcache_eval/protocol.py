@@ -8,7 +8,7 @@ token is not prefilled but decoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -192,8 +192,20 @@ class Reader:
         return torch.cat(log_probs, 1), torch.cat(greedy, 1)
 
     @torch.inference_mode()
-    def generate(self, tokens: torch.Tensor, count: int, stop: set[int]) -> list[list[int]]:
+    def generate(
+        self,
+        tokens: torch.Tensor,
+        count: int,
+        stop: set[int],
+        complete: Callable[[int, list[int]], bool] = lambda row, output: False,
+    ) -> list[list[int]]:
         """Decode ``tokens [B, n]`` through the cache, then up to ``count`` tokens greedily.
+
+        Args:
+            tokens: what is decoded first.
+            count: new tokens of each row, at most.
+            stop: tokens that end a row.
+            complete: told a row's number and its new tokens, says whether it needs no more of them.
 
         Returns:
             The new tokens of each row, without the one of ``stop`` that ended it.
@@ -209,6 +221,7 @@ class Reader:
                 alive[row] = alive[row] and token not in stop
                 if alive[row]:
                     out[row].append(token)
+                    alive[row] = not complete(row, out[row])
             if not any(alive):
                 break
         return out

@@ -14,6 +14,9 @@ from hf_kvcache_eval.drift import Drift
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.retrieval import RetrievalTask, kinds
 from hf_kvcache_eval.retrieval.ready import KINDS as READY
+from hf_kvcache_eval.ruler import ALL as RULER
+from hf_kvcache_eval.ruler import TASKS as RULER_TASKS
+from hf_kvcache_eval.ruler import RulerTask
 from hf_kvcache_eval.speed import Speed
 from hf_kvcache_eval.task import Task
 
@@ -204,11 +207,14 @@ def entry(word: str, size: Size) -> Entry:
         aware, forced = "aware" in modes, "forced" in modes
         task = RetrievalTask(kind, int(length), size.samples, aware, size.batch, forced)
         return Entry(replace(task, samples=size.quotes or size.samples) if task.literal else task, size.protocol)
+    if kind in (RULER, *RULER_TASKS) and length and modes in ([], ["aware"]):
+        return Entry(RulerTask(kind, int(length), size.samples, bool(modes), size.batch), size.protocol)
     if not length and not modes:
         return _lm_entry(kind, size)
     raise ValueError(
         f"task={word!r}; accepted: fidelity@N, speed@N, drift@N:LENGTH (with :sampled for drawn tokens), "
-        f"{', '.join(f'{kind}@N' for kind in kinds())} (with :aware for the question inside the compressed context, :forced for a given answer that is decoded in one block), "
+        f"{', '.join(f'{kind}@N' for kind in (*kinds(), RULER, *RULER_TASKS))} (with :aware for the question inside "
+        "the compressed context; all but ruler's with :forced for a given answer that is decoded in one block), "
         f"{', '.join(LM_TASKS)} and lm-eval's own names"
     )
 
