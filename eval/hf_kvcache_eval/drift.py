@@ -224,8 +224,8 @@ def _write(
         timing["decode_seconds"] += time.perf_counter() - started
         timing["decode_calls"] += len(fed)
         if full is not None:
-            (logits,) = full.logits(torch.cat(fed, 1))
-            mine, theirs = torch.cat(own, 1).log_softmax(-1), logits.log_softmax(-1)
+            mine = torch.cat(own, 1).log_softmax(-1)
+            theirs = torch.cat(list(full.logits(torch.cat(fed, 1))), 1).log_softmax(-1)
             kl.append((theirs.exp() * (theirs - mine)).sum(-1).double())
             agree.append(mine.argmax(-1) == theirs.argmax(-1))
     if full is None:

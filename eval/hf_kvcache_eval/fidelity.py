@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from hf_kvcache import KVCache, SparseReadCache
+from hf_kvcache.cache.memory import tensor_bytes
 from hf_kvcache_eval.caches import Method, held_bytes
 from hf_kvcache_eval.cells import Memory, Metric, Series
 from hf_kvcache_eval.statistics import mean_metric
@@ -119,7 +121,15 @@ def memory_of(cache: Any, config: Any, batch: int, tokens: int) -> Memory:
         report = cache.memory()
         full = report.full_bf16
         bits = report.bits_per_element if report.packed_elements else None
+    elif type(cache) is DynamicCache:
+        full = sum(_bytes_in_bf16(layer) for layer in cache.layers)
     return Memory(batch * tokens, held_bytes(cache), full, bits)
+
+
+def _bytes_in_bf16(layer: Any) -> int:
+    """Bytes of a layer of DynamicCache with its keys and values in bfloat16; recurrent states stay as they are."""
+    held = [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]
+    return tensor_bytes(vars(layer)) - tensor_bytes(held) + 2 * sum(x.numel() for x in held)
 
 
 def read_share(cache: Any) -> float | None:
@@ -133,7 +143,10 @@ def read_share(cache: Any) -> float | None:
 
 
 def full_bytes(config: Any, tokens: int) -> int:
-    """Bytes of a bfloat16 DynamicCache with full attention in every layer that holds ``tokens`` tokens."""
+    """Bytes of a bfloat16 DynamicCache with full attention in every layer that holds ``tokens`` tokens.
+
+    It is for caches that know no other layers: transformers' quantized ones, and those of other libraries.
+    """
     text_config = config.get_text_config(decoder=True)
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from hf_kvcache import HeavyHitterCache
 from hf_kvcache.integration.versions import with_cache
@@ -147,14 +148,20 @@ class Reader:
             self.caches += [_copy(self.caches[0]) for _ in range(counts[0] - 1)]
         elif self.mask.shape[1] and list(counts) != [1] * len(counts):
             # An empty cache has no rows yet.
-            self.caches[0].batch_select_indices(index)
+            # Not batch_select_indices(), which recurrent layers of transformers do not have.
+            self.caches[0].reorder_cache(index)
         self.mask = self.mask[index]
 
     @torch.inference_mode()
     def logits(self, tokens: torch.Tensor, skip: int = 0) -> Iterator[torch.Tensor]:
-        """Decode ``tokens [B, n]``; yields float32 logits ``[B, <= block, vocabulary]``, without the first ``skip``."""
+        """Decode ``tokens [B, n]``; yields float32 logits ``[B, <= block, vocabulary]``, without the first ``skip``.
+
+        Models with recurrent layers decode one token at a time.
+        """
         assert self.mask is not None, "prefill first"
-        for chunk in tokens.to(self.mask.device).split(self.block, dim=1):
+        # Some recurrent layers (Jamba's) begin anew with a block of several tokens, and read their state for one only.
+        block = 1 if any(isinstance(x, LinearAttentionCacheLayerMixin) for x in self.caches[0].layers) else self.block
+        for chunk in tokens.to(self.mask.device).split(block, dim=1):
             self.mask = torch.cat([self.mask, self.mask.new_ones(chunk.shape)], 1)
             wanted = chunk.shape[1] - skip
             skip = max(0, -wanted)
