@@ -6,9 +6,8 @@ writing from its own tokens, as users do: what it wrote under an error is packed
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from statistics import median
 from typing import Any
@@ -23,11 +22,8 @@ from hf_kvcache_eval.retrieval.task import end_tokens
 from hf_kvcache_eval.statistics import mean_metric
 from hf_kvcache_eval.task import Bench, Outcome, Piece, TaskInPieces
 from hf_kvcache_eval.text import running_text, text_windows
+from hf_kvcache_eval.writing import BLOCK, Choice, Written, loop_start, write
 
-#: Tokens that the full cache reads in one block, to say what it makes of them: nothing of it is packed.
-_BLOCK = 16
-#: A text is in a loop if it ends in this many equal periods or more, which are this many tokens or more together.
-LOOP_PERIODS, LOOP_TOKENS = 3, 16
 _RESAMPLES = 2000
 _POSITION = "tokens generated"
 
@@ -143,7 +139,7 @@ class Drift(TaskInPieces):
 
     def _written(
         self, bench: Bench, method: Method, index: int, compare: bool = True
-    ) -> tuple[_Written, Memory, dict[str, float]]:
+    ) -> tuple[Written, Memory, dict[str, float]]:
         """What ``method`` writes on a piece, with its memory after the prefills and what it took."""
         rows = self._rows(bench)[index].to(bench.model(method.dtype).device)
         step = self.batch if method.kind.rows else 1
@@ -155,10 +151,10 @@ class Drift(TaskInPieces):
             choose = Choice(
                 sorted(end_tokens(reader.model, bench.tokenizer)), self._generators(bench, index, start, len(part))
             )
-            full = _prefilled(bench, Method("full"), part, _BLOCK) if compare else None
-            parts.append(_write(reader, full, part[:, -1:], choose, self.length, timing))
+            full = _prefilled(bench, Method("full"), part, BLOCK) if compare else None
+            parts.append(write(reader, full, part[:, -1:], choose, self.length, timing))
         joined = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "kl", "agree"))
-        return _Written(*joined), memory, timing
+        return Written(*joined), memory, timing
 
     def _generators(self, bench: Bench, index: int, start: int, count: int) -> list[torch.Generator] | None:
         """Random numbers of each of ``count`` rows of a piece from row ``start`` on; None where none are drawn."""
@@ -167,88 +163,6 @@ class Drift(TaskInPieces):
         first = index * self.batch + start
         seeds = [Random(f"drift/{bench.protocol.seed}/{first + row}").getrandbits(63) for row in range(count)]
         return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-@dataclass
-class Choice:
-    """How the next token of each row is chosen.
-
-    Attributes:
-        never: tokens that are not chosen.
-        generators: random numbers of each row, to draw a token; None to take the likeliest.
-    """
-
-    never: Sequence[int]
-    generators: list[torch.Generator] | None = None
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Tokens ``[B, 1]`` from logits ``[B, vocabulary]``."""
-        logits = logits.clone()
-        logits[:, list(self.never)] = -torch.inf
-        if self.generators is not None:
-            # The largest of logits plus Gumbel noise is a draw from their softmax. Noise of a CPU, equal everywhere.
-            waits = [torch.empty(logits.shape[1]).exponential_(generator=one) for one in self.generators]
-            logits -= torch.stack(waits).log().to(logits.device)
-        return logits.argmax(-1, keepdim=True)
-
-
-@dataclass
-class _Written:
-    """Texts, and what the full cache says of each of their tokens; ``kl`` and ``agree`` are empty if it was not asked.
-
-    Attributes:
-        tokens: ``[B, length]``.
-        kl: KL(full || cache) of the distribution that each token was chosen from, float64.
-        agree: 1 where both find the same token likeliest.
-    """
-
-    tokens: torch.Tensor
-    kl: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    agree: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-def _write(
-    reader: Reader, full: Reader | None, tokens: torch.Tensor, choose: Choice, length: int, timing: dict[str, float]
-) -> _Written:
-    """Write ``length`` tokens behind ``tokens [B, 1]``; ``full`` reads the same tokens, a block behind."""
-    written, kl, agree = [], [], []
-    for start in range(0, length, _BLOCK):
-        fed, own = [], []
-        started = time.perf_counter()
-        for _ in range(min(_BLOCK, length - start)):
-            (logits,) = reader.logits(tokens)
-            fed.append(tokens)
-            tokens = choose(logits[:, -1])
-            written.append(tokens)
-            own.append(logits)
-        timing["decode_seconds"] += time.perf_counter() - started
-        timing["decode_calls"] += len(fed)
-        if full is not None:
-            mine = torch.cat(own, 1).log_softmax(-1)
-            theirs = torch.cat(list(full.logits(torch.cat(fed, 1))), 1).log_softmax(-1)
-            kl.append((theirs.exp() * (theirs - mine)).sum(-1).double())
-            agree.append(mine.argmax(-1) == theirs.argmax(-1))
-    if full is None:
-        return _Written(torch.cat(written, 1))
-    return _Written(torch.cat(written, 1), torch.cat(kl, 1), torch.cat(agree, 1).double())
-
-
-def loop_start(tokens: Sequence[int]) -> int | None:
-    """Where the loop begins that a text ends in; None if it ends in none.
-
-    A loop is a stretch up to the end in which every token is the one a period before, of at least ``LOOP_PERIODS``
-    periods and ``LOOP_TOKENS`` tokens. Of several periods the one with the longest stretch counts.
-    """
-    text = torch.tensor(tokens)
-    best: int | None = None
-    for period in range(1, len(text) // LOOP_PERIODS + 1):
-        other = (text[period:] != text[:-period]).nonzero()
-        # The first token that repeats, and the period before it.
-        start = int(other[-1]) + 1 if len(other) else 0
-        long = len(text) - start >= max(LOOP_PERIODS * period, LOOP_TOKENS)
-        if long and (best is None or start < best):
-            best = start
-    return best
 
 
 def median_metric(samples: Sequence[float], unit: str, seed: int = 0) -> Metric:

@@ -12,16 +12,17 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_kvcache_eval.caches import Method
-from hf_kvcache_eval.drift import LOOP_PERIODS, LOOP_TOKENS, Choice, Drift, loop_start, median_metric
+from hf_kvcache_eval.drift import Drift, median_metric
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.suites import SIZES, entry
 from hf_kvcache_eval.task import Bench, Piece
 from hf_kvcache_eval.text import text_windows
+from hf_kvcache_eval.writing import LOOP_PERIODS, LOOP_TOKENS, Choice, loop_start
 from tests.eval.tiny import LetterTokenizer
 from tests.running import as_cache
 
 #: More tokens than one block of the reference, and not a multiple of it; pieces of two and of one.
-TASK = Drift(prefix=48, length=37, prompts=3, batch=2)
+TASK = Drift(prefix=48, length=21, prompts=3, batch=2)
 PROTOCOL = Protocol(2, 8, 16)
 
 
@@ -48,7 +49,7 @@ def test_the_numbers_are_those_of_a_plain_loop(bench: Bench, model: PreTrainedMo
     assert min(found["same"]) < TASK.length, "nothing to find"
     outcome = TASK.run(bench, Method("int2"))
     assert outcome.metrics["kl"].samples == pytest.approx([sum(row) / TASK.length for row in found["kl"]])
-    assert outcome.metrics["kl_last_quarter"].samples == pytest.approx([sum(row[-9:]) / 9 for row in found["kl"]])
+    assert outcome.metrics["kl_last_quarter"].samples == pytest.approx([sum(row[-5:]) / 5 for row in found["kl"]])
     assert outcome.metrics["same_tokens"].value == sorted(found["same"])[1]
     still = [sum(position < same for same in found["same"]) / 3 for position in range(TASK.length)]
     assert outcome.series["same"].y[:2] == pytest.approx([sum(still[:8]) / 8, sum(still[8:16]) / 8])
@@ -89,7 +90,7 @@ def test_the_full_cache_does_not_drift(bench: Bench) -> None:
     assert nothing_packed["kl"].value == pytest.approx(0, abs=1e-6) and nothing_packed["same_text"].value == 1
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_text_depends_on_its_prompt_alone(bench: Bench, sampled: bool) -> None:
     """Not on the batch, and not on the pieces before it, which an interrupted run does not repeat."""
     task = replace(TASK, sampled=sampled)
@@ -111,7 +112,7 @@ def test_drawn_texts_have_random_numbers_in_common(bench: Bench) -> None:
     assert full() != full(1) and full() != full(task=TASK)
     assert task.run(bench, Method("none")).metrics["same_text"].value == 1
     damaged = task.run(bench, Method("window@8")).metrics
-    assert damaged["same_tokens"].value < TASK.length and task.name == "drift@48:37:sampled"
+    assert damaged["same_tokens"].value < TASK.length and task.name == "drift@48:21:sampled"
 
 
 def test_draws_follow_the_distribution_and_end_no_text() -> None:

@@ -17,7 +17,7 @@ from tests.eval.tiny import LetterTokenizer
 from tests.running import ROUNDING
 
 ONE_HEAD = "one KV head"
-KINDS = ["gemma3", "qwen2", ONE_HEAD, "jamba", pytest.param("qwen3_next", marks=pytest.mark.slow)]
+KINDS = ["gemma3", "qwen2", ONE_HEAD, *(pytest.param(name, marks=pytest.mark.slow) for name in families.RECURRENT)]
 #: Methods and whether they lose nothing.
 METHODS = {"full": True, "none": True, "int4": False, "snapkv@0.5": False}
 
@@ -51,7 +51,19 @@ def test_every_sort_of_cache(bench: Bench) -> None:
     assert max(sizes.values()) <= 1.001 * min(sizes.values())
 
 
-@pytest.mark.parametrize("spec", ["full", "int4"])
+def test_recurrent_layers_decode_token_by_token() -> None:
+    """Jamba's begin anew with a block."""
+    model = families.build("jamba")
+    reader = Bench(lambda dtype: (model, LetterTokenizer()), Protocol(2, 8, 16, block=4)).reader(Method("none"))
+    tokens = torch.randint(1, families.VOCABULARY, (1, 30), generator=torch.Generator().manual_seed(0))
+    reader.prefill(tokens[:, :12].tolist())
+    found = torch.cat(list(reader.logits(tokens[:, 12:], skip=3)), 1)
+    with torch.inference_mode():
+        expected = model(tokens, use_cache=False).logits[:, 15:]
+    assert torch.allclose(found, expected, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("spec", [pytest.param("full", marks=pytest.mark.slow), "int4"])
 def test_padded_rows_and_forks_score_as_alone(bench: Bench, spec: str) -> None:
     drawn = torch.randint(1, families.VOCABULARY, (3, 60), generator=torch.Generator().manual_seed(0))
     contexts = [drawn[0, :45].tolist(), drawn[1, :33].tolist()]

@@ -68,7 +68,7 @@ def test_a_document_is_cut_in_front_of_its_question() -> None:
 
 
 @pytest.mark.usefixtures("toys")
-@pytest.mark.parametrize("aware", [False, True])
+@pytest.mark.parametrize("aware", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_mean_is_over_tasks_and_outputs_end_when_all_is_found(aware: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
     generate, prefill, prefilled = Reader.generate, Reader.prefill, []
