@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from hf_kvcache import KVCache, SparseReadCache
+from hf_kvcache.cache.memory import tensor_bytes
 from hf_kvcache_eval.caches import Method, held_bytes
 from hf_kvcache_eval.cells import Memory, Metric, Series
 from hf_kvcache_eval.statistics import mean_metric
 from hf_kvcache_eval.task import Bench, Outcome, Piece, TaskInPieces
-from hf_kvcache_eval.text import WIKITEXT, read_text
+from hf_kvcache_eval.text import running_text, text_windows
 
+#: Curves over the distance from the prefix, with the labels of their axes.
 _LABELS = {"kl": "KL (nats)", "delta_nll": "change of NLL (nats)"}
 
 
@@ -57,40 +60,24 @@ class Fidelity(TaskInPieces):
         joined = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in found.found.items()}
         return Outcome(
             metrics=_metrics(joined),
-            series={name: _by_distance(joined[name], name) for name in _LABELS},
+            series={
+                name: by_distance(joined[name], "tokens after the prefix", label) for name, label in _LABELS.items()
+            },
             memory=found.memory,
             protocol={
                 "prefix": self.prefix,
                 "suffix": self.suffix,
                 "windows": len(joined["kl"]),
-                "text": self._text(bench)[1],
+                "text": running_text(bench)[1],
                 "what": "KL(full || cache) in nats per decoded token; the reference decodes through DynamicCache in "
                 "float32 in the same blocks",
             },
             timing=found.timing,
         )
 
-    def _text(self, bench: Bench) -> tuple[torch.Tensor, str]:
-        """The text as tokens ``[T]``, and its name."""
-        key = ("tokens",)
-        if key not in bench.memo:
-            text, name = read_text(bench.data, WIKITEXT)
-            bench.memo[key] = bench.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0], name
-        return bench.memo[key]
-
     def _rows(self, bench: Bench) -> tuple[torch.Tensor, ...]:
-        """The windows of each piece."""
-        return self._windows(bench)[0].split(self.batch)
-
-    def _windows(self, bench: Bench) -> tuple[torch.Tensor, str]:
-        """Windows ``[n, prefix + suffix]`` and the text's name."""
-        tokens, name = self._text(bench)
-        length = self.prefix + self.suffix
-        if len(tokens) < length:
-            raise ValueError(f"{name} has {len(tokens)} tokens; one window takes {length}")
-        count = min(self.windows, len(tokens) // length)
-        starts = torch.linspace(0, len(tokens) - length, count).long().tolist()
-        return torch.stack([tokens[start : start + length] for start in starts]), name
+        """The windows ``[n, prefix + suffix]`` of each piece."""
+        return text_windows(bench, self.prefix + self.suffix, self.windows).split(self.batch)
 
     def _full(self, bench: Bench, index: int) -> torch.Tensor:
         """Log-probabilities ``[B, suffix, vocabulary]`` of a piece through the full cache, computed once for all."""
@@ -134,7 +121,15 @@ def memory_of(cache: Any, config: Any, batch: int, tokens: int) -> Memory:
         report = cache.memory()
         full = report.full_bf16
         bits = report.bits_per_element if report.packed_elements else None
+    elif type(cache) is DynamicCache:
+        full = sum(_bytes_in_bf16(layer) for layer in cache.layers)
     return Memory(batch * tokens, held_bytes(cache), full, bits)
+
+
+def _bytes_in_bf16(layer: Any) -> int:
+    """Bytes of a layer of DynamicCache with its keys and values in bfloat16; recurrent states stay as they are."""
+    held = [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]
+    return tensor_bytes(vars(layer)) - tensor_bytes(held) + 2 * sum(x.numel() for x in held)
 
 
 def read_share(cache: Any) -> float | None:
@@ -148,7 +143,10 @@ def read_share(cache: Any) -> float | None:
 
 
 def full_bytes(config: Any, tokens: int) -> int:
-    """Bytes of a bfloat16 DynamicCache with full attention in every layer that holds ``tokens`` tokens."""
+    """Bytes of a bfloat16 DynamicCache with full attention in every layer that holds ``tokens`` tokens.
+
+    It is for caches that know no other layers: transformers' quantized ones, and those of other libraries.
+    """
     text_config = config.get_text_config(decoder=True)
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
@@ -182,17 +180,15 @@ def _metrics(found: dict[str, torch.Tensor]) -> dict[str, Metric]:
     }
 
 
-def _by_distance(found: torch.Tensor, name: str) -> Series:
-    """Means over windows and over bins of distances from the end of the prefix, bins doubling in width."""
+def by_distance(found: torch.Tensor, x_label: str, y_label: str) -> Series:
+    """Means over samples and over bins of positions of ``found [n, positions]``, bins doubling in width."""
     x, y, error = [], [], []
     for start, stop in _bins(found.shape[1]):
         bin_means = found[:, start:stop].mean(1)
         x.append((start + stop - 1) / 2 + 1)
         y.append(bin_means.mean().item())
         error.append((bin_means.std() / len(bin_means) ** 0.5).item() if len(bin_means) > 1 else 0.0)
-    return Series(
-        x, y, error, "tokens after the prefix", {"kl": "KL (nats)", "delta_nll": "change of NLL (nats)"}[name]
-    )
+    return Series(x, y, error, x_label, y_label)
 
 
 def _bins(length: int) -> Iterator[tuple[int, int]]:

@@ -8,12 +8,13 @@ token is not prefilled but decoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from hf_kvcache import HeavyHitterCache
 from hf_kvcache.integration.versions import with_cache
@@ -147,14 +148,20 @@ class Reader:
             self.caches += [_copy(self.caches[0]) for _ in range(counts[0] - 1)]
         elif self.mask.shape[1] and list(counts) != [1] * len(counts):
             # An empty cache has no rows yet.
-            self.caches[0].batch_select_indices(index)
+            # Not batch_select_indices(), which recurrent layers of transformers do not have.
+            self.caches[0].reorder_cache(index)
         self.mask = self.mask[index]
 
     @torch.inference_mode()
     def logits(self, tokens: torch.Tensor, skip: int = 0) -> Iterator[torch.Tensor]:
-        """Decode ``tokens [B, n]``; yields float32 logits ``[B, <= block, vocabulary]``, without the first ``skip``."""
+        """Decode ``tokens [B, n]``; yields float32 logits ``[B, <= block, vocabulary]``, without the first ``skip``.
+
+        Models with recurrent layers decode one token at a time.
+        """
         assert self.mask is not None, "prefill first"
-        for chunk in tokens.to(self.mask.device).split(self.block, dim=1):
+        # Some recurrent layers (Jamba's) begin anew with a block of several tokens, and read their state for one only.
+        block = 1 if any(isinstance(x, LinearAttentionCacheLayerMixin) for x in self.caches[0].layers) else self.block
+        for chunk in tokens.to(self.mask.device).split(block, dim=1):
             self.mask = torch.cat([self.mask, self.mask.new_ones(chunk.shape)], 1)
             wanted = chunk.shape[1] - skip
             skip = max(0, -wanted)
@@ -192,8 +199,20 @@ class Reader:
         return torch.cat(log_probs, 1), torch.cat(greedy, 1)
 
     @torch.inference_mode()
-    def generate(self, tokens: torch.Tensor, count: int, stop: set[int]) -> list[list[int]]:
+    def generate(
+        self,
+        tokens: torch.Tensor,
+        count: int,
+        stop: set[int],
+        complete: Callable[[int, list[int]], bool] = lambda row, output: False,
+    ) -> list[list[int]]:
         """Decode ``tokens [B, n]`` through the cache, then up to ``count`` tokens greedily.
+
+        Args:
+            tokens: what is decoded first.
+            count: new tokens of each row, at most.
+            stop: tokens that end a row.
+            complete: told a row's number and its new tokens, says whether it needs no more of them.
 
         Returns:
             The new tokens of each row, without the one of ``stop`` that ended it.
@@ -209,6 +228,7 @@ class Reader:
                 alive[row] = alive[row] and token not in stop
                 if alive[row]:
                     out[row].append(token)
+                    alive[row] = not complete(row, out[row])
             if not any(alive):
                 break
         return out

@@ -10,9 +10,13 @@ from typing import Any
 from hf_kvcache import codecs, eviction
 from hf_kvcache.sparse.registry import available as selectors
 from hf_kvcache_eval.caches import EVICTING_PAGE, EVICTING_TAIL
+from hf_kvcache_eval.drift import Drift
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.retrieval import RetrievalTask, kinds
 from hf_kvcache_eval.retrieval.ready import KINDS as READY
+from hf_kvcache_eval.ruler import ALL as RULER
+from hf_kvcache_eval.ruler import TASKS as RULER_TASKS
+from hf_kvcache_eval.ruler import RulerTask
 from hf_kvcache_eval.speed import Speed
 from hf_kvcache_eval.task import Task
 
@@ -195,15 +199,22 @@ def entry(word: str, size: Size) -> Entry:
     kind, length, modes = match["kind"], match["length"], match["modes"].split(":")[1:]
     if kind in ("fidelity", "speed") and length and not modes:
         return Entry(_FIXED[kind](int(length), size), size.protocol)
+    if kind == "drift" and length and modes and modes[0].isdigit() and modes[1:] in ([], ["sampled"]):
+        drift = Drift(int(length), int(modes[0]), size.windows, sampled=modes[1:] == ["sampled"])
+        # It writes token by token, whatever the other tasks do.
+        return Entry(drift, size.protocol | {"block": 1})
     if kind in (*kinds(), *READY) and length and modes in ([], ["aware"], ["forced"], ["aware", "forced"]):
         aware, forced = "aware" in modes, "forced" in modes
         task = RetrievalTask(kind, int(length), size.samples, aware, size.batch, forced)
         return Entry(replace(task, samples=size.quotes or size.samples) if task.literal else task, size.protocol)
+    if kind in (RULER, *RULER_TASKS) and length and modes in ([], ["aware"]):
+        return Entry(RulerTask(kind, int(length), size.samples, bool(modes), size.batch), size.protocol)
     if not length and not modes:
         return _lm_entry(kind, size)
     raise ValueError(
-        f"task={word!r}; accepted: fidelity@N, speed@N, {', '.join(f'{kind}@N' for kind in kinds())} (with :aware for "
-        "the question inside the compressed context, :forced for a given answer that is decoded in one block), "
+        f"task={word!r}; accepted: fidelity@N, speed@N, drift@N:LENGTH (with :sampled for drawn tokens), "
+        f"{', '.join(f'{kind}@N' for kind in (*kinds(), RULER, *RULER_TASKS))} (with :aware for the question inside "
+        "the compressed context; all but ruler's with :forced for a given answer that is decoded in one block), "
         f"{', '.join(LM_TASKS)} and lm-eval's own names"
     )
 

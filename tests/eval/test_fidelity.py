@@ -13,6 +13,7 @@ from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.task import Bench
+from hf_kvcache_eval.text import text_windows
 from tests.eval.tiny import LetterTokenizer
 from tests.running import as_cache
 
@@ -32,7 +33,7 @@ def test_the_full_cache_has_none_to_itself(bench: Bench) -> None:
 
 def test_the_numbers_are_those_of_a_plain_loop(bench: Bench, model: PreTrainedModel) -> None:
     outcome = TASK.run(bench, Method("int2"))
-    windows, _ = TASK._windows(bench)
+    windows = text_windows(bench, TASK.prefix + TASK.suffix, TASK.windows)
     kl, nll, top1 = [], [], []
     for window in windows:
         full, mine = (_plain(model, window, make(model)) for make in (_full, _int2))

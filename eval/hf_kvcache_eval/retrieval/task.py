@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,8 +133,7 @@ class RetrievalTask(TaskInPieces):
 
     def _what(self) -> str:
         what = "a ready set" if self.kind in ready.KINDS else kinds()[self.kind].what
-        order = "compressed with the question" if self.query_aware else "compressed before the question is read"
-        return f"{what}; {order}; {self._how()}"
+        return f"{what}; {order_of(self.query_aware)}; {self._how()}"
 
     def _how(self) -> str:
         """What the headline metric is."""
@@ -165,10 +164,18 @@ class Asking:
         """Generate; the share of each row's answers in its output."""
         reader = self._prefilled(rows)
         started = time.perf_counter()
-        outputs = reader.generate(_asked(rows), self.room(rows), self.stop())
+        outputs = reader.generate(_asked(rows), self.room(rows), self.stop(), self.complete(rows))
         self.timing["decode_seconds"] += time.perf_counter() - started
         texts = self.bench.tokenizer.batch_decode(outputs, skip_special_tokens=True)
-        return [{"recall": recall_of(prompt.sample.answers, text)} for prompt, text in zip(rows, texts, strict=True)]
+        return [{"recall": self.share_found(prompt, text)} for prompt, text in zip(rows, texts, strict=True)]
+
+    def share_found(self, prompt: Prompt, text: str) -> float:
+        """The share of a prompt's answers in an output."""
+        return recall_of(prompt.sample.answers, text)
+
+    def complete(self, rows: Sequence[Prompt]) -> Callable[[int, list[int]], bool]:
+        """Whether the output of one of ``rows`` needs no more tokens; here it always may go on."""
+        return lambda row, output: False
 
     def room(self, rows: Sequence[Prompt]) -> int:
         """Tokens that the outputs of ``rows`` may have."""
@@ -213,9 +220,23 @@ class Asking:
         if key not in self.bench.memo:
             texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
             self.bench.memo[key] = {token for token, text in enumerate(texts) if "\n" in text}
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id]
-        return self.bench.memo[key] | {end for end in ends if end is not None}
+        return self.bench.memo[key] | self.ends()
+
+    def ends(self) -> set[int]:
+        """The model's own tokens that end an output."""
+        return end_tokens(self.model, self.bench.tokenizer)
+
+
+def order_of(query_aware: bool) -> str:
+    """In words, which of question and compression comes first."""
+    return "compressed with the question" if query_aware else "compressed before the question is read"
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text of ``model``; the tokenizer's where the model has no list of its own."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id]
+    return {end for end in ends if end is not None}
 
 
 def recall_of(answers: Sequence[str], output: str) -> float:
