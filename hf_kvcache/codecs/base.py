@@ -76,6 +76,14 @@ class Codec:
         self.key_bits = check_bits(self, "key_bits", key_bits)
         self.value_bits = check_bits(self, "value_bits", value_bits)
 
+    def of_layer(self, index: int) -> Codec:
+        """The codec of the layer ``index`` of a cache: this one, unless layers have codecs of their own."""
+        return self
+
+    def all(self) -> list[Codec]:
+        """The codecs of all layers, each once."""
+        return [self]
+
     def __repr__(self) -> str:
         bits = "" if not self.supported_bits else f"(key_bits={self.key_bits}, value_bits={self.value_bits})"
         return f"{self.name}{bits}"
