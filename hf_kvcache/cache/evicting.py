@@ -114,7 +114,9 @@ class HeavyHitterCache(KVCache):
         widths = given_only(bits=bits, **sides)
         if options:
             width = widths.get("bits")
-            known = latent_option_names(codec, width) if ranks else _codec_option_names(codec, width, given_only(**sides))
+            known = (
+                latent_option_names(codec, width) if ranks else _codec_option_names(codec, width, given_only(**sides))
+            )
             stored = "the default codec" if codec is None else f"codec {codec!r}"
             refuse_unknown(type(self), options, {f"policy {policy!r}": sorted(names), stored: known})
         chosen = resolve_policy(policy, **{name: options.pop(name) for name in names & set(options)})
