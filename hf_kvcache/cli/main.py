@@ -104,7 +104,7 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--before-rope",
         action=argparse.BooleanOptionalAction,
         default=only_given,
-        help="store keys as they are before their rotary embedding",
+        help="store keys as they are before their rotary embedding: fewer directions, slow steps",
     )
     parser.add_argument("--center", default=only_given, metavar="SIDES", help=f"subtract means of: {' '.join(CENTERS)}")
     parser.add_argument("--bits", type=float, default=only_given, metavar="N", help="of --method bits: average width")

@@ -67,8 +67,8 @@ def maker(name: str) -> Make:
     Names are:
 
     - ``full``: transformers' ``DynamicCache``; ``none``: ``KVCache`` in full precision.
-    - ``quantized:BITS``, ``quantized:KEY_BITS:VALUE_BITS`` or ``quantized:FILE``: ``QuantizedKVCache``, with the widths by
-      layer of a JSON file of ``hf-kvcache calibrate --method bits``; ``codec:NAME``: ``KVCache`` with
+    - ``quantized:BITS``, ``quantized:KEY_BITS:VALUE_BITS`` or ``quantized:FILE``: ``QuantizedKVCache``, with the widths
+      by layer of a JSON file of ``hf-kvcache calibrate --method bits``; ``codec:NAME``: ``KVCache`` with
       that codec. Behind all but ``full``, ``@TOKENS`` is their ``max_length`` (``quantized:4@64k``).
     - ``POLICY:BUDGET``: ``HeavyHitterCache``. A budget is a number of tokens (``h2o:1024``, ``ada-snapkv:2k``), or a
       share below 1 (``snapkv:0.25``).
