@@ -35,6 +35,7 @@ def calibrate_bits(
     length: int = 1_024,
     windows: int = 4,
     scored: int = 64,
+    tail_length: int = 128,
     page_size: int = 128,
     advance: Callable[[int], None] | None = None,
 ) -> LayerBits:
@@ -54,6 +55,7 @@ def calibrate_bits(
         length: tokens that are read in a window.
         windows: number of windows that are measured; a third as many, at least one, are kept for the comparison.
         scored: tokens behind each window that are decoded.
+        tail_length: as in :class:`~hf_kvcache.QuantizedKVCache`.
         page_size: as in :class:`~hf_kvcache.QuantizedKVCache`.
         advance: called after each measurement with 1.
 
@@ -70,7 +72,8 @@ def calibrate_bits(
         whole(name, value)
     kept = max(1, windows // 3)
     rows = _windows(texts, tokenizer, tokens, length + scored, windows + kept).to(model.device)
-    trial = _Trial(model, rows[:windows], length, page_size)
+    sizes = {"tail_length": tail_length, "page_size": page_size}
+    trial = _Trial(model, rows[:windows], length, sizes)
     losses = trial.losses(advance or (lambda _: None))
     choices = {
         index: [
@@ -80,7 +83,7 @@ def calibrate_bits(
         for index, layer in trial.storing.items()
     }
     found = LayerBits(allocate(choices, _budget(choices, bits)), model_identity(model.config), {"bits": bits})
-    check = _Trial(model, rows[windows:], length, page_size)
+    check = _Trial(model, rows[windows:], length, sizes)
     found.measured["mixed"] = check.kl(check.prefilled(bits=found))
     if bits in KEYS_AND_VALUES:
         found.measured["uniform"] = check.kl(check.prefilled(bits=int(bits)))
@@ -99,10 +102,10 @@ class _Trial:
         storing: the layers of the full cache that store keys and values of their own, by index.
     """
 
-    def __init__(self, model: Any, rows: torch.Tensor, length: int, page_size: int) -> None:
+    def __init__(self, model: Any, rows: torch.Tensor, length: int, sizes: dict[str, int]) -> None:
         self._model, self._rows, self._length = model, rows, length
-        self._page_size = page_size
-        self._base = self._fill(KVCache(model.config, page_size=page_size))
+        self._sizes = sizes
+        self._base = self._fill(KVCache(model.config, **sizes))
         self._full = self._decode(self._base.fork())
         self.storing: dict[int, Any] = {
             layer.index: layer
@@ -134,7 +137,7 @@ class _Trial:
 
     def prefilled(self, **widths: Any) -> Any:
         """A cache of these widths that has read the windows. Tokens of one pass see each other in full precision."""
-        return self._fill(QuantizedKVCache(self._model.config, **widths, page_size=self._page_size))
+        return self._fill(QuantizedKVCache(self._model.config, **widths, **self._sizes))
 
     def kl(self, cache: Any) -> float:
         """KL(full cache || ``cache``) in nats a token; ``cache`` takes in the tokens."""

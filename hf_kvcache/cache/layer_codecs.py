@@ -79,5 +79,5 @@ def _read(bits: Any, config: PreTrainedConfig) -> Any:
     if isinstance(bits, str | PathLike):
         bits = LayerBits.load(fspath(bits))
     if isinstance(bits, LayerBits):
-        check_identity("bits", bits.fingerprint, config)
+        check_identity("file of bits", bits.fingerprint, config)
     return bits

@@ -30,7 +30,7 @@ def projection(method: str = "kq_svd", family: str = "llama", **options: Any) ->
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("svd", {}), ("kq_svd", {"group": 2}), ("palu", {"before_rope": True})],
+    [("svd", {}), ("kq_svd", {"group": 2}), ("palu", {"center": "keys"})],
 )
 def test_a_file_gives_back_what_was_saved(method: str, options: dict[str, Any], tmp_path: Path) -> None:
     made = projection(method, **options)

@@ -10,16 +10,17 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_kvcache import QuantizedKVCache, cli
+from hf_kvcache import QuantizedKVCache
 from hf_kvcache.cache import bit_calibration
 from hf_kvcache.cache.bit_calibration import calibrate_bits
 from hf_kvcache.codecs.bit_allocation import Choice, allocate
+from hf_kvcache.cli import main as cli
 from hf_kvcache.codecs.layer_bits import LayerBits, Widths
 from hf_kvcache.integration.versions import with_cache
 from tests import families
 
 TEXT = "".join(chr(97 + (7 * i * i + 3 * i) % 23) for i in range(600))
-SIZES: dict[str, Any] = {"tokens": 600, "length": 80, "windows": 2, "scored": 9, "page_size": 16}
+SIZES: dict[str, Any] = {"tokens": 600, "length": 80, "windows": 2, "scored": 9, "page_size": 16, "tail_length": 8}
 
 
 class Letters:
@@ -77,7 +78,7 @@ def kl(model: Any, rows: torch.Tensor, cache: Any) -> float:
 def test_losses_are_those_of_caches_made_by_their_arguments(family: str) -> None:
     model = families.build(family)
     rows = bit_calibration._windows([TEXT], Letters(), 600, 89, 2)
-    trial = bit_calibration._Trial(model, rows, SIZES["length"], 16)
+    trial = bit_calibration._Trial(model, rows, SIZES["length"], {"page_size": 16, "tail_length": 8})
     losses = trial.losses(lambda _: None)
     layers = sorted(losses)
     for index in layers:
@@ -87,7 +88,9 @@ def test_losses_are_those_of_caches_made_by_their_arguments(family: str) -> None
             expected = kl(
                 model,
                 rows,
-                lambda b=bits, o=others: QuantizedKVCache(model.config, bits=b, skip_layers=o, page_size=16),
+                lambda b=bits, o=others: QuantizedKVCache(
+                    model.config, bits=b, skip_layers=o, page_size=16, tail_length=8
+                ),
             )
             assert losses[index][widths] == pytest.approx(expected, rel=2e-2, abs=1e-9), (index, widths)
         assert losses[index][Widths(1, 4)] > losses[index][Widths(4, 4)] > losses[index][Widths(8, 8)] >= 0
@@ -99,8 +102,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     """The file takes no more bytes than one width, whatever it says of the layers, and is what the function finds."""
     model = families.build("llama")
     monkeypatch.setattr("hf_kvcache.cli.models.load_default_model", lambda *_: (model, Letters()))
-    (tmp_path / "text.txt").write_text(TEXT)
-    sizes = ["--tokens", "600", "--length", "64", "--windows", "2"]
+    (tmp_path / "text.txt").write_text(3 * TEXT)
+    sizes = ["--tokens", "1400", "--length", "300", "--windows", "2"]
     command = ["calibrate", "--texts", str(tmp_path / "text.txt"), *sizes, "--out", str(tmp_path / "bits.json")]
     for arguments, words in (
         (["--method", "bits"], "--method bits needs --bits"),
@@ -119,7 +122,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ids = torch.arange(3, 60)[None].repeat(1, 5)
     sizes_held = []
     for bits in (found, 2, 3):
-        cache = QuantizedKVCache(model.config, bits=bits, tail_length=0)
+        cache = QuantizedKVCache(model.config, bits=bits, tail_length=8)
         with torch.no_grad():
             model(ids, **with_cache(model, cache))
         report = cache.memory()
