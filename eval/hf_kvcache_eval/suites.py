@@ -110,7 +110,7 @@ EVICTING_TOO = ("snapkv", "ada-expected", "compactor", "h2o", "kvzip")
 #: Shares of the head dimension, and projections by the names of their files (`docs/evaluation/index.md` makes them), in
 #: the suite *latent*.
 RATIOS = (0.75, 0.5, 0.35)
-PROJECTIONS = ("svd", "kq_svd", "palu", "balanced")
+PROJECTIONS = ("svd", "kq_svd", "palu_before", "balanced_before")
 #: These do worse with ranks of each layer's own than with equal ones, where those come to multiples of 8.
 _UNIFORM = {(name, ratio) for name in ("svd", "kq_svd") for ratio in (0.75, 0.5)}
 #: The same at few bits: calibration-free codecs, then calibrated rotations beneath them, and rank traded for bits.
@@ -119,12 +119,9 @@ FEW_BITS = (
     "unbiased3",
     "unbiased2",
     "rotated2:key_axis=token",
-    "clipped2",
-    "latent+clipped2:projection=oscar",
-    "latent+clipped2:projection=oscar_centered",
-    "latent+rotated2:key_axis=token;projection=balanced_heads",
-    *(f"latent+unbiased{bits}:projection={name}" for bits in (2, 3, 4) for name in ("balanced", "balanced_after")),
-    "latent@0.7+unbiased3:projection=balanced",
+    "latent+rotated2:key_axis=token;projection=balanced_before_heads",
+    *(f"latent+unbiased{bits}:projection={name}" for bits in (2, 3, 4) for name in ("balanced", "balanced_before")),
+    "latent@0.7+unbiased3:projection=balanced_before",
 )
 _QUICK = ("full", "full:dtype=bfloat16", "rotated8", "unbiased4", "unbiased3", "unbiased2", "random@0.5")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -10,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_kvcache.cache.compressed_config import compressed_by_name, compresses
+from hf_kvcache.cache.layer_codecs import codec_by_layer
 from hf_kvcache.cache.memory import MemoryReport, layer_report
 from hf_kvcache.cache.model_config import (
     check_formats,
@@ -22,6 +25,7 @@ from hf_kvcache.cache.replay import compress, replay
 from hf_kvcache.cache.saving import SavableCache
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.latent import native_codec, native_option_names
+from hf_kvcache.codecs.layer_bits import Bits
 from hf_kvcache.codecs.registry import option_names as codec_option_names
 from hf_kvcache.eviction.options import EvictionOptions
 from hf_kvcache.integration import mla
@@ -56,9 +60,13 @@ class KVCache(SavableCache):
             None stores latents for a model with multi-head latent attention, and keys and values for any other model.
         sparse: the settings of sparse reading in full-attention layers; None reads everything. ``SparseReadCache``
             makes these settings from its arguments.
-        bits: bits per element, unless the name of the codec has them.
+        bits: bits per element, unless the name of the codec has them. For mixed precision: a dictionary with the widths
+            of ``"layers"`` and a ``"default"``, a list with an entry for each layer of the model, or a file of
+            ``hf-kvcache calibrate --method bits``. An entry is a width, or a dictionary with one for ``"keys"`` and one
+            for ``"values"``.
         key_bits: bits of the keys in place of ``bits``.
         value_bits: bits of the values in place of ``bits``.
+        skip_layers: layers that store tokens in full precision, by their index in the model; -1 is the last one.
         max_length: number of tokens, padding included, for which all memory is allocated at once, so that ``generate``
             can compile the decode steps. None lets the cache grow.
         offload: where packed pages lie: None, on the device of their layer; ``"cpu"``, in the host's memory; or the
@@ -83,16 +91,22 @@ class KVCache(SavableCache):
         eviction: EvictionOptions | None = None,
         latents: Literal["native"] | dict[int, LayerProjection] | None = None,
         sparse: SparseOptions | None = None,
-        bits: int | None = None,
+        bits: Bits | None = None,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        skip_layers: Sequence[int] = (),
         max_length: int | None = None,
         offload: str | PathLike[str] | None = None,
         **codec_options: Any,
     ) -> None:
         decoder = decoder_config(config)
         ranks = mla.own_ranks(decoder) if latents is None else set()
-        widths = given_only(bits=bits, key_bits=key_bits, value_bits=value_bits)
+        sides = {"key_bits": key_bits, "value_bits": value_bits}
+        make = partial(_codec, codec, ranks, codec_options)
+        mixed = codec_by_layer(decoder, bits, skip_layers, sides, make, _codec("none", ranks, {}, {}))
+        if mixed is not None:
+            codec, bits, sides, codec_options = mixed, None, {}, {}
+        widths = given_only(bits=bits, **sides)
         if codec_options:
             names = native_option_names(codec, widths) if ranks else codec_option_names(codec, **widths)
             refuse_unknown(type(self), codec_options, {f"codec {codec!r}": names})
@@ -107,19 +121,15 @@ class KVCache(SavableCache):
             return
         if page_size % 8:
             raise ValueError(f"page_size={page_size!r}; accepted: multiples of 8")
-        if ranks:
-            latents, chosen = "native", native_codec(codec, widths | codec_options, ranks)
-        else:
-            chosen = resolve(codec, **widths, **codec_options)
         options = LayerOptions(
-            codec=chosen,
+            codec=_codec(codec, ranks, codec_options, widths),
             sink_length=sink_length,
             tail_length=tail_length,
             page_size=page_size,
             validate=validate,
             deferred=shares_keys(decoder),
             eviction=eviction,
-            latents=latents,
+            latents="native" if ranks else latents,
             sparse=sparse,
             max_length=max_length,
             config=decoder,
@@ -224,6 +234,11 @@ class KVCache(SavableCache):
         self.check_complete()
         for layer in self.own_layers:
             layer.check()
+
+
+def _codec(codec: str | Codec, ranks: set[int], options: dict[str, Any], widths: dict[str, Any]) -> Codec:
+    """A codec of keys and values, or of latents of the widths ``ranks`` if there are any."""
+    return native_codec(codec, widths | options, ranks) if ranks else resolve(codec, **widths, **options)
 
 
 def _refuse_offload(offload: str | PathLike[str] | None, max_length: int) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
 from hf_kvcache.cache.base import KVCache
+from hf_kvcache.cache.layer_codecs import codec_by_layer
 from hf_kvcache.cache.model_config import decoder_config
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.best import WITH_EVICTION, Choice
-from hf_kvcache.codecs.latent import latent_codec, latent_option_names
+from hf_kvcache.codecs.latent import LatentCodec, latent_codec, latent_option_names
+from hf_kvcache.codecs.layer_bits import Bits
+from hf_kvcache.codecs.mixed import MixedCodec
 from hf_kvcache.codecs.registry import option_names as codec_option_names
 from hf_kvcache.eviction import Policy
 from hf_kvcache.eviction import resolve as resolve_policy
@@ -42,7 +47,7 @@ class HeavyHitterCache(KVCache):
             (:func:`hf_kvcache.eviction.available`), with wrappers before it (``"ada-snapkv"``), or a
             :class:`~hf_kvcache.eviction.Policy`.
         codec: how kept tokens are stored. The default is ``"none"``, or the best measured codec of ``bits``.
-        bits: bits per element.
+        bits: bits per element, or widths by layer, as in :class:`KVCache`.
         sink_length: number of first tokens of each sequence that are always kept, in full precision.
         tail_length: number of newest tokens of each sequence that are always kept, in full precision.
         page_size: number of tokens in a page.
@@ -61,6 +66,7 @@ class HeavyHitterCache(KVCache):
             values.
         key_bits: bits of the keys in place of ``bits``.
         value_bits: bits of the values in place of ``bits``.
+        skip_layers: layers that store tokens in full precision, by their index in the model; -1 is the last one.
         validate: as in :class:`KVCache`.
         bind: as in :class:`KVCache`.
         offload: as in :class:`KVCache`.
@@ -77,7 +83,7 @@ class HeavyHitterCache(KVCache):
         budget: int | float,
         policy: str | Policy = "snapkv",
         codec: str | Codec | None = None,
-        bits: int | None = None,
+        bits: Bits | None = None,
         *,
         sink_length: int = 4,
         tail_length: int = 32,
@@ -89,18 +95,30 @@ class HeavyHitterCache(KVCache):
         compensate: int = 0,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        skip_layers: Sequence[int] = (),
         validate: bool = False,
         bind: bool = True,
         offload: str | PathLike[str] | None = None,
         **options: Any,
     ) -> None:
-        ranks = mla.own_ranks(decoder_config(config))
-        widths = given_only(key_bits=key_bits, value_bits=value_bits)
+        decoder = decoder_config(config)
+        ranks = mla.own_ranks(decoder)
         names = option_names(policy)
+        sides = {"key_bits": key_bits, "value_bits": value_bits}
+        of_codec = {name: value for name, value in options.items() if name not in names}
+        make = partial(_stored, codec, ranks, of_codec)
+        mixed = codec_by_layer(decoder, bits, skip_layers, sides, make, _stored(None, ranks, {}, {}))
+        if mixed is not None:
+            codec, bits, sides = mixed, None, {}
+            options = {name: value for name, value in options.items() if name in names}
+        widths = given_only(bits=bits, **sides)
         if options:
-            of_codec = latent_option_names(codec, bits) if ranks else _codec_option_names(codec, bits, widths)
+            width = widths.get("bits")
+            known = (
+                latent_option_names(codec, width) if ranks else _codec_option_names(codec, width, given_only(**sides))
+            )
             stored = "the default codec" if codec is None else f"codec {codec!r}"
-            refuse_unknown(type(self), options, {f"policy {policy!r}": sorted(names), stored: of_codec})
+            refuse_unknown(type(self), options, {f"policy {policy!r}": sorted(names), stored: known})
         chosen = resolve_policy(policy, **{name: options.pop(name) for name in names & set(options)})
         for name, count in (("sink_length", sink_length), ("tail_length", tail_length)):
             whole(name, count, 0)
@@ -118,10 +136,9 @@ class HeavyHitterCache(KVCache):
             seed=whole("seed", seed, 0),
             compensate=whole("compensate", compensate, 0),
         )
-        options |= widths
         super().__init__(
             config,
-            latent_codec(codec, bits, None, ranks, options) if ranks else codec_for_eviction(codec, bits, options),
+            _stored(codec, ranks, options, widths),
             sink_length=sink_length,
             tail_length=tail_length,
             page_size=page_size,
@@ -158,11 +175,12 @@ class SlidingWindowCache(HeavyHitterCache):
             most the number of stored tokens (up to ``window + sinks + interval``), so the model sees no distance that
             it was not trained for. Without it, positions stay original.
         codec: how kept tokens are stored. The default is ``"none"``, or the best measured codec of ``bits``.
-        bits: bits per element.
+        bits: bits per element, or widths by layer, as in :class:`KVCache`.
         tail_length: number of newest tokens in full precision.
         page_size: number of tokens in a page.
         pin: as in :class:`HeavyHitterCache`, like ``evict_prefill``, ``compensate``, ``key_bits`` and ``value_bits``.
         interval: number of decoded tokens between two evictions.
+        skip_layers: as in :class:`HeavyHitterCache`.
         seed: not used; accepted so that the same arguments can build any evicting cache.
         validate: as in :class:`KVCache`.
         bind: as in :class:`KVCache`.
@@ -181,7 +199,7 @@ class SlidingWindowCache(HeavyHitterCache):
         sinks: int = 4,
         reindex: bool = False,
         codec: str | Codec | None = None,
-        bits: int | None = None,
+        bits: Bits | None = None,
         *,
         tail_length: int = 32,
         page_size: int = 64,
@@ -192,6 +210,7 @@ class SlidingWindowCache(HeavyHitterCache):
         compensate: int = 0,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        skip_layers: Sequence[int] = (),
         validate: bool = False,
         bind: bool = True,
         offload: str | PathLike[str] | None = None,
@@ -220,6 +239,7 @@ class SlidingWindowCache(HeavyHitterCache):
             compensate=compensate,
             key_bits=key_bits,
             value_bits=value_bits,
+            skip_layers=skip_layers,
             validate=validate,
             bind=bind,
             offload=offload,
@@ -260,6 +280,14 @@ def codec_for_eviction(codec: str | Codec | None, bits: int | None, options: dic
         best = _best(bits, options)
         codec, own = best.codec, best.options
     return resolve(codec, bits=bits, **(own | options))
+
+
+def _stored(codec: str | Codec | None, ranks: set[int], options: dict[str, Any], widths: dict[str, Any]) -> Codec:
+    """How kept tokens are stored: keys and values, or latents of the widths ``ranks`` if there are any."""
+    if isinstance(codec, LatentCodec | MixedCodec):
+        return codec
+    bits, options = widths.get("bits"), options | {name: width for name, width in widths.items() if name != "bits"}
+    return latent_codec(codec, bits, None, ranks, options) if ranks else codec_for_eviction(codec, bits, options)
 
 
 def _codec_option_names(codec: str | Codec | None, bits: int | None, widths: dict[str, int]) -> list[str]:

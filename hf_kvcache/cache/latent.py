@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import PreTrainedConfig
 
 from hf_kvcache.cache.base import KVCache
+from hf_kvcache.cache.layer_codecs import codec_by_layer
 from hf_kvcache.cache.model_config import decoder_config, latent_ranks
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.latent import latent_codec, latent_option_names
+from hf_kvcache.codecs.layer_bits import Bits
 from hf_kvcache.codecs.registry import option_names
 from hf_kvcache.integration import mla
 from hf_kvcache.layers.mla import LatentLayer
-from hf_kvcache.utils.validation import refuse_unknown
+from hf_kvcache.utils.validation import given_only, refuse_unknown
 
 if TYPE_CHECKING:
     from hf_kvcache.lowrank.projection import Projection
@@ -35,7 +39,9 @@ class LatentKVCache(KVCache):
         config: the model's config.
         codec: how latents or coefficients are stored: a registered name or a :class:`~hf_kvcache.codecs.Codec`. The
             default is ``"none"``, or the best measured codec of ``bits``.
-        bits: bits per element: 8 or 4 for a model's own latents, 1 to 4 or 8 for coefficients.
+        bits: bits per element: 8 or 4 for a model's own latents, 1 to 4 or 8 for coefficients; or widths by layer, as
+            in :class:`KVCache`.
+        skip_layers: layers whose latents or coefficients are stored in full precision, by their index in the model.
         rotary_codec: how the rotary keys beside a model's own latents are stored. The default is the model's dtype
             beside dense latents, 8 bits beside 4-bit latents, and bfloat16 beside other latents.
         projection: a file of ``hf-kvcache calibrate``, or a :class:`~hf_kvcache.lowrank.projection.Projection`.
@@ -56,8 +62,9 @@ class LatentKVCache(KVCache):
         self,
         config: PreTrainedConfig,
         codec: str | Codec | None = None,
-        bits: int | None = None,
+        bits: Bits | None = None,
         *,
+        skip_layers: Sequence[int] = (),
         rotary_codec: str | Codec | None = None,
         projection: str | PathLike[str] | Projection | None = None,
         rank: int | None = None,
@@ -74,8 +81,13 @@ class LatentKVCache(KVCache):
         decoder = decoder_config(config)
         native = bool(mla.attention_classes(decoder))
         stored = "none" if codec is None and bits is None else codec or "auto"
-        if codec_options:
-            names = latent_option_names(codec, bits) if native else option_names(stored, bits)
+        ranks = latent_ranks(decoder)
+        make = partial(_made, native, codec if native else stored, rotary_codec, ranks, codec_options)
+        full = _made(native, "none", rotary_codec, ranks, {}, {})
+        mixed = codec_by_layer(decoder, bits, skip_layers, {}, make, full)
+        one_width = bits if bits is None or isinstance(bits, int) else None
+        if codec_options and mixed is None:
+            names = latent_option_names(codec, one_width) if native else option_names(stored, one_width)
             refuse_unknown(type(self), codec_options, {"the codec": names})
         base: dict[str, Any] = {
             "sink_length": sink_length,
@@ -87,8 +99,7 @@ class LatentKVCache(KVCache):
         }
         if native:
             _refuse_given(decoder, "which caches latents of its own", projection=projection, rank=rank, ratio=ratio)
-            latents = latent_codec(codec, bits, rotary_codec, latent_ranks(decoder), codec_options)
-            super().__init__(config, latents, latents="native", **base)
+            super().__init__(config, mixed or make(given_only(bits=bits)), latents="native", **base)
             return
         _refuse_given(decoder, "which caches no rotary keys beside latents", rotary_codec=rotary_codec)
         if projection is None:
@@ -97,12 +108,28 @@ class LatentKVCache(KVCache):
                 "models with multi-head latent attention, or projection=<file of hf-kvcache calibrate>"
             )
         layers = _projection(projection).for_config(decoder, rank, ratio, spread)
-        super().__init__(config, resolve(stored, bits=bits, **codec_options), latents=layers, **base)
+        super().__init__(config, mixed or make(given_only(bits=bits)), latents=layers, **base)
 
     @property
     def absorbed_steps(self) -> int:
         """Number of attention calls, over all layers, that were computed on a model's own latents without expansion."""
         return sum(layer.absorbed for layer in self.own_layers if isinstance(layer, LatentLayer))
+
+
+def _made(
+    native: bool,
+    codec: str | Codec | None,
+    rotary_codec: str | Codec | None,
+    ranks: set[int],
+    options: dict[str, Any],
+    widths: dict[str, Any],
+) -> Codec:
+    """The codec of a model's own latents (``native``), or of coefficients."""
+    if not native:
+        return resolve(codec or "auto", **widths, **options)
+    if "key_bits" in widths:
+        raise ValueError(f"bits={widths!r}: latents are keys and values in one; accepted: one width for both sides")
+    return latent_codec(codec, widths.get("bits"), rotary_codec, ranks, options)
 
 
 def _refuse_given(config: PreTrainedConfig, which: str, **arguments: Any) -> None:

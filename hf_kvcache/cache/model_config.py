@@ -142,18 +142,19 @@ def make_layers(config: PreTrainedConfig, options: LayerOptions) -> list[Any]:
         _check_eviction(config, types, evicting, options)
     layers: list[Any] = []
     for index, (layer_type, arguments) in enumerate(zip(types, layer_arguments, strict=True)):
+        own_options = options.of_layer(index) if layer_type in own else options
         if options.eviction is not None and index in evicting:
             place = LayerPlace(index, config.num_hidden_layers, evicting.index(index), len(evicting))
             kind = EvictingLatentLayer if options.latents == "native" else EvictingLayer
             if options.sparse is not None:
                 kind = SparseEvictingLayer
-            layers.append(kind(index, options, options.eviction, place))
+            layers.append(kind(index, own_options, options.eviction, place))
         elif index in cross:
-            layers.append(CrossAttentionLayer(index, options))
+            layers.append(CrossAttentionLayer(index, own_options))
         elif options.sparse is not None and layer_type == "full_attention":
-            layers.append(SparseLayer(index, options))
+            layers.append(SparseLayer(index, own_options))
         elif layer_type in own:
-            layers.append(_own_layer(index, layer_type, options, arguments.get("sliding_window")))
+            layers.append(_own_layer(index, layer_type, own_options, arguments.get("sliding_window")))
         else:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments))
     if options.sparse is not None:
@@ -204,6 +205,20 @@ def _with_loops(
         return types, arguments
     later_runs = config.n_recurrent_loops - 1
     return [*types, *types[looped] * later_runs], [*arguments, *arguments[looped] * later_runs]
+
+
+def cached_layers(config: PreTrainedConfig) -> tuple[list[str], list[int], int]:
+    """The types of a cache's layers, the model's layer that each belongs to, and the number of the model's layers.
+
+    A model can have more layers than its cache (the last ones read what others hold), or fewer (some run repeatedly).
+    """
+    types, _ = layer_types(config)
+    looped, held = _looped_layers(config), len(types)
+    count = max(held, getattr(config, "num_hidden_layers", None) or 0)
+    of_model = list(range(held))
+    if looped is not None:
+        of_model += of_model[looped] * (config.n_recurrent_loops - 1)
+    return _with_loops(config, types, [{}] * held)[0], of_model, count
 
 
 def _looped_layers(config: PreTrainedConfig) -> slice | None:
@@ -323,9 +338,10 @@ def check_formats(config: PreTrainedConfig, options: LayerOptions) -> None:
     Widths that the config does not have are checked at the first update.
     """
     for key_width, value_width in _widths(config, options):
-        for side, width in ((options.codec.keys, key_width), (options.codec.values, value_width)):
-            if width is not None:
-                side_format(side, width, options.page_size, torch.float32)
+        for codec in options.codec.all():
+            for side, width in ((codec.keys, key_width), (codec.values, value_width)):
+                if width is not None:
+                    side_format(side, width, options.page_size, torch.float32)
 
 
 def _widths(config: PreTrainedConfig, options: LayerOptions) -> set[tuple[int | None, int | None]]:

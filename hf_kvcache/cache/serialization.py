@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from hf_kvcache.cache import other_layers
 from hf_kvcache.cache.model_config import check_states, layer_configs, make_layers
 from hf_kvcache.codecs import Codec
+from hf_kvcache.codecs.mixed import MixedCodec
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.compressed import WindowLayer
 from hf_kvcache.layers.options import LayerOptions
@@ -218,6 +219,8 @@ def _digest(layers: dict[int, LayerProjection]) -> str:
 
 def _describe(codec: Codec) -> str:
     """The codec with all of its options, which its repr leaves out."""
+    if isinstance(codec, MixedCodec):
+        return "; ".join(f"{index}: {_describe(of_layer)}" for index, of_layer in codec.layers.items())
     return f"{codec.name} keys={vars(codec.keys)} values={vars(codec.values)}"
 
 

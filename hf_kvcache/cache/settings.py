@@ -11,6 +11,7 @@ import torch
 
 from hf_kvcache.codecs import Codec
 from hf_kvcache.codecs.latent import LatentCodec
+from hf_kvcache.codecs.mixed import MixedCodec
 from hf_kvcache.codecs.registry import available as codec_names
 from hf_kvcache.codecs.registry import resolve as resolve_codec
 from hf_kvcache.eviction import Policy
@@ -107,6 +108,12 @@ def _layer(index: str, about: list[Any], tensors: dict[str, torch.Tensor]) -> La
 
 
 def _codec(codec: Codec) -> dict[str, Any]:
+    if isinstance(codec, MixedCodec):
+        kinds = codec.all()
+        return {
+            "mixed": [_codec(kind) for kind in kinds],
+            "layers": {index: kinds.index(of_layer) for index, of_layer in codec.layers.items()},
+        }
     if isinstance(codec, LatentCodec):
         return {"latents": _codec(codec.latents), "rotary": None if codec.rotary is None else _codec(codec.rotary)}
     if codec.arguments is None or codec.name not in codec_names():
@@ -118,6 +125,9 @@ def _codec(codec: Codec) -> dict[str, Any]:
 
 
 def _rebuild_codec(described: dict[str, Any]) -> Codec:
+    if "mixed" in described:
+        kinds = [_rebuild_codec(kind) for kind in described["mixed"]]
+        return MixedCodec({int(index): kinds[number] for index, number in described["layers"].items()})
     if "latents" in described:
         rotary = described["rotary"]
         return LatentCodec(_rebuild_codec(described["latents"]), None if rotary is None else _rebuild_codec(rotary))

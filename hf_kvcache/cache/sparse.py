@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -10,9 +12,12 @@ from transformers import PreTrainedConfig
 
 from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.evicting import codec_for_eviction, default_eviction
+from hf_kvcache.cache.layer_codecs import codec_by_layer
 from hf_kvcache.cache.model_config import decoder_config
 from hf_kvcache.codecs import Codec
+from hf_kvcache.codecs.layer_bits import Bits
 from hf_kvcache.codecs.registry import option_names as codec_option_names
+from hf_kvcache.codecs.registry import resolve as resolve_codec
 from hf_kvcache.eviction import Policy
 from hf_kvcache.integration import mla
 from hf_kvcache.sparse.base import Selector
@@ -33,12 +38,14 @@ class SparseReadCache(KVCache):
         read_budget: tokens that a step reads of each KV head: a number, or a share of those held (0.25). Up to a page
             more is read while the tail grows.
         selector: what picks the pages: ``"quest"``, ``"landmark"``, ``"kascade"``, ``"random"``, ``"oracle"``.
-        bits: bits per element, 1 to 4 or 8; None stores tokens in full precision, unless ``codec`` says otherwise.
+        bits: bits per element, 1 to 4 or 8, or widths by layer, as in :class:`KVCache`; None stores tokens in full
+            precision, unless ``codec`` says otherwise.
         codec: how pages are stored; see :class:`KVCache`. The default is the best measured codec of the bits.
         budget: number or share of tokens that stay, if tokens are evicted too; None keeps every token.
         policy: what evicts then; see :class:`HeavyHitterCache`.
         dense_layers: number of first layers that read everything.
-        sink_length: as in :class:`KVCache`, like ``validate``, ``bind``, ``key_bits`` and ``value_bits``.
+        sink_length: as in :class:`KVCache`, like ``validate``, ``bind``, ``key_bits``, ``value_bits`` and
+            ``skip_layers``.
         tail_length: number of newest tokens in full precision, which every step reads.
         page_size: number of tokens that are picked together, a multiple of 8.
         offload: as in :class:`KVCache`. A step then fetches the picked pages that the device does not have yet.
@@ -54,7 +61,7 @@ class SparseReadCache(KVCache):
         config: PreTrainedConfig,
         read_budget: int | float = 1024,
         selector: str | Selector = "quest",
-        bits: int | None = None,
+        bits: Bits | None = None,
         codec: str | Codec | None = None,
         *,
         budget: int | float | None = None,
@@ -65,6 +72,7 @@ class SparseReadCache(KVCache):
         page_size: int = 64,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        skip_layers: Sequence[int] = (),
         validate: bool = False,
         bind: bool = True,
         offload: str | PathLike[str] | None = None,
@@ -76,13 +84,20 @@ class SparseReadCache(KVCache):
                 f"config of {decoder.model_type!r}: its layers cache latents, which one head reads for all; accepted: "
                 "models that cache keys and values"
             )
-        widths = given_only(bits=bits, key_bits=key_bits, value_bits=value_bits)
+        names = option_names(selector)
+        sides = {"key_bits": key_bits, "value_bits": value_bits}
+        of_codec = {name: value for name, value in options.items() if name not in names}
+        make = partial(_stored, codec, budget is not None, of_codec)
+        mixed = codec_by_layer(decoder, bits, skip_layers, sides, make, resolve_codec("none"))
+        if mixed is not None:
+            codec, bits, sides = mixed, None, {}
+            options = {name: value for name, value in options.items() if name in names}
+        widths = given_only(bits=bits, **sides)
         if codec is None:
             codec = "auto" if widths else "none"
-        names = option_names(selector)
         if options:
-            of_codec = codec_option_names(codec, **widths)
-            refuse_unknown(type(self), options, {f"selector {selector!r}": names, f"codec {codec!r}": of_codec})
+            known = codec_option_names(codec, **widths)
+            refuse_unknown(type(self), options, {f"selector {selector!r}": names, f"codec {codec!r}": known})
         chosen = resolve(selector, **{name: options.pop(name) for name in names if name in options})
         for name, value in (("sink_length", sink_length), ("tail_length", tail_length), ("dense_layers", dense_layers)):
             whole(name, value, 0)
@@ -93,9 +108,7 @@ class SparseReadCache(KVCache):
         eviction = None
         if budget is not None:
             eviction = default_eviction(budget, policy, sink_length + tail_length)
-            named = None if codec in ("auto", "none") else codec
-            rest = {name: value for name, value in widths.items() if name != "bits"}
-            codec, widths, options = codec_for_eviction(named, bits, options | rest), {}, {}
+            codec, widths, options = _stored(codec, True, options, widths), {}, {}
         super().__init__(
             config,
             codec,
@@ -120,6 +133,15 @@ class SparseReadCache(KVCache):
             if leader is not None:
                 layer.leader = self.layers[leader]  # at every update, since layers are copied one by one
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def _stored(codec: str | Codec | None, evicts: bool, options: dict[str, Any], widths: dict[str, Any]) -> Codec:
+    """How tokens are stored; where some are evicted, packed ones must be able to move between pages."""
+    if not evicts:
+        return resolve_codec(codec or ("auto" if widths else "none"), **widths, **options)
+    named = None if codec in ("auto", "none") else codec
+    rest = {name: value for name, value in widths.items() if name != "bits"}
+    return codec_for_eviction(named, widths.get("bits"), options | rest)
 
 
 def _check_weights(selector: Selector) -> None:

@@ -76,6 +76,14 @@ class Codec:
         self.key_bits = check_bits(self, "key_bits", key_bits)
         self.value_bits = check_bits(self, "value_bits", value_bits)
 
+    def of_layer(self, index: int) -> Codec:
+        """The codec of the layer ``index`` of a cache: this one, unless layers have codecs of their own."""
+        return self
+
+    def all(self) -> list[Codec]:
+        """The codecs of all layers, each once."""
+        return [self]
+
     def __repr__(self) -> str:
         bits = "" if not self.supported_bits else f"(key_bits={self.key_bits}, value_bits={self.value_bits})"
         return f"{self.name}{bits}"
@@ -111,9 +119,7 @@ def check_packable(bits: int, dim: int) -> None:
         raise ValueError(f"head_dim={dim} cannot be packed at {bits} bits; accepted: multiples of 8 (or 8 bits)")
 
 
-def asymmetric(
-    x: torch.Tensor, dims: tuple[int, ...], bits: int, clip: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def asymmetric(x: torch.Tensor, dims: tuple[int, ...], bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round-to-nearest integer codes with a scale and a zero point shared over ``dims`` (KIVI, arXiv:2402.02750).
 
     The zero point is rounded to half precision before the scale is chosen, and both are rounded before the codes are
@@ -123,43 +129,15 @@ def asymmetric(
         x: float32, any shape.
         dims: the dimensions over which a scale is shared.
         bits: width of a code.
-        clip: share of the elements whose magnitudes the range is to cover; see :func:`clipped_range`.
 
     Returns:
         Codes (uint8, shape of ``x``), scale and zero (half precision, ``dims`` kept as size 1).
     """
     low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
-    if clip < 1:
-        low, high = clipped_range(x, dims, low, high, bits, clip)
     zero = round_scale(low)
     scale = round_scale(((high - zero.float()) / (2**bits - 1)).clamp_min(_SCALE_MIN))
     codes = ((x - zero.float()) / scale.float()).round_().clamp_(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, zero
-
-
-def clipped_range(
-    x: torch.Tensor, dims: tuple[int, ...], low: torch.Tensor, high: torch.Tensor, bits: int, clip: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The range from ``low`` to ``high``, clipped to the magnitude that covers a share ``clip`` of the elements.
-
-    OSCAR (arXiv:2605.17757) clips at that magnitude. Here neither end moves by more than half a step of the whole
-    range, so that the error of no element, outliers included, exceeds what it could be without clipping.
-
-    Args:
-        x: float32, any shape.
-        dims: the one dimension over which a scale is shared.
-        low: smallest elements.
-        high: largest elements.
-        bits: width of a code.
-        clip: share of the elements, above 0 and below 1.
-    """
-    (dim,) = dims
-    place = min(int(clip * x.shape[dim]), x.shape[dim] - 1)
-    limit = x.abs().kthvalue(place + 1, dim, keepdim=True).values
-    half_step = (high - low) / (2**bits - 1) / 2
-    return torch.minimum(torch.maximum(low, -limit), low + half_step), torch.maximum(
-        torch.minimum(high, limit), high - half_step
-    )
 
 
 def round_scale(scale: torch.Tensor) -> torch.Tensor:

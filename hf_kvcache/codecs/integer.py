@@ -20,8 +20,6 @@ class IntegerSide(SideCodec):
         group_size: tokens or channels that share a scale; None for the whole page or row.
         rotation: rotation of the vectors before encoding.
         centered: whether a key mean is subtracted first.
-        clip: share of the elements whose magnitudes the range covers. A subclass that clips must set ``method`` to
-            None, because the kernels do not clip.
     """
 
     method: ClassVar[str | None] = "integer"
@@ -33,12 +31,10 @@ class IntegerSide(SideCodec):
         group_size: int | None = None,
         rotation: Rotation = "none",
         centered: bool = False,
-        clip: float = 1.0,
     ) -> None:
         self.bits, self.axis, self.group_size = bits, axis, group_size
         self.rotation: Rotation = rotation
         self.centered = centered
-        self.clip = clip
 
     def format(self, dim: int, page_size: int, dtype: torch.dtype) -> SideFormat:
         check_packable(self.bits, dim)
@@ -50,7 +46,7 @@ class IntegerSide(SideCodec):
     def encode(self, x: torch.Tensor) -> Encoded:
         dim = 1 if self.axis == "channel" else 2
         grouped = x.unflatten(dim, (-1, self.group_size or x.shape[dim]))
-        codes, scale, zero = asymmetric(grouped, (dim + 1,), self.bits, self.clip)
+        codes, scale, zero = asymmetric(grouped, (dim + 1,), self.bits)
         return Encoded(codes.flatten(dim, dim + 1), scale.squeeze(dim + 1), zero.squeeze(dim + 1))
 
 

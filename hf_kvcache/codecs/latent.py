@@ -9,6 +9,7 @@ from typing import Any
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.best import LATENTS
 from hf_kvcache.codecs.bf16 import BFloat16Side
+from hf_kvcache.codecs.mixed import MixedCodec
 from hf_kvcache.codecs.none import DenseSide
 from hf_kvcache.codecs.registry import option_names, resolve
 
@@ -95,7 +96,7 @@ def native_codec(codec: str | Codec, options: dict[str, Any], ranks: Collection[
     Raises:
         ValueError: naming the argument, its value and the accepted ones.
     """
-    if isinstance(codec, LatentCodec):
+    if isinstance(codec, LatentCodec | MixedCodec):
         return codec
     options = dict(options)
     widths = {options.pop(name, None) for name in ("bits", "key_bits", "value_bits")} - {None}

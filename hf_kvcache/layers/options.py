@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from transformers import PreTrainedConfig
@@ -56,7 +56,7 @@ class LayerOptions:
     """The settings that all layers of a cache share.
 
     Attributes:
-        codec: how pages are stored.
+        codec: how pages are stored; of a cache with mixed precision, of all layers together.
         sink_length: number of tokens at the start of a sequence that stay in full precision.
         tail_length: number of newest tokens that stay in full precision.
         page_size: number of tokens in a page.
@@ -86,6 +86,11 @@ class LayerOptions:
     offload: OffloadTarget | None = field(default=None, compare=False)
     compressed: CompressedOptions | None = None
     config: PreTrainedConfig | None = field(default=None, repr=False, compare=False)
+
+    def of_layer(self, index: int) -> LayerOptions:
+        """The settings of one layer, whose codec may be its own."""
+        codec = self.codec.of_layer(index)
+        return self if codec is self.codec else replace(self, codec=codec)
 
     @property
     def takes_padding(self) -> bool:

@@ -98,31 +98,29 @@ def _bar(tokens: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-class _WeightedSums:
-    """Running sums over states ``[N, n, W]``, with or without a weight for each."""
+class _Sums:
+    """Running sums over states ``[N, n, W]``."""
 
     def __init__(self) -> None:
-        self.weight: torch.Tensor | float = 0.0
+        self.count: torch.Tensor | float = 0.0
         self.first: torch.Tensor | float = 0.0
         self.second: torch.Tensor | float = 0.0
 
     def tensors(self) -> list[torch.Tensor]:
         """The sums, to be changed in place; none if nothing was added."""
-        return [x for x in (self.weight, self.first, self.second) if isinstance(x, torch.Tensor)]
+        return [x for x in (self.count, self.first, self.second) if isinstance(x, torch.Tensor)]
 
-    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add states ``x [N, n, W]`` with ``weights [N, n]``, all float64."""
-        weights = torch.ones_like(x[..., 0]) if weights is None else weights
-        weighted = x * weights[..., None]
-        self.weight = self.weight + weights.sum(1).cpu()
-        self.first = self.first + weighted.sum(1).cpu()
-        self.second = self.second + (weighted.mT @ x).cpu()
+    def add(self, x: torch.Tensor) -> None:
+        """Add float64 states ``x [N, n, W]``."""
+        self.count = self.count + torch.full([1], x.shape[1], dtype=torch.float64, device="cpu")
+        self.first = self.first + x.sum(1).cpu()
+        self.second = self.second + (x.mT @ x).cpu()
 
     def states(self) -> States:
         """The mean and the second moments of all states that were added."""
-        weight = torch.as_tensor(self.weight, device="cpu").clamp_min(torch.finfo(torch.float64).tiny)
+        count = torch.as_tensor(self.count, device="cpu")
         first, second = torch.as_tensor(self.first, device="cpu"), torch.as_tensor(self.second, device="cpu")
-        return States(first / weight[:, None], second / weight[:, None, None])
+        return States(first / count, second / count)
 
 
 class _LayerSums:
@@ -134,8 +132,8 @@ class _LayerSums:
         self.ratio, self.group = self.query_heads // self.heads, largest_divisor(self.heads, group)
         window = getattr(module, "sliding_window", None)
         self.length = min(length, window) if isinstance(window, int) else length
-        self.keys, self.values, self.queries, self.scored = (_WeightedSums() for _ in range(4))
-        self.keys_before, self.queries_before = _WeightedSums(), _WeightedSums()
+        self.keys, self.values, self.queries = (_Sums() for _ in range(3))
+        self.keys_before, self.queries_before = _Sums(), _Sums()
         self.counted = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.rope: LayerRope | None
         try:
@@ -152,9 +150,6 @@ class _LayerSums:
         self.keys.add(_group_heads(keys, self.group))
         self.values.add(_group_heads(values, self.group))
         self.queries.add(asked)
-        # Of this chunk only: its queries are those that read these keys, and one reading of the texts is then enough.
-        in_chunk = asked.mT @ asked / asked.shape[1]
-        self.scored.add(values, ((keys @ in_chunk) * keys).sum(-1))
         if self.rope is not None:
             self.keys_before.add(_group_heads(_float64(self.rope.unrotate(key, positions)), self.group))
             self.queries_before.add(_per_head(self.rope.unrotate(query, positions), self.heads))
@@ -166,7 +161,7 @@ class _LayerSums:
 
     def tensors(self) -> list[torch.Tensor]:
         """All sums, to be changed in place."""
-        parts = self.keys, self.values, self.queries, self.scored, self.keys_before, self.queries_before
+        parts = self.keys, self.values, self.queries, self.keys_before, self.queries_before
         return [self.counted, *(tensor for part in parts for tensor in part.tensors())]
 
     def moments(self) -> LayerMoments:
@@ -181,7 +176,6 @@ class _LayerSums:
             keys=self.keys.states(),
             values=self.values.states(),
             queries=self.ratio * self.queries.states().second,
-            scored=self.scored.states(),
             output=self._output(),
             keys_before=None if self.rope is None else self.keys_before.states(),
             queries_before=before,

@@ -56,8 +56,6 @@ class LayerMoments:
         keys: of the keys after their rotary embedding.
         values: of the values as they are cached.
         queries: ``[Hkv, Dk, Dk]``, the mean of ``q q^T`` over the tokens, summed over the query heads of a KV head.
-        scored: of the values of each KV head, in which a token has the weight ``k Sq k^T``, the sum of its squared
-            scores (OSCAR, arXiv:2605.17757). ``Sq`` is the second moment of the queries of the same chunk of text.
         output: ``[Hkv, Dv, Dv]``, ``W W^T`` of the output projection of each query head, summed like the queries; None
             where the projection has no plain weight.
         keys_before: of keys before their rotary embedding; None where the embedding cannot be undone.
@@ -71,7 +69,6 @@ class LayerMoments:
     keys: States
     values: States
     queries: torch.Tensor
-    scored: States
     output: torch.Tensor | None = None
     keys_before: States | None = None
     queries_before: torch.Tensor | None = None

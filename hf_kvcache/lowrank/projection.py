@@ -18,8 +18,6 @@ from hf_kvcache.utils.safetensors import load_file
 
 _FORMAT = "hf_kvcache projection 1"
 _SIDES = ("keys", "values")
-#: The method whose files, before they said so themselves, meant bases with a Hadamard matrix after the cut.
-_ALWAYS_HADAMARD = "oscar"
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,9 @@ class SideProjection:
         return self.down.shape[2]
 
     @classmethod
-    def of(cls, basis: SideBasis, rank: int, hadamard: bool) -> SideProjection:
+    def of(cls, basis: SideBasis, rank: int) -> SideProjection:
         """``basis`` cut to ``rank``; see :meth:`~hf_kvcache.lowrank.basis.SideBasis.cut`."""
-        return cls(*basis.cut(rank, hadamard), basis.mean)
+        return cls(*basis.cut(rank), basis.mean)
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,8 @@ class Projection:
         ranks = choose_ranks(self.bases, rank, ratio, spread)
         return {
             index: LayerProjection(
-                SideProjection.of(basis.keys, ranks[index].keys, basis.hadamard),
-                SideProjection.of(basis.values, ranks[index].values, basis.hadamard),
+                SideProjection.of(basis.keys, ranks[index].keys),
+                SideProjection.of(basis.values, ranks[index].values),
                 basis.heads,
                 basis.before_rope,
                 self.weights.get(index),
@@ -144,9 +142,7 @@ class Projection:
                         tensors[f"{index}.{side}.{name}"] = part.clone(memory_format=torch.contiguous_format)
         about = {name: getattr(self, name) for name in ("method", "options", "fingerprint", "weights", "tokens")}
         about["texts"] = list(self.texts)
-        about["layers"] = {
-            index: [basis.heads, basis.before_rope, basis.score, basis.hadamard] for index, basis in self.bases.items()
-        }
+        about["layers"] = {index: [basis.heads, basis.before_rope, basis.score] for index, basis in self.bases.items()}
         save_file(tensors, path, {"format": _FORMAT, "about": json.dumps(about)})
 
     @classmethod
@@ -160,10 +156,7 @@ class Projection:
         tensors, known = load_file(path, "projection", _FORMAT, accepted)
         try:
             about = json.loads(known["about"])
-            bases = {
-                int(index): _layer(tensors, index, settings, about["method"])
-                for index, settings in about.pop("layers").items()
-            }
+            bases = {int(index): _layer(tensors, index, settings) for index, settings in about.pop("layers").items()}
             # Earlier files have a hash here. It would not match the same weights in another dtype, so it is dropped.
             weights = about.pop("weights") or {}
             samples = {} if isinstance(weights, str) else {int(index): part for index, part in weights.items()}
@@ -172,14 +165,13 @@ class Projection:
             raise ValueError(f"projection={str(path)!r} is damaged: {error}") from error
 
 
-def _layer(tensors: dict[str, torch.Tensor], index: str, settings: list[Any], method: str) -> LayerBasis:
+def _layer(tensors: dict[str, torch.Tensor], index: str, settings: list[Any]) -> LayerBasis:
     """The basis of one layer from a file, with what the file says beside the tensors."""
-    heads, before_rope, score, *hadamard = settings
-    # Earlier files do not have the fourth setting.
-    mixed = hadamard[0] if hadamard else method == _ALWAYS_HADAMARD
-    return LayerBasis(
-        _side(tensors, f"{index}.keys"), _side(tensors, f"{index}.values"), heads, before_rope, score, mixed
-    )
+    # Earlier files have a fourth setting, which was true for a method that there is no more.
+    heads, before_rope, score, *mixed = settings
+    if any(mixed):
+        raise ValueError("its bases are mixed by a Hadamard matrix, which no method does any more; calibrate again")
+    return LayerBasis(_side(tensors, f"{index}.keys"), _side(tensors, f"{index}.values"), heads, before_rope, score)
 
 
 def _side(tensors: dict[str, torch.Tensor], prefix: str) -> SideBasis:

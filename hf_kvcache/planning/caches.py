@@ -67,7 +67,8 @@ def maker(name: str) -> Make:
     Names are:
 
     - ``full``: transformers' ``DynamicCache``; ``none``: ``KVCache`` in full precision.
-    - ``quantized:BITS`` or ``quantized:KEY_BITS:VALUE_BITS``: ``QuantizedKVCache``; ``codec:NAME``: ``KVCache`` with
+    - ``quantized:BITS``, ``quantized:KEY_BITS:VALUE_BITS`` or ``quantized:FILE``: ``QuantizedKVCache``, with the widths
+      by layer of a JSON file of ``hf-kvcache calibrate --method bits``; ``codec:NAME``: ``KVCache`` with
       that codec. Behind all but ``full``, ``@TOKENS`` is their ``max_length`` (``quantized:4@64k``).
     - ``POLICY:BUDGET``: ``HeavyHitterCache``. A budget is a number of tokens (``h2o:1024``, ``ada-snapkv:2k``), or a
       share below 1 (``snapkv:0.25``).
@@ -102,6 +103,8 @@ def _plain(name: str) -> Make | None:
         return lambda config: KVCache(config, **options)
     if kind == "codec" and len(settings) == 1:
         return lambda config: KVCache(config, settings[0], **options)
+    if kind == "quantized" and len(settings) == 1 and settings[0].endswith(".json"):
+        return lambda config: QuantizedKVCache(config, bits=settings[0], **options)
     if kind == "quantized" and 1 <= len(settings) <= 2 and all(bits.isdigit() for bits in settings):
         bits = [int(number) for number in settings]
         options |= {"bits": bits[0]} if len(bits) == 1 else {"key_bits": bits[0], "value_bits": bits[1]}
@@ -182,7 +185,8 @@ def _accepted() -> str:
     names = ", ".join(policies())
     return (
         "'full' (transformers' DynamicCache), 'none' (KVCache), 'quantized:BITS', 'quantized:KEY_BITS:VALUE_BITS', "
-        "'codec:NAME' (a codec, 'codec:int4'), the last three also with '@TOKENS' (max_length, 'quantized:4@64k'); "
+        "'quantized:FILE.json' (widths by layer), "
+        "'codec:NAME' (a codec, 'codec:int4'), all but the first also with '@TOKENS' (max_length, 'quantized:4@64k'); "
         "'POLICY:BUDGET' (tokens or a share, 'h2o:1024', 'snapkv:0.25'), 'window:TOKENS', 'window:TOKENS:SINKS', "
         "'sparse:SELECTOR:BUDGET', 'sparse:SELECTOR:BUDGET:DENSE_LAYERS', 'lowrank:RANK', 'lowrank:SHARE:FILE', these "
         "also with '+BITSbits', '+KEY_BITS:VALUE_BITSbits' (not with lowrank) or '+CODEC'. "

@@ -74,7 +74,8 @@ class Holding:
                 total += held
             else:
                 window, chooses = getattr(layer, "sliding_window", None), self._chooses(layer)
-                kind = type(layer), window, _ranks(layer), chooses, repr(calls)
+                codec = repr(getattr(getattr(layer, "options", None), "codec", None))
+                kind = type(layer), window, codec, _ranks(layer), chooses, repr(calls)
                 if kind not in alike:
                     held = _held_after(layer, calls, batch, tokens)
                     alike[kind] = held if chooses is None else sparse.with_choice(layer, held)

@@ -66,8 +66,8 @@ def _without_bases(
     ranks = choose_ranks(bases, wanted.rank, wanted.ratio, "uniform")
     return {
         index: LayerProjection(
-            SideProjection.of(basis.keys, ranks[index].keys, False),
-            SideProjection.of(basis.values, ranks[index].values, False),
+            SideProjection.of(basis.keys, ranks[index].keys),
+            SideProjection.of(basis.values, ranks[index].values),
             basis.heads,
         )
         for index, basis in bases.items()

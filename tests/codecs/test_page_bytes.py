@@ -40,7 +40,6 @@ FIELDS: dict[str, Callable[[int, int, int, int], list[int]]] = {
     "fp8": lambda t, k, v, b: [t * k, 2 * t, t * v, 2 * t],
     "none": lambda t, k, v, b: [4 * t * k, 4 * t * v],
     "bf16": lambda t, k, v, b: [2 * t * k, 2 * t * v],
-    "clipped": lambda t, k, v, b: [t * k * b // 8, 2 * t, 2 * t, t * v * b // 8, 2 * t, 2 * t],
 }
 
 

@@ -68,10 +68,6 @@ def moments_of(layer: Layer, together: int | None = None) -> LayerMoments:
     """The moments that ``collect`` would measure, token by token; ``together`` heads side by side (all if None)."""
     together = together or layer.heads
     queries = torch.stack([sum_of_squares(layer.asked(head)) for head in range(layer.heads)])
-    scored = []
-    for head in range(layer.heads):
-        weights = (layer.keys[head] @ layer.asked(head).T).square().sum(1)
-        scored.append(States(*weighted(layer.values[head], weights)))
     return LayerMoments(
         heads=layer.heads,
         query_heads=len(layer.queries),
@@ -79,7 +75,6 @@ def moments_of(layer: Layer, together: int | None = None) -> LayerMoments:
         keys=_states(layer.side_by_side("keys", together)),
         values=_states(layer.side_by_side("values", together)),
         queries=queries,
-        scored=States(torch.stack([s.mean for s in scored]), torch.stack([s.second for s in scored])),
         output=torch.stack([sum_of_squares(layer.projected(head).T) for head in range(layer.heads)]),
     )
 
@@ -87,12 +82,6 @@ def moments_of(layer: Layer, together: int | None = None) -> LayerMoments:
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
     """``[n, W] -> [W, W]``."""
     return torch.stack([torch.outer(row, row) for row in x]).sum(0)
-
-
-def weighted(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted mean and second moments of ``x [n, W]``."""
-    share = weights / weights.sum().clamp_min(1e-300)
-    return (share[:, None] * x).sum(0), sum_of_squares(share.sqrt()[:, None] * x)
 
 
 def _states(parts: list[torch.Tensor]) -> States:

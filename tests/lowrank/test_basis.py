@@ -1,12 +1,10 @@
-"""The parts of a method: moments of groups and over distances, metrics, the Hadamard matrix after a cut."""
+"""The parts of a method: moments of groups and over distances, metrics."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from hf_kvcache.kernels.hadamard import rotation_matrix
-from hf_kvcache.lowrank.basis import bit_reversal
 from hf_kvcache.lowrank.basis_solvers import block_diagonal, least_error_basis
 from hf_kvcache.lowrank.distances import average_over_distances
 from hf_kvcache.lowrank.methods import resolve
@@ -34,46 +32,15 @@ def test_queries_over_distances(family: str) -> None:
     )
 
 
-@pytest.mark.parametrize("rank", [8, 16, 24, 32, 40, 64])
-def test_oscar_spreads_the_coefficients_evenly(rank: int) -> None:
-    """After the cut and the Hadamard matrix, all coefficients of the weighted values are equally large on average."""
-    layer = make(heads=2, ratio=1, dim=64)
-    moments = moments_of(layer)
-    basis = resolve("oscar").solve(moments)
-    (down, up), (mixed_down, mixed_up) = basis.values.cut(rank), basis.values.cut(rank, basis.hadamard)
-    torch.testing.assert_close(mixed_down @ mixed_up, down @ up, rtol=0, atol=1e-5)
-    second = mixed_down.double().mT @ moments.scored.second @ mixed_down.double()
-    sizes = second.diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(sizes, sizes.mean(1, keepdim=True).expand_as(sizes), rtol=1e-4, atol=1e-6)
-
-
-def test_bit_reversal_deals_axes_to_blocks() -> None:
-    """It is a permutation, and each block of the Hadamard matrix gets its share of the important axes."""
-    assert bit_reversal(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
-    assert bit_reversal(1).tolist() == [0]
-    for count in range(2, 130):
-        assert sorted(bit_reversal(count).tolist()) == list(range(count))
-    # The matrix for 56 = 32 + 16 + 8 has three blocks.
-    matrix = rotation_matrix(56, "hadamard", torch.float64, torch.device("cpu"))
-    assert matrix is not None
-    importance = torch.logspace(0, -3, 56, dtype=torch.float64)
-    spread = {
-        name: (matrix.T @ torch.diag(importance[order]) @ matrix).diagonal()
-        for name, order in (("ordered", torch.arange(56)), ("reversed", bit_reversal(56)))
-    }
-    ratio = {name: float(sizes.max() / sizes.min()) for name, sizes in spread.items()}
-    assert ratio["reversed"] < 2 < 20 < ratio["ordered"]
-
-
 def test_fewer_heads_side_by_side_are_blocks_of_more() -> None:
     layer = make(heads=4, ratio=1)
     for group in (1, 2, 4):
         for name in ("kq_svd", "palu"):
-            method = resolve(name, group=group, before_rope=False)
+            method = resolve(name, group=group)
             first, second = (method.solve(moments_of(layer, together)).keys for together in (group, 4))
             torch.testing.assert_close(first.energy, second.energy)
     with pytest.raises(ValueError, match="group=4: the moments are of 2 heads"):
-        resolve("palu", group=4, before_rope=False).solve(moments_of(layer, 2))
+        resolve("palu", group=4).solve(moments_of(layer, 2))
 
 
 def test_block_diagonal() -> None:

@@ -14,10 +14,9 @@ from tests.lowrank.structured import TOKENS, make, moments_of
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("pca", {}, ["method='pca'", "kq_svd", "oscar", "palu", "svd"]),
+        ("pca", {}, ["method='pca'", "kq_svd", "palu", "svd"]),
         (None, {}, ["method=None", "kq_svd"]),
         ("svd", {"group": 2}, ["svd", "'group'", "none"]),
-        ("oscar", {"before_rope": True}, ["oscar", "'before_rope'", "center"]),
         ("kq_svd", {"groups": 2}, ["kq_svd", "'groups'", "group", "before_rope", "center"]),
         ("kq_svd", {"group": 0}, ["group=0"]),
         ("kq_svd", {"group": True}, ["group=True"]),
@@ -48,7 +47,7 @@ def test_layers_that_a_method_is_not_for() -> None:
 def test_ready_made() -> None:
     method = resolve("palu", group=2)
     assert resolve(method) is method
-    assert method.options() == {"group": 2, "before_rope": True, "center": "none"}
+    assert method.options() == {"group": 2, "before_rope": False, "center": "none"}
     assert resolve("svd").options() == {}
     with pytest.raises(ValueError, match="ready-made"):
         resolve(method, group=2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_kvcache.lowrank.basis import SideBasis
-from hf_kvcache.lowrank.methods import Method, available, resolve
+from hf_kvcache.lowrank.methods import available, resolve
 from tests.lowrank.structured import SCALING, TOKENS, Layer, make, moments_of
 
 #: Bases are stored in float32. Their products differ by some 1e-6 of the largest direction, squared in an error.
@@ -76,7 +76,7 @@ def test_balanced_coefficients_cost_least_to_round(shape: dict[str, int]) -> Non
     """They cost the square of the sum of singular values, less than KQ-SVD's own scaling, plain axes or any other."""
     layer = make(**shape)
     moments, generator = moments_of(layer), torch.Generator().manual_seed(3)
-    basis = resolve("balanced", group=1, before_rope=False, center="none").solve(moments)
+    basis = resolve("balanced", group=1, center="none").solve(moments)
     for side, metric in (("keys", "scores"), ("values", "outputs")):
         own = getattr(basis, side)
         least = rounding_cost(layer, own, side, metric)
@@ -97,7 +97,6 @@ def test_balanced_keeps_the_directions() -> None:
     layer = make(heads=4)
     moments = moments_of(layer)
     for chosen in ({"group": 2, "center": "keys"}, {"group": 4, "center": "both"}):
-        chosen = {"before_rope": False, **chosen}
         ours, theirs = (resolve(name, **chosen).solve(moments) for name in ("balanced", "kq_svd"))
         for side in ("keys", "values"):
             a, b = getattr(ours, side), getattr(theirs, side)
@@ -123,7 +122,7 @@ def test_svd_is_the_truncated_svd_of_the_states(shape: dict[str, int]) -> None:
 @pytest.mark.parametrize("group", [1, 2, 4])
 def test_palu_is_the_truncated_svd_of_the_heads_of_a_group(group: int) -> None:
     layer = make(heads=4, ratio=1)
-    basis = resolve("palu", group=group, before_rope=False).solve(moments_of(layer))
+    basis = resolve("palu", group=group).solve(moments_of(layer))
     for rank in RANKS:
         for side in ("keys", "values"):
             found = errors(layer, getattr(basis, side), side, group, rank, side)
@@ -135,7 +134,7 @@ def test_shared_coefficients_lose_less_than_one_set_per_head() -> None:
     layer = make(heads=4, ratio=2)
     moments = moments_of(layer)
     for name, metrics in (("palu", ("keys", "values")), ("kq_svd", ("scores", "outputs"))):
-        alone, together = (resolve(name, group=g, before_rope=False, center="none").solve(moments) for g in (1, 4))
+        alone, together = (resolve(name, group=g, center="none").solve(moments) for g in (1, 4))
         for side, metric in zip(("keys", "values"), metrics, strict=True):
             each = errors(layer, getattr(alone, side), side, 1, 8, metric)
             shared = errors(layer, getattr(together, side), side, 4, 32, metric)
@@ -145,7 +144,7 @@ def test_shared_coefficients_lose_less_than_one_set_per_head() -> None:
 def test_palu_groups_up_to_four_heads() -> None:
     palu = resolve("palu")
     assert [palu.group_size(heads) for heads in (1, 2, 3, 4, 5, 6, 8, 14)] == [1, 2, 3, 4, 1, 3, 4, 2]
-    assert palu.before_rope and palu.largest_group == 4
+    assert not palu.before_rope and palu.largest_group == 4
 
 
 #: The errors that the energies of each method are said to be.
@@ -154,13 +153,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "palu": ("keys", "values"),
     "kq_svd": ("scores", "outputs"),
     "balanced": ("scores", "outputs"),
-    "oscar": ("scores", "weighted"),
 }
-
-
-def after_rope(name: str) -> Method:
-    """The method with options for the moments here, none of which are from before the rotary embedding."""
-    return resolve(name, before_rope=False) if name in ("palu", "balanced") else resolve(name)
 
 
 def test_the_metrics_name_all_methods() -> None:
@@ -174,29 +167,18 @@ def test_energies_are_the_measured_errors(name: str, center: str) -> None:
     layer = make(heads=4, ratio=2)
     options: dict[str, Any] = {} if name == "svd" else {"center": center}
     if name in ("palu", "kq_svd", "balanced"):
-        options |= {"group": 2, "before_rope": False}
+        options |= {"group": 2}
     basis = resolve(name, **options).solve(moments_of(layer))
     for side, metric in zip(("keys", "values"), METRICS[name], strict=True):
         solved: SideBasis = getattr(basis, side)
         assert (solved.mean is None) == (name == "svd" or center == "none")
         group = layer.heads // solved.down.shape[0]
-        whole = torch.tensor(measured(layer, solved, side, group, 0, metric), dtype=torch.float64)
+        whole = torch.tensor(errors(layer, solved, side, group, 0, metric), dtype=torch.float64)
         torch.testing.assert_close(solved.energy.sum(1).double(), whole / whole.sum(), rtol=1e-4, atol=1e-6)
         for rank in (1, 5, 8, 15):
-            left = torch.tensor(measured(layer, solved, side, group, rank, metric), dtype=torch.float64) / whole.sum()
+            left = torch.tensor(errors(layer, solved, side, group, rank, metric), dtype=torch.float64) / whole.sum()
             torch.testing.assert_close(left, solved.energy[:, rank:].double().sum(1), rtol=1e-3, atol=2e-6)
         assert (solved.energy.diff(dim=1) <= 1e-7).all()
-
-
-def measured(layer: Layer, basis: SideBasis, side: str, group: int, rank: int, metric: str) -> list[float]:
-    if metric != "weighted":
-        return errors(layer, basis, side, group, rank, metric)
-    found = []
-    for head, x in enumerate(layer.values):
-        weights = (layer.keys[head] @ layer.asked(head).T).square().sum(1)
-        off = (x - reconstructed(x, basis, head, rank)).square().sum(1)
-        found.append(float((weights * off).sum() / weights.sum()))
-    return found
 
 
 @pytest.mark.parametrize(
@@ -204,9 +186,8 @@ def measured(layer: Layer, basis: SideBasis, side: str, group: int, rank: int, m
     [
         ("kq_svd", {}, (1, 5, 8, 13)),
         ("kq_svd", {"center": "keys", "group": 2}, (1, 5, 16, 30)),
-        ("oscar", {}, (1, 5, 8, 13)),
         ("svd", {}, (8,)),
-        ("palu", {"before_rope": False}, (16,)),
+        ("palu", {}, (16,)),
     ],
 )
 def test_the_score_of_a_basis(name: str, options: dict[str, Any], ranks: tuple[int, ...]) -> None:
@@ -224,11 +205,10 @@ def test_the_score_of_a_basis(name: str, options: dict[str, Any], ranks: tuple[i
 @pytest.mark.parametrize("name", available())
 def test_at_full_rank_nothing_is_lost(name: str) -> None:
     layer = make(heads=4, ratio=2)
-    method = after_rope(name)
-    basis = method.solve(moments_of(layer))
+    basis = resolve(name).solve(moments_of(layer))
     for side in ("keys", "values"):
         solved: SideBasis = getattr(basis, side)
-        down, up = solved.cut(solved.width, basis.hadamard)
+        down, up = solved.cut(solved.width)
         eye = torch.eye(solved.width, dtype=torch.float64).expand(len(solved.down), -1, -1)
         torch.testing.assert_close(down.double() @ up.double(), eye, rtol=0, atol=2e-4)
 
@@ -259,8 +239,7 @@ def test_degenerate_states(dead: str) -> None:
         part[0] = 0
         part[1, :, 5:] = 0
     for name in available():
-        method = after_rope(name)
-        basis = method.solve(moments_of(layer))
+        basis = resolve(name).solve(moments_of(layer))
         for side in ("keys", "values"):
             solved: SideBasis = getattr(basis, side)
             assert all(t.isfinite().all() for t in (solved.down, solved.up, solved.energy))

@@ -30,7 +30,7 @@ def projection(method: str = "kq_svd", family: str = "llama", **options: Any) ->
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("svd", {}), ("kq_svd", {"group": 2}), ("palu", {"before_rope": False}), ("oscar", {"center": "keys"})],
+    [("svd", {}), ("kq_svd", {"group": 2}), ("palu", {"center": "keys"})],
 )
 def test_a_file_gives_back_what_was_saved(method: str, options: dict[str, Any], tmp_path: Path) -> None:
     made = projection(method, **options)
@@ -43,7 +43,6 @@ def test_a_file_gives_back_what_was_saved(method: str, options: dict[str, Any], 
     for index, basis in made.bases.items():
         other = again.bases[index]
         assert (other.heads, other.before_rope, other.score) == (basis.heads, basis.before_rope, basis.score)
-        assert other.hadamard == basis.hadamard == (method == "oscar")
         for side in ("keys", "values"):
             for part in ("down", "up", "energy", "mean"):
                 first, second = getattr(getattr(basis, side), part), getattr(getattr(other, side), part)
@@ -65,32 +64,21 @@ def test_any_rank_is_cut_from_one_file() -> None:
             assert layer.keys.down.is_contiguous() and layer.keys.up.is_contiguous()
 
 
-def test_oscar_is_mixed_after_every_cut() -> None:
-    """The Hadamard matrix mixes the directions that are left, and only these."""
-    made = projection("oscar")
-    layers = made.layers(rank=8, spread="uniform")
-    for index, basis in made.bases.items():
-        (down, up), done = basis.keys.cut(8), layers[index].keys
-        torch.testing.assert_close(done.down @ done.up, down @ up, rtol=0, atol=1e-5)
-        torch.testing.assert_close(done.down.mT @ done.down, torch.eye(8).expand(2, 8, 8), rtol=0, atol=1e-5)
-        assert (done.down - down).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("method", ["oscar", "svd"])
-def test_earlier_files_that_do_not_name_the_hadamard_matrix(method: str, tmp_path: Path) -> None:
-    """In an earlier file the bases of OSCAR, and only these, are mixed after the cut."""
-    made = projection(method)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_earlier_files_have_a_fourth_setting(mixed: bool, tmp_path: Path) -> None:
+    """It said that bases are mixed after the cut."""
+    made = projection("svd")
     made.save(tmp_path / "file")
     with safe_open(tmp_path / "file", "pt") as file:
         metadata = file.metadata()
     about = json.loads(metadata["about"])
-    about["layers"] = {index: settings[:3] for index, settings in about["layers"].items()}
+    about["layers"] = {index: [*settings, mixed] for index, settings in about["layers"].items()}
     save_file(load_file(tmp_path / "file"), tmp_path / "earlier", {**metadata, "about": json.dumps(about)})
-    read, expected = (side.layers(rank=8) for side in (Projection.load(tmp_path / "earlier"), made))
-    for index, layer in expected.items():
-        for name in ("keys", "values"):
-            ours, theirs = getattr(read[index], name), getattr(layer, name)
-            assert torch.equal(ours.down, theirs.down) and torch.equal(ours.up, theirs.up)
+    if mixed:
+        with pytest.raises(ValueError, match="calibrate again"):
+            Projection.load(tmp_path / "earlier")
+    else:
+        assert torch.equal(Projection.load(tmp_path / "earlier").bases[1].keys.down, made.bases[1].keys.down)
 
 
 def test_ranks_follow_the_energies() -> None:

@@ -256,12 +256,11 @@ def test_tiles_that_shared_memory_does_not_hold(spec: str, dim: int, monkeypatch
 
 
 def test_what_is_left_to_torch(device: torch.device) -> None:
-    """Levels that are not symmetric, groups that cross the segments of a row, unknown methods, and float64."""
+    """Levels that are not symmetric, groups that cross the segments of a row, and float64."""
     x = torch.zeros(1, 1, 16, 48, device=device)
     cases = [
         (make_encoder("int4", 48, 16, group_size=16), FLOAT, False),  # groups of 16 of 24 channels
         (make_encoder("int4", 48, 16, group_size=8), FLOAT, True),
-        (make_encoder("clipped4", 48, 16), FLOAT, False),
         (make_encoder("int4", 48, 16), torch.float64, False),
     ]
     for encoder, dtype, expected in cases:

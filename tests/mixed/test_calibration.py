@@ -1,0 +1,142 @@
+"""Spreading bits by measurement: the losses against caches made by their arguments, the spreading against all ways."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_kvcache import QuantizedKVCache
+from hf_kvcache.cache import bit_calibration
+from hf_kvcache.cache.bit_calibration import calibrate_bits
+from hf_kvcache.codecs.bit_allocation import Choice, allocate
+from hf_kvcache.cli import main as cli
+from hf_kvcache.codecs.layer_bits import LayerBits, Widths
+from hf_kvcache.integration.versions import with_cache
+from tests import families
+
+TEXT = "".join(chr(97 + (7 * i * i + 3 * i) % 23) for i in range(600))
+SIZES: dict[str, Any] = {"tokens": 600, "length": 80, "windows": 2, "scored": 9, "page_size": 16, "tail_length": 8}
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return type("Encoded", (), {"input_ids": [3 + ord(letter) % 90 for letter in text]})
+
+
+def test_spreading_is_the_best_of_all_ways() -> None:
+    """At the bytes that it takes, no other choice loses less; what is left buys nothing more."""
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(30):
+        draws = torch.rand(4, 5, generator=generator, dtype=torch.float64).tolist()
+        sizes = torch.randint(1, 40, (4, 5), generator=generator).tolist()
+        choices = {
+            layer: [Choice(Widths(layer, n), size, loss) for n, (size, loss) in enumerate(zip(*row, strict=True))]
+            for layer, row in enumerate(zip(sizes, draws, strict=True))
+        }
+        least = sum(min(choice.bytes for choice in row) for row in choices.values())
+        budget = least + 8 * (trial % 10)
+        found = allocate(choices, budget)
+        chosen = [next(c for c in choices[layer] if c.widths == widths) for layer, widths in found.items()]
+        took, lost = sum(c.bytes for c in chosen), sum(c.loss for c in chosen)
+        assert took <= budget
+        ways = [(sum(c.bytes for c in way), sum(c.loss for c in way)) for way in product(*choices.values())]
+        best = min(loss for size, loss in ways if size <= budget)
+        # The hull leaves a gap of at most one step of one layer.
+        assert best - 1e-12 <= lost <= best + max(max(c.loss for c in row) for row in choices.values())
+        one_more = [
+            c.loss < mine.loss
+            for layer, mine in enumerate(chosen)
+            for c in choices[layer]
+            if c.bytes - mine.bytes <= budget - took
+        ]
+        assert not any(one_more)
+    with pytest.raises(ValueError, match=r"budget=.*accepted: from"):
+        allocate(choices, least - 1)
+
+
+def kl(model: Any, rows: torch.Tensor, cache: Any) -> float:
+    """In nats a token, one sequence after the other, in float64."""
+    length, found = SIZES["length"], []
+    for row in rows.split(1):
+        logits = []
+        for held in (DynamicCache(config=model.config), cache()):
+            with torch.no_grad():
+                model(row[:, :length], **with_cache(model, held))
+                logits.append(model(row[:, length:], **with_cache(model, held)).logits.double().log_softmax(-1))
+        found.append((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean())
+    return float(torch.stack(found).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_next"])
+def test_losses_are_those_of_caches_made_by_their_arguments(family: str) -> None:
+    model = families.build(family)
+    rows = bit_calibration._windows([TEXT], Letters(), 600, 89, 2)
+    trial = bit_calibration._Trial(model, rows, SIZES["length"], {"page_size": 16, "tail_length": 8})
+    losses = trial.losses(lambda _: None)
+    layers = sorted(losses)
+    for index in layers:
+        others = [layer for layer in layers if layer != index]
+        for widths in (Widths(1, 4), Widths(4, 2), Widths(8, 8)):
+            bits = {"layers": {index: widths._asdict()}, "default": 4}
+            expected = kl(
+                model,
+                rows,
+                lambda b=bits, o=others: QuantizedKVCache(
+                    model.config, bits=b, skip_layers=o, page_size=16, tail_length=8
+                ),
+            )
+            assert losses[index][widths] == pytest.approx(expected, rel=2e-2, abs=1e-9), (index, widths)
+        assert losses[index][Widths(1, 4)] > losses[index][Widths(4, 4)] > losses[index][Widths(8, 8)] >= 0
+        together = losses[index][Widths(2, 4)] + losses[index][Widths(4, 3)] - losses[index][Widths(4, 4)]
+        assert losses[index][Widths(2, 3)] == pytest.approx(max(together, 0))
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file takes no more bytes than one width, whatever it says of the layers, and is what the function finds."""
+    model = families.build("llama")
+    monkeypatch.setattr("hf_kvcache.cli.models.load_default_model", lambda *_: (model, Letters()))
+    (tmp_path / "text.txt").write_text(3 * TEXT)
+    sizes = ["--tokens", "1400", "--length", "300", "--windows", "2"]
+    command = ["calibrate", "--texts", str(tmp_path / "text.txt"), *sizes, "--out", str(tmp_path / "bits.json")]
+    for arguments, words in (
+        (["--method", "bits"], "--method bits needs --bits"),
+        (["--method", "bits", "--bits", "9"], "bits=9.0; accepted: numbers from 1 to 8"),
+        (["--method", "bits", "--bits", "2", "--group", "2"], "--group with --method bits"),
+        (["--method", "svd", "--bits", "2"], "--bits=2.0 with --method svd; accepted: --method bits"),
+        (["--method", "bits", "--bits", "2", "--tokens", "100"], "the texts have 100"),
+    ):
+        assert cli.main([*command, *arguments]) == 1
+        assert words in capsys.readouterr().err
+    # Random weights: whether mixed widths are better is chance, so a fractional average, which is not compared.
+    assert cli.main([*command, "--method", "bits", "--bits", "2.5"]) == 0
+    assert "widths of 2 layers, 2.5 bits on average" in capsys.readouterr().out
+    found = LayerBits.load(tmp_path / "bits.json")
+    assert found.measured["mixed"] > 0 and "uniform" not in found.measured
+    ids = torch.arange(3, 60)[None].repeat(1, 5)
+    sizes_held = []
+    for bits in (found, 2, 3):
+        cache = QuantizedKVCache(model.config, bits=bits, tail_length=8)
+        with torch.no_grad():
+            model(ids, **with_cache(model, cache))
+        report = cache.memory()
+        sizes_held.append(report.parts["codes"] + report.parts["scales"])
+    assert 0 < sizes_held[0] <= (sizes_held[1] + sizes_held[2]) / 2
+
+
+def test_no_better_than_one_width_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths that lose most are refused, and the error says by how much."""
+    model = families.build("llama")
+    worst = {0: Widths(1, 1), 1: Widths(1, 1)}
+    monkeypatch.setattr(bit_calibration, "allocate", lambda *_: worst)
+    with pytest.raises(ValueError, match=r"mixed widths have a KL of .*accepted: more windows"):
+        calibrate_bits(model, [TEXT], Letters(), 3, **SIZES)
+    monkeypatch.setattr(bit_calibration, "allocate", lambda *_: {0: Widths(8, 8), 1: Widths(8, 8)})
+    found = calibrate_bits(model, [TEXT], Letters(), 3, **SIZES)
+    assert found.measured["mixed"] < found.measured["uniform"]
