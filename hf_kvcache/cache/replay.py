@@ -36,6 +36,9 @@ def compress(
     evicting = _evicting_layers(layers)
     policy = evicting[0].eviction.policy
     if not policy.needs_replay:
+        if policy.across_layers:
+            evict_together(evicting)
+            return
         for layer in evicting:
             layer.compress()
         return
@@ -101,8 +104,26 @@ def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor
             f"replayed[0] of shape {tuple(replayed[0].shape)}; accepted: what replay() returned for policy "
             f"{policy.name!r}, {'[B, Hkv, g, T]' if policy.replay_by_head else '[B, Hkv, T]'}"
         )
+    _evict(layers, replayed)
+
+
+def evict_together(layers: Sequence[EvictingLayer]) -> None:
+    """Evict tokens down to the budget, for which the heads of all layers compete; needs no second reading.
+
+    Args:
+        layers: the layers that evict.
+    """
+    for layer in layers:
+        layer.flush()
+    if all(layer.storage is not None for layer in layers):
+        _evict(layers, [None] * len(layers))
+
+
+def _evict(layers: Sequence[EvictingLayer], replayed: Sequence[torch.Tensor | None]) -> None:
+    """Choose in all layers, a sequence at a time, then drop what was not chosen."""
+    policy = layers[0].eviction.policy
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
-    for row in range(batch):
+    for row in range(layers[0].batch_size):
         scored = [_score_sequence(layer, largest, row) for layer, largest in zip(layers, replayed, strict=True)]
         for of_layer, keep in zip(kept, _choose_tokens(policy, scored), strict=True):
             of_layer.append(keep)
@@ -169,14 +190,14 @@ def _read_chunks(
         model(input_ids=ids, **with_cache(model, copy), use_cache=True, logits_to_keep=1, **inputs)
 
 
-def _score_sequence(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tuple[Context, torch.Tensor]:
+def _score_sequence(layer: EvictingLayer, largest: torch.Tensor | None, row: int) -> tuple[Context, torch.Tensor]:
     """The context that the policy sees of one sequence of a layer, and the scores ``[1, Hkv, T]`` of its tokens."""
     assert layer.storage is not None and layer.evictor is not None
     held, selection = TokenView.of(layer.storage, np.array([row])), layer.evictor.selection()
-    protected = selection.protected(held, 0)
-    quota = max(selection.quota(row), selection.most_protected(held))
-    context = selection.context(held, quota, protected)
-    context.replayed = largest[row : row + 1, ..., : held.tokens]
+    quota, recent = selection.share(held)
+    context = selection.context(held, quota, selection.protected(held, recent))
+    if largest is not None:
+        context.replayed = largest[row : row + 1, ..., : held.tokens]
     return context, selection.scores(context)
 
 
@@ -196,7 +217,7 @@ def _choose_tokens(policy: Policy, scored: list[tuple[Context, torch.Tensor]]) -
 
     held = joined([torch.ones_like(c.protected) if c.held is None else c.held for c in contexts], False)
     protected = joined([c.protected for c in contexts], False)
-    quota = max(context.quota for context in contexts)
+    quota = sum(context.quota * count for context, count in zip(contexts, heads, strict=True)) // sum(heads)
     keep = choose(joined(scores, 0.0), protected, held, quota, policy.head_floor or 0.0, policy.keeps_above)
     parts = keep.split(heads, 1)
     return [part[:, :, : score.shape[2]] for part, score in zip(parts, scores, strict=True)]

@@ -1,0 +1,145 @@
+"""Attention of a second reading that does not happen, and heads of all layers that compete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hf_kvcache import HeavyHitterCache
+from hf_kvcache.eviction import resolve
+from hf_kvcache.eviction.policies import reread
+from hf_kvcache.layers.evicting import EvictingLayer
+from hf_kvcache.storage.token_view import TokenView
+from tests import families
+from tests.eviction.brute_force import Head, heads_of
+from tests.eviction.rope_contexts import CASES, rotary_context, rotation
+from tests.running import assert_same, forward, generate, left_padded, prompt
+from tests.tolerances import Tolerance, assert_within
+
+#: Queries are turned in float32, by a few hundred positions.
+TOLERANCE = Tolerance(1e-4, 1e-4)
+SIZES: dict[str, Any] = {"sink_length": 2, "tail_length": 4, "page_size": 8}
+
+
+@pytest.mark.parametrize(("shape", "family"), CASES)
+@pytest.mark.parametrize("options", [{}, {"chunk": 7, "every": 2}])
+def test_scores_equal_the_brute_force(
+    shape: str, family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reread, "_FEWEST_QUERIES", 3)
+    monkeypatch.setattr(reread, "_STRIP_ELEMENTS", 1)
+    policy: Any = resolve("reread", **options)
+    ctx = rotary_context(shape, family, policy)
+    scores = policy.score(ctx)
+    for index, kv_head in heads_of(ctx):
+        expected = torch.from_numpy(brute_force(policy, Head(ctx, index, kv_head), family))
+        assert_within(scores[index, kv_head, : len(expected)], expected, TOLERANCE)
+
+
+def brute_force(policy: Any, head: Head, family: str) -> np.ndarray:
+    """A context and, behind it, a second copy of the query's chunk, each token of it at its second position."""
+    scoring, seen = head.ctx.scoring, head.ctx.seen
+    squares, count = np.zeros(head.count), 0
+    for query in range(len(head.at) - 1, -1, -policy.every):
+        at = head.at[query]
+        start = at - at % policy.chunk
+        again = [i for i, position in enumerate(head.positions) if start <= position <= at]
+        move = [rotation(family, seen + head.positions[i] - start) for i in again]
+        back = [rotation(family, head.positions[i]).T for i in again]
+        copies = [a @ b @ head.keys[i] for a, b, i in zip(move, back, again, strict=True)]
+        for q in range(head.group):
+            moved = rotation(family, seen + at - start) @ rotation(family, at).T @ head.queries[q, query]
+            scores = np.array([*head.keys, *copies]) @ moved * scoring.scaling if head.count else np.zeros(0)
+            if scoring.softcap is not None:
+                scores = scoring.softcap * np.tanh(scores / scoring.softcap)
+            weights = np.exp(scores)
+            total = weights.sum()
+            if scoring.sink_logits is not None:
+                total += np.exp(float(scoring.sink_logits[head.kv_head * head.group + q]))
+            squares += (weights[: head.count] / total) ** 2 if head.count else 0.0
+            count += 1
+    return np.sqrt(squares / max(count, 1))
+
+
+@pytest.mark.parametrize("option", ["chunk", "every"])
+def test_bad_options(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}=0"):
+        resolve("reread", **{option: 0})
+    with pytest.raises(ValueError, match=r"floor=1\.5"):
+        resolve("across-reread", floor=1.5)
+
+
+def evicting(model: Any, policy: str, **options: Any) -> HeavyHitterCache:
+    return HeavyHitterCache(model.config, 16, policy, **SIZES | options)
+
+
+def scored(cache: HeavyHitterCache, row: int) -> torch.Tensor:
+    """Scores of one sequence in all heads of all layers, ``[layers * Hkv, T]``, infinite where tokens must stay."""
+    found = []
+    for layer in cache.layers:
+        assert isinstance(layer, EvictingLayer) and layer.storage is not None and layer.evictor is not None
+        held, selection = TokenView.of(layer.storage, np.array([row])), layer.evictor.selection()
+        quota, recent = selection.share(held)
+        context = selection.context(held, quota, selection.protected(held, recent))
+        found.append(selection.scores(context).masked_fill(context.protected, torch.inf)[0])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("policy", ["across-reread", "across-h2o"])
+def test_heads_of_all_layers_compete(policy: str) -> None:
+    """Each keeps its floor, and what is left goes to the best of all; rows of a padded batch as alone."""
+    model, rows = families.build("llama"), [prompt(48, seed=1), prompt(33, seed=2)]
+    batch = left_padded(rows)
+    mask = batch["attention_mask"]
+    cache = evicting(model, policy, floor=0.5)
+    forward(model, batch["input_ids"], cache, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0))
+    wanted = [scored(cache, row) for row in range(2)]
+    cache.compress()
+    cache.integrity()
+    for row, scores in enumerate(wanted):
+        stay = scores.topk(8).indices
+        total = 16 * len(scores)
+        sure = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, stay, True) | scores.isinf()
+        rest = scores.masked_fill(sure, -1.0).flatten().topk(total - int(sure.sum())).indices
+        sure.view(-1)[rest] = True
+        places = [layer.kept_positions()[row] for layer in cache.layers]
+        kept = [[int(at) for at in head if at >= 0] for layer in places for head in layer]
+        offset = 48 - len(rows[row][0])
+        assert [[at - offset for at in head] for head in kept] == [head.nonzero()[:, 0].tolist() for head in sure]
+        assert len({len(head) for head in kept}) > 1, "heads that keep equally many show nothing"
+    alone = evicting(model, policy, floor=0.5)
+    forward(model, rows[0], alone)
+    alone.compress()
+    for ours, theirs in zip(cache.layers, alone.layers, strict=True):
+        mine = [[int(at) for at in head if at >= 0] for head in ours.kept_positions()[0]]
+        assert mine == [[int(at) for at in head if at >= 0] for head in theirs.kept_positions()[0]]
+
+
+def test_nothing_goes_before_compress_unless_told() -> None:
+    """Then generation goes on; a fork and a saved copy of it too. Told otherwise, each layer chooses alone."""
+    model, ids = families.build("llama"), prompt(48)
+    cache = evicting(model, "across-reread")
+    forward(model, ids[:, :-1], cache)
+    assert all((layer.kept_positions() >= 0).sum() == 47 * layer.storage.heads for layer in cache.layers)
+    before = cache.memory().total
+    cache.compress()
+    cache.compress()  # within its budget: drops nothing more
+    assert cache.memory().total < before and cache.memory().parts["other"] == 0
+    fork = cache.fork()
+    ours, theirs = generate(model, ids, cache, 12), generate(model, ids, fork, 12)
+    assert_same(ours, theirs)
+    alone = evicting(model, "across-reread", evict_prefill="chunk", interval=8)
+    within = evicting(model, "ada-reread", floor=0.1, interval=8)
+    for one in (alone, within):
+        generate(model, ids, one, 12)
+    for mine, other in zip(alone.layers, within.layers, strict=True):
+        assert torch.equal(mine.kept_positions(), other.kept_positions())
+
+
+def test_an_empty_cache_is_compressed_to_nothing() -> None:
+    cache = evicting(families.build("llama"), "across-reread")
+    cache.compress()
+    assert cache.get_seq_length() == 0
