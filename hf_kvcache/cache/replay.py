@@ -33,7 +33,7 @@ def compress(
     replayed: list[torch.Tensor] | None,
 ) -> None:
     """Evict tokens of every layer down to its budget, for :meth:`hf_kvcache.KVCache.compress`."""
-    evicting = _evicting_layers(layers)
+    evicting = evicting_layers(layers)
     policy = evicting[0].eviction.policy
     if not policy.needs_replay:
         if policy.across_layers:
@@ -80,7 +80,7 @@ def replay(
         ValueError: if no layer evicts, a layer has evicted already, the shapes do not fit the cache, or hidden states
             are needed of an attention module that is not known.
     """
-    evicting = _evicting_layers(layers)
+    evicting = evicting_layers(layers)
     _check(evicting, input_ids, attention_mask)
     watches = _read_again(evicting, fork, model, input_ids, attention_mask, prompt_ids)
     return [watch.largest for watch in watches]
@@ -131,7 +131,7 @@ def _evict(layers: Sequence[EvictingLayer], replayed: Sequence[torch.Tensor | No
         layer.keep_only(rows)
 
 
-def _evicting_layers(layers: Sequence[Any]) -> list[EvictingLayer]:
+def evicting_layers(layers: Sequence[Any]) -> list[EvictingLayer]:
     """The layers that evict; raises ValueError if there are none."""
     evicting = [layer for layer in layers if isinstance(layer, EvictingLayer)]
     if not evicting:

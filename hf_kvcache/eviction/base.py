@@ -46,8 +46,8 @@ class Policy(ABC):
     #: None: each head of a layer keeps equally many. A share: heads compete for the layer's budget, each keeps at
     #: least this share of an equal part (Ada-KV, arXiv:2407.11550).
     head_floor: float | None = None
-    #: Whether heads compete over all layers and not only within theirs, when ``cache.compress()`` chooses in all layers
-    #: at once. A layer that chooses alone goes by ``head_floor``.
+    #: Whether heads compete over all layers and not only within theirs, where all layers choose at once: at
+    #: ``cache.compress()`` and at the end of a prompt. A layer that chooses alone goes by ``head_floor``.
     across_layers: bool = False
     #: None: as many tokens stay as the budget has room for. A number: of them, those that score no more go too.
     keeps_above: float | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import weakref
 from typing import Any
 
 import numpy as np
@@ -88,6 +90,13 @@ def scored(cache: HeavyHitterCache, row: int) -> torch.Tensor:
     return torch.cat(found)
 
 
+def kept(cache: HeavyHitterCache) -> list[list[list[int]]]:
+    """Positions that each head of all layers that evict holds, by sequence."""
+    layers = [layer.kept_positions() for layer in cache.layers if isinstance(layer, EvictingLayer)]
+    rows = range(len(layers[0]))
+    return [[[int(at) for at in head if at >= 0] for layer in layers for head in layer[row]] for row in rows]
+
+
 @pytest.mark.parametrize("policy", ["across-reread", "across-h2o"])
 def test_heads_of_all_layers_compete(policy: str) -> None:
     """Each keeps its floor, and what is left goes to the best of all; rows of a padded batch as alone."""
@@ -99,23 +108,20 @@ def test_heads_of_all_layers_compete(policy: str) -> None:
     wanted = [scored(cache, row) for row in range(2)]
     cache.compress()
     cache.integrity()
+    all_kept = kept(cache)
     for row, scores in enumerate(wanted):
         stay = scores.topk(8).indices
         total = 16 * len(scores)
         sure = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, stay, True) | scores.isinf()
         rest = scores.masked_fill(sure, -1.0).flatten().topk(total - int(sure.sum())).indices
         sure.view(-1)[rest] = True
-        places = [layer.kept_positions()[row] for layer in cache.layers]
-        kept = [[int(at) for at in head if at >= 0] for layer in places for head in layer]
         offset = 48 - len(rows[row][0])
-        assert [[at - offset for at in head] for head in kept] == [head.nonzero()[:, 0].tolist() for head in sure]
-        assert len({len(head) for head in kept}) > 1, "heads that keep equally many show nothing"
+        assert [[at - offset for at in head] for head in all_kept[row]] == [x.nonzero()[:, 0].tolist() for x in sure]
+        assert len({len(head) for head in all_kept[row]}) > 1, "heads that keep equally many show nothing"
     alone = evicting(model, policy, floor=0.5)
     forward(model, rows[0], alone)
     alone.compress()
-    for ours, theirs in zip(cache.layers, alone.layers, strict=True):
-        mine = [[int(at) for at in head if at >= 0] for head in ours.kept_positions()[0]]
-        assert mine == [[int(at) for at in head if at >= 0] for head in theirs.kept_positions()[0]]
+    assert kept(alone)[0] == all_kept[0]
 
 
 def test_nothing_goes_before_compress_unless_told() -> None:
@@ -135,8 +141,27 @@ def test_nothing_goes_before_compress_unless_told() -> None:
     within = evicting(model, "ada-reread", floor=0.1, interval=8)
     for one in (alone, within):
         generate(model, ids, one, 12)
-    for mine, other in zip(alone.layers, within.layers, strict=True):
-        assert torch.equal(mine.kept_positions(), other.kept_positions())
+    assert kept(alone) == kept(within)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_end_of_a_prompt_is_chosen_in_all_layers(family: str) -> None:
+    """Before the first single token, whatever layer evicts first; on a fork and an unpickled copy too."""
+    model, ids = families.build(family), prompt(48)
+    by_hand, whole = (evicting(model, "across-snapkv", window=8, evict_prefill=when) for when in (None, "end"))
+    for cache in (by_hand, whole):
+        forward(model, ids[:, :-1], cache)
+    by_hand.compress()
+    assert kept(by_hand) != kept(whole)
+    caches = [whole, whole.fork(), pickle.loads(pickle.dumps(whole))]
+    expected = forward(model, ids[:, -1:], by_hand)
+    for cache in caches:
+        torch.testing.assert_close(forward(model, ids[:, -1:], cache), expected, rtol=0, atol=1e-5)
+        assert kept(cache) == kept(by_hand)
+        cache.integrity()
+    gone = weakref.ref(whole)
+    del caches, cache, whole
+    assert gone() is None, "layers must not keep their cache alive"
 
 
 def test_an_empty_cache_is_compressed_to_nothing() -> None:

@@ -12,9 +12,9 @@ from hf_kvcache.utils.validation import between
 class Across(Wrapper):
     """The best-scored tokens of all heads of all layers stay, so that heads and layers keep different numbers.
 
-    That needs every layer at once, so nothing is evicted before ``cache.compress()``. Where the cache is told to evict
-    by itself (``evict_prefill=`` or ``interval=``), a layer chooses alone and only its own heads compete, as with
-    ``ada``.
+    That needs every layer at once: at ``cache.compress()``, or behind the prompt with ``evict_prefill="end"``. Where
+    the cache is told to evict at other times (``evict_prefill="chunk"`` or ``interval=``), a layer chooses alone and
+    only its own heads compete, as with ``ada``.
 
     Args:
         policy: the policy whose scores are compared; they should have one scale in all heads and layers, as ``reread``
