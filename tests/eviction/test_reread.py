@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,10 @@ def test_scores_equal_the_brute_force(
     policy: Any = resolve("reread", **options)
     ctx = rotary_context(shape, family, policy)
     scores = policy.score(ctx)
+    at = ctx.query_positions
+    assert at is not None
+    told = replace(ctx, reach=lambda i: int((ctx.positions <= at[..., i].max()).sum(-1).max()), reach_of=ctx.queries)
+    assert_within(policy.score(told), scores, TOLERANCE)
     for index, kv_head in heads_of(ctx):
         expected = torch.from_numpy(brute_force(policy, Head(ctx, index, kv_head), family))
         assert_within(scores[index, kv_head, : len(expected)], expected, TOLERANCE)

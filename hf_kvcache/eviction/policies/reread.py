@@ -62,16 +62,18 @@ class Reread(Policy):
         elements = _STRIP_ELEMENTS if ctx.keys.device.type == "cpu" else _STRIP_ELEMENTS_ELSEWHERE
         step = max(_FEWEST_QUERIES, elements // (len(queries) * queries.shape[1] * tokens))
         absent = None if ctx.held is None else ~ctx.held[:, :, None]
-        for query, place in zip(queries.split(step, 2), at.split(step, 1), strict=True):
+        parts = zip(range(0, queries.shape[2], step), queries.split(step, 2), at.split(step, 1), strict=True)
+        for start, query, place in parts:
             inside = place % self.chunk
             plain = ctx.rope.unrotate(query, place[:, None])
             moved = ctx.rope.rotate(plain, ctx.seen + inside[:, None])
             # The tokens of the query's chunk up to its own; places without a token are at none of these positions.
             first, last = ((x[:, None, None, :, None]) for x in (place - inside, place))
-            positions = ctx.positions[:, :, None, None]
+            seen = _reached(ctx, start * self.every)
+            positions = ctx.positions[:, :, None, None, :seen]
             apart = (positions < first) | (positions > last)
-            near = _scores(ctx, query.float(), heads).masked_fill_(apart, -torch.inf).flatten(2, 3)
-            scores = _scores(ctx, moved, heads).flatten(2, 3)
+            near = _scores(ctx, query.float(), ctx.keys[:, :, :seen]).masked_fill_(apart, -torch.inf).flatten(2, 3)
+            scores = _scores(ctx, moved, ctx.keys).flatten(2, 3)
             if absent is not None:
                 scores = scores.masked_fill_(absent, -torch.inf)
             others = torch.logaddexp(near.logsumexp(-1), _sinks(ctx, heads, query.shape[2], near))
@@ -79,11 +81,22 @@ class Reread(Policy):
             yield scores.sub_(sums.masked_fill(sums == -torch.inf, 0.0)).exp_()
 
 
-def _scores(ctx: Context, queries: torch.Tensor, heads: int) -> torch.Tensor:
-    """Scores ``[B, Hkv, g, n, T]`` of queries ``[B, Hq, n, D]``, as the model makes them."""
+def _reached(ctx: Context, newer: int) -> int:
+    """How many places, from the first on, hold all that the query sees that ``newer`` queries came after; at least 1.
+
+    All of them where only the device knows.
+    """
+    assert ctx.queries is not None
+    if ctx.reach is None or ctx.queries is not ctx.reach_of:
+        return ctx.keys.shape[2]
+    return max(1, ctx.reach(ctx.queries.shape[2] - 1 - newer))
+
+
+def _scores(ctx: Context, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Scores ``[B, Hkv, g, n, T]`` of queries ``[B, Hq, n, D]`` against ``keys [B, Hkv, T, D]``, as the model's."""
     # The heads of a group as rows of one matrix: broadcasting would copy the keys for each of them.
-    rows = queries.unflatten(1, (heads, -1)).flatten(2, 3) * ctx.scoring.inner
-    scores = (rows @ ctx.keys.mT).unflatten(2, (-1, queries.shape[2]))
+    rows = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3) * ctx.scoring.inner
+    scores = (rows @ keys.mT).unflatten(2, (-1, queries.shape[2]))
     if ctx.scoring.softcap is not None:
         scores = scores.tanh_().mul_(ctx.scoring.softcap)
     return scores
