@@ -150,7 +150,7 @@ def main() -> int:
 
     cast(Any, attention).attend = even_attention
     names = [*available(), *(f"{name}-snapkv" for name in wrappers())]
-    policies = args.policies or [name for name in names if not resolve(name).needs_replay]
+    policies = args.policies or [name for name in names if not resolve(name).waits]
     found = {}
     with PretendedDevice() as device:
         for codec in args.codecs:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any, Literal
+from weakref import WeakMethod
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,7 +22,7 @@ from hf_kvcache.cache.model_config import (
     shares_keys,
 )
 from hf_kvcache.cache.other_layers import copied
-from hf_kvcache.cache.replay import compress, replay
+from hf_kvcache.cache.replay import compress, evict_together, evicting_layers, replay
 from hf_kvcache.cache.saving import SavableCache
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.latent import native_codec, native_option_names
@@ -144,6 +145,7 @@ class KVCache(SavableCache):
         assert options.config is not None
         check_formats(options.config, options)
         super().__init__(options.config, options)
+        self._join_layers()
         if bind:
             check_registration(modeling_file(self.config))
             bind_config(self.config)
@@ -207,6 +209,7 @@ class KVCache(SavableCache):
         other.__dict__.update(self.__dict__)
         other.layers = [layer.fork() if isinstance(layer, OwnLayer) else copied(layer) for layer in self.layers]
         other._pass, other._read_check = self._pass.copy(), self._read_check.copy()
+        other._join_layers()
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
@@ -215,8 +218,19 @@ class KVCache(SavableCache):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._join_layers()
         if self.config._attn_implementation == IMPLEMENTATION:
             bind_config(self.config)  # the process that unpickles the cache must bind the config too
+
+    def _join_layers(self) -> None:
+        """Let a layer evict in all layers, where their heads compete; layers do not keep the cache alive."""
+        eviction = self.options.eviction
+        if eviction is not None and eviction.policy.across_layers and not eviction.policy.needs_replay:
+            for layer in evicting_layers(self.layers):
+                layer.together = WeakMethod(self._evict_together)
+
+    def _evict_together(self) -> None:
+        evict_together(evicting_layers(self.layers))
 
     def memory(self) -> MemoryReport:
         """The bytes that the cache holds, by part, in total and for each layer."""

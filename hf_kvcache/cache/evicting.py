@@ -56,9 +56,9 @@ class HeavyHitterCache(KVCache):
         evict_prefill: when a prompt is evicted. ``"chunk"`` evicts after every forward pass of several tokens, so that
             a prefill in chunks never holds more than the budget and one chunk. ``"end"`` evicts before the first single
             token. None evicts at a call of :meth:`compress` only. The default, ``"auto"``, is ``"chunk"``, or None for
-            policies that need ``compress(model, input_ids)``.
+            policies that wait for :meth:`compress`: those that read the context again, and ``"across-..."``.
         interval: number of decoded tokens between two evictions; None does not evict while decoding. The default,
-            ``"auto"``, is 128, or None for policies that need ``compress(model, input_ids)``.
+            ``"auto"``, is 128, or None for the same policies.
         seed: seed of policies that draw random numbers.
         compensate: number of latest queries by which kept tokens get new values; 0 keeps the values. The new values are
             fitted by least squares: for these queries, attention over the kept tokens reproduces attention over all
@@ -309,7 +309,7 @@ def _best(bits: int | None, options: dict[str, Any]) -> Choice:
 
 def _evict_prefill(value: str | None, policy: Policy) -> Literal["chunk", "end"] | None:
     if value == _AUTO:
-        return None if policy.needs_replay else "chunk"
+        return None if policy.waits else "chunk"
     if value not in ("chunk", "end", None):
         raise ValueError(f"evict_prefill={value!r}; accepted: 'chunk', 'end', None, 'auto'")
     if value is not None:
@@ -319,7 +319,7 @@ def _evict_prefill(value: str | None, policy: Policy) -> Literal["chunk", "end"]
 
 def _interval(value: int | str | None, policy: Policy) -> int | None:
     if value == _AUTO:
-        return None if policy.needs_replay else 128
+        return None if policy.waits else 128
     if value is None:
         return None
     _check_no_replay("interval", value, policy)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from hf_kvcache.cache.watch import Watch
-from hf_kvcache.eviction import Context, Policy
+from hf_kvcache.eviction import Policy
 from hf_kvcache.eviction.selection import choose
 from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.layers.evicting import EvictingLayer
@@ -33,9 +33,12 @@ def compress(
     replayed: list[torch.Tensor] | None,
 ) -> None:
     """Evict tokens of every layer down to its budget, for :meth:`hf_kvcache.KVCache.compress`."""
-    evicting = _evicting_layers(layers)
+    evicting = evicting_layers(layers)
     policy = evicting[0].eviction.policy
     if not policy.needs_replay:
+        if policy.across_layers:
+            evict_together(evicting)
+            return
         for layer in evicting:
             layer.compress()
         return
@@ -77,7 +80,7 @@ def replay(
         ValueError: if no layer evicts, a layer has evicted already, the shapes do not fit the cache, or hidden states
             are needed of an attention module that is not known.
     """
-    evicting = _evicting_layers(layers)
+    evicting = evicting_layers(layers)
     _check(evicting, input_ids, attention_mask)
     watches = _read_again(evicting, fork, model, input_ids, attention_mask, prompt_ids)
     return [watch.largest for watch in watches]
@@ -101,8 +104,26 @@ def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor
             f"replayed[0] of shape {tuple(replayed[0].shape)}; accepted: what replay() returned for policy "
             f"{policy.name!r}, {'[B, Hkv, g, T]' if policy.replay_by_head else '[B, Hkv, T]'}"
         )
+    _evict(layers, replayed)
+
+
+def evict_together(layers: Sequence[EvictingLayer]) -> None:
+    """Evict tokens down to the budget, for which the heads of all layers compete; needs no second reading.
+
+    Args:
+        layers: the layers that evict.
+    """
+    for layer in layers:
+        layer.flush()
+    if all(layer.storage is not None for layer in layers):
+        _evict(layers, [None] * len(layers))
+
+
+def _evict(layers: Sequence[EvictingLayer], replayed: Sequence[torch.Tensor | None]) -> None:
+    """Choose in all layers, a sequence at a time, then drop what was not chosen."""
+    policy = layers[0].eviction.policy
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
-    for row in range(batch):
+    for row in range(layers[0].batch_size):
         scored = [_score_sequence(layer, largest, row) for layer, largest in zip(layers, replayed, strict=True)]
         for of_layer, keep in zip(kept, _choose_tokens(policy, scored), strict=True):
             of_layer.append(keep)
@@ -110,7 +131,7 @@ def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor
         layer.keep_only(rows)
 
 
-def _evicting_layers(layers: Sequence[Any]) -> list[EvictingLayer]:
+def evicting_layers(layers: Sequence[Any]) -> list[EvictingLayer]:
     """The layers that evict; raises ValueError if there are none."""
     evicting = [layer for layer in layers if isinstance(layer, EvictingLayer)]
     if not evicting:
@@ -169,37 +190,52 @@ def _read_chunks(
         model(input_ids=ids, **with_cache(model, copy), use_cache=True, logits_to_keep=1, **inputs)
 
 
-def _score_sequence(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tuple[Context, torch.Tensor]:
-    """The context that the policy sees of one sequence of a layer, and the scores ``[1, Hkv, T]`` of its tokens."""
+class _Scored(NamedTuple):
+    """What is chosen by in one sequence of a layer, without the keys and values, which all layers together may not fit.
+
+    Attributes:
+        scores: ``[1, Hkv, T]``.
+        protected: bool ``[1, Hkv, T]``, the tokens that stay whatever their score.
+        held: bool ``[1, Hkv, T]``, False where there is no token; None if there is one everywhere.
+        quota: tokens that a head keeps on average.
+    """
+
+    scores: torch.Tensor
+    protected: torch.Tensor
+    held: torch.Tensor | None
+    quota: int
+
+
+def _score_sequence(layer: EvictingLayer, largest: torch.Tensor | None, row: int) -> _Scored:
+    """Let the policy score one sequence of a layer."""
     assert layer.storage is not None and layer.evictor is not None
     held, selection = TokenView.of(layer.storage, np.array([row])), layer.evictor.selection()
-    protected = selection.protected(held, 0)
-    quota = max(selection.quota(row), selection.most_protected(held))
-    context = selection.context(held, quota, protected)
-    context.replayed = largest[row : row + 1, ..., : held.tokens]
-    return context, selection.scores(context)
+    quota, recent = selection.share(held)
+    context = selection.context(held, quota, selection.protected(held, recent))
+    if largest is not None:
+        context.replayed = largest[row : row + 1, ..., : held.tokens]
+    return _Scored(selection.scores(context), context.protected, context.held, quota)
 
 
-def _choose_tokens(policy: Policy, scored: list[tuple[Context, torch.Tensor]]) -> list[torch.Tensor]:
+def _choose_tokens(policy: Policy, scored: list[_Scored]) -> list[torch.Tensor]:
     """Choose the tokens that stay, for each layer bool ``[1, Hkv, T]``."""
     if not policy.across_layers:
-        return [
-            choose(score, context.protected, context.held, context.quota, policy.head_floor, policy.keeps_above)
-            for context, score in scored
-        ]
-    contexts, scores = [context for context, _ in scored], [score for _, score in scored]
-    # The heads of all layers compete for the budget like the heads of one layer.
-    longest, heads = max(score.shape[2] for score in scores), [score.shape[1] for score in scores]
+        return [choose(*each, policy.head_floor, policy.keeps_above) for each in scored]
+    # The heads of all layers compete for the budget like the heads of one layer. Layers may be on different devices.
+    heads, device = [each.scores.shape[1] for each in scored], scored[0].scores.device
+    longest = max(each.scores.shape[2] for each in scored)
 
     def joined(parts: list[torch.Tensor], fill: float) -> torch.Tensor:
-        return torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[2]), value=fill) for x in parts], 1)
+        padded = [torch.nn.functional.pad(x.to(device), (0, longest - x.shape[2]), value=fill) for x in parts]
+        return torch.cat(padded, 1)
 
-    held = joined([torch.ones_like(c.protected) if c.held is None else c.held for c in contexts], False)
-    protected = joined([c.protected for c in contexts], False)
-    quota = max(context.quota for context in contexts)
-    keep = choose(joined(scores, 0.0), protected, held, quota, policy.head_floor or 0.0, policy.keeps_above)
+    held = joined([torch.ones_like(each.protected) if each.held is None else each.held for each in scored], False)
+    protected = joined([each.protected for each in scored], False)
+    scores = joined([each.scores for each in scored], 0.0)
+    quota = sum(each.quota * count for each, count in zip(scored, heads, strict=True)) // sum(heads)
+    keep = choose(scores, protected, held, quota, policy.head_floor or 0.0, policy.keeps_above)
     parts = keep.split(heads, 1)
-    return [part[:, :, : score.shape[2]] for part, score in zip(parts, scores, strict=True)]
+    return [part[:, :, : each.scores.shape[2]] for part, each in zip(parts, scored, strict=True)]
 
 
 def _check(layers: list[EvictingLayer], input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:

@@ -109,6 +109,7 @@ def _policy(kind: str, name: str, policy: Policy, measured: list[Result]) -> Met
         queries,
         "the attention of every query" * policy.needs_accumulated,
         "a second reading of the context, compress(model, input_ids)" * policy.needs_replay,
+        "compress(), which chooses in all layers at once" * (policy.across_layers and not policy.needs_replay),
         "keys and values" * (policy.needs_states and policy.needs_values),
         "keys" * (policy.needs_states and not policy.needs_values),
         "the rotary embedding" * policy.needs_rope,

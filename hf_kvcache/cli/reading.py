@@ -78,8 +78,8 @@ def read_prompt(model: Any, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
 
 
 def compress(model: Any, tokenizer: Any, ids: torch.Tensor, cache: Cache) -> None:
-    """Let a cache evict that does so only when it is asked, because its policy reads the prompt ``ids`` again."""
-    if isinstance(cache, HeavyHitterCache) and cache.policy.needs_replay:
+    """Let a cache evict that does so only when it is asked, such as those that read the prompt ``ids`` again."""
+    if isinstance(cache, HeavyHitterCache) and cache.policy.waits:
         asked = tokenizer(_REPEAT, add_special_tokens=False, return_tensors="pt").input_ids[0]
         cache.compress(model, ids, prompt_ids=asked.to(ids.device))
 

@@ -46,7 +46,8 @@ class Policy(ABC):
     #: None: each head of a layer keeps equally many. A share: heads compete for the layer's budget, each keeps at
     #: least this share of an equal part (Ada-KV, arXiv:2407.11550).
     head_floor: float | None = None
-    #: Of policies that replay: whether heads compete over all layers and not only within theirs.
+    #: Whether heads compete over all layers and not only within theirs, where all layers choose at once: at
+    #: ``cache.compress()`` and at the end of a prompt. A layer that chooses alone goes by ``head_floor``.
     across_layers: bool = False
     #: None: as many tokens stay as the budget has room for. A number: of them, those that score no more go too.
     keeps_above: float | None = None
@@ -54,6 +55,11 @@ class Policy(ABC):
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{self.name}({options})"
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing is evicted before ``cache.compress()``, unless the cache is told otherwise."""
+        return self.needs_replay or self.across_layers
 
     @abstractmethod
     def score(self, ctx: Context) -> torch.Tensor:

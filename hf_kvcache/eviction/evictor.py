@@ -161,11 +161,7 @@ class Evictor:
         selection = self.selection()
         held = [TokenView.of(storage, group) for group in _groups(self.pinned, storage, rows)]
         self._prune(storage, [self._change(each, selection.chosen(each)) for each in held], seen)
-        self.schedule.pending = False
-        self.observations.block = None
-        if self.options.interval is None and self.options.evict_prefill is None:
-            # Nothing will be chosen unless asked for: what comes next is remembered for that.
-            self.observations.latest = None
+        self._end_choice()
 
     def pack(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
         """Pack the tokens of the sequences ``rows`` that are due; drop none."""
@@ -185,8 +181,8 @@ class Evictor:
         for held, mask, count in zip(views, masks, counts, strict=True):
             choice = Choice(None if (count == held.counts[0]).all() else mask, int(count.max(initial=0)))
             changes.append(self._change(held, choice))
-        self._prune(storage, changes, seen, fit=False)
-        self.schedule.pending = False
+        self._prune(storage, changes, seen, fit=not self.policy.needs_replay)
+        self._end_choice()
 
     # -- going back, copies, saving -------------------------------------------------------------------------------
 
@@ -257,6 +253,14 @@ class Evictor:
         sums = None if accumulated is None else accumulated.by_token(held)
         tail = self.schedule.tail(held, choice.keep is not None)
         return Change(plan(held, choice.keep, tail, choice.most), sums)
+
+    def _end_choice(self) -> None:
+        """Forget what only the choice that was made has looked at."""
+        self.schedule.pending = False
+        self.observations.block = None
+        if self.options.interval is None and self.options.evict_prefill is None:
+            # Nothing will be chosen unless asked for: what comes next is remembered for that.
+            self.observations.latest = None
 
     def _prune(self, storage: PagedStorage, changes: list[Change], seen: int, fit: bool = True) -> None:
         """Drop the tokens that no change keeps, pack those that leave the tail; sums move with their keys.

@@ -63,8 +63,8 @@ class LayerSelection:
 
     def chosen(self, held: TokenView) -> Choice:
         """The tokens that stay. Waits for nothing: how many they are, the host knows without asking the device."""
-        policy, storage, least = self.policy, held.storage, self.most_protected(held)
-        quota = max(self.quota(int(held.rows[0])), least)
+        policy, storage = self.policy, held.storage
+        quota, recent = self.share(held)
         if policy.keeps_above is not None:
             # Which tokens score too little, the device knows; only sinks and tail are known to stay.
             room = held.tokens <= storage.sink_length + storage.tail_length
@@ -74,11 +74,16 @@ class LayerSelection:
             room = bool((held.counts <= quota).all())
         if room:
             return Choice(None, held.tokens)
-        recent = max(min(policy.recent(quota), quota - least + storage.tail_length), 0)
         keep = self.best(held, quota, recent)
         # Of the newest tokens, these are protected in any case.
         in_tail = max(min(held.used - storage.sink_length, storage.tail_length), 0)
-        return Choice(keep, max(quota, least + max(recent - in_tail, 0)))
+        return Choice(keep, max(quota, self.most_protected(held) + max(recent - in_tail, 0)))
+
+    def share(self, held: TokenView) -> tuple[int, int]:
+        """Tokens that a head keeps on average, and how many of them are the newest whatever their scores."""
+        least = self.most_protected(held)
+        quota = max(self.quota(int(held.rows[0])), least)
+        return quota, max(min(self.policy.recent(quota), quota - least + held.storage.tail_length), 0)
 
     def best(self, held: TokenView, quota: int, recent: int) -> torch.Tensor:
         """bool ``[b, Hkv, T]``: the protected tokens, the newest ``recent``, and those with the best scores."""

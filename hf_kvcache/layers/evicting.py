@@ -122,12 +122,12 @@ class EvictingLayer(EvictingAttention):
 
     def _copy(self) -> EvictingLayer:
         other = super()._copy()
-        other._undo = other.watcher = None
+        other._undo = other.watcher = other.together = None
         other.evictor = self._copied_evictor()
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"watcher": None}
+        return super().__getstate__() | {"watcher": None, "together": None}
 
     def own_tensors(self) -> list[torch.Tensor]:
         return [] if self.evictor is None else self.evictor.tensors()
@@ -197,8 +197,12 @@ class EvictingLayer(EvictingAttention):
         follows = new == 1 or (self.rollback.recording and self._undo is None)
         if follows and evictor is not None and evictor.schedule.ends_prompt:
             self.flush()
+            together = None if self.together is None else self.together()
             if self._undo is None and storage is not None:
-                evictor.evict(storage, np.arange(storage.batch), self._seen)
+                if together is not None:
+                    together()  # the other layers hold the whole prompt too
+                else:
+                    evictor.evict(storage, np.arange(storage.batch), self._seen)
 
     def _confirm(self) -> None:
         self.flush()

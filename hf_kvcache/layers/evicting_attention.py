@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from weakref import WeakMethod
 
 import torch
 
@@ -43,6 +44,9 @@ class EvictingAttention(KVCacheLayer):
         #: Called after every attention over stored tokens, with the update and the log-sum-exp ``[B, Hq, q]``; None for
         #: no call. The replay of KVzip sets it.
         self.watcher: Callable[[Draft, torch.Tensor], None] | None = None
+        #: A weak reference to a function that evicts tokens of all layers of the cache together; None if each layer
+        #: chooses alone. A cache whose heads compete across layers sets it.
+        self.together: WeakMethod[Callable[[], None]] | None = None
 
     def clear(self) -> None:
         super().clear()

@@ -66,7 +66,7 @@ class Evicted:
             apart = pages_apart(kept - dense, newest, tokens - dense, page)
             after += Held(self.heads(place) * apart * page * _POSITION, 0, 0)
         before = self._reading(layer, place, tokens)
-        return Held(after.total, after.read, max(after.total, before + (0 if waits(layer) else pages)))
+        return Held(after.total, after.read, max(after.total, before + (0 if rereads(layer) else pages)))
 
     def splits(self, layers: Sequence[Any], tokens: int) -> dict[int, Split]:
         """Tokens of each head that leave the dense buffer, by layer, where the heads of all layers compete."""
@@ -168,9 +168,14 @@ def _longest(layer: EvictingLayer) -> int:
     return 2 * (dense_tokens(layer) + (layer.eviction.interval or 0) + 2 * layer.options.page_size)
 
 
+def rereads(layer: EvictingLayer) -> bool:
+    """Whether ``compress()`` reads the prompt again, on a copy."""
+    return layer.eviction.policy.needs_replay
+
+
 def waits(layer: EvictingLayer) -> bool:
     """Whether nothing is dropped before ``compress()``."""
-    return layer.eviction.policy.needs_replay
+    return layer.eviction.policy.waits
 
 
 def pages_apart(count: int, newest: int, free: int, page: int) -> int:

@@ -14,7 +14,7 @@ from hf_kvcache.layers.low_rank import LowRankLayer
 from hf_kvcache.layers.sparse import SparseLayer
 from hf_kvcache.layers.static import StaticLayer
 from hf_kvcache.planning import allocated, sparse
-from hf_kvcache.planning.evicted import Evicted, waits
+from hf_kvcache.planning.evicted import Evicted, rereads, waits
 from hf_kvcache.planning.held import Held
 from hf_kvcache.planning.model import LayerCall, Shape
 
@@ -60,7 +60,7 @@ class Holding:
         return self._known[size]
 
     def _find(self, batch: int, tokens: int) -> Held:
-        total, alike, prompt, kept = _NOTHING, dict[Any, Held](), 0, 0
+        total, alike, prompt, kept, copies = _NOTHING, dict[Any, Held](), 0, 0, 1
         filled = None if self._fill is None else self._fill(batch, tokens).layers
         layers: list[Any] = self._make().layers
         splits = self._evicted.splits(layers, tokens)
@@ -71,6 +71,7 @@ class Holding:
                 held = self._evicted.held(layer, index, tokens, splits.get(index)) * batch
                 if waits(layer):
                     prompt, kept = prompt + held.peak, kept + held.total
+                    copies += rereads(layer) and copies == 1
                 total += held
             else:
                 window, chooses = getattr(layer, "sliding_window", None), self._chooses(layer)
@@ -81,8 +82,8 @@ class Holding:
                     alike[kind] = held if chooses is None else sparse.with_choice(layer, held)
                 total += alike[kind]
         if prompt:
-            # Nothing is dropped before compress(), which reads again on a copy of the whole prompt.
-            total = Held(total.total, total.read, total.total - kept + 2 * prompt)
+            # Nothing is dropped before compress(). A policy that reads again does so on a copy of the whole prompt.
+            total = Held(total.total, total.read, total.total - kept + copies * prompt)
         return total
 
     def _chooses(self, layer: Any) -> bool | None:

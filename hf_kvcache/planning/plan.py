@@ -178,9 +178,9 @@ def _note(make: Make, cache: Cache) -> str:
     if layer is None:
         return ""
     policy = layer.eviction.policy
-    waits = (
-        "bytes after compress(model, input_ids), which reads the prompt again on a copy" if policy.needs_replay else ""
-    )
+    waits = "bytes after compress()" if policy.waits else ""
+    if policy.needs_replay:
+        waits = "bytes after compress(model, input_ids), which reads the prompt again on a copy"
     shared = policy.head_floor is not None or policy.across_layers
     most = "at most: heads compete for tokens, and how many pages they fill depends on the text" if shared else ""
     if policy.keeps_above is not None:

@@ -235,6 +235,7 @@ SCORES: dict[str, Score] = {
     "dropkv": dropkv,
     "chunk": chunk,
     "threshold": ada,
+    "across": ada,
 }
 
 

@@ -207,7 +207,7 @@ def test_room_for_all(policy: str, codec: str, ratio: int) -> None:
 def test_deterministic(policy: str) -> None:
     """The same inputs keep the same tokens, whatever else has drawn random numbers in between."""
     kept = []
-    waiting = {"interval": None} if resolve(policy).needs_replay else {}
+    waiting = {"interval": None} if resolve(policy).waits else {}
     for seed in range(2):
         torch.manual_seed(seed)
         toy = Toy(policy, **waiting)

@@ -107,7 +107,7 @@ def test_prefill_in_chunks(model: PreTrainedModel, policy: str) -> None:
 @pytest.mark.parametrize("policy", policies())
 def test_every_policy(model: PreTrainedModel, policy: str) -> None:
     """In a whole model each gets what it asks for; those that read the context again are compressed by hand."""
-    waits = resolve(policy).needs_replay
+    waits = resolve(policy).waits
     cache = evicting(model, policy, **({"interval": None} if waits else {}))
     ids = prompt(60)
     if waits:

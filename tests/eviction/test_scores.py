@@ -17,7 +17,7 @@ from tests.eviction.contexts import SHAPES, random_context, shown
 from tests.tolerances import TOLERANCES, assert_near
 
 #: Policies that are tested elsewhere: they need replays or rotary positions, or have no score to derive.
-ELSEWHERE = {"compactor", "expected", "kvzip", "kvzipplus", "leverage", "random", "triattention"}
+ELSEWHERE = {"compactor", "expected", "kvzip", "kvzipplus", "leverage", "random", "reread", "triattention"}
 
 POLICIES: dict[str, dict[str, Any]] = {
     "h2o": {},
@@ -53,6 +53,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "chunk-keydiff": {"length": 3},
     "chunk-critical-dropkv": {"window": 6, "length": 5},
     "threshold-ada-dropkv": {"tau": 0.02},
+    "across-snapkv": {"window": 6},
 }
 
 

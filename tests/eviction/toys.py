@@ -42,7 +42,7 @@ def policies() -> list[str]:
 
 def reading_once() -> list[str]:
     """Those that evict by themselves: what a single layer can show."""
-    return [name for name in policies() if not resolve(name).needs_replay]
+    return [name for name in policies() if not resolve(name).waits]
 
 
 def small_options(policy: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def fill(model: Any, cache: Cache) -> Any:
     try:
         with torch.no_grad():
             model(input_ids=ids, use_cache=True, **with_cache(model, cache))
-            if isinstance(cache, HeavyHitterCache) and cache.policy.needs_replay:
+            if isinstance(cache, HeavyHitterCache) and cache.policy.waits:
                 cache.compress(model, ids)
     finally:
         unbind(model.config.get_text_config(decoder=True))

@@ -42,7 +42,7 @@ def test_every_policy(policy: str) -> None:
         assert row.bytes == held(cache) + saved_by_chance(cache), row.name
 
 
-@pytest.mark.parametrize("name", ["ada-snapkv:90", "critical-ada-expected:0.4", "kvzip:0.3"])
+@pytest.mark.parametrize("name", ["ada-snapkv:90", "critical-ada-expected:0.4", "kvzip:0.3", "across-knorm:0.3"])
 def test_at_most_where_heads_compete(name: str) -> None:
     """The plan is an upper bound, and above what is held by less than a page and its positions a head."""
     model = families.build("llama")
