@@ -21,17 +21,21 @@ class Watch:
 
     Args:
         layer: the layer, which holds the context.
+        stride: one query in so many is kept, where kept tokens are to be fitted to the queries.
 
     Attributes:
         storage: that of the layer.
         by_head: whether the policy asks for each query head, over the lengths of hidden states.
         held: the tokens of each sequence.
         largest: float32 ``[B, Hkv, T]``; ``[B, Hkv, g, T]`` by query head.
+        queries: of each sequence, the queries ``[Hq, n, Dk]`` that were kept of each call; empty if none are wanted.
         hidden: the lengths ``[B, q]`` of the hidden states whose attention comes next; None if nobody asks for them.
     """
 
-    def __init__(self, layer: EvictingLayer) -> None:
+    def __init__(self, layer: EvictingLayer, stride: int) -> None:
         assert layer.storage is not None
+        self.stride = stride if layer.eviction.matches else 0
+        self.queries: list[list[torch.Tensor]] = [[] for _ in range(layer.storage.batch)]
         self.storage, self.by_head = layer.storage, layer.eviction.policy.replay_by_head
         self.held = [TokenView.of(self.storage, np.array([row])) for row in range(self.storage.batch)]
         shape = (self.storage.batch, self.storage.heads, max(held.tokens for held in self.held))
@@ -68,6 +72,10 @@ class Watch:
             query, total = draft.call.queries[row].float(), log_sum_exp[row]
             if valid is not None:
                 query, total = query[:, valid.to(query.device)], total[:, valid.to(query.device)]
+            if self.stride:
+                # The last query is kept in any case, so that there is one.
+                kept = query.flip(1)[:, :: self.stride].flip(1)
+                self.queries[row].append(kept.to(draft.call.queries.dtype))
             keys = held.states("keys")[0]
             query = (query * draft.call.scoring.inner).unflatten(0, (keys.shape[0], -1))
             total = total.unflatten(0, (keys.shape[0], -1))
