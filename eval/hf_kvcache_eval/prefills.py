@@ -34,14 +34,14 @@ class Prefill:
         mask: ``[B, T]``, 0 for left padding.
         logits: after the last token, ``[B, vocabulary]``.
         states: what each layer computed.
-        replayed: what a second reading found, for policies that need one, by their ``replay_by_head`` and whether
-            kept tokens are fitted to its queries; it does not depend on their budgets.
+        replayed: what a second reading found, for policies that need one, by what it is to find: ``replay_by_head`` and
+            ``replay_squares``, and whether kept tokens are fitted to its queries. It does not depend on their budgets.
     """
 
     mask: torch.Tensor
     logits: torch.Tensor
     states: list[LayerStates]
-    replayed: dict[tuple[bool, bool], Replayed] = field(default_factory=dict)
+    replayed: dict[tuple[bool, ...], Replayed] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:

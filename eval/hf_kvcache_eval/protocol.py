@@ -111,7 +111,7 @@ class Reader:
 
     def _compress(self, cache: HeavyHitterCache, tokens: torch.Tensor, found: Prefill | None) -> None:
         """Let ``cache``, which holds ``tokens [B, T]``, evict; a second reading of them is kept with their prefill."""
-        kind = cache.policy.replay_by_head, cache.matches
+        kind = cache.policy.replay_by_head, cache.policy.replay_squares, cache.matches
         replayed = None if found is None else found.replayed.get(kind)
         if cache.policy.needs_replay and replayed is None:
             asked = None

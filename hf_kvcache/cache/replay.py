@@ -99,7 +99,7 @@ def replay(
     evicting = _evicting_layers(layers)
     _check(evicting, input_ids, attention_mask)
     watches = _read_again(evicting, fork, model, input_ids, attention_mask, prompt_ids)
-    found = Replayed(watch.largest for watch in watches)
+    found = Replayed(watch.result() for watch in watches)
     if evicting[0].eviction.matches:
         found.queries = [[torch.cat(parts, 1)[None] for parts in watch.queries] for watch in watches]
     return found

@@ -28,6 +28,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
     """The cases for a target."""
     steps = [_step_case(architecture, *case) for case in _CASES]
     with_state = [_step_case(architecture, "unbiased4", 128, torch.bfloat16, state=state) for state in (1, 2)]
+    biased = _step_case(architecture, "rotated4", 128, torch.bfloat16, biased=True)
     windowed = _step_case(architecture, "rotated8", 128, torch.bfloat16, window=True)
     # Compiled steps have a mask, as transformers makes one for them.
     masked = [
@@ -35,17 +36,24 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         for case in (("unbiased4", 128, torch.bfloat16), ("rotated8", 128, torch.bfloat16))
         for window in (False, True)
     ]
-    return [*steps, *with_state, windowed, *masked, *(_merge_case(architecture, dim) for dim in (64, 128, 256))]
+    return [*steps, *with_state, biased, windowed, *masked, *(_merge_case(architecture, dim) for dim in (64, 128, 256))]
 
 
-def _kind(arch: str, codec: str, dim: int, dtype: torch.dtype) -> StepKind:
-    return StepKind(arch, dtype, dtype, PageLayout(*formats(codec, dim), _PAGE), dim, dim, _GROUP)
+def _kind(arch: str, codec: str, dim: int, dtype: torch.dtype, biased: bool = False) -> StepKind:
+    return StepKind(arch, dtype, dtype, PageLayout(*formats(codec, dim), _PAGE, biased), dim, dim, _GROUP)
 
 
 def _step_case(
-    arch: str, codec: str, dim: int, dtype: torch.dtype, state: int = 0, window: bool = False, mask: int = 0
+    arch: str,
+    codec: str,
+    dim: int,
+    dtype: torch.dtype,
+    state: int = 0,
+    window: bool = False,
+    mask: int = 0,
+    biased: bool = False,
 ) -> CompileCase:
-    kind = _kind(arch, codec, dim, dtype)
+    kind = _kind(arch, codec, dim, dtype, biased)
     assert kind.layout is not None
     tokens = f"*{TRITON_TYPES[dtype]}"
     strides = [f"{name}_{axis}" for name in ("query", "new_key", "new_value") for axis in "bh"]
@@ -72,7 +80,7 @@ def _step_case(
         softcap=False,
     )
     config, block_n = kind.config, constants["BLOCK_N"]
-    name = f"step {codec} D={dim}" + (" fp32" if dtype == torch.float32 else "")
+    name = f"step {codec} D={dim}" + (" fp32" if dtype == torch.float32 else "") + (" bias" if biased else "")
     return CompileCase(
         name=name + ("", " state", " static")[state] + (" window" if window else "") + (" mask" if mask else ""),
         kernel=step_kernel,
