@@ -26,18 +26,21 @@ _REFERENCE_QUERIES = 1024
 
 
 class Replayed(list[torch.Tensor]):
-    """What a second reading found: for each layer the largest probabilities, as :func:`replay` says.
+    """What a second reading found: for each layer a tensor, as :func:`replay` says.
 
     Attributes:
         queries: for each layer and sequence, queries ``[1, Hq, n, Dk]`` of the second reading; None if no kept token is
             to be fitted to them.
+        squares: whether the numbers are root mean squares of probabilities; else they are the largest ones.
     """
 
     queries: list[list[torch.Tensor]] | None = None
+    squares: bool = False
 
     def rows(self, rows: slice) -> Replayed:
         """The same for some of the sequences; the tensors are views."""
         other = Replayed(layer[rows] for layer in self)
+        other.squares = self.squares
         other.queries = None if self.queries is None else [layer[rows] for layer in self.queries]
         return other
 
@@ -89,8 +92,9 @@ def replay(
     Returns:
         For each layer that evicts, float32 ``[B, Hkv, T]`` for its T stored tokens in their order: the largest
         attention probability that a token got from any query of the head's group. For policies with
-        ``replay_by_head``, ``[B, Hkv, g, T]``: by query head, each probability over the length of the query's hidden
-        state. Of a cache with ``compensate="match"``, queries of the second reading besides.
+        ``replay_squares``, the root mean square over these queries, of the probabilities over the context alone. For
+        policies with ``replay_by_head``, ``[B, Hkv, g, T]``: by query head, each probability over the length of the
+        query's hidden state. Of a cache with ``compensate="match"``, queries of the second reading besides.
 
     Raises:
         ValueError: if no layer evicts, a layer has evicted already, the shapes do not fit the cache, or hidden states
@@ -100,6 +104,7 @@ def replay(
     _check(evicting, input_ids, attention_mask)
     watches = _read_again(evicting, fork, model, input_ids, attention_mask, prompt_ids)
     found = Replayed(watch.result() for watch in watches)
+    found.squares = evicting[0].eviction.policy.replay_squares
     if evicting[0].eviction.matches:
         found.queries = [[torch.cat(parts, 1)[None] for parts in watch.queries] for watch in watches]
     return found
@@ -125,6 +130,11 @@ def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor
             f"{policy.name!r}, {'[B, Hkv, g, T]' if policy.replay_by_head else '[B, Hkv, T]'}"
         )
     queries = replayed.queries if isinstance(replayed, Replayed) else None
+    if isinstance(replayed, Replayed) and replayed.squares != policy.replay_squares:
+        raise ValueError(
+            f"replayed was measured for another policy than {policy.name!r}; accepted: what replay() returned for a "
+            f"cache with policy {policy.name!r}"
+        )
     if layers[0].eviction.matches and queries is None:
         raise ValueError(
             "replayed has no queries, which compensate='match' fits kept tokens to; accepted: what replay() returned "

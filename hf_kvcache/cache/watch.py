@@ -19,7 +19,8 @@ _STRIP_ELEMENTS = 1 << 22
 class Watch:
     """Records the attention probability that each key of a layer gets from the queries of its group.
 
-    That is the largest of any query, or the root mean square over all of them, as the policy says.
+    That is the largest of any query. Or it is the root mean square over all of them, of the probabilities over the
+    tokens of the context alone, as the policy says.
 
     Args:
         layer: the layer, which holds the context.
@@ -127,7 +128,10 @@ def _record(
     softcap: float | None,
     squares: bool,
 ) -> None:
-    """Raise ``found [Hkv, T]`` to the largest ``exp(score - total)`` of any query, or add their squares, in place.
+    """Raise ``found [Hkv, T]`` to the largest probability of any query, or add the squares of all of them, in place.
+
+    The largest probabilities are ``exp(score - total)``, of all that the queries see. What is squared are probabilities
+    over the tokens of the context alone.
 
     Args:
         found: what is changed.
@@ -142,8 +146,8 @@ def _record(
         scores = query[:, start : start + step] @ keys.transpose(-1, -2)
         if softcap is not None:
             scores = scores.tanh_().mul_(softcap)
-        scores = scores.sub_(total[:, start : start + step, None])
         if squares:
-            found += scores.mul_(2).exp_().sum(1)
+            found += scores.softmax(-1).square_().sum(1)
         else:
+            scores = scores.sub_(total[:, start : start + step, None])
             torch.maximum(found, scores.amax(1).exp_(), out=found)

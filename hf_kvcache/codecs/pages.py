@@ -110,7 +110,7 @@ class PageEncoder:
         return records
 
     def writes_at_once(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether :meth:`write` can encode such keys and values: not where pages have a bias, which it does not write."""
+        """Whether :meth:`write` can encode such keys and values. It does not write a bias."""
         return not self.layout.biased and can_encode_pages(self.layout, self.methods, keys, values)
 
     def write(

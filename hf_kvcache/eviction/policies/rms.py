@@ -11,10 +11,11 @@ from hf_kvcache.eviction.registry import register
 
 @register("rms")
 class Rms(Policy):
-    """The root mean square of the probability that a token got while the model read and repeated the context.
+    """The root mean square of the probability that a token got while the model repeated the context.
 
-    It is used as ``kvzip``, and reads the context a second time too. The mean is over all queries, where ``kvzip`` takes
-    the largest probability. Heads compete over all layers. Attention matching (``compensate="match"``) is best with it.
+    It is used as ``kvzip``, and reads the context a second time too. ``kvzip`` takes the largest probability that any
+    query gave, over all that it saw. Here the mean is over all queries, and each gives 1 to the context. Heads compete
+    over all layers. It is made for attention matching (``compensate="match"``).
     """
 
     needs_replay = True

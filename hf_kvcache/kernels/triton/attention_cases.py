@@ -51,9 +51,7 @@ def formats(codec: str, dim: int) -> tuple[SideFormat, SideFormat]:
     return keys, SideFormat(dim, bits, "table", group=dim, zero=False, rotation="signed_hadamard", table=table)
 
 
-def pages_case(
-    arch: str, operation: str, codec: str, dim: int, length: int, biased: bool = False
-) -> CompileCase:
+def pages_case(arch: str, operation: str, codec: str, dim: int, length: int, biased: bool = False) -> CompileCase:
     """``pages_kernel`` for ``length`` bfloat16 query tokens over full pages that all of them see."""
     layout = PageLayout(*formats(codec, dim), _PAGE, biased)
     config = attention_config(arch, dim, _GROUP * length, codes_of(layout))
