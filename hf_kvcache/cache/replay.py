@@ -22,7 +22,7 @@ Fork = Callable[[], Any]
 #: Number of tokens in a forward pass of the second reading, as in the paper.
 _CHUNK = 2048
 #: Queries of each head to which kept tokens are fitted, at most about so many.
-_REFERENCE_QUERIES = 1024
+_REFERENCE_QUERIES = 512
 
 
 class Replayed(list[torch.Tensor]):

@@ -19,8 +19,8 @@ from hf_kvcache.storage.token_view import TokenView
 
 #: A kept key may count for up to ``e ** 3`` keys, and no less than the inverse, as the paper recommends.
 LARGEST_BIAS = 3.0
-_BIAS_RIDGE = 1e-3
-_VALUE_RIDGE = 1e-2
+_BIAS_RIDGE = 1e-2
+_VALUE_RIDGE = 0.1
 _STEPS = 300
 _POWERS = 20
 
