@@ -17,8 +17,8 @@ BOTH = ("kvzip", "kvzipplus")
 def by_hand(family: str, ids: torch.Tensor, asked: torch.Tensor | None, policy: str) -> list[torch.Tensor]:
     """``[Hkv, T]`` of each layer: context, request and context again in one pass, and the weights that it gives.
 
-    Of ``kvzipplus`` ``[Hkv, g, T]``, over the lengths of the hidden states behind the layer's first norm. Of ``rms`` the
-    root mean square of each query's weights over their sum.
+    Of ``kvzipplus`` ``[Hkv, g, T]``, over the lengths of the hidden states behind the layer's first norm. Of ``rms``
+    the root mean square of each query's weights over their sum.
     """
     model = families.build(family, attention="eager")
     again = ids if asked is None else torch.cat([asked[None], ids], 1)
