@@ -148,8 +148,8 @@ def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor
     reference: Sequence[list[torch.Tensor] | None] = [None] * len(layers)
     if layers[0].eviction.matches and queries is not None:
         reference = queries
-    for layer, rows, of_layer in zip(layers, kept, reference, strict=True):
-        layer.keep_only(rows, of_layer)
+    for layer, rows, asked in zip(layers, kept, reference, strict=True):
+        layer.keep_only(rows, asked)
 
 
 def _evicting_layers(layers: Sequence[Any]) -> list[EvictingLayer]:

@@ -108,7 +108,7 @@ def keep_only(held: TokenView, keep: torch.Tensor, tail: int | None = None) -> N
         tail: newest tokens that stay in full precision; the storage's ``tail_length`` by default.
     """
     planned = plan(held, keep, held.storage.tail_length if tail is None else tail, held.tokens)
-    carry_out(planned, *read_back([planned]))
+    carry_out(planned, read_back([planned])[0])
 
 
 def plan(held: TokenView, keep: torch.Tensor | None, tail: int, most: int) -> PrunePlan:
