@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from hf_kvcache.cache.replay import Replayed
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache_eval.recording import LayerStates, Recording
 
@@ -33,14 +34,14 @@ class Prefill:
         mask: ``[B, T]``, 0 for left padding.
         logits: after the last token, ``[B, vocabulary]``.
         states: what each layer computed.
-        replayed: what a second reading found, for policies that need one, by their ``replay_by_head``; it does not
-            depend on their budgets.
+        replayed: what a second reading found, for policies that need one, by what it is to find: ``replay_by_head`` and
+            ``replay_squares``, and whether kept tokens are fitted to its queries. It does not depend on their budgets.
     """
 
     mask: torch.Tensor
     logits: torch.Tensor
     states: list[LayerStates]
-    replayed: dict[bool, list[torch.Tensor]] = field(default_factory=dict)
+    replayed: dict[tuple[bool, ...], Replayed] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -51,7 +52,7 @@ class Prefill:
         """One sequence without its padding; its tensors are views."""
         start = int((self.mask[index] == 0).sum())
         rows = slice(index, index + 1)
-        replayed = {by_head: [layer[rows] for layer in layers] for by_head, layers in self.replayed.items()}
+        replayed = {kind: layers.rows(rows) for kind, layers in self.replayed.items()}
         states = [layer.row(rows, start) for layer in self.states]
         return Prefill(self.mask[rows, start:], self.logits[rows], states, replayed)
 

@@ -112,15 +112,15 @@ class Reader:
 
     def _compress(self, cache: HeavyHitterCache, tokens: torch.Tensor, found: Prefill | None) -> None:
         """Let ``cache``, which holds ``tokens [B, T]``, evict; a second reading of them is kept with their prefill."""
-        by_head = cache.policy.replay_by_head
-        replayed = None if found is None else found.replayed.get(by_head)
+        kind = cache.policy.replay_by_head, cache.policy.replay_squares, cache.matches
+        replayed = None if found is None else found.replayed.get(kind)
         if cache.policy.needs_replay and replayed is None:
             asked = None
             if self.tokenizer is not None:
                 asked = self.tokenizer(_REPEAT, add_special_tokens=False, return_tensors="pt").input_ids[0]
             replayed = cache.replay(self.model, tokens, self.mask, asked)
             if found is not None:
-                found.replayed[by_head] = replayed
+                found.replayed[kind] = replayed
         cache.compress(replayed=replayed)
 
     def _shared(

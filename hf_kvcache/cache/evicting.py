@@ -21,7 +21,7 @@ from hf_kvcache.codecs.registry import option_names as codec_option_names
 from hf_kvcache.eviction import Policy
 from hf_kvcache.eviction import resolve as resolve_policy
 from hf_kvcache.eviction.budget import Budget, Pin, Pins
-from hf_kvcache.eviction.options import EvictionOptions
+from hf_kvcache.eviction.options import MATCH, EvictionOptions
 from hf_kvcache.eviction.registry import option_names
 from hf_kvcache.integration import mla
 from hf_kvcache.utils.validation import given_only, refuse_unknown, whole
@@ -62,8 +62,11 @@ class HeavyHitterCache(KVCache):
         seed: seed of policies that draw random numbers.
         compensate: number of latest queries by which kept tokens get new values; 0 keeps the values. The new values are
             fitted by least squares: for these queries, attention over the kept tokens reproduces attention over all
-            tokens (attention matching, arXiv:2602.16284). Tokens that were packed at an earlier eviction keep their
-            values.
+            tokens. Tokens that were packed at an earlier eviction keep their values. ``"match"`` gives each kept key a
+            bias too, which stands for the weight of the tokens that it replaces (attention matching, arXiv:2602.16284).
+            It fits both to the queries of the second reading where the policy reads the context again, else to the
+            latest 64. The first and the newest tokens, which stay in full precision, keep their values and have no
+            bias.
         key_bits: bits of the keys in place of ``bits``.
         value_bits: bits of the values in place of ``bits``.
         skip_layers: layers that store tokens in full precision, by their index in the model; -1 is the last one.
@@ -92,7 +95,7 @@ class HeavyHitterCache(KVCache):
         evict_prefill: Literal["chunk", "end", "auto"] | None = _AUTO,
         interval: int | Literal["auto"] | None = _AUTO,
         seed: int = 0,
-        compensate: int = 0,
+        compensate: int | Literal["match"] = 0,
         key_bits: int | None = None,
         value_bits: int | None = None,
         skip_layers: Sequence[int] = (),
@@ -122,10 +125,6 @@ class HeavyHitterCache(KVCache):
         chosen = resolve_policy(policy, **{name: options.pop(name) for name in names & set(options)})
         for name, count in (("sink_length", sink_length), ("tail_length", tail_length)):
             whole(name, count, 0)
-        if compensate and chosen.needs_replay:
-            raise ValueError(
-                f"compensate={compensate!r}: policy {chosen.name!r} does not record the latest queries; accepted: 0"
-            )
         pins = Pins(pin)
         eviction = EvictionOptions(
             policy=chosen,
@@ -134,7 +133,7 @@ class HeavyHitterCache(KVCache):
             evict_prefill=_evict_prefill(evict_prefill, chosen),
             interval=_interval(interval, chosen),
             seed=whole("seed", seed, 0),
-            compensate=whole("compensate", compensate, 0),
+            compensate=_compensate(compensate, chosen),
         )
         super().__init__(
             config,
@@ -154,6 +153,12 @@ class HeavyHitterCache(KVCache):
         """The eviction policy."""
         assert self.options.eviction is not None
         return self.options.eviction.policy
+
+    @property
+    def matches(self) -> bool:
+        """Whether kept tokens are fitted to queries, by a bias and new values."""
+        assert self.options.eviction is not None
+        return self.options.eviction.matches
 
     @property
     def budget(self) -> int | float:
@@ -207,7 +212,7 @@ class SlidingWindowCache(HeavyHitterCache):
         evict_prefill: Literal["chunk", "end", "auto"] | None = _AUTO,
         interval: int | Literal["auto"] | None = 64,
         seed: int = 0,
-        compensate: int = 0,
+        compensate: int | Literal["match"] = 0,
         key_bits: int | None = None,
         value_bits: int | None = None,
         skip_layers: Sequence[int] = (),
@@ -324,6 +329,18 @@ def _interval(value: int | str | None, policy: Policy) -> int | None:
         return None
     _check_no_replay("interval", value, policy)
     return whole("interval", value, 1)
+
+
+def _compensate(value: int | str, policy: Policy) -> int | Literal["match"]:
+    if value == MATCH:
+        return MATCH
+    if isinstance(value, str):
+        raise ValueError(f"compensate={value!r}; accepted: 'match', or a number of queries from 0")
+    if value and policy.needs_replay:
+        raise ValueError(
+            f"compensate={value!r}: policy {policy.name!r} does not record the latest queries; accepted: 0, 'match'"
+        )
+    return whole("compensate", value, 0)
 
 
 def _check_no_replay(name: str, value: Any, policy: Policy) -> None:

@@ -21,6 +21,28 @@ Fork = Callable[[], Any]
 
 #: Number of tokens in a forward pass of the second reading, as in the paper.
 _CHUNK = 2048
+#: Queries of each head to which kept tokens are fitted, at most about so many.
+_REFERENCE_QUERIES = 512
+
+
+class Replayed(list[torch.Tensor]):
+    """What a second reading found: for each layer a tensor, as :func:`replay` says.
+
+    Attributes:
+        queries: for each layer and sequence, queries ``[1, Hq, n, Dk]`` of the second reading; None if no kept token is
+            to be fitted to them.
+        squares: whether the numbers are root mean squares of probabilities; else they are the largest ones.
+    """
+
+    queries: list[list[torch.Tensor]] | None = None
+    squares: bool = False
+
+    def rows(self, rows: slice) -> Replayed:
+        """The same for some of the sequences; the tensors are views."""
+        other = Replayed(layer[rows] for layer in self)
+        other.squares = self.squares
+        other.queries = None if self.queries is None else [layer[rows] for layer in self.queries]
+        return other
 
 
 def compress(
@@ -59,7 +81,7 @@ def replay(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     prompt_ids: torch.Tensor | None = None,
-) -> list[torch.Tensor]:
+) -> Replayed:
     """Read the context again on copies of the cache, and measure the attention to its tokens.
 
     Args:
@@ -73,8 +95,9 @@ def replay(
     Returns:
         For each layer that evicts, float32 ``[B, Hkv, T]`` for its T stored tokens in their order: the largest
         attention probability that a token got from any query of the head's group. For policies with
-        ``replay_by_head``, ``[B, Hkv, g, T]``: by query head, each probability over the length of the query's hidden
-        state.
+        ``replay_squares``, the root mean square over these queries, of the probabilities over the context alone. For
+        policies with ``replay_by_head``, ``[B, Hkv, g, T]``: by query head, each probability over the length of the
+        query's hidden state. Of a cache with ``compensate="match"``, queries of the second reading besides.
 
     Raises:
         ValueError: if no layer evicts, a layer has evicted already, the shapes do not fit the cache, or hidden states
@@ -83,7 +106,11 @@ def replay(
     evicting = evicting_layers(layers)
     _check(evicting, input_ids, attention_mask)
     watches = _read_again(evicting, fork, model, input_ids, attention_mask, prompt_ids)
-    return [watch.largest for watch in watches]
+    found = Replayed(watch.result() for watch in watches)
+    found.squares = evicting[0].eviction.policy.replay_squares
+    if evicting[0].eviction.matches:
+        found.queries = [[torch.cat(parts, 1)[None] for parts in watch.queries] for watch in watches]
+    return found
 
 
 def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor]) -> None:
@@ -94,7 +121,8 @@ def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor
         replayed: what :func:`replay` returned for these layers.
 
     Raises:
-        ValueError: if the result has another number of layers or sequences, or another policy's shape.
+        ValueError: if the result has another number of layers or sequences, another policy's shape, or no queries
+            where kept tokens are to be fitted to them.
     """
     batch, policy = layers[0].batch_size, layers[0].eviction.policy
     if len(replayed) != len(layers) or any(x.shape[0] != batch for x in replayed):
@@ -104,7 +132,18 @@ def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor
             f"replayed[0] of shape {tuple(replayed[0].shape)}; accepted: what replay() returned for policy "
             f"{policy.name!r}, {'[B, Hkv, g, T]' if policy.replay_by_head else '[B, Hkv, T]'}"
         )
-    _evict(layers, replayed)
+    queries = replayed.queries if isinstance(replayed, Replayed) else None
+    if isinstance(replayed, Replayed) and replayed.squares != policy.replay_squares:
+        raise ValueError(
+            f"replayed was measured for another policy than {policy.name!r}; accepted: what replay() returned for a "
+            f"cache with policy {policy.name!r}"
+        )
+    if layers[0].eviction.matches and queries is None:
+        raise ValueError(
+            "replayed has no queries, which compensate='match' fits kept tokens to; accepted: what replay() returned "
+            "for a cache with compensate='match'"
+        )
+    _evict(layers, replayed, queries)
 
 
 def evict_together(layers: Sequence[EvictingLayer]) -> None:
@@ -119,7 +158,11 @@ def evict_together(layers: Sequence[EvictingLayer]) -> None:
         _evict(layers, [None] * len(layers))
 
 
-def _evict(layers: Sequence[EvictingLayer], replayed: Sequence[torch.Tensor | None]) -> None:
+def _evict(
+    layers: Sequence[EvictingLayer],
+    replayed: Sequence[torch.Tensor | None],
+    queries: Sequence[list[torch.Tensor]] | None = None,
+) -> None:
     """Choose in all layers, a sequence at a time, then drop what was not chosen."""
     policy = layers[0].eviction.policy
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
@@ -127,8 +170,11 @@ def _evict(layers: Sequence[EvictingLayer], replayed: Sequence[torch.Tensor | No
         scored = [_score_sequence(layer, largest, row) for layer, largest in zip(layers, replayed, strict=True)]
         for of_layer, keep in zip(kept, _choose_tokens(policy, scored), strict=True):
             of_layer.append(keep)
-    for layer, rows in zip(layers, kept, strict=True):
-        layer.keep_only(rows)
+    reference: Sequence[list[torch.Tensor] | None] = [None] * len(layers)
+    if layers[0].eviction.matches and queries is not None:
+        reference = queries
+    for layer, rows, asked in zip(layers, kept, reference, strict=True):
+        layer.keep_only(rows, asked)
 
 
 def evicting_layers(layers: Sequence[Any]) -> list[EvictingLayer]:
@@ -148,7 +194,8 @@ def _read_again(
     prompt_ids: torch.Tensor | None,
 ) -> list[Watch]:
     """Run the model over the context again, in chunks. Each chunk is read on a copy of the cache."""
-    watches = [Watch(layer) for layer in layers]
+    stride = -(-input_ids.shape[1] // _REFERENCE_QUERIES)
+    watches = [Watch(layer, stride) for layer in layers]
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
     with ExitStack() as hooks:
         for layer, watch in zip(layers, watches, strict=True):

@@ -13,7 +13,7 @@ from hf_kvcache.kernels.pack import (
     pack_bits,
     write_key_mean,
 )
-from hf_kvcache.kernels.page import PageLayout
+from hf_kvcache.kernels.page import BIAS, PageLayout
 
 
 class PageEncoder:
@@ -25,17 +25,27 @@ class PageEncoder:
         value_dim: width of a value.
         page_size: tokens a page holds.
         dtype: dtype of the model's keys and values.
+        biased: whether pages hold a bias per token, which is 0 in all pages that are encoded.
 
     Raises:
         ValueError: if the codec cannot store such pages.
     """
 
-    def __init__(self, codec: Codec, key_dim: int, value_dim: int, page_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        key_dim: int,
+        value_dim: int,
+        page_size: int,
+        dtype: torch.dtype,
+        biased: bool = False,
+    ) -> None:
         self.codec = codec
         self.layout = PageLayout(
             side_format(codec.keys, key_dim, page_size, dtype),
             side_format(codec.values, value_dim, page_size, dtype),
             page_size,
+            biased,
         )
 
     @property
@@ -90,6 +100,9 @@ class PageEncoder:
         if can_encode_pages(self.layout, self.methods, keys.unsqueeze(1), values.unsqueeze(1)):
             records = torch.empty(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
             self._encode_at_once(keys.unsqueeze(1), values.unsqueeze(1), key_mean, key_scale, records)
+            bias = self.layout.view(records, BIAS)
+            if bias is not None:
+                bias.zero_()
             return records
         records = torch.zeros(keys.shape[0], self.layout.record_bytes, dtype=torch.uint8, device=keys.device)
         self._encode_side("keys", self.codec.keys, keys, key_mean, key_scale, records)
@@ -97,8 +110,8 @@ class PageEncoder:
         return records
 
     def writes_at_once(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether :meth:`write` can encode such keys and values."""
-        return can_encode_pages(self.layout, self.methods, keys, values)
+        """Whether :meth:`write` can encode such keys and values. It does not write a bias."""
+        return not self.layout.biased and can_encode_pages(self.layout, self.methods, keys, values)
 
     def write(
         self,

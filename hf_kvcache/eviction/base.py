@@ -37,6 +37,9 @@ class Policy(ABC):
     #: Of policies that replay: whether ``ctx.replayed`` is of each query head, ``[B, Hkv, g, T]``, and each probability
     #: is divided by the length of the query's hidden state.
     replay_by_head: bool = False
+    #: Of policies that replay: whether ``ctx.replayed`` is the root mean square over all queries of the group, of the
+    #: probabilities over the context alone; else it is the largest probability, over all that a query sees.
+    replay_squares: bool = False
     #: Whether it works before rotary positions (``ctx.rope``).
     needs_rope: bool = False
     #: Whether it looks at the output projection (``ctx.output_weight``).

@@ -64,7 +64,8 @@ class Context:
             or after it, summed over them and averaged over the query heads of its group; None if not asked for.
         replayed: float32 ``[B, Hkv, T]``, the largest probability that any replayed query of the group gave each key;
             ``[B, Hkv, g, T]`` by query head, each probability over the length of the query's hidden state, for policies
-            with ``replay_by_head``; None if not asked for.
+            with ``replay_by_head``. For those with ``replay_squares`` the root mean square over the queries, of
+            probabilities over the context alone. None if not asked for.
         rope: the layer's rotary embedding; None if not asked for.
         output_weight: ``[hidden, Hq * Dv]``, the weight of the output projection; None if not asked for.
         seed: for policies that draw random numbers.

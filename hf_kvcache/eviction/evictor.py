@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from hf_kvcache.eviction.base import ALL_QUERIES
 from hf_kvcache.eviction.budget import PinnedPositions
 from hf_kvcache.eviction.compensation import compensate_values
 from hf_kvcache.eviction.layer_selection import Choice, LayerSelection
+from hf_kvcache.eviction.matching import match_attention
 from hf_kvcache.eviction.observations import AccumulatedAttention, Observations
 from hf_kvcache.eviction.options import Attending, EvictionOptions, LayerPlace
 from hf_kvcache.eviction.schedule import EvictionSchedule
@@ -63,7 +64,7 @@ class Evictor:
         self.options, self.place = options, place
         self.pinned: PinnedPositions = options.pins.by_row(storage.batch)
         wanted = options.policy.observed
-        self.observations = Observations(wanted if wanted == ALL_QUERIES else max(wanted, options.compensate))
+        self.observations = Observations(wanted if wanted == ALL_QUERIES else max(wanted, options.compensated_queries))
         self.schedule = EvictionSchedule(options)
         self.attending: Attending | None = None
         self._selection = selection
@@ -168,8 +169,22 @@ class Evictor:
         held = [TokenView.of(storage, group) for group in _groups(self.pinned, storage, rows)]
         self._prune(storage, [self._change(each, Choice(None, each.tokens)) for each in held], seen)
 
-    def keep_only(self, storage: PagedStorage, keep: list[torch.Tensor], seen: int) -> None:
-        """Drop every token that ``keep``, bool ``[1, Hkv, T]`` for each sequence, does not name, of those held."""
+    def keep_only(
+        self,
+        storage: PagedStorage,
+        keep: list[torch.Tensor],
+        seen: int,
+        reference: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        """Drop every token held that is not named.
+
+        Args:
+            storage: the layer's tokens.
+            keep: for each sequence bool ``[1, Hkv, T]``, the tokens that stay.
+            seen: tokens seen in all.
+            reference: for each sequence queries ``[1, Hq, n, Dk]`` that see all tokens held, to whose attention the
+                kept tokens are fitted; None to keep them as they are.
+        """
         selection, views = self.selection(), [TokenView.of(storage, np.array([row])) for row in range(len(keep))]
         masks = [
             (mask.to(storage.device) | selection.protected(held, 0)) & held.exists
@@ -181,7 +196,9 @@ class Evictor:
         for held, mask, count in zip(views, masks, counts, strict=True):
             choice = Choice(None if (count == held.counts[0]).all() else mask, int(count.max(initial=0)))
             changes.append(self._change(held, choice))
-        self._prune(storage, changes, seen, fit=not self.policy.needs_replay)
+        if reference is None and self.policy.needs_replay:
+            reference = [None] * len(changes)
+        self._prune(storage, changes, seen, reference)
         self._end_choice()
 
     # -- going back, copies, saving -------------------------------------------------------------------------------
@@ -262,34 +279,58 @@ class Evictor:
             # Nothing will be chosen unless asked for: what comes next is remembered for that.
             self.observations.latest = None
 
-    def _prune(self, storage: PagedStorage, changes: list[Change], seen: int, fit: bool = True) -> None:
+    def _prune(
+        self,
+        storage: PagedStorage,
+        changes: list[Change],
+        seen: int,
+        reference: Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
         """Drop the tokens that no change keeps, pack those that leave the tail; sums move with their keys.
 
         Args:
             storage: the layer's tokens.
             changes: those of some sequences.
             seen: tokens seen in all.
-            fit: whether kept values are fitted to the attention of the latest queries, if the options say so.
+            reference: for each change, queries that kept tokens are fitted to, or None to keep them as they are. The
+                latest queries if this is None, where the options ask for that.
         """
-        for change, kept in zip(changes, self.kept_tokens([change.plan for change in changes]), strict=True):
-            held, keep = change.plan.held, change.plan.keep
+        kept_tokens = self.kept_tokens([change.plan for change in changes])
+        for number, (change, kept) in enumerate(zip(changes, kept_tokens, strict=True)):
+            held, keep, bias = change.plan.held, change.plan.keep, None
             if keep is not None and kept.drops(change.plan):
                 self.schedule.note_eviction(seen)
-                if fit and self.options.compensate:
-                    self._compensate(held, keep, kept.most(change.plan))
-            carry_out(change.plan, kept)
+                if self.options.compensate:
+                    queries = self._latest_queries(held) if reference is None else (reference[number], None)
+                    bias = self._fit(held, keep, kept.most(change.plan), *queries)
+            carry_out(change.plan, kept, bias)
             if self.policy.moves_sinks:
                 gone = self.pinned.counts - storage.tokens()
                 self._sinks.move(storage, self.selection().rope(), held.rows, gone[held.rows])
             if self.observations.accumulated is not None:
                 _move_sums(self.observations.accumulated, storage, change)
 
-    def _compensate(self, held: TokenView, keep: torch.Tensor, most: int) -> None:
-        """New values for the kept tokens that are not packed yet, of which a head has ``most`` in all."""
-        queries, selection = self.observations.latest_queries(held.rows, self.options.compensate), self.selection()
-        if queries is not None:
-            scoring = selection.scoring(queries[0].shape[-1])
-            compensate_values(held, keep, selection.protected(held, 0), *queries, scoring, most)
+    def _latest_queries(self, held: TokenView) -> tuple[torch.Tensor | None, np.ndarray | None]:
+        """The queries of the sequences to which kept tokens are fitted, and their positions; None if there are none."""
+        return self.observations.latest_queries(held.rows, self.options.compensated_queries) or (None, None)
+
+    def _fit(
+        self, held: TokenView, keep: torch.Tensor, most: int, query: torch.Tensor | None, at: np.ndarray | None
+    ) -> torch.Tensor | None:
+        """New values for the kept tokens that are not packed yet, of which a head has ``most`` in all.
+
+        Returns:
+            float16 ``[b, Hkv, slots]``, the bias of each token of the dense buffer; None if there is none.
+        """
+        if query is None:
+            return None
+        selection = self.selection()
+        scoring, fixed = selection.scoring(query.shape[-1]), selection.protected(held, 0)
+        if self.options.matches:
+            return match_attention(held, keep, fixed, query, at, scoring, most)
+        assert at is not None
+        compensate_values(held, keep, fixed, query, at, scoring, most)
+        return None
 
 
 def _groups(pinned: PinnedPositions, storage: PagedStorage, rows: np.ndarray) -> Iterator[np.ndarray]:

@@ -12,6 +12,11 @@ from hf_kvcache.eviction import Policy
 from hf_kvcache.eviction.budget import Budget, Pins
 from hf_kvcache.kernels.inputs import Scoring
 
+#: For ``compensate``: kept tokens get a bias and new values (attention matching).
+MATCH: Literal["match"] = "match"
+#: Latest queries that tokens are fitted to where nothing else says how many.
+_MATCHED_QUERIES = 64
+
 
 @dataclass(frozen=True)
 class EvictionOptions:
@@ -26,6 +31,7 @@ class EvictionOptions:
         interval: tokens decoded between two evictions; None: decoding evicts nothing.
         seed: for policies that draw random numbers.
         compensate: latest queries whose attention the kept tokens are made to reproduce, by new values; 0 for none.
+            ``"match"``: by a bias of the keys too, for the queries of a second reading or the latest ones.
     """
 
     policy: Policy
@@ -34,12 +40,24 @@ class EvictionOptions:
     evict_prefill: Literal["chunk", "end"] | None
     interval: int | None
     seed: int
-    compensate: int = 0
+    compensate: int | Literal["match"] = 0
+
+    @property
+    def matches(self) -> bool:
+        """Whether kept tokens get a bias beside new values."""
+        return self.compensate == MATCH
+
+    @property
+    def compensated_queries(self) -> int:
+        """How many of the latest queries kept tokens are fitted to; 0 for none."""
+        if isinstance(self.compensate, str):
+            return 0 if self.policy.needs_replay else _MATCHED_QUERIES
+        return self.compensate
 
     def describe(self) -> str:
         """All options that the choices depend on, as text; without the pins."""
         when = f"evict_prefill={self.evict_prefill!r}, interval={self.interval!r}, seed={self.seed}"
-        when += f", compensate={self.compensate}" if self.compensate else ""
+        when += f", compensate={self.compensate!r}" if self.compensate else ""
         return f"{self.policy!r}, budget={self.budget.amount!r}, {when}"
 
 

@@ -7,6 +7,9 @@ A page holds ``page_size`` tokens of one KV head as a single record of bytes. Ea
 in a rotated basis. ``scale`` and ``zero`` have one axis, per channel or per token. ``other`` is an optional second
 scale on the other axis. ``level`` is the identity, a table or a cast. Every codec is a choice of these constants with
 an ``encode``, so that one decode kernel serves all codecs.
+
+A page may also hold a *bias* per token, which is added to the token's scores: the logarithm of how many tokens it
+stands for. It lies in the record, so it goes wherever the token goes.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ Rotation = Literal["none", "hadamard", "signed_hadamard"]
 
 #: Records start at multiples of this many bytes, so that vector loads of any field stay aligned.
 ALIGNMENT = 16
+#: The name of the field with the bias of each token.
+BIAS = "bias"
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,13 @@ class PageLayout:
         keys: format of the key side.
         values: format of the value side.
         page_size: tokens a page holds.
+        biased: whether a page holds a bias per token. It is added to the scores of the token, softcap or not, and
+            stored in half precision.
     """
 
-    def __init__(self, keys: SideFormat, values: SideFormat, page_size: int) -> None:
+    def __init__(self, keys: SideFormat, values: SideFormat, page_size: int, biased: bool = False) -> None:
         self.sides = {"keys": keys, "values": values}
-        self.page_size = page_size
+        self.page_size, self.biased = page_size, biased
         self.fields: dict[str, Field] = {}
         offset = 0
         for side, fmt in self.sides.items():
@@ -100,6 +107,9 @@ class PageLayout:
                 field = Field(shape, dtype, offset)
                 self.fields[f"{side}.{name}"] = field
                 offset += -(-field.nbytes // ALIGNMENT) * ALIGNMENT
+        if biased:
+            field = self.fields[BIAS] = Field((page_size,), torch.float16, offset)
+            offset += -(-field.nbytes // ALIGNMENT) * ALIGNMENT
         self.record_bytes = offset
         self.code_bytes = sum(f.nbytes for name, f in self.fields.items() if name.endswith(".codes"))
         self.scale_bytes = sum(f.nbytes for f in self.fields.values()) - self.code_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,10 @@ class EvictingLayer(EvictingAttention):
         self.storage = storage
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+
+    @property
+    def biased(self) -> bool:
+        return self.eviction.matches
 
     def make_evictor(self, storage: PagedStorage) -> Evictor:
         """The evictor that chooses which tokens of ``storage`` stay."""
@@ -156,11 +161,14 @@ class EvictingLayer(EvictingAttention):
             self.evictor.evict(self.storage, np.arange(self.storage.batch), self._seen)
             self._after_compression()
 
-    def keep_only(self, keep: list[torch.Tensor]) -> None:
-        """Drop the stored tokens that are False in ``keep``, which is bool ``[1, Hkv, T]`` for each sequence."""
+    def keep_only(self, keep: list[torch.Tensor], reference: Sequence[torch.Tensor] | None = None) -> None:
+        """Drop the stored tokens that are False in ``keep``, which is bool ``[1, Hkv, T]`` for each sequence.
+
+        The others are fitted to the ``reference`` queries of each sequence, ``[1, Hq, n, Dk]``, if there are any.
+        """
         self.flush()
         if self.storage is not None and self.evictor is not None:
-            self.evictor.keep_only(self.storage, keep, self._seen)
+            self.evictor.keep_only(self.storage, keep, self._seen, reference)
             self._after_compression()
 
     def _after_compression(self) -> None:

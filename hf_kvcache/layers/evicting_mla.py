@@ -48,7 +48,7 @@ class EvictingLatentLayer(LatentLayer, EvictingLayer):
         return in_latent_space(query, up)
 
 
-def check_policy(policy: Policy, compensate: int) -> None:
+def check_policy(policy: Policy, compensate: int | str) -> None:
     """Raise ValueError if an eviction method does not work on latents.
 
     Policies cannot be used that undo rotary positions, read the output projection, read the context again, let layers

@@ -69,14 +69,18 @@ class LayerState:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    @property
+    def biased(self) -> bool:
+        """Whether pages hold a bias per token."""
+        return False
+
     def make_storage(
         self, key_states: torch.Tensor, value_states: torch.Tensor, sink_length: int, spare: int | None = None
     ) -> PagedStorage:
         """An empty storage for keys and values like these, with room for ``spare`` tokens beside sinks and tail."""
         options = self.options
-        encoder = PageEncoder(
-            options.codec, key_states.shape[-1], value_states.shape[-1], options.page_size, key_states.dtype
-        )
+        widths = key_states.shape[-1], value_states.shape[-1]
+        encoder = PageEncoder(options.codec, *widths, options.page_size, key_states.dtype, self.biased)
         outside = self.outside(key_states.device)
         return PagedStorage(encoder, key_states, value_states, sink_length, options.tail_length, spare, outside)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.page import BIAS, PageLayout, SideFormat
 
 
 def is_tokenwise(layout: PageLayout) -> bool:
@@ -43,6 +43,9 @@ def gather_tokens(layout: PageLayout, records: torch.Tensor, index: torch.Tensor
                 target.copy_(source[page[:, 0]])
             else:
                 target.copy_(source[page, place])
+    before, after = layout.view(records, BIAS), layout.view(out, BIAS)
+    if before is not None and after is not None:
+        after.copy_(before[page, place])
     return out
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hf_kvcache.kernels.page import BIAS
 from hf_kvcache.storage.gathering import gather_tokens, is_tokenwise
 from hf_kvcache.storage.paged import PagedStorage
 from hf_kvcache.storage.token_view import TokenView
@@ -107,7 +108,7 @@ def keep_only(held: TokenView, keep: torch.Tensor, tail: int | None = None) -> N
         tail: newest tokens that stay in full precision; the storage's ``tail_length`` by default.
     """
     planned = plan(held, keep, held.storage.tail_length if tail is None else tail, held.tokens)
-    carry_out(planned, *read_back([planned]))
+    carry_out(planned, read_back([planned])[0])
 
 
 def plan(held: TokenView, keep: torch.Tensor | None, tail: int, most: int) -> PrunePlan:
@@ -152,16 +153,22 @@ def read_back(plans: Sequence[PrunePlan]) -> list[KeptTokens]:
     return [_all_kept(planned) if planned.report is None else _kept(planned, next(arrays)) for planned in plans]
 
 
-def carry_out(planned: PrunePlan, kept: KeptTokens) -> None:
-    """Drop and pack what a plan says; waits for nothing."""
+def carry_out(planned: PrunePlan, kept: KeptTokens, bias: torch.Tensor | None = None) -> None:
+    """Drop and pack what a plan says; waits for nothing.
+
+    Args:
+        planned: the plan.
+        kept: what the host knows of it.
+        bias: float16 ``[b, Hkv, slots]``, the bias with which each token of the dense buffer is packed; None for none.
+    """
     with without_autocast(planned.held.storage.device):
-        _carry_out(planned, kept)
+        _carry_out(planned, kept, bias)
 
 
-def _carry_out(planned: PrunePlan, kept: KeptTokens) -> None:
+def _carry_out(planned: PrunePlan, kept: KeptTokens, bias: torch.Tensor | None) -> None:
     held, storage = planned.held, planned.held.storage
     rows, columns = storage.table.rows_of(held.rows), held.columns
-    new = _packed(planned, kept)
+    new = _packed(planned, kept, bias)
     if columns and planned.keep is not None and (kept.survive != storage.table.counts(rows, columns)).any():
         _replace(storage, rows, _thinned(planned, kept, rows, new))
     elif new is not None:
@@ -200,7 +207,7 @@ def _of_sequences(x: np.ndarray, index: np.ndarray) -> np.ndarray:
     return x[sequence, np.minimum(index, x.shape[1] - 1)]
 
 
-def _packed(planned: PrunePlan, kept: KeptTokens) -> PageRun | None:
+def _packed(planned: PrunePlan, kept: KeptTokens, bias: torch.Tensor | None) -> PageRun | None:
     """Encode the tokens that leave the dense buffer, into pages that are not stored yet; None without tokens."""
     held, storage, counts = planned.held, planned.held.storage, kept.leaving
     size, device, most = storage.page_size, storage.device, int(kept.leaving.max(initial=0))
@@ -226,6 +233,10 @@ def _packed(planned: PrunePlan, kept: KeptTokens) -> PageRun | None:
         storage.writer.basis.fix_mean(held.rows, keys, weights)
     records = torch.cat([part for _, _, part in storage.writer.encode(held.rows, keys, values)])
     records = records.unflatten(0, (pages, -1)).transpose(0, 1)
+    if bias is not None:
+        stored = storage.layout.view(records, BIAS)
+        assert stored is not None
+        stored.copy_(bias.gather(2, index).view(stored.shape))
     positions = _of_sequences(kept.positions, place).reshape(len(counts), pages, size)
     counts = np.clip(counts[:, None] - size * np.arange(pages), 0, size).astype(np.int32)
     return PageRun(np.where(counts > 0, 0, -1), counts, positions, records)

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from hf_kvcache.kernels.page import BIAS
 from hf_kvcache.storage.page_table import NOWHERE
 from hf_kvcache.storage.paged import PagedStorage
 from hf_kvcache.storage.transfers import ascending_on, front, rows_of, to_device
@@ -123,6 +124,18 @@ class TokenView:
         picked = whole.gather(2, self._index.unsqueeze(-1).expand(-1, -1, -1, whole.shape[-1]))
         return picked if self.everywhere else picked.masked_fill_(~self.exists.unsqueeze(-1), 0)
 
+    def bias(self) -> torch.Tensor | None:
+        """What is added to the scores of each token, float32 ``[b, Hkv, T]``; None where pages hold no bias."""
+        if not self.storage.layout.biased:
+            return None
+        by_slot = torch.zeros(*self.shape[:2], self.used, dtype=torch.float32, device=self._device)
+        if self.columns:
+            packed = self.storage.layout.view(self._records(), BIAS)
+            assert packed is not None
+            packed = packed.float().transpose(0, 1).reshape(*self.shape[:2], -1)
+            by_slot = torch.cat([by_slot, packed], 2)
+        return self.pick(by_slot)
+
     def in_sparse_pages(self, keep: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
         """Tokens of pages that would be left with few of their tokens, none of them protected; all ``[b, Hkv, T]``."""
         size, columns, page = self.storage.page_size, self.columns, self.page
@@ -173,11 +186,16 @@ class TokenView:
         storage, columns = self.storage, self.columns
         if columns == 0:
             return None
-        # A column of pages at a time, as they are stored, so that they lie side by side.
-        ids = storage.table.ids(storage.table.rows_of(self.rows), columns).T
-        records = storage.pool.read(np.where(ids >= 0, ids, ids.max()).flatten()).unflatten(0, ids.shape)
-        shape = (*ids.shape, storage.page_size, storage.layout.sides[side].dim)
+        records = self._records()
+        shape = (*records.shape[:2], storage.page_size, storage.layout.sides[side].dim)
         buffer = torch.empty(shape, dtype=torch.float32, device=storage.device)
         mean, scale = storage.writer.basis.by_row(self.rows)
         tokens = storage.encoder.decode(side, records, mean, buffer, scale)
         return tokens.unflatten(0, (len(self.rows), storage.heads))
+
+    def _records(self) -> torch.Tensor:
+        """The pages of the sequences, ``[columns, b * Hkv, record_bytes]``; any page where a row has none."""
+        table = self.storage.table
+        # A column of pages at a time, as they are stored, so that they lie side by side.
+        ids = table.ids(table.rows_of(self.rows), self.columns).T
+        return self.storage.pool.read(np.where(ids >= 0, ids, ids.max()).flatten()).unflatten(0, ids.shape)

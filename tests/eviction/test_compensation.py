@@ -1,4 +1,4 @@
-"""Compensation: never worse on what was observed, exact where it can be, and within its bounds."""
+"""Bias and values of kept tokens: never worse on what was observed, exact where they can be, and within bounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_kvcache.eviction.compensation import LARGEST_BIAS, Observed, compensate, fit_bias, fit_values, output_error
+from hf_kvcache.eviction.compensation import fit_values, output_error
+from hf_kvcache.eviction.matching import LARGEST_BIAS, fit_bias
+from hf_kvcache.eviction.observed import Observed
 from hf_kvcache.kernels.inputs import Scoring
 
 DIM, VALUE_DIM = 8, 6
@@ -46,6 +48,7 @@ PROBLEMS = {
     "causal": replace(
         problem(seed=6), visible=torch.rand(1, 1, 6, 40, generator=torch.Generator().manual_seed(9)) < 0.5
     ),
+    "biased before": replace(problem(seed=8), bias=torch.randn(2, 2, 40, generator=torch.Generator().manual_seed(3))),
 }
 
 
@@ -69,18 +72,14 @@ def test_new_values_are_never_worse(observed: Observed) -> None:
     assert (with_bias <= output_error(observed, bias) * (1 + ROUNDING)).all()
 
 
-def test_compensation_is_never_worse(observed: Observed) -> None:
-    bias, values = compensate(observed)
-    assert (output_error(observed, bias, values) <= output_error(observed) * (1 + ROUNDING)).all()
-
-
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 1 << 20), st.integers(1, 30), st.integers(1, 12), st.sampled_from([1, 2, 3]))
-def test_compensation_is_never_worse_on_any_problem(seed: int, kept: int, queries: int, group: int) -> None:
+def test_values_are_never_worse_on_any_problem(seed: int, kept: int, queries: int, group: int) -> None:
     observed = problem(seed, 30, kept, queries, group)
-    bias, values = compensate(observed)
-    assert (output_error(observed, bias, values) <= output_error(observed) * (1 + ROUNDING) + 1e-9).all()
-    assert bias.abs().max() <= LARGEST_BIAS
+    for bias in (None, fit_bias(observed)):
+        before, after = (output_error(observed, bias, v) for v in (None, fit_values(observed, bias)))
+        assert (after <= before * (1 + ROUNDING) + 1e-9).all()
+        assert bias is None or bias.abs().max() <= LARGEST_BIAS
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -126,7 +125,7 @@ def test_the_bias_is_in_its_bounds_and_only_on_kept_keys(observed: Observed) -> 
 @pytest.mark.parametrize("ridge", [1e-3, 1.0])
 def test_the_bias_is_the_bounded_least_squares_solution(observed: Observed, ridge: float) -> None:
     """Against coordinate descent, which needs no step size and ends at the same, only, minimum."""
-    bias = fit_bias(observed, ridge).double()
+    bias = fit_bias(observed, ridge=ridge).double()
     for index, kv_head in ((0, 0), (1, 1)):
         kept = observed.keep[index, kv_head].numpy()
         shares = shares_of_kept(observed, index, kv_head)
@@ -138,6 +137,26 @@ def test_the_bias_is_the_bounded_least_squares_solution(observed: Observed, ridg
 
         best = loss(coordinate_descent(gram + penalty * np.eye(len(gram)), shares.sum(0) + penalty))
         assert loss(bias[index, kv_head][kept].exp().numpy()) <= best * (1 + 1e-3) + 1e-6
+
+
+def test_fixed_tokens_keep_their_weight(observed: Observed) -> None:
+    """The others make up for what is missing beside them: the bounded least squares solution, once more."""
+    fixed = torch.rand(observed.keep.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    bias = fit_bias(observed, fixed).double()
+    assert not bias[fixed].any()
+    for index, kv_head in ((0, 0), (1, 1)):
+        kept = observed.keep[index, kv_head].numpy()
+        still = fixed[index, kv_head].numpy()[kept]
+        shares = shares_of_kept(observed, index, kv_head)
+        if still.all():
+            continue
+        own, missing = shares[:, ~still], 1 - shares[:, still].sum(1)
+        gram = own.T @ own
+        penalty = 1e-3 * np.trace(gram) / len(gram)
+        best = coordinate_descent(gram + penalty * np.eye(len(gram)), own.T @ missing + penalty)
+        found = bias[index, kv_head][kept].exp().numpy()[~still]
+        losses = [((own @ w - missing) ** 2).sum() + penalty * ((w - 1) ** 2).sum() for w in (found, best)]
+        assert losses[0] <= losses[1] * (1 + 1e-3) + 1e-5
 
 
 def test_the_bias_restores_the_attention(observed: Observed) -> None:
@@ -158,9 +177,9 @@ def test_keeping_everything_changes_nothing() -> None:
 
 
 def test_queries_are_read_in_strips(monkeypatch: pytest.MonkeyPatch, observed: Observed) -> None:
-    whole = compensate(observed)
-    monkeypatch.setattr("hf_kvcache.eviction.compensation._STRIP_ELEMENTS", 1)
-    for one, other in zip(compensate(observed), whole, strict=True):
+    whole = fit_bias(observed), fit_values(observed)
+    monkeypatch.setattr("hf_kvcache.eviction.observed._STRIP_ELEMENTS", 1)
+    for one, other in zip((fit_bias(observed), fit_values(observed)), whole, strict=True):
         assert_close(one, other)
 
 
@@ -216,6 +235,8 @@ def scores_of(observed: Observed, index: int, kv_head: int) -> list[tuple[np.nda
         scores = scores * scoring.scaling
         if scoring.softcap is not None:
             scores = scoring.softcap * np.tanh(scores / scoring.softcap)
+        if observed.bias is not None:
+            scores = scores + observed.bias[index, kv_head].double().numpy()
         if observed.visible is not None:
             scores = np.where(observed.visible[0, 0].numpy(), scores, -np.inf)
         found.append((scores, None if scoring.sink_logits is None else float(scoring.sink_logits[head])))

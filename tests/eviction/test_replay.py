@@ -17,7 +17,8 @@ BOTH = ("kvzip", "kvzipplus")
 def by_hand(family: str, ids: torch.Tensor, asked: torch.Tensor | None, policy: str) -> list[torch.Tensor]:
     """``[Hkv, T]`` of each layer: context, request and context again in one pass, and the weights that it gives.
 
-    Of ``kvzipplus`` ``[Hkv, g, T]``, over the lengths of the hidden states behind the layer's first norm.
+    Of ``kvzipplus`` ``[Hkv, g, T]``, over the lengths of the hidden states behind the layer's first norm. Of ``rms``
+    the root mean square of each query's weights over their sum.
     """
     model = families.build(family, attention="eager")
     again = ids if asked is None else torch.cat([asked[None], ids], 1)
@@ -28,12 +29,17 @@ def by_hand(family: str, ids: torch.Tensor, asked: torch.Tensor | None, policy: 
     weights = [w[0].unflatten(0, (heads, -1))[:, :, length:, :length] for w in found.attentions]
     if policy == "kvzip":
         return [w.amax((1, 2)) for w in weights]
+    if policy == "rms":
+        shares = [(w / w.sum(-1, keepdim=True)).double() for w in weights]
+        return [(w.square().sum((1, 2)) / (w.shape[1] * w.shape[2])).sqrt().float() for w in shares]
     sizes = [x[0, length:].double().square().sum(-1).sqrt()[:, None] for x in inputs]
     return [(w / size).amax(2).float() for w, size in zip(weights, sizes, strict=True)]
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_mha", "qwen3"])
-@pytest.mark.parametrize(("policy", "asked"), [("kvzip", None), ("kvzip", PROMPT_IDS), ("kvzipplus", PROMPT_IDS)])
+@pytest.mark.parametrize(
+    ("policy", "asked"), [("kvzip", None), ("rms", PROMPT_IDS), ("kvzip", PROMPT_IDS), ("kvzipplus", PROMPT_IDS)]
+)
 def test_largest_probabilities(family: str, policy: str, asked: torch.Tensor | None) -> None:
     """Over the queries and the heads of a group; rows of a padded batch as alone."""
     model, rows = families.build(family), [prompt(40, seed=1), prompt(29, seed=2)]

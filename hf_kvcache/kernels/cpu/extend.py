@@ -12,6 +12,7 @@ from hf_kvcache.kernels.attention import read_pages
 from hf_kvcache.kernels.column_sums import column_sums
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.pack import decode_side
+from hf_kvcache.kernels.page import BIAS
 from hf_kvcache.kernels.reference import decode as reference
 from hf_kvcache.kernels.reference.hadamard import rotate
 from hf_kvcache.kernels.reference.softmax import merge
@@ -71,9 +72,8 @@ def _read_pages(
         stop = min(start + step, pages.columns)
         records = pages.records(start, stop)
         keys, values = (_widened(_dense(pages, side, records), width) for side in ("keys", "values"))
-        unused = pages.unused(start, stop)
-        hidden = None if unused is None else _hidden(unused.flatten(1))
-        output, log_sum_exp = _flash(wide, keys[:, None], values[:, None], 0.0, False, attn_mask=hidden, scale=1.0)
+        added = _added(pages, records, start, stop)
+        output, log_sum_exp = _flash(wide, keys[:, None], values[:, None], 0.0, False, attn_mask=added, scale=1.0)
         part = output[:, 0, :, : layout.sides["values"].dim], log_sum_exp.reshape(rows.shape[:2])
         result = part if result is None else merge(result, part)
     assert result is not None
@@ -95,14 +95,29 @@ def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
-def _hidden(unused: torch.Tensor) -> torch.Tensor:
-    """What hides the ``unused [rows, n]`` places when it is added to scores, ``[rows, 1, 1, n]``.
+def _added(pages: Pages, records: torch.Tensor, start: int, stop: int) -> torch.Tensor | None:
+    """What is added to the scores of page columns: the bias of tokens, and what hides places without a token.
 
-    It is not ``-inf``, by which a row without any token would become NaN. Such a row gets a very low log-sum-exp.
+    The latter is not ``-inf``, by which a row without any token would become NaN. Such a row gets a very low
+    log-sum-exp.
+
+    Args:
+        pages: the pages.
+        records: those of the columns, ``[C, rows, record_bytes]``.
+        start: the first of the columns.
+        stop: the column behind the last one.
+
+    Returns:
+        float32 ``[rows, 1, 1, C * P]``; None if there is nothing to add.
     """
-    return torch.zeros(unused.shape, dtype=torch.float32, device=unused.device).masked_fill_(unused, -1e30)[
-        :, None, None
-    ]
+    unused, bias = pages.unused(start, stop), pages.layout.view(records, BIAS)
+    if bias is not None:
+        added = bias.float().transpose(0, 1)
+    elif unused is not None:
+        added = torch.zeros(unused.shape, dtype=torch.float32, device=unused.device)
+    else:
+        return None
+    return (added if unused is None else added.masked_fill(unused, -1e30)).flatten(1)[:, None, None]
 
 
 def _dense(pages: Pages, side: str, records: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from hf_kvcache.kernels.cpu.library import Layout, Side
-from hf_kvcache.kernels.page import PageLayout, SideFormat
+from hf_kvcache.kernels.page import BIAS, PageLayout, SideFormat
 from hf_kvcache.kernels.reference.hadamard import rotation_matrix, rotation_signs
 
 CODES, FLOAT8 = 0, 1
@@ -30,15 +30,18 @@ def native_layout(layout: PageLayout) -> Layout | None:
 
 def make_layout(layout: PageLayout) -> Layout | None:
     """The C struct of a layout; None if the kernels cannot read such pages."""
-    return _layout_of(layout.sides["keys"], layout.sides["values"], layout.page_size)
+    return _layout_of(layout.sides["keys"], layout.sides["values"], layout.page_size, layout.biased)
 
 
 @lru_cache(maxsize=64)
-def _layout_of(key_format: SideFormat, value_format: SideFormat, page_size: int) -> Layout | None:
+def _layout_of(key_format: SideFormat, value_format: SideFormat, page_size: int, biased: bool) -> Layout | None:
     """The C struct, which nobody changes, of all layouts of a kind: the layers of a model have one each."""
-    layout = PageLayout(key_format, value_format, page_size)
+    layout = PageLayout(key_format, value_format, page_size, biased)
     keys, values = (_side(layout, side) for side in ("keys", "values"))
-    return None if keys is None or values is None else Layout(keys, values, page_size, layout.record_bytes)
+    if keys is None or values is None:
+        return None
+    bias = layout.fields[BIAS].offset if biased else 0
+    return Layout(keys, values, page_size, layout.record_bytes, bias)
 
 
 def _side(layout: PageLayout, name: str) -> Side | None:

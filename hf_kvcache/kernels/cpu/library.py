@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.cpu.build import LIBRARY
 
-ABI_VERSION = 16
+ABI_VERSION = 17
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 #: Environment variable that names the instruction set to use in place of the best one.
@@ -36,7 +36,13 @@ class Side(Structure):
 class Layout(Structure):
     """``HfkvLayout``."""
 
-    _fields_ = (("keys", Side), ("values", Side), ("page_size", c_int32), ("record_bytes", c_int64))
+    _fields_ = (
+        ("keys", Side),
+        ("values", Side),
+        ("page_size", c_int32),
+        ("record_bytes", c_int64),
+        ("bias", c_int64),
+    )
 
 
 class Token(Structure):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.reference.decode import hide_pages
+from hf_kvcache.kernels.reference.decode import add_bias, hide_pages
 from hf_kvcache.kernels.reference.hadamard import rotate
 from hf_kvcache.kernels.reference.levels import SideDecoder, decode_side, page_scores
 from hf_kvcache.kernels.visibility import Visibility
@@ -118,6 +118,7 @@ def _page_sums(
                 scores += block @ pages.key_mean.unsqueeze(-1)
             if scoring.softcap is not None:
                 scores = scores.tanh_().mul_(scoring.softcap)
+            add_bias(scores, layout, records)
             earlier = last <= visibility.start + queries.start
             hide_pages(scores, pages, start, stop, visibility, queries, earlier)
             probabilities = scores.sub_(shift[:, :, queries].flatten(1, 2)).exp_()

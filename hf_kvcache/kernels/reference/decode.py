@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from hf_kvcache.kernels.inputs import Attention, DenseTokens, Pages, Scoring
-from hf_kvcache.kernels.page import PageLayout
+from hf_kvcache.kernels.page import BIAS, PageLayout
 from hf_kvcache.kernels.reference.hadamard import rotate
 from hf_kvcache.kernels.reference.levels import SideDecoder, decode_side, page_output, page_scores
 from hf_kvcache.kernels.reference.softmax import OnlineSoftmax, dense_attention, merge
@@ -204,11 +204,25 @@ def walk_pages(
         scores = score(records)
         if scoring.softcap is not None:
             scores = scores.tanh_().mul_(scoring.softcap)
+        add_bias(scores, pages.layout, records)
         hide_pages(scores, pages, start, stop, visibility, queries)
         if kept_scores is not None:
             # A copy, since the scores are overwritten next; of a single page, flatten alone would give a view.
             kept_scores.append(scores.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format).flatten(2))
         state.add(combine(records, state.weigh(scores)))
+
+
+def add_bias(scores: torch.Tensor, layout: PageLayout, records: torch.Tensor) -> None:
+    """Add the bias of each token of ``records [C, rows, record_bytes]``, if there is one, to its scores, in place.
+
+    Args:
+        scores: ``[C, rows, M, P]``.
+        layout: of the records.
+        records: the pages. What a place without a token gets is hidden afterwards, so it may be anything.
+    """
+    bias = layout.view(records, BIAS)
+    if bias is not None:
+        scores.add_(bias.float().unsqueeze(2))
 
 
 def hide_pages(

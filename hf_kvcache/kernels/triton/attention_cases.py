@@ -51,15 +51,15 @@ def formats(codec: str, dim: int) -> tuple[SideFormat, SideFormat]:
     return keys, SideFormat(dim, bits, "table", group=dim, zero=False, rotation="signed_hadamard", table=table)
 
 
-def pages_case(arch: str, operation: str, codec: str, dim: int, length: int) -> CompileCase:
+def pages_case(arch: str, operation: str, codec: str, dim: int, length: int, biased: bool = False) -> CompileCase:
     """``pages_kernel`` for ``length`` bfloat16 query tokens over full pages that all of them see."""
-    layout = PageLayout(*formats(codec, dim), _PAGE)
+    layout = PageLayout(*formats(codec, dim), _PAGE, biased)
     config = attention_config(arch, dim, _GROUP * length, codes_of(layout))
     keys, values = page_sides(layout, torch.bfloat16, config.block_m, arch)
     block_n = min(config.block_n, _PAGE)
     rotated = layout.sides["keys"].rotation != "none"
     return CompileCase(
-        name=f"{operation} {codec} D={dim}",
+        name=f"{operation} {codec} D={dim}" + (" bias" if biased else ""),
         kernel=pages_kernel,
         signature={
             "query": "*fp32" if rotated else "*bf16",

@@ -279,6 +279,8 @@ def pages_kernel(
         place, first, token, held, keep, record = locate_tokens(pages, row, rows, capacity, tile, KEYS, BLOCK_N, FULL)
         scores = _page_scores(record, q, first, held, key_table, key_channel, key_there, KEYS, BLOCK_N, MASKED)
         scores = finish_scores(scores, q_peak, shift, inner, softcap, SOFTCAP)
+        if KEYS.bias_at:
+            scores += (load_per_token(record, KEYS.bias_at, first, held, BLOCK_N, MASKED) * LOG2_E)[None, :]
         if PLACED > 0:
             at = page_positions(pages, positions, place, rows, capacity, token, keep, KEYS, PLACED) - start
             seen = sees(at, m, window, keep, GROUP, CAUSAL, WINDOW)

@@ -152,9 +152,10 @@ def _tiles(dtype: torch.dtype, block_dim: int, hip: bool) -> _Tiles:
 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
-    """Whether :func:`column_sums` can do a call. The reference does all others."""
+    """Whether :func:`column_sums` can do a call. The reference does all others, such as pages with a bias."""
     return (
         visibility.mask is None
+        and (pages is None or not pages.layout.biased)
         and query.dtype == dense.keys.dtype
         and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and query.shape[-1] <= 256

@@ -41,6 +41,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
     cases = [
         attention_cases.pages_case(architecture, "decode", codec, dim, 1) for dim in (64, 128, 256) for codec in codecs
     ]
+    cases.append(attention_cases.pages_case(architecture, "decode", "rotated4", 128, 1, biased=True))
     for dim in (64, 128, 256):
         cases.append(attention_cases.dense_case(architecture, "decode", dim, 1))
         cases.append(attention_cases.combine_case(architecture, dim))

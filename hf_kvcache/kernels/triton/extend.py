@@ -106,7 +106,9 @@ def _attend(
 def _decodes_first(call: launch.Call, pages: Pages) -> bool:
     codes, dim = launch.codes_of(pages.layout), max(call.query.shape[-1], call.value_dim)
     blocks = triton.cdiv(call.rows_m, call.config(dim, codes).block_m)
-    fits = call.query.dtype != torch.float32 or dim <= MOST_SINGLE_DIM
+    # Decoded pages have no bias. The kernel of `decode` reads it from the records.
+    fits = not pages.layout.biased
+    fits = fits and (call.query.dtype != torch.float32 or dim <= MOST_SINGLE_DIM)
     return codes is not None and pages.columns > 0 and blocks >= _LEAST_BLOCKS and fits
 
 

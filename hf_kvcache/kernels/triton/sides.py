@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_kvcache.kernels.page import PageLayout
+from hf_kvcache.kernels.page import BIAS, PageLayout
 from hf_kvcache.kernels.reference.pack import bit_planes
 from hf_kvcache.kernels.triton.unpack import unpacking
 
@@ -48,6 +48,7 @@ class Side:
         scale_at: that of the scales.
         zero_at: that of the zero points.
         other_at: that of the second scales.
+        bias_at: that of the bias per token, which is told of the keys; 0 if there is none.
         table: the levels of ``level="table"``.
         element: element type of ``level="dense"``.
         compute: type in which dot products take this side.
@@ -78,6 +79,7 @@ class Side:
     scale_at: int
     zero_at: int
     other_at: int
+    bias_at: int
     table: tuple[float, ...]
     element: Any
     compute: Any
@@ -136,6 +138,7 @@ def describe_side(
         scale_at=offsets[1],
         zero_at=offsets[2],
         other_at=offsets[3],
+        bias_at=layout.fields[BIAS].offset if layout.biased and name == "keys" else 0,
         table=fmt.table,
         element=None if fmt.dense_dtype is None else TRITON_TYPES[fmt.dense_dtype],
         compute=compute,

@@ -28,6 +28,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
     """The cases for a target."""
     steps = [_step_case(architecture, *case) for case in _CASES]
     with_state = [_step_case(architecture, "unbiased4", 128, torch.bfloat16, state=state) for state in (1, 2)]
+    biased = _step_case(architecture, "rotated4", 128, torch.bfloat16, biased=True)
     windowed = _step_case(architecture, "rotated8", 128, torch.bfloat16, window=True)
     # Compiled steps have a mask, as transformers makes one for them.
     masked = [
@@ -36,18 +37,12 @@ def compile_cases(architecture: str) -> list[CompileCase]:
         for window in (False, True)
     ]
     summed = [_step_case(architecture, codec, 128, torch.bfloat16, keep=True) for codec in ("unbiased4", "rotated4")]
-    return [
-        *steps,
-        *with_state,
-        windowed,
-        *masked,
-        *summed,
-        *(_merge_case(architecture, dim) for dim in (64, 128, 256)),
-    ]
+    merges = [_merge_case(architecture, dim) for dim in (64, 128, 256)]
+    return [*steps, *with_state, biased, windowed, *masked, *summed, *merges]
 
 
-def _kind(arch: str, codec: str, dim: int, dtype: torch.dtype) -> StepKind:
-    return StepKind(arch, dtype, dtype, PageLayout(*formats(codec, dim), _PAGE), dim, dim, _GROUP)
+def _kind(arch: str, codec: str, dim: int, dtype: torch.dtype, biased: bool = False) -> StepKind:
+    return StepKind(arch, dtype, dtype, PageLayout(*formats(codec, dim), _PAGE, biased), dim, dim, _GROUP)
 
 
 def _step_case(
@@ -59,8 +54,9 @@ def _step_case(
     window: bool = False,
     mask: int = 0,
     keep: bool = False,
+    biased: bool = False,
 ) -> CompileCase:
-    kind = _kind(arch, codec, dim, dtype)
+    kind = _kind(arch, codec, dim, dtype, biased)
     assert kind.layout is not None
     tokens = f"*{TRITON_TYPES[dtype]}"
     strides = [f"{name}_{axis}" for name in ("query", "new_key", "new_value") for axis in "bh"]
@@ -88,7 +84,7 @@ def _step_case(
         keep=keep,
     )
     config, block_n = kind.config, constants["BLOCK_N"]
-    name = f"step {codec} D={dim}" + (" fp32" if dtype == torch.float32 else "")
+    name = f"step {codec} D={dim}" + (" fp32" if dtype == torch.float32 else "") + (" bias" if biased else "")
     return CompileCase(
         name=name
         + ("", " state", " static")[state]

@@ -184,6 +184,8 @@ def _attend_pages(
             )
         scores = _page_scores(record, q, first, held, key_table, key_channel, key_there, KEYS, BLOCK_N, MASKED)
         scores = finish_scores(scores, q_peak, shift, inner, softcap, SOFTCAP)
+        if KEYS.bias_at:
+            scores += (load_per_token(record, KEYS.bias_at, first, held, BLOCK_N, MASKED) * LOG2_E)[None, :]
         if PLACED == 3:
             if WINDOW or MASK > 0:
                 at = tl.load(

@@ -85,12 +85,13 @@ def attend(call: Call) -> Expected:
     for b in range(batch):
         for head in range(heads):
             keys, values, visible = _tokens(call, b, head)
+            bias = _biases(call, b, head)
             for h in range(head * group, (head + 1) * group):
                 sink = -np.inf if call.scoring.sink_logits is None else float(call.scoring.sink_logits[h])
                 scores = call.query[b, h].double().numpy() @ keys.T * call.scoring.scaling
                 if call.scoring.softcap is not None:
                     scores = np.tanh(scores / call.scoring.softcap) * call.scoring.softcap
-                scores = np.where(visible, scores, -np.inf)
+                scores = np.where(visible, scores + bias, -np.inf)
                 probabilities, log_sum_exp[b, h] = _softmax(scores, sink)
                 output[b, :, h] = probabilities @ values
                 sums[b, h] = probabilities.sum(0)
@@ -120,6 +121,24 @@ def _tokens(call: Call, b: int, head: int) -> tuple[np.ndarray, np.ndarray, np.n
     seen = everyone if dense.positions is None else _seen(call, dense.positions[b].numpy())
     visible.append(seen if dense.unused is None else seen & ~dense.unused[b].numpy())
     return np.concatenate(keys), np.concatenate(values), np.concatenate(visible, 1)
+
+
+def _biases(call: Call, b: int, head: int) -> np.ndarray:
+    """What is added to the scores of each key of a KV head ``[T]``; 0 where there is no token."""
+    parts = [np.zeros(call.dense.keys.shape[2])]
+    pages = call.pages
+    if pages is not None and pages.layout.biased:
+        field, row = pages.layout.fields["bias"], b * pages.heads + head
+        for column in reversed(_columns(call)):
+            bias = np.zeros(pages.layout.page_size)
+            if pages.addresses[row, column]:
+                stored = _slice(_record(pages, pages.addresses[row, column]), field.offset, field.nbytes)
+                count = pages.counts[row, column]
+                bias[:count] = stored.view(np.float16)[:count]
+            parts.insert(0, bias)
+    elif pages is not None:
+        parts.insert(0, np.zeros(pages.columns * pages.layout.page_size))
+    return np.concatenate(parts)
 
 
 def _columns(call: Call) -> range:

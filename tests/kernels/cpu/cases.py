@@ -57,6 +57,7 @@ class Case:
         unused: whether some slots hold no token.
         positions: whether full-precision tokens have positions.
         scattered: whether positions in pages have gaps.
+        biased: whether pages hold a bias per token, which is NaN where there is no token.
         strided: whether query, keys and values are views with strides of their own.
         query_dtype: dtype of the query.
         dense_dtype: dtype of full-precision tokens.
@@ -76,6 +77,7 @@ class Case:
     unused: bool = False
     positions: bool = True
     scattered: bool = False
+    biased: bool = False
     strided: bool = False
     query_dtype: torch.dtype = torch.float32
     dense_dtype: torch.dtype = torch.float32
@@ -143,7 +145,7 @@ def random_pages(case: Case, rng: np.random.Generator) -> Pages:
     """Pages of random content, in two slabs and in random order; the arrays are views of wider ones."""
     assert case.formats is not None
     shape = case.shape
-    layout = PageLayout(*case.formats, shape.page_size)
+    layout = PageLayout(*case.formats, shape.page_size, case.biased)
     rows, columns = shape.batch * shape.heads, case.columns
     counts = np.full((rows, columns + SPARE_COLUMNS), 1 << 20, dtype=np.int32)
     counts[:, :columns] = _counts(case, rng)
@@ -168,7 +170,24 @@ def random_pages(case: Case, rng: np.random.Generator) -> Pages:
     if case.formats[0].balanced:
         scale = torch.from_numpy(2.0 ** rng.integers(-2, 1, size=(rows, shape.key_dim))).float()
     used = np.s_[:, :columns]
+    if case.biased:
+        _add_biases(layout, slabs, addresses[used], counts[used], rng)
     return Pages(layout, slabs, addresses[used], counts[used], first[used], scattered, key_mean, shape.heads, scale)
+
+
+def _add_biases(
+    layout: PageLayout, slabs: list[torch.Tensor], addresses: np.ndarray, counts: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Give every token a bias of its own, and places without one NaN."""
+    for slab in slabs:
+        bias = layout.view(slab, "bias")
+        assert bias is not None
+        bias.fill_(torch.nan)
+        first = slab.data_ptr()
+        for address, count in zip(addresses.flat, counts.flat, strict=True):
+            if first <= address < first + slab.numel():
+                drawn = torch.from_numpy(2 * rng.normal(size=int(count)))
+                bias[(int(address) - first) // layout.record_bytes, : int(count)] = drawn.half()
 
 
 def _counts(case: Case, rng: np.random.Generator) -> np.ndarray:

@@ -48,6 +48,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "window": {"window": 40, "ragged": True, "columns": 4},
     "soft-capping": {"softcap": 2.0},
     "sink logits": {"sinks": True},
+    "bias": {"biased": True, "ragged": True, "columns": 4, "softcap": 2.0},
     "unused slots": {"unused": True, "slots": 40},
     "no positions": {"positions": False, "unused": True},
     "no causality": {"causal": False},

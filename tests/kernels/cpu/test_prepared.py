@@ -25,9 +25,9 @@ USED = (0, 7, 122, SLOTS)
 #: Options of a call, with new tokens of a sequence and query heads of a KV head.
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "token": (1, 3, {}),
-    "two": (2, 1, {"softcap": 3.0}),
+    "two": (2, 1, {"softcap": 3.0, "biased": True}),
     "window": (5, 3, {"window": 9, "scattered": True}),
-    "block": (16, 2, {"sinks": True, "strided": True}),
+    "block": (16, 2, {"sinks": True, "strided": True, "biased": True}),
     "window of the block": (12, 1, {"window": 4}),
 }
 

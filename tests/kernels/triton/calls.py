@@ -43,7 +43,10 @@ class Shape:
 
 @dataclass
 class Call:
-    """The arguments of an attention call, and the decoded pages ``[rows, columns, P, D]`` in float64, model's basis."""
+    """The arguments of an attention call, and the decoded pages ``[rows, columns, P, D]`` in float64, model's basis.
+
+    ``bias [rows, columns, P]`` is added to the scores of the tokens in pages.
+    """
 
     query: torch.Tensor
     pages: Pages | None
@@ -52,6 +55,7 @@ class Call:
     scoring: Scoring
     keys: torch.Tensor
     values: torch.Tensor
+    bias: torch.Tensor | None = None
     slab: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -156,6 +160,28 @@ def _decoded(
     return decoded if rotation is None else decoded @ rotation.T
 
 
+def biased(call: Call, seed: int = 0) -> Call:
+    """The call with a bias for every token in pages, and NaN where there is none."""
+    assert call.pages is not None
+    pages, old = call.pages, call.pages.layout
+    layout = PageLayout(*old.sides.values(), old.page_size, biased=True)
+    bias = 2 * torch.randn(pages.rows, pages.columns, old.page_size, generator=torch.Generator().manual_seed(seed))
+    bias = bias.half()
+    unused = torch.from_numpy(np.arange(old.page_size) >= pages.counts[:, :, None])
+    slab = pages.slabs[0].new_full((2 * pages.addresses.size + 1, layout.record_bytes), 0xFF)
+    addresses = np.zeros_like(pages.addresses)
+    for number, (row, column) in enumerate(np.argwhere(pages.addresses != 0).tolist()):
+        place = (pages.addresses[row, column] - pages.slabs[0].data_ptr()) // old.record_bytes
+        record = slab[2 * number + 1]
+        record[: old.record_bytes] = pages.slabs[0][int(place)]
+        stored = layout.view(record, "bias")
+        assert stored is not None
+        stored.copy_(bias[row, column].masked_fill(unused[row, column], torch.nan))
+        addresses[row, column] = record.data_ptr()
+    changed = replace(pages, layout=layout, slabs=[slab], addresses=addresses)
+    return replace(call, pages=changed, bias=bias.double())
+
+
 def ragged(call: Call, seed: int = 0) -> Call:
     """The call with pages that lost some of their tokens, and rows that have fewer pages."""
     assert call.pages is not None
@@ -212,6 +238,9 @@ def expected(call: Call) -> Attention:
                 logits = keys[seen] @ call.query[b, h, i].double().cpu() * call.scoring.scaling
                 if call.scoring.softcap is not None:
                     logits = call.scoring.softcap * torch.tanh(logits / call.scoring.softcap)
+                if call.bias is not None:
+                    bias = torch.cat([call.bias[row].flatten(), torch.zeros(slots, dtype=torch.float64)])
+                    logits = logits + bias[seen]
                 total = logits.logsumexp(0) if len(logits) else torch.tensor(-torch.inf, dtype=torch.float64)
                 if call.scoring.sink_logits is not None:
                     total = torch.logaddexp(total, call.scoring.sink_logits[h].double().cpu())

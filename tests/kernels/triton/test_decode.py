@@ -20,6 +20,7 @@ from tests.kernels.triton.calls import (
     Call,
     Random,
     Shape,
+    biased,
     call_with,
     check,
     expected,
@@ -126,6 +127,18 @@ def test_tables_of_odd_lengths(columns: int, slots: int, device: torch.device) -
 def test_ragged(spec: str, device: torch.device) -> None:
     """Pages that lost tokens, and rows without pages; unused places and records are never read."""
     run(ragged(make_call(spec, Shape(2, 2, 2, 2), device=device)), sums=True)
+
+
+@chosen(
+    "spec, group",
+    ["unbiased4", "rotated8", "kvarn2", "fp8", "none"],
+    [2, 9],
+    fast=[("unbiased4", 2)],
+)
+def test_bias(spec: str, group: int, device: torch.device) -> None:
+    """A bias per token, in pages of which one lost some of its tokens."""
+    call = biased(ragged(make_call(spec, Shape(1, 1, group, columns=2), device=device)))
+    run(replace(call, scoring=replace(call.scoring, softcap=2.0 if group == 2 else None)), sums=True)
 
 
 def test_a_row_without_any_page(device: torch.device) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from hf_kvcache.kernels.triton import decoded_pages, extend
 from hf_kvcache.kernels.workspace import scratch
-from tests.kernels.triton.calls import Call, Random, Shape, check, make_call, ragged, scattered
+from tests.kernels.triton.calls import Call, Random, Shape, biased, check, make_call, ragged, scattered
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,11 @@ def test_pages_are_decoded_once_for_many_queries(
     run(make_call("unbiased4", Shape(1, 1, group, 19, columns=5, slots=24), device=device))
     parts = [] if group == 1 else [(0, 32), (2, 32), (4, 16)]
     assert [(start, shape[1]) for start, _, shape in decoded] == parts and len({at for _, at, _ in decoded}) <= 1
+
+
+def test_bias(device: torch.device) -> None:
+    """Pages with a bias are read as they are, however many queries there are."""
+    run(biased(ragged(make_call("unbiased4", Shape(1, 1, 4, 19, columns=2, slots=20), device=device))))
 
 
 def test_widths_that_are_no_power_of_two(device: torch.device) -> None:

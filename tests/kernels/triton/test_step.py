@@ -15,7 +15,7 @@ from hf_kvcache.kernels.triton import step as steps
 from hf_kvcache.kernels.triton.step import PreparedCall, supports
 from hf_kvcache.kernels.workspace import scratch
 from tests.choosing import chosen
-from tests.kernels.triton.calls import Call, Random, Shape, expected, make_call, ragged, scattered
+from tests.kernels.triton.calls import Call, Random, Shape, biased, expected, make_call, ragged, scattered
 from tests.kernels.triton.conftest import INTERPRETED
 from tests.kernels.triton.fixtures import bfloat16_dot, poisoned_outputs  # noqa: F401
 from tests.tolerances import assert_near
@@ -274,3 +274,9 @@ def test_what_is_left_to_the_general_path(device: torch.device) -> None:
     assert not supports(replace(inputs, keys=inputs.keys.half()))
     assert inputs.pages is not None
     assert not supports(replace(inputs, pages=replace(inputs.pages, heads=1)))
+
+
+@pytest.mark.parametrize("spec", ["rotated4", pytest.param("none", marks=pytest.mark.slow)])
+def test_bias(spec: str, device: torch.device) -> None:
+    """A bias per token in pages, of which some lost tokens."""
+    check(biased(ragged(make_call(spec, Shape(heads=1, columns=2), device=device))))

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 16
+#define HFKV_ABI_VERSION 17
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -34,6 +34,7 @@ struct HfkvLayout {
     HfkvSide keys, values;
     int32_t page_size;
     int64_t record_bytes;
+    int64_t bias;  // byte offset of what is added to the score of each token, in half precision; 0: there is none
 };
 
 // `count` new tokens of each sequence, at the positions of the queries. The call first stores them in the full-precision slots

@@ -178,6 +178,17 @@ inline void cap_scores(const Run& run, float* scores, int n) {
         }
 }
 
+// Adds the bias of each of the first n tokens of a page, if its pages have any, to the scores of all queries.
+inline void add_bias(const Run& run, const uint8_t* record, int n, Scratch& s) {
+    const int64_t at = run.call.layout->bias;
+    if (!at) return;
+    halves(record + at, n, s.first);
+    for (int m = 0; m < run.queries; m++) {
+        float* scores = s.scores + (size_t)m * run.page_pitch;
+        for (int t = 0; t < n; t++) scores[t] += s.first[t];
+    }
+}
+
 // Hides keys by their positions at(t): if causal those after a query, and those that have left its window.
 template <class Positions>
 void hide_by_position(const Run& run, float* scores, int n, bool causal, const Positions& at) {
@@ -214,6 +225,7 @@ inline void attend_page(const Run& run, int row, int column, bool last, float* a
     s.next.begin(last ? nullptr : (const uint8_t*)c.addresses[cell + 1], c.layout->record_bytes);
     page_scores(run.keys, run.page_size, record, n, s.rotated_queries, run.queries, run.key_pitch, s.shifts, s, run.page_pitch);
     if (c.softcap > 0) cap_scores(run, s.scores, n);
+    add_bias(run, record, n, s);
     if (c.window && at(0) <= c.start + c.length - 1 - c.window) hide_by_position(run, s.scores, n, false, at);
     copy_scores(run, s.scores, n, row, (int64_t)column * run.page_size, keys, all_scores);
     weigh_scores(run, s.scores, n, p, s.next);
