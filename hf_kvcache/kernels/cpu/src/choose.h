@@ -1,8 +1,9 @@
-// The choice of pages for a decode step, hfkv_choose: products of what the queries of a row ask with signed bytes that summarize its pages,
-// and the pages with the largest of them. kernels.inc exports it.
+// The choice of pages for a decode step, hfkv_choose: products of what the queries of a row ask with signed bytes that summarize its
+// pages, and the pages with the largest scores. kernels.inc exports it.
 #pragma once
 
 #include "api.h"
+#include "page_side.h"
 #include "vectors.h"
 #include "workspace.h"
 
@@ -35,10 +36,19 @@ inline float product(const float* query, const int8_t* codes, int width) {
     return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }
 
-// Writes what the queries of a row ask: [width].
+// Writes what the queries of a row ask: [width] together, or [queries, width] by each of them, whose elements are followed by their
+// squares.
 inline void ask(const HfkvChoose& c, int row, float* asked) {
     const int dim = c.width / c.vectors;
     const float* query = c.query + row / c.heads * c.query_batch + (int64_t)(row % c.heads) * c.queries * c.query_head;
+    if (c.reach > 0) {
+        for (int m = 0; m < c.queries; m++, asked += c.width)
+            for (int i = 0; i < dim; i++) {
+                const float x = query[m * c.query_head + i] * c.scaling;
+                asked[i] = x, asked[dim + i] = x * x;
+            }
+        return;
+    }
     for (int i = 0; i < dim; i++) {
         float total = 0, size = 0;
         for (int m = 0; m < c.queries; m++) {
@@ -49,15 +59,85 @@ inline void ask(const HfkvChoose& c, int row, float* asked) {
     }
 }
 
+// The logarithm of the attention that some queries pay to one part of a page, up to what is the same for all parts.
+struct LogMass {
+    const float* asked;  // [queries, 2 * dim]
+    const int8_t* codes;  // [2 * dim]
+    int dim;
+    float scale, reach;
+    float* scores;
+    int64_t pitch;  // from one query's score to the next one's
+
+    template <int N>
+    void run(int first) const {
+        const float* query = asked + (size_t)first * 2 * dim;
+        Vec means[N], squares[N];
+        float mean[N], square[N];
+        for (int m = 0; m < N; m++) means[m] = squares[m] = splat(0.0f);
+        int i = 0;
+        for (; i + kLanes <= dim; i += kLanes) {
+            const Vec a = load_bytes(codes + i), b = load_bytes(codes + dim + i), c = b * b;
+            for (int m = 0; m < N; m++) {
+                means[m] += a * load(query + m * 2 * dim + i);
+                squares[m] += c * load(query + m * 2 * dim + dim + i);
+            }
+        }
+        for (int m = 0; m < N; m++) mean[m] = sum(means[m]), square[m] = sum(squares[m]);
+        for (; i < dim; i++)
+            for (int m = 0; m < N; m++) {
+                mean[m] += codes[i] * query[m * 2 * dim + i];
+                square[m] += (float)(codes[dim + i] * codes[dim + i]) * query[m * 2 * dim + dim + i];
+            }
+        for (int m = 0; m < N; m++) {
+            const float deviation = __builtin_sqrtf(square[m]) * scale;
+            const float more = deviation < reach ? 0.5f * deviation * deviation : reach * (deviation - 0.5f * reach);
+            scores[(first + m) * pitch] = mean[m] * scale + more;
+        }
+    }
+};
+
+inline bool lacks(const HfkvChoose& c, int row, int column) { return c.missing && c.missing[row * c.missing_row + column]; }
+
 inline void score_pages(const HfkvChoose& c, int row, int first, int stop, const float* query, float* scores) {
     for (int column = first; column < stop; column++) {
         float top = kMinusInfinity;
-        for (int part = 0; part < c.spans && !(c.missing && c.missing[row * c.missing_row + column]); part++) {
+        for (int part = 0; part < c.spans && !lacks(c, row, column); part++) {
             const int64_t at = (int64_t)column * c.spans + part;
             const float found = product(query, c.codes + row * c.codes_row + at * c.width, c.width);
             top = larger(top, found * from_half(c.scales[row * c.scales_row + at]));
         }
         scores[column] = top;
+    }
+}
+
+// As score_pages, but for each query and part: [queries, columns * spans].
+inline void score_parts(const HfkvChoose& c, int row, int first, int stop, const float* asked, float* scores) {
+    const int64_t pitch = (int64_t)c.columns * c.spans;
+    for (int64_t at = (int64_t)first * c.spans; at < (int64_t)stop * c.spans; at++) {
+        if (lacks(c, row, (int)(at / c.spans))) {
+            for (int m = 0; m < c.queries; m++) scores[m * pitch + at] = kMinusInfinity;
+            continue;
+        }
+        const int8_t* codes = c.codes + row * c.codes_row + at * c.width;
+        const float scale = from_half(c.scales[row * c.scales_row + at]);
+        by_fours(c.queries, LogMass{asked, codes, c.width / 2, scale, c.reach, scores + at, pitch});
+    }
+}
+
+// Writes the probabilities of the pages of a row, summed over the queries: [columns]. The scores of the parts are used up.
+inline void sum_probabilities(const HfkvChoose& c, int row, float* scores, float* sums) {
+    const int parts = c.columns * c.spans;
+    for (int column = 0; column < c.columns; column++) sums[column] = lacks(c, row, column) ? kMinusInfinity : 0;
+    for (int m = 0; m < c.queries; m++, scores += parts) {
+        float top = kMinusInfinity, total = 0;
+        for (int i = 0; i < parts; i++) top = larger(top, scores[i]);
+        if (top == kMinusInfinity) continue;
+        int i = 0;
+        for (; i + kLanes <= parts; i += kLanes) store(scores + i, exponential(load(scores + i) - splat(top)));
+        for (; i < parts; i++) scores[i] = exponential(splat(scores[i] - top))[0];
+        for (i = 0; i < parts; i++) total += scores[i];
+        for (int column = 0; column < c.columns; column++)
+            for (int part = 0; part < c.spans; part++) sums[column] += scores[column * c.spans + part] / total;
     }
 }
 
@@ -121,25 +201,32 @@ inline void copy_entries(const HfkvChoose& c, int row) {
 
 inline int choose(const HfkvChoose& c) {
     const int blocks = (c.columns + kPagesPerTask - 1) / kPagesPerTask, tasks = c.rows * blocks;
-    const size_t cells = (size_t)c.rows * c.columns, asked_by_row = (size_t)c.width;
-    const Workspace workspace(sizeof(float) * (2 * cells + c.rows * asked_by_row));
+    const bool by_mass = c.reach > 0;
+    const size_t cells = (size_t)c.rows * c.columns;
+    const size_t asked_by_row = by_mass ? (size_t)c.queries * c.width : (size_t)c.width;
+    const size_t parts_by_row = by_mass ? (size_t)c.queries * c.columns * c.spans : 0;
+    const Workspace workspace(sizeof(float) * (2 * cells + c.rows * (asked_by_row + parts_by_row)));
     if (!workspace.at()) return 1;
     float* scores = (float*)workspace.at();
-    float *sorted = scores + cells, *asked = sorted + cells;
+    float *sorted = scores + cells, *all_asked = sorted + cells, *all_parts = all_asked + c.rows * asked_by_row;
     const int threads = tasks == 1 ? 1 : c.threads;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int row = 0; row < c.rows; row++) ask(c, row, asked + row * asked_by_row);
+        for (int row = 0; row < c.rows; row++) ask(c, row, all_asked + row * asked_by_row);
 #pragma omp for schedule(dynamic, 1)
         for (int task = 0; task < tasks; task++) {
             const int row = task / blocks, first = task % blocks * kPagesPerTask;
             const int stop = first + kPagesPerTask < c.columns ? first + kPagesPerTask : c.columns;
-            score_pages(c, row, first, stop, asked + row * asked_by_row, scores + (size_t)row * c.columns);
+            const float* asked = all_asked + row * asked_by_row;
+            if (by_mass) score_parts(c, row, first, stop, asked, all_parts + row * parts_by_row);
+            else score_pages(c, row, first, stop, asked, scores + (size_t)row * c.columns);
         }
 #pragma omp for schedule(static)
         for (int row = 0; row < c.rows; row++) {
-            choose_row(c, row, scores + (size_t)row * c.columns, sorted + (size_t)row * c.columns);
+            float* own = scores + (size_t)row * c.columns;
+            if (by_mass) sum_probabilities(c, row, all_parts + row * parts_by_row, own);
+            choose_row(c, row, own, sorted + (size_t)row * c.columns);
             if (c.table) copy_entries(c, row);
         }
     }
