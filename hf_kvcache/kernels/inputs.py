@@ -266,11 +266,13 @@ class CallInputs:
 class MassRule:
     """How pages are scored by the attention that query heads are expected to pay to them.
 
-    Of each part of a page there are two vectors, mean and standard deviation of its keys. By these the scores of a query
-    over the part have mean ``m = q . mean * scaling`` and standard deviation ``s = sqrt(q^2 . deviation^2) * scaling``.
-    The logarithm of its attention to the part, up to what all parts have in common, is taken to be ``m + s^2 / 2``, or
-    ``m + reach * (s - reach / 2)`` where ``s`` is above ``reach``. From these each query head has probabilities of
-    pages. A page has the sum of them over the query heads of a row.
+    Of each part of a page there are two vectors, mean and standard deviation of its keys. By these the scores of a
+    query over the part have mean ``m = q . mean * scaling`` and standard deviation
+    ``s = sqrt(q^2 . deviation^2) * scaling``. The logarithm of its attention to the part, up to what all parts have in
+    common, is taken to be ``m + s^2 / 2``, or ``m + reach * (s - reach / 2)`` where ``s`` is above ``reach``. So each
+    query head has probabilities of pages. A page has the sum of them over the query heads of a row.
+
+    A model's soft-capping is left out of the estimate.
 
     Attributes:
         scaling: factor of the products of queries and keys.

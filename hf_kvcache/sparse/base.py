@@ -36,8 +36,8 @@ class Selector:
     """Scores pages. A new selector is one file in ``selectors/`` with a subclass that carries ``@register``.
 
     A selector of ``vectors`` overrides :meth:`summarize`, and :attr:`size_weights`, :meth:`ask` or :attr:`reach`. One
-    that needs nothing of the pages overrides :meth:`score`. One with ``exact`` is given the attention probabilities themselves,
-    and overrides neither.
+    that needs nothing of the pages overrides :meth:`score`. One with ``exact`` is given the attention probabilities
+    themselves, and overrides neither.
     """
 
     #: Registered name.

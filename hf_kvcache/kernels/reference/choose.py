@@ -1,4 +1,4 @@
-"""The choice of pages by products of queries with vectors in 8 bits, in plain torch, as every backend makes it."""
+"""The choice of pages by queries and vectors in 8 bits, in plain torch, as every backend makes it."""
 
 from __future__ import annotations
 
