@@ -37,7 +37,8 @@ class SparseReadCache(KVCache):
         config: the model's config.
         read_budget: tokens that a step reads of each KV head: a number, or a share of those held (0.25). Up to a page
             more is read while the tail grows.
-        selector: what picks the pages: ``"quest"``, ``"landmark"``, ``"kascade"``, ``"random"``, ``"oracle"``.
+        selector: what picks the pages: ``"moments"``, ``"quest"``, ``"landmark"``, ``"kascade"``, ``"random"``,
+            ``"oracle"``.
         bits: bits per element, 1 to 4 or 8, or widths by layer, as in :class:`KVCache`; None stores tokens in full
             precision, unless ``codec`` says otherwise.
         codec: how pages are stored; see :class:`KVCache`. The default is the best measured codec of the bits.
@@ -145,7 +146,14 @@ def _stored(codec: str | Codec | None, evicts: bool, options: dict[str, Any], wi
 
 
 def _check_weights(selector: Selector) -> None:
-    """Raise ValueError unless a selector has a weight for each vector: kernels read as many vectors as weights."""
+    """Raise ValueError unless a selector has a weight for each vector, or mean and deviation: kernels read these."""
+    if selector.reach is not None:
+        if selector.vectors != 2:
+            raise ValueError(
+                f"selector={selector!r} has reach={selector.reach!r} and vectors={selector.vectors}; accepted: 2 "
+                "vectors, mean and standard deviation"
+            )
+        return
     weights = selector.size_weights
     if weights is not None and not len(weights) == selector.vectors <= 2:
         raise ValueError(

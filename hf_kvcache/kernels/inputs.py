@@ -266,14 +266,36 @@ class CallInputs:
     sums: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class MassRule:
+    """How pages are scored by the attention that query heads are expected to pay to them.
+
+    Of each part of a page there are two vectors, mean and standard deviation of its keys. By these the scores of a
+    query over the part have mean ``m = q . mean * scaling`` and standard deviation
+    ``s = sqrt(q^2 . deviation^2) * scaling``. The logarithm of its attention to the part, up to what all parts have in
+    common, is taken to be ``m + s^2 / 2``, or ``m + reach * (s - reach / 2)`` where ``s`` is above ``reach``. So each
+    query head has probabilities of pages. A page has the sum of them over the query heads of a row.
+
+    A model's soft-capping is left out of the estimate.
+
+    Attributes:
+        scaling: factor of the products of queries and keys.
+        reach: above 0.
+    """
+
+    scaling: float
+    reach: float
+
+
 @dataclass
 class ChoiceInputs:
     """What a prepared choice of pages is made for: the layout of queries, and what stays the same from step to step.
 
     Attributes:
         query: ``[B, Hq, 1, D]``.
-        size_weights: one number for each of the one or two vectors of a part of a page. The vector meets the sum of the
-            queries of a row, plus the number times the sum of their absolute values; the two products are added.
+        rule: how pages are scored: one number for each of the one or two vectors of a part of a page, or a rule for
+            their attention. In the first case a vector meets the sum of the queries of a row, plus the number times the
+            sum of their absolute values; the products of the vectors are added.
         codes: int8 ``[rows, columns * spans, W]``, the vectors of each part of a page side by side.
         scales: float16 ``[rows, columns * spans]``, above 0.
         spans: parts of a page.
@@ -286,7 +308,7 @@ class ChoiceInputs:
     """
 
     query: torch.Tensor
-    size_weights: tuple[float, ...]
+    rule: tuple[float, ...] | MassRule
     codes: torch.Tensor
     scales: torch.Tensor
     spans: int

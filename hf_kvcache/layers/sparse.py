@@ -76,7 +76,7 @@ class SparseReads(KVCacheLayer):
             if not limits.everything:
                 if self._measures():
                     return None  # pages are chosen by what attention over all of them finds
-                read = self._picked(storage, pages, limits, query, new.position)
+                read = self._picked(storage, pages, limits, query, new.position, call.scoring.scaling)
         if read is pages:
             read = pages = storage.pages()  # all of them, fetched where they have to be
         output = self.prepared.attend(storage, new, query, call.scoring, pages=read)
@@ -107,7 +107,7 @@ class SparseReads(KVCacheLayer):
             return super().read(call, query, pages, dense, visibility, sums)
         if self._measures():
             return self._read_measured(call, query, pages, limits, dense, visibility, sums)
-        picked = self._picked(storage, pages, limits, query, visibility.start)
+        picked = self._picked(storage, pages, limits, query, visibility.start, call.scoring.scaling)
         self._note(storage, pages, picked, dense)
         return self._read_picked(call, query, pages, picked, dense, visibility, sums)
 
@@ -146,17 +146,23 @@ class SparseReads(KVCacheLayer):
         return self.options.sparse.selector.exact and self.leader is None
 
     def _picked(
-        self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor, position: int
+        self,
+        storage: PagedStorage,
+        pages: Pages,
+        limits: Limits,
+        query: torch.Tensor,
+        position: int,
+        scaling: float,
     ) -> PickedPages:
         """The pages that the selector picks, or that the leader has picked."""
         reader, leader = self.reader(storage), self.leader
         if leader is None and query.shape[2] == 1:
-            picked = reader.pick_prepared(storage, pages, limits, query)
+            picked = reader.pick_prepared(storage, pages, limits, query, scaling)
             if picked is not None:
                 return picked
         with without_autocast(query.device):
             if leader is None:
-                return reader.pick(storage, pages, limits, query, position)
+                return reader.pick(storage, pages, limits, query, position, scaling)
             assert leader.storage is not None
             columns = leader.reader(leader.storage).columns
             assert columns is not None

@@ -35,9 +35,9 @@ class Question:
 class Selector:
     """Scores pages. A new selector is one file in ``selectors/`` with a subclass that carries ``@register``.
 
-    A selector of ``vectors`` overrides :meth:`summarize`, and :attr:`size_weights` or :meth:`ask`. One that needs
-    nothing of the pages overrides :meth:`score`. One with ``exact`` is given the attention probabilities themselves,
-    and overrides neither.
+    A selector of ``vectors`` overrides :meth:`summarize`, and :attr:`size_weights`, :meth:`ask` or :attr:`reach`. One
+    that needs nothing of the pages overrides :meth:`score`. One with ``exact`` is given the attention probabilities
+    themselves, and overrides neither.
     """
 
     #: Registered name.
@@ -52,6 +52,9 @@ class Selector:
     shared: ClassVar[bool] = False
     #: Tokens that are summarized together; None for a whole page.
     span: int | None = None
+    #: Of a selector whose two vectors are mean and standard deviation, and that scores pages by the attention expected
+    #: from these: see :class:`hf_kvcache.kernels.inputs.MassRule`. None for any other.
+    reach: float | None = None
 
     def __repr__(self) -> str:
         return self.name

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hf_kvcache.kernels.choose import PreparedChoice, best_columns, choose, prepare_choice
-from hf_kvcache.kernels.inputs import ChoiceInputs, Pages
+from hf_kvcache.kernels.choose import PreparedChoice, best_columns, choose, choose_by_mass, prepare_choice
+from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule, Pages
 from hf_kvcache.sparse.base import Question, Selector
 from hf_kvcache.sparse.budget import ReadBudget
 from hf_kvcache.sparse.fetched import FetchedPages
@@ -74,7 +74,7 @@ class PageReader:
         self._limits: dict[int, Limits] = {}
         self._version = -1
         self._picked: PickedPages | None = None
-        # The latest prepared choice with what it writes to, and the pages and the layout of queries that it is for.
+        # The latest prepared choice with what it writes to, the pages, and the layout and scaling of queries it is for.
         self._choice: tuple[PreparedChoice, PickedPages] | None = None
         self._chosen_from: Pages | None = None
         self._kind: tuple[Any, ...] = ()
@@ -115,7 +115,13 @@ class PageReader:
         return found
 
     def pick(
-        self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor, position: int
+        self,
+        storage: PagedStorage,
+        pages: Pages,
+        limits: Limits,
+        query: torch.Tensor,
+        position: int,
+        scaling: float,
     ) -> PickedPages:
         """The pages that the selector picks.
 
@@ -125,6 +131,7 @@ class PageReader:
             limits: how many of them.
             query: ``[B, Hq, q, D]``.
             position: position of the first query.
+            scaling: factor of the products of queries and keys.
 
         Returns:
             The pages that any of the queries picks. For one query it is the same object in every step, until the page
@@ -135,22 +142,26 @@ class PageReader:
             question = Question(pages.rows, pages.columns, length, position, self.index, query.device)
             return self.pick_best(pages, limits, selector.score(question))
         codes, scales = self.summaries.brought(storage, pages.columns)
-        asked = selector.ask(query.detach().float().reshape(pages.rows, -1, length, query.shape[3]))
-        columns = choose(asked, codes, scales, self.summaries.spans, limits.most, limits.rows, limits.missing)
+        asking = query.detach().float().reshape(pages.rows, -1, length, query.shape[3])
+        among = codes, scales, self.summaries.spans, limits.most, limits.rows, limits.missing
+        if selector.reach is None:
+            columns = choose(selector.ask(asking), *among)
+        else:
+            columns = choose_by_mass(asking, MassRule(scaling, selector.reach), *among)
         return self.read(pages, limits, columns)
 
     def pick_prepared(
-        self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor
+        self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor, scaling: float
     ) -> PickedPages | None:
         """As :meth:`pick` for one token, by a call that is prepared once for each version of the table.
 
         Returns:
             None if there is no such call, or pages have to be fetched first.
         """
-        kind = query.shape, query.stride(), query.dtype
+        kind = query.shape, query.stride(), query.dtype, scaling
         if self._chosen_from is not pages or self._kind != kind:
             # May be interrupted: only then is it the call for these pages and queries.
-            self._choice = self._prepared(storage, pages, limits, query)
+            self._choice = self._prepared(storage, pages, limits, query, scaling)
             self._chosen_from, self._kind = pages, kind
         if self._choice is None:
             return None
@@ -159,18 +170,17 @@ class PageReader:
         return picked
 
     def _prepared(
-        self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor
+        self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor, scaling: float
     ) -> tuple[PreparedChoice, PickedPages] | None:
-        selector = self.options.selector
-        weights = selector.size_weights if type(selector).ask is Selector.ask else None
-        if self.summaries is None or weights is None or len(pages.slabs[0]) == 0:
+        rule = self._rule(scaling)
+        if self.summaries is None or rule is None or len(pages.slabs[0]) == 0:
             return None
         codes, scales = self.summaries.brought(storage, pages.columns)
         picked = PickedPages(pages, limits.most, limits.full)
         choice = prepare_choice(
             ChoiceInputs(
                 query,
-                weights,
+                rule,
                 codes,
                 scales,
                 self.summaries.spans,
@@ -182,6 +192,13 @@ class PageReader:
             )
         )
         return None if choice is None else (choice, picked)
+
+    def _rule(self, scaling: float) -> tuple[float, ...] | MassRule | None:
+        """How kernels can score pages as the selector does; None if they cannot."""
+        selector = self.options.selector
+        if selector.reach is not None:
+            return MassRule(scaling, selector.reach)
+        return selector.size_weights if type(selector).ask is Selector.ask else None
 
     def pick_best(self, pages: Pages, limits: Limits, scores: torch.Tensor) -> PickedPages:
         """The pages with the largest ``scores [rows, q, columns]``."""

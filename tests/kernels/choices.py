@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hf_kvcache.kernels.inputs import ChoiceInputs, Pages
+from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule, Pages
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.reference.choose import NO_COLUMN
 
@@ -22,7 +22,7 @@ class Case(NamedTuple):
     columns: int
     spans: int
     count: int
-    size_weights: tuple[float, ...]
+    rule: tuple[float, ...] | MassRule
     some: bool = False
     dtype: torch.dtype = torch.float32
 
@@ -33,13 +33,17 @@ CASES = [
     Case(1, 2, 5, 7, 130, 1, 130, (0.0,)),
     Case(1, 3, 4, 128, 65, 4, 64, (0.3, -0.3), dtype=torch.bfloat16),
     Case(3, 2, 6, 33, 64, 1, 1, (0.0,), some=True),
+    Case(1, 2, 3, 64, 70, 1, 9, MassRule(0.01, 1.77)),
+    Case(2, 1, 5, 24, 40, 2, 9, MassRule(0.01, 1.0), some=True),
+    Case(1, 3, 4, 128, 65, 4, 64, MassRule(0.005, 2.5), dtype=torch.bfloat16),
+    Case(3, 1, 1, 7, 5, 1, 5, MassRule(0.01, 1.77)),
 ]
 
 
 def make(case: Case, seed: int = 0) -> ChoiceInputs:
     """Inputs of which nothing lies side by side that need not, with NaN and noise behind what counts."""
     draw, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    rows, width = case.batch * case.heads, case.dim * len(case.size_weights)
+    rows, width = case.batch * case.heads, case.dim * (2 if isinstance(case.rule, MassRule) else len(case.rule))
     query = torch.randn(case.batch, 1, case.heads * case.group, case.dim, generator=draw).to(case.dtype).transpose(1, 2)
     codes = torch.randint(-127, 128, (rows, (case.columns + 3) * case.spans, width), dtype=torch.int8, generator=draw)
     scales = (torch.rand(rows, (case.columns + 3) * case.spans, generator=draw) + 0.1).half()
@@ -59,7 +63,7 @@ def make(case: Case, seed: int = 0) -> ChoiceInputs:
     table = torch.full((3, rows, case.count), -7, dtype=torch.int64)
     chosen = np.full((rows, case.count), -7, dtype=np.int32)
     vectors = codes[:, :held], scales[:, :held]
-    return ChoiceInputs(query, case.size_weights, *vectors, case.spans, limits, missing, pages, table, chosen)
+    return ChoiceInputs(query, case.rule, *vectors, case.spans, limits, missing, pages, table, chosen)
 
 
 def expected(case: Case, inputs: ChoiceInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,20 +74,46 @@ def expected(case: Case, inputs: ChoiceInputs) -> tuple[torch.Tensor, torch.Tens
     table = np.zeros((3, rows, case.count), dtype=np.int64)
     for row in range(rows):
         vectors = inputs.codes[row].double().numpy() * inputs.scales[row].double().numpy()[:, None]
-        scores = np.full(case.columns, -np.inf)
-        for column in range(case.columns):
-            for part in vectors[column * case.spans : (column + 1) * case.spans]:
-                products = [
-                    one @ vector + weight * (np.abs(one) @ vector)
-                    for one in query[row]
-                    for weight, vector in zip(case.size_weights, np.split(part, len(case.size_weights)), strict=True)
-                ]
-                scores[column] = max(scores[column], sum(products))
-        if inputs.missing is not None:
-            scores[inputs.missing[row].numpy()] = -np.inf
+        pages = vectors[: case.columns * case.spans].reshape(case.columns, case.spans, -1)
+        absent = np.zeros(case.columns, dtype=bool) if inputs.missing is None else inputs.missing[row].numpy()
+        if isinstance(case.rule, MassRule):
+            scores = _probabilities(case.rule, query[row], pages, absent)
+        else:
+            scores = _largest_products(case.rule, query[row], pages)
+        scores[absent] = -np.inf
         count = case.count if inputs.limits is None else int(inputs.limits[row])
         best = np.sort(np.argsort(-scores, kind="stable")[:count])
         columns[row, :count] = best
         for part, array in enumerate((inputs.pages.addresses, inputs.pages.counts, inputs.pages.first)):
             table[part, row, :count] = array[row, best]
     return torch.from_numpy(columns), torch.from_numpy(table)
+
+
+def _largest_products(weights: tuple[float, ...], query: np.ndarray, pages: np.ndarray) -> np.ndarray:
+    """Scores ``[columns]`` of ``pages [columns, spans, W]`` for ``query [g, D]``."""
+    scores = np.full(len(pages), -np.inf)
+    for column, parts in enumerate(pages):
+        for part in parts:
+            products = [
+                one @ vector + weight * (np.abs(one) @ vector)
+                for one in query
+                for weight, vector in zip(weights, np.split(part, len(weights)), strict=True)
+            ]
+            scores[column] = max(scores[column], sum(products))
+    return scores
+
+
+def _probabilities(rule: MassRule, query: np.ndarray, pages: np.ndarray, absent: np.ndarray) -> np.ndarray:
+    """As :func:`_largest_products`, by the attention that is expected, where a row has no pages at ``absent``."""
+    total = np.zeros(len(pages))
+    for one in query:
+        masses = np.zeros(len(pages))
+        for column, parts in enumerate(pages):
+            for part in parts:
+                mean, deviation = np.split(part, 2)
+                m = one @ mean * rule.scaling
+                s = np.sqrt(sum((q * d) ** 2 for q, d in zip(one, deviation, strict=True))) * rule.scaling
+                masses[column] += np.exp(m + (s**2 / 2 if s < rule.reach else rule.reach * (s - rule.reach / 2)))
+        masses[absent] = 0
+        total += masses / masses.sum()
+    return total

@@ -54,6 +54,21 @@ def page_scores(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], wei
     return np.array(scores)
 
 
+def page_masses(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], reach: float = 1.77) -> np.ndarray:
+    """The logarithm of the score that moments give each page; arguments as those of :func:`page_scores`."""
+    logs = np.empty((len(query), len(spans)))
+    for column, span in enumerate(spans):
+        mean = keys[span].mean(0)
+        deviation = np.sqrt(((keys[span] - mean) ** 2).mean(0))
+        scale = float(np.float16(np.float32(max(np.abs(mean).max(), deviation.max(), 2.0**-7)) / np.float32(126.5)))
+        mean, deviation = np.round(mean / scale) * scale, np.round(deviation / scale) * scale
+        for head, one in enumerate(query / np.sqrt(keys.shape[1])):
+            s = np.sqrt(((one * deviation) ** 2).sum())
+            logs[head, column] = one @ mean + (s**2 / 2 if s < reach else reach * s - reach**2 / 2)
+    masses = np.exp(logs - logs.max(1, keepdims=True, initial=-np.inf))
+    return np.log((masses / masses.sum(1, keepdims=True)).sum(0))
+
+
 def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: list[int]) -> np.ndarray:
     """Attention ``[Dv]`` of one query over the tokens ``seen``."""
     scores = keys[seen] @ query / np.sqrt(len(query))

@@ -46,6 +46,8 @@ class Sequences:
 
     def __init__(self, batch: int, heads: int, kv_heads: int, dim: int, **options: Any) -> None:
         self.attention, self.cache = _one_layer(heads, kv_heads, dim, **options)
+        by_mass = self.cache.options.sparse.selector.name == "moments"
+        self.scores = brute_force.page_masses if by_mass else brute_force.page_scores
         self.heads, self.kv_heads, self.dim, self.amount = heads, kv_heads, dim, options["read_budget"]
         self.draw = torch.Generator().manual_seed(0)
         self.offset = 2 * torch.randn(1, kv_heads, 1, dim, generator=self.draw)
@@ -101,7 +103,7 @@ class Sequences:
                 assert picked is not None or allowed == len(spans)
                 if picked is not None:
                     columns = picked[row * self.kv_heads + head]
-                    scores = brute_force.page_scores(keys, asked, spans)
+                    scores = self.scores(keys, asked, spans)
                     assert len(columns) == allowed and columns == sorted(set(columns))
                     rest = np.delete(scores, columns)
                     assert not len(rest) or scores[columns].min() >= rest.max() - 1e-3
@@ -123,16 +125,24 @@ class Sequences:
     shape=st.sampled_from([(4, 2, 8), (3, 1, 24), (6, 2, 16)]),
     amount=st.sampled_from([0.2, 0.5, SINKS + TAIL + PAGE, SINKS + TAIL + 3 * PAGE]),
     codec=st.sampled_from(["none", "rotated8", "int4"]),
+    selector=st.sampled_from(["moments", "quest"]),
     where=st.sampled_from([None, "fetched", "fetched", "files"]),
 )
 def test_random_operations(
-    steps: list[str], prompt: int, batch: int, shape: tuple[int, int, int], amount: float, codec: str, where: str | None
+    steps: list[str],
+    prompt: int,
+    batch: int,
+    shape: tuple[int, int, int],
+    amount: float,
+    codec: str,
+    selector: str,
+    where: str | None,
 ) -> None:
     """After prompts, chunks, crops, reordering and forks, each token reads the best pages and no others.
 
     So it does with pages outside of the device, of which it then fetches those that it has not.
     """
-    model = Sequences(batch, *shape, read_budget=amount, codec=codec)
+    model = Sequences(batch, *shape, read_budget=amount, codec=codec, selector=selector)
     outside(model.cache, target(where))
     model.add(prompt)
     for step in [*steps, "token"]:
@@ -187,18 +197,20 @@ def test_a_step_fetches_what_is_not_there() -> None:
     fork.integrity()
 
 
-def test_padded_rows() -> None:
+@pytest.mark.parametrize("selector", ["moments", "quest"])
+def test_padded_rows(selector: str) -> None:
     """In a padded batch each row reads as many pages as it would alone, and the best ones of its own."""
-    model = Sequences(3, 4, 2, 16, read_budget=0.4, codec="rotated8")
+    model = Sequences(3, 4, 2, 16, read_budget=0.4, codec="rotated8", selector=selector)
     padding = torch.arange(70) >= torch.tensor([0, 33, 66])[:, None]
     model.add(70, padding)
     for _ in range(12):
         model.check_step(*model.add(1))
 
 
-def test_a_block_reads_the_union() -> None:
+@pytest.mark.parametrize("selector", ["moments", "quest"])
+def test_a_block_reads_the_union(selector: str) -> None:
     """Several tokens at once read what any of them picks; more than 16 read everything."""
-    model = Sequences(1, 4, 2, 16, read_budget=0.3, codec="none")
+    model = Sequences(1, 4, 2, 16, read_budget=0.3, codec="none", selector=selector)
     model.add(100)
     fork = model.cache.fork()
     query, _ = model.add(3)
@@ -209,7 +221,7 @@ def test_a_block_reads_the_union() -> None:
         allowed = brute_force.pages_allowed(0.3, spans, SINKS, TAIL, PAGE)
         for token in range(3):
             keys = model.keys[0, head].double().numpy()
-            scores = brute_force.page_scores(keys, query[0, 2 * head : 2 * head + 2, token].double().numpy(), spans)
+            scores = model.scores(keys, query[0, 2 * head : 2 * head + 2, token].double().numpy(), spans)
             expected |= set(np.argsort(-scores)[:allowed].tolist())
         assert union[head] == sorted(expected) and allowed < len(expected)
     model.cache = fork
@@ -253,12 +265,12 @@ def test_an_interrupted_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
     pages, chosen = storage.pages(), model.layer.reader(storage)
     assert pages is not None
     limits = chosen.limits(storage, pages)
-    first = chosen.pick_prepared(storage, pages, limits, query)
+    first = chosen.pick_prepared(storage, pages, limits, query, 0.25)
     if first is None:
         pytest.skip("this backend prepares no choice")
     expected = first.table.clone()
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(sparse_reader, "prepare_choice", Mock(side_effect=MemoryError))
-        chosen.pick_prepared(storage, pages, limits, query.bfloat16())
-    again = chosen.pick_prepared(storage, pages, limits, query)
+        chosen.pick_prepared(storage, pages, limits, query.bfloat16(), 0.25)
+    again = chosen.pick_prepared(storage, pages, limits, query, 0.25)
     assert again is not None and torch.equal(again.table, expected) and expected[0].all()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,8 @@ from transformers import DeepseekV3Config, LlamaConfig, MistralConfig
 
 from hf_kvcache import KVCache, SparseReadCache
 from hf_kvcache.sparse.anchors import choose_anchors, read_anchors, write_anchors
+from hf_kvcache.sparse.selectors.landmark import Landmark
+from hf_kvcache.sparse.selectors.moments import Moments
 from hf_kvcache.sparse.selectors.quest import Quest
 from hf_kvcache.sparse.summaries import rounded
 
@@ -27,6 +30,12 @@ class OneWeight(Quest):
     """A selector with fewer weights than vectors."""
 
     size_weights = (0.5,)  # type: ignore[assignment]
+
+
+class OneMoment(Landmark):
+    """A selector that would have kernels read a deviation which it does not keep."""
+
+    reach = 1.0
 
 
 @given(exponent=st.integers(-30, 18), spread=st.integers(0, 12), seed=st.integers(0, 9))
@@ -42,6 +51,20 @@ def test_bounds_stay_bounds(exponent: int, spread: int, seed: int) -> None:
     within = (keys.double() <= high[:, None]) & (keys.double() >= low[:, None])
     assert bool((within | unused[:, :, None]).all())
     assert bool(((high - vectors[:, 0]).abs() <= 2 * scales[:, None].double()).all())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_moments_of_what_is_there(padded: bool) -> None:
+    """Mean and deviation of the tokens that a part has, whatever stands where there is none; 0 without any."""
+    draw = torch.Generator().manual_seed(0)
+    keys = 3 + torch.randn(4, 8, 5, generator=draw)
+    unused = torch.arange(8) >= torch.tensor([8, 5, 1, 0])[:, None] if padded else None
+    counts = [8, 5, 1, 0] if padded else [8] * 4
+    found = Moments().summarize(keys if unused is None else keys.masked_fill(unused.unsqueeze(-1), torch.nan), unused)
+    for part, count in enumerate(counts):
+        values = keys[part, :count].double().numpy()
+        expected = [values.mean(0), values.std(0)] if count else [[0.0] * 5] * 2
+        torch.testing.assert_close(found[part].double(), torch.tensor(np.array(expected)), atol=1e-5, rtol=0)
 
 
 def test_anchors(tmp_path: Path) -> None:
@@ -77,6 +100,17 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "option": (lambda: SparseReadCache(CONFIG, spam=8), TypeError, r"'spam'; did you mean 'span'\?.*'quest': span"),
     "span": (lambda: SparseReadCache(CONFIG, span=0), ValueError, r"span=0.*whole numbers from 1"),
     "range weight": (lambda: SparseReadCache(CONFIG, range_weight=1.5), ValueError, r"range_weight=1\.5.*from 0 to 1"),
+    "reach": (lambda: SparseReadCache(CONFIG, selector="moments", reach=0), ValueError, r"reach=0; accepted:.*above 0"),
+    "no reach": (
+        lambda: SparseReadCache(CONFIG, selector="moments", reach="far"),
+        ValueError,
+        r"reach='far'; accepted: finite numbers above 0",
+    ),
+    "one moment": (
+        lambda: SparseReadCache(CONFIG, selector=OneMoment()),
+        ValueError,
+        r"selector=landmark has reach=1\.0 and vectors=1; accepted: 2 vectors",
+    ),
     "weights": (
         lambda: SparseReadCache(CONFIG, selector=OneWeight()),
         ValueError,

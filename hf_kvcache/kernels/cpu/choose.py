@@ -8,7 +8,7 @@ import torch
 
 from hf_kvcache.kernels.cpu import library
 from hf_kvcache.kernels.cpu.calls import in_floats, no_memory, run
-from hf_kvcache.kernels.inputs import ChoiceInputs
+from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule
 
 _PURPOSE = "to choose pages"
 
@@ -51,8 +51,12 @@ class PreparedChoice:
         self.columns = torch.empty(inputs.table.shape[1:], dtype=torch.int64, device="cpu")
         call = _call(inputs.codes, inputs.scales, inputs.spans, inputs.limits, inputs.missing, self.columns)
         call.query_batch, call.query_head, _, _ = query.stride()
-        call.heads, call.queries, call.vectors = pages.heads, query.shape[1] // pages.heads, len(inputs.size_weights)
-        call.size_weights[: call.vectors] = inputs.size_weights
+        call.heads, call.queries = pages.heads, query.shape[1] // pages.heads
+        if isinstance(inputs.rule, MassRule):
+            call.vectors, call.scaling, call.reach = 2, inputs.rule.scaling, inputs.rule.reach
+        else:
+            call.vectors = len(inputs.rule)
+            call.size_weights[: call.vectors] = inputs.rule
         call.addresses, call.counts, call.first = (x.ctypes.data for x in (pages.addresses, pages.counts, pages.first))
         call.table_row = pages.counts.strides[0] // pages.counts.itemsize
         call.table, call.table_counts = inputs.table.data_ptr(), inputs.counts.ctypes.data

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.cpu.build import LIBRARY
 
-ABI_VERSION = 17
+ABI_VERSION = 19
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 #: Environment variable that names the instruction set to use in place of the best one.
@@ -152,6 +152,8 @@ class Choose(Structure):
         ),
         *((name, c_int32) for name in ("rows", "heads", "queries", "width", "vectors", "columns", "spans", "count")),
         ("size_weights", c_float * 2),
+        ("scaling", c_float),
+        ("reach", c_float),
         ("threads", c_int32),
     )
 

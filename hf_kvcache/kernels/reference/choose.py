@@ -1,8 +1,10 @@
-"""The choice of pages by products of queries with vectors in 8 bits, in plain torch, as every backend makes it."""
+"""The choice of pages by queries and vectors in 8 bits, in plain torch, as every backend makes it."""
 
 from __future__ import annotations
 
 import torch
+
+from hf_kvcache.kernels.inputs import MassRule
 
 #: A column behind all others, which stands for no page.
 NO_COLUMN = 1 << 30
@@ -36,6 +38,44 @@ def choose(
     if spans > 1:
         scores = scores.unflatten(2, (-1, spans)).amax(3)
     return best_columns(scores, count, limits, missing)
+
+
+def choose_by_mass(
+    query: torch.Tensor,
+    rule: MassRule,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    spans: int,
+    count: int,
+    limits: torch.Tensor | None,
+    missing: torch.Tensor | None,
+) -> torch.Tensor:
+    """The pages to which the query heads of a row are expected to pay the most attention.
+
+    Args:
+        query: float32 ``[rows, g, q, D]``, the queries of the ``g`` query heads of each row.
+        rule: how attention is estimated.
+        codes: int8 ``[rows, columns * spans, 2 * D]``, mean and standard deviation of the keys in each part of a page.
+        scales: as in :func:`choose`, like the rest.
+
+    Returns:
+        int64 ``[rows, n]``; see :func:`best_columns`.
+    """
+    mean, deviation = codes.float().chunk(2, 2)
+    scales, asked = scales.float()[:, None] * rule.scaling, query.flatten(1, 2)
+    spread = torch.bmm(asked.square(), deviation.square().transpose(1, 2)).sqrt_().mul_(scales)
+    reach = rule.reach
+    more = torch.where(spread < reach, spread.square() / 2, reach * (spread - reach / 2))
+    # [rows, g, q, columns, spans]
+    mass = (
+        torch.baddbmm(more, asked, mean.transpose(1, 2) * scales)
+        .unflatten(2, (-1, spans))
+        .unflatten(1, query.shape[1:3])
+    )
+    if missing is not None:
+        mass = mass.masked_fill(missing[:, None, None, :, None], -torch.inf)
+    probabilities = mass.flatten(3).softmax(3).view(mass.shape).sum((1, 4))
+    return best_columns(probabilities, count, limits, missing)
 
 
 def best_columns(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import triton
 
-from hf_kvcache.kernels.inputs import ChoiceInputs
+from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule
 from hf_kvcache.kernels.triton.choose_kernels import (
-    BLOCK,
     MOST_COLUMNS,
     SCORE_WARPS,
     compile_cases,
+    mass_kernel,
     pick_constants,
     pick_kernel,
     score_constants,
@@ -39,8 +39,11 @@ class PreparedChoice:
         self._device = inputs.query.device
         with torch.inference_mode(False):
             self.columns = torch.empty(inputs.table.shape[1:], dtype=torch.int64, device=self._device)
-            size = inputs.pages.rows, inputs.pages.columns
-            self._scores = torch.empty(size, dtype=torch.float32, device=self._device)
+            self._by_mass = isinstance(inputs.rule, MassRule)
+            self._group = inputs.query.shape[1] // inputs.pages.heads
+            # By page, or by query head and part of a page.
+            own = inputs.pages.columns * (self._group * inputs.spans if self._by_mass else 1)
+            self._scores = torch.empty(inputs.pages.rows, own, dtype=torch.float32, device=self._device)
         self._score, self._pick = self._prepare_score(), self._prepare_pick()
 
     @staticmethod
@@ -70,7 +73,7 @@ class PreparedChoice:
 
     def _prepare_score(self) -> PreparedLaunch:
         inputs, pages, missing = self._inputs, self._inputs.pages, self._inputs.missing
-        group = inputs.query.shape[1] // pages.heads
+        constants = score_constants(inputs.query.shape[3], self._group, inputs.spans, inputs.rule, missing is not None)
         arguments = {
             "codes": inputs.codes,
             "scales": inputs.scales,
@@ -83,15 +86,18 @@ class PreparedChoice:
             "missing_row": 0 if missing is None else missing.stride(0),
             "heads": pages.heads,
             "columns": pages.columns,
-            **score_constants(inputs.query.shape[3], group, inputs.spans, inputs.size_weights, missing is not None),
+            **constants,
         }
-        grid = triton.cdiv(pages.columns, BLOCK), pages.rows
-        return PreparedLaunch(score_kernel, grid, arguments, {"num_warps": SCORE_WARPS})
+        scored = pages.columns * (inputs.spans if self._by_mass else 1)
+        grid = triton.cdiv(scored, constants["BLOCK"]), pages.rows
+        kernel = mass_kernel if self._by_mass else score_kernel
+        return PreparedLaunch(kernel, grid, arguments, {"num_warps": SCORE_WARPS})
 
     def _prepare_pick(self) -> PreparedLaunch:
         inputs, pages = self._inputs, self._inputs.pages
         held, count = pages.on_device(), inputs.table.shape[2]
-        constants, warps = pick_constants(pages.columns, count, inputs.limits is not None)
+        parts = (self._group, inputs.spans) if self._by_mass else ()
+        constants, warps = pick_constants(pages.columns, count, inputs.limits is not None, *parts)
         arguments = {
             "scores": self._scores,
             "limits": self.columns if inputs.limits is None else inputs.limits,

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 17
+#define HFKV_ABI_VERSION 19
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -160,9 +160,14 @@ struct HfkvLatentStep {
 };
 
 // Which pages a decode step reads. A row is a KV head of a sequence, and `queries` are those of its query heads. A page is
-// summarized in `spans` parts, by a vector of signed bytes and a scale in half precision each. The score of a page is the largest
-// product of any query with any of its parts. With `by_sign` a query has width / 2 elements: its positive part meets the first half
-// of a vector, its negative part the second. Where `table` is not null, the entries of the chosen pages are copied there.
+// summarized in `spans` parts, each by one or two vectors of signed bytes, which share a scale in half precision. Where `table` is
+// not null, the entries of the chosen pages are copied there. There are two ways to score pages:
+// - `reach` is 0: every vector has one product with what all query heads ask together (`size_weights`), and a page has the score of
+//   its best part.
+// - `reach` is above 0: the vectors are mean and standard deviation of the keys. A query head's scores have mean m = q * mean *
+//   scaling and deviation s = sqrt(q^2 * deviation^2) * scaling in a part; the logarithm of its attention there is taken to be
+//   m + s^2 / 2, or m + reach * (s - reach / 2) where s is beyond reach. The score of a page is its probability, summed over the
+//   query heads.
 struct HfkvChoose {
     const float* query;      // elements side by side; query_batch and query_head apart
     const int8_t* codes;     // [rows, columns * spans, width]; rows are codes_row apart
@@ -177,6 +182,7 @@ struct HfkvChoose {
     int64_t query_batch, query_head, codes_row, scales_row, missing_row, table_row;
     int32_t rows, heads, queries, width, vectors, columns, spans, count;  // width is that of all vectors, count at most columns
     float size_weights[2];   // of each vector: it meets the queries' sum plus this times the sum of their absolute values
+    float scaling, reach;    // see above
     int32_t threads;
 };
 
