@@ -82,9 +82,14 @@ class Bench:
         prefills = self.prefills if share and method.kind.shares_prefill else None
         return Reader(model, cache, block, method.kind.rows, prefills, self.tokenizer)
 
+    def close(self) -> None:
+        """End the other library's process, if there is one."""
+        if "peer" in self.memo:
+            self.memo.pop("peer").close()
+
     def _peer(self, method: Method, block: int) -> Reader:
         """A reader of another library, whose process goes on from one reader to the next."""
-        if "peer" not in self.memo:
+        if "peer" not in self.memo or not self.memo["peer"].alive:
             self.memo["peer"] = Worker(self.model())
         return PeerReader(self.model(), self.memo["peer"], press_of(method.spec), block, self.protocol.seed)
 

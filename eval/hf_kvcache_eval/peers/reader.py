@@ -41,6 +41,11 @@ class Worker:
             [str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=outside
         )
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
     def ask(self, **request: Any) -> tuple[dict[str, Any], torch.Tensor]:
         """Send a request; what is told, and logits ``[n, vocabulary]``.
 
