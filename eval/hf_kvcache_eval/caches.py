@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedConfig, QuantizedCache
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache, SparseReadCache, codecs
 from hf_kvcache.cache.memory import tensor_bytes
 from hf_kvcache.eviction import registry
+from hf_kvcache_eval.peers.presses import PREFIX, PRESSES, is_press, press_of
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.specs import CacheSpec, parse
 
@@ -44,6 +45,7 @@ class Kind:
         codec: takes a codec behind a ``+``.
         queries: is shown the queries of a prefill, so that one it is to share must have kept them.
         shares_prefill: can take over a prefill that was made for another cache.
+        elsewhere: is held by another library in a process of its own; ``make`` is not called.
     """
 
     make: Make
@@ -55,6 +57,14 @@ class Kind:
     codec: bool = False
     queries: bool = False
     shares_prefill: bool = True
+    elsewhere: bool = False
+
+
+@dataclass
+class HeldElsewhere:
+    """Stands for a cache that another process holds: how many bytes it has."""
+
+    bytes: int = 0
 
 
 def _full(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> DynamicCache:
@@ -177,7 +187,17 @@ def kinds() -> dict[str, Kind]:
             queries=True,
         ),
         "hf-fp8": Kind(_peer_fp8, "transformers' QuantizedCache, fp8", rows=False),
+        **{f"{PREFIX}{name}": _press_kind(name) for name in PRESSES},
     }
+
+
+def _in_kvpress(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> Any:
+    raise ValueError(f"cache={spec.text!r} is held by kvpress in a process of its own, not by this one")
+
+
+def _press_kind(name: str) -> Kind:
+    what = f"kvpress's {name.removeprefix(PREFIX)}, in an environment of its own"
+    return Kind(_in_kvpress, what, rows=False, after_prefill=True, budget=True, shares_prefill=False, elsewhere=True)
 
 
 def _sees_queries(codec: str) -> bool:
@@ -187,6 +207,8 @@ def _sees_queries(codec: str) -> bool:
 
 def kind_of(name: str) -> Kind | None:
     """The kind of a spec's name, wrapped policies (``ada-snapkv``) too; None for an unknown name."""
+    if is_press(name):
+        return _press_kind(name)
     known = kinds().get(name)
     return known if known or policy_name(name) is None else _evicting_kind(name)
 
@@ -230,6 +252,8 @@ class Method:
             raise ValueError(f"cache={self.spec.text!r}: {self.spec.name} {what} budget ({self.spec.name}@0.3)")
         if self.spec.codec is not None and not self.kind.codec:
             raise ValueError(f"cache={self.spec.text!r}: {self.spec.name} takes no codec behind a +")
+        if self.kind.elsewhere:
+            press_of(self.spec)
         dtype = self.spec.options.get("dtype")
         if self.spec.name == "full" and dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} of cache={self.spec.text!r}; accepted: {', '.join(DTYPES)}")
@@ -278,6 +302,8 @@ def grouped_cache(
 
 def held_bytes(cache: Any) -> int:
     """Bytes of the tensors that a cache holds; for a KVCache what ``memory()`` says, tables and slack included."""
+    if isinstance(cache, HeldElsewhere):
+        return cache.bytes
     if isinstance(cache, KVCache):
         return cache.memory().total
     return sum(tensor_bytes(vars(layer)) for layer in cache.layers)

@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     overview.add_argument("--docs", type=Path, default=PAGES.parent, help="default: %(default)s")
     overview.set_defaults(run=_overview)
 
+    commands.add_parser("kvpress", help="make the environment in which kvpress runs").set_defaults(run=_kvpress)
     commands.add_parser("caches", help="the cache specs that can be measured").set_defaults(run=_caches)
     # Only for --help: main() hands it over before anything is parsed.
     commands.add_parser("lm-eval", help="lm-eval's own command line with the model hf-kvcache", add_help=False)
@@ -153,6 +154,12 @@ def _overview(args: argparse.Namespace) -> int:
     from hf_kvcache_eval.report.overview import draw_overview
 
     return _tell([draw_overview(args.docs)])
+
+
+def _kvpress(args: argparse.Namespace) -> int:
+    from hf_kvcache_eval.peers.environment import make
+
+    return _tell([make()])
 
 
 def _tell(files: Sequence[Path]) -> int:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from hf_kvcache import KVCache, SparseReadCache
+from hf_kvcache import HeavyHitterCache, KVCache, SparseReadCache
 from hf_kvcache.cache.memory import tensor_bytes
+from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache_eval.caches import Method, held_bytes
 from hf_kvcache_eval.cells import Memory, Metric, Series
 from hf_kvcache_eval.statistics import mean_metric
@@ -54,6 +55,8 @@ class Fidelity(TaskInPieces):
         found = {name: x.tolist() for name, x in _compare(full, other, rows[:, self.prefix :]).items()}
         if run.read is not None:
             found["read"] = [run.read] * len(rows)
+        if run.lost:
+            found["lost"] = run.lost
         return Piece(found, run.memory, run.timing)
 
     def outcome(self, bench: Bench, found: Piece) -> Outcome:
@@ -99,6 +102,7 @@ class _Run:
         self.bench, self.method, self.prefix = bench, method, prefix
         self.memory: Memory | None = None
         self.read: float | None = None
+        self.lost: list[float] = []
         self.timing: dict[str, float] = {"decode_seconds": 0.0, "decode_calls": 0}
 
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
@@ -106,6 +110,7 @@ class _Run:
         reader = self.bench.reader(self.method)
         reader.prefill(rows[:, : self.prefix].tolist())
         self.memory = memory_of(reader.caches[0], reader.model.config, rows.shape[0], self.prefix)
+        self.lost += lost_shares(reader.caches[0], self.prefix)
         started = time.perf_counter()
         out = [logits.log_softmax(-1) for logits in reader.logits(rows[:, self.prefix :])]
         self.timing["decode_seconds"] += time.perf_counter() - started
@@ -142,6 +147,22 @@ def read_share(cache: Any) -> float | None:
     )
 
 
+def lost_shares(cache: Any, tokens: int) -> list[float]:
+    """The global eviction ratio of each sequence: the share of its ``tokens`` that no head of any layer keeps.
+
+    Only layers that evict are looked at; it is empty for caches that have none.
+    """
+    layers = cache.own_layers if isinstance(cache, HeavyHitterCache) else []
+    kept = [layer.kept_positions().flatten(1) for layer in layers if isinstance(layer, EvictingLayer)]
+    if not kept:
+        return []
+    held = torch.zeros(len(kept[0]), tokens + 1, dtype=torch.bool)
+    for positions in kept:
+        # Position -1, which fills up, falls on the last column.
+        held.scatter_(1, positions.where(positions >= 0, tokens), True)
+    return (1 - held[:, :tokens].double().mean(1)).tolist()
+
+
 def full_bytes(config: Any, tokens: int) -> int:
     """Bytes of a bfloat16 DynamicCache with full attention in every layer that holds ``tokens`` tokens.
 
@@ -168,7 +189,7 @@ def _compare(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> 
 def _metrics(found: dict[str, torch.Tensor]) -> dict[str, Metric]:
     # Windows are independent of each other, neighboring tokens are not: standard errors are over windows.
     kl = found["kl"]
-    read = {"read": mean_metric(found["read"], higher_is_better=False, unit="share")} if "read" in found else {}
+    more = {name: mean_metric(found[name], False, "share") for name in found if name in ("read", "lost")}
     return {
         "kl": mean_metric(kl.mean(1), higher_is_better=False, unit="nats"),
         "kl_p99": Metric(kl.flatten().quantile(0.99).item(), None, False, "nats"),
@@ -176,7 +197,7 @@ def _metrics(found: dict[str, torch.Tensor]) -> dict[str, Metric]:
         "top1": mean_metric(found["agree"].mean(1), unit="share"),
         "delta_nll": mean_metric(found["delta_nll"].mean(1), higher_is_better=False, unit="nats"),
         "nll": mean_metric(found["nll"].mean(1), higher_is_better=False, unit="nats"),
-        **read,
+        **more,
     }
 
 

@@ -8,6 +8,7 @@ token is not prefilled but decoded.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ class Reader:
         self.tokenizer = tokenizer
         self.caches = [cache]
         self.mask: torch.Tensor | None = None
+        #: Seconds of the compression behind the model's own pass, a second reading of the context included; None where
+        #: it cannot be told from that pass.
+        self.compress_seconds: float | None = 0.0
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Sequence[int]]) -> torch.Tensor | None:
@@ -107,7 +111,9 @@ class Reader:
             found = self._shared(self.prefills, contexts, tokens, self.mask)
             logits = found.logits
         if isinstance(self.caches[0], HeavyHitterCache):
+            started = time.perf_counter()
             self._compress(self.caches[0], tokens, found)
+            self.compress_seconds = time.perf_counter() - started
         return logits
 
     def _compress(self, cache: HeavyHitterCache, tokens: torch.Tensor, found: Prefill | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import cycle, zip_longest
 from typing import Any
 
@@ -44,7 +44,8 @@ def run(comparison: Comparison, console: Console, processes: Processes = ALONE) 
     bench.prefills = Prefills(_want_queries(comparison.caches)) if comparison.share_prefills else None
     done: list[Cell] = []
     turns = cycle(range(processes.count))
-    with shown(console, len(entries) * len(comparison.caches) // processes.count) as bar:
+    total = len(entries) * len(comparison.caches) // processes.count
+    with closing(bench), shown(console, total) as bar:
         bench.advance = bar.advance
         for name, entry in entries:
             mine = [cache for cache in comparison.caches if next(turns) == processes.rank]

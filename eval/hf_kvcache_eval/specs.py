@@ -1,9 +1,10 @@
 """Cache specs: one word that names a cache and its setting, for command lines and file names.
 
     full    unbiased4    rotated4:key_axis=token;group_size=64    random@0.3    window@8    hqq4    full:dtype=bfloat16
+    kvpress:snapkv@0.25
 
 ``name[@budget][+codec][:option=value;option=value]``: a budget below 1 is a share of the tokens, from 1 on a number of
-tokens.
+tokens. ``kvpress:`` in front of a name is part of it: another library's method.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-_SPEC = re.compile(r"(?P<name>[A-Za-z][\w-]*)(?:@(?P<budget>[\d.]+))?(?:\+(?P<codec>[a-z]+\d*))?(?::(?P<options>.+))?")
+_SPEC = re.compile(
+    r"(?P<name>(?:kvpress:)?[A-Za-z][\w-]*)(?:@(?P<budget>[\d.]+))?(?:\+(?P<codec>[a-z]+\d*))?(?::(?P<options>.+))?"
+)
 
 Value = int | float | bool | str
 

@@ -44,21 +44,25 @@ class Speed(Task):
         tokens = bench.tokenizer(text, verbose=False).input_ids[: self.prefix + 1]
         if len(tokens) <= self.prefix:
             raise ValueError(f"{name} has {len(tokens)} tokens; {self.name} takes {self.prefix + 1}")
-        model = bench.model(method.dtype)
-        cache = method.make(model.config, bench.protocol)
+        reader = bench.reader(method, block=1, share=False)
+        cache, config = reader.caches[0], reader.model.config
         # The others are timed without this package's attention in between.
-        (bind if isinstance(cache, KVCache) else unbind)(model.config)
-        reader = Reader(model, cache, 1, method.kind.rows)
+        (bind if isinstance(cache, KVCache) else unbind)(config)
         started = time.perf_counter()
         reader.prefill([tokens[:-1]])
         prefill = time.perf_counter() - started
-        memory = memory_of(cache, model.config, 1, self.prefix)
+        memory = memory_of(cache, config, 1, self.prefix)
         times = self._decode(bench, reader, tokens[-1])
         return Outcome(
             metrics={"bytes": Metric(float(memory.bytes), None, False, "bytes")},
             memory=memory,
             protocol={"what": "one sequence, one token at a time; times are in the timings folder", "text": name},
-            timing={"prefill_seconds": prefill, "decode_ms_per_token": median(times), "decode_ms": times},
+            timing={
+                "prefill_seconds": prefill,
+                "compress_seconds": reader.compress_seconds,
+                "decode_ms_per_token": median(times),
+                "decode_ms": times,
+            },
         )
 
     def _decode(self, bench: Bench, reader: Reader, token: int) -> list[float]:

@@ -12,6 +12,8 @@ from hf_kvcache.sparse.registry import available as selectors
 from hf_kvcache_eval.caches import EVICTING_PAGE, EVICTING_TAIL
 from hf_kvcache_eval.drift import Drift
 from hf_kvcache_eval.fidelity import Fidelity
+from hf_kvcache_eval.peers import environment
+from hf_kvcache_eval.peers.presses import PREFIX
 from hf_kvcache_eval.retrieval import RetrievalTask, kinds
 from hf_kvcache_eval.retrieval.ready import KINDS as READY
 from hf_kvcache_eval.ruler import ALL as RULER
@@ -96,13 +98,25 @@ TASKS = {
         for mode in ("", ":aware")
     )
     + f" {' '.join(LM_TASKS)} speed@1024 speed@4096 speed@8000",
-    "eviction": "longctx_niah_essay@1024:forced fidelity@1024",
+    "eviction": "longctx_niah_essay@1024:forced fidelity@1024 speed@1024",
     "latent": "fidelity@1024",
     "sparse": "fidelity@8000 passkey@8000 needle@8000",
 }
 #: Shares kept, and policies with others in front, in the suite *eviction*.
-SHARES = (0.5, 0.3, 0.2, 0.1)
-WRAPPED = ("ada-snapkv", "ada-expected", "critical-snapkv")
+SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03125)
+WRAPPED = (
+    "ada-snapkv",
+    "ada-expected",
+    "ada-dropkv",
+    "critical-snapkv",
+    "chunk-snapkv",
+    "chunk-dropkv",
+    "threshold-snapkv",
+)
+#: kvpress's methods in the suite *eviction*, where its environment is there, and their shares, which are few: it
+#: prefills each context again for each of them.
+PEERS = ("snapkv", "expected", "keydiff", "compactor", "kvzip", "random")
+PEER_SHARES = (0.25, 0.125)
 #: Shares read in the suite *sparse*, and what keeps as much as one of them for comparison.
 READ_SHARES = (0.5, 0.25, 0.12, 0.06)
 COMPARED_SHARE = 0.25
@@ -133,7 +147,9 @@ def caches(name: str) -> list[str]:
     if name == "eviction":
         policies = [policy for policy in eviction.available() if policy != "keepall"]
         policies += WRAPPED
-        return ["full", *(f"{policy}@{share}" for policy in policies for share in SHARES)]
+        ours = [f"{policy}@{share}" for policy in policies for share in SHARES]
+        peers = [f"{PREFIX}{press}@{share}" for press in PEERS for share in PEER_SHARES if environment.is_made()]
+        return ["full", *ours, *peers]
     if name == "sparse":
         # The first layer's attention is spread over all tokens; the second one's is not.
         read = [f"sparse@{share}:selector={one};dense_layers=1" for one in selectors() for share in READ_SHARES]

@@ -12,6 +12,8 @@ import torch
 
 from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Memory, Metric, Series
+from hf_kvcache_eval.peers.presses import press_of
+from hf_kvcache_eval.peers.reader import PeerReader, Worker
 from hf_kvcache_eval.prefills import Prefills
 from hf_kvcache_eval.protocol import Protocol, Reader
 
@@ -65,12 +67,31 @@ class Bench:
         """The model's tokenizer."""
         return self._loaded(None)[1]
 
-    def reader(self, method: Method) -> Reader:
-        """A reader over an empty cache of ``method``, under the present protocol."""
-        model = self.model(method.dtype)
+    def reader(self, method: Method, block: int | None = None, share: bool = True) -> Reader:
+        """A reader over an empty cache of ``method``, under the present protocol.
+
+        Args:
+            method: the method.
+            block: tokens decoded at a time; the protocol's if None.
+            share: take over the prefills of others, where the method can.
+        """
+        model, block = self.model(method.dtype), block or self.protocol.block
+        if method.kind.elsewhere:
+            return self._peer(method, block)
         cache = method.make(model.config, self.protocol)
-        prefills = self.prefills if method.kind.shares_prefill else None
-        return Reader(model, cache, self.protocol.block, method.kind.rows, prefills, self.tokenizer)
+        prefills = self.prefills if share and method.kind.shares_prefill else None
+        return Reader(model, cache, block, method.kind.rows, prefills, self.tokenizer)
+
+    def close(self) -> None:
+        """End the other library's process, if there is one."""
+        if "peer" in self.memo:
+            self.memo.pop("peer").close()
+
+    def _peer(self, method: Method, block: int) -> Reader:
+        """A reader of another library, whose process goes on from one reader to the next."""
+        if "peer" not in self.memo or not self.memo["peer"].alive:
+            self.memo["peer"] = Worker(self.model())
+        return PeerReader(self.model(), self.memo["peer"], press_of(method.spec), block, self.protocol.seed)
 
     def _loaded(self, dtype: torch.dtype | None) -> tuple[Any, Any]:
         dtype = dtype or torch.float32

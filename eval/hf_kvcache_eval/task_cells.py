@@ -14,6 +14,8 @@ from hf_kvcache.utils.environment import machine, versions
 from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.cells import Cell, Memory, Store
 from hf_kvcache_eval.comparison import Comparison
+from hf_kvcache_eval.peers import environment as peers
+from hf_kvcache_eval.peers.presses import PREFIX
 from hf_kvcache_eval.progress import Bar
 from hf_kvcache_eval.suites import Entry
 from hf_kvcache_eval.task import Bench, Outcome, Piece, TaskInPieces
@@ -131,7 +133,7 @@ def _blank(comparison: Comparison, cache: str, name: str, entry: Entry | ValueEr
         task=name,
         protocol=protocol,
         model={"name": comparison.model_name},
-        versions=versions(),
+        versions=versions() | (peers.versions() if cache.startswith(PREFIX) else {}),
         machine=machine(comparison.device) | {"kernels": backends(comparison.device)},
         seed=comparison.protocol.seed,
         command=comparison.command(cache, name),

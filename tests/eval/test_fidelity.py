@@ -10,10 +10,11 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_kvcache_eval.caches import Method
-from hf_kvcache_eval.fidelity import Fidelity
+from hf_kvcache_eval.fidelity import Fidelity, lost_shares
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.task import Bench
 from hf_kvcache_eval.text import text_windows
+from tests.eval.kept import kept
 from tests.eval.tiny import LetterTokenizer
 from tests.running import as_cache
 
@@ -48,6 +49,25 @@ def test_the_numbers_are_those_of_a_plain_loop(bench: Bench, model: PreTrainedMo
     assert outcome.metrics["delta_nll"].value == pytest.approx(torch.stack(nll).mean().item(), rel=1e-3, abs=1e-5)
     error = torch.stack(kl).mean(1).double().std() / 3**0.5
     assert outcome.metrics["kl"].stderr == pytest.approx(error.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["random@0.25", "ada-snapkv@0.25:window=4", "streaming@0.3"])
+def test_lost_tokens_are_those_that_no_head_keeps(bench: Bench, spec: str) -> None:
+    """Of every window by itself, counted from the positions that a cache of its own keeps."""
+    windows, _ = TASK._windows(bench)
+    expected = []
+    for window in windows:
+        reader = bench.reader(Method(spec))
+        reader.prefill([window[:64].tolist()])
+        held = {position for layer in kept(reader.caches[0]) for head in layer[0] for position in head}
+        expected.append(1 - len(held) / 64)
+    found = TASK.run(bench, Method(spec)).metrics["lost"]
+    if "random" not in spec:  # which draws for each row of a batch anew
+        assert found.samples == pytest.approx(expected)
+    assert all(0 < share < 0.75 for share in found.samples) or spec.startswith("streaming")
+    assert found.higher_is_better is False
+    assert "lost" not in TASK.run(bench, Method("int4")).metrics
+    assert lost_shares(bench.reader(Method("full")).caches[0], 64) == []
 
 
 def _full(model: PreTrainedModel) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from html.parser import HTMLParser
@@ -12,7 +13,8 @@ from matplotlib.image import imread
 
 from hf_kvcache_eval.cells import Cell, Memory, Metric, Series, Store
 from hf_kvcache_eval.report import publish, write_page, write_report
-from hf_kvcache_eval.report.budgets import budget_sections, budget_table
+from hf_kvcache_eval.report.budget_plots import chosen
+from hf_kvcache_eval.report.budgets import budget_sections, budget_table, by_policy
 from hf_kvcache_eval.report.curves import choice
 from hf_kvcache_eval.report.headline import headline_table
 from hf_kvcache_eval.report.load import Comparison, load
@@ -198,7 +200,8 @@ def test_verdicts_and_groups_are_told(report: tuple[Path, Path, list[Path]]) -> 
     rows = {line.split("`")[1]: line for line in part.splitlines() if line.startswith("| `")}
     assert rows["int4"].count("worse") == 2
     assert "better" in rows["int8"]
-    assert "- `int4`, `rotated4`" in part or "- `rotated4`, `int4`" in part
+    assert "By `kl`: `int8` > ".replace(">", "&gt;") in part
+    assert "`int4` = `rotated4`" in part or "`rotated4` = `int4`" in part
     assert "(unpaired)" in text.split("### wikitext")[1].split("##")[0]
 
 
@@ -353,6 +356,68 @@ def test_policies_stand_in_a_table_by_what_they_keep(tmp_path: Path) -> None:
     assert {entry.mark for entry in baseline[1:]} == {""}
     text = write_report(tmp_path)[0].read_text()
     assert "## By what is kept" in text and "### needle@1024:forced: exact" in text
+    ranked = [line for line in text.splitlines() if line.startswith("- 20 %: ")]
+    assert ranked[0].startswith("- 20 %: `good` &gt; `random` &gt; `bad`. Smallest difference")
+
+
+def test_conclusions_say_what_the_comparisons_say(tmp_path: Path) -> None:
+    evictions(tmp_path)
+    text = write_report(tmp_path)[0].read_text()
+    _, told = text.split("## Conclusions")
+    best, no_better = [line for line in told.splitlines() if line.startswith("- ")]
+    assert best.startswith("- Best `exact` of `needle@1024:forced`: at 50 % `good` (")
+    assert best.count("told apart from all others") == 2 and "not told apart" not in best
+    assert no_better.endswith("than a random choice at no share: `bad`; worse at one or more: `bad`.")
+    hits = [0.0, 1.0] * 20
+    for share, cache in itertools.product((0.5, 0.2), ("random", "kvpress:good")):
+        cell = Cell(f"{cache}@{share}", "needle@1024:forced", metrics={"exact": mean_metric(hits)}, **COMMON)  # type: ignore[arg-type]
+        Store(tmp_path).write(cell, {})
+    told = write_report(tmp_path)[0].read_text().split("## Conclusions")[1]
+    assert "Against kvpress's methods of the same name and share: in `exact`" in told
+    assert told.rstrip().endswith("better 2 times, worse 0 times, tied 0 times.")
+
+
+def test_five_samples_conclude_nothing(tmp_path: Path) -> None:
+    for policy, share in itertools.product(("good", "random", "bad"), (0.5, 0.2)):
+        metrics = {"exact": mean_metric([float(policy == "good")] * 5)}
+        Store(tmp_path).write(Cell(f"{policy}@{share}", "needle@1024", metrics=metrics, **COMMON), {})  # type: ignore[arg-type]
+    text = write_report(tmp_path)[0].read_text()
+    assert "## Conclusions" not in text and "| `good` | 1 ± 0 ? | 1 ± 0 ? |" in text
+
+
+def test_costs_stand_beside_every_quality(tmp_path: Path) -> None:
+    """By policy and share, and in the row of each cache; also through the CSV file."""
+    store = Store(tmp_path)
+    for policy, share in itertools.product(("good", "random"), (0.5, 0.2)):
+        kl = mean_metric([1 - share] * 6, False, "nats")
+        lost = mean_metric([0.9 - share] * 6, False, "share")
+        cell = Cell(f"{policy}@{share}", "fidelity@1024", metrics={"kl": kl, "lost": lost}, **COMMON)  # type: ignore[arg-type]
+        cell.memory = Memory(1024, int(1000 * share), 1000)
+        store.write(cell, {})
+        times = {"decode_ms": [20.0, 21.0, 29.0], "prefill_seconds": 2.0, "compress_seconds": share}
+        speed = Cell(cell.cache, "speed@1024", metrics={"bytes": Metric(1.0, unit="bytes")}, **COMMON)  # type: ignore[arg-type]
+        store.write(speed, times)
+    publish(tmp_path, tmp_path / "docs", "mine")
+    text = (tmp_path / "docs" / "mine.md").read_text()
+    costs = text.split("### Costs: ")[1:]
+    good = [re.search(r"^\| `good` \|(.*)\|$", part, re.MULTILINE)[1].strip() for part in costs]  # type: ignore[index]
+    assert good == ["50.0 % | 20.0 %", "40.0 % | 70.0 %", "500 | 200", "21 | 21"]
+    for part in (text.split("## Summary")[1].split("##")[0], text.split("## Tasks")[1]):
+        assert re.search(r"^\| `good@0.2` \|.* 20.0 % \| 70.0 % \| 200 \| 21 \|", part, re.MULTILINE)
+    assert "speed@1024: bytes" not in text
+
+
+def test_policies_are_drawn_by_their_budgets_where_caches_are_many(tmp_path: Path) -> None:
+    for index, share in itertools.product(range(33), (0.5, 0.2)):
+        metrics = {"kl": mean_metric([(1 + index) / 40 / share] * 6, False, "nats")}
+        policy = f"p{'abc'[index % 3]}{index}" if index < 32 else "random"
+        Store(tmp_path).write(Cell(f"{policy}@{share}", "fidelity@64", metrics=metrics, **COMMON), {})  # type: ignore[arg-type]
+    files = publish(tmp_path, tmp_path / "docs", "mine")
+    assert [file.name for file in files] == ["mine.csv", "mine.md", "mine_kl.png"]
+    assert imread(files[2]).shape[1] > 500 and files[2].stat().st_size < 60 * 1024
+    found = read_csv(files[0])
+    lines = list(chosen(by_policy(found, found.tasks[0], "kl"), [0.5, 0.2]))
+    assert lines == ["pa0", "pb1", "pc2", "pa3", "pb4", "pc5", "pa6", "pb7", "random"]
 
 
 def test_selectors_stand_beside_policies_by_what_they_read(tmp_path: Path) -> None:
@@ -361,9 +426,9 @@ def test_selectors_stand_beside_policies_by_what_they_read(tmp_path: Path) -> No
     losses["sparse@0.5"] = 0.2  # the selector that the cache has by default
     losses |= {f"sparse@{share}:selector=quest": 0.1 for share in (0.5, 0.2)}
     for cache, kl in losses.items():
-        metrics = {"kl": mean_metric([0.9 * kl, 1.1 * kl], False, "nats")}
+        metrics = {"kl": mean_metric([0.9 * kl, 1.1 * kl] * 3, False, "nats")}
         if "quest" in cache:
-            metrics["read"] = mean_metric([0.25, 0.27], False, "share")
+            metrics["read"] = mean_metric([0.25, 0.27] * 3, False, "share")
         Store(tmp_path).write(Cell(cache, "fidelity@1024", metrics=metrics, **COMMON), {})
     found = load(tmp_path)
     table = budget_table(found, found.tasks[0], "kl", [0.5, 0.2])

@@ -1,21 +1,23 @@
-"""Verdicts, groups and the Pareto front against numbers worked out the long way."""
+"""Verdicts, rankings and the Pareto front against numbers worked out the long way."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
-from statistics import fmean, stdev
+from statistics import NormalDist, fmean, stdev
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_kvcache_eval.cells import Metric
-from hf_kvcache_eval.report.compare import BETTER, NOISE, UNKNOWN, WORSE, difference, groups, pareto_front, verdict
+from hf_kvcache_eval.report.compare import BETTER, FEW, NOISE, UNKNOWN, WORSE, difference, pareto_front, verdict
 from hf_kvcache_eval.report.formats import number
 from hf_kvcache_eval.report.headline import mean_of
-from hf_kvcache_eval.statistics import mean_metric
+from hf_kvcache_eval.report.ranking import ranking
+from hf_kvcache_eval.statistics import bootstrap_interval, mean_metric
 
 SAMPLES = st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=2, max_size=12)
 
@@ -28,9 +30,61 @@ def test_paired_differences_are_those_of_the_samples(pairs: list[tuple[float, fl
     assert found.paired
     assert found.value == pytest.approx(fmean(own), abs=1e-9)
     assert found.stderr == pytest.approx(stdev(own) / math.sqrt(len(own)), abs=1e-9)
-    if abs(abs(fmean(own)) - 2 * stdev(own) / math.sqrt(len(own))) > 1e-9:
-        noise = abs(fmean(own)) < 2 * stdev(own) / math.sqrt(len(own))
-        assert found.verdict == (NOISE if noise else BETTER if (fmean(own) > 0) == higher else WORSE)
+    if len(own) < 6:
+        assert found.verdict == FEW and found.smallest is None
+    elif sum(x != 0 for x in own) < 6:
+        assert found.verdict == NOISE
+    elif min(own) > 0 or max(own) < 0:  # no draw of the samples has another sign
+        assert found.verdict == (BETTER if (fmean(own) > 0) == higher else WORSE)
+
+
+def test_the_bootstrap_draws_the_samples_again() -> None:
+    """Against the same draws one by one, and the percentile at which Student's t puts normal samples (t = 2.201)."""
+    samples = [random.Random(3).gauss(1, 2) + i**1.5 for i in range(12)]
+    tail = NormalDist().cdf(-math.sqrt(12 / 11) * 2.20099)
+    draw = random.Random(0)
+    means = sorted(fmean(draw.choices(samples, k=12)) for _ in range(20_000))
+    expected = means[round(tail * 20_000)], means[round((1 - tail) * 20_000)]
+    assert bootstrap_interval(samples) == pytest.approx(expected, abs=0.06 * (expected[1] - expected[0]))
+    assert bootstrap_interval(samples) == bootstrap_interval(samples)
+    with pytest.raises(ValueError, match="1 samples"):
+        bootstrap_interval([1.0])
+
+
+@pytest.mark.parametrize(
+    ("count", "draw"),
+    [
+        (6, lambda rng, n: rng.normal(size=n)),
+        (12, lambda rng, n: rng.lognormal(size=n) - rng.lognormal(size=n)),
+        (50, lambda rng, n: rng.integers(0, 2, n) * 1.0 - rng.integers(0, 2, n)),
+        (50, lambda rng, n: (rng.random(n) < 0.06) * rng.choice([-1.0, 1.0], n)),
+    ],
+)
+def test_equal_methods_are_told_apart_about_as_often_as_is_said(count: int, draw: Any) -> None:
+    rng = np.random.default_rng(5)
+    zero = Metric(0.0, 0.0, samples=[0.0] * count)
+    found = [difference(mean_metric(draw(rng, count)), zero).verdict for _ in range(200)]
+    assert sum(one in (BETTER, WORSE) for one in found) / 200 <= 0.1  # 5 %, and three standard errors of 200 draws
+
+
+def test_a_smallest_difference_is_told_apart() -> None:
+    """A shift of a little more than it says is seen, a little less is not."""
+    rng = random.Random(4)
+    base, noise = [rng.gauss(0, 5) for _ in range(30)], [rng.gauss(0, 1) for _ in range(30)]
+    other = [x + y for x, y in zip(base, noise, strict=True)]
+    start = fmean(noise)
+    for factor, expected in ((1.1, WORSE), (0.9, NOISE)):
+        probe = difference(mean_metric([x + 9 for x in other], False), mean_metric(base, False)).smallest
+        assert probe is not None
+        shifted = mean_metric([x - start + factor * probe for x in other], False)
+        assert difference(shifted, mean_metric(base, False)).verdict == expected
+
+
+def test_five_samples_of_fifty_are_no_difference_of_right_and_wrong() -> None:
+    right = [1.0] * 50
+    for wrong, expected in ((5, NOISE), (6, WORSE)):
+        found = difference(mean_metric([0.0] * wrong + [1.0] * (50 - wrong)), mean_metric(right))
+        assert found.verdict == expected and found.smallest == pytest.approx(max(0.12, found.smallest or 0))
 
 
 def test_pairing_finds_what_the_errors_alone_hide() -> None:
@@ -83,24 +137,23 @@ def test_the_pareto_front_is_what_nothing_dominates(points: list[tuple[int, int]
     assert [points[i] for i in front] == sorted(points[i] for i in front)
 
 
-def test_groups_are_runs_in_which_no_two_differ() -> None:
+def test_neighbors_are_ranked_with_a_sign_between_them() -> None:
     base = [random.Random(2).gauss(0, 1) + i for i in range(10)]
-    shifts = {"a": 0.0, "b": 0.05, "c": 0.1, "d": 5.0, "e": 5.04, "f": 90.0}
+    shifts = {"a": 5.0, "b": 0.05, "c": 5.04, "d": 0.0, "e": 90.0}
     metrics = {
         name: mean_metric(
             [x + shift + 0.1 * random.Random(f"{name}{i}").gauss(0, 1) for i, x in enumerate(base)], False
         )
         for name, shift in shifts.items()
     }
-    found = groups(list(shifts), metrics.__getitem__)
     order = sorted(shifts, key=lambda name: metrics[name].value)
-    for run in found:
-        assert len(run) > 1 and "".join(run) in "".join(order)
-        for a, b in itertools.combinations(run, 2):
-            assert difference(metrics[a], metrics[b]).verdict == NOISE
-    assert not any("f" in run for run in found)
-    assert not any({"c", "d"} <= set(run) for run in found)
-    assert ["d", "e"] in [sorted(run) for run in found]
+    words = ranking(metrics).split(". ")[0].replace("`", "").split(" ")
+    assert words[::2] == order and words[1::2] == ["=", ">", "=", ">"]
+    assert "Smallest difference of neighbors that is told apart: " in ranking(metrics)
+    few = {name: mean_metric(metric.samples[:5], False) for name, metric in metrics.items()}
+    assert ranking(few).replace("`", "").split(" ")[1::2] == ["?"] * 4
+    higher = {name: mean_metric(metric.samples) for name, metric in metrics.items()}
+    assert ranking(higher).split("`")[1] == "e"
 
 
 def test_the_error_of_a_mean_over_tasks() -> None:

@@ -287,7 +287,7 @@ def test_the_suite_of_evictions_has_every_policy_at_every_share() -> None:
     assert {f"{policy}@{share}" for policy in registry.available() for share in suites.SHARES} - specs == {
         f"keepall@{share}" for share in suites.SHARES
     }
-    assert {"full", "ada-snapkv@0.1", "critical-snapkv@0.5", "random@0.3"} <= specs
+    assert {"full", "ada-snapkv@0.03125", "critical-snapkv@0.5", "random@0.25", "chunk-dropkv@0.125"} <= specs
     for _, entry in suites.suite("eviction"):
         assert isinstance(entry, Entry) and entry.protocol == {"tail_length": 8, "page_size": 64, "block": 64}
 

@@ -65,7 +65,7 @@ def by_distance(found: Comparison, task: TaskName, style: dict[str, Style], fold
         _lengths(plot, sorted({x for cache in caches for x in _series(found, cache, task, "kl").x}))
         plot.set_xlabel("tokens after the prefix")
         plot.set_title(name, loc="left")
-    _legend(drawn, left)
+    legend(drawn, left)
     save(drawn, folder / f"distance_{task.length}.png")
     note = f" Points at or below zero are left out: {', '.join(map(code, clipped))}." if clipped else ""
     what = (
@@ -89,7 +89,7 @@ def by_length(found: Comparison, style: dict[str, Style], folder: Path) -> Pictu
         _panel(plot, found, tasks, caches, style)
     for plot in grid[len(panels) :]:
         plot.set_visible(False)
-    _legend(drawn, drawn.axes[0])
+    legend(drawn, drawn.axes[0])
     save(drawn, folder / "lengths.png")
     what = "Retrieval (share of the answer found, more is better) and quotation (NLL, less is better) by length of the "
     what += "context, bars of one standard error. Points of one length are set side by side. A choice of caches."
@@ -175,7 +175,8 @@ def _lengths(plot: Any, ticks: Sequence[float]) -> None:
     plot.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(drawn: Any, plot: Any) -> None:
+def legend(drawn: Any, plot: Any) -> None:
+    """The legend of ``plot`` below the whole figure, in as many columns as there is room for."""
     handles, names = plot.get_legend_handles_labels()
     # A letter takes about half of the 8 points of the type.
     room = int(drawn.get_figwidth() * 72 / 4.5)

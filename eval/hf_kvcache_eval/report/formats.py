@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 from hf_kvcache_eval.cells import Metric
-from hf_kvcache_eval.report.compare import BETTER, NOISE, WORSE, Difference
+from hf_kvcache_eval.report.compare import BETTER, FEW, NOISE, WORSE, Difference
 from hf_kvcache_eval.report.document import BLANK, Entry
 
 #: A standard error below this share of its value is no more than the rounding of sums.
 _ROUNDING = 1e-12
-_MARKS = {WORSE: "worse", BETTER: "better", NOISE: "noise"}
+_MARKS = {WORSE: "worse", BETTER: "better", NOISE: "noise", FEW: "noise"}
 
 
 def number(value: float | None, stderr: float | None = None, sign: bool = False) -> str:

@@ -11,6 +11,7 @@ from hf_kvcache_eval.report.document import Block, Bullets, Heading, Table, Text
 from hf_kvcache_eval.report.load import Comparison, distinct
 from hf_kvcache_eval.report.names import FULL
 from hf_kvcache_eval.report.records import RECORDED
+from hf_kvcache_eval.statistics import LEVEL
 
 #: Distinct commands that are shown; a comparison is made by one or a few.
 _COMMANDS = 5
@@ -71,10 +72,12 @@ def how_to_read() -> list[Block]:
                 "that the usual dtype does not have.",
                 f"The baselines ({code('random@…')}, {code('window@…')}) drop tokens blindly. A method that does not "
                 "beat them at equal bytes has learnt nothing about which tokens matter.",
-                "± is one standard error over samples. A difference of up to two of its standard errors is called "
-                "within noise; it is taken sample by sample where both caches have the same samples, else "
-                "marked unpaired. With two standard errors about one comparison in twenty is called a difference by "
-                "chance, and with few samples more.",
+                "± is one standard error over samples. Two caches are compared sample by sample where both have the "
+                f"same samples, by a paired bootstrap at the level of {100 * LEVEL:g} % a comparison; the percentiles "
+                "are widened for few samples (arXiv:1411.5279). Elsewhere, marked unpaired, a difference of more than "
+                "two standard errors counts. Nothing is corrected for the number of comparisons: about one in "
+                f"{round(1 / LEVEL)} of equal caches is called a difference by chance, with few samples whose "
+                "differences are skewed up to twice as many.",
                 "Sinks and tail stay in full precision and count in the bytes. Tasks whose contexts fit into them "
                 "compress nothing, so all caches are equal on them; the column “compressed” says which share of the "
                 "context was, where the task measures it.",

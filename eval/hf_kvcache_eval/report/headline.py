@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hf_kvcache_eval.cells import Memory, Metric
+from hf_kvcache_eval.cells import Metric
+from hf_kvcache_eval.report.costs import COSTS
 from hf_kvcache_eval.report.document import BLANK, Block, Entry, Heading, Table, Text, code
-from hf_kvcache_eval.report.formats import metric_entry, number, percent
+from hf_kvcache_eval.report.formats import metric_entry, number
 from hf_kvcache_eval.report.load import FOUND, Comparison
 from hf_kvcache_eval.report.names import TaskName, is_baseline, is_full, is_noise_floor
 
@@ -37,14 +38,20 @@ def headline_table(found: Comparison) -> Table:
     fidelity = [(name, label, task) for name, label in {"kl": "KL", **_MORE}.items() for task in found.fidelity]
     groups = _groups(found)
     table = Table(
-        ["cache", "bits", "bytes", *(f"{label} @{task.length}" for _, label, task in fidelity), *groups],
+        [
+            "cache",
+            "bits",
+            *(cost.column for cost in COSTS),
+            *(f"{label} @{task.length}" for _, label, task in fidelity),
+            *groups,
+        ],
     )
     for cache in by_bytes(found):
         memory = found.memory(cache)
         table.add(
             Entry(code(cache) + _role(cache), "reference" if is_full(cache) or is_noise_floor(cache) else ""),
             number(memory.bits_per_element) if memory else BLANK,
-            _share(memory),
+            *(cost.text(found, cache) for cost in COSTS),
             *(metric_entry(found.metric(cache, task.text, name)) for name, _, task in fidelity),
             *(mean_over(found, cache, tasks) for tasks in groups.values()),
         )
@@ -89,10 +96,6 @@ def _is_accuracy(found: Comparison, task: TaskName) -> bool:
     return (found.headline_name(task.text) or "").startswith(_ACCURACIES)
 
 
-def _share(memory: Memory | None) -> str:
-    return percent(memory.ratio_bf16 if memory else None)
-
-
 def _role(cache: str) -> str:
     if is_noise_floor(cache):
         return " (noise floor)"
@@ -109,6 +112,12 @@ def _legend(found: Comparison) -> str:
             f"Bits an element (packed part, scales counted) and bytes (all that is allocated, as a share of a bfloat16 "
             f"DynamicCache) are those of {code(found.memory_task)}."
         )
+    if found.speed_task:
+        parts.append(
+            f"Milliseconds are those of {code(found.speed_task)}: one sequence, on a machine that may be busy."
+        )
+    if any("lost" in cell.metrics for cell in found.cells):
+        parts.append("Lost: the share of the tokens that no head of any layer keeps (the global eviction ratio).")
     if found.fidelity:
         parts.append("KL and ΔNLL are in nats a token, top-1 is the share of equal likeliest tokens.")
     parts += [f"{name}: mean of {tasks}." for name, tasks in groups.items()]

@@ -20,12 +20,16 @@ FOUND = ("recall", "exact")
 
 @dataclass(frozen=True)
 class Time:
-    """Milliseconds a decoded token: quartiles over what was timed. ``prefill`` is in seconds."""
+    """Milliseconds a decoded token: quartiles over what was timed.
+
+    ``prefill`` is in seconds, and so is ``compress``, the part of it behind the model's own pass.
+    """
 
     low: float
     median: float
     high: float
     prefill: float | None
+    compress: float | None = None
 
 
 @dataclass
@@ -133,12 +137,12 @@ class Comparison:
         """Milliseconds a decoded token; None where they were not taken."""
         timing = self.timings.get((cache, task), {})
         found = timing.get("decode_ms") or timing.get("decode_ms_per_token") or []
-        taken = [float(x) for x in (found if isinstance(found, list) else [found]) if isinstance(x, int | float)]
-        if not taken:
+        steps = [float(x) for x in (found if isinstance(found, list) else [found]) if isinstance(x, int | float)]
+        if not steps:
             return None
-        low, middle, high = quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else taken * 3
-        prefill = timing.get("prefill_seconds")
-        return Time(low, middle, high, prefill if isinstance(prefill, int | float) else None)
+        low, middle, high = quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else steps * 3
+        taken = [timing.get(name) for name in ("prefill_seconds", "compress_seconds")]
+        return Time(low, middle, high, *(x if isinstance(x, int | float) else None for x in taken))
 
 
 def load(folder: Path) -> Comparison:

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from hf_kvcache_eval.report import markdown
+from hf_kvcache_eval.report.budget_plots import by_budget
 from hf_kvcache_eval.report.curves import by_distance
 from hf_kvcache_eval.report.document import Picture
 from hf_kvcache_eval.report.load import Comparison, load
@@ -51,7 +52,7 @@ def write_page(table: Path, out: Path | None = None) -> list[Path]:
     """
     found, out = read_csv(table), out or table.parent
     out.mkdir(parents=True, exist_ok=True)
-    shown = _pictures(found, out, table.stem) if len(found.caches) <= PICTURED else []
+    shown = (_pictures if len(found.caches) <= PICTURED else _budgets)(found, out, table.stem)
     title, rest = markdown.render(content(found, shown)).split("\n\n", 1)
     source = f"All figures: [{table.name}]({table.name}). This page is made from them: `hf-kvcache-eval report CSV`."
     page = out / f"{table.stem}.md"
@@ -71,10 +72,21 @@ def _pictures(found: Comparison, out: Path, stem: str) -> list[Picture]:
     with settings(_DPI):
         for suffix, draw in drawers.items():
             if len(shown) < _PICTURES and (picture := draw()) is not None:
-                file = (out / picture.file).replace(out / f"{stem}_{suffix}.png")
-                reduce_colors(file)
-                shown.append(replace(picture, file=file.name))
+                shown.append(_tracked(picture, out, f"{stem}_{suffix}.png"))
     return shown
+
+
+def _budgets(found: Comparison, out: Path, stem: str) -> list[Picture]:
+    """Where there are too many caches for the others: policies by the shares that they keep."""
+    with settings(_DPI):
+        drawn = by_budget(found, out)[:_PICTURES]
+        return [_tracked(picture, out, f"{stem}_{picture.file.removeprefix('budget_')}") for picture in drawn]
+
+
+def _tracked(picture: Picture, out: Path, name: str) -> Picture:
+    """The picture under another name and with fewer colors."""
+    reduce_colors((out / picture.file).replace(out / name))
+    return replace(picture, file=name)
 
 
 def reduce_colors(file: Path, colors: int = _COLORS) -> None:

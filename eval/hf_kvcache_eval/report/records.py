@@ -29,7 +29,7 @@ from hf_kvcache_eval.report.names import TaskName
 
 COLUMNS = ("kind", "setup", "task", "cache", "measure", "value", "stderr", "samples", "note", "unit", "better", "x")
 #: What of a file of times the report shows; the date and commit of the recording go into the setup.
-_TIMES = ("decode_ms", "decode_ms_per_token", "prefill_seconds")
+_TIMES = ("decode_ms", "decode_ms_per_token", "prefill_seconds", "compress_seconds")
 RECORDED = ("date", "commit")
 #: Metrics besides the headline metric whose differences are taken sample by sample.
 _COMPARED = ("kl", "delta_nll")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from hf_kvcache_eval.cells import Cell, Metric
-from hf_kvcache_eval.report.compare import NOISE, Difference, difference, groups
-from hf_kvcache_eval.report.document import BLANK, Block, Bullets, Entry, Heading, Table, Text, code, quoted
+from hf_kvcache_eval.report.compare import Difference, difference
+from hf_kvcache_eval.report.costs import cost_columns
+from hf_kvcache_eval.report.document import BLANK, Block, Entry, Heading, Table, Text, code, quoted
 from hf_kvcache_eval.report.formats import difference_entries, metric_entry, number, percent
 from hf_kvcache_eval.report.headline import by_bytes
 from hf_kvcache_eval.report.load import FIDELITY, SPEED, Comparison
 from hf_kvcache_eval.report.names import FULL, TaskName, is_full, is_noise_floor
+from hf_kvcache_eval.report.ranking import SIGNS, ranking
+
+#: More caches than this are ranked by the shares that they keep, not all in one line.
+_RANKED = 60
 
 
 def task_sections(found: Comparison) -> list[Block]:
@@ -19,14 +24,15 @@ def task_sections(found: Comparison) -> list[Block]:
             continue
         table = fidelity_table(found, task) if task.base == FIDELITY else task_table(found, task)
         blocks += [Heading(3, quoted(task.text)), table, *_remarks(found, task)]
-    return [Heading(2, "Tasks"), *blocks] if blocks else []
+    return [Heading(2, "Tasks"), Text(SIGNS), *blocks] if blocks else []
 
 
 def task_table(found: Comparison, task: TaskName) -> Table:
     """Metrics with standard errors; the headline metric's difference to the full cache, and its verdict."""
     names, headline = _metric_names(found, task), found.headline_name(task.text) or ""
     against = found.metric(FULL, task.text, headline)
-    columns = [f"{headline} − {FULL}", "verdict", "compressed"]
+    costs = cost_columns(found, found.caches)
+    columns = [f"{headline} − {FULL}", "verdict", "compressed", *(cost.column for cost in costs)]
     table = Table(["cache", *(_titled(found, task, name) for name in names), *columns])
     for cell in _by_bytes(found, task):
         compared = None if is_full(cell.cache) else _difference(cell.metrics.get(headline), against)
@@ -35,6 +41,7 @@ def task_table(found: Comparison, task: TaskName) -> Table:
             *(metric_entry(cell.metrics.get(name)) for name in names),
             *difference_entries(compared),
             _compressed(cell),
+            *(cost.text(found, cell.cache) for cost in costs),
         )
     return table.without_empty_columns()
 
@@ -43,7 +50,8 @@ def fidelity_table(found: Comparison, task: TaskName) -> Table:
     """As :func:`task_table`; KL is compared with the noise floor's, ΔNLL (a difference already) with zero."""
     names, floor = _metric_names(found, task), found.noise_floor
     against = found.metric(floor, task.text, "kl") if floor else None
-    columns = ["KL − noise floor", "verdict on KL", "verdict on ΔNLL"]
+    costs = cost_columns(found, found.caches)
+    columns = ["KL − noise floor", "verdict on KL", "verdict on ΔNLL", *(cost.column for cost in costs)]
     table = Table(["cache", *(_titled(found, task, name) for name in names), *columns])
     for cell in _by_bytes(found, task):
         own = is_full(cell.cache) or cell.cache == floor
@@ -53,6 +61,7 @@ def fidelity_table(found: Comparison, task: TaskName) -> Table:
             *(metric_entry(cell.metrics.get(name)) for name in names),
             *difference_entries(None if own else _difference(cell.metrics.get("kl"), against)),
             difference_entries(None if is_full(cell.cache) else _difference(delta, _zero(delta)))[1],
+            *(cost.text(found, cell.cache) for cost in costs),
         )
     return table.without_empty_columns()
 
@@ -62,7 +71,7 @@ def speed_section(found: Comparison) -> list[Block]:
     task = found.speed_task
     if task is None:
         return []
-    table = Table(["cache", "ms a token", "quartiles", f"× {FULL}", "prefill, s", "bytes"])
+    table = Table(["cache", "ms a token", "quartiles", f"× {FULL}", "prefill, s", "compression, ms", "bytes"])
     full = found.time(FULL, task)
     for cache in by_bytes(found):
         time, memory = found.time(cache, task), found.memory(cache, task)
@@ -74,6 +83,7 @@ def speed_section(found: Comparison) -> list[Block]:
             f"{number(time.low)} to {number(time.high)}" if time.low < time.high else BLANK,
             number(time.median / full.median) if full else BLANK,
             number(time.prefill),
+            number(None if time.compress is None else 1e3 * time.compress),
             percent(memory.ratio_bf16 if memory else None),
         )
     note = f"{code(task)}: the median over what was timed, and its quartiles."
@@ -112,15 +122,13 @@ def _compressed(cell: Cell) -> str:
 
 
 def _remarks(found: Comparison, task: TaskName) -> list[Block]:
-    """What the table does not say by itself."""
-    if task.base != FIDELITY:
-        return _not_compressed(found, task)
-    kl = {cell.cache: cell.metrics["kl"] for cell in found.on(task.text) if "kl" in cell.metrics}
-    runs = groups([cache for cache in kl if not is_full(cache)], kl.__getitem__)
-    if not runs:
-        return []
-    start = f"Not told apart in KL ({NOISE} for every two of a line; neighbors in the order of KL):"
-    return [Text(start), Bullets([", ".join(map(code, run)) for run in runs])]
+    """What the table does not say by itself: which neighbors are told apart, and that nothing was compressed."""
+    name = "kl" if task.base == FIDELITY else found.headline_name(task.text)
+    metrics = {cell.cache: cell.metrics[name] for cell in found.on(task.text) if name in cell.metrics}
+    if task.base == FIDELITY:
+        metrics = {cache: metric for cache, metric in metrics.items() if not is_full(cache)}
+    ranked = [Text(f"By {code(name or '')}: {ranking(metrics)}")] if 1 < len(metrics) <= _RANKED else []
+    return [*ranked, *(_not_compressed(found, task) if task.base != FIDELITY else [])]
 
 
 def _not_compressed(found: Comparison, task: TaskName) -> list[Block]:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from hf_kvcache_eval.report import markdown, page
 from hf_kvcache_eval.report.bars import task_bars
+from hf_kvcache_eval.report.budget_plots import by_budget
 from hf_kvcache_eval.report.budgets import budget_sections
+from hf_kvcache_eval.report.conclusions import conclusions
 from hf_kvcache_eval.report.curves import by_distance, by_length
 from hf_kvcache_eval.report.document import Block, Heading, Picture
 from hf_kvcache_eval.report.header import failures, header, how_to_read, title
@@ -17,7 +19,7 @@ from hf_kvcache_eval.report.scatter import against_bytes, against_time
 from hf_kvcache_eval.report.style import settings, styles
 from hf_kvcache_eval.report.tasktables import speed_section, task_sections
 
-#: More caches than this cannot be told apart in a picture.
+#: More caches than this cannot be told apart in a picture; policies by their budgets can.
 PICTURED = 60
 
 
@@ -41,7 +43,7 @@ def write_report(folder: Path, out: Path | None = None) -> list[Path]:
     write_csv(measured, table)
     found = read_csv(table)
     with settings():
-        shown = pictures(found, out) if len(found.caches) <= PICTURED else []
+        shown = pictures(found, out) if len(found.caches) <= PICTURED else by_budget(found, out)
     files = _texts(content(found, shown), out, title(found))
     return [*files, *(out / picture.file for picture in shown), table]
 
@@ -50,7 +52,14 @@ def content(found: Comparison, shown: list[Picture]) -> list[Block]:
     """The whole report, with the pictures ``shown``."""
     blocks = [*header(found), *budget_sections(found), *headline(found)]
     blocks += [Heading(2, "Pictures"), *shown] if shown else []
-    return [*blocks, *speed_section(found), *task_sections(found), *failures(found), *how_to_read()]
+    return [
+        *blocks,
+        *speed_section(found),
+        *task_sections(found),
+        *failures(found),
+        *how_to_read(),
+        *conclusions(found),
+    ]
 
 
 def pictures(found: Comparison, out: Path) -> list[Picture]:
