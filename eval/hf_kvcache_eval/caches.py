@@ -77,7 +77,10 @@ def _codec(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> KVC
 
 
 def _quantized(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> KVCache:
-    return QuantizedKVCache(config, **_lengths(spec, protocol))
+    options = _lengths(spec, protocol)
+    if isinstance(options.get("bits"), str):
+        options["bits"] = calibrated_file(str(options["bits"]), "json", "bits")
+    return QuantizedKVCache(config, **options)
 
 
 def _grouped(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> QuantizedCache:
@@ -123,23 +126,23 @@ def _latent(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> La
     options = _lengths(spec, protocol)
     name = options.pop("projection", None)
     if name is not None:
-        options |= {"projection": projection_file(str(name)), "ratio": 1.0 if spec.budget is None else spec.budget}
+        options |= {"projection": calibrated_file(str(name), "safetensors", "projection"), "ratio": 1.0 if spec.budget is None else spec.budget}
     return LatentKVCache(config, spec.codec, **options)
 
 
-def projection_file(name: str) -> Path:
-    """The file of ``hf-kvcache calibrate`` called ``name``.
+def calibrated_file(name: str, suffix: str, option: str) -> Path:
+    """The file of ``hf-kvcache calibrate`` called ``name``, with that suffix, which an option of a spec asks for.
 
     Raises:
         ValueError: if it is not in the folder that ``HF_KVCACHE_PROJECTIONS`` names (default: ``projections``).
     """
     folder = Path(os.environ.get(PROJECTIONS_VARIABLE, "projections"))
-    path = folder / f"{name}.safetensors"
+    path = folder / f"{name}.{suffix}"
     if not path.is_file():
-        found = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none"
+        found = ", ".join(sorted(file.stem for file in folder.glob(f"*.{suffix}"))) or "none"
         raise ValueError(
-            f"projection={name!r} is not in ${PROJECTIONS_VARIABLE}; found there: {found}. Make one with "
-            f"hf-kvcache calibrate --out {name}.safetensors"
+            f"{option}={name!r} is not in ${PROJECTIONS_VARIABLE}; found there: {found}. Make one with "
+            f"hf-kvcache calibrate --out {name}.{suffix}"
         )
     return path
 
@@ -163,7 +166,7 @@ def kinds() -> dict[str, Kind]:
     }
     return {
         "full": Kind(_full, "transformers' DynamicCache; dtype=bfloat16 runs the model in it (the noise floor)"),
-        "quantized": Kind(_quantized, "QuantizedKVCache: bits=, codec=, key_bits=, value_bits=", queries=True),
+        "quantized": Kind(_quantized, "QuantizedKVCache: bits= (a width or the NAME of a file), codec=, key_bits=, value_bits=", queries=True),
         **ours,
         **{name: _evicting_kind(name) for name in (*registry.available(), *POLICIES)},
         # transformers' quantized caches cannot repeat rows, and their fp8 scale is one per tensor, shared by all rows.

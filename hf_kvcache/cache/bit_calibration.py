@@ -34,7 +34,7 @@ def calibrate_bits(
     tokens: int = 30_000,
     length: int = 1_024,
     windows: int = 4,
-    scored: int = 64,
+    scored: int = 32,
     tail_length: int = 128,
     page_size: int = 128,
     advance: Callable[[int], None] | None = None,

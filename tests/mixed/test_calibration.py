@@ -13,8 +13,8 @@ from transformers import DynamicCache
 from hf_kvcache import QuantizedKVCache
 from hf_kvcache.cache import bit_calibration
 from hf_kvcache.cache.bit_calibration import calibrate_bits
-from hf_kvcache.codecs.bit_allocation import Choice, allocate
 from hf_kvcache.cli import main as cli
+from hf_kvcache.codecs.bit_allocation import Choice, allocate
 from hf_kvcache.codecs.layer_bits import LayerBits, Widths
 from hf_kvcache.integration.versions import with_cache
 from tests import families
