@@ -33,7 +33,7 @@ def compress(
     replayed: list[torch.Tensor] | None,
 ) -> None:
     """Evict tokens of every layer down to its budget, for :meth:`hf_kvcache.KVCache.compress`."""
-    evicting = _evicting_layers(layers)
+    evicting = evicting_layers(layers)
     policy = evicting[0].eviction.policy
     if not policy.needs_replay:
         for layer in evicting:
@@ -77,7 +77,7 @@ def replay(
         ValueError: if no layer evicts, a layer has evicted already, the shapes do not fit the cache, or hidden states
             are needed of an attention module that is not known.
     """
-    evicting = _evicting_layers(layers)
+    evicting = evicting_layers(layers)
     _check(evicting, input_ids, attention_mask)
     watches = _read_again(evicting, fork, model, input_ids, attention_mask, prompt_ids)
     return [watch.largest for watch in watches]
@@ -103,14 +103,14 @@ def evict_by_replay(layers: Sequence[EvictingLayer], replayed: list[torch.Tensor
         )
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
     for row in range(batch):
-        scored = [_score_sequence(layer, largest, row) for layer, largest in zip(layers, replayed, strict=True)]
+        scored = [score_sequence(layer, largest, row) for layer, largest in zip(layers, replayed, strict=True)]
         for of_layer, keep in zip(kept, _choose_tokens(policy, scored), strict=True):
             of_layer.append(keep)
     for layer, rows in zip(layers, kept, strict=True):
         layer.keep_only(rows)
 
 
-def _evicting_layers(layers: Sequence[Any]) -> list[EvictingLayer]:
+def evicting_layers(layers: Sequence[Any]) -> list[EvictingLayer]:
     """The layers that evict; raises ValueError if there are none."""
     evicting = [layer for layer in layers if isinstance(layer, EvictingLayer)]
     if not evicting:
@@ -169,7 +169,7 @@ def _read_chunks(
         model(input_ids=ids, **with_cache(model, copy), use_cache=True, logits_to_keep=1, **inputs)
 
 
-def _score_sequence(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tuple[Context, torch.Tensor]:
+def score_sequence(layer: EvictingLayer, largest: torch.Tensor, row: int) -> tuple[Context, torch.Tensor]:
     """The context that the policy sees of one sequence of a layer, and the scores ``[1, Hkv, T]`` of its tokens."""
     assert layer.storage is not None and layer.evictor is not None
     held, selection = TokenView.of(layer.storage, np.array([row])), layer.evictor.selection()

@@ -65,6 +65,8 @@ class Context:
         replayed: float32 ``[B, Hkv, T]``, the largest probability that any replayed query of the group gave each key;
             ``[B, Hkv, g, T]`` by query head, each probability over the length of the query's hidden state, for policies
             with ``replay_by_head``; None if not asked for.
+        gated: float32 ``[B, Hkv, T]``, what the policy's own ``gate_scores`` gave each token when it came; None if not
+            asked for.
         rope: the layer's rotary embedding; None if not asked for.
         output_weight: ``[hidden, Hq * Dv]``, the weight of the output projection; None if not asked for.
         seed: for policies that draw random numbers.
@@ -88,6 +90,7 @@ class Context:
     query_positions: torch.Tensor | None = None
     accumulated: torch.Tensor | None = None
     replayed: torch.Tensor | None = None
+    gated: torch.Tensor | None = None
     rope: Rope | None = None
     output_weight: torch.Tensor | None = None
     seed: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -40,12 +41,55 @@ class EvictingAttention(KVCacheLayer):
         #: Called after every attention over stored tokens, with the update and the log-sum-exp ``[B, Hq, q]``; None for
         #: no call. The replay of KVzip sets it.
         self.watcher: Callable[[Draft, torch.Tensor], None] | None = None
+        self._module_checked = False
 
     def clear(self) -> None:
         super().clear()
         self.evictor: Evictor | None = None
         self._undo: Undo | None = None
         self._attended = True
+        self._hidden: torch.Tensor | None = None
+
+    def see_hidden(self, module: torch.nn.Module, hidden: Any) -> None:
+        """Take note of the hidden states ``[B, T, hidden]`` of the tokens that come next, for a policy that needs them.
+
+        Raises:
+            ValueError: if the policy was fitted to another model than that of the attention ``module``.
+        """
+        policy = self.eviction.policy
+        if not policy.needs_hidden or self.options.deferred and not self._attended:
+            return  # nobody asks, or this is a layer that reads the keys of this one
+        if not self._module_checked:
+            policy.check_module(module, self.index)
+            self._module_checked = True
+        self._hidden = hidden if isinstance(hidden, torch.Tensor) else None
+
+    def scores_of_new(self, key_states: torch.Tensor) -> torch.Tensor | None:
+        """What the policy gives the tokens of ``key_states [B, Hkv, T, Dk]``, ``[B, Hkv, T]``; None if it gives nothing.
+
+        Raises:
+            RuntimeError: if the hidden states of these tokens were not seen.
+            ValueError: if the scores are those of another number of heads.
+        """
+        if not self.eviction.policy.needs_hidden:
+            return None
+        hidden, self._hidden = self._hidden, None
+        batch, heads, tokens, _ = key_states.shape
+        if hidden is None or hidden.dim() != 3 or hidden.shape[:2] != (batch, tokens):
+            seen = "none" if hidden is None else f"some of shape {list(hidden.shape)}"
+            raise RuntimeError(
+                f"layer {self.index}: policy {self.eviction.policy.name!r} needs the hidden states of the {tokens} new "
+                f"tokens, and got {seen}. The model has to be called as a whole, with the config that the cache was "
+                "built from, and without torch.compile"
+            )
+        with torch.no_grad():
+            scores = self.eviction.policy.gate_scores(self.index, hidden.detach().to(key_states.device))
+        if scores.shape != (batch, heads, tokens):
+            raise ValueError(
+                f"layer {self.index}: policy {self.eviction.policy.name!r} gave scores of shape {list(scores.shape)}; "
+                f"accepted: {[batch, heads, tokens]}, those of the KV heads that this process has"
+            )
+        return scores
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         new, storage = self._latest()
@@ -81,6 +125,7 @@ class EvictingAttention(KVCacheLayer):
             raise self.not_attended()
         else:
             self.evictor.note(new.position, new.length, new.valid)
+            self._keep_scores(new)
         self._attended = True
         if not self.options.deferred:
             self.flush()
@@ -182,7 +227,14 @@ class EvictingAttention(KVCacheLayer):
         evictor.observe_queries(self.queries_for_policy(draft.call.queries), new.position, new.valid, drafted)
         if accumulated:
             evictor.observe_sums(storage, result, 0 if new.stored else new.length, new.valid)
+        self._keep_scores(new)
         return output
+
+    def _keep_scores(self, new: NewTokens) -> None:
+        """Keep what the policy gave new tokens as they came."""
+        if new.scores is not None:
+            storage, evictor = self._held()
+            evictor.observe_scores(storage, new.scores, new.stored, new.valid)
 
     def _read_all(self, draft: Draft, accumulated: bool) -> Attention:
         """Attention of an update over all tokens. A single new token is stored first; several are stored afterwards."""
@@ -201,6 +253,7 @@ class EvictingAttention(KVCacheLayer):
         evictor.observe_queries(query, new.position, new.valid)
         if evictor.policy.needs_accumulated:
             evictor.observe_first(storage, query, new.keys, new.values, new.valid)
+        self._keep_scores(new)
 
     def _store(self, new: NewTokens) -> None:
         storage, _ = self._held()

@@ -54,7 +54,7 @@ def check_policy(policy: Policy, compensate: int) -> None:
     Policies cannot be used that undo rotary positions, read the output projection, read the context again or move
     sinks. New values for kept tokens (``compensate``) cannot be used either.
     """
-    for name in ("needs_rope", "needs_output", "needs_replay", "moves_sinks"):
+    for name in ("needs_rope", "needs_output", "needs_replay", "needs_hidden", "moves_sinks"):
         if getattr(policy, name):
             raise ValueError(
                 f"policy={policy!r} does not go with latents ({name.replace('_', ' ')}); accepted: policies that look "
