@@ -96,9 +96,11 @@ def _evicting(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> 
         "seed": protocol.seed,
     }
     codec = {} if spec.codec is None else {"codec": spec.codec}
-    policy = policy_name(spec.name)
+    policy, own = policy_name(spec.name), dict(spec.options)
     assert policy is not None
-    return HeavyHitterCache(config, budget=spec.budget, policy=policy, **(equal | codec | spec.options))
+    if "gate" in own:
+        own["gate"] = calibrated_file("gate", str(own["gate"]))
+    return HeavyHitterCache(config, budget=spec.budget, policy=policy, **(equal | codec | own))
 
 
 def _sparse(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> SparseReadCache:
@@ -113,12 +115,15 @@ def _latent(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> La
     options = _lengths(spec, protocol)
     name = options.pop("projection", None)
     if name is not None:
-        options |= {"projection": projection_file(str(name)), "ratio": 1.0 if spec.budget is None else spec.budget}
+        options |= {
+            "projection": calibrated_file("projection", str(name)),
+            "ratio": 1.0 if spec.budget is None else spec.budget,
+        }
     return LatentKVCache(config, spec.codec, **options)
 
 
-def projection_file(name: str) -> Path:
-    """The file of ``hf-kvcache calibrate`` called ``name``.
+def calibrated_file(argument: str, name: str) -> Path:
+    """The file of ``hf-kvcache calibrate`` called ``name``, given as ``argument``.
 
     Raises:
         ValueError: if it is not in the folder that ``HF_KVCACHE_PROJECTIONS`` names (default: ``projections``).
@@ -128,7 +133,7 @@ def projection_file(name: str) -> Path:
     if not path.is_file():
         found = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none"
         raise ValueError(
-            f"projection={name!r} is not in ${PROJECTIONS_VARIABLE}; found there: {found}. Make one with "
+            f"{argument}={name!r} is not in ${PROJECTIONS_VARIABLE}; found there: {found}. Make one with "
             f"hf-kvcache calibrate --out {name}.safetensors"
         )
     return path
@@ -203,7 +208,17 @@ def policy_name(name: str) -> str | None:
 def _evicting_kind(name: str) -> Kind:
     policy = registry.resolve(policy_name(name) or name)
     what = (sys.modules[type(policy).__module__].__doc__ or name).partition("\n")[0].rstrip(".")
-    return Kind(_evicting, f"evicts; {what}", after_prefill=True, budget=True, codec=True, queries=True)
+    # Who scores hidden states has to be there when the model reads.
+    shares = not policy.needs_hidden
+    return Kind(
+        _evicting,
+        f"evicts; {what}",
+        after_prefill=True,
+        budget=True,
+        codec=True,
+        queries=True,
+        shares_prefill=shares,
+    )
 
 
 class Method:

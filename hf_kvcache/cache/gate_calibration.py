@@ -69,7 +69,9 @@ def calibrate_gate(
         if advance is not None:
             advance(length)
     if number < 2:
-        raise ValueError(f"texts of less than two chunks of length={length!r}; accepted: longer texts, or a smaller length")
+        raise ValueError(
+            f"texts of less than two chunks of length={length!r}; accepted: longer texts, or a smaller length"
+        )
     layers, fit = {}, {}
     for index in sorted(data):
         layers[index], fit[index] = fit_linear(data[index])
@@ -93,8 +95,8 @@ def _scored(model: Any, tokenizer: Any, chunk: torch.Tensor) -> dict[int, tuple[
     for layer, largest in zip(layers, replay(layers, cache.fork, model, ids, prompt_ids=asked), strict=True):
         if layer.index not in hidden:
             raise ValueError(
-                f"{type(model).__name__} does not give hidden states to the attention of layer {layer.index}; accepted: "
-                "models whose attention modules take hidden_states"
+                f"{type(model).__name__} gives the attention of layer {layer.index} no hidden states; accepted: models "
+                "whose attention modules take hidden_states"
             )
         found[layer.index] = hidden[layer.index][0], score_sequence(layer, largest, 0)[1][0].mT
     return found

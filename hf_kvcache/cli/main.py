@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from hf_kvcache.cli import models
+from hf_kvcache.cli.calibrate_gate import run_gate
 from hf_kvcache.cli.compare import add_compare
 from hf_kvcache.cli.demo_options import ANSWER_TOKENS, CACHES, DEFAULT_CACHES, PROMPT_TOKENS
 from hf_kvcache.cli.explain import add_explain
@@ -20,6 +21,9 @@ from hf_kvcache.cli.plan import add_plan
 from hf_kvcache.lowrank import calibrate, methods, texts
 from hf_kvcache.lowrank.methods.base import CENTERS
 from hf_kvcache.utils import processes
+
+#: Methods of ``calibrate`` that find something else than bases, and what runs them.
+_OTHER_METHODS: dict[str, Callable[[argparse.Namespace], int]] = {"gate": run_gate}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,11 +70,12 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "calibrate",
-        help="find the bases in which LatentKVCache can store a model's keys and values",
+        help="find the bases in which LatentKVCache can store a model's keys and values, or fit a gate",
         description="Find the bases in which LatentKVCache can store a model's keys and values, at any rank. Some "
         "30,000 tokens of text of the kind that the model will read are the least. The text that comes with this "
         "package is too short (22 kB), so a text must be given. Started by accelerate launch or torchrun, each process "
-        "reads its share of it.",
+        "reads its share of it. --method gate fits what the eviction policy of that name scores tokens by instead; one "
+        "process reads all of the text.",
     )
     parser.add_argument("--model", help=models.MODEL_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -88,7 +93,9 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--length", type=int, default=own["length"], metavar="N", help="tokens at a time (default: %(default)s)"
     )
     parser.add_argument(
-        "--method", default=own["method"], help=f"{', '.join(methods.available())} (default: %(default)s)"
+        "--method",
+        default=own["method"],
+        help=f"{', '.join([*methods.available(), *_OTHER_METHODS])} (default: %(default)s)",
     )
     # Only options that are given reach the method: each method has its own options and defaults.
     only_given = argparse.SUPPRESS
@@ -100,6 +107,13 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="store keys as they are before their rotary embedding",
     )
     parser.add_argument("--center", default=only_given, metavar="SIDES", help=f"subtract means of: {' '.join(CENTERS)}")
+    parser.add_argument(
+        "--inner",
+        type=int,
+        default=only_given,
+        metavar="N",
+        help="of a gate: channels of an MLP (default: a linear map)",
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model")
     parser.add_argument("--device", help="default: cpu")
     parser.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
@@ -124,6 +138,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
+    if args.method in _OTHER_METHODS:
+        return _OTHER_METHODS[args.method](args)
+    if "inner" in args:
+        raise ValueError(f"--inner={args.inner!r} with --method {args.method}; accepted: --method gate")
     # Wrong arguments are found before the model is loaded.
     given = {name: vars(args)[name] for name in ("group", "before_rope", "center") if name in args}
     method = methods.resolve(args.method, **given)

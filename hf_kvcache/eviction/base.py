@@ -76,9 +76,11 @@ class Policy(ABC):
 
     def check_config(self, config: Any) -> None:
         """Raise ValueError if the policy does not fit a model with this ``config``, which has just got a cache."""
+        return None
 
     def check_module(self, module: torch.nn.Module, layer: int) -> None:
         """Raise ValueError if the policy does not fit the attention module of ``layer``; for ``needs_hidden``."""
+        return None
 
     def recent(self, quota: int) -> int:
         """Newest tokens that stay whatever their scores, when a head keeps ``quota`` tokens."""

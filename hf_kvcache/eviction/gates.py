@@ -152,7 +152,7 @@ class Gate:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for index, layer in self.layers.items():
             tensors |= {f"{index}.{name}": x.contiguous() for name, x in zip(_MLP, layer.weights, strict=False)}
             if layer.levels is not None:
@@ -174,8 +174,13 @@ class Gate:
         path = path / "model.safetensors" if path.is_dir() else path
         if (published := _published(path)) is not None:
             return cls(published, {})
-        tensors, known = load_file(path, "gate", _FORMAT, "a gate; accepted: what hf-kvcache calibrate --method gate "
-                                   "writes, or the model.safetensors of a KVzap model")
+        tensors, known = load_file(
+            path,
+            "gate",
+            _FORMAT,
+            "a gate; accepted: what hf-kvcache calibrate --method gate "
+            "writes, or the model.safetensors of a KVzap model",
+        )
         about = json.loads(known["about"])
         layers = {}
         for index in sorted({int(name.partition(".")[0]) for name in tensors}):
@@ -186,7 +191,7 @@ class Gate:
 
 
 def _published(path: Path) -> dict[int, LayerGate] | None:
-    """The layers of a file of a KVzap model (``layers.0.weight``, or ``layers.0.0.weight`` of an MLP); None if it is none."""
+    """The layers of a KVzap model's file (``layers.0.weight``, of an MLP ``layers.0.0.weight``); None for another file."""
     try:
         with safe_open(path, "pt") as file:
             names = {name: name for name in file.keys()}  # noqa: SIM118
@@ -200,8 +205,10 @@ def _published(path: Path) -> dict[int, LayerGate] | None:
         return None  # whoever reads it next says why
     layers = {}
     for index in sorted({int(name.partition(".")[0]) for name in tensors}):
-        parts = (f"{index}.weight", f"{index}.bias") if f"{index}.weight" in tensors else tuple(
-            f"{index}.{name}" for name in _MLP
+        parts = (
+            (f"{index}.weight", f"{index}.bias")
+            if f"{index}.weight" in tensors
+            else tuple(f"{index}.{name}" for name in _MLP)
         )
         if not all(part in tensors for part in parts):
             return None

@@ -1,8 +1,8 @@
 """The hidden states that attention modules are given, for caches whose policy scores tokens by them.
 
-A cache sees keys and values only. A hook on each attention module hands its hidden states to the layer of the cache that
-the module is called with, before the layer gets the keys. One hook serves all caches and keeps nothing. Since a cache is
-built from a config, the modules are not known before a model with this config is called for the first time.
+A cache sees keys and values only. A hook on each attention module hands its hidden states to the layer of the cache
+that the module is called with, before the layer gets the keys. One hook serves all caches and keeps nothing. Since a
+cache is built from a config, the modules are not known before a model with this config is called for the first time.
 """
 
 from __future__ import annotations

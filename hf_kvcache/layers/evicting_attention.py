@@ -57,7 +57,7 @@ class EvictingAttention(KVCacheLayer):
             ValueError: if the policy was fitted to another model than that of the attention ``module``.
         """
         policy = self.eviction.policy
-        if not policy.needs_hidden or self.options.deferred and not self._attended:
+        if not policy.needs_hidden or (self.options.deferred and not self._attended):
             return  # nobody asks, or this is a layer that reads the keys of this one
         if not self._module_checked:
             policy.check_module(module, self.index)
@@ -65,7 +65,7 @@ class EvictingAttention(KVCacheLayer):
         self._hidden = hidden if isinstance(hidden, torch.Tensor) else None
 
     def scores_of_new(self, key_states: torch.Tensor) -> torch.Tensor | None:
-        """What the policy gives the tokens of ``key_states [B, Hkv, T, Dk]``, ``[B, Hkv, T]``; None if it gives nothing.
+        """What the policy gives the tokens of ``key_states [B, Hkv, T, Dk]``, ``[B, Hkv, T]``; None if nothing.
 
         Raises:
             RuntimeError: if the hidden states of these tokens were not seen.

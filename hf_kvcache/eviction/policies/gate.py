@@ -38,9 +38,7 @@ class GatePolicy(Policy):
     needs_hidden = True
     head_floor = 0.0
 
-    def __init__(
-        self, gate: Gate | str | Path | None = None, window: int = 32, spread: str = "calibrated"
-    ) -> None:
+    def __init__(self, gate: Gate | str | Path | None = None, window: int = 32, spread: str = "calibrated") -> None:
         if isinstance(gate, str | Path):
             gate = Gate.load(gate)
         elif not isinstance(gate, Gate | None):
