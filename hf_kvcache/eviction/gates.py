@@ -191,7 +191,7 @@ class Gate:
 
 
 def _published(path: Path) -> dict[int, LayerGate] | None:
-    """The layers of a KVzap model's file (``layers.0.weight``, of an MLP ``layers.0.0.weight``); None for another file."""
+    """The layers of a KVzap model's file (``layers.0.weight``, of an MLP ``layers.0.0.weight``); else None."""
     try:
         with safe_open(path, "pt") as file:
             names = {name: name for name in file.keys()}  # noqa: SIM118
