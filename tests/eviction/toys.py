@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_kvcache import HeavyHitterCache
 from hf_kvcache.eviction import available, resolve
+from hf_kvcache.eviction.gates import Gate, LayerGate
 from hf_kvcache.eviction.registry import option_names, wrappers
 from hf_kvcache.integration.attention import attention_function
 from hf_kvcache.layers.evicting import EvictingLayer
@@ -48,6 +50,14 @@ def reading_once() -> list[str]:
 def small_options(policy: str) -> dict[str, Any]:
     """Options of ``policy`` that suit some dozens of tokens."""
     return {name: value for name, value in _SMALL.items() if name in option_names(policy)}
+
+
+@cache
+def toy_gate(ratio: int) -> Gate:
+    """A gate of random maps for a :class:`Toy`, whose hidden states are the queries of its heads side by side."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(HEADS, ratio * HEADS * DIM, generator=draw)
+    return Gate({0: LayerGate([weight, torch.randn(HEADS, generator=draw)], torch.arange(8.0))}, {})
 
 
 def grid() -> list[Any]:
@@ -108,6 +118,8 @@ class Toy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.attention = LlamaAttention(config, 0)
+        if "gate" in option_names(policy):
+            options = {"gate": toy_gate(ratio)} | options
         sizes = {"budget": BUDGET, "page_size": PAGE, "sink_length": SINKS, "tail_length": TAIL, "interval": INTERVAL}
         self.cache = HeavyHitterCache(
             config, policy=policy, **{**sizes, **CODECS[codec], **small_options(policy), **options}
@@ -133,6 +145,8 @@ class Toy:
         mask = (torch.arange(seen + new.length)[None] <= queries).expand(len(new.query), 1, -1, -1)
         if real is not None:
             mask = mask & real[:, None, None, : seen + new.length]
+        # What a hook on the attention module of a whole model does.
+        self.layer.see_hidden(self.attention, new.query.transpose(1, 2).flatten(2))
         key, value = self.cache.update(new.key, new.value, 0)
         return attention_function(self.attention, new.query, key, value, mask)[0]
 
