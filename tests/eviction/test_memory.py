@@ -64,7 +64,7 @@ def peak() -> Iterator[Peak]:
     [
         name if name in ("snapkv", "knorm") else pytest.param(name, marks=pytest.mark.slow)
         for name in available()
-        if name != "keepall" and not resolve(name).needs_replay
+        if name not in ("keepall", "gate") and not resolve(name).needs_replay
     ],
 )
 def test_prefill_in_chunks(policy: str) -> None:

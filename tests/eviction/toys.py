@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_kvcache import HeavyHitterCache
@@ -52,12 +51,20 @@ def small_options(policy: str) -> dict[str, Any]:
     return {name: value for name, value in _SMALL.items() if name in option_names(policy)}
 
 
-@cache
-def toy_gate(ratio: int) -> Gate:
-    """A gate of random maps for a :class:`Toy`, whose hidden states are the queries of its heads side by side."""
-    draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(HEADS, ratio * HEADS * DIM, generator=draw)
-    return Gate({0: LayerGate([weight, torch.randn(HEADS, generator=draw)], torch.arange(8.0))}, {})
+def gate_option(policy: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """A gate of random maps for a model with this ``config``, as the option of a policy that takes one."""
+    if "gate" not in option_names(policy):
+        return {}
+    text: Any = config.get_text_config(decoder=True)
+    draw, (heads, width) = torch.Generator().manual_seed(0), (text.num_key_value_heads, text.hidden_size)
+    layers = {
+        index: LayerGate(
+            [torch.randn(heads, width, generator=draw), torch.randn(heads, generator=draw)],
+            torch.randn(16, generator=draw).sort().values,
+        )
+        for index in range(text.num_hidden_layers)
+    }
+    return {"gate": Gate(layers, {})}
 
 
 def grid() -> list[Any]:
@@ -118,8 +125,7 @@ class Toy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.attention = LlamaAttention(config, 0)
-        if "gate" in option_names(policy):
-            options = {"gate": toy_gate(ratio)} | options
+        options = gate_option(policy, config) | options
         sizes = {"budget": BUDGET, "page_size": PAGE, "sink_length": SINKS, "tail_length": TAIL, "interval": INTERVAL}
         self.cache = HeavyHitterCache(
             config, policy=policy, **{**sizes, **CODECS[codec], **small_options(policy), **options}
