@@ -23,7 +23,6 @@ from hf_kvcache.cli import calibrate_gate as command
 from hf_kvcache.eviction import resolve
 from hf_kvcache.eviction.gate_fitting import LEVELS, LayerData, fit_linear, fit_mlp, fit_of
 from hf_kvcache.eviction.gates import Gate, LayerGate
-from hf_kvcache.integration.model_identity import model_identity, sample_weights
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.storage.token_view import TokenView
 from tests import families
@@ -78,7 +77,11 @@ def kept_scores(layer: EvictingLayer, row: int) -> list[dict[int, float]]:
     held = TokenView.of(layer.storage, np.array([row]))
     scores = layer.evictor.observations.accumulated.by_token(held)  # type: ignore[union-attr]
     return [
-        {int(at): float(x) for at, x, there in zip(held.positions[0, h], scores[0, h], held.exists[0, h]) if there}
+        {
+            int(at): float(x)
+            for at, x, there in zip(held.positions[0, h], scores[0, h], held.exists[0, h], strict=True)
+            if there
+        }
         for h in range(layer.storage.heads)
     ]
 
@@ -253,13 +256,13 @@ def test_calibrated_to_the_policy_that_reads_twice(tmp_path: Path) -> None:
     policy = resolve("gate", gate=tmp_path / "gate.safetensors")
     loaded: Gate = policy.gate  # type: ignore[attr-defined]
     assert repr(loaded) == repr(gate) and (loaded.fit, loaded.tokens) == (gate.fit, gate.tokens)
-    forward(model, prompt(40), HeavyHitterCache(model.config, 20, policy))
+    forward(model, prompt(40), HeavyHitterCache(model.config, 40, policy))
     with pytest.raises(ValueError, match="the gate was made with model_type='llama'"):
-        HeavyHitterCache(families.build("qwen3").config, 20, policy)
+        HeavyHitterCache(families.build("qwen3").config, 40, policy)
     strange = families.build("llama")
     for weight in strange.parameters():
         weight.data = weight.data.flip(0)
-    cache = HeavyHitterCache(strange.config, 20, policy)
+    cache = HeavyHitterCache(strange.config, 40, policy)
     with pytest.raises(ValueError, match="the gate was made with other weights"):
         forward(strange, prompt(40), cache)
     assert cache.get_seq_length() == 0
@@ -309,7 +312,7 @@ def test_published_kvzap_models(prefix: str, inner: int, tmp_path: Path) -> None
     loaded: Gate = cache.policy.gate  # type: ignore[attr-defined]
     assert repr(loaded) == repr(gate) and loaded.quotas(20, 4, 90) == [20] * len(gate.layers)
     with pytest.raises(ValueError, match="this model has"):
-        HeavyHitterCache(families.build("llama_mha").config, 20, "gate", gate=tmp_path)
+        HeavyHitterCache(families.build("llama_mha").config, 40, "gate", gate=tmp_path)
 
 
 def test_files_that_are_no_gates(tmp_path: Path) -> None:
@@ -318,7 +321,7 @@ def test_files_that_are_no_gates(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             resolve("gate", gate=str(tmp_path / file))
     with pytest.raises(ValueError, match="gate=None; accepted"):
-        HeavyHitterCache(families.build("llama").config, 20, "gate")
+        HeavyHitterCache(families.build("llama").config, 40, "gate")
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------
