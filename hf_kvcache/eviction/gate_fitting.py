@@ -14,7 +14,7 @@ SMALLEST_SCORE = 1e-12
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 #: Scores by which a layer's need for tokens is told apart from that of others.
 LEVELS = 512
-_EPOCHS, _BATCH, _RATE, _DECAY = 12, 512, 2e-3, 1e-2
+_EPOCHS, _BATCH, _RATE, _DECAY = 15, 128, 3e-3, 1e-2
 
 
 @dataclass
@@ -74,7 +74,7 @@ class LayerData:
     def levels(self) -> torch.Tensor:
         """Equally likely targets, ascending."""
         every = torch.cat(self.targets).flatten().sort().values
-        places = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS * len(every)
+        places = (torch.arange(LEVELS, dtype=torch.float64, device="cpu") + 0.5) / LEVELS * len(every)
         return every[places.long().clamp_max(len(every) - 1)].float()
 
 
@@ -115,9 +115,10 @@ def fit_mlp(data: LayerData, inner: int, seed: int = 0) -> LayerGate:
     targets = torch.cat([part for _, part in data.hidden]).to(device)
     targets = (targets - mean[width:]) / spread[width:]
     draw = torch.Generator().manual_seed(seed)
-    shapes = ((inner, width), (targets.shape[1], inner))
-    first, second = (torch.randn(shape, generator=draw).to(device) * shape[1] ** -0.5 for shape in shapes)
-    weights = [first, torch.zeros(inner, device=device), second, torch.zeros(targets.shape[1], device=device)]
+    weights = []
+    for shape in ((inner, width), (targets.shape[1], inner)):
+        random = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(device)
+        weights += [random * shape[1] ** -0.5, torch.zeros(shape[0], dtype=torch.float32, device=device)]
     with torch.enable_grad():
         for weight in weights:
             weight.requires_grad_()
@@ -125,7 +126,7 @@ def fit_mlp(data: LayerData, inner: int, seed: int = 0) -> LayerGate:
         adam = torch.optim.AdamW(weights, lr=_RATE, weight_decay=_DECAY)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
         for _ in range(_EPOCHS):
-            for chosen in torch.randperm(len(hidden), generator=draw).split(_BATCH):
+            for chosen in torch.randperm(len(hidden), generator=draw, device="cpu").split(_BATCH):
                 chosen = chosen.to(device)
                 x = (hidden[chosen].float() - mean[:width]) / spread[:width]
                 error = LayerGate(weights)(x[None])[0].mT - targets[chosen]

@@ -21,6 +21,8 @@ from hf_kvcache.integration.model_identity import check_identity, check_weights
 from hf_kvcache.utils.safetensors import load_file
 
 _FORMAT = "hf_kvcache gate 1"
+#: Tokens whose hidden states are in float32 at a time.
+_STRIP = 4096
 #: Names of the tensors of a layer: of the only matrix, or of the two of an MLP.
 _LINEAR, _MLP = ("0.weight", "0.bias"), ("0.weight", "0.bias", "2.weight", "2.bias")
 #: What published KVzap models call their layers; earlier ones had the other name.
@@ -52,6 +54,8 @@ class LayerGate:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores, float32 ``[B, Hkv, T]``, of hidden states ``[B, T, hidden]`` on the same device."""
+        if hidden.shape[1] > _STRIP:
+            return torch.cat([self(part) for part in hidden.split(_STRIP, 1)], 2)
         out = hidden.float() @ self.weights[0].mT + self.weights[1]
         if len(self.weights) == len(_MLP):
             out = gelu(out) @ self.weights[2].mT + self.weights[3]

@@ -57,8 +57,8 @@ class EvictingAttention(KVCacheLayer):
             ValueError: if the policy was fitted to another model than that of the attention ``module``.
         """
         policy = self.eviction.policy
-        if not policy.needs_hidden or (self.options.deferred and not self._attended):
-            return  # nobody asks, or this is a layer that reads the keys of this one
+        if not policy.needs_hidden:
+            return
         if not self._module_checked:
             policy.check_module(module, self.index)
             self._module_checked = True

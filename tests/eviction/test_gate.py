@@ -219,8 +219,8 @@ def test_a_linear_map_is_found() -> None:
 
 def test_an_mlp_finds_what_no_linear_map_can() -> None:
     data = layer_data(lambda x: torch.stack([(x[:, 0] - 3).abs(), (x[:, 3] - 3).square(), x[:, 1]], 1), keep=True)
-    assert fit_linear(data)[1] < 0.5
-    assert fit_of(fit_mlp(data, 48), data) > 0.6
+    assert fit_linear(data)[1] < 0.4
+    assert fit_of(fit_mlp(data, 48), data) > 0.5
 
 
 class Letters:
