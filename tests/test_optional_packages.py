@@ -18,7 +18,7 @@ from hf_kvcache.cli import main as cli
 from hf_kvcache.cli import models
 from hf_kvcache.lowrank import moment_collection
 
-with models._status("waiting"), moment_collection._bar(8) as advance:
+with models._status("waiting"), moment_collection.progress_bar(8) as advance:
     advance(8)
     print("waited")
 assert not MISSING & {name.split(".")[0] for name, module in sys.modules.items() if module is not None}

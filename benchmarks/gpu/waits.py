@@ -150,7 +150,8 @@ def main() -> int:
 
     cast(Any, attention).attend = even_attention
     names = [*available(), *(f"{name}-snapkv" for name in wrappers())]
-    policies = args.policies or [name for name in names if not resolve(name).waits]
+    by_themselves = [name for name in names if not (resolve(name).waits or resolve(name).needs_hidden)]
+    policies = args.policies or by_themselves
     found = {}
     with PretendedDevice() as device:
         for codec in args.codecs:

@@ -79,7 +79,7 @@ def _codec(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> KVC
 def _quantized(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> KVCache:
     options = _lengths(spec, protocol)
     if isinstance(options.get("bits"), str):
-        options["bits"] = calibrated_file(str(options["bits"]), "json", "bits")
+        options["bits"] = calibrated_file("bits", str(options["bits"]), "json")
     return QuantizedKVCache(config, **options)
 
 
@@ -109,9 +109,11 @@ def _evicting(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> 
         "seed": protocol.seed,
     }
     codec = {} if spec.codec is None else {"codec": spec.codec}
-    policy = policy_name(spec.name)
+    policy, own = policy_name(spec.name), dict(spec.options)
     assert policy is not None
-    return HeavyHitterCache(config, budget=spec.budget, policy=policy, **(equal | codec | spec.options))
+    if "gate" in own:
+        own["gate"] = calibrated_file("gate", str(own["gate"]))
+    return HeavyHitterCache(config, budget=spec.budget, policy=policy, **(equal | codec | own))
 
 
 def _sparse(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> SparseReadCache:
@@ -126,12 +128,15 @@ def _latent(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> La
     options = _lengths(spec, protocol)
     name = options.pop("projection", None)
     if name is not None:
-        options |= {"projection": calibrated_file(str(name), "safetensors", "projection"), "ratio": 1.0 if spec.budget is None else spec.budget}
+        options |= {
+            "projection": calibrated_file("projection", str(name)),
+            "ratio": 1.0 if spec.budget is None else spec.budget,
+        }
     return LatentKVCache(config, spec.codec, **options)
 
 
-def calibrated_file(name: str, suffix: str, option: str) -> Path:
-    """The file of ``hf-kvcache calibrate`` called ``name``, with that suffix, which an option of a spec asks for.
+def calibrated_file(argument: str, name: str, suffix: str = "safetensors") -> Path:
+    """The file of ``hf-kvcache calibrate`` called ``name``, with that suffix, given as ``argument`` of a spec.
 
     Raises:
         ValueError: if it is not in the folder that ``HF_KVCACHE_PROJECTIONS`` names (default: ``projections``).
@@ -141,7 +146,7 @@ def calibrated_file(name: str, suffix: str, option: str) -> Path:
     if not path.is_file():
         found = ", ".join(sorted(file.stem for file in folder.glob(f"*.{suffix}"))) or "none"
         raise ValueError(
-            f"{option}={name!r} is not in ${PROJECTIONS_VARIABLE}; found there: {found}. Make one with "
+            f"{argument}={name!r} is not in ${PROJECTIONS_VARIABLE}; found there: {found}. Make one with "
             f"hf-kvcache calibrate --out {name}.{suffix}"
         )
     return path
@@ -228,7 +233,17 @@ def policy_name(name: str) -> str | None:
 def _evicting_kind(name: str) -> Kind:
     policy = registry.resolve(policy_name(name) or name)
     what = (sys.modules[type(policy).__module__].__doc__ or name).partition("\n")[0].rstrip(".")
-    return Kind(_evicting, f"evicts; {what}", after_prefill=True, budget=True, codec=True, queries=True)
+    # Who scores hidden states has to be there when the model reads.
+    shares = not policy.needs_hidden
+    return Kind(
+        _evicting,
+        f"evicts; {what}",
+        after_prefill=True,
+        budget=True,
+        codec=True,
+        queries=True,
+        shares_prefill=shares,
+    )
 
 
 class Method:

@@ -34,6 +34,7 @@ from hf_kvcache.integration.architecture import modeling_file
 from hf_kvcache.integration.attention import check_registration
 from hf_kvcache.integration.binding import IMPLEMENTATION
 from hf_kvcache.integration.binding import bind as bind_config
+from hf_kvcache.integration.hidden_states import listen
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.lowrank.projection import LayerProjection
@@ -143,9 +144,14 @@ class KVCache(SavableCache):
     def _begin(self, options: LayerOptions, bind: bool) -> None:
         """Make the layers, and bind the config of the model."""
         assert options.config is not None
+        policy = None if options.eviction is None else options.eviction.policy
+        if policy is not None:
+            policy.check_config(options.config)
         check_formats(options.config, options)
         super().__init__(options.config, options)
         self._join_layers()
+        #: Hands hidden states to the layers, for as long as a cache refers to it.
+        self._hidden_states = listen(self.config) if policy is not None and policy.needs_hidden else None
         if bind:
             check_registration(modeling_file(self.config))
             bind_config(self.config)
@@ -216,9 +222,13 @@ class KVCache(SavableCache):
         # Pages are immutable, so a fork is as independent as a copy of every byte.
         return self.fork()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hidden_states": self._hidden_states is not None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._join_layers()
+        self._hidden_states = listen(self.config) if self._hidden_states else None
         if self.config._attn_implementation == IMPLEMENTATION:
             bind_config(self.config)  # the process that unpickles the cache must bind the config too
 

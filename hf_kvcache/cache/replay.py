@@ -167,7 +167,7 @@ def _evict(
     policy = layers[0].eviction.policy
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
     for row in range(layers[0].batch_size):
-        scored = [_score_sequence(layer, largest, row) for layer, largest in zip(layers, replayed, strict=True)]
+        scored = [score_sequence(layer, largest, row) for layer, largest in zip(layers, replayed, strict=True)]
         for of_layer, keep in zip(kept, _choose_tokens(policy, scored), strict=True):
             of_layer.append(keep)
     reference: Sequence[list[torch.Tensor] | None] = [None] * len(layers)
@@ -237,7 +237,7 @@ def _read_chunks(
         model(input_ids=ids, **with_cache(model, copy), use_cache=True, logits_to_keep=1, **inputs)
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
     """What is chosen by in one sequence of a layer, without the keys and values, which all layers together may not fit.
 
     Attributes:
@@ -253,7 +253,7 @@ class _Scored(NamedTuple):
     quota: int
 
 
-def _score_sequence(layer: EvictingLayer, largest: torch.Tensor | None, row: int) -> _Scored:
+def score_sequence(layer: EvictingLayer, largest: torch.Tensor | None, row: int) -> Scored:
     """Let the policy score one sequence of a layer."""
     assert layer.storage is not None and layer.evictor is not None
     held, selection = TokenView.of(layer.storage, np.array([row])), layer.evictor.selection()
@@ -261,10 +261,10 @@ def _score_sequence(layer: EvictingLayer, largest: torch.Tensor | None, row: int
     context = selection.context(held, quota, selection.protected(held, recent))
     if largest is not None:
         context.replayed = largest[row : row + 1, ..., : held.tokens]
-    return _Scored(selection.scores(context), context.protected, context.held, quota)
+    return Scored(selection.scores(context), context.protected, context.held, quota)
 
 
-def _choose_tokens(policy: Policy, scored: list[_Scored]) -> list[torch.Tensor]:
+def _choose_tokens(policy: Policy, scored: list[Scored]) -> list[torch.Tensor]:
     """Choose the tokens that stay, for each layer bool ``[1, Hkv, T]``."""
     if not policy.across_layers:
         return [choose(*each, policy.head_floor, policy.keeps_above) for each in scored]

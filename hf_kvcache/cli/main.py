@@ -12,6 +12,7 @@ import torch
 
 from hf_kvcache.cli import models
 from hf_kvcache.cli.calibrate_bits import run_bits
+from hf_kvcache.cli.calibrate_gate import run_gate
 from hf_kvcache.cli.compare import add_compare
 from hf_kvcache.cli.demo_options import ANSWER_TOKENS, CACHES, DEFAULT_CACHES, PROMPT_TOKENS
 from hf_kvcache.cli.explain import add_explain
@@ -23,7 +24,7 @@ from hf_kvcache.lowrank.methods.base import CENTERS
 from hf_kvcache.utils import processes
 
 #: Methods of ``calibrate`` that find something else than bases, and what runs them.
-_OTHER_METHODS: dict[str, Callable[[argparse.Namespace], int]] = {"bits": run_bits}
+_OTHER_METHODS: dict[str, Callable[[argparse.Namespace], int]] = {"bits": run_bits, "gate": run_gate}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,12 +71,12 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "calibrate",
-        help="find the bases in which LatentKVCache can store a model's keys and values",
+        help="find the bases in which LatentKVCache can store a model's keys and values, or fit a gate",
         description="Find the bases in which LatentKVCache can store a model's keys and values, at any rank. Some "
         "30,000 tokens of text of the kind that the model will read are the least. The text that comes with this "
         "package is too short (22 kB), so a text must be given. Started by accelerate launch or torchrun, each process "
         "reads its share of it. --method bits finds widths of layers, keys and values for bits= of a cache instead; "
-        "one process reads windows of the text.",
+        "--method gate fits what the eviction policy of that name scores tokens by. Both read in one process.",
     )
     parser.add_argument("--model", help=models.MODEL_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -111,6 +112,13 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--windows", type=int, default=only_given, metavar="N", help="of --method bits: windows measured (default: 4)"
     )
+    parser.add_argument(
+        "--inner",
+        type=int,
+        default=only_given,
+        metavar="N",
+        help="of a gate: channels of an MLP (default: a linear map)",
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model")
     parser.add_argument("--device", help="default: cpu")
     parser.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
@@ -137,9 +145,9 @@ def _demo(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     if args.method in _OTHER_METHODS:
         return _OTHER_METHODS[args.method](args)
-    for name in ("bits", "windows"):
+    for name, owner in (("bits", "bits"), ("windows", "bits"), ("inner", "gate")):
         if name in args:
-            raise ValueError(f"--{name}={vars(args)[name]!r} with --method {args.method}; accepted: --method bits")
+            raise ValueError(f"--{name}={vars(args)[name]!r} with --method {args.method}; accepted: --method {owner}")
     # Wrong arguments are found before the model is loaded.
     given = {name: vars(args)[name] for name in ("group", "before_rope", "center") if name in args}
     method = methods.resolve(args.method, **given)

@@ -114,6 +114,7 @@ def _policy(kind: str, name: str, policy: Policy, measured: list[Result]) -> Met
         "keys" * (policy.needs_states and not policy.needs_values),
         "the rotary embedding" * policy.needs_rope,
         "the output projection" * policy.needs_output,
+        "hidden states, and a file of hf-kvcache calibrate" * policy.needs_hidden,
         "optionally a calibration" * ("calibration" in inspect.signature(type(policy)).parameters),
     )
     step = _listed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -44,6 +44,9 @@ class Policy(ABC):
     needs_rope: bool = False
     #: Whether it looks at the output projection (``ctx.output_weight``).
     needs_output: bool = False
+    #: Whether it scores tokens as they come, by the hidden states that the attention module is given: what
+    #: :meth:`gate_scores` returns is kept beside each token (``ctx.gated``).
+    needs_hidden: bool = False
     #: Whether the sinks' keys are moved along with the window behind them, so that no gap is between them.
     moves_sinks: bool = False
     #: None: each head of a layer keeps equally many. A share: heads compete for the layer's budget, each keeps at
@@ -70,6 +73,23 @@ class Policy(ABC):
 
         What is returned for protected tokens and for places without a token is not looked at. Ties go to the newer one.
         """
+
+    def gate_scores(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores of new tokens, float32 ``[B, Hkv, T]``, for policies with ``needs_hidden``.
+
+        Args:
+            layer: index of the layer in the model.
+            hidden: ``[B, T, hidden]``, what the attention module of the layer is given.
+        """
+        raise NotImplementedError(f"policy {self.name!r} does not score hidden states")
+
+    def check_config(self, config: Any) -> None:
+        """Raise ValueError if the policy does not fit a model with this ``config``, which has just got a cache."""
+        return None
+
+    def check_module(self, module: torch.nn.Module, layer: int) -> None:
+        """Raise ValueError if the policy does not fit the attention module of ``layer``; for ``needs_hidden``."""
+        return None
 
     def recent(self, quota: int) -> int:
         """Newest tokens that stay whatever their scores, when a head keeps ``quota`` tokens."""

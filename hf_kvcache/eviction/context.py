@@ -66,6 +66,8 @@ class Context:
             ``[B, Hkv, g, T]`` by query head, each probability over the length of the query's hidden state, for policies
             with ``replay_by_head``. For those with ``replay_squares`` the root mean square over the queries, of
             probabilities over the context alone. None if not asked for.
+        gated: float32 ``[B, Hkv, T]``, what the policy's own ``gate_scores`` gave each token when it came; None if not
+            asked for.
         rope: the layer's rotary embedding; None if not asked for.
         output_weight: ``[hidden, Hq * Dv]``, the weight of the output projection; None if not asked for.
         seed: for policies that draw random numbers.
@@ -89,6 +91,7 @@ class Context:
     query_positions: torch.Tensor | None = None
     accumulated: torch.Tensor | None = None
     replayed: torch.Tensor | None = None
+    gated: torch.Tensor | None = None
     rope: Rope | None = None
     output_weight: torch.Tensor | None = None
     seed: int = 0

@@ -114,6 +114,12 @@ class Evictor:
         """Add the sums of one call of attention; its last ``fresh`` full-precision tokens are not stored yet."""
         self.observations.add_attention(storage, attention, fresh, valid)
 
+    def observe_scores(
+        self, storage: PagedStorage, scores: torch.Tensor, stored: bool, valid: np.ndarray | None
+    ) -> None:
+        """Keep what the policy gave the new tokens, ``[B, Hkv, n]``, which are ``stored`` already or not."""
+        self.observations.add_scores(storage, scores, stored, valid)
+
     def observe_first(
         self,
         storage: PagedStorage,

@@ -154,7 +154,11 @@ class LayerSelection:
             context.queries, context.query_positions = queries[0], ascending_on(device, numbers).contiguous()
             context.reach, context.reach_of = partial(_reach, held, queries[1]), queries[0]
         if observations.accumulated is not None:
-            context.accumulated = observations.accumulated.by_token(held)
+            by_token = observations.accumulated.by_token(held)
+            if policy.needs_hidden:
+                context.gated = by_token
+            else:
+                context.accumulated = by_token
         return context
 
     def scores(self, context: Context) -> torch.Tensor:

@@ -117,6 +117,8 @@ class LatestQueries:
 class AccumulatedAttention:
     """The attention that each key has received so far, by the place where the key lies.
 
+    For a policy that scores tokens as they come, these are the scores instead.
+
     Attributes:
         dense: float32 ``[B, Hkv, slots]`` of the dense buffer, summed over queries, averaged over a group's heads.
         pages: float32 ``[B, Hkv, columns * P]``.
@@ -156,6 +158,17 @@ class AccumulatedAttention:
     def holds(self, sums: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
         """Whether ``sums`` are what :meth:`room_for` would return, if slots and pages are the same."""
         return sums is not None and sums[0] is self.dense and sums[1] is self.pages
+    def put_new(self, rows: slice, start: int, new: torch.Tensor) -> None:
+        """Set the slots from ``start`` on of the sequences ``rows`` to ``new [b, Hkv, n]``."""
+        self._reserve(start + new.shape[2], 0)
+        self.dense[rows, :, start : start + new.shape[2]] = new
+
+    def put_one(self, rows: np.ndarray, slots: np.ndarray, new: torch.Tensor) -> None:
+        """Set a slot of each of the sequences ``rows``, slots of their own, to ``new [b, Hkv, 1]``."""
+        if len(rows):
+            self._reserve(int(slots.max()) + 1, 0)
+            device = self.dense.device
+            self.dense[to_device(rows, device), :, to_device(slots, device)] = new[:, :, 0]
 
     def by_token(self, held: TokenView) -> torch.Tensor:
         """The accumulated attention of the tokens ``held``, ``[b, Hkv, T]``; changes nothing."""
@@ -292,6 +305,28 @@ class Observations:
             if len(counted):  # else all of it is padding
                 sums = prompt_sums(tokens_of(query[one], counted), tokens_of(keys[one], counted), scoring)
                 accumulated.add_rows(one, sums)
+
+    def add_scores(self, storage: PagedStorage, scores: torch.Tensor, stored: bool, valid: np.ndarray | None) -> None:
+        """Keep the ``scores [B, Hkv, n]`` of new tokens, which are the last of the dense buffer or come behind it.
+
+        Args:
+            storage: the layer's tokens.
+            scores: of the new tokens, padding included.
+            stored: whether the tokens are in the dense buffer already.
+            valid: bool ``[B, n]``, False for padding; None if there is none.
+        """
+        kept, count, lengths = self._accumulated(storage), scores.shape[2], storage.dense.lengths
+        if valid is None and storage.dense.uniform_length is not None:
+            kept.put_new(slice(None), storage.dense.uniform_length - (count if stored else 0), scores)
+            return
+        if count == 1:
+            rows = np.arange(storage.batch) if valid is None else np.flatnonzero(valid[:, 0])
+            kept.put_one(rows, lengths[rows] - stored, rows_of(scores, rows))
+            return
+        for row in range(storage.batch):
+            counted = np.arange(count) if valid is None else np.flatnonzero(valid[row])
+            start = int(lengths[row]) - (len(counted) if stored else 0)
+            kept.put_new(slice(row, row + 1), start, tokens_of(scores[row : row + 1], counted))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Queries and accumulated attention as tensors by name, not the block; the tensors are views."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hf_kvcache.eviction.base import Policy
@@ -68,11 +70,24 @@ class Wrapper(Policy):
         return self.policy.needs_output
 
     @property
+    def needs_hidden(self) -> bool:  # type: ignore[override]
+        return self.policy.needs_hidden
+
+    @property
     def head_floor(self) -> float | None:  # type: ignore[override]
         return self.policy.head_floor
 
     def score(self, ctx: Context) -> torch.Tensor:
         return self.policy.score(ctx)
+
+    def gate_scores(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self.policy.gate_scores(layer, hidden)
+
+    def check_config(self, config: Any) -> None:
+        self.policy.check_config(config)
+
+    def check_module(self, module: torch.nn.Module, layer: int) -> None:
+        self.policy.check_module(module, layer)
 
     def recent(self, quota: int) -> int:
         return self.policy.recent(quota)

@@ -63,6 +63,7 @@ class EvictingLayer(EvictingAttention):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._attended:
             raise self.not_attended()
+        scores = self.scores_of_new(key_states)
         self._flush_prefill(key_states.shape[2])
         if self.rollback.recording:
             if self.rollback.overdue:
@@ -70,6 +71,8 @@ class EvictingLayer(EvictingAttention):
             if self._undo is None:
                 self._undo = self._snapshot()
         handles = super().update(key_states, value_states, *args, **kwargs)
+        if self._new is not None:
+            self._new.scores = scores
         self._attended = False
         return handles
 

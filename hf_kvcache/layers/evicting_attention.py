@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 from weakref import WeakMethod
 
 import torch
@@ -47,12 +48,55 @@ class EvictingAttention(KVCacheLayer):
         #: A weak reference to a function that evicts tokens of all layers of the cache together; None if each layer
         #: chooses alone. A cache whose heads compete across layers sets it.
         self.together: WeakMethod[Callable[[], None]] | None = None
+        self._module_checked = False
 
     def clear(self) -> None:
         super().clear()
         self.evictor: Evictor | None = None
         self._undo: Undo | None = None
         self._attended = True
+        self._hidden: torch.Tensor | None = None
+
+    def see_hidden(self, module: torch.nn.Module, hidden: Any) -> None:
+        """Take note of the hidden states ``[B, T, hidden]`` of the tokens that come next, for a policy that needs them.
+
+        Raises:
+            ValueError: if the policy was fitted to another model than that of the attention ``module``.
+        """
+        policy = self.eviction.policy
+        if not policy.needs_hidden:
+            return
+        if not self._module_checked:
+            policy.check_module(module, self.index)
+            self._module_checked = True
+        self._hidden = hidden if isinstance(hidden, torch.Tensor) else None
+
+    def scores_of_new(self, key_states: torch.Tensor) -> torch.Tensor | None:
+        """What the policy gives the tokens of ``key_states [B, Hkv, T, Dk]``, ``[B, Hkv, T]``; None if nothing.
+
+        Raises:
+            RuntimeError: if the hidden states of these tokens were not seen.
+            ValueError: if the scores are those of another number of heads.
+        """
+        if not self.eviction.policy.needs_hidden:
+            return None
+        hidden, self._hidden = self._hidden, None
+        batch, heads, tokens, _ = key_states.shape
+        if hidden is None or hidden.dim() != 3 or hidden.shape[:2] != (batch, tokens):
+            seen = "none" if hidden is None else f"some of shape {list(hidden.shape)}"
+            raise RuntimeError(
+                f"layer {self.index}: policy {self.eviction.policy.name!r} needs the hidden states of the {tokens} new "
+                f"tokens, and got {seen}. The model has to be called as a whole, with the config that the cache was "
+                "built from, and without torch.compile"
+            )
+        with torch.no_grad():
+            scores = self.eviction.policy.gate_scores(self.index, hidden.detach().to(key_states.device))
+        if scores.shape != (batch, heads, tokens):
+            raise ValueError(
+                f"layer {self.index}: policy {self.eviction.policy.name!r} gave scores of shape {list(scores.shape)}; "
+                f"accepted: {[batch, heads, tokens]}, those of the KV heads that this process has"
+            )
+        return scores
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         new, storage = self._latest()
@@ -88,6 +132,7 @@ class EvictingAttention(KVCacheLayer):
             raise self.not_attended()
         else:
             self.evictor.note(new.position, new.length, new.valid)
+            self._keep_scores(new)
         self._attended = True
         if not self.options.deferred:
             self.flush()
@@ -190,7 +235,14 @@ class EvictingAttention(KVCacheLayer):
         evictor.observe_queries(self.queries_for_policy(draft.call.queries), new.position, new.valid, drafted)
         if accumulated:
             evictor.observe_sums(storage, result, 0 if new.stored else new.length, new.valid)
+        self._keep_scores(new)
         return output
+
+    def _keep_scores(self, new: NewTokens) -> None:
+        """Keep what the policy gave new tokens as they came."""
+        if new.scores is not None:
+            storage, evictor = self._held()
+            evictor.observe_scores(storage, new.scores, new.stored, new.valid)
 
     def _steps_with_sums(self, call: AttentionCall) -> bool:
         """Whether a prepared call can also sum up the attention that keys receive."""
@@ -220,6 +272,7 @@ class EvictingAttention(KVCacheLayer):
         evictor.observe_queries(query, new.position, new.valid)
         if evictor.policy.needs_accumulated:
             evictor.observe_first(storage, query, new.keys, new.values, new.valid)
+        self._keep_scores(new)
 
     def _store(self, new: NewTokens) -> None:
         storage, _ = self._held()

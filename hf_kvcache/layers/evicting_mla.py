@@ -54,7 +54,7 @@ def check_policy(policy: Policy, compensate: int | str) -> None:
     Policies cannot be used that undo rotary positions, read the output projection, read the context again, let layers
     compete or move sinks. New values for kept tokens (``compensate``) cannot be used either.
     """
-    for name in ("needs_rope", "needs_output", "needs_replay", "across_layers", "moves_sinks"):
+    for name in ("needs_rope", "needs_output", "needs_replay", "needs_hidden", "across_layers", "moves_sinks"):
         if getattr(policy, name):
             raise ValueError(
                 f"policy={policy!r} does not go with latents ({name.replace('_', ' ')}); accepted: policies that look "

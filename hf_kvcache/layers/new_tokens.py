@@ -26,6 +26,7 @@ class NewTokens:
         stored: whether the tokens are in the storage already.
         earlier_padding: the positions of padding in earlier updates; None until a mask was read.
         with_gradient: keys and values as the model gave them, if they carry a gradient; else None.
+        scores: float32 ``[B, Hkv, T]``, what an eviction policy gave the tokens as they came; None if it gives nothing.
         read: whether the keys and values were read as dense tensors.
     """
 
@@ -36,6 +37,7 @@ class NewTokens:
     stored: bool = False
     earlier_padding: PaddingPlaces | None = None
     with_gradient: tuple[torch.Tensor, torch.Tensor] | None = None
+    scores: torch.Tensor | None = None
     read: bool = False
 
     @property
@@ -63,6 +65,7 @@ class NewTokens:
             self.position + tokens.start,
             None if valid is None else valid[:, tokens],
             earlier_padding=earlier,
+            scores=None if self.scores is None else self.scores[:, :, tokens],
         )
 
 

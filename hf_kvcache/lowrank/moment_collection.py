@@ -63,7 +63,7 @@ def collect(
                 sums[module.layer_idx] = _LayerSums(module, (query.shape[1], key.shape[1]), group, length)
             sums[module.layer_idx].add(query, key, value, sinks)
 
-    with _bar(tokens) if progress else nullcontext() as advance:
+    with progress_bar(tokens) if progress else nullcontext() as advance:
         record_attention(model, texts, tokenizer, tokens, length, record, advance, processes)
     processes.add_up({index: layer.tensors() for index, layer in sums.items()})
     if not sums:
@@ -83,7 +83,7 @@ def _has_own_keys(module: Any, query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _bar(tokens: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(tokens: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on the terminal, advanced by calls; without rich there is none."""
     try:
         from rich.console import Console

@@ -285,7 +285,7 @@ def test_every_task_and_cache_of_a_suite_is_known(name: str) -> None:
 def test_the_suite_of_evictions_has_every_policy_at_every_share() -> None:
     specs = set(suites.caches("eviction"))
     assert {f"{policy}@{share}" for policy in registry.available() for share in suites.SHARES} - specs == {
-        f"keepall@{share}" for share in suites.SHARES
+        f"{policy}@{share}" for policy in ("keepall", "gate") for share in suites.SHARES
     }
     assert {"full", "ada-snapkv@0.03125", "critical-snapkv@0.5", "random@0.25", "chunk-dropkv@0.125"} <= specs
     for _, entry in suites.suite("eviction"):

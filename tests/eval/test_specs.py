@@ -92,7 +92,8 @@ def test_every_policy_is_a_method_and_every_wrapper_goes_in_front() -> None:
     for policy in registry.available():
         for name in (policy, *(f"{wrapper}-{policy}" for wrapper in registry.wrappers())):
             kind = Method(f"{name}@0.3+int4").kind
-            assert kind.rows and kind.budget and kind.after_prefill and kind.shares_prefill and kind.queries
+            assert kind.rows and kind.budget and kind.after_prefill and kind.queries
+            assert kind.shares_prefill == (policy != "gate")  # which has to see the model read
     assert not Method("int4").kind.queries
 
 

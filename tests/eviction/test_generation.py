@@ -13,7 +13,7 @@ from hf_kvcache.eviction import resolve
 from hf_kvcache.layers.evicting import EvictingLayer
 from tests import families
 from tests.choosing import chosen
-from tests.eviction.toys import INTERVAL, SINKS, TAIL, policies, reading_once, small_options
+from tests.eviction.toys import INTERVAL, SINKS, TAIL, gate_option, policies, reading_once, small_options
 from tests.running import assert_same, forward, full_cache, generate, left_padded, prompt
 
 BUDGET = 24
@@ -22,7 +22,8 @@ FAMILIES = ["llama", "gemma3", "gpt_neox", "phi", "gpt_oss", "gemma2"]
 
 def evicting(model: PreTrainedModel, policy: str = "snapkv", **options: Any) -> HeavyHitterCache:
     sizes = {"budget": BUDGET, "page_size": 8, "sink_length": SINKS, "tail_length": TAIL, "interval": INTERVAL}
-    return HeavyHitterCache(model.config, policy=policy, **{**sizes, **small_options(policy), **options})
+    own = small_options(policy) | gate_option(policy, model.config)
+    return HeavyHitterCache(model.config, policy=policy, **{**sizes, **own, **options})
 
 
 def evicted(cache: HeavyHitterCache) -> list[EvictingLayer]:

@@ -36,6 +36,9 @@ BAD = [
     ("critical-h2o", "epsilon", -1, "numbers from 0 to inf"),
     ("dropkv", "window", 0, "whole numbers from 1"),
     ("chunk-snapkv", "length", 0, "whole numbers from 1"),
+    ("gate", "window", -1, "whole numbers from 0"),
+    ("gate", "spread", "even", "'calibrated', 'uniform'"),
+    ("gate", "gate", 3, "a Gate, the path of a file"),
     ("threshold-snapkv", "tau", float("inf"), "numbers from -3.4"),
     ("threshold-snapkv", "tau", None, "numbers from -3.4"),
 ]
@@ -91,7 +94,14 @@ def test_wrappers_want_what_the_policy_inside_wants() -> None:
     for name in set(available()) - {"random"}:
         plain = resolve(name)
         for policy in inside(name)[1:]:
-            for wish in ("observed", "needs_accumulated", "needs_replay", "replay_by_head", "needs_rope"):
+            for wish in (
+                "observed",
+                "needs_accumulated",
+                "needs_replay",
+                "replay_by_head",
+                "needs_rope",
+                "needs_hidden",
+            ):
                 assert getattr(policy, wish) == getattr(plain, wish)
             assert policy.recent(50) == plain.recent(50)
             assert policy.layer_quota(50, 1, 4, 8, 90) == plain.layer_quota(50, 1, 4, 8, 90)

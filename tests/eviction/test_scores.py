@@ -17,7 +17,9 @@ from tests.eviction.contexts import SHAPES, random_context, shown
 from tests.tolerances import TOLERANCES, assert_near
 
 #: Policies that are tested elsewhere: they need replays or rotary positions, or have no score to derive.
-ELSEWHERE = {"compactor", "expected", "kvzip", "kvzipplus", "leverage", "random", "reread", "rms", "triattention"}
+ELSEWHERE = {
+    "compactor", "expected", "gate", "kvzip", "kvzipplus", "leverage", "random", "reread", "rms", "triattention",
+}  # fmt: skip
 
 POLICIES: dict[str, dict[str, Any]] = {
     "h2o": {},

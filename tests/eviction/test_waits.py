@@ -44,18 +44,22 @@ def check(found: dict[str, Any]) -> None:
             assert within, (name, moment, asked, counts[moment])
 
 
+#: A gate belongs to one model, which the benchmark does not have.
+POLICIES = [name for name in reading_once() if name != "gate"]
+
+
 def test_an_eviction_waits_once_and_a_plain_step_never() -> None:
     check(counted("--codecs", "unbiased4", "--padded", "no", "--policies", "snapkv", "h2o", "ada-expected"))
 
 
 @pytest.mark.slow
 def test_waits_of_every_policy() -> None:
-    check(counted("--padded", "no", "--policies", *reading_once()))
+    check(counted("--padded", "no", "--policies", *POLICIES))
 
 
 @pytest.mark.slow
 def test_padded_sequences_wait_together() -> None:
     """They are looked at one by one, and yet one read-back serves all of them."""
-    found = counted("--padded", "yes", "--policies", *(name for name in reading_once() if name != "keepall"))
+    found = counted("--padded", "yes", "--policies", *(name for name in POLICIES if name != "keepall"))
     for name, counts in found.items():
         assert counts["same"] and [counts[at]["waits"] for at in ("prompt", "step", "eviction")] == [1, 0, 1], name

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_kvcache import HeavyHitterCache
 from hf_kvcache.eviction import available, resolve
+from hf_kvcache.eviction.gates import Gate, LayerGate
 from hf_kvcache.eviction.registry import option_names, wrappers
 from hf_kvcache.integration.attention import attention_function
 from hf_kvcache.layers.evicting import EvictingLayer
@@ -48,6 +49,22 @@ def reading_once() -> list[str]:
 def small_options(policy: str) -> dict[str, Any]:
     """Options of ``policy`` that suit some dozens of tokens."""
     return {name: value for name, value in _SMALL.items() if name in option_names(policy)}
+
+
+def gate_option(policy: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """A gate of random maps for a model with this ``config``, as the option of a policy that takes one."""
+    if "gate" not in option_names(policy):
+        return {}
+    text: Any = config.get_text_config(decoder=True)
+    draw, (heads, width) = torch.Generator().manual_seed(0), (text.num_key_value_heads, text.hidden_size)
+    layers = {
+        index: LayerGate(
+            [torch.randn(heads, width, generator=draw), torch.randn(heads, generator=draw)],
+            torch.randn(16, generator=draw).sort().values,
+        )
+        for index in range(text.num_hidden_layers)
+    }
+    return {"gate": Gate(layers, {})}
 
 
 def grid() -> list[Any]:
@@ -108,6 +125,7 @@ class Toy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.attention = LlamaAttention(config, 0)
+        options = gate_option(policy, config) | options
         sizes = {"budget": BUDGET, "page_size": PAGE, "sink_length": SINKS, "tail_length": TAIL, "interval": INTERVAL}
         self.cache = HeavyHitterCache(
             config, policy=policy, **{**sizes, **CODECS[codec], **small_options(policy), **options}
@@ -133,6 +151,8 @@ class Toy:
         mask = (torch.arange(seen + new.length)[None] <= queries).expand(len(new.query), 1, -1, -1)
         if real is not None:
             mask = mask & real[:, None, None, : seen + new.length]
+        # What a hook on the attention module of a whole model does.
+        self.layer.see_hidden(self.attention, new.query.transpose(1, 2).flatten(2))
         key, value = self.cache.update(new.key, new.value, 0)
         return attention_function(self.attention, new.query, key, value, mask)[0]
 

@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {"budget": 24, "page_size": 8, "sink_length": 2, "tail_l
 
 def fitting() -> list[str]:
     """The policies that depend only on attention, keys and values."""
-    needs = ("needs_rope", "needs_output", "needs_replay", "moves_sinks")
+    needs = ("needs_rope", "needs_output", "needs_replay", "needs_hidden", "moves_sinks")
     return [name for name in available() if not any(getattr(resolve(name), need) for need in needs)]
 
 

@@ -24,7 +24,7 @@ from tests.planning.holding import BATCH, CONTEXT, fill, held, saved_by_chance
 #: Those that differ in what decides the bytes: sums, a budget by layer with a window of queries, every query.
 SAMPLE = ("h2o", "pyramidkv", "expected")
 #: Policies whose heads compete.
-NOT_EQUAL = ("kvzip", "kvzipplus", "rms")
+NOT_EQUAL = ("gate", "kvzip", "kvzipplus", "rms")
 
 
 @pytest.mark.parametrize(
