@@ -158,6 +158,7 @@ class AccumulatedAttention:
     def holds(self, sums: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
         """Whether ``sums`` are what :meth:`room_for` would return, if slots and pages are the same."""
         return sums is not None and sums[0] is self.dense and sums[1] is self.pages
+
     def put_new(self, rows: slice, start: int, new: torch.Tensor) -> None:
         """Set the slots from ``start`` on of the sequences ``rows`` to ``new [b, Hkv, n]``."""
         self._reserve(start + new.shape[2], 0)
