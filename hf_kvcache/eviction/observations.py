@@ -316,7 +316,7 @@ class Observations:
             stored: whether the tokens are in the dense buffer already.
             valid: bool ``[B, n]``, False for padding; None if there is none.
         """
-        kept, count, lengths = self._accumulated(storage), scores.shape[2], storage.dense.lengths
+        kept, count, lengths = self.received(storage), scores.shape[2], storage.dense.lengths
         if valid is None and storage.dense.uniform_length is not None:
             kept.put_new(slice(None), storage.dense.uniform_length - (count if stored else 0), scores)
             return
