@@ -277,6 +277,23 @@ inline uint8_t integer_code(float x, float low, float step, float most) {
     return (uint8_t)(int)(!(code > 0) ? 0 : code > most ? most : code);  // NaN becomes 0
 }
 
+// The codes of n numbers, with a lowest value and a step for each of them, or one for all if `each` is 0.
+inline void integer_codes(const float* x, int n, const float* low, const float* step, int each, float most, uint8_t* codes) {
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+    // Adding 1.5 * 2^23 rounds to an integer, ties to even, as rintf does.
+    const Vec magic = splat(12582912.0f), top = splat(most);
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const Vec lows = each ? load(low + i) : splat(*low), steps = each ? load(step + i) : splat(*step);
+        Vec code = (load(x + i) - lows) / steps;
+        code = select(code > splat(0.0f), code, splat(0.0f));  // NaN becomes 0
+        code = (select(code > top, top, code) + magic) - magic;
+        const Bytes bytes = __builtin_convertvector(__builtin_convertvector(code, VecInt), Bytes);
+        std::memcpy(codes + i, &bytes, kLanes);
+    }
+    for (; i < n; i++) codes[i] = integer_code(x[i], low[each * i], step[each * i], most);
+}
+
 // KIVI: a scale and a zero point for each group of tokens, in every channel. Both are rounded before the codes are chosen.
 inline void encode_integer_channels(const HfkvSide& side, Page& p, uint8_t* record) {
     const float most = (float)((1 << side.bits) - 1);
@@ -296,8 +313,7 @@ inline void encode_integer_channels(const HfkvSide& side, Page& p, uint8_t* reco
             low[c] = stored(low[c], record + side.zero, at + c);
             high[c] = stored(at_least((high[c] - low[c]) / most, kSmallestStep), record + side.scale, at + c);
         }
-        for (int i = 0; i < side.group; i++)
-            for (int c = 0; c < p.dim; c++) codes[i * p.pitch + c] = integer_code(x[i * p.pitch + c], low[c], high[c], most);
+        for (int i = 0; i < side.group; i++) integer_codes(x + i * p.pitch, p.dim, low, high, 1, most, codes + i * p.pitch);
     }
 }
 
@@ -322,7 +338,7 @@ inline void encode_integer_tokens(const HfkvSide& side, Page& p, uint8_t* record
             for (; c < side.group; c++) low = x[c] < low ? x[c] : low, high = x[c] > high ? x[c] : high;
             low = stored(low, record + side.zero, t * groups + g);
             const float step = stored(at_least((high - low) / most, kSmallestStep), record + side.scale, t * groups + g);
-            for (int i = 0; i < side.group; i++) codes[i] = integer_code(x[i], low, step, most);
+            integer_codes(x, side.group, &low, &step, 0, most, codes);
         }
 }
 
