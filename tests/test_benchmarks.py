@@ -47,8 +47,7 @@ MAY_BE_ZERO = (
     "packing",
     "pause",
     "error",
-    "allocations",
-    "allocated_bytes",
+    "allocat",
     "mean_kl",
     "top1_agreement",
 )

@@ -179,10 +179,11 @@ class KVCache(SavableCache):
             attention_mask: ``[B, T]``, 0 for padding; None if there is no padding.
             prompt_ids: tokens ``[n]`` that are put before the context and ask the model to repeat it; None for none.
             replayed: the result of :meth:`replay` for this context, in place of the other arguments. Caches with
-                different budgets can share one result.
+                different budgets can share one result. With ``compensate="match"`` it has to be of such a cache too.
 
         Raises:
-            ValueError: if the cache does not evict, or an argument is missing that the policy needs.
+            ValueError: if the cache does not evict, an argument is missing that the policy needs, or ``replayed`` is
+                not what this cache's own :meth:`replay` finds.
             RuntimeError: if a forward pass ended in the middle.
         """
         self.check_complete()
@@ -202,8 +203,9 @@ class KVCache(SavableCache):
 
         Returns:
             For each layer that evicts, float32 ``[B, Hkv, T]`` for its T stored tokens in their order: the largest
-            attention probability that a token got from any query of the head's group. ``[B, Hkv, g, T]`` for policies
-            with ``replay_by_head``.
+            attention probability that a token got from any query of the head's group. The root mean square over these
+            queries for policies with ``replay_squares``. ``[B, Hkv, g, T]`` for policies with ``replay_by_head``. With
+            ``compensate="match"``, the result holds queries of the second reading besides.
         """
         self.check_complete()
         self.refuse_static("replay()")

@@ -71,6 +71,8 @@ class Context:
         rope: the layer's rotary embedding; None if not asked for.
         output_weight: ``[hidden, Hq * Dv]``, the weight of the output projection; None if not asked for.
         seed: for policies that draw random numbers.
+        bias: float32 ``[B, Hkv, T]``, what is added to the scores of each key, since kept keys stand for others; None
+            for nothing.
         aligned: whether all heads are known to hold the same tokens.
         reach: gives the number of places, from the first on, that hold all that query ``i`` sees, in the head that
             needs most. The host knows it, and so need not ask the device; None where it has to.
@@ -95,6 +97,7 @@ class Context:
     rope: Rope | None = None
     output_weight: torch.Tensor | None = None
     seed: int = 0
+    bias: torch.Tensor | None = None
     aligned: bool = False
     reach: Callable[[int], int] | None = None
     reach_of: torch.Tensor | None = None
@@ -146,6 +149,8 @@ class Context:
             scores = (rows @ self.keys[:, :, :seen].mT).unflatten(2, (queries.shape[2], -1))
             if self.scoring.softcap is not None:
                 scores = scores.tanh_().mul_(self.scoring.softcap)
+            if self.bias is not None:
+                scores = scores + self.bias[:, :, None, None, :seen]
             # Places without a token have positions beyond those of any query.
             hidden = self.positions[:, :, None, :seen] > at[:, None, part, None]
             yield self._softmax(scores.masked_fill_(hidden[:, :, None], -torch.inf))

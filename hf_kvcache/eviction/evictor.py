@@ -307,8 +307,10 @@ class Evictor:
             if keep is not None and kept.drops(change.plan):
                 self.schedule.note_eviction(seen)
                 if self.options.compensate:
-                    queries = self._latest_queries(held) if reference is None else (reference[number], None)
-                    bias = self._fit(held, keep, kept.most(change.plan), *queries)
+                    count = self.options.compensated_queries
+                    latest = self.observations.latest_queries(held.rows, count) if reference is None else None
+                    queries = (None, None) if reference is None else (reference[number], None)
+                    bias = _fit(self.selection(), held, keep, kept.most(change.plan), *(latest or queries))
             carry_out(change.plan, kept, bias)
             if self.policy.moves_sinks:
                 gone = self.pinned.counts - storage.tokens()
@@ -316,27 +318,36 @@ class Evictor:
             if self.observations.accumulated is not None:
                 _move_sums(self.observations.accumulated, storage, change)
 
-    def _latest_queries(self, held: TokenView) -> tuple[torch.Tensor | None, np.ndarray | None]:
-        """The queries of the sequences to which kept tokens are fitted, and their positions; None if there are none."""
-        return self.observations.latest_queries(held.rows, self.options.compensated_queries) or (None, None)
 
-    def _fit(
-        self, held: TokenView, keep: torch.Tensor, most: int, query: torch.Tensor | None, at: np.ndarray | None
-    ) -> torch.Tensor | None:
-        """New values for the kept tokens that are not packed yet, of which a head has ``most`` in all.
+def _fit(
+    selection: LayerSelection,
+    held: TokenView,
+    keep: torch.Tensor,
+    most: int,
+    query: torch.Tensor | None,
+    at: np.ndarray | None,
+) -> torch.Tensor | None:
+    """Fit the kept tokens that are not packed yet to the attention of some queries, as the options say.
 
-        Returns:
-            float16 ``[b, Hkv, slots]``, the bias of each token of the dense buffer; None if there is none.
-        """
-        if query is None:
-            return None
-        selection = self.selection()
-        scoring, fixed = selection.scoring(query.shape[-1]), selection.protected(held, 0)
-        if self.options.matches:
-            return match_attention(held, keep, fixed, query, at, scoring, most)
-        assert at is not None
-        compensate_values(held, keep, fixed, query, at, scoring, most)
+    Args:
+        selection: knows the options, and which tokens stay as they are.
+        held: the tokens of some sequences.
+        keep: bool ``[b, Hkv, T]``, which of them stay.
+        most: how many the head keeps that keeps most.
+        query: ``[b, Hq, n, Dk]``; None to fit nothing.
+        at: int64 ``[b, n]``, positions of the queries; None if they see all tokens.
+
+    Returns:
+        float16 ``[b, Hkv, slots]``, the bias of each token of the dense buffer; None if there is none.
+    """
+    if query is None:
         return None
+    scoring, fixed = selection.scoring(query.shape[-1]), selection.protected(held, 0)
+    if selection.options.matches:
+        return match_attention(held, keep, fixed, query, at, scoring, most)
+    assert at is not None
+    compensate_values(held, keep, fixed, query, at, scoring, most)
+    return None
 
 
 def _groups(pinned: PinnedPositions, storage: PagedStorage, rows: np.ndarray) -> Iterator[np.ndarray]:

@@ -143,6 +143,7 @@ class LayerSelection:
             layers=self.place.num_layers,
             seed=self.options.seed,
             aligned=held.columns == 0,
+            bias=held.bias() if policy.observed else None,
         )
         if policy.needs_rope:
             context.rope = self.rope()

@@ -193,3 +193,19 @@ def test_bad_arguments(model: PreTrainedModel) -> None:
     assert matching.memory().total == held and all(not layer.evictor.evictions for layer in matching.own_layers)  # type: ignore[attr-defined]
     matching.compress(replayed=matching.replay(model, prompt(60)))
     assert matching.memory().total < held
+
+
+def test_policies_see_the_bias() -> None:
+    """Probabilities of observed queries over tokens of which some stand for others, by one softmax in float64."""
+    toy, given = Toy("snapkv", compensate="match"), states(80)
+    toy(given.at(0, 60))
+    evictor, held = toy.layer.evictor, TokenView.of(storage_of(toy.layer), np.zeros(1, np.int64))
+    assert evictor is not None
+    selection = evictor.selection()
+    context = selection.context(held, 10, selection.protected(held, 0))
+    assert context.queries is not None and context.bias is not None and context.bias.abs().max() > 0.1
+    found = torch.cat(list(context.probabilities()), 3)
+    query = context.queries.double().unflatten(1, (HEADS, -1)) * context.scoring.scaling
+    scores = query @ context.keys.double()[:, :, None].mT + context.bias.double()[:, :, None, None]
+    later = context.positions[:, :, None] > context.query_positions.expand(1, -1)[:, None, :, None]  # type: ignore[union-attr]
+    assert_near(found, scores.masked_fill(later[:, :, None], -torch.inf).softmax(-1).nan_to_num())
