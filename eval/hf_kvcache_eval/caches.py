@@ -116,7 +116,10 @@ def _latent(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> La
     options = _lengths(spec, protocol)
     name = options.pop("projection", None)
     if name is not None:
-        options |= {"projection": calibrated_file(str(name), "safetensors", "projection"), "ratio": 1.0 if spec.budget is None else spec.budget}
+        options |= {
+            "projection": calibrated_file(str(name), "safetensors", "projection"),
+            "ratio": 1.0 if spec.budget is None else spec.budget,
+        }
     return LatentKVCache(config, spec.codec, **options)
 
 
@@ -156,7 +159,11 @@ def kinds() -> dict[str, Kind]:
     }
     return {
         "full": Kind(_full, "transformers' DynamicCache; dtype=bfloat16 runs the model in it (the noise floor)"),
-        "quantized": Kind(_quantized, "QuantizedKVCache: bits= (a width or the NAME of a file), codec=, key_bits=, value_bits=", queries=True),
+        "quantized": Kind(
+            _quantized,
+            "QuantizedKVCache: bits= (a width or the NAME of a file), codec=, key_bits=, value_bits=",
+            queries=True,
+        ),
         **ours,
         **{name: _evicting_kind(name) for name in (*registry.available(), *POLICIES)},
         # transformers' quantized caches cannot repeat rows, and their fp8 scale is one per tensor, shared by all rows.
