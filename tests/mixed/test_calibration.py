@@ -130,6 +130,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert 0 < sizes_held[0] <= (sizes_held[1] + sizes_held[2]) / 2
 
 
+@pytest.mark.slow
 def test_no_better_than_one_width_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Widths that lose most are refused, and the error says by how much."""
     model = families.build("llama")
