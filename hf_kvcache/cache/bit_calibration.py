@@ -72,7 +72,7 @@ def calibrate_bits(
         whole(name, value)
     kept = max(1, windows // 3)
     rows = _windows(texts, tokenizer, tokens, length + scored, windows + kept).to(model.device)
-    sizes = {"tail_length": tail_length, "page_size": page_size}
+    sizes: dict[str, Any] = {"tail_length": tail_length, "page_size": page_size}
     trial = _Trial(model, rows[:windows], length, sizes)
     losses = trial.losses(advance or (lambda _: None))
     choices = {
@@ -102,7 +102,7 @@ class _Trial:
         storing: the layers of the full cache that store keys and values of their own, by index.
     """
 
-    def __init__(self, model: Any, rows: torch.Tensor, length: int, sizes: dict[str, int]) -> None:
+    def __init__(self, model: Any, rows: torch.Tensor, length: int, sizes: dict[str, Any]) -> None:
         self._model, self._rows, self._length = model, rows, length
         self._sizes = sizes
         self._base = self._fill(KVCache(model.config, **sizes))
@@ -174,9 +174,10 @@ def _windows(texts: Iterable[str], tokenizer: Any, tokens: int, length: int, cou
 
 def _record_bytes(full: PageEncoder, widths: Widths) -> int:
     """Bytes of a page of one KV head, scales included."""
-    side, page = full.layout.sides, full.layout.page_size
+    dims, page, dtype = full.widths, full.layout.page_size, full.layout.sides["keys"].dense_dtype
+    assert dtype is not None  # the pages of a cache in full precision
     made = resolve("auto", **widths.arguments)
-    return PageEncoder(made, side["keys"].dim, side["values"].dim, page, side["keys"].dense_dtype).layout.record_bytes
+    return PageEncoder(made, dims["keys"], dims["values"], page, dtype).layout.record_bytes
 
 
 def _budget(choices: dict[int, list[Choice]], bits: float) -> float:

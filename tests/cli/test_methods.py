@@ -40,7 +40,7 @@ def test_every_method_says_what_it_is() -> None:
     anchored, oracle = by_name["selector", "kascade"], by_name["selector", "oracle"]
     assert anchored.needs.startswith("the attention of a step to all pages; layers that choose for others")
     assert "some layers read all of them" in anchored.step and "every layer reads all of them" in oracle.step
-    assert by_name["low-rank method", "palu"].step == "keys are rotated again"
+    assert by_name["low-rank method", "palu"].step == "the query is taken into the basis"
 
 
 def test_figures_are_those_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ def kl(model: Any, rows: torch.Tensor, cache: Any) -> float:
     return float(torch.stack(found).mean())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_next"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_next", marks=pytest.mark.slow)])
 def test_losses_are_those_of_caches_made_by_their_arguments(family: str) -> None:
     model = families.build(family)
     rows = bit_calibration._windows([TEXT], Letters(), 600, 89, 2)
@@ -130,6 +130,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert 0 < sizes_held[0] <= (sizes_held[1] + sizes_held[2]) / 2
 
 
+@pytest.mark.slow
 def test_no_better_than_one_width_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Widths that lose most are refused, and the error says by how much."""
     model = families.build("llama")

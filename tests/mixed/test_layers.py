@@ -54,7 +54,11 @@ def storing(model: Any) -> list[int]:
     return [layer.index for layer in KVCache(model.config, bind=False).own_layers]
 
 
-@pytest.mark.parametrize("name", CACHES)
+#: The others differ from these in what the tests of their own look at.
+FAST = ("quantized", "allocated", "evicting", "latents", "hybrid")
+
+
+@pytest.mark.parametrize("name", [one if one in FAST else pytest.param(one, marks=pytest.mark.slow) for one in CACHES])
 def test_a_layer_is_that_of_one_width(name: str, tmp_path: Path) -> None:
     family, make = CACHES[name]
     model = families.build(family)
