@@ -115,7 +115,7 @@ def fit_mlp(data: LayerData, inner: int, seed: int = 0) -> LayerGate:
     targets = torch.cat([part for _, part in data.hidden]).to(device)
     targets = (targets - mean[width:]) / spread[width:]
     draw = torch.Generator().manual_seed(seed)
-    weights = []
+    weights: list[torch.Tensor] = []
     for shape in ((inner, width), (targets.shape[1], inner)):
         random = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(device)
         weights += [random * shape[1] ** -0.5, torch.zeros(shape[0], dtype=torch.float32, device=device)]
