@@ -32,28 +32,25 @@ class Reread(Policy):
     Args:
         chunk: tokens that are read again at a time. Each chunk is read directly behind the context, and does not see
             the chunks before it a second time.
-        every: one query in so many is looked at.
 
     Raises:
-        ValueError: if ``chunk`` or ``every`` is below 1.
+        ValueError: if ``chunk`` is below 1.
     """
 
     observed = ALL_QUERIES
     needs_rope = True
     needs_values = False
 
-    def __init__(self, chunk: int = 2048, every: int = 1) -> None:
-        self.chunk, self.every = whole("chunk", chunk), whole("every", every)
+    def __init__(self, chunk: int = 2048) -> None:
+        self.chunk = whole("chunk", chunk)
 
     def score(self, ctx: Context) -> torch.Tensor:
         total = torch.zeros(ctx.keys.shape[:3], dtype=torch.float32, device=ctx.keys.device)
         if ctx.queries is None or ctx.query_positions is None or ctx.keys.shape[2] == 0:
             return total
-        queries = ctx.queries.flip(2)[:, :, :: self.every]  # the latest one always
-        at = ctx.query_positions.expand(len(queries), -1).flip(1)[:, :: self.every]
-        for probabilities in self._reread(ctx, queries, at):
+        for probabilities in self._reread(ctx, ctx.queries, ctx.query_positions.expand(len(ctx.queries), -1)):
             total += probabilities.square_().sum(2)
-        return (total / max(queries.shape[2] * ctx.groups, 1)).sqrt()
+        return (total / max(ctx.queries.shape[2] * ctx.groups, 1)).sqrt()
 
     def _reread(self, ctx: Context, queries: torch.Tensor, at: torch.Tensor) -> Iterator[torch.Tensor]:
         """Probabilities ``[B, Hkv, g * n', T]`` of queries ``[B, Hq, n, D]`` from positions ``at [B, n]``, in parts."""
@@ -62,17 +59,18 @@ class Reread(Policy):
         elements = _STRIP_ELEMENTS if ctx.keys.device.type == "cpu" else _STRIP_ELEMENTS_ELSEWHERE
         step = max(_FEWEST_QUERIES, elements // (len(queries) * queries.shape[1] * tokens))
         absent = None if ctx.held is None else ~ctx.held[:, :, None]
-        parts = zip(range(0, queries.shape[2], step), queries.split(step, 2), at.split(step, 1), strict=True)
-        for start, query, place in parts:
+        done = 0
+        for query, place in zip(queries.split(step, 2), at.split(step, 1), strict=True):
+            done += query.shape[2]
             inside = place % self.chunk
             plain = ctx.rope.unrotate(query, place[:, None])
             moved = ctx.rope.rotate(plain, ctx.seen + inside[:, None])
             # The tokens of the query's chunk up to its own; places without a token are at none of these positions.
             first, last = ((x[:, None, None, :, None]) for x in (place - inside, place))
-            seen = _reached(ctx, start * self.every)
-            positions = ctx.positions[:, :, None, None, :seen]
+            reached = _reached(ctx, done - 1)
+            positions = ctx.positions[:, :, None, None, :reached]
             apart = (positions < first) | (positions > last)
-            near = _scores(ctx, query.float(), ctx.keys[:, :, :seen]).masked_fill_(apart, -torch.inf).flatten(2, 3)
+            near = _scores(ctx, query.float(), ctx.keys[:, :, :reached]).masked_fill_(apart, -torch.inf).flatten(2, 3)
             scores = _scores(ctx, moved, ctx.keys).flatten(2, 3)
             if absent is not None:
                 scores = scores.masked_fill_(absent, -torch.inf)
@@ -81,15 +79,11 @@ class Reread(Policy):
             yield scores.sub_(sums.masked_fill(sums == -torch.inf, 0.0)).exp_()
 
 
-def _reached(ctx: Context, newer: int) -> int:
-    """How many places, from the first on, hold all that the query sees that ``newer`` queries came after; at least 1.
-
-    All of them where only the device knows.
-    """
-    assert ctx.queries is not None
+def _reached(ctx: Context, query: int) -> int:
+    """How many places, from the first on, hold all that a query sees, at least 1; all where only the device knows."""
     if ctx.reach is None or ctx.queries is not ctx.reach_of:
         return ctx.keys.shape[2]
-    return max(1, ctx.reach(ctx.queries.shape[2] - 1 - newer))
+    return max(1, ctx.reach(query))
 
 
 def _scores(ctx: Context, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
