@@ -99,11 +99,11 @@ def check(cache: HeavyHitterCache, gate: Gate, tokens: list[list[torch.Tensor]])
 
 
 @pytest.mark.parametrize(("inner", "evict"), [(0, "chunk"), (5, "end")])
-def test_a_score_stays_with_its_token(inner: int, evict: str) -> None:
+def test_a_score_stays_with_its_token(inner: int, evict: Any) -> None:
     """Through prompts in chunks with padded rows, packing, evictions, decoding, beams, copies, files and going back."""
     model = families.build("llama")
     gate = random_gate(model.config, inner)
-    cache = HeavyHitterCache(model.config, 20, "gate", gate=gate, evict_prefill=evict, **SIZES)
+    cache: Any = HeavyHitterCache(model.config, 20, "gate", gate=gate, evict_prefill=evict, **SIZES)
     padded = left_padded([prompt(40, seed=1), prompt(33, seed=2), prompt(40, seed=3)])
     ids, mask = padded["input_ids"], padded["attention_mask"]
     seen: list[torch.Tensor] = []
@@ -124,7 +124,7 @@ def test_a_score_stays_with_its_token(inner: int, evict: str) -> None:
         run(cache, prompt(1, 3, seed=number), mask)
     check(cache, gate, tokens())
     if evict == "chunk":
-        assert all(layer.evictor.evictions > 2 for layer in cache.own_layers)  # type: ignore[attr-defined]
+        assert all(layer.evictor.evictions > 2 for layer in cache.own_layers)
     rows = torch.tensor([2, 1, 1])
     fork = cache.fork()
     fork.reorder_cache(rows)
@@ -151,7 +151,7 @@ def test_the_best_stay_by_the_layers_quota() -> None:
     """Heads compete within a layer, whose quota is what one threshold over all layers' levels leaves it."""
     model, ids = families.build("llama"), prompt(60)
     gate = random_gate(model.config)
-    cache = HeavyHitterCache(model.config, 20, "gate", gate=gate, **SIZES)
+    cache: Any = HeavyHitterCache(model.config, 20, "gate", gate=gate, **SIZES)
     with recorded(model) as seen:
         forward(model, ids, cache)
     levels = [(float(x), -index) for index, layer in gate.layers.items() for x in layer.levels]  # type: ignore[union-attr]
@@ -166,18 +166,18 @@ def test_the_best_stay_by_the_layers_quota() -> None:
             held[head, [at for at in positions if at >= 0]] = True
         assert abs(held.sum() - quota * len(held)) <= len(held)
         assert scores[held].min() > scores[~held].max() - 1e-4
-    held_in_all = sum(int((x.kept_positions() >= 0).sum()) for x in cache.own_layers)  # type: ignore[attr-defined]
+    held_in_all = sum(int((x.kept_positions() >= 0).sum()) for x in cache.own_layers)
     assert held_in_all == 20 * 2 * len(gate.layers)
 
 
 @pytest.mark.parametrize("name", ["ada-gate", "chunk-gate", "threshold-gate"])
 def test_in_front_of_it(name: str) -> None:
     model = families.build("llama")
-    options = {"tau": 0.0} if name == "threshold-gate" else {}
-    cache = HeavyHitterCache(model.config, 20, name, gate=random_gate(model.config), **SIZES, **options)
+    options: dict[str, Any] = {"tau": 0.0} if name == "threshold-gate" else {}
+    cache: Any = HeavyHitterCache(model.config, 20, name, gate=random_gate(model.config), **SIZES, **options)
     with recorded(model) as seen:
         forward(model, prompt(60), cache)
-    assert all(0 < int((x.kept_positions() >= 0).sum()) <= 60 for x in cache.own_layers)  # type: ignore[attr-defined]
+    assert all(0 < int((x.kept_positions() >= 0).sum()) <= 60 for x in cache.own_layers)
     if options:
         for layer in cache.own_layers:
             assert isinstance(layer, EvictingLayer)
@@ -302,7 +302,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.parametrize(("prefix", "inner"), [("layers", 0), ("layers", 5), ("module_list", 5)])
 def test_published_kvzap_models(prefix: str, inner: int, tmp_path: Path) -> None:
     model = families.build("llama")
-    gate, state = random_gate(model.config, inner), {}
+    gate = random_gate(model.config, inner)
+    state: dict[str, torch.Tensor] = {}
     for index, layer in gate.layers.items():
         names = ("0.weight", "0.bias", "2.weight", "2.bias") if inner else ("weight", "bias")
         state |= {f"{prefix}.{index}.{name}": x for name, x in zip(names, layer.weights, strict=True)}

@@ -1,4 +1,4 @@
-"""Gate: how much each KV head will need a token, told by the token's hidden state (arXiv:2601.07891, 2601.17668)."""
+"""Gate: how much each KV head will need a token, told by its hidden state (arXiv:2601.07891)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_kvcache.utils.validation import one_of, whole
 
 @register("gate")
 class GatePolicy(Policy):
-    """What a gate, fitted to KVzip+'s scores beforehand, gives each token when it comes.
+    """What a gate, fitted to KVzip+'s scores beforehand, gives each token when it comes (also arXiv:2601.17668).
 
     The context is read once. A prompt and a decoded token cost a small matrix product in each layer. Heads compete
     within their layer. Layers get the shares of the budget that the gate's calibration text called for: those in which
