@@ -22,7 +22,7 @@ from hf_kvcache.cache.model_config import (
     shares_keys,
 )
 from hf_kvcache.cache.other_layers import copied
-from hf_kvcache.cache.replay import compress, evict_together, evicting_layers, replay
+from hf_kvcache.cache.replay import Replayed, compress, evict_together, evicting_layers, replay
 from hf_kvcache.cache.saving import SavableCache
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.latent import native_codec, native_option_names
@@ -196,7 +196,7 @@ class KVCache(SavableCache):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         prompt_ids: torch.Tensor | None = None,
-    ) -> list[torch.Tensor]:
+    ) -> Replayed:
         """Let the model read the context again, and measure the attention to each token (KVzip, arXiv:2505.23416).
 
         The arguments and errors are those of :meth:`compress`. The cache is not changed.

@@ -168,7 +168,7 @@ def _windows(texts: Iterable[str], tokenizer: Any, tokens: int, length: int, cou
     ids = ids[:tokens]
     if len(ids) < count * length:
         raise ValueError(f"the texts have {len(ids)} of tokens={tokens!r}; accepted: at least {count * length}")
-    starts = torch.linspace(0, len(ids) - length, count, device="cpu").long().tolist()
+    starts = torch.linspace(0, len(ids) - length, count, dtype=torch.float64, device="cpu").long().tolist()
     return torch.tensor([ids[start : start + length] for start in starts], device="cpu")
 
 

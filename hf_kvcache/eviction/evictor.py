@@ -180,7 +180,7 @@ class Evictor:
         storage: PagedStorage,
         keep: list[torch.Tensor],
         seen: int,
-        reference: Sequence[torch.Tensor] | None = None,
+        reference: Sequence[torch.Tensor | None] | None = None,
     ) -> None:
         """Drop every token held that is not named.
 

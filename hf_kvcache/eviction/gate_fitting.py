@@ -23,25 +23,27 @@ class Moments:
 
     Attributes:
         count: tokens.
-        first: sums of hidden states with the targets behind them, ``[hidden + Hkv]``.
+        first: sums of hidden states with the targets behind them, ``[hidden + Hkv]``; None before the first token.
         second: sums of their products, ``[hidden + Hkv, hidden + Hkv]``.
     """
 
     count: int = 0
-    first: torch.Tensor | float = 0.0
-    second: torch.Tensor | float = 0.0
+    first: torch.Tensor | None = None
+    second: torch.Tensor | None = None
 
     def add(self, hidden: torch.Tensor, targets: torch.Tensor) -> None:
         """Add tokens: ``hidden [n, hidden]`` and ``targets [n, Hkv]``."""
         both = torch.cat([hidden.double(), targets.to(hidden.device).double()], 1)
         self.count += len(both)
-        self.first = self.first + both.sum(0)
-        self.second = self.second + both.mT @ both
+        first, second = both.sum(0), both.mT @ both
+        self.first = first if self.first is None else self.first + first
+        self.second = second if self.second is None else self.second + second
 
     def centered(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean ``[n]`` and covariance ``[n, n]`` of hidden states and targets."""
-        mean = torch.as_tensor(self.first) / self.count
-        return mean, torch.as_tensor(self.second) / self.count - mean[:, None] * mean
+        assert self.first is not None and self.second is not None
+        mean = self.first / self.count
+        return mean, self.second / self.count - mean[:, None] * mean
 
 
 @dataclass

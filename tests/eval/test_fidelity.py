@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_a_plain_loop(bench: Bench, model: PreTrainedMo
 @pytest.mark.parametrize("spec", ["random@0.25", "ada-snapkv@0.25:window=4", "streaming@0.3"])
 def test_lost_tokens_are_those_that_no_head_keeps(bench: Bench, spec: str) -> None:
     """Of every window by itself, counted from the positions that a cache of its own keeps."""
-    windows, _ = TASK._windows(bench)
+    windows = text_windows(bench, TASK.prefix + TASK.suffix, TASK.windows)
     expected = []
     for window in windows:
         reader = bench.reader(Method(spec))

@@ -62,7 +62,8 @@ CODECS: dict[str, Callable[[], SideCodec] | torch.dtype] = {
 }
 
 #: What a call may bring along, beside pages that are all full.
-FEATURES = {name: given for name, given in grid.FEATURES.items() if "dense token" not in name}
+#: Latents have no bias per token: an evicting cache of latents refuses to fit kept ones.
+FEATURES = {name: given for name, given in grid.FEATURES.items() if "dense token" not in name and name != "bias"}
 
 #: One row; widths that fill no vector; several sequences and queries; a rotary part of nothing.
 SHAPES = (
