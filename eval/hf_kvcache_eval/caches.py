@@ -96,7 +96,8 @@ def _evicting(spec: CacheSpec, config: PreTrainedConfig, protocol: Protocol) -> 
         "seed": protocol.seed,
     }
     codec = {} if spec.codec is None else {"codec": spec.codec}
-    policy, own = policy_name(spec.name), dict(spec.options)
+    policy = policy_name(spec.name)
+    own: dict[str, Any] = dict(spec.options)
     assert policy is not None
     if "gate" in own:
         own["gate"] = calibrated_file("gate", str(own["gate"]))
