@@ -97,6 +97,7 @@ def pages_case(arch: str, operation: str, codec: str, dim: int, length: int, bia
         tensor_cores=True,
         options=config.options,
         least_share=_LEAST_SHARES.get((layout.sides["keys"].bits, dim), 0.0) if operation == "decode" else 0.0,
+        waived={"spills": "9 instructions: a bias takes the last registers"} if biased and arch == "gfx942" else {},
     )
 
 
