@@ -15,6 +15,7 @@ from hf_kvcache.eviction.selection import choose
 from hf_kvcache.integration.versions import with_cache
 from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.storage.token_view import TokenView
+from hf_kvcache.utils.autocast import without_autocast
 
 #: A function that copies the cache: the method ``fork`` of a ``KVCache``.
 Fork = Callable[[], Any]
@@ -258,10 +259,11 @@ def score_sequence(layer: EvictingLayer, largest: torch.Tensor | None, row: int)
     assert layer.storage is not None and layer.evictor is not None
     held, selection = TokenView.of(layer.storage, np.array([row])), layer.evictor.selection()
     quota, recent = selection.share(held)
-    context = selection.context(held, quota, selection.protected(held, recent))
-    if largest is not None:
-        context.replayed = largest[row : row + 1, ..., : held.tokens]
-    return Scored(selection.scores(context), context.protected, context.held, quota)
+    with without_autocast(layer.storage.device):
+        context = selection.context(held, quota, selection.protected(held, recent))
+        if largest is not None:
+            context.replayed = largest[row : row + 1, ..., : held.tokens]
+        return Scored(selection.scores(context), context.protected, context.held, quota)
 
 
 def _choose_tokens(policy: Policy, scored: list[Scored]) -> list[torch.Tensor]:

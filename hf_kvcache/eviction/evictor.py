@@ -23,6 +23,7 @@ from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.pruning import KeptTokens, PrunePlan, carry_out, plan, read_back
 from hf_kvcache.storage.token_view import TokenView
 from hf_kvcache.storage.transfers import front, to_host
+from hf_kvcache.utils.autocast import without_autocast
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ class Evictor:
         """Add the attention of a first update to its own keys, where it was computed elsewhere."""
         selection = self.selection()
         keys = selection.attended_keys(keys, values)
-        self.observations.add_prompt(storage, query, keys, valid, selection.scoring(keys.shape[-1]))
+        with without_autocast(storage.device):
+            self.observations.add_prompt(storage, query, keys, valid, selection.scoring(keys.shape[-1]))
 
     # -- evicting -------------------------------------------------------------------------------------------------
 
@@ -167,7 +169,8 @@ class Evictor:
         """
         selection = self.selection()
         held = [TokenView.of(storage, group) for group in _groups(self.pinned, storage, rows)]
-        self._prune(storage, [self._change(each, selection.chosen(each)) for each in held], seen)
+        with without_autocast(storage.device):
+            self._prune(storage, [self._change(each, selection.chosen(each)) for each in held], seen)
         self._end_choice()
 
     def pack(self, storage: PagedStorage, rows: np.ndarray, seen: int) -> None:
@@ -204,7 +207,8 @@ class Evictor:
             changes.append(self._change(held, choice))
         if reference is None and self.policy.needs_replay:
             reference = [None] * len(changes)
-        self._prune(storage, changes, seen, reference)
+        with without_autocast(storage.device):
+            self._prune(storage, changes, seen, reference)
         self._end_choice()
 
     # -- going back, copies, saving -------------------------------------------------------------------------------

@@ -58,6 +58,10 @@ class Wrapper(Policy):
         return self.policy.replay_by_head
 
     @property
+    def replay_squares(self) -> bool:  # type: ignore[override]
+        return self.policy.replay_squares
+
+    @property
     def keeps_above(self) -> float | None:  # type: ignore[override]
         return self.policy.keeps_above
 

@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_kvcache.integration.versions import CACHE_NAMES
 
@@ -68,11 +69,15 @@ def listen(config: PreTrainedConfig) -> HiddenStates:
 
 @contextmanager
 def recorded(model: Any, record: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """While it is open, ``record`` gets the index of each layer that runs and the hidden states of its attention."""
+    """While it is open, ``record`` gets the index of each layer that runs and the hidden states of its attention.
+
+    The model has to be called with a cache.
+    """
 
     def see(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = kwargs.get("hidden_states", args[0] if args else None)
-        if isinstance(hidden, torch.Tensor):
+        # A router of experts may know its layer and config too, but is given no cache.
+        if isinstance(hidden, torch.Tensor) and _cache_of(kwargs) is not None:
             record(_index(module), hidden)
 
     config = model.config.get_text_config(decoder=True)
@@ -84,8 +89,10 @@ def recorded(model: Any, record: Callable[[int, torch.Tensor], None]) -> Iterato
 
 
 def _attention_modules(model: torch.nn.Module, config: Any) -> Iterator[torch.nn.Module]:
-    """The modules of the layers of a model's decoder that hold its config: attention."""
+    """The modules inside the layers of a model's decoder that hold its config: attention, and perhaps others."""
     for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            continue  # a whole layer (Gemma 3), which is given the state before its norm
         if getattr(module, "config", None) is config and isinstance(_index(module), int):
             yield module
 
@@ -105,12 +112,16 @@ def _hand_on(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     """Hand the hidden states of an attention module to the layer of its cache, if that takes them."""
     if is_dynamo_compiling():
         return  # the layer says that it has got none
-    cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-    layers, index = getattr(cache, "layers", ()), _index(module)
+    layers, index = getattr(_cache_of(kwargs), "layers", ()), _index(module)
     if isinstance(index, int) and index < len(layers):
         see = getattr(layers[index], "see_hidden", None)
         if see is not None:
             see(module, kwargs.get("hidden_states", args[0] if args else None))
+
+
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache that a module is called with; None if there is none."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def _index(module: torch.nn.Module) -> Any:

@@ -22,6 +22,7 @@ from hf_kvcache.layers.drafts import Draft, Undo
 from hf_kvcache.layers.new_tokens import NewTokens, dense_tokens
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.storage import PagedStorage
+from hf_kvcache.utils.autocast import without_autocast
 
 
 class EvictingAttention(KVCacheLayer):
@@ -89,7 +90,7 @@ class EvictingAttention(KVCacheLayer):
                 f"tokens, and got {seen}. The model has to be called as a whole, with the config that the cache was "
                 "built from, and without torch.compile"
             )
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(key_states.device):
             scores = self.eviction.policy.gate_scores(self.index, hidden.detach().to(key_states.device))
         if scores.shape != (batch, heads, tokens):
             raise ValueError(
@@ -231,7 +232,8 @@ class EvictingAttention(KVCacheLayer):
             result = self._read_all(draft, accumulated)
             output = result.output
             if self.watcher is not None:
-                self.watcher(draft, result.log_sum_exp)
+                with without_autocast(storage.device):
+                    self.watcher(draft, result.log_sum_exp)
         evictor.observe_queries(self.queries_for_policy(draft.call.queries), new.position, new.valid, drafted)
         if accumulated:
             evictor.observe_sums(storage, result, 0 if new.stored else new.length, new.valid)

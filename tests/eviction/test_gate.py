@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
@@ -362,6 +363,22 @@ def _kept(model: PreTrainedModel, gate: Gate) -> torch.Tensor:
     cache = HeavyHitterCache(model.config, 20, "gate", gate=gate, **SIZES)
     forward(model, prompt(30), cache)
     return cache.layers[0].kept_positions()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", ["Gemma3Text", "HunYuanMoEV1"])
+def test_attention_is_told_from_what_is_around_it(family: str) -> None:
+    """Gemma 3's whole layers, and HunYuan's routers of experts, hold the config and the number of a layer too."""
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32) | {"num_hidden_layers": 2, "vocab_size": 300}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    other = {"layer_types": ["full_attention"] * 2} if family == "Gemma3Text" else {"num_experts": 2, "moe_topk": 1}
+    config = getattr(transformers, f"{family}Config")(**sizes, **heads, **other)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, strange = (transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval() for _ in "ab")
+    gate = calibrate_gate(model, [TEXT], Letters(), 64, 32)
+    cache = HeavyHitterCache(strange.config, 40, "gate", gate=gate)
+    with pytest.raises(ValueError, match="the gate was made with other weights"):
+        forward(strange, prompt(40), cache)
 
 
 def test_without_hidden_states_nothing_changes() -> None:

@@ -99,6 +99,7 @@ def test_wrappers_want_what_the_policy_inside_wants() -> None:
                 "needs_accumulated",
                 "needs_replay",
                 "replay_by_head",
+                "replay_squares",
                 "needs_rope",
                 "needs_hidden",
             ):

@@ -36,6 +36,8 @@ def test_scores_equal_the_brute_force(
     monkeypatch.setattr(reread, "_STRIP_ELEMENTS", 1)
     policy: Any = resolve("reread", **options)
     ctx = rotary_context(shape, family, policy)
+    # Kept keys may stand for others already.
+    ctx = replace(ctx, bias=torch.randn(ctx.positions.shape, generator=torch.Generator().manual_seed(0)))
     scores = policy.score(ctx)
     at = ctx.query_positions
     assert at is not None
@@ -50,6 +52,8 @@ def brute_force(policy: Any, head: Head, family: str) -> np.ndarray:
     """A context and, behind it, a second copy of the query's chunk, each token of it at its second position."""
     scoring, seen = head.ctx.scoring, head.ctx.seen
     squares, count = np.zeros(head.count), 0
+    held = slice(None) if head.ctx.held is None else head.ctx.held[head.index, head.kv_head]
+    bias = head.ctx.bias[head.index, head.kv_head, held].double().numpy()  # type: ignore[index]
     for query, at in enumerate(head.at):
         start = at - at % policy.chunk
         again = [i for i, position in enumerate(head.positions) if start <= position <= at]
@@ -61,7 +65,7 @@ def brute_force(policy: Any, head: Head, family: str) -> np.ndarray:
             scores = np.array([*head.keys, *copies]) @ moved * scoring.scaling if head.count else np.zeros(0)
             if scoring.softcap is not None:
                 scores = scoring.softcap * np.tanh(scores / scoring.softcap)
-            weights = np.exp(scores)
+            weights = np.exp(scores + np.array([*bias, *bias[again]]))
             total = weights.sum()
             if scoring.sink_logits is not None:
                 total += np.exp(float(scoring.sink_logits[head.kv_head * head.group + q]))

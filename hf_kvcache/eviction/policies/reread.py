@@ -87,12 +87,17 @@ def _reached(ctx: Context, query: int) -> int:
 
 
 def _scores(ctx: Context, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Scores ``[B, Hkv, g, n, T]`` of queries ``[B, Hq, n, D]`` against ``keys [B, Hkv, T, D]``, as the model's."""
+    """Scores ``[B, Hkv, g, n, T]`` of queries ``[B, Hq, n, D]`` against ``keys [B, Hkv, T, D]``, as the model's.
+
+    The keys are those of the first ``T`` places of the context, which has the bias that is added.
+    """
     # The heads of a group as rows of one matrix: broadcasting would copy the keys for each of them.
     rows = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3) * ctx.scoring.inner
     scores = (rows @ keys.mT).unflatten(2, (-1, queries.shape[2]))
     if ctx.scoring.softcap is not None:
         scores = scores.tanh_().mul_(ctx.scoring.softcap)
+    if ctx.bias is not None:
+        scores = scores.add_(ctx.bias[:, :, None, None, : keys.shape[2]])
     return scores
 
 
