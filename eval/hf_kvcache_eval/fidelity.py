@@ -177,6 +177,7 @@ def full_bytes(config: Any, tokens: int) -> int:
 def _compare(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     """Per decoded token ``[B, suffix]``; the last one's successor is unknown, so it has no NLL."""
     kl = (full.exp() * (full - other)).sum(-1)
+    targets = targets.to(full.device)
     nll = [-x[:, :-1].gather(-1, targets[:, 1:, None]).squeeze(-1) for x in (full, other)]
     return {
         "kl": kl.double(),

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_kvcache_eval.caches import Method
-from hf_kvcache_eval.fidelity import Fidelity, lost_shares
+from hf_kvcache_eval.fidelity import Fidelity, _compare, lost_shares
 from hf_kvcache_eval.protocol import Protocol
 from hf_kvcache_eval.task import Bench
 from hf_kvcache_eval.text import text_windows
@@ -129,3 +130,19 @@ def test_the_full_cache_is_decoded_once_for_all_arms_and_again_for_another_proto
 def test_a_text_that_is_too_short_is_refused(bench: Bench) -> None:
     with pytest.raises(ValueError, match="tokens; one window takes"):
         Fidelity(prefix=10**7).run(bench, Method("full"))
+
+
+class _OneDevice(TorchDispatchMode):
+    """Refuses an index that is elsewhere than what is gathered, as CUDA does and the meta device does not."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.gather.default:
+            assert args[0].device == args[2].device, "tensors on two devices"
+        return func(*args, **(kwargs or {}))
+
+
+def test_windows_of_a_text_follow_the_logits_to_their_device() -> None:
+    logits = torch.empty(2, 4, 7, device="meta")
+    with _OneDevice():
+        found = _compare(logits, logits, torch.zeros(2, 4, dtype=torch.long))
+    assert found["nll"].shape == (2, 3)
