@@ -470,6 +470,23 @@ def test_the_csv_gives_the_report_that_the_cells_give(tmp_path: Path) -> None:
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
 
+def test_the_csv_keeps_the_samples_that_tables_compare(tmp_path: Path) -> None:
+    """Four samples tell nothing apart, in the page as in the run's own report."""
+    for selector, right in (("random", 0.5), ("quest", 0.9)):
+        top1, read = mean_metric([right, right + 0.01] * 2), mean_metric([right] * 4, False, "share")
+        metrics = {"kl": mean_metric([1 - right] * 4, False, "nats"), "top1": top1, "read": read}
+        for share in (0.5, 0.2):
+            cache = f"sparse@{share}:selector={selector}"
+            Store(tmp_path).write(Cell(cache, "fidelity@1024", metrics=metrics, **COMMON), {})  # type: ignore[arg-type]
+    drift = {"kl": mean_metric([0.1, 0.2], False), "same_tokens": Metric(3.0, 1.0, True, "tokens", [1.0, 5.0])}
+    Store(tmp_path).write(Cell("int4", "drift@512:20", metrics=drift, **COMMON), {})  # type: ignore[arg-type]
+    found = load(tmp_path)
+    write_csv(found, tmp_path / "a.csv")
+    again = read_csv(tmp_path / "a.csv")
+    assert render(budget_sections(again)) == render(budget_sections(found))
+    assert again.done["int4", "drift@512:20"].metrics["same_tokens"].samples == [1.0, 5.0]
+
+
 def test_what_is_published_needs_no_cells_and_is_small(tmp_path: Path) -> None:
     """A page is made again from its CSV alone; it links to files beside it, and has two small pictures at most."""
     fill(tmp_path / "mine")

@@ -11,7 +11,7 @@ A row is one of these:
 - ``unreadable``: a file that is no cell.
 
 A list of numbers has spaces between them. Samples are kept only of the metrics that the report compares sample by
-sample. Rows end with their last field that is not empty.
+sample, and of ``same_tokens``. Rows end with their last field that is not empty.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ COLUMNS = ("kind", "setup", "task", "cache", "measure", "value", "stderr", "samp
 #: What of a file of times the report shows; the date and commit of the recording go into the setup.
 _TIMES = ("decode_ms", "decode_ms_per_token", "prefill_seconds", "compress_seconds")
 RECORDED = ("date", "commit")
-#: Metrics besides the headline metric whose differences are taken sample by sample.
-_COMPARED = ("kl", "delta_nll")
+#: Metrics besides the headline metric whose samples are kept, by tasks: what a table compares sample by sample, and of
+#: *drift* the tokens that are the same, of which the median alone says little.
+_KEPT = {FIDELITY: ("kl", "delta_nll", "top1", "read"), "drift": ("same_tokens",)}
 #: Keys of a protocol that differ between the caches of one task, and how a row says the second.
 _SHARE, _PASS = "compressed_share", "single_pass"
 _PASSES: dict[Any, str] = {True: "single pass", False: "several passes"}
@@ -120,13 +121,13 @@ def _cell_rows(cell: Cell, found: Comparison) -> Iterator[Row]:
     yield {"kind": "cell", "measure": cell.status, "value": _text(share), "note": cell.error or passes}
     base, headline = TaskName.of(cell.task).base, next(iter(cell.metrics), None)
     for name, metric in cell.metrics.items():
-        compared = name == headline or (base == FIDELITY and name in _COMPARED)
+        kept = name == headline or name in _KEPT.get(base, ())
         yield {
             "kind": "metric",
             "measure": name,
             "value": _text(metric.value),
             "stderr": "" if metric.stderr is None else f"{metric.stderr:.5g}",
-            "samples": _text(metric.samples) if compared else "",
+            "samples": _text(metric.samples) if kept else "",
         }
     for name, series in cell.series.items():
         yield {"kind": "series", "measure": name, "value": _short(series.y), "stderr": _short(series.stderr)}
