@@ -446,6 +446,17 @@ def test_selectors_stand_beside_policies_by_what_they_read(tmp_path: Path) -> No
     assert "quest" in read and read.count("0.260") == 2
 
 
+def test_shares_of_latents_are_of_the_head_dimension(tmp_path: Path) -> None:
+    def legend(*names: str) -> str:
+        for share, name in itertools.product((0.5, 0.2), names):
+            metrics = {"kl": mean_metric([share] * 6, False, "nats")}
+            Store(tmp_path).write(Cell(name.replace("@", f"@{share}"), "fidelity@64", metrics=metrics, **COMMON), {})  # type: ignore[arg-type]
+        return render(budget_sections(load(tmp_path)))
+
+    assert "shares of the head dimension that are kept. Best" in legend("latent@:projection=svd")
+    assert "prefilled tokens that are kept (of `latent`, of the head dimension). Best" in legend("snapkv@")
+
+
 def test_a_comparison_without_shares_has_no_such_table(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for cache in ("full", "int4", "random@0.3"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hf_kvcache_eval.cells import Metric
 from hf_kvcache_eval.report.compare import FEW, NOISE, UNKNOWN, WORSE, difference
 from hf_kvcache_eval.report.costs import COSTS
 from hf_kvcache_eval.report.document import BLANK, Block, Bullets, Entry, Heading, Table, Text, code
 from hf_kvcache_eval.report.formats import number
 from hf_kvcache_eval.report.load import FIDELITY, Comparison
-from hf_kvcache_eval.report.names import FULL, TaskName, blind, kept_share, reads_share
+from hf_kvcache_eval.report.names import FULL, TaskName, blind, keeps_dimensions, kept_share, reads_share
 from hf_kvcache_eval.report.ranking import SIGNS, chance, ranking
 
 _REMARKS = {NOISE: " =", WORSE: " <", FEW: " ?", UNKNOWN: " ?"}
@@ -39,7 +41,7 @@ def budget_sections(found: Comparison) -> list[Block]:
     if not blocks:
         return []
     title = Heading(2, "By what is kept or read" if reads else "By what is kept")
-    return [title, *_legend(reads, comparisons), *blocks, *_costs(found, shares)]
+    return [title, *_legend(policies, comparisons), *blocks, *_costs(found, shares)]
 
 
 def shares_of(found: Comparison) -> list[float]:
@@ -73,9 +75,13 @@ def metrics_at(found: Comparison, task: TaskName, name: str, share: float) -> di
     return {policy: row[share] for policy, row in by_policy(found, task, name).items() if share in row}
 
 
-def _legend(reads: bool, comparisons: int) -> list[Block]:
+def _legend(policies: Iterable[str], comparisons: int) -> list[Block]:
+    reads, dimensions = any(map(reads_share, policies)), [keeps_dimensions(policy) for policy in policies]
     baseline = "the random choice" if reads else code("random")
-    columns = "Columns are the shares of the prefilled tokens that are kept"
+    kept = "head dimension" if all(dimensions) else "prefilled tokens"
+    columns = f"Columns are the shares of the {kept} that are kept"
+    if any(dimensions) and not all(dimensions):
+        columns += f" (of {code('latent')}, of the head dimension)"
     if reads:
         columns += f", or of the tokens held that a step of {code('sparse')} reads"
     legend = (

@@ -51,6 +51,11 @@ def reads_share(cache: str) -> bool:
     return _name(cache) == "sparse"
 
 
+def keeps_dimensions(cache: str) -> bool:
+    """Whether the share in the name is of the head dimension, with all tokens kept."""
+    return _name(cache) == "latent"
+
+
 def blind(cache: str) -> str:
     """The method that chooses at random what ``cache`` chooses, in the form of :func:`kept_share`."""
     if not reads_share(cache):
