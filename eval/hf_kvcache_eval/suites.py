@@ -108,6 +108,7 @@ WRAPPED = (
     "ada-snapkv",
     "ada-expected",
     "ada-dropkv",
+    "across-reread",
     "critical-snapkv",
     "chunk-snapkv",
     "chunk-dropkv",
