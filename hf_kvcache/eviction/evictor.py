@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -212,6 +213,12 @@ class Evictor:
         self._end_choice()
 
     # -- going back, copies, saving -------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A model does not go along with a cache. Of its module, the next choice may need the rotary embedding.
+        needed = self.policy.needs_rope or self.policy.moves_sinks
+        attending = None if self.attending is None else self.attending.without_module(needed)
+        return self.__dict__ | {"attending": attending}
 
     def forget(self, removed: np.ndarray, slots: np.ndarray, seen: int) -> None:
         """Forget the last ``removed [B]`` tokens; ``slots [B]`` slots of the dense buffer are still in use."""

@@ -15,7 +15,7 @@ from hf_kvcache.eviction.observations import Observations
 from hf_kvcache.eviction.options import Attending, EvictionOptions, LayerPlace
 from hf_kvcache.eviction.selection import choose
 from hf_kvcache.integration.output_projection import output_weight
-from hf_kvcache.integration.rope import LayerRope, rope_of
+from hf_kvcache.integration.rope import LayerRope
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.gathering import is_tokenwise
@@ -148,6 +148,8 @@ class LayerSelection:
         if policy.needs_rope:
             context.rope = self.rope()
         if policy.needs_output:
+            if self._module is None:
+                raise self._unknown_module()
             context.output_weight = output_weight(self._module, values.shape[-1]).clone()
         queries = observations.latest_queries(held.rows, policy.observed) if policy.observed else None
         if queries is not None:
@@ -189,9 +191,16 @@ class LayerSelection:
 
     def rope(self) -> LayerRope:
         """The layer's rotary embedding; raises ValueError where the attention module is not known."""
-        if self._module is None:
-            raise ValueError(f"policy {self.policy.name!r} needs the attention module, which is not known")
-        return rope_of(self._module)
+        rope = None if self.attending is None else self.attending.rope()
+        if rope is None:
+            raise self._unknown_module()
+        return rope
+
+    def _unknown_module(self) -> ValueError:
+        return ValueError(
+            f"policy {self.policy.name!r} needs the attention module of layer {self.place.layer_index}, which is not "
+            "known: the cache was unpickled, or its model is gone. Run the model with the cache before it evicts"
+        )
 
     @property
     def _module(self) -> torch.nn.Module | None:

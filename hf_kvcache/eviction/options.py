@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 from weakref import ref
 
 import torch
 
 from hf_kvcache.eviction import Policy
 from hf_kvcache.eviction.budget import Budget, Pins
+from hf_kvcache.integration.rope import LayerRope, rope_of
 from hf_kvcache.kernels.inputs import Scoring
 
 #: For ``compensate``: kept tokens get a bias and new values (attention matching).
@@ -84,16 +85,27 @@ class Attending:
     Args:
         scoring: how queries are scored against keys.
         module: the attention module; None if it is not known. A cache must not keep a model alive: it is held weakly.
+        rope: the rotary embedding of a module that is not known; None if that is not known either.
     """
 
-    def __init__(self, scoring: Scoring, module: torch.nn.Module | None) -> None:
+    def __init__(self, scoring: Scoring, module: torch.nn.Module | None, rope: LayerRope | None = None) -> None:
         self.scoring = scoring
         self._module = None if module is None else ref(module)
+        self._rope = rope
 
     @property
     def module(self) -> torch.nn.Module | None:
         """The attention module; None if it is not known, or gone."""
         return None if self._module is None else self._module()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Attending, (self.scoring, None)
+    def rope(self) -> LayerRope | None:
+        """The layer's rotary embedding; None if it is not known. Raises ValueError where it cannot be found out."""
+        module = self.module
+        return self._rope if module is None else rope_of(module)
+
+    def without_module(self, rope: bool) -> Attending:
+        """The same for another process, where the module is not known; with its ``rope``, if that can be found out."""
+        try:
+            return Attending(self.scoring, None, self.rope() if rope else None)
+        except ValueError:  # which whoever needs the rotary embedding will be told
+            return Attending(self.scoring, None)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
 
+from hf_kvcache import HeavyHitterCache
+from tests import families
 from tests.generation.kinds import KINDS, decode, filled
+from tests.running import forward, prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -18,6 +22,21 @@ def test_a_pickled_cache_goes_on(kind: str) -> None:
     again = pickle.loads(pickle.dumps(cache))
     again.integrity()
     assert torch.equal(decode(model, again), decode(model, cache))
+
+
+@pytest.mark.parametrize(("policy", "options"), [("expected", {}), ("streaming", {"reindex": True})])
+def test_an_unpickled_prompt_is_evicted_by_its_positions(policy: str, options: dict[str, Any]) -> None:
+    """Before the first token, when the model has not run with the new cache; unless weights of the model are needed."""
+    model = families.build("llama")
+    sizes = {"sink_length": 2, "tail_length": 4, "page_size": 8, "evict_prefill": "end"}
+    cache = HeavyHitterCache(model.config, 28, policy, **sizes, **options)
+    weighing = HeavyHitterCache(model.config, 28, "critical-snapkv", **sizes)
+    for held in (cache, weighing):
+        forward(model, prompt(60), held)
+    again = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(cache))))
+    assert torch.equal(decode(model, again), decode(model, cache))
+    with pytest.raises(ValueError, match="'critical' needs the attention module of layer 0.*was unpickled"):
+        forward(model, prompt(1), pickle.loads(pickle.dumps(weighing)))
 
 
 def test_a_fork_takes_only_its_own_pages_along() -> None:
