@@ -41,13 +41,14 @@ def resolve(policy: str | Policy, **options: Any) -> Policy:
         **options: arguments of the policy, or of its wrappers; each goes to the first that has it, from the inside.
 
     Raises:
-        ValueError: for an unknown name, or options beside a ready policy.
+        ValueError: for an unknown name, options beside a ready policy, or a policy that asks for two things of which one
+            can be kept.
         TypeError: for a policy that is neither a name nor a :class:`Policy`, or an option that none of them has.
     """
     if isinstance(policy, Policy):
         if options:
             raise ValueError(f"policy={policy!r} is ready-made: {', '.join(options)} cannot be given beside it")
-        return policy
+        return _checked(policy)
     if not isinstance(policy, str):
         raise TypeError(f"policy must be a name or a Policy, got {type(policy).__name__}; accepted: {_accepted()}")
     classes = _classes(policy)
@@ -58,12 +59,21 @@ def resolve(policy: str | Policy, **options: Any) -> Policy:
     built = classes[0](**_taken(options, takes[0]))
     for cls, names in zip(classes[1:], takes[1:], strict=True):
         built = cls(built, **_taken(options, names))  # type: ignore[call-arg]
-    return built
+    return _checked(built)
 
 
 def option_names(policy: str | Policy) -> set[str]:
     """The options that :func:`resolve` takes for ``policy``; raises as it does."""
     return set() if not isinstance(policy, str) else set().union(*(_parameters(cls) for cls in _classes(policy)))
+
+
+def _checked(policy: Policy) -> Policy:
+    if policy.needs_hidden and policy.needs_accumulated:
+        raise ValueError(
+            f"policy={policy!r} has both needs_hidden and needs_accumulated, and one number is kept beside each token: "
+            "its gate score or its accumulated attention; accepted: one of the two"
+        )
+    return policy
 
 
 def _classes(policy: str) -> list[type[Policy]]:

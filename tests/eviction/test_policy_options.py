@@ -77,6 +77,14 @@ def test_a_ready_policy_stays_and_takes_no_options() -> None:
         resolve(ready, window=9)
 
 
+def test_a_policy_asks_for_gate_scores_or_accumulated_attention() -> None:
+    """Not for both: one number is kept beside each token."""
+    both = type("Both", (type(resolve("h2o")),), {"needs_hidden": True})()
+    for policy in (both, type(resolve("ada-snapkv"))(both)):  # type: ignore[call-arg]
+        with pytest.raises(ValueError, match="both needs_hidden and needs_accumulated.*accepted: one of the two"):
+            resolve(policy)
+
+
 def test_options_reach_the_policy_or_wrapper_that_has_them() -> None:
     policy = resolve("ada-critical-snapkv", window=16, floor=0.3, first=0.4)
     shown = "ada(policy=critical(policy=snapkv(window=16, kernel=5), first=0.4, epsilon=0.0001), floor=0.3)"
