@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.compiler import is_dynamo_compiling
 from transformers import PreTrainedConfig
@@ -15,6 +16,7 @@ from hf_kvcache.cache.model_config import check_states, make_layers
 from hf_kvcache.cache.offloading import Offloading
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.own import OwnLayer
+from hf_kvcache.layers.rows import check_rows
 from hf_kvcache.utils.validation import whole
 
 
@@ -195,16 +197,18 @@ class CacheContract(Offloading):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace sequence ``i`` by sequence ``beam_idx[i]`` (beam search)."""
-        self._select("beam_idx", beam_idx, lambda layer: layer.reorder_cache(beam_idx))
+        rows = self._checked_rows("beam_idx", beam_idx)
+        self._change_rows(rows, lambda layer: layer.reorder_cache(beam_idx))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the sequences ``indices``, in that order."""
-        self._select("indices", indices, lambda layer: layer.batch_select_indices(indices))
+        rows = self._checked_rows("indices", indices)
+        self._change_rows(rows, lambda layer: layer.batch_select_indices(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times; the copies of a sequence lie side by side."""
-        whole("repeats", repeats, 1)
-        super().batch_repeat_interleave(repeats)
+        rows = np.arange(max(self.batch_size, 0)).repeat(whole("repeats", repeats, 1))
+        self._change_rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
 
     @property
     def _interrupted(self) -> bool:
@@ -218,11 +222,24 @@ class CacheContract(Offloading):
             check_states(self.config, key_states)
             self._fitting.add(kind)
 
-    def _select(self, argument: str, rows: torch.Tensor, apply: Callable[[Any], None]) -> None:
+    def _checked_rows(self, argument: str, rows: torch.Tensor) -> np.ndarray:
+        """The numbers of the sequences ``rows``, none negative; raises ValueError unless every layer has them."""
         for own in self.own_layers:
             own.check_rows(argument, rows)
+        return check_rows(argument, rows, self.batch_size)
+
+    def _change_rows(self, rows: np.ndarray, change: Callable[[OwnLayer], None]) -> None:
+        """Make ``rows`` the sequences of every layer; ``change`` does that for a layer of this package.
+
+        Of transformers' own layers, those with a recurrence have no other method for it than ``reorder_cache``, which
+        takes any number of rows.
+        """
+        others, empty = torch.from_numpy(rows), self.batch_size < 0
         for layer in self.layers:
-            apply(layer)
+            if isinstance(layer, OwnLayer):
+                change(layer)
+            elif not empty:
+                layer.reorder_cache(others)  # type: ignore[arg-type]
 
 
 _update = torch.compiler.disable(CacheContract.update)
