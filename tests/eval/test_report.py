@@ -444,6 +444,19 @@ def test_selectors_stand_beside_policies_by_what_they_read(tmp_path: Path) -> No
     assert "## By what is kept or read" in text
     (read,) = [line for line in text.split("fidelity@1024: read\n")[1].splitlines() if "selector=" in line][:1]
     assert "quest" in read and read.count("0.260") == 2
+    assert "- 20 % (1" not in text and "†" not in text, "a single policy has no neighbor, and all have samples"
+
+
+def test_comparisons_of_other_samples_and_missing_policies_are_marked(tmp_path: Path) -> None:
+    losses = {"random@0.5": 0.9, "snapkv@0.5": 0.1, "h2o@0.5": 0.11, "random@0.2": 0.9, "snapkv@0.2": 0.2}
+    for cache, kl in losses.items():
+        metrics = {"kl": Metric(kl, 0.01, False, "nats")}
+        Store(tmp_path).write(Cell(cache, "fidelity@1024", metrics=metrics, **COMMON), {})  # type: ignore[arg-type]
+    text = render(budget_sections(load(tmp_path)))
+    assert "| `snapkv` | 0.100 ± 0.010 † | 0.200 ± 0.010 † |" in text
+    assert "- 50 %: `snapkv` =† `h2o` >† `random`." in text
+    assert "- 20 % (2 of 3 policies): `snapkv` >† `random`." in text
+    assert "“†” marks an unpaired comparison" in text
 
 
 def test_shares_of_latents_are_of_the_head_dimension(tmp_path: Path) -> None:

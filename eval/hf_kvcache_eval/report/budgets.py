@@ -11,7 +11,7 @@ from hf_kvcache_eval.report.document import BLANK, Block, Bullets, Entry, Headin
 from hf_kvcache_eval.report.formats import number
 from hf_kvcache_eval.report.load import FIDELITY, Comparison
 from hf_kvcache_eval.report.names import FULL, TaskName, blind, keeps_dimensions, kept_share, reads_share
-from hf_kvcache_eval.report.ranking import SIGNS, chance, ranking
+from hf_kvcache_eval.report.ranking import UNPAIRED, chance, legend, ranking
 
 _REMARKS = {NOISE: " =", WORSE: " <", FEW: " ?", UNKNOWN: " ?"}
 #: Metrics of fidelity that get a table; of other tasks it is the headline metric.
@@ -27,6 +27,7 @@ def budget_sections(found: Comparison) -> list[Block]:
     if len(shares) < 2 or set(policies) == {"random"}:
         return []
     blocks: list[Block] = []
+    shown: list[str] = []
     comparisons = 0
     for task in found.tasks:
         names = (_FIDELITY_OF_READS if reads else _FIDELITY) if task.base == FIDELITY else None
@@ -36,12 +37,17 @@ def budget_sections(found: Comparison) -> list[Block]:
                 blocks += [Heading(3, f"{task.text}: {name}"), table]
                 by_share = {share: metrics_at(found, task, name, share) for share in shares}
                 ranked = {share: metrics for share, metrics in by_share.items() if len(metrics) > 1}
-                blocks.append(Bullets([f"{percent_of(share)}: {ranking(ranked[share])}" for share in ranked]))
+                most = max(map(len, by_share.values()))
+                neighbors = [
+                    f"{_ranked_at(share, len(ranked[share]), most)}: {ranking(ranked[share])}" for share in ranked
+                ]
+                blocks.append(Bullets(neighbors))
+                shown += [*neighbors, *(entry.text for row in table.rows for entry in row)]
                 comparisons += sum(2 * len(metrics) - 2 for metrics in ranked.values())
     if not blocks:
         return []
     title = Heading(2, "By what is kept or read" if reads else "By what is kept")
-    return [title, *_legend(policies, comparisons), *blocks, *_costs(found, shares)]
+    return [title, *_legend(policies, comparisons, legend(shown)), *blocks, *_costs(found, shares)]
 
 
 def shares_of(found: Comparison) -> list[float]:
@@ -52,6 +58,11 @@ def shares_of(found: Comparison) -> list[float]:
 def percent_of(share: float) -> str:
     """A share kept or read, with all its digits."""
     return f"{100 * share:g} %"
+
+
+def _ranked_at(share: float, policies: int, most: int) -> str:
+    """A share, and how many policies were measured there if at another share there are more."""
+    return percent_of(share) + (f" ({policies} of {most} policies)" if policies < most else "")
 
 
 def _is_quality(found: Comparison, task: TaskName, name: str) -> bool:
@@ -75,7 +86,7 @@ def metrics_at(found: Comparison, task: TaskName, name: str, share: float) -> di
     return {policy: row[share] for policy, row in by_policy(found, task, name).items() if share in row}
 
 
-def _legend(policies: Iterable[str], comparisons: int) -> list[Block]:
+def _legend(policies: Iterable[str], comparisons: int, signs: str) -> list[Block]:
     reads, dimensions = any(map(reads_share, policies)), [keeps_dimensions(policy) for policy in policies]
     baseline = "the random choice" if reads else code("random")
     kept = "head dimension" if all(dimensions) else "prefilled tokens"
@@ -84,7 +95,7 @@ def _legend(policies: Iterable[str], comparisons: int) -> list[Block]:
         columns += f" (of {code('latent')}, of the head dimension)"
     if reads:
         columns += f", or of the tokens held that a step of {code('sparse')} reads"
-    legend = (
+    columns = (
         f"{columns}. Best first, by the mean over the shares; ± is one standard error. A sign behind a value compares "
         f"it with {baseline} at the same share: “=” is a tie, “<” is worse, no sign is better. Below each table stand "
         "the neighbors of every column, best first."
@@ -93,7 +104,7 @@ def _legend(policies: Iterable[str], comparisons: int) -> list[Block]:
         f"{code('read')}: bytes that the last step read, of those that it would read of all tokens. It counts first "
         "layers that read everything, layers in which a selector looks at everything, and what pages are chosen by."
     )
-    return [Text(legend), Text(f"{SIGNS} {chance(comparisons)}"), *([Text(note)] if reads else [])]
+    return [Text(columns), Text(f"{signs} {chance(comparisons)}"), *([Text(note)] if reads else [])]
 
 
 def _costs(found: Comparison, shares: list[float]) -> list[Block]:
@@ -150,9 +161,9 @@ def _entry(metric: Metric | None, baseline: Metric | None, is_baseline: bool) ->
         return Entry(BLANK)
     if baseline is None or is_baseline:
         return Entry(_number(metric))
-    verdict = difference(metric, baseline).verdict
-    mark = {NOISE: "noise", WORSE: "worse"}.get(verdict, "better")
-    return Entry(_number(metric) + _REMARKS.get(verdict, ""), mark)
+    found = difference(metric, baseline)
+    mark = {NOISE: "noise", WORSE: "worse"}.get(found.verdict, "better")
+    return Entry(_number(metric) + _REMARKS.get(found.verdict, "") + ("" if found.paired else f" {UNPAIRED}"), mark)
 
 
 def _number(metric: Metric) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 
@@ -15,6 +15,8 @@ from hf_kvcache_eval.statistics import LEAST, LEVEL, RESAMPLES
 #: Between two neighbors, the better one first.
 _SIGNS = {BETTER: ">", WORSE: ">", NOISE: "="}
 _UNKNOWN = "?"
+#: Behind the sign of a comparison that is not made sample by sample.
+UNPAIRED = "†"
 #: What the signs mean, with the level of the comparisons.
 SIGNS = (
     f"A comparison is a paired bootstrap over the samples ({RESAMPLES:,} resamples). “>” and “<” say that the "
@@ -22,6 +24,15 @@ SIGNS = (
     f"is a tie, “?” says that there are fewer than {LEAST} samples. Neighbors that tie are no group: the first and the "
     "last of a row of ties may well be told apart."
 )
+_UNPAIRED_SIGN = (
+    f" “{UNPAIRED}” marks an unpaired comparison, of means that are not those of the same samples: a difference of more "
+    "than two standard errors counts."
+)
+
+
+def legend(shown: Iterable[str]) -> str:
+    """What the signs in the texts ``shown`` mean."""
+    return SIGNS + (_UNPAIRED_SIGN if any(UNPAIRED in text for text in shown) else "")
 
 
 def chance(comparisons: int) -> str:
@@ -41,7 +52,7 @@ def ranking(metrics: Mapping[str, Metric]) -> str:
     """All names, best first, with a sign between neighbors, and the smallest difference that is told apart."""
     order = best_first(metrics)
     found = [difference(metrics[a], metrics[b]) for a, b in pairwise(order)]
-    signs = [_SIGNS.get(one.verdict, _UNKNOWN) for one in found]
+    signs = [_SIGNS.get(one.verdict, _UNKNOWN) + ("" if one.paired else UNPAIRED) for one in found]
     words = [word for sign, name in zip(["", *signs], order, strict=True) for word in (sign, code(name)) if word]
     return f"{' '.join(words)}.{_smallest(found)}"
 

@@ -10,7 +10,7 @@ from hf_kvcache_eval.report.formats import difference_entries, metric_entry, num
 from hf_kvcache_eval.report.headline import by_bytes
 from hf_kvcache_eval.report.load import FIDELITY, SPEED, Comparison
 from hf_kvcache_eval.report.names import FULL, TaskName, is_full, is_noise_floor
-from hf_kvcache_eval.report.ranking import SIGNS, ranking
+from hf_kvcache_eval.report.ranking import legend, ranking
 
 #: More caches than this are ranked by the shares that they keep, not all in one line.
 _RANKED = 60
@@ -24,7 +24,8 @@ def task_sections(found: Comparison) -> list[Block]:
             continue
         table = fidelity_table(found, task) if task.base == FIDELITY else task_table(found, task)
         blocks += [Heading(3, quoted(task.text)), table, *_remarks(found, task)]
-    return [Heading(2, "Tasks"), Text(SIGNS), *blocks] if blocks else []
+    signs = legend(block.text for block in blocks if isinstance(block, Text))
+    return [Heading(2, "Tasks"), Text(signs), *blocks] if blocks else []
 
 
 def task_table(found: Comparison, task: TaskName) -> Table:
