@@ -18,6 +18,7 @@ import triton.language as tl
 from hf_kvcache.kernels.hadamard import rotate
 from hf_kvcache.kernels.inputs import DenseTokens, Pages, Scoring
 from hf_kvcache.kernels.pack import decode_side
+from hf_kvcache.kernels.page import BIAS
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.device import on_their_device
 from hf_kvcache.kernels.visibility import Visibility
@@ -40,6 +41,7 @@ def _sums_kernel(
     keys,
     positions,
     unused,
+    bias,
     # Output.
     sums,
     # Strides.
@@ -67,6 +69,7 @@ def _sums_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     HAS_UNUSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
@@ -79,6 +82,7 @@ def _sums_kernel(
         keys: ``[B, Hkv, tokens, D]``; the last dimension is contiguous.
         positions: int64 ``[B, tokens]`` or ``[B, Hkv, tokens]``; read if ``HAS_POSITIONS``.
         unused: of the shape of the positions, True where there is no token; read if ``HAS_UNUSED``.
+        bias: of the shape of the positions, added to the scores of each key behind a soft cap; read if ``HAS_BIAS``.
         sums: fp32 ``[B, Hq, tokens]``, written.
         factor: factor of the dot products; scores are in base 2.
         start: position of the first query.
@@ -99,6 +103,8 @@ def _sums_kernel(
     at_side = batch * position_batch + head * position_head + at_token
     if HAS_UNUSED:
         held = held & (tl.load(unused + at_side, mask=held, other=1) == 0)
+    if HAS_BIAS:
+        added = tl.load(bias + at_side, mask=held, other=0.0).to(tl.float32) * LOG2_E
     first, stop = 0, length
     if HAS_POSITIONS:
         position = tl.load(positions + at_side, mask=held, other=0).to(tl.int32)
@@ -123,6 +129,8 @@ def _sums_kernel(
             scores = softcap * LOG2_E - softcap * LOG2_E * 2.0 / (tl.exp2(scores * factor * 2.0) + 1.0)
         else:
             scores *= factor
+        if HAS_BIAS:
+            scores += added[:, None]
         scores -= tl.load(log_sum_exp + at, mask=inside, other=0.0)[None, :] * LOG2_E
         seen = held[:, None] & inside[None, :]
         if HAS_POSITIONS:
@@ -152,10 +160,9 @@ def _tiles(dtype: torch.dtype, block_dim: int, hip: bool) -> _Tiles:
 
 
 def supports(query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility) -> bool:
-    """Whether :func:`column_sums` can do a call. The reference does all others, such as pages with a bias."""
+    """Whether :func:`column_sums` can do a call. The reference does all others."""
     return (
         visibility.mask is None
-        and (pages is None or not pages.layout.biased)
         and query.dtype == dense.keys.dtype
         and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and query.shape[-1] <= 256
@@ -177,7 +184,7 @@ def column_sums(
     log_sum_exp = log_sum_exp.contiguous()
     page_sums = None if pages is None else _page_sums(query, log_sum_exp, pages, visibility, scoring)
     sums = log_sum_exp.new_empty(*query.shape[:2], dense.keys.shape[2])
-    _launch(query.contiguous(), log_sum_exp, None, dense, visibility, scoring, sums)
+    _launch(query.contiguous(), log_sum_exp, None, dense, None, visibility, scoring, sums)
     return page_sums, sums
 
 
@@ -198,26 +205,30 @@ def _page_sums(
     step = max(1, DECODED_TOKENS // layout.page_size)
     for start in range(0, pages.columns, step):
         stop = min(start + step, pages.columns)
-        tokens = _decoded(pages, start, stop, query.dtype)
+        tokens, bias = _decoded(pages, start, stop, query.dtype)
         part = sums[:, :, start * layout.page_size : stop * layout.page_size]
-        _launch(rotated, log_sum_exp, shift, tokens, visibility, scoring, part)
+        _launch(rotated, log_sum_exp, shift, tokens, bias, visibility, scoring, part)
     return sums
 
 
-def _decoded(pages: Pages, start: int, stop: int, dtype: torch.dtype) -> DenseTokens:
-    """The keys of some columns in the rotated basis, with positions and unused places ``[B, Hkv, n]`` of each head."""
-    layout = pages.layout
+def _decoded(pages: Pages, start: int, stop: int, dtype: torch.dtype) -> tuple[DenseTokens, torch.Tensor | None]:
+    """The keys of some columns in the rotated basis, and their bias if they have one.
+
+    Positions, unused places and the bias are ``[B, Hkv, n]``, of each head.
+    """
+    layout, records = pages.layout, pages.records(start, stop)
     shape = (stop - start, pages.rows, layout.page_size, layout.sides["keys"].dim)
     buffer = scratch("keys", shape, torch.float32, pages.device)
-    decoded = decode_side(layout, "keys", pages.records(start, stop), buffer)
+    decoded = decode_side(layout, "keys", records, buffer)
     rows = decoded.to(dtype).transpose(0, 1).reshape(-1, pages.heads, (stop - start) * layout.page_size, shape[-1])
-    unused = pages.unused(start, stop)
-    return DenseTokens(
+    unused, bias = pages.unused(start, stop), layout.view(records, BIAS)
+    tokens = DenseTokens(
         rows,
         rows,
         pages.positions(start, stop).view(rows.shape[:3]),
         None if unused is None else unused.view(rows.shape[:3]),
     )
+    return tokens, None if bias is None else bias.transpose(0, 1).reshape(rows.shape[:3])
 
 
 def _launch(
@@ -225,11 +236,15 @@ def _launch(
     log_sum_exp: torch.Tensor,
     shift: torch.Tensor | None,
     tokens: DenseTokens,
+    bias: torch.Tensor | None,
     visibility: Visibility,
     scoring: Scoring,
     sums: torch.Tensor,
 ) -> None:
-    """Fill ``sums [B, Hq, n]`` for keys whose positions are ``[B, n]``, or ``[B, Hkv, n]`` of each head."""
+    """Fill ``sums [B, Hq, n]`` for keys whose positions are ``[B, n]``, or ``[B, Hkv, n]`` of each head.
+
+    The ``bias`` of keys is ``[B, Hkv, n]``; only keys with positions of each head may have one.
+    """
     batch, query_heads, length, dim = query.shape
     heads, count = tokens.keys.shape[1:3]
     if not count:
@@ -245,6 +260,7 @@ def _launch(
         tokens.keys,
         None if tokens.positions is None else tokens.positions.contiguous(),
         None if tokens.unused is None else tokens.unused.contiguous(),
+        None if bias is None else bias.contiguous(),
         sums,
         *tokens.keys.stride()[:3],
         side * heads if per_head else count,
@@ -265,6 +281,7 @@ def _launch(
         HAS_SOFTCAP=scoring.softcap is not None,
         HAS_POSITIONS=tokens.positions is not None,
         HAS_UNUSED=tokens.unused is not None,
+        HAS_BIAS=bias is not None,
         CAUSAL=visibility.causal,
         WINDOWED=visibility.window is not None,
         num_warps=tiles.warps,
@@ -276,31 +293,36 @@ _TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
-    """A causal prefill, and everything at once."""
+    """A causal prefill, the same over keys with a bias, and everything else at once."""
     hip = architecture.startswith("gfx")
     return [
         _case(128, "bf16", hip, False),
+        _case(128, "bf16", hip, False, biased=True),
         _case(64, "bf16", hip, True),
         _case(256, "bf16", hip, True),
         _case(64, "fp32", hip, True),
     ]
 
 
-def _case(dim: int, dtype: str, hip: bool, everything: bool) -> CompileCase:
+def _case(dim: int, dtype: str, hip: bool, everything: bool, biased: bool = False) -> CompileCase:
     tiles = _tiles(_TYPES[dtype], dim, hip)
     pointers = {"query": f"*{dtype}", "log_sum_exp": "*fp32", "keys": f"*{dtype}", "positions": "*i64", "sums": "*fp32"}
     strides = ("key_batch", "key_head", "key_token", "position_batch", "position_head")
     numbers = ("tokens", "start", "length", "window", "ratio", "sums_row")
     constants: dict[str, Any] = {"D": dim, "BLOCK_D": dim, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys}
-    constants |= {"HAS_POSITIONS": True, "CAUSAL": True}
+    constants |= {"HAS_POSITIONS": True, "CAUSAL": True, "HAS_BIAS": biased}
     constants |= dict.fromkeys(("HAS_SHIFT", "HAS_SOFTCAP", "HAS_UNUSED", "WINDOWED"), everything)
     if everything:
         pointers |= {"shift": "*fp32", "unused": "*i1"}
     else:
         constants |= {"shift": None, "unused": None}
+    if biased:
+        pointers["bias"] = "*fp16"
+    else:
+        constants["bias"] = None
     per_query = dim * _TYPES[dtype].itemsize + (8 if everything else 4)
     return CompileCase(
-        f"column_sums {dtype} d{dim}" + (" everything" if everything else ""),
+        f"column_sums {dtype} d{dim}" + (" everything" if everything else " bias" if biased else ""),
         _sums_kernel,
         pointers | dict.fromkeys((*strides, *numbers), "i32") | dict.fromkeys(("factor", "softcap"), "fp32"),
         constants,

@@ -11,7 +11,9 @@ from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.triton import column_sums as kernels
 from tests.choosing import chosen
 from tests.kernels.test_column_sums import CODECS, Problem, check, packed_problem, prompt_problem
+from tests.kernels.triton.calls import Shape, biased, expected, make_call, ragged
 from tests.kernels.triton.fixtures import bfloat16_dot, poisoned_outputs  # noqa: F401
+from tests.tolerances import assert_near
 
 SINKS = torch.tensor([-1.0, 0.0, 2.0, 5.0])
 
@@ -51,6 +53,19 @@ def test_scoring(softcap: float | None) -> None:
     """Soft-capping, on pages whose keys are centered too, and sink logits that take probability away."""
     check(packed_problem("unbiased4", True, 3, 2, scoring=Scoring(0.3, softcap, SINKS)), run)
     check(packed_problem("kvarn3", True, 3, 2, scoring=Scoring(0.3, softcap, SINKS)), run)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_bias(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages whose keys stand for others, some of them at a time, with NaN where there is no token."""
+    monkeypatch.setattr(kernels, "DECODED_TOKENS", 16)
+    call = ragged(make_call("unbiased4", Shape(2, 2, 3, 5, columns=3, slots=7)))
+    call = biased(replace(call, scoring=Scoring(0.3, softcap, torch.tensor([-1.0, 0.0, 2.0, 5.0, 0.0, 1.0]))))
+    wanted = expected(call)
+    page_sums, dense_sums = run(call.query, wanted.log_sum_exp.float(), *call.arguments[1:])
+    assert page_sums is not None and wanted.page_sums is not None and wanted.dense_sums is not None
+    assert_near(page_sums, wanted.page_sums)
+    assert_near(dense_sums, wanted.dense_sums)
 
 
 def test_few_pages_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
