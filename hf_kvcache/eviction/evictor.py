@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from hf_kvcache.eviction import Policy
-from hf_kvcache.eviction.base import ALL_QUERIES
 from hf_kvcache.eviction.budget import PinnedPositions
 from hf_kvcache.eviction.compensation import compensate_values
 from hf_kvcache.eviction.layer_selection import Choice, LayerSelection
@@ -65,8 +64,7 @@ class Evictor:
     ) -> None:
         self.options, self.place = options, place
         self.pinned: PinnedPositions = options.pins.by_row(storage.batch)
-        wanted = options.policy.observed
-        self.observations = Observations(wanted if wanted == ALL_QUERIES else max(wanted, options.compensated_queries))
+        self.observations = Observations(options.policy.observed, options.compensated_queries)
         self.schedule = EvictionSchedule(options)
         self.attending: Attending | None = None
         self._selection = selection
@@ -80,7 +78,7 @@ class Evictor:
     @property
     def stateful(self) -> bool:
         """Whether choices depend on queries."""
-        return bool(self.observations.wanted) or self.policy.needs_accumulated
+        return bool(self.observations.wanted or self.observations.fitted) or self.policy.needs_accumulated
 
     @property
     def evictions(self) -> int:

@@ -230,6 +230,7 @@ class Observations:
 
     Attributes:
         wanted: latest queries that are remembered; ``ALL_QUERIES`` for all of an update.
+        fitted: latest queries that kept tokens are fitted to, whatever the policy wants.
         latest: the latest queries; None before the first, and if none are wanted.
         accumulated: the attention of all queries so far; None before any was added.
         block: the queries ``[B, Hq, n, D]`` of the latest update of several tokens, its position and validity, until
@@ -237,30 +238,31 @@ class Observations:
     """
 
     wanted: int
+    fitted: int = 0
     latest: LatestQueries | None = None
     accumulated: AccumulatedAttention | None = None
     block: tuple[torch.Tensor, int, np.ndarray | None] | None = None
 
     def see(self, query: torch.Tensor, position: int, valid: np.ndarray | None, drafted: bool) -> None:
         """Remember ``query [B, Hq, n, D]`` from ``position`` on, as far as it is wanted."""
-        if not self.wanted:
+        if not (self.wanted or self.fitted):
             return
         every, query = self.wanted == ALL_QUERIES, query.detach() if query.requires_grad else query
         if self.latest is None:
-            self.latest = LatestQueries.of(query, _DECODED_QUERIES if every else self.wanted)
+            self.latest = LatestQueries.of(query, max(_DECODED_QUERIES if every else self.wanted, self.fitted))
         self.latest.see(query, position, valid)
         self.block = (query, position, valid) if every and query.shape[2] > 1 and not drafted else None
 
     def latest_queries(self, rows: np.ndarray, count: int) -> tuple[torch.Tensor, np.ndarray] | None:
         """The last ``count`` queries ``[b, Hq, n, D]`` of the sequences ``rows``, and their positions ``[b, n]``.
 
-        The sequences have seen equally many. A count of ``ALL_QUERIES`` asks for all queries that are remembered; None
-        if there are none.
+        The sequences have seen equally many. A count of ``ALL_QUERIES`` asks for those of the latest update of several
+        tokens, or for the last 64 if none is remembered. None if there are no queries.
         """
-        last = slice(None) if count == ALL_QUERIES else slice(-count, None)
-        if self.block is None:
+        if count != ALL_QUERIES or self.block is None:
             if self.latest is None:
                 return None
+            last = slice(-(_DECODED_QUERIES if count == ALL_QUERIES else count), None)
             query, positions = self.latest.latest(rows)
             return query[:, :, last], positions[:, last]
         query, position, valid = self.block
@@ -270,7 +272,7 @@ class Observations:
         else:
             counted = np.flatnonzero(valid[rows[0]])
             query, positions = tokens_of(query, counted), position + counted[None]
-        return query[:, :, last].clone(), positions[:, last]
+        return query.clone(), positions
 
     def add_attention(self, storage: PagedStorage, attention: Attention, fresh: int, valid: np.ndarray | None) -> None:
         """Add the sums of one call of attention; its last ``fresh`` full-precision tokens are not stored yet."""

@@ -8,6 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache
+from hf_kvcache.eviction.base import ALL_QUERIES
+from hf_kvcache.eviction.observations import Observations
 from hf_kvcache.storage.token_view import TokenView
 from tests.eviction.toys import SINKS, TAIL, Toy, states
 from tests.generation.layers import States
@@ -30,6 +32,24 @@ def test_output_for_the_latest_queries_comes_nearer(policy: str) -> None:
         kept = toy.layer.kept_positions()[0]
         errors[count] = error(given, kept, values_held(toy)[0], 32)
     assert errors[32] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("wanted", [0, 8, ALL_QUERIES])
+def test_as_many_queries_are_fitted_to_as_are_asked_for(wanted: int) -> None:
+    """However many a policy wants, and however short the latest update was."""
+    rows, query = np.arange(2), torch.randn(2, 3, 125, 4, generator=torch.Generator().manual_seed(0))
+    seen = Observations(wanted, fitted=100)
+    for start, stop in ((0, 90), *((at, at + 1) for at in range(90, 120)), (120, 125)):
+        if stop == 125 and wanted:
+            latest = seen.latest_queries(rows, wanted)
+            assert latest is not None and torch.equal(latest[0], query[:, :, :120][:, :, -8 if wanted == 8 else -64 :])
+        seen.see(query[:, :, start:stop], start, None, drafted=False)
+    fitted = seen.latest_queries(rows, 100)
+    assert fitted is not None and torch.equal(fitted[0], query[:, :, 25:])
+    assert fitted[1].tolist() == [list(range(25, 125))] * 2
+    if wanted == ALL_QUERIES:
+        update = seen.latest_queries(rows, wanted)
+        assert update is not None and torch.equal(update[0], query[:, :, 120:])
 
 
 def error(given: States, kept: torch.Tensor, values: torch.Tensor, count: int) -> float:
