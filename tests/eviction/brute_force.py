@@ -31,6 +31,9 @@ class Head:
         if ctx.accumulated is not None:
             self.accumulated = ctx.accumulated[index, kv_head].double().numpy()[held].tolist()
         self.count = len(self.positions)
+        self.bias = np.zeros(self.count)
+        if ctx.bias is not None:
+            self.bias = ctx.bias[index, kv_head].double().numpy()[held]
         self.at: list[int] = []
         if ctx.queries is not None and ctx.query_positions is not None:
             self.group = ctx.queries.shape[1] // ctx.keys.shape[1]

@@ -27,6 +27,11 @@ def rotary_context(shape: str, family: str, policy: Policy) -> Context:
     return replace(shown(random_context(SHAPES[shape]), policy), rope=rope(family))
 
 
+def biased(ctx: Context) -> Context:
+    """The same context whose keys stand for others already."""
+    return replace(ctx, bias=torch.randn(ctx.positions.shape, generator=torch.Generator().manual_seed(0)))
+
+
 @cache
 def rope(family: str) -> LayerRope:
     arguments: dict[str, Any] = {

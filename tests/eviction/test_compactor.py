@@ -13,7 +13,7 @@ import torch
 from hf_kvcache.eviction import Context, resolve
 from tests.eviction.brute_force import Head, heads_of
 from tests.eviction.contexts import KEY_DIM, SHAPES, random_context
-from tests.eviction.rope_contexts import CASES, rotary_context, rotation
+from tests.eviction.rope_contexts import CASES, biased, rotary_context, rotation
 from tests.tolerances import Tolerance, assert_near, assert_within
 
 #: The leverage of ``T`` tokens is off by ``T`` times the rounding of keys that were un-rotated in float32.
@@ -30,6 +30,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_scores_equal_the_brute_force(shape: str, family: str, options: dict[str, Any]) -> None:
     policy = resolve("compactor", **options)
     ctx = rotary_context(shape, family, policy)
+    ctx = biased(ctx) if "chunk" in options else ctx
     scores = policy.score(ctx)
     assert scores.shape == ctx.positions.shape and scores.isfinite().all()
     if SHAPES[shape].tokens < 2 * KEY_DIM:
@@ -79,6 +80,7 @@ def attention(policy: Any, head: Head) -> np.ndarray:
             for query in range(start, start + len(chunk)):
                 scores = head.keys[tokens] @ head.queries[q, query] * scale
                 scores = cap * np.tanh(scores / cap) if cap else scores
+                scores = scores + head.bias[tokens]
                 weights = np.exp(scores - scores.max()) if tokens else scores
                 received[tokens] += weights / weights.sum() / head.group
     received *= np.linalg.norm(head.values, axis=1)

@@ -10,7 +10,7 @@ import torch
 
 from hf_kvcache.eviction import resolve
 from tests.eviction.brute_force import Head, heads_of
-from tests.eviction.rope_contexts import CASES, rotary_context, rotation
+from tests.eviction.rope_contexts import CASES, biased, rotary_context, rotation
 from tests.tolerances import Tolerance, assert_within
 
 #: Positions times frequencies are float32 products: angles are off by some 1e-5 and scores in proportion.
@@ -27,6 +27,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_scores_equal_the_brute_force(shape: str, family: str, options: dict[str, Any]) -> None:
     policy = resolve("expected", **options)
     ctx = rotary_context(shape, family, policy)
+    ctx = biased(ctx) if options else ctx
     scores = policy.score(ctx)
     assert scores.shape == ctx.positions.shape and scores.isfinite().all()
     for index, kv_head in heads_of(ctx):
@@ -48,7 +49,7 @@ def brute_force(policy: Any, head: Head, family: str) -> list[float]:
         if policy.use_covariance:
             factor = head.ctx.scoring.scaling**2 / 2
             exponent = [e + k @ covariance @ k * factor for e, k in zip(exponent, head.keys, strict=True)]
-        weights = np.exp(np.array(exponent))
+        weights = np.exp(np.array(exponent) + head.bias)
         others = [w for w, at in zip(weights, head.positions, strict=True) if at >= policy.sinks] or weights
         total += weights / sum(others) / head.group
     if not policy.use_values:

@@ -18,7 +18,7 @@ from hf_kvcache.layers.evicting import EvictingLayer
 from hf_kvcache.storage.token_view import TokenView
 from tests import families
 from tests.eviction.brute_force import Head, heads_of
-from tests.eviction.rope_contexts import CASES, rotary_context, rotation
+from tests.eviction.rope_contexts import CASES, biased, rotary_context, rotation
 from tests.running import assert_same, forward, generate, left_padded, prompt
 from tests.tolerances import Tolerance, assert_within
 
@@ -35,9 +35,7 @@ def test_scores_equal_the_brute_force(
     monkeypatch.setattr(reread, "_FEWEST_QUERIES", 3)
     monkeypatch.setattr(reread, "_STRIP_ELEMENTS", 1)
     policy: Any = resolve("reread", **options)
-    ctx = rotary_context(shape, family, policy)
-    # Kept keys may stand for others already.
-    ctx = replace(ctx, bias=torch.randn(ctx.positions.shape, generator=torch.Generator().manual_seed(0)))
+    ctx = biased(rotary_context(shape, family, policy))
     scores = policy.score(ctx)
     at = ctx.query_positions
     assert at is not None
@@ -52,8 +50,6 @@ def brute_force(policy: Any, head: Head, family: str) -> np.ndarray:
     """A context and, behind it, a second copy of the query's chunk, each token of it at its second position."""
     scoring, seen = head.ctx.scoring, head.ctx.seen
     squares, count = np.zeros(head.count), 0
-    held = slice(None) if head.ctx.held is None else head.ctx.held[head.index, head.kv_head]
-    bias = head.ctx.bias[head.index, head.kv_head, held].double().numpy()  # type: ignore[index]
     for query, at in enumerate(head.at):
         start = at - at % policy.chunk
         again = [i for i, position in enumerate(head.positions) if start <= position <= at]
@@ -65,7 +61,7 @@ def brute_force(policy: Any, head: Head, family: str) -> np.ndarray:
             scores = np.array([*head.keys, *copies]) @ moved * scoring.scaling if head.count else np.zeros(0)
             if scoring.softcap is not None:
                 scores = scoring.softcap * np.tanh(scores / scoring.softcap)
-            weights = np.exp(scores + np.array([*bias, *bias[again]]))
+            weights = np.exp(scores + np.array([*head.bias, *head.bias[again]]))
             total = weights.sum()
             if scoring.sink_logits is not None:
                 total += np.exp(float(scoring.sink_logits[head.kv_head * head.group + q]))

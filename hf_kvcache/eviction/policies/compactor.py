@@ -16,6 +16,8 @@ from hf_kvcache.utils.validation import between, flag, odd, whole
 #: Share of the mean squared key (and of the mean leverage) below which differences are rounding.
 _ROUNDING = 1e-6
 _SMALLEST_DEVIATION = 1e-3
+#: Added to scores where there is no key: finite, so that a chunk without any has no NaN.
+_NO_KEY = -1e30
 
 
 @register("compactor")
@@ -101,8 +103,11 @@ class Compactor(Policy):
         there = ctx.positions.gather(-1, place) == at
         keys = ctx.keys.gather(2, place[..., None].expand(-1, -1, -1, dim))
         queries = ctx.queries.float().unflatten(1, (heads, -1)) * (ctx.scoring.inner if self.scaled else 1.0)
-        parts = zip(*(x.split(self.chunk, dim=-1) for x in (queries.mT, keys.mT, there)), strict=True)
-        received = torch.cat([self._received(q.mT, k, t, ctx.scoring.softcap) for q, k, t in parts], dim=-1)
+        # What is added to scores: the bias of keys that stand for others, and much below zero without a key.
+        bias = torch.zeros_like(there, dtype=torch.float32) if ctx.bias is None else ctx.bias.gather(-1, place)
+        added = bias.masked_fill(~there, _NO_KEY)
+        parts = zip(*(x.split(self.chunk, dim=-1) for x in (queries.mT, keys.mT, added)), strict=True)
+        received = torch.cat([self._received(q.mT, k, a, ctx.scoring.softcap) for q, k, a in parts], dim=-1)
         total = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=keys.device).scatter_add_(
             -1, place, received * there
         )
@@ -110,14 +115,13 @@ class Compactor(Policy):
         return total * ctx.values.norm(dim=-1), observed
 
     def _received(
-        self, queries: torch.Tensor, keys: torch.Tensor, there: torch.Tensor, softcap: float | None
+        self, queries: torch.Tensor, keys: torch.Tensor, added: torch.Tensor, softcap: float | None
     ) -> torch.Tensor:
         """Attention ``[B, Hkv, c]`` that keys ``[B, Hkv, D, c]`` get from queries ``[B, Hkv, g, c, D]`` in all."""
         scores = queries @ keys[:, :, None]
         if softcap is not None and self.scaled:
             scores = softcap * scores.tanh()
-        scores = scores.masked_fill(~there[:, :, None, None], torch.finfo(scores.dtype).min)
-        return scores.softmax(-1).sum(3).mean(2)
+        return (scores + added[:, :, None, None]).softmax(-1).sum(3).mean(2)
 
 
 def _standard(x: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

@@ -85,6 +85,8 @@ class ExpectedAttention(Policy):
     def _probabilities(self, logits: torch.Tensor, ctx: Context) -> torch.Tensor:
         """``exp(logits)`` ``[B, Hkv, T]`` over their sum without the first positions."""
         counted = ctx.positions >= self.sinks
+        if ctx.bias is not None:
+            logits = logits + ctx.bias
         if ctx.held is not None:
             logits = logits.masked_fill(~ctx.held, -torch.inf)
             counted = counted & ctx.held
