@@ -81,7 +81,7 @@ def test_a_policy_asks_for_gate_scores_or_accumulated_attention() -> None:
     """Not for both: one number is kept beside each token."""
     both = type("Both", (type(resolve("h2o")),), {"needs_hidden": True})()
     for policy in (both, type(resolve("ada-snapkv"))(both)):  # type: ignore[call-arg]
-        with pytest.raises(ValueError, match="both needs_hidden and needs_accumulated.*accepted: one of the two"):
+        with pytest.raises(ValueError, match=r"both needs_hidden and needs_accumulated.*accepted: one of the two"):
             resolve(policy)
 
 

@@ -35,7 +35,7 @@ def test_an_unpickled_prompt_is_evicted_by_its_positions(policy: str, options: d
         forward(model, prompt(60), held)
     again = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(cache))))
     assert torch.equal(decode(model, again), decode(model, cache))
-    with pytest.raises(ValueError, match="'critical' needs the attention module of layer 0.*was unpickled"):
+    with pytest.raises(ValueError, match=r"'critical' needs the attention module of layer 0.*was unpickled"):
         forward(model, prompt(1), pickle.loads(pickle.dumps(weighing)))
 
 

@@ -19,7 +19,9 @@ CHANGES: dict[str, tuple[Callable[[Any], None], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lfm2", "jamba"))])
+@pytest.mark.parametrize(
+    "family", ["qwen3_next", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lfm2", "jamba"))]
+)
 def test_rows_of_recurrent_layers(family: str) -> None:
     """As if these sequences had been read alone."""
     model, ids = families.build(family), prompt(40, 3)
