@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hf_kvcache.cache.base import KVCache
+from hf_kvcache.cache.model_config import cached_layers
 from hf_kvcache.cache.quantized import QuantizedKVCache
 from hf_kvcache.codecs.best import KEYS_AND_VALUES
 from hf_kvcache.codecs.bit_allocation import Choice, allocate
@@ -76,30 +77,32 @@ def calibrate_bits(
     trial = _Trial(model, rows[:windows], length, sizes)
     losses = trial.losses(advance or (lambda _: None))
     choices = {
-        index: [
-            Choice(widths, _record_bytes(layer.storage.encoder, widths) * layer.storage.heads, loss)
-            for widths, loss in losses[index].items()
-        ]
-        for index, layer in trial.storing.items()
+        index: [Choice(widths, trial.page_bytes(index, widths), loss) for widths, loss in of_layer.items()]
+        for index, of_layer in losses.items()
     }
     found = LayerBits(allocate(choices, _budget(choices, bits)), model_identity(model.config), {"bits": bits})
-    check = _Trial(model, rows[windows:], length, sizes)
-    found.measured["mixed"] = check.kl(check.prefilled(bits=found))
+    _compare(found, bits, _Trial(model, rows[windows:], length, sizes))
+    return found
+
+
+def _compare(found: LayerBits, bits: float, unused: _Trial) -> None:
+    """Measure the widths on windows that they were not found with; raise ValueError if one width does as well."""
+    found.measured["mixed"] = unused.kl(unused.prefilled(bits=found))
     if bits in KEYS_AND_VALUES:
-        found.measured["uniform"] = check.kl(check.prefilled(bits=int(bits)))
+        found.measured["uniform"] = unused.kl(unused.prefilled(bits=int(bits)))
         if found.measured["mixed"] >= found.measured["uniform"]:
             raise ValueError(
                 f"bits={bits!r}: mixed widths have a KL of {found.measured['mixed']:.4f} on text that was not used, "
                 f"one width for all layers {found.measured['uniform']:.4f}; accepted: more windows, or other bits"
             )
-    return found
 
 
 class _Trial:
     """Windows of text that a model has read in full precision, and what it predicted behind them.
 
     Attributes:
-        storing: the layers of the full cache that store keys and values of their own, by index.
+        storing: the layers of the full cache that store keys and values of their own, by the index of the model's
+            layer. A layer of a model that runs several times has one for each run.
     """
 
     def __init__(self, model: Any, rows: torch.Tensor, length: int, sizes: dict[str, Any]) -> None:
@@ -107,11 +110,11 @@ class _Trial:
         self._sizes = sizes
         self._base = self._fill(KVCache(model.config, **sizes))
         self._full = self._decode(self._base.fork())
-        self.storing: dict[int, Any] = {
-            layer.index: layer
-            for layer in self._base.layers
-            if type(layer) is KVCacheLayer and layer.is_initialized and layer.storage is not None
-        }
+        _, of_model, _ = cached_layers(self._base.config)
+        self.storing: dict[int, list[Any]] = {}
+        for layer in self._base.layers:
+            if type(layer) is KVCacheLayer and layer.is_initialized and layer.storage is not None:
+                self.storing.setdefault(of_model[layer.index], []).append(layer)
         if not self.storing:
             raise ValueError(f"config of {model.config.model_type!r}; accepted: models that cache keys and values")
 
@@ -122,9 +125,10 @@ class _Trial:
         found: dict[int, dict[Widths, float]] = {index: {} for index in self.storing}
         for widths in (*keys, *values, *_TOGETHER):
             filled = self.prefilled(key_bits=widths.keys, value_bits=widths.values)
-            for index in self.storing:
+            for index, layers in self.storing.items():
                 exchanged = self._base.fork()
-                exchanged.layers[index] = filled.layers[index].fork()
+                for layer in layers:
+                    exchanged.layers[layer.index] = filled.layers[layer.index].fork()
                 found[index][widths] = self.kl(exchanged)
                 advance(1)
         both = Widths(_OTHER, _OTHER)
@@ -134,6 +138,11 @@ class _Trial:
                     together = losses[Widths(key_bits, _OTHER)] + losses[Widths(_OTHER, value_bits)]
                     losses[Widths(key_bits, value_bits)] = max(together - losses[both], 0.0)
         return found
+
+    def page_bytes(self, index: int, widths: Widths) -> int:
+        """Bytes of a page of all KV heads of a layer, in all its runs."""
+        storages = [layer.storage for layer in self.storing[index]]
+        return sum(_record_bytes(storage.encoder, widths) * storage.heads for storage in storages)
 
     def prefilled(self, **widths: Any) -> Any:
         """A cache of these widths that has read the windows. Tokens of one pass see each other in full precision."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from hf_kvcache.cache.base import KVCache
-from hf_kvcache.cache.layer_codecs import codec_by_layer
+from hf_kvcache.cache.layer_codecs import CodecArguments, codec_arguments
 from hf_kvcache.cache.model_config import decoder_config
 from hf_kvcache.codecs import Codec, resolve
 from hf_kvcache.codecs.best import WITH_EVICTION, Choice
@@ -107,19 +107,12 @@ class HeavyHitterCache(KVCache):
         decoder = decoder_config(config)
         ranks = mla.own_ranks(decoder)
         names = option_names(policy)
-        sides = {"key_bits": key_bits, "value_bits": value_bits}
-        of_codec = {name: value for name, value in options.items() if name not in names}
-        make = partial(_stored, codec, ranks, of_codec)
-        mixed = codec_by_layer(decoder, bits, skip_layers, sides, make, _stored(None, ranks, {}, {}))
-        if mixed is not None:
-            codec, bits, sides = mixed, None, {}
-            options = {name: value for name, value in options.items() if name in names}
-        widths = given_only(bits=bits, **sides)
+        widths = given_only(bits=bits, key_bits=key_bits, value_bits=value_bits)
+        make, full = partial(_stored, codec, ranks), _stored(None, ranks, {}, {})
+        given = CodecArguments(codec, widths, options)
+        codec, widths, options = codec_arguments(decoder, given, skip_layers, names, make, full)
         if options:
-            width = widths.get("bits")
-            known = (
-                latent_option_names(codec, width) if ranks else _codec_option_names(codec, width, given_only(**sides))
-            )
+            known = _codec_option_names(codec, ranks, widths)
             stored = "the default codec" if codec is None else f"codec {codec!r}"
             refuse_unknown(type(self), options, {f"policy {policy!r}": sorted(names), stored: known})
         chosen = resolve_policy(policy, **{name: options.pop(name) for name in names & set(options)})
@@ -295,10 +288,13 @@ def _stored(codec: str | Codec | None, ranks: set[int], options: dict[str, Any],
     return latent_codec(codec, bits, None, ranks, options) if ranks else codec_for_eviction(codec, bits, options)
 
 
-def _codec_option_names(codec: str | Codec | None, bits: int | None, widths: dict[str, int]) -> list[str]:
+def _codec_option_names(codec: str | Codec | None, ranks: set[int], widths: dict[str, Any]) -> list[str]:
+    bits, sides = widths.get("bits"), {name: width for name, width in widths.items() if name != "bits"}
+    if ranks:
+        return latent_option_names(codec, bits)
     if codec is None:
-        codec = _best(bits, widths).codec
-    return codec_option_names(codec, bits, **widths)
+        codec = _best(bits, sides).codec
+    return codec_option_names(codec, bits, **sides)
 
 
 def _best(bits: int | None, options: dict[str, Any]) -> Choice:

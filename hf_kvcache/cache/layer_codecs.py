@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
@@ -20,11 +21,55 @@ from hf_kvcache.utils.validation import given_only
 MakeCodec = Callable[[dict[str, int]], Codec]
 
 
+class CodecArguments(NamedTuple):
+    """What says how a cache stores tokens.
+
+    Attributes:
+        codec: a name or a ready codec; None for the cache's default.
+        widths: those of ``bits``, ``key_bits`` and ``value_bits`` that are given.
+        options: options by name, of the codec and of what else takes some.
+    """
+
+    codec: str | Codec | None
+    widths: dict[str, Any]
+    options: dict[str, Any]
+
+
+def codec_arguments(
+    config: PreTrainedConfig,
+    given: CodecArguments,
+    skip_layers: Sequence[int],
+    others: Collection[str],
+    make: Callable[[dict[str, Any], dict[str, int]], Codec],
+    full: Codec,
+) -> CodecArguments:
+    """The arguments of a cache as they were ``given``, or a ready codec where they ask for layers that differ.
+
+    Args:
+        config: the config of the model's decoder.
+        given: the arguments; ``bits`` may be widths by layer.
+        skip_layers: as in :func:`codec_by_layer`, which is asked.
+        others: names of options that are not the codec's.
+        make: makes a codec from options and widths.
+        full: the codec of full precision.
+
+    Raises:
+        ValueError: as :func:`codec_by_layer` does.
+    """
+    of_codec = {name: value for name, value in given.options.items() if name not in others}
+    sides = {name: width for name, width in given.widths.items() if name != "bits"}
+    bits = given.widths.get("bits")
+    mixed = codec_by_layer(config, bits, skip_layers, sides, partial(make, of_codec), full)
+    if mixed is None:
+        return given
+    return CodecArguments(mixed, {}, {name: value for name, value in given.options.items() if name in others})
+
+
 def codec_by_layer(
     config: PreTrainedConfig,
     bits: Any,
     skip_layers: Sequence[int],
-    sides: dict[str, int | None],
+    sides: Mapping[str, int | None],
     make: MakeCodec,
     full: Codec,
 ) -> Codec | None:

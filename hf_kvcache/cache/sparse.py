@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from hf_kvcache.cache.base import KVCache
 from hf_kvcache.cache.evicting import codec_for_eviction, default_eviction
-from hf_kvcache.cache.layer_codecs import codec_by_layer
+from hf_kvcache.cache.layer_codecs import CodecArguments, codec_arguments
 from hf_kvcache.cache.model_config import decoder_config
 from hf_kvcache.codecs import Codec
 from hf_kvcache.codecs.layer_bits import Bits
@@ -86,14 +86,10 @@ class SparseReadCache(KVCache):
                 "models that cache keys and values"
             )
         names = option_names(selector)
-        sides = {"key_bits": key_bits, "value_bits": value_bits}
-        of_codec = {name: value for name, value in options.items() if name not in names}
-        make = partial(_stored, codec, budget is not None, of_codec)
-        mixed = codec_by_layer(decoder, bits, skip_layers, sides, make, resolve_codec("none"))
-        if mixed is not None:
-            codec, bits, sides = mixed, None, {}
-            options = {name: value for name, value in options.items() if name in names}
-        widths = given_only(bits=bits, **sides)
+        widths = given_only(bits=bits, key_bits=key_bits, value_bits=value_bits)
+        make, full = partial(_stored, codec, budget is not None), resolve_codec("none")
+        given = CodecArguments(codec, widths, options)
+        codec, widths, options = codec_arguments(decoder, given, skip_layers, names, make, full)
         if codec is None:
             codec = "auto" if widths else "none"
         if options:
@@ -102,13 +98,10 @@ class SparseReadCache(KVCache):
         chosen = resolve(selector, **{name: options.pop(name) for name in names if name in options})
         for name, value in (("sink_length", sink_length), ("tail_length", tail_length), ("dense_layers", dense_layers)):
             whole(name, value, 0)
-        whole("page_size", page_size, 8)
-        _check_weights(chosen)
-        _check_span(chosen, page_size)
+        _check_selector(chosen, whole("page_size", page_size, 8))
         sparse = SparseOptions(chosen, ReadBudget(read_budget, sink_length, tail_length, page_size), dense_layers)
-        eviction = None
-        if budget is not None:
-            eviction = default_eviction(budget, policy, sink_length + tail_length)
+        eviction = None if budget is None else default_eviction(budget, policy, sink_length + tail_length)
+        if eviction is not None:
             codec, widths, options = _stored(codec, True, options, widths), {}, {}
         super().__init__(
             config,
@@ -145,8 +138,12 @@ def _stored(codec: str | Codec | None, evicts: bool, options: dict[str, Any], wi
     return codec_for_eviction(named, widths.get("bits"), options | rest)
 
 
-def _check_weights(selector: Selector) -> None:
-    """Raise ValueError unless a selector has a weight for each vector, or mean and deviation: kernels read these."""
+def _check_selector(selector: Selector, page_size: int) -> None:
+    """Raise ValueError unless kernels can read a selector's vectors, and its parts of a page fill pages."""
+    if selector.span is not None and page_size % selector.span:
+        accepted = [n for n in range(1, page_size + 1) if page_size % n == 0]
+        raise ValueError(f"span={selector.span!r}; accepted: {accepted}, which divide page_size={page_size}")
+    # Kernels read a weight for each vector, or mean and deviation.
     if selector.reach is not None:
         if selector.vectors != 2:
             raise ValueError(
@@ -160,10 +157,3 @@ def _check_weights(selector: Selector) -> None:
             f"selector={selector!r} has size_weights={weights!r} and vectors={selector.vectors}; accepted: a weight "
             "for each of one or two vectors, or None"
         )
-
-
-def _check_span(selector: Selector, page_size: int) -> None:
-    """Raise ValueError unless pages consist of whole parts that a selector summarizes."""
-    if selector.span is not None and page_size % selector.span:
-        accepted = [n for n in range(1, page_size + 1) if page_size % n == 0]
-        raise ValueError(f"span={selector.span!r}; accepted: {accepted}, which divide page_size={page_size}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,10 +112,9 @@ def model_layer(name: str, index: Any, count: int, storing: Collection[int]) -> 
     Raises:
         ValueError: if the model has no such layer, or it stores no keys and values.
     """
-    whole = isinstance(index, int) and not isinstance(index, bool)
-    if not whole or not -count <= index < count:
+    if isinstance(index, bool) or not isinstance(index, Integral) or not -count <= int(index) < count:
         raise ValueError(f"{name}: layer {index!r}; accepted: whole numbers from {-count} to {count - 1}")
-    found = index % count
+    found = int(index) % count
     if found not in storing:
         raise ValueError(
             f"{name}: layer {index!r} stores no keys and values of its own; accepted: {shown(storing)}, or the same "
@@ -156,21 +156,18 @@ def _of_mapping(bits: Mapping[str, Any], count: int, storing: Collection[int]) -
 def _indices(name: Any, count: int, storing: Collection[int]) -> list[int]:
     """The layers of ``3``, ``-1``, ``"3"`` or ``"1-3"``; a range leaves out those that store nothing."""
     where = f"bits['layers'][{name!r}]"
-    if isinstance(name, int):
+    if not isinstance(name, str):
         return [model_layer(where, name, count, storing)]
-    parts = str(name).split("-")
-    if isinstance(name, str) and len(parts) == 2 and all(part.isdecimal() for part in parts):
+    parts = name.split("-")
+    if len(parts) == 2 and all(part.isdecimal() for part in parts):
         first, last = (int(part) for part in parts)
         inside = [index for index in range(first, last + 1) if index in storing] if last < count else []
         if not inside:
             raise ValueError(f"{where} names no layer that stores keys and values; accepted: parts of {shown(storing)}")
         return inside
-    try:
-        return [model_layer(where, int(name), count, storing)]
-    except (TypeError, ValueError) as error:
-        if isinstance(name, str) and name.lstrip("-").isdecimal():
-            raise
-        raise ValueError(f"{where}; accepted: a layer (0, -1), or a range ('1-3')") from error
+    if not name.removeprefix("-").isdecimal():
+        raise ValueError(f"{where}; accepted: a layer (0, -1), or a range ('1-3')")
+    return [model_layer(where, int(name), count, storing)]
 
 
 def _refuse_missing(layers: Collection[int]) -> None:

@@ -18,7 +18,6 @@ from hf_kvcache.eviction.observations import AccumulatedAttention, Observations
 from hf_kvcache.eviction.options import Attending, EvictionOptions, LayerPlace
 from hf_kvcache.eviction.schedule import EvictionSchedule
 from hf_kvcache.eviction.sinks import MovingSinks
-from hf_kvcache.kernels.inputs import Attention
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.storage.pruning import KeptTokens, PrunePlan, carry_out, plan, read_back
 from hf_kvcache.storage.token_view import TokenView
@@ -52,6 +51,7 @@ class Evictor:
         schedule: when tokens are chosen.
         observations: what is remembered of queries for the next choice.
         pinned: which tokens are pinned, and where padding stood.
+        sinks: where the keys of the sinks were moved to, for a policy that moves them.
         attending: what attention showed of the model; None before it has.
     """
 
@@ -68,7 +68,7 @@ class Evictor:
         self.schedule = EvictionSchedule(options)
         self.attending: Attending | None = None
         self._selection = selection
-        self._sinks = MovingSinks(storage.batch)
+        self.sinks = MovingSinks(storage.batch)
 
     @property
     def policy(self) -> Policy:
@@ -104,22 +104,6 @@ class Evictor:
         self.pinned.see(position, length, valid)
         self.schedule.note(position, length, drafted)
 
-    def observe_queries(
-        self, query: torch.Tensor, position: int, valid: np.ndarray | None, drafted: bool = False
-    ) -> None:
-        """Remember ``query [B, Hq, n, D]`` from ``position`` on, as far as the policy wants it."""
-        self.observations.see(query, position, valid, drafted)
-
-    def observe_sums(self, storage: PagedStorage, attention: Attention, fresh: int, valid: np.ndarray | None) -> None:
-        """Add the sums of one call of attention; its last ``fresh`` full-precision tokens are not stored yet."""
-        self.observations.add_attention(storage, attention, fresh, valid)
-
-    def observe_scores(
-        self, storage: PagedStorage, scores: torch.Tensor, stored: bool, valid: np.ndarray | None
-    ) -> None:
-        """Keep what the policy gave the new tokens, ``[B, Hkv, n]``, which are ``stored`` already or not."""
-        self.observations.add_scores(storage, scores, stored, valid)
-
     def observe_first(
         self,
         storage: PagedStorage,
@@ -135,10 +119,6 @@ class Evictor:
             self.observations.add_prompt(storage, query, keys, valid, selection.scoring(keys.shape[-1]))
 
     # -- evicting -------------------------------------------------------------------------------------------------
-
-    def room(self, storage: PagedStorage) -> int:
-        """Tokens that can be added before a sequence is due; at least 1."""
-        return self.schedule.room(storage)
 
     def flush_update(self, storage: PagedStorage, seen: int) -> None:
         """Evict, or only pack, what the latest update made due, after ``seen`` tokens in all."""
@@ -210,7 +190,7 @@ class Evictor:
             self._prune(storage, changes, seen, reference)
         self._end_choice()
 
-    # -- going back, copies, saving -------------------------------------------------------------------------------
+    # -- going back, copies ----------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         # A model does not go along with a cache. Of its module, the next choice may need the rotary embedding.
@@ -236,42 +216,12 @@ class Evictor:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.pinned, other.observations = self.pinned.select(rows), self.observations.select(rows)
-        other.schedule, other._sinks = replace(self.schedule), self._sinks.select(rows)
+        other.schedule, other.sinks = replace(self.schedule), self.sinks.select(rows)
         return other
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors held: queries, accumulated attention, and the original keys of moved sinks."""
-        return [*self.observations.tensors(), *self._sinks.state().values()]
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """What the next choice depends on, as tensors by name.
-
-        Raises:
-            ValueError: while a prompt waits to be evicted, since the queries that this will look at are not saved.
-        """
-        if self.schedule.pending:
-            raise ValueError("a prompt waits to be evicted; call compress() before the cache is saved")
-        state = {f"seen.{name}": tensor.clone() for name, tensor in self.observations.state().items()}
-        state |= self.pinned.state()
-        state["counters"] = torch.tensor([self.evictions, self.evicted_at, self.pinned.padded], device="cpu")
-        return state | {f"sinks.{name}": tensor.clone() for name, tensor in self._sinks.state().items()}
-
-    def restore(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
-        """Take over what :meth:`state` returned.
-
-        Raises:
-            ValueError: if the tensors do not go together.
-        """
-        batch = len(self.pinned.counts)
-        state = {name: x if x.is_floating_point() else x.cpu() for name, x in state.items()}
-        for name, tensor in state.items():
-            if name.startswith("seen.") and tensor.shape[0] != batch:
-                raise ValueError(f"'evictor.{name}' is of {tensor.shape[0]} sequences; accepted: {batch}")
-        self.pinned.restore(state)
-        self.observations.restore(_part(state, "seen."), device)
-        self._sinks.restore(_part(state, "sinks."), device)
-        self.schedule.evictions, self.schedule.evicted_at, padded = state["counters"].tolist()
-        self.pinned.padded = bool(padded)
+        return [*self.observations.tensors(), *self.sinks.state().values()]
 
     # -- internals ------------------------------------------------------------------------------------------------
 
@@ -323,7 +273,7 @@ class Evictor:
             carry_out(change.plan, kept, bias)
             if self.policy.moves_sinks:
                 gone = self.pinned.counts - storage.tokens()
-                self._sinks.move(storage, self.selection().rope(), held.rows, gone[held.rows])
+                self.sinks.move(storage, self.selection().rope(), held.rows, gone[held.rows])
             if self.observations.accumulated is not None:
                 _move_sums(self.observations.accumulated, storage, change)
 
@@ -378,7 +328,3 @@ def _move_sums(accumulated: AccumulatedAttention, storage: PagedStorage, change:
         sums = sums.gather(2, front(keep, after.tokens))
     accumulated.put(after, sums)
     accumulated.trim(storage.dense.capacity, storage.table.columns * storage.page_size)
-
-
-def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

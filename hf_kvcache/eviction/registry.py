@@ -41,8 +41,8 @@ def resolve(policy: str | Policy, **options: Any) -> Policy:
         **options: arguments of the policy, or of its wrappers; each goes to the first that has it, from the inside.
 
     Raises:
-        ValueError: for an unknown name, options beside a ready policy, or a policy that asks for two things of which one
-            can be kept.
+        ValueError: for an unknown name, options beside a ready policy, or a policy that asks for gate scores and
+            accumulated attention.
         TypeError: for a policy that is neither a name nor a :class:`Policy`, or an option that none of them has.
     """
     if isinstance(policy, Policy):

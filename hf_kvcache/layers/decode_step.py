@@ -64,8 +64,7 @@ class PreparedDecoding:
         slot, ragged = dense.longest, dense.uniform_length is None
         used = slot + keys.shape[2]
         kind = (query.shape, query.stride(), query.dtype, keys.stride(), values.stride(), ragged)
-        # Pages outside of the device are fetched for every token, and may come to lie elsewhere. Who gives the pages to
-        # read has done so.
+        # Pages outside of the device are fetched for every token and may move; who gives `pages` has fetched them.
         fetched = storage.pages() if pages is None and storage.reader.fetch is not None else None
         if used > dense.positions.shape[1]:
             dense.reserve(used)
@@ -88,12 +87,7 @@ class PreparedDecoding:
             or (pages is not None and call.pages is not pages)
             or (received is not None and not received.holds(call.sums))
         ):
-            self._latest = None  # what follows may be interrupted: only then is there a call for all of these
-            slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths, dense.positions_on_device)
-            read = storage.pages() if pages is None else pages
-            sums = None if received is None else received.room_for(slots, read)
-            call = _fit(call, CallInputs(query, keys, values, read, slots, scoring, self.window, up, ragged, sums))
-            self._version, self._kind, self._scoring, self._latest = storage.table.version, kind, scoring, call
+            call = self._renew(call, kind, storage, (query, keys, values), scoring, up, pages, received)
             if call is None:
                 return None
         output = call(query, keys, values, slot, new.position)
@@ -103,10 +97,34 @@ class PreparedDecoding:
         new.stored = True
         return output
 
+    def _renew(
+        self,
+        call: PreparedCall | None,
+        kind: tuple[Any, ...],
+        storage: PagedStorage,
+        new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        scoring: Scoring,
+        up: UpProjections | None,
+        pages: Pages | None,
+        received: AccumulatedAttention | None,
+    ) -> PreparedCall | None:
+        """The call with the pages and slots of the storage, or a new one; None if no kernel can.
 
-def _fit(call: PreparedCall | None, inputs: CallInputs) -> PreparedCall | None:
-    """The call with the pages and slots of ``inputs``, or a new one; None if no kernel can."""
-    return call if call is not None and call.refit(inputs.pages, inputs.slots) else prepare(inputs)
+        Args:
+            call: the latest call; None if it was made for another kind of tokens.
+            kind: of the tokens.
+            storage: as in :meth:`attend`, like all that follows.
+            new: query, keys and values of the new tokens.
+        """
+        self._latest = None  # what follows may be interrupted: only then is there a call for all of these
+        dense, read = storage.dense, storage.pages() if pages is None else pages
+        slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths, dense.positions_on_device)
+        if call is None or not call.refit(read, slots):
+            sums = None if received is None else received.room_for(slots, read)
+            ragged = dense.uniform_length is None
+            call = prepare(CallInputs(*new, read, slots, scoring, self.window, up, ragged, sums))
+        self._version, self._kind, self._scoring, self._latest = storage.table.version, kind, scoring, call
+        return call
 
 
 class DecodeSteps(AttentionOverPages):

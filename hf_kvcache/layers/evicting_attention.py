@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 from weakref import WeakMethod
 
 import torch
 
-from hf_kvcache.eviction.evictor import Evictor
 from hf_kvcache.eviction.options import Attending, EvictionOptions, LayerPlace
 from hf_kvcache.integration.architecture import architecture
 from hf_kvcache.integration.attention_call import AttentionCall
@@ -17,22 +15,18 @@ from hf_kvcache.integration.binding import is_bound
 from hf_kvcache.integration.versions import RELEASE
 from hf_kvcache.kernels.inputs import Attention
 from hf_kvcache.kernels.prepared_call import takes_sums
-from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.drafts import Draft, Undo
+from hf_kvcache.layers.gate_scores import GateScores
 from hf_kvcache.layers.new_tokens import NewTokens, dense_tokens
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.storage import PagedStorage
 from hf_kvcache.utils.autocast import without_autocast
 
 
-class EvictingAttention(KVCacheLayer):
+class EvictingAttention(GateScores):
     """A layer whose attention is observed by an :class:`Evictor`, which drops tokens after attention has read them.
 
-    Args:
-        index: number of the layer in the model.
-        options: the settings that all layers of the cache share.
-        eviction: the settings of eviction: policy, budget and schedule.
-        place: the number of the layer in the model, and its number among the layers that evict.
+    The arguments are those of :class:`GateScores`.
     """
 
     evicts = True
@@ -41,63 +35,18 @@ class EvictingAttention(KVCacheLayer):
     prepares_blocks = False  # a draft is computed in parts, and between them tokens are evicted
 
     def __init__(self, index: int, options: LayerOptions, eviction: EvictionOptions, place: LayerPlace) -> None:
-        super().__init__(index, options)
-        self.eviction, self.place = eviction, place
+        super().__init__(index, options, eviction, place)
         #: Called after every attention over stored tokens, with the update and the log-sum-exp ``[B, Hq, q]``; None for
         #: no call. The replay of KVzip sets it.
         self.watcher: Callable[[Draft, torch.Tensor], None] | None = None
         #: A weak reference to a function that evicts tokens of all layers of the cache together; None if each layer
         #: chooses alone. A cache whose heads compete across layers sets it.
         self.together: WeakMethod[Callable[[], None]] | None = None
-        self._module_checked = False
 
     def clear(self) -> None:
         super().clear()
-        self.evictor: Evictor | None = None
         self._undo: Undo | None = None
         self._attended = True
-        self._hidden: torch.Tensor | None = None
-
-    def see_hidden(self, module: torch.nn.Module, hidden: Any) -> None:
-        """Take note of the hidden states ``[B, T, hidden]`` of the tokens that come next, for a policy that needs them.
-
-        Raises:
-            ValueError: if the policy was fitted to another model than that of the attention ``module``.
-        """
-        policy = self.eviction.policy
-        if not policy.needs_hidden:
-            return
-        if not self._module_checked:
-            policy.check_module(module, self.index)
-            self._module_checked = True
-        self._hidden = hidden if isinstance(hidden, torch.Tensor) else None
-
-    def scores_of_new(self, key_states: torch.Tensor) -> torch.Tensor | None:
-        """What the policy gives the tokens of ``key_states [B, Hkv, T, Dk]``, ``[B, Hkv, T]``; None if nothing.
-
-        Raises:
-            RuntimeError: if the hidden states of these tokens were not seen.
-            ValueError: if the scores are those of another number of heads.
-        """
-        if not self.eviction.policy.needs_hidden:
-            return None
-        hidden, self._hidden = self._hidden, None
-        batch, heads, tokens, _ = key_states.shape
-        if hidden is None or hidden.dim() != 3 or hidden.shape[:2] != (batch, tokens):
-            seen = "none" if hidden is None else f"some of shape {list(hidden.shape)}"
-            raise RuntimeError(
-                f"layer {self.index}: policy {self.eviction.policy.name!r} needs the hidden states of the {tokens} new "
-                f"tokens, and got {seen}. The model has to be called as a whole, with the config that the cache was "
-                "built from, and without torch.compile"
-            )
-        with torch.no_grad(), without_autocast(key_states.device):
-            scores = self.eviction.policy.gate_scores(self.index, hidden.detach().to(key_states.device))
-        if scores.shape != (batch, heads, tokens):
-            raise ValueError(
-                f"layer {self.index}: policy {self.eviction.policy.name!r} gave scores of shape {list(scores.shape)}; "
-                f"accepted: {[batch, heads, tokens]}, those of the KV heads that this process has"
-            )
-        return scores
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         new, storage = self._latest()
@@ -179,10 +128,6 @@ class EvictingAttention(KVCacheLayer):
 
     # -- internals ------------------------------------------------------------------------------------------------
 
-    def _held(self) -> tuple[PagedStorage, Evictor]:
-        assert self.storage is not None and self.evictor is not None
-        return self.storage, self.evictor
-
     def _draft(self, new: NewTokens, call: AttentionCall, first: bool) -> Draft:
         """The update as a draft. It is recorded for repetition if a ``crop`` may remove it."""
         if self._undo is None:
@@ -204,7 +149,7 @@ class EvictingAttention(KVCacheLayer):
         outputs, start = [], 0
         while start < new.length:
             storage, evictor = self._held()
-            stop = min(new.length, start + evictor.room(storage))
+            stop = min(new.length, start + evictor.schedule.room(storage))
             part = draft.part(slice(start, stop))
             outputs.append(self._attend_part(part))
             if not part.new.stored:
@@ -234,17 +179,12 @@ class EvictingAttention(KVCacheLayer):
             if self.watcher is not None:
                 with without_autocast(storage.device):
                     self.watcher(draft, result.log_sum_exp)
-        evictor.observe_queries(self.queries_for_policy(draft.call.queries), new.position, new.valid, drafted)
+        observations = evictor.observations
+        observations.see(self.queries_for_policy(draft.call.queries), new.position, new.valid, drafted)
         if accumulated:
-            evictor.observe_sums(storage, result, 0 if new.stored else new.length, new.valid)
+            observations.add_attention(storage, result, 0 if new.stored else new.length, new.valid)
         self._keep_scores(new)
         return output
-
-    def _keep_scores(self, new: NewTokens) -> None:
-        """Keep what the policy gave new tokens as they came."""
-        if new.scores is not None:
-            storage, evictor = self._held()
-            evictor.observe_scores(storage, new.scores, new.stored, new.valid)
 
     def _steps_with_sums(self, call: AttentionCall) -> bool:
         """Whether a prepared call can also sum up the attention that keys receive."""
@@ -271,7 +211,7 @@ class EvictingAttention(KVCacheLayer):
         new, (storage, evictor) = draft.new, self._held()
         evictor.note(new.position, new.length, new.valid)
         query = self.queries_for_policy(draft.call.queries)
-        evictor.observe_queries(query, new.position, new.valid)
+        evictor.observations.see(query, new.position, new.valid, drafted=False)
         if evictor.policy.needs_accumulated:
             evictor.observe_first(storage, query, new.keys, new.values, new.valid)
         self._keep_scores(new)

@@ -10,12 +10,12 @@ from weakref import WeakSet
 import numpy as np
 
 from hf_kvcache.kernels.device_table import ResidentTable
-from hf_kvcache.storage.integrity import IntegrityError
 from hf_kvcache.storage.pool import PagePool
 
 #: The position of a place without a token: later than any.
 NOWHERE = np.iinfo(np.int64).max // 2
-_NO_PAGE = -1
+#: The id where a row has no page.
+NO_PAGE = -1
 #: No two states of any two tables have the same version.
 _VERSIONS = itertools.count()
 
@@ -60,7 +60,7 @@ class PageTable:
         self.resident = ResidentTable(self.version)
         self.followers: WeakSet[ColumnFollower] = WeakSet()
         self.lengths = np.zeros(rows, dtype=np.int64)
-        self._ids = np.full((rows, 0), _NO_PAGE, dtype=np.int64)
+        self._ids = np.full((rows, 0), NO_PAGE, dtype=np.int64)
         self._addresses = np.zeros((rows, 0), dtype=np.int64)  # of the records
         self._counts = np.zeros((rows, 0), dtype=np.int32)  # tokens of each page that count: fewer after a crop
         self._first = np.zeros((rows, 0), dtype=np.int64)
@@ -83,7 +83,7 @@ class PageTable:
 
     def page_ids(self) -> np.ndarray:
         """All ids in the table, one per reference."""
-        return self._ids[self._ids != _NO_PAGE]
+        return self._ids[self._ids != NO_PAGE]
 
     def tokens(self) -> np.ndarray:
         """Tokens held in the pages of each row."""
@@ -116,13 +116,13 @@ class PageTable:
         old = self._ids[rows]
         # Row by row: a page may be shared by several of them, of which one keeps it and another does not.
         stays = (old[:, :, None] == ids[:, None, :]).any(2)
-        released = old[~stays & (old != _NO_PAGE)]
+        released = old[~stays & (old != NO_PAGE)]
         self._reserve(ids.shape[1])
-        places = ((self._ids, ids, _NO_PAGE), (self._addresses, self._addresses_of(ids), 0))
+        places = ((self._ids, ids, NO_PAGE), (self._addresses, self._addresses_of(ids), 0))
         for array, new, none in (*places, (self._counts, counts, 0), (self._first, first, 0)):
             array[rows] = none
             array[rows, : ids.shape[1]] = new
-        self.lengths[rows] = (ids != _NO_PAGE).sum(1)
+        self.lengths[rows] = (ids != NO_PAGE).sum(1)
         self._changed()
         self.pool.release(released)
 
@@ -157,12 +157,12 @@ class PageTable:
         changed = (kept != counts).any(0)
         if not changed.any():
             return
-        dropped = (kept == 0) & (self._ids != _NO_PAGE)
+        dropped = (kept == 0) & (self._ids != NO_PAGE)
         released = self._ids[dropped]
         self._counts = kept.astype(np.int32)
-        self._ids[dropped] = _NO_PAGE
+        self._ids[dropped] = NO_PAGE
         self._addresses[dropped] = 0
-        self.lengths = (self._ids != _NO_PAGE).sum(1)
+        self.lengths = (self._ids != NO_PAGE).sum(1)
         self._changed(int(changed.argmax()))
         self.pool.release(released)
 
@@ -170,7 +170,7 @@ class PageTable:
         """Forget the last ``pages`` pages of each row."""
         last = np.arange(len(self.lengths))[:, None], self.lengths[:, None] - 1 - np.arange(pages)
         released = self._ids[last].flatten()
-        self._ids[last] = _NO_PAGE
+        self._ids[last] = NO_PAGE
         self._addresses[last] = 0
         self._counts[last] = 0
         self.lengths -= pages
@@ -186,7 +186,7 @@ class PageTable:
         last = self._first + self._counts - 1
         for row, column in self._explicit_cells():
             last[row, column] = self.pool.positions[int(self._ids[row, column])][self._counts[row, column] - 1]
-        stale = (self._ids != _NO_PAGE) & (last < position)
+        stale = (self._ids != NO_PAGE) & (last < position)
         if not stale.any():
             return None
         lost = int(last[stale].max())
@@ -194,12 +194,8 @@ class PageTable:
         # Positions ascend along a row, so the stale pages are a prefix of it: move the rest to the front.
         shift = stale.sum(1)
         columns = np.arange(self._ids.shape[1])[None] + shift[:, None]
-        valid = columns < self._ids.shape[1]
-        source = np.minimum(columns, self._ids.shape[1] - 1)
-        self._ids = np.where(valid, np.take_along_axis(self._ids, source, 1), _NO_PAGE)
-        self._addresses = np.where(valid, np.take_along_axis(self._addresses, source, 1), 0)
-        self._counts = np.where(valid, np.take_along_axis(self._counts, source, 1), 0).astype(np.int32)
-        self._first = np.where(valid, np.take_along_axis(self._first, source, 1), 0)
+        self._ids, self._addresses = _at(self._ids, columns, NO_PAGE), _at(self._addresses, columns)
+        self._counts, self._first = _at(self._counts, columns), _at(self._first, columns)
         self.lengths = self.lengths - shift
         self._changed()
         self.pool.release(released)
@@ -234,10 +230,10 @@ class PageTable:
 
     def restore(self, ids: np.ndarray, counts: np.ndarray, first: np.ndarray) -> None:
         """Fill an empty table with what :meth:`export` returned; freshly allocated pages have one reference so far."""
-        unique = np.unique(ids[ids != _NO_PAGE])
+        unique = np.unique(ids[ids != NO_PAGE])
         self._ids, self._counts, self._first = ids.copy(), counts.copy(), first.copy()
         self._addresses = self._addresses_of(ids)
-        self.lengths = (ids != _NO_PAGE).sum(1)
+        self.lengths = (ids != NO_PAGE).sum(1)
         self._changed()
         self.pool.retain(self.page_ids())
         self.pool.release(unique)
@@ -252,21 +248,6 @@ class PageTable:
                 if stored is not None:
                     positions[index] = stored
         return positions
-
-    def check(self, page_size: int) -> None:
-        """Raise IntegrityError unless counts are sane and positions ascend along every row."""
-        filled = np.arange(self._ids.shape[1])[None] < self.lengths[:, None]
-        if not np.array_equal(self._ids != _NO_PAGE, filled):
-            raise IntegrityError("a row has a hole or pages behind its length")
-        if not np.array_equal(self._addresses, self._addresses_of(self._ids)):
-            raise IntegrityError("a page does not lie where the table says")
-        if ((self._counts < 1) & filled).any() or (self._counts > page_size).any() or self._counts[~filled].any():
-            raise IntegrityError("a page counts fewer than one token or more than fit")
-        positions = self.positions(0, self._ids.shape[1], page_size)
-        for row in range(len(self.lengths)):
-            counted = np.arange(page_size)[None] < self._counts[row][:, None]
-            if (np.diff(positions[row][counted]) <= 0).any():
-                raise IntegrityError(f"the positions of row {row} do not ascend")
 
     def __del__(self) -> None:
         # A fork that goes away gives its references back; at interpreter exit there is nothing left to give them to.
@@ -285,7 +266,7 @@ class PageTable:
 
     def _addresses_of(self, ids: np.ndarray) -> np.ndarray:
         """Where the records of ``ids`` lie, 0 where there is no page."""
-        addresses, held = np.zeros(ids.shape, dtype=np.int64), ids != _NO_PAGE
+        addresses, held = np.zeros(ids.shape, dtype=np.int64), ids != NO_PAGE
         addresses[held] = self.pool.addresses(ids[held])
         return addresses
 
@@ -302,7 +283,7 @@ class PageTable:
         if columns <= held:
             return
         more = max(columns, held * 3 // 2) - held
-        self._ids = _wider(self._ids, more, _NO_PAGE)
+        self._ids = _wider(self._ids, more, NO_PAGE)
         self._addresses, self._counts = _wider(self._addresses, more), _wider(self._counts, more)
         self._first = _wider(self._first, more)
 
@@ -314,11 +295,15 @@ def _wider(array: np.ndarray, more: int, fill: int = 0) -> np.ndarray:
     return wider
 
 
+def _at(array: np.ndarray, columns: np.ndarray, none: int = 0) -> np.ndarray:
+    """What stands in ``columns [rows, n]`` of each row of ``array``, ``none`` behind its last column."""
+    inside = columns < array.shape[1]
+    return np.where(inside, np.take_along_axis(array, np.where(inside, columns, 0), 1), array.dtype.type(none))
+
+
 def ids_at(table: PageTable, columns: np.ndarray) -> np.ndarray:
     """The ids ``[rows, n]`` of the pages in ``columns [rows, n]`` of each row, ``-1`` where a row has no page."""
-    inside = columns < table._ids.shape[1]
-    ids = np.take_along_axis(table._ids, np.where(inside, columns, 0), 1)
-    return np.where(inside, ids, _NO_PAGE)
+    return _at(table._ids, columns, NO_PAGE)
 
 
 def page_spans(table: PageTable, leave_out: int, page_size: int) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ from hf_kvcache.storage.page_table import PageTable, page_spans
 from hf_kvcache.storage.page_writer import PageWriter
 from hf_kvcache.storage.pool import PagePool
 from hf_kvcache.storage.serialization import export_pages, export_storage, import_pages, import_storage
+from hf_kvcache.storage.table_integrity import check_table
 from hf_kvcache.storage.transfers import tokens_of
 
 
@@ -243,7 +244,7 @@ class PagedStorage:
     def check(self) -> None:
         """Raise IntegrityError if an invariant is broken."""
         self.pool.check()
-        self.table.check(self.page_size)
+        check_table(self.table, self.page_size)
         self.dense.check()
         _check_order(self.table, self.dense, self.ahead, self.page_size)
 

@@ -67,6 +67,8 @@ def test_layers_that_read_the_keys_of_others_have_no_width() -> None:
     [
         ({"bits": {"layers": {9: 8}, "default": 1}}, r"bits\['layers'\]\[9\]: layer 9; accepted.* -4 to 3"),
         ({"bits": {"layers": {-5: 8}, "default": 1}}, r"layer -5; accepted.* -4 to 3"),
+        ({"bits": {"layers": {1.5: 8}, "default": 1}}, r"\[1.5\]: layer 1.5; accepted: whole numbers"),
+        ({"bits": {"layers": {"--1": 8}, "default": 1}}, r"'--1'\]; accepted: a layer"),
         ({"bits": {"layers": {"2-9": 8}, "default": 1}}, r"'2-9'.*accepted: parts of 0-3"),
         ({"bits": {"layers": {"a": 8}, "default": 1}}, r"'a'\]; accepted: a layer"),
         ({"bits": {"layers": {0: 8, "0-1": 4}, "default": 1}}, r"layer 0 has widths already"),

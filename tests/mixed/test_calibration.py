@@ -18,6 +18,7 @@ from hf_kvcache.codecs.bit_allocation import Choice, allocate
 from hf_kvcache.codecs.layer_bits import LayerBits, Widths
 from hf_kvcache.integration.versions import with_cache
 from tests import families
+from tests.integration.families_outside import build, known
 
 TEXT = "".join(chr(97 + (7 * i * i + 3 * i) % 23) for i in range(600))
 SIZES: dict[str, Any] = {"tokens": 600, "length": 80, "windows": 2, "scored": 9, "page_size": 16, "tail_length": 8}
@@ -96,6 +97,16 @@ def test_losses_are_those_of_caches_made_by_their_arguments(family: str) -> None
         assert losses[index][Widths(1, 4)] > losses[index][Widths(4, 4)] > losses[index][Widths(8, 8)] >= 0
         together = losses[index][Widths(2, 4)] + losses[index][Widths(4, 3)] - losses[index][Widths(4, 4)]
         assert losses[index][Widths(2, 3)] == pytest.approx(max(together, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not known("dory"), reason="this transformers has no Dory")
+def test_a_layer_that_runs_repeatedly_has_one_width() -> None:
+    """It is measured with all of its runs, and counted under the model's index."""
+    model = build("dory", recurrent_kv_cache_mode="per_loop")
+    found = calibrate_bits(model, [TEXT], Letters(), 2.5, **SIZES)
+    held = QuantizedKVCache(model.config, bits=found, page_size=16, tail_length=8)
+    assert sorted(found.layers) == list(range(len(found.layers))) and len(held.own_layers) > len(found.layers)
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

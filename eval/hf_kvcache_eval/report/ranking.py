@@ -25,8 +25,8 @@ SIGNS = (
     "last of a row of ties may well be told apart."
 )
 _UNPAIRED_SIGN = (
-    f" “{UNPAIRED}” marks an unpaired comparison, of means that are not those of the same samples: a difference of more "
-    "than two standard errors counts."
+    f" “{UNPAIRED}” marks an unpaired comparison, of means that are not those of the same samples: a difference of "
+    "more than two standard errors counts."
 )
 
 
