@@ -63,6 +63,11 @@ class SideFormat:
     dense_dtype: torch.dtype | None = None
     balanced: bool = False
 
+    def __post_init__(self) -> None:
+        if self.balanced and not self.centered:
+            # Caches hold and save a scale of keys beside their mean, and only there.
+            raise ValueError("balanced=True with centered=False; accepted: centered=True, or balanced=False")
+
     def scale_shape(self, page_size: int) -> tuple[int, int]:
         """Shape of ``scale`` (and ``zero``) for one page: ``[token groups, channel groups]``."""
         if self.axis == "channel":

@@ -191,8 +191,9 @@ class StaticLayer(StaticAttention, CacheLayerMixin):
     def take_back(self, length: int) -> None:
         """Return to the first ``length`` tokens. The update after them may have been interrupted at any point."""
         storage, self._new = self.storage, None
-        if storage is not None and storage.seen > length:
-            storage.truncate_from(length)
+        if storage is not None:
+            # A token whose slot is counted and that is not among those seen goes too.
+            storage.truncate_from(min(length, storage.seen))
         self.version += 1
 
     def check_whole(self) -> None:

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 
 from hf_kvcache import KVCache, QuantizedKVCache
+from hf_kvcache.layers.static_storage import StaticStorage
 from tests import families
 from tests.running import PAGE, SINKS, TAIL, as_cache, generate, left_padded, prompt, quantized
 
@@ -294,6 +295,19 @@ def test_an_interrupted_pass_is_noticed_and_taken_back() -> None:
     with pytest.raises(RuntimeError, match=r"ended in the middle.*61 and 60"):
         step(model, cache)
     cache.crop(0)
+    assert torch.equal(step(model, cache), step(model, other))
+
+
+def test_a_step_that_was_interrupted_behind_its_kernel_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has counted the slot of the token, and the token is not among those seen."""
+    model = families.build("llama")
+    cache, other = filled(model), filled(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(StaticStorage, "finish_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            step(model, cache)
+    cache.crop(0)
+    cache.integrity()
     assert torch.equal(step(model, cache), step(model, other))
 
 
