@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -452,7 +453,7 @@ def test_comparisons_of_other_samples_and_missing_policies_are_marked(tmp_path: 
     for cache, kl in losses.items():
         metrics = {"kl": Metric(kl, 0.01, False, "nats")}
         Store(tmp_path).write(Cell(cache, "fidelity@1024", metrics=metrics, **COMMON), {})  # type: ignore[arg-type]
-    text = render(budget_sections(load(tmp_path)))
+    text = unescape(render(budget_sections(load(tmp_path))))
     assert "| `snapkv` | 0.100 ± 0.010 † | 0.200 ± 0.010 † |" in text
     assert "- 50 %: `snapkv` =† `h2o` >† `random`." in text
     assert "- 20 % (2 of 3 policies): `snapkv` >† `random`." in text
