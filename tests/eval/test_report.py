@@ -139,6 +139,7 @@ def test_files_are_written_and_drawn_on(report: tuple[Path, Path, list[Path]]) -
         assert ((pixels[..., :3] < 0.9).any(-1)).mean() > 0.005, file
 
 
+@pytest.mark.slow
 def test_the_same_cells_give_the_same_files(report: tuple[Path, Path, list[Path]], tmp_path: Path) -> None:
     folder, _, files = report
     again = write_report(folder, tmp_path)

@@ -35,7 +35,7 @@ def test_pages_and_tail(codec: str, padded: bool) -> None:
     check(packed_problem(codec, padded, length=5, ratio=3), run)
 
 
-@pytest.mark.parametrize(("length", "ratio"), [(1, 1), (9, 4), (3, 8)])
+@pytest.mark.parametrize(("length", "ratio"), [(1, 1), pytest.param(9, 4, marks=pytest.mark.slow), (3, 8)])
 def test_query_heads(length: int, ratio: int) -> None:
     """Any number of queries, and of query heads for each KV head."""
     check(packed_problem("unbiased4", True, length, ratio), run)
