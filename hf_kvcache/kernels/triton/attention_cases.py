@@ -8,7 +8,7 @@ import triton
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton.attention_kernels import combine_kernel, dense_kernel, pages_kernel, sums_kernel
 from hf_kvcache.kernels.triton.compile_case import CompileCase
-from hf_kvcache.kernels.triton.configs import attention_config, dot_precision
+from hf_kvcache.kernels.triton.configs import Config, attention_config, dot_precision
 from hf_kvcache.kernels.triton.launch import codes_of, combine_shape, page_sides, sums_shape
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
@@ -51,10 +51,12 @@ def formats(codec: str, dim: int) -> tuple[SideFormat, SideFormat]:
     return keys, SideFormat(dim, bits, "table", group=dim, zero=False, rotation="signed_hadamard", table=table)
 
 
-def pages_case(arch: str, operation: str, codec: str, dim: int, length: int, biased: bool = False) -> CompileCase:
+def pages_case(
+    arch: str, operation: str, codec: str, dim: int, length: int, biased: bool = False, config: Config | None = None
+) -> CompileCase:
     """``pages_kernel`` for ``length`` bfloat16 query tokens over full pages that all of them see."""
     layout = PageLayout(*formats(codec, dim), _PAGE, biased)
-    config = attention_config(arch, dim, _GROUP * length, codes_of(layout))
+    config = config or attention_config(arch, dim, _GROUP * length, codes_of(layout))
     keys, values = page_sides(layout, torch.bfloat16, config.block_m, arch)
     block_n = min(config.block_n, _PAGE)
     rotated = layout.sides["keys"].rotation != "none"

@@ -20,7 +20,7 @@ from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import Config, dot_precision, programs_wanted
 from hf_kvcache.kernels.triton.decoded_pages import columns_at_a_time, decoded_pages
 from hf_kvcache.kernels.triton.device import on_their_device
-from hf_kvcache.kernels.triton.extend_configs import MOST_SINGLE_DIM, extend_config
+from hf_kvcache.kernels.triton.extend_configs import MOST_SINGLE_DIM, extend_config, extend_pages_config
 from hf_kvcache.kernels.triton.extend_kernels import tokens_kernel
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 from hf_kvcache.kernels.visibility import Visibility
@@ -83,8 +83,11 @@ def _attend(
     query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility, scoring: Scoring
 ) -> Attention:
     call = launch.Call(query, pages, dense, visibility, scoring, False)
-    if pages is None or not _decodes_first(call, pages):
+    if pages is None:
         return launch.attend(query, pages, dense, visibility, scoring, False, own_last=True)
+    config = _pages_config(call, pages)
+    if not _decodes_first(call, pages, config):
+        return launch.attend(query, pages, dense, visibility, scoring, False, own_last=True, page_config=config)
     single = query.dtype == torch.float32
     dtypes = (torch.float32, torch.float32) if single else (torch.float16, torch.float16)
     over_pages = _plan(call, columns_at_a_time(pages, dtypes) * pages.layout.page_size, dtypes[0])
@@ -103,9 +106,16 @@ def _attend(
     return Attention(*launch.combine(call, over_pages.splits, splits, partial, lse))
 
 
-def _decodes_first(call: launch.Call, pages: Pages) -> bool:
+def _pages_config(call: launch.Call, pages: Pages) -> Config:
+    """The configuration of a kernel that decodes pages as it reads them."""
     codes, dim = launch.codes_of(pages.layout), max(call.query.shape[-1], call.value_dim)
-    blocks = triton.cdiv(call.rows_m, call.config(dim, codes).block_m)
+    config = extend_pages_config(call.arch, dim, call.rows_m, call.query.dtype, codes)
+    return call.config(dim, codes) if config is None else config
+
+
+def _decodes_first(call: launch.Call, pages: Pages, config: Config) -> bool:
+    codes, dim = launch.codes_of(pages.layout), max(call.query.shape[-1], call.value_dim)
+    blocks = triton.cdiv(call.rows_m, config.block_m)
     # Decoded pages have no bias. The kernel of `decode` reads it from the records.
     fits = not pages.layout.biased
     fits = fits and (call.query.dtype != torch.float32 or dim <= MOST_SINGLE_DIM)

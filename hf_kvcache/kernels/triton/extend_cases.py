@@ -10,8 +10,9 @@ from hf_kvcache.kernels.triton import attention_cases
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import Config, dot_precision
 from hf_kvcache.kernels.triton.decoded_pages import decode_case
-from hf_kvcache.kernels.triton.extend_configs import extend_config
+from hf_kvcache.kernels.triton.extend_configs import extend_config, extend_pages_config
 from hf_kvcache.kernels.triton.extend_kernels import tokens_kernel
+from hf_kvcache.kernels.triton.launch import codes_of
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
 _GROUP, _PAGE = 4, 64
@@ -25,7 +26,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
     """Few blocks of queries, which read pages themselves; many, which read decoded tokens; and the decoding."""
     cases = []
     for dim in (64, 128, 256):
-        cases += [attention_cases.pages_case(arch, "extend", codec, dim, 512) for codec in ("unbiased4", "rotated8")]
+        cases += [_pages_case(arch, codec, dim) for codec in ("unbiased4", "rotated8")]
         cases.append(attention_cases.dense_case(arch, "extend", dim, 512))
         cases.append(tokens_case(arch, dim, torch.float16))
     cases.append(tokens_case(arch, 128, torch.bfloat16))
@@ -34,6 +35,12 @@ def compile_cases(arch: str) -> list[CompileCase]:
         layout = PageLayout(*attention_cases.formats(codec, 128), _PAGE)
         cases.append(decode_case(arch, f"extend decode {codec}", layout, (torch.float16, torch.float16)))
     return cases
+
+
+def _pages_case(arch: str, codec: str, dim: int) -> CompileCase:
+    codes = codes_of(PageLayout(*attention_cases.formats(codec, dim), _PAGE))
+    config = extend_pages_config(arch, dim, _GROUP * 64, torch.bfloat16, codes)
+    return attention_cases.pages_case(arch, "extend", codec, dim, 64, config=config)
 
 
 def tokens_case(arch: str, dim: int, dtype: torch.dtype, config: Config | None = None) -> CompileCase:
