@@ -32,7 +32,7 @@ from hf_kvcache.kernels.workspace import scratch
 #: Bytes of decoded tokens at a time, at most, unless a single column of pages has more.
 SCRATCH_BYTES = 64 << 20
 #: Elements of a side that a thread decodes at a time.
-_PER_THREAD = 32
+_PER_THREAD = 64
 _WARPS = 4
 
 

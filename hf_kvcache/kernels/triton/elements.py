@@ -143,15 +143,11 @@ def _decode(record, first, held, side: tl.constexpr, n: tl.constexpr, masked: tl
 
 @triton.jit
 def _cells(record, first, held, side: tl.constexpr, segment: tl.constexpr, n: tl.constexpr, masked: tl.constexpr):
-    """Scale, zero point and second scale of a segment, in half precision; numbers that nothing reads for what is not.
-
-    The scale is multiplied by the unit of the levels.
-    """
+    """Scale, zero point and second scale of a segment, in half precision; anything for what there is not."""
     if side.channel:
         scale = _of_channels(record, side.scale_at, held, side, segment, masked)
     else:
-        scale = load_per_token(record, side.scale_at, first, held, n, masked)[:, None]
-    scale = (scale.to(tl.float32) * side.unit).to(tl.float16)
+        scale = load_per_token(record, side.scale_at, first, held, n, masked).to(tl.float16)[:, None]
     zero = scale
     if side.zero:
         if side.channel:

@@ -159,7 +159,7 @@ def attend(
 
     Args:
         own_last: whether the last full-precision tokens are those of the queries, one each.
-        page_config: the configuration of the kernel over pages; None for the usual one.
+        page_config: the configuration of the kernel over pages for large blocks of queries; None for the usual one.
     """
     call = Call(query, pages, dense, visibility, scoring, sums)
     page_config, dense_config, page_tokens = _configs(call, page_config)
@@ -186,8 +186,11 @@ def _configs(call: Call, pages: Config | None) -> tuple[Config, Config, int]:
     dense = call.config(dim, None)
     if call.pages is None:
         return dense, dense, 1
-    if pages is None:
-        pages = call.config(dim, codes_of(call.pages.layout))
+    if pages is not None:
+        # One program of so many queries fills a multiprocessor, and a split costs as many partial results.
+        splits = max(1, programs_wanted(call.device) // 2 // call.blocks(pages.block_m))
+        return pages, dense, max(_LEAST_PAGES, triton.cdiv(call.columns, splits))
+    pages = call.config(dim, codes_of(call.pages.layout))
     return pages, dense, call.per_split(call.columns, _LEAST_PAGES, pages.block_m)
 
 

@@ -70,8 +70,8 @@ def with_scales(how: Unpacking, segments: int, zero: bool, other: bool) -> Unpac
     """The assembly that makes decoded elements of the same codes: ``(number * scale + zero) * other``.
 
     Behind the operands of ``how`` it has the scales of each segment, then the zero points, then the second scales, four
-    numbers in half precision each. It does not read those that there are not. Products and sums are rounded to half
-    precision; a product and the sum with it once.
+    numbers in half precision each. It does not read those that there are not. Scales are multiplied by the unit here.
+    Products and sums are rounded to half precision; a product and the sum with it once.
 
     Args:
         how: the unpacking.
@@ -83,11 +83,14 @@ def with_scales(how: Unpacking, segments: int, zero: bool, other: bool) -> Unpac
     operands = [outputs + 3 + part * outputs for part in range(3)]
     for i in range(outputs):
         scale, addend, second = (f"${first + i}" for first in operands)
+        if how.unit != 1.0:
+            lines += [f"mov.b32 r10, {_half(how.unit):#010x};", f"mul.rn.f16x2 r11, {scale}, r10;"]
+            scale = "r11"
         lines.append(f"fma.rn.f16x2 ${i}, ${i}, {scale}, {addend};" if zero else f"mul.rn.f16x2 ${i}, ${i}, {scale};")
         if other:
             lines.append(f"mul.rn.f16x2 ${i}, ${i}, {second};")
     text = how.text.removesuffix("\n}") + "\n" + "\n".join(lines) + "\n}"
-    return Unpacking(text, ",".join([how.constraints, *["r"] * (3 * outputs)]), how.unit)
+    return Unpacking(text, ",".join([how.constraints, *["r"] * (3 * outputs)]), 1.0)
 
 
 def signed_bytes(table: tuple[float, ...]) -> tuple[list[int], float] | None:

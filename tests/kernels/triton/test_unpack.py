@@ -77,7 +77,7 @@ def test_floats() -> None:
 @pytest.mark.parametrize(("zero", "other"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("level", "bits"), [("integer", 8), ("integer", 4), ("table", 3), ("table", 2)])
 def test_scales(level: str, bits: int, zero: bool, other: bool) -> None:
-    """Numbers times scales of their own, each product and sum rounded once; what there is not is not read."""
+    """Numbers times unit and scales of their own, each product and sum rounded once; nothing else is read."""
     low, draw = every_byte(), np.random.default_rng(1)
     how = unpacking(level, bits, normal_levels(bits) if level == "table" else (), 0)
     assert how is not None
@@ -91,8 +91,9 @@ def test_scales(level: str, bits: int, zero: bool, other: bool) -> None:
         *(others if other else [unread for _ in numbers]),
     ]
     found = of_bytes(scaled.text, scaled.constraints, [low, low[::-1], low, *given])
-    assert scaled.unit == how.unit
+    assert scaled.unit == 1.0
     for number, element, scale, addend, second in zip(numbers, found, scales, zeros, others, strict=True):
+        scale = scale * np.float16(how.unit)
         exact = number.astype(np.float64) * scale + (addend.astype(np.float64) if zero else 0)
         expected = exact.astype(np.float16)
         np.testing.assert_array_equal(element, expected * second if other else expected)
