@@ -29,8 +29,13 @@ from hf_kvcache.kernels.triton.sides import (
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
-#: Bytes of decoded tokens at a time, at most, unless a single column of pages has more.
-SCRATCH_BYTES = 64 << 20
+#: Bytes of decoded tokens at a time, at most, unless a single column of pages has more: so few that the second-level
+#: cache of a large GPU holds them from their decoding to their last reading.
+SCRATCH_BYTES = 16 << 20
+#: Tokens of a row at a time, at least, unless these are more than :data:`MOST_SCRATCH_BYTES`: between two portions of
+#: tokens, partial results are written and read.
+LEAST_TOKENS = 4096
+MOST_SCRATCH_BYTES = 64 << 20
 #: Elements of a side that a thread decodes at a time.
 _PER_THREAD = 64
 _WARPS = 4
@@ -168,7 +173,8 @@ def columns_at_a_time(pages: Pages, dtypes: tuple[torch.dtype, ...]) -> int:
     """The number of columns that :func:`decoded_pages` decodes at a time."""
     dims = [side.dim for side in pages.layout.sides.values()]
     token_bytes = pages.rows * sum(dim * dtype.itemsize for dim, dtype in zip(dims, dtypes, strict=True))
-    return max(1, min(pages.columns, SCRATCH_BYTES // (token_bytes * pages.layout.page_size)))
+    wanted = min(MOST_SCRATCH_BYTES, max(SCRATCH_BYTES, LEAST_TOKENS * token_bytes))
+    return max(1, min(pages.columns, wanted // (token_bytes * pages.layout.page_size)))
 
 
 def _decode(pages: Pages, start: int, taken: int, placed: int, dtypes: tuple[torch.dtype, ...], arch: str) -> Decoded:
