@@ -1,7 +1,8 @@
 """Attention of a long block of new queries by Triton kernels.
 
-Packed pages that many blocks of queries read are decoded once, part by part, and then read as full-precision tokens.
-Few blocks of queries, and pages that hold full-precision elements, are left to the kernels of ``decode``.
+Where assembly decodes pages with their scales, the kernel over pages of ``decode`` reads them with large blocks of
+queries. Elsewhere, packed pages that many blocks of queries read are decoded once, part by part, and then read as
+full-precision tokens. Few blocks of queries, and pages that hold full-precision elements, are read as in ``decode``.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ from hf_kvcache.kernels.workspace import scratch
 
 #: Elements of partial outputs of a split at a time; a longer block of queries is cut.
 _MOST_ELEMENTS = 1 << 26
-#: Blocks of queries of a row from which on pages are decoded first. A decoded token is written and read in 16 bits,
-#: which takes longer than to decode 4 bits twice.
+#: Blocks of queries of a row from which on pages are decoded first, where blocks are small.
 _LEAST_BLOCKS = 3
 #: The same where a block is large, and pages are smaller than what the kernel over pages computes at a time.
 _LEAST_LARGE_BLOCKS = 4

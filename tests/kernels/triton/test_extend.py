@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.triton import decoded_pages, extend
 from hf_kvcache.kernels.triton.extend_configs import extend_pages_config
 from hf_kvcache.kernels.workspace import scratch
@@ -62,7 +63,7 @@ def test_pages_are_decoded_once_for_many_queries(
         ("unbiased4", "sm80", 2048, False),  # registers spill there
         ("unbiased4", "gfx942", 2048, False),  # no assembly
         ("rotated8", "sm100", 2048, True),
-        ("int4", "sm90", 2048, False),  # groups within a page share scales
+        ("int4", "sm90", 2048, True),
         ("rotated3", "sm90", 2048, False),  # no assembly for integers of 3 bits
         ("none", "sm90", 2048, False),
     ],
@@ -73,6 +74,8 @@ def test_which_pages_a_large_block_of_queries_reads(spec: str, arch: str, querie
     config = extend_pages_config(layout, arch, queries, torch.bfloat16)
     assert (config is not None and config.block_m == 128) == reads
     assert extend_pages_config(layout, arch, queries, torch.float32) is None
+    grouped = PageLayout(*(replace(side, group=16) for side in layout.sides.values()), 64)
+    assert layout.sides["keys"].level == "dense" or extend_pages_config(grouped, arch, queries, torch.bfloat16) is None
 
 
 def test_bias(device: torch.device) -> None:
