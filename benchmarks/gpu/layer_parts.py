@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -56,7 +58,7 @@ def first(layer: Layer) -> list[Part]:
 def then(layer: Layer) -> list[Part]:
     tiny = layer.settings.tiny
     return [
-        partial(chunk, layer, *((256, 40) if tiny else (16384, 512))),
+        *(partial(chunk, layer, *((256, 40) if tiny else (16384, length))) for length in (512, 64)),
         partial(page_event, layer),
         partial(latents, layer, *((256, 2, 2) if tiny else (65536, 16, 8))),
     ]
@@ -163,14 +165,15 @@ def mla_steps(layer: Layer, tokens: int, heads: int) -> None:
 
 
 def packing(layer: Layer, tokens: int) -> None:
-    """Packing a prompt."""
-    keys, values = layer.tokens(1, tokens)
+    """Packing a prompt, the scale and the mean of its keys included."""
+    query, keys, values = layer.new(1, layer.query_heads[0], tokens)
 
     def run(codec: str, case: str) -> None:
         encoder = PageEncoder(resolve(codec), layer.dim, layer.dim, 128, keys.dtype)
 
         def pack() -> None:
             storage = PagedStorage(encoder, keys, values, 4, 128)
+            storage.writer.basis.balance(query, keys, None, storage.sink_length)
             storage.append_block(keys, values, 0, None)
 
         pack()
@@ -219,7 +222,11 @@ def launches(layer: Layer, tokens: int) -> None:
 
 
 def chunk(layer: Layer, tokens: int, length: int) -> None:
-    """New tokens over what is held (prefill in chunks, a long second turn): ``extend`` against SDPA."""
+    """New tokens over what is held (prefill in chunks, a long second turn): ``extend`` against SDPA.
+
+    SDPA in place has keys and values of every query head in memory, the new ones behind them, and a mask that fast
+    kernels know. Nothing is copied while it is timed. DynamicCache is given the mask that a model gives it.
+    """
     from benchmarks.gpu.layer import CODECS
 
     keys, values = layer.tokens(1, tokens)
@@ -231,6 +238,13 @@ def chunk(layer: Layer, tokens: int, length: int) -> None:
         ms = [wall_ms(layer.settings, partial(method.step, *new, mask)) for method in made]
         layer.results.add(case, ms=min(ms))
 
+    def in_place(case: str) -> None:
+        group = layer.query_heads[0] // layer.heads
+        held = [torch.cat([x, y], 2).repeat_interleave(group, 1) for x, y in zip((keys, values), new[1:], strict=True)]
+        bias = causal_lower_right(length, tokens + length)
+        attend = partial(scaled_dot_product_attention, new[0], *held, attn_mask=bias)
+        layer.results.add(case, ms=min(wall_ms(layer.settings, attend) for _ in range(4)))
+
     def ours(case: str, codec: str) -> None:
         method, ms = Ours.filled(layer.settings, codec, keys, values), []
         held = method.cache
@@ -241,6 +255,7 @@ def chunk(layer: Layer, tokens: int, length: int) -> None:
 
     case = f"chunk of {length} over T={tokens}"
     parts: dict[str, Part] = {"DynamicCache": partial(dynamic, f"{case} DynamicCache")}
+    parts |= {"sdpa in place": partial(in_place, f"{case} sdpa in place")}
     parts |= {f"ours {name}": partial(ours, f"{case} ours {name}", codec) for name, codec in CODECS.items()}
     each(layer, case, parts)
 

@@ -11,6 +11,7 @@ from hf_kvcache.kernels.pack import (
     decode_side,
     encode_pages,
     pack_bits,
+    write_key_basis,
     write_key_mean,
 )
 from hf_kvcache.kernels.page import BIAS, PageLayout
@@ -146,6 +147,23 @@ class PageEncoder:
             Whether it was written.
         """
         return write_key_mean(self.layout.sides["keys"], keys, key_scale, mean)
+
+    def write_key_basis(
+        self, query: torch.Tensor, keys: torch.Tensor, first: int, packed: torch.Tensor, mean: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Write the key mean and return the scale of a prompt, if a kernel can find both together.
+
+        Args:
+            query: ``[b, Hq, T, Dk]``, of all tokens.
+            keys: ``[b, Hkv, T, Dk]``, of all tokens.
+            first: the first token that counts for the scale.
+            packed: ``[b, Hkv, n, Dk]``, the keys that are packed.
+            mean: float32 ``[b, Hkv, Dk]``, is written.
+
+        Returns:
+            The scale, float32 ``[b, Hkv, Dk]``; None if no kernel can, and nothing is written then.
+        """
+        return write_key_basis(self.layout.sides["keys"], query, keys, first, packed, mean)
 
     def decode(
         self,

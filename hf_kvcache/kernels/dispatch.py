@@ -33,6 +33,7 @@ OPERATIONS = {
         "pack",
         "encode",
         "key_scale",
+        "key_basis",
         "choose",
         "static_step",
     ),

@@ -9,7 +9,7 @@ from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.reference import levels
 from hf_kvcache.kernels.reference import pack as reference
 
-__all__ = ["can_encode_pages", "decode_side", "encode_pages", "pack_bits", "write_key_mean"]
+__all__ = ["can_encode_pages", "decode_side", "encode_pages", "pack_bits", "write_key_basis", "write_key_mean"]
 
 #: Names of the encodings of keys and of values; None for one that no kernel has.
 Methods = tuple[str | None, str | None]
@@ -55,6 +55,28 @@ def write_key_mean(fmt: SideFormat, keys: torch.Tensor, key_scale: torch.Tensor 
         return False
     faster.key_mean(fmt, keys, key_scale, mean)
     return True
+
+
+def write_key_basis(
+    fmt: SideFormat, query: torch.Tensor, keys: torch.Tensor, first: int, packed: torch.Tensor, mean: torch.Tensor
+) -> torch.Tensor | None:
+    """The scale of the keys of a prompt, and the mean of those that are packed, together, if a kernel can.
+
+    Args:
+        fmt: the format of the keys.
+        query: ``[b, Hq, T, D]`` in the model's basis, of all tokens.
+        keys: ``[b, heads, T, D]``, likewise.
+        first: the first token that counts for the scale.
+        packed: ``[b, heads, n, D]``, the keys that are packed.
+        mean: float32 ``[b, heads, D]``, is written: their rotated mean.
+
+    Returns:
+        The scale, float32 ``[b, heads, D]``, contiguous; None if no kernel can, and nothing is written then.
+    """
+    faster = implementation("key_basis", keys.device)
+    if faster is None or not mean.is_contiguous() or not faster.supports(fmt, query, keys, first, packed):
+        return None
+    return faster.key_basis(query, keys, first, packed, fmt, mean)
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels import key_scale as kernels
 from hf_kvcache.storage.transfers import is_run, rows_of, to_device
+
+
+class _FirstUpdate(NamedTuple):
+    """The arguments of :meth:`KeyBasis.balance`, as long as the scale is not computed."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    valid: np.ndarray | None
+    sinks: int
 
 
 class KeyBasis:
@@ -18,6 +29,9 @@ class KeyBasis:
     of the queries. An error that is the same in all rotated channels then adds least to the squared error of the
     scores. Without it, the rotation spreads the error of a few large channels, such as the biases of Qwen2's keys make,
     over channels that weigh more in the scores. The first page fixes the mean.
+
+    The scale is computed once it is asked for: where the first pages are packed in the same update, a GPU then computes
+    scale and mean together. :meth:`settle` ends the waiting.
 
     Args:
         encoder: makes page records.
@@ -35,11 +49,26 @@ class KeyBasis:
         self.encoder = encoder
         self.known = np.zeros(batch, dtype=bool)
         self.mean: torch.Tensor | None = None
-        self.scale: torch.Tensor | None = None
+        self._scale: torch.Tensor | None = None
+        self._first_update: _FirstUpdate | None = None
         if encoder.centered:
             self.mean = torch.zeros(batch, heads, encoder.layout.sides["keys"].dim, dtype=torch.float32, device=device)
         if encoder.balanced:
-            self.scale = torch.ones(batch, heads, encoder.layout.sides["keys"].dim, dtype=torch.float32, device=device)
+            self._scale = torch.ones(batch, heads, encoder.layout.sides["keys"].dim, dtype=torch.float32, device=device)
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        self.settle()
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: torch.Tensor | None) -> None:
+        self._first_update, self._scale = None, scale
+
+    def settle(self) -> None:
+        """Compute the scale now, if that is still to be done. The first update's tensors are not needed any more."""
+        if self._first_update is not None:
+            self.scale = key_scale(*self._first_update)
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +86,7 @@ class KeyBasis:
         return None if mean is None else mean.flatten(0, 1), None if scale is None else scale.flatten(0, 1)
 
     def balance(self, query: torch.Tensor, keys: torch.Tensor, valid: np.ndarray | None, sinks: int) -> None:
-        """Fix the scale by a first update, before any of its tokens is packed.
+        """Fix the scale by a first update, before any of its tokens is packed; :meth:`settle` once they are stored.
 
         Args:
             query: ``[B, Hq, T, Dk]``, of all tokens of the update.
@@ -65,8 +94,8 @@ class KeyBasis:
             valid: bool ``[B, T]``, False for padding; None if no token is padding.
             sinks: first tokens of each sequence that are no example of the others.
         """
-        if self.scale is not None:
-            self.scale = key_scale(query, keys, valid, sinks)
+        if self._scale is not None:
+            self._first_update = _FirstUpdate(query, keys, valid, sinks)
 
     def fix_mean(self, rows: np.ndarray, keys: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Take the mean of ``keys`` for those of the sequences ``rows`` that have none yet.
@@ -76,8 +105,25 @@ class KeyBasis:
             keys: the first keys that are packed, ``[b, Hkv, n, Dk]``.
             weights: bool ``[b, Hkv, n]``, which of them count; None if all do.
         """
-        if self.mean is not None:
-            write_key_mean(self.encoder, rows, keys, self.mean, self.scale, self.known, weights)
+        if self.mean is None:
+            return
+        if weights is None and self._fix_together(rows, keys):
+            return
+        write_key_mean(self.encoder, rows, keys, self.mean, self.scale, self.known, weights)
+
+    def _fix_together(self, rows: np.ndarray, keys: torch.Tensor) -> bool:
+        """Fix scale and mean of all sequences by one operation of a backend, if both are to be fixed and it can."""
+        first, mean = self._first_update, self.mean
+        if first is None or mean is None or self.known.any() or not np.array_equal(rows, np.arange(len(self.known))):
+            return False
+        if first.valid is not None or first.keys.shape[2] - first.sinks < kernels.LEAST_TOKENS:
+            return False
+        scale = self.encoder.write_key_basis(first.query, first.keys, first.sinks, keys, mean)
+        if scale is None:
+            return False
+        self.scale = scale
+        self.known[rows] = True
+        return True
 
     def note_truncated(self, held: np.ndarray) -> None:
         """Take note which sequences still have pages, bool ``[B]``: the others have no mean any more."""
@@ -93,6 +139,7 @@ class KeyBasis:
 
     def fork(self) -> KeyBasis:
         """An independent copy."""
+        self.settle()
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         for name in ("mean", "scale"):
@@ -100,6 +147,10 @@ class KeyBasis:
             setattr(other, name, None if tensor is None else tensor.clone())
         other.known = self.known.copy()
         return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return self.__dict__
 
     def join(self, others: list[KeyBasis]) -> None:
         """Become the bases of these, one after the other."""

@@ -120,11 +120,13 @@ class PagedStorage:
         positions = np.arange(position, position + keys.shape[2])
         if valid is None and self.dense.uniform_length is not None:
             self._append_rows(slice(None), keys, values, positions, pack, keep_from)
+            self.writer.basis.settle()
             return
         for row in range(self.batch):
             held = np.arange(keys.shape[2]) if valid is None else np.flatnonzero(valid[row])
             new_keys, new_values = (tokens_of(x[row : row + 1], held) for x in (keys, values))
             self._append_rows(slice(row, row + 1), new_keys, new_values, positions[held], pack, keep_from)
+        self.writer.basis.settle()
 
     def due(self, slots: Any) -> Any:
         """How many pages are to be packed once ``slots`` slots of the dense buffer are in use."""

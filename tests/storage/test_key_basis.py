@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hf_kvcache import QuantizedKVCache
 from hf_kvcache.codecs import resolve
 from hf_kvcache.codecs.pages import PageEncoder
 from hf_kvcache.kernels.reference.key_scale import balanced
-from hf_kvcache.storage.key_basis import key_scale
+from hf_kvcache.storage.key_basis import KeyBasis, key_scale
 from tests import families
 from tests.running import as_cache, prompt
 
@@ -106,3 +107,23 @@ def test_it_goes_with_its_sequence() -> None:
         model(prompt(11, 2), **as_cache(cache))  # seven behind the sinks are too few
     assert (cache.layers[0].storage.writer.basis.scale == 1).all()
     assert torch.equal(fork.layers[0].storage.writer.basis.scale, first.flip(0))
+
+
+@pytest.mark.parametrize("ask", ["settle", "scale", "fork", "pickle", "select", "fix_mean"])
+def test_it_is_there_whoever_asks_first(ask: str) -> None:
+    """A first update is kept until the scale is asked for, and no longer."""
+    query, keys = spread(2, 4, 40, 8, seed=2), spread(2, 2, 40, 8, seed=3)
+    expected = key_scale(query, keys, None, 4)
+    basis = KeyBasis(PageEncoder(resolve("unbiased4"), 8, 8, 16, torch.float32), 2, 2, torch.device("cpu"))
+    basis.balance(query, keys, None, 4)
+    rows = np.arange(2)
+    asked = {
+        "settle": lambda: (basis.settle(), basis)[1],
+        "scale": lambda: (basis.scale, basis)[1],
+        "fork": basis.fork,
+        "pickle": lambda: pickle.loads(pickle.dumps(basis)),
+        "select": lambda: (basis.select(rows), basis)[1],
+        "fix_mean": lambda: (basis.fix_mean(rows, keys[:, :, 4:20]), basis)[1],
+    }[ask]()
+    assert asked._first_update is None and basis._first_update is None
+    assert torch.equal(asked.scale, expected) and len(expected.unique()) > 2

@@ -8,7 +8,7 @@ import triton
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton.attention_kernels import combine_kernel, dense_kernel, pages_kernel, sums_kernel
 from hf_kvcache.kernels.triton.compile_case import CompileCase
-from hf_kvcache.kernels.triton.configs import attention_config, dot_precision
+from hf_kvcache.kernels.triton.configs import Config, attention_config, dot_precision
 from hf_kvcache.kernels.triton.launch import codes_of, combine_shape, page_sides, sums_shape
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
@@ -26,8 +26,8 @@ _QUERY_STRIDES = {"query_b": "i32", "query_h": "i32", "query_q": "i32"}
 _SIZES = {"rows": "i32", "rows_m": "i32", "heads": "i32", "window": "i32", "inner": "fp32", "softcap": "fp32"}
 
 
-def formats(codec: str, dim: int) -> tuple[SideFormat, SideFormat]:
-    """The formats of both sides of a codec's pages. Where there is a table, its levels are made up.
+def formats(codec: str, dim: int, page: int = _PAGE) -> tuple[SideFormat, SideFormat]:
+    """The formats of both sides of a codec's pages of ``page`` tokens. Where there is a table, its levels are made up.
 
     Raises:
         KeyError: if there is no case for the codec.
@@ -41,31 +41,44 @@ def formats(codec: str, dim: int) -> tuple[SideFormat, SideFormat]:
     bits = {"unbiased2": 2, "unbiased3": 3, "unbiased4": 4, "rotated4": 4, "rotated8": 8}[codec]
     if codec.startswith("rotated"):
         return (
-            SideFormat(dim, bits, axis="channel", group=_PAGE, rotation="hadamard"),
+            SideFormat(dim, bits, axis="channel", group=page, rotation="hadamard"),
             SideFormat(dim, bits, axis="token", group=dim, rotation="hadamard"),
         )
     table = tuple(round(127 * (2 * i + 1 - 2**bits) / (2**bits - 1)) * 2.7 / 127 for i in range(2**bits))
     keys = SideFormat(
-        dim, bits, "table", "channel", _PAGE, other=True, rotation="hadamard", centered=True, table=table, balanced=True
+        dim, bits, "table", "channel", page, other=True, rotation="hadamard", centered=True, table=table, balanced=True
     )
     return keys, SideFormat(dim, bits, "table", group=dim, zero=False, rotation="signed_hadamard", table=table)
 
 
-def pages_case(arch: str, operation: str, codec: str, dim: int, length: int, biased: bool = False) -> CompileCase:
-    """``pages_kernel`` for ``length`` bfloat16 query tokens over full pages that all of them see."""
-    layout = PageLayout(*formats(codec, dim), _PAGE, biased)
-    config = attention_config(arch, dim, _GROUP * length, codes_of(layout))
+def pages_case(
+    arch: str,
+    operation: str,
+    codec: str,
+    dim: int,
+    length: int,
+    biased: bool = False,
+    config: Config | None = None,
+    page: int = _PAGE,
+    everything: bool = False,
+) -> CompileCase:
+    """``pages_kernel`` for ``length`` bfloat16 query tokens over full pages that all of them see.
+
+    With ``everything``, over pages that lost tokens, through a sliding window, with soft-capping.
+    """
+    layout = PageLayout(*formats(codec, dim, page), page, biased)
+    config = config or attention_config(arch, dim, _GROUP * length, codes_of(layout))
     keys, values = page_sides(layout, torch.bfloat16, config.block_m, arch)
-    block_n = min(config.block_n, _PAGE)
+    block_n = min(config.block_n, page)
     rotated = layout.sides["keys"].rotation != "none"
     return CompileCase(
-        name=f"{operation} {codec} D={dim}" + (" bias" if biased else ""),
+        name=f"{operation} {codec} D={dim}" + (" bias" if biased else "") + (" everything" if everything else ""),
         kernel=pages_kernel,
         signature={
             "query": "*fp32" if rotated else "*bf16",
             **_QUERY_STRIDES,
             "pages": "*i64",
-            "positions": "*i64",
+            "positions": "*i32" if everything else "*i64",
             "key_mean": "*fp32",
             "tables": "*fp32",
             **_POINTERS,
@@ -82,18 +95,18 @@ def pages_case(arch: str, operation: str, codec: str, dim: int, length: int, bia
             "BLOCK_M": config.block_m,
             "BLOCK_N": block_n,
             "STAGES": config.num_stages,
-            "FULL": True,
-            "PLACED": 0,
+            "FULL": not everything,
+            "PLACED": 2 if everything else 0,
             "CAUSAL": True,
-            "WINDOW": False,
+            "WINDOW": everything,
             "CENTERED": layout.sides["keys"].centered,
-            "SOFTCAP": False,
+            "SOFTCAP": everything,
             "KEEP_SCORES": False,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         aligned=("query", *_QUERY_STRIDES, "pages", "positions", "key_mean", "tables", *_POINTERS),
-        loop_bytes=layout.record_bytes * block_n // _PAGE,
+        loop_bytes=layout.record_bytes * block_n // page,
         tensor_cores=True,
         options=config.options,
         least_share=_LEAST_SHARES.get((layout.sides["keys"].bits, dim), 0.0) if operation == "decode" else 0.0,

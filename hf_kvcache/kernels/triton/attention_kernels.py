@@ -28,9 +28,9 @@ from hf_kvcache.kernels.triton.attention_parts import (
     store_partial,
     weigh,
 )
+from hf_kvcache.kernels.triton.elements import load_elements
 from hf_kvcache.kernels.triton.sides import (
     channels,
-    load_elements,
     load_levels,
     load_per_channel,
     load_per_token,

@@ -104,11 +104,11 @@ def slot_positions(positions, position_b, batch, slot, keep, start):
 @triton.jit
 def finish_scores(scores, peak, shift, inner, softcap, SOFTCAP: tl.constexpr):
     """Scores in base 2 from dot products of normalized queries."""
-    scores = (scores + shift[:, None]) * (peak * inner)[:, None]
+    scores = (scores + shift[:, None]) * (peak * (inner * LOG2_E))[:, None]
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both infinities too.
-        scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E)) + 1.0))
-    return scores * LOG2_E
+        scores = (softcap * LOG2_E) * (1.0 - 2.0 / (tl.exp2(scores * 2.0) + 1.0))
+    return scores
 
 
 @triton.jit

@@ -16,23 +16,28 @@ import triton.language as tl
 from hf_kvcache.kernels.inputs import DenseTokens, Pages
 from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.triton.compile_case import CompileCase
-from hf_kvcache.kernels.triton.configs import lanes
+from hf_kvcache.kernels.triton.configs import dot_precision, lanes
+from hf_kvcache.kernels.triton.elements import load_elements
 from hf_kvcache.kernels.triton.sides import (
     TRITON_TYPES,
     Side,
     channels,
     describe_side,
     level_tables,
-    load_elements,
     load_table,
 )
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
-#: Bytes of decoded tokens at a time, at most, unless a single column of pages has more.
-SCRATCH_BYTES = 64 << 20
+#: Bytes of decoded tokens at a time, at most, unless a single column of pages has more: so few that the second-level
+#: cache of a large GPU holds them from their decoding to their last reading.
+SCRATCH_BYTES = 16 << 20
+#: Tokens of a row at a time, at least, unless these are more than :data:`MOST_SCRATCH_BYTES`: between two portions of
+#: tokens, partial results are written and read.
+LEAST_TOKENS = 4096
+MOST_SCRATCH_BYTES = 64 << 20
 #: Elements of a side that a thread decodes at a time.
-_PER_THREAD = 32
+_PER_THREAD = 64
 _WARPS = 4
 
 
@@ -168,7 +173,8 @@ def columns_at_a_time(pages: Pages, dtypes: tuple[torch.dtype, ...]) -> int:
     """The number of columns that :func:`decoded_pages` decodes at a time."""
     dims = [side.dim for side in pages.layout.sides.values()]
     token_bytes = pages.rows * sum(dim * dtype.itemsize for dim, dtype in zip(dims, dtypes, strict=True))
-    return max(1, min(pages.columns, SCRATCH_BYTES // (token_bytes * pages.layout.page_size)))
+    wanted = min(MOST_SCRATCH_BYTES, max(SCRATCH_BYTES, LEAST_TOKENS * token_bytes))
+    return max(1, min(pages.columns, wanted // (token_bytes * pages.layout.page_size)))
 
 
 def _decode(pages: Pages, start: int, taken: int, placed: int, dtypes: tuple[torch.dtype, ...], arch: str) -> Decoded:
@@ -182,7 +188,7 @@ def _decode(pages: Pages, start: int, taken: int, placed: int, dtypes: tuple[tor
     unused = scratch("triton.decoded.unused", (rows, count), torch.uint8, pages.device) if ragged else None
     positions = scratch("triton.decoded.positions", (rows, count), torch.int64, pages.device) if placed else None
     table = pages.on_device(positions=placed == 2)
-    constants = decode_constants(layout, arch)
+    constants = decode_constants(layout, dtypes, arch)
     decode_kernel[rows * taken, triton.cdiv(layout.page_size, constants["TOKENS"])](
         table.table,
         table.table if table.positions is None else table.positions,
@@ -205,17 +211,23 @@ def _decode(pages: Pages, start: int, taken: int, placed: int, dtypes: tuple[tor
     return Decoded(start, keys, values, positions, unused)
 
 
-def decode_constants(layout: PageLayout, arch: str) -> dict[str, Any]:
+def decode_constants(layout: PageLayout, dtypes: tuple[torch.dtype, ...], arch: str) -> dict[str, Any]:
     """The constant sizes of :func:`decode_kernel`: the sides, and the tokens that a program decodes at a time."""
-    sides = [_side(layout, name) for name in ("keys", "values")]
+    sides = [_side(layout, name, dtypes[0], arch) for name in ("keys", "values")]
     widest = max(side.dim_pad for side in sides if side is not None)
     tokens = triton.next_power_of_2(_PER_THREAD * _WARPS * lanes(arch) // widest)
     most = triton.next_power_of_2(layout.page_size)
     return {"KEYS": sides[0], "VALUES": sides[1], "TOKENS": max(1, min(tokens, most))}
 
 
-def _side(layout: PageLayout, name: str) -> Side | None:
-    return describe_side(layout, name, tl.float32, fold=False) if layout.sides[name].dim else None
+def _side(layout: PageLayout, name: str, dtype: torch.dtype, arch: str) -> Side | None:
+    if layout.sides[name].dim == 0:
+        return None
+    if dtype == torch.float16:
+        side = describe_side(layout, name, tl.float16, False, dot_precision(arch))
+        if side.scaling:
+            return side
+    return describe_side(layout, name, tl.float32, False)
 
 
 def decode_case(arch: str, name: str, layout: PageLayout, dtypes: tuple[torch.dtype, ...]) -> CompileCase:
@@ -234,7 +246,7 @@ def decode_case(arch: str, name: str, layout: PageLayout, dtypes: tuple[torch.dt
         name=name,
         kernel=decode_kernel,
         signature=pointers | dict.fromkeys(("rows", "capacity", "first_column", "taken"), "i32"),
-        constants=decode_constants(layout, arch) | {"CENTERED": centered, "PLACED": 1, "UNUSED": True},
+        constants=decode_constants(layout, dtypes, arch) | {"CENTERED": centered, "PLACED": 1, "UNUSED": True},
         num_warps=_WARPS,
         num_stages=2,
         aligned=tuple(pointers),

@@ -1,7 +1,8 @@
 """Attention of a long block of new queries by Triton kernels.
 
-Packed pages that many blocks of queries read are decoded once, part by part, and then read as full-precision tokens.
-Few blocks of queries, and pages that hold full-precision elements, are left to the kernels of ``decode``.
+Where assembly decodes pages with their scales, the kernel over pages of ``decode`` reads them with large blocks of
+queries. Elsewhere, packed pages that many blocks of queries read are decoded once, part by part, and then read as
+full-precision tokens. Few blocks of queries, and pages that hold full-precision elements, are read as in ``decode``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import Config, dot_precision, programs_wanted
 from hf_kvcache.kernels.triton.decoded_pages import columns_at_a_time, decoded_pages
 from hf_kvcache.kernels.triton.device import on_their_device
-from hf_kvcache.kernels.triton.extend_configs import MOST_SINGLE_DIM, extend_config
+from hf_kvcache.kernels.triton.extend_configs import MOST_SINGLE_DIM, extend_config, extend_pages_config
 from hf_kvcache.kernels.triton.extend_kernels import tokens_kernel
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 from hf_kvcache.kernels.visibility import Visibility
@@ -28,9 +29,10 @@ from hf_kvcache.kernels.workspace import scratch
 
 #: Elements of partial outputs of a split at a time; a longer block of queries is cut.
 _MOST_ELEMENTS = 1 << 26
-#: Blocks of queries of a row from which on pages are decoded first. A decoded token is written and read in 16 bits,
-#: which takes longer than to decode 4 bits twice.
+#: Blocks of queries of a row from which on pages are decoded first, where blocks are small.
 _LEAST_BLOCKS = 3
+#: The same where a block is large, and pages are smaller than what the kernel over pages computes at a time.
+_LEAST_LARGE_BLOCKS = 4
 #: Tokens of a split, at least.
 _LEAST_TOKENS = 512
 
@@ -83,8 +85,12 @@ def _attend(
     query: torch.Tensor, pages: Pages | None, dense: DenseTokens, visibility: Visibility, scoring: Scoring
 ) -> Attention:
     call = launch.Call(query, pages, dense, visibility, scoring, False)
-    if pages is None or not _decodes_first(call, pages):
+    if pages is None:
         return launch.attend(query, pages, dense, visibility, scoring, False, own_last=True)
+    masked = not pages.full or visibility.window is not None or scoring.softcap is not None or pages.layout.biased
+    config = extend_pages_config(pages.layout, call.arch, call.rows_m, query.dtype, masked)
+    if not _decodes_first(call, pages, config):
+        return launch.attend(query, pages, dense, visibility, scoring, False, own_last=True, page_config=config)
     single = query.dtype == torch.float32
     dtypes = (torch.float32, torch.float32) if single else (torch.float16, torch.float16)
     over_pages = _plan(call, columns_at_a_time(pages, dtypes) * pages.layout.page_size, dtypes[0])
@@ -103,13 +109,17 @@ def _attend(
     return Attention(*launch.combine(call, over_pages.splits, splits, partial, lse))
 
 
-def _decodes_first(call: launch.Call, pages: Pages) -> bool:
+def _decodes_first(call: launch.Call, pages: Pages, config: Config | None) -> bool:
+    """Whether pages are decoded first; ``config`` is that of a kernel that decodes them as it reads them."""
     codes, dim = launch.codes_of(pages.layout), max(call.query.shape[-1], call.value_dim)
-    blocks = triton.cdiv(call.rows_m, call.config(dim, codes).block_m)
-    # Decoded pages have no bias. The kernel of `decode` reads it from the records.
-    fits = not pages.layout.biased
-    fits = fits and (call.query.dtype != torch.float32 or dim <= MOST_SINGLE_DIM)
-    return codes is not None and pages.columns > 0 and blocks >= _LEAST_BLOCKS and fits
+    if codes is None or pages.columns == 0 or pages.layout.biased:
+        return False  # the kernel over decoded tokens knows no bias
+    if call.query.dtype == torch.float32 and dim > MOST_SINGLE_DIM:
+        return False
+    if config is None:
+        return triton.cdiv(call.rows_m, call.config(dim, codes).block_m) >= _LEAST_BLOCKS
+    small = triton.next_power_of_2(pages.layout.page_size) < config.block_n
+    return small and triton.cdiv(call.rows_m, config.block_m) >= _LEAST_LARGE_BLOCKS
 
 
 class _Plan(NamedTuple):
@@ -121,7 +131,7 @@ class _Plan(NamedTuple):
 
 def _plan(call: launch.Call, tokens: int, dtype: torch.dtype) -> _Plan:
     config = extend_config(call.arch, max(call.query.shape[-1], call.value_dim), call.rows_m, dtype)
-    wanted = triton.cdiv(programs_wanted(call.device), call.blocks(config.block_m))
+    wanted = max(1, programs_wanted(call.device) // 2 // call.blocks(config.block_m))
     most = triton.cdiv(tokens, _per_split(tokens, min(wanted, max(1, tokens // _LEAST_TOKENS)), config))
     return _Plan(config, most)
 

@@ -10,11 +10,11 @@ from hf_kvcache.kernels.triton import attention_cases
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import Config, dot_precision
 from hf_kvcache.kernels.triton.decoded_pages import decode_case
-from hf_kvcache.kernels.triton.extend_configs import extend_config
+from hf_kvcache.kernels.triton.extend_configs import extend_config, extend_pages_config
 from hf_kvcache.kernels.triton.extend_kernels import tokens_kernel
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
-_GROUP, _PAGE = 4, 64
+_GROUP, _PAGE, _LARGE_PAGE = 4, 64, 128
 _QUERY_STRIDES = {"query_b": "i32", "query_h": "i32", "query_q": "i32"}
 _PARTIAL = {"partial": "*fp32", "partial_lse": "*fp32"}
 _SIZES = dict.fromkeys(("rows", "slots", "per_split", "rows_m", "heads", "window", "first_split"), "i32")
@@ -25,15 +25,25 @@ def compile_cases(arch: str) -> list[CompileCase]:
     """Few blocks of queries, which read pages themselves; many, which read decoded tokens; and the decoding."""
     cases = []
     for dim in (64, 128, 256):
-        cases += [attention_cases.pages_case(arch, "extend", codec, dim, 512) for codec in ("unbiased4", "rotated8")]
+        cases += [_pages_case(arch, codec, dim) for codec in ("unbiased4", "rotated8")]
         cases.append(attention_cases.dense_case(arch, "extend", dim, 512))
         cases.append(tokens_case(arch, dim, torch.float16))
+    cases += [_pages_case(arch, codec, 128, everything=True) for codec in ("unbiased4", "rotated8")]
+    cases += [_pages_case(arch, codec, 128) for codec in ("unbiased3", "unbiased2")]
     cases.append(tokens_case(arch, 128, torch.bfloat16))
     cases.append(tokens_case(arch, 128, torch.float32))
     for codec in ("unbiased4", "unbiased3", "rotated8", "fp8"):
         layout = PageLayout(*attention_cases.formats(codec, 128), _PAGE)
         cases.append(decode_case(arch, f"extend decode {codec}", layout, (torch.float16, torch.float16)))
     return cases
+
+
+def _pages_case(arch: str, codec: str, dim: int, everything: bool = False) -> CompileCase:
+    """``pages_kernel`` for 64 query tokens; where it can decode pages of the usual size as it reads them, so."""
+    layout = PageLayout(*attention_cases.formats(codec, dim, _LARGE_PAGE), _LARGE_PAGE)
+    config = extend_pages_config(layout, arch, _GROUP * 64, torch.bfloat16, everything)
+    page = _PAGE if config is None else _LARGE_PAGE
+    return attention_cases.pages_case(arch, "extend", codec, dim, 64, config=config, page=page, everything=everything)
 
 
 def tokens_case(arch: str, dim: int, dtype: torch.dtype, config: Config | None = None) -> CompileCase:

@@ -14,13 +14,13 @@ from hf_kvcache.kernels.triton.device import on_their_device
 from hf_kvcache.kernels.triton.encode_side import LEAST, rotation_by_places
 
 #: Tokens that a program sums, and those that it loads at a time.
-_STRETCH, _TOKENS = 256, 32
+STRETCH, TOKENS = 256, 32
 _SUM_WARPS, _MEAN_WARPS = 4, 8
 DUE_WARPS = 8
 #: Numbers of a sequence that say what a step of a static state sets off, see ``static_kernels``.
 EVENTS = 4
 #: Channels of the mean that are rotated at a time.
-_DEPTH = 32
+DEPTH = 32
 
 
 def supports_mean(fmt: SideFormat, keys: torch.Tensor) -> bool:
@@ -40,7 +40,7 @@ def key_mean(fmt: SideFormat, keys: torch.Tensor, key_scale: torch.Tensor | None
     """
     keys = keys if keys.stride(-1) == 1 else keys.contiguous()
     batch, heads, tokens, dim = keys.shape
-    rows, stretches = batch * heads, triton.cdiv(tokens, _STRETCH)
+    rows, stretches = batch * heads, triton.cdiv(tokens, STRETCH)
     if rows == 0:
         return
     assert mean.is_contiguous() and mean.shape == (batch, heads, dim)
@@ -48,11 +48,11 @@ def key_mean(fmt: SideFormat, keys: torch.Tensor, key_scale: torch.Tensor | None
     dim_pad = max(LEAST, triton.next_power_of_2(dim))
     signs, factors = rotation_by_places(dim, dim_pad, 8, fmt.rotation, torch.float32, keys.device)
     _sum_kernel[(rows, stretches)](
-        keys, *keys.stride()[:3], sums, heads, tokens, DIM=dim, PAD=dim_pad, STRETCH=_STRETCH, TOKENS=_TOKENS,
+        keys, *keys.stride()[:3], sums, heads, tokens, DIM=dim, PAD=dim_pad, STRETCH=STRETCH, TOKENS=TOKENS,
         num_warps=_SUM_WARPS,
     )  # fmt: skip
     _mean_kernel[(rows,)](
-        sums, stretches, tokens, signs, factors, key_scale, mean, DIM=dim, PAD=dim_pad, DEPTH=min(_DEPTH, dim_pad),
+        sums, stretches, tokens, signs, factors, key_scale, mean, DIM=dim, PAD=dim_pad, DEPTH=min(DEPTH, dim_pad),
         num_warps=_MEAN_WARPS,
     )  # fmt: skip
 
@@ -75,11 +75,11 @@ def _sum_kernel(
     row, stretch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     source = keys + row // heads * sequence_stride + row % heads * head_stride
     at = row * tl.num_programs(1) + stretch
-    _sum_stretch(source, token_stride, sums + at * DIM, stretch, tokens, DIM, PAD, STRETCH, TOKENS)
+    sum_stretch(source, token_stride, sums + at * DIM, stretch, tokens, DIM, PAD, STRETCH, TOKENS)
 
 
 @triton.jit
-def _sum_stretch(
+def sum_stretch(
     source,
     token_stride,
     sums,
@@ -111,13 +111,11 @@ def _mean_kernel(
     own = scale
     if scale is not None:
         own += row * DIM
-    _rotate_mean(
-        sums + row * stretches * DIM, stretches, tokens, signs, factors, own, mean + row * DIM, DIM, PAD, DEPTH
-    )
+    rotate_mean(sums + row * stretches * DIM, stretches, tokens, signs, factors, own, mean + row * DIM, DIM, PAD, DEPTH)
 
 
 @triton.jit
-def _rotate_mean(
+def rotate_mean(
     sums, stretches, tokens, signs, factors, scale, mean, DIM: tl.constexpr, PAD: tl.constexpr, DEPTH: tl.constexpr
 ):
     """The rotated mean, fp32 ``mean [DIM]``, of ``tokens`` tokens whose sums are fp32 ``sums [stretches, DIM]``.
@@ -176,14 +174,14 @@ def due_mean_kernel(
         source = keys + row // heads * sequence_stride + row % heads * head_stride
         own = sums + row * stretches * DIM
         for stretch in range(0, stretches):
-            _sum_stretch(
+            sum_stretch(
                 source, token_stride, own + stretch * DIM, stretch, tokens, DIM, PAD, STRETCH, TOKENS
             )  # fmt: skip
         tl.debug_barrier()  # the sums that other threads have stored are read next
         divisor = scale
         if scale is not None:
             divisor += row * DIM
-        _rotate_mean(own, stretches, tokens, signs, factors, divisor, mean + row * DIM, DIM, PAD, DEPTH)
+        rotate_mean(own, stretches, tokens, signs, factors, divisor, mean + row * DIM, DIM, PAD, DEPTH)
 
 
 def due_mean_arguments(
@@ -207,15 +205,15 @@ def due_mean_arguments(
         "EVENTS": EVENTS,
         "DIM": dim,
         "PAD": dim_pad,
-        "STRETCH": _STRETCH,
-        "TOKENS": _TOKENS,
-        "DEPTH": min(_DEPTH, dim_pad),
+        "STRETCH": STRETCH,
+        "TOKENS": TOKENS,
+        "DEPTH": min(DEPTH, dim_pad),
     }
 
 
 def stretches_of(tokens: int) -> int:
     """Stretches whose sums are added to find the mean of so many tokens."""
-    return -(-tokens // _STRETCH)
+    return -(-tokens // STRETCH)
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
@@ -227,7 +225,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
             "key mean, sums bf16 D=128",
             _sum_kernel,
             {"keys": "*bf16", **dict.fromkeys(strides, "i32"), "sums": "*fp32", "heads": "i32", "tokens": "i32"},
-            constants | {"STRETCH": _STRETCH, "TOKENS": _TOKENS},
+            constants | {"STRETCH": STRETCH, "TOKENS": TOKENS},
             num_warps=_SUM_WARPS,
             num_stages=1,
             aligned=("keys", *strides, "sums"),
@@ -244,7 +242,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 "scale": "*fp32",
                 "mean": "*fp32",
             },
-            constants | {"DEPTH": _DEPTH},
+            constants | {"DEPTH": DEPTH},
             num_warps=_MEAN_WARPS,
             num_stages=1,
             aligned=("sums", "signs", "factors", "scale", "mean"),
@@ -260,7 +258,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
                 **dict.fromkeys(("signs", "factors", "scale", "mean"), "*fp32"),
                 **dict.fromkeys(("heads", "tokens", "stretches"), "i32"),
             },
-            constants | {"EVENTS": EVENTS, "STRETCH": _STRETCH, "TOKENS": _TOKENS, "DEPTH": _DEPTH},
+            constants | {"EVENTS": EVENTS, "STRETCH": STRETCH, "TOKENS": TOKENS, "DEPTH": DEPTH},
             num_warps=DUE_WARPS,
             num_stages=1,
             aligned=("events", "sums", "keys", *strides, "signs", "factors", "scale", "mean"),

@@ -11,6 +11,7 @@ import triton.language as tl
 from hf_kvcache.kernels.reference import key_scale as reference
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.device import on_their_device
+from hf_kvcache.kernels.triton.key_mean import STRETCH, TOKENS
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
 _LARGEST, _HALF = tl.constexpr(reference.LARGEST_EXPONENT), tl.constexpr(reference.HALF_EXPONENT)
@@ -18,8 +19,8 @@ _LEAST_TOKENS, _LEAST_POWER = tl.constexpr(reference.LEAST_TOKENS), tl.constexpr
 _TINY = tl.constexpr(reference.TINY)
 #: A float32 number of this size has no fraction: adding and subtracting it rounds to the nearest integer, half to even.
 _INTEGERS = tl.constexpr(1.5 * 2**23)
-#: Tokens that a program sums, those that it loads at a time, and the stretches whose sums are loaded at a time.
-_STRETCH, _TOKENS, _STRETCHES = 256, 32, 16
+#: Stretches of tokens whose sums are loaded at a time, at most.
+_STRETCHES = 16
 _WARPS = 4
 #: The widest keys that the registers hold.
 _MOST_DIM = 512
@@ -35,7 +36,7 @@ def key_scale(query: torch.Tensor, keys: torch.Tensor, first: int, counted: torc
     """As :func:`hf_kvcache.kernels.reference.key_scale.key_scale`, of dtypes of 16 or 32 bits."""
     query, keys = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys))
     batch, heads, tokens, dim = keys.shape
-    rows, group, stretches = batch * heads, query.shape[1] // heads, triton.cdiv(tokens, _STRETCH)
+    rows, group, stretches = batch * heads, query.shape[1] // heads, triton.cdiv(tokens, STRETCH)
     sums = torch.empty(rows, stretches, group + 2, dim, dtype=torch.float32, device=keys.device)
     counts = torch.empty(rows, stretches, dtype=torch.float32, device=keys.device)
     scale = torch.empty(batch, heads, dim, dtype=torch.float32, device=keys.device)
@@ -43,16 +44,16 @@ def key_scale(query: torch.Tensor, keys: torch.Tensor, first: int, counted: torc
     shown = sums if counted is None else counted.contiguous().view(torch.uint8)
     _sums_kernel[(rows, stretches, 1 + group)](
         keys, *keys.stride()[:3], query, *query.stride()[:3], shown, sums, counts, heads, tokens, first, GROUP=group,
-        DIM=dim, PAD=pad, STRETCH=_STRETCH, TOKENS=_TOKENS, COUNTED=counted is not None, num_warps=_WARPS,
+        DIM=dim, PAD=pad, STRETCH=STRETCH, TOKENS=TOKENS, COUNTED=counted is not None, num_warps=_WARPS,
     )  # fmt: skip
     _scale_kernel[(rows,)](
-        sums, counts, scale, stretches, GROUP=group, DIM=dim, PAD=pad, STRETCHES=_stretches(pad),
+        sums, counts, scale, stretches, GROUP=group, DIM=dim, PAD=pad, STRETCHES=stretches_at_once(pad),
         HALF=keys.dtype == torch.float16, num_warps=_WARPS,
     )  # fmt: skip
     return scale
 
 
-def _stretches(pad: int) -> int:
+def stretches_at_once(pad: int) -> int:
     """Stretches whose sums are loaded at a time."""
     return max(1, min(_STRETCHES, 2048 // pad))
 
@@ -108,6 +109,39 @@ def _sums_kernel(
     else:
         source = query + batch * query_b + (head * GROUP + part - 1) * query_h
         step = tl.cast(query_n, tl.int64)
+    at = row * tl.num_programs(1) + stretch
+    shown = counted
+    if COUNTED:
+        shown += batch * tokens
+    sum_part(
+        source, step, shown, sums, counts, at, stretch, part, tokens, first, GROUP, DIM, PAD, STRETCH, TOKENS, COUNTED
+    )
+
+
+@triton.jit
+def sum_part(
+    source,
+    step,
+    counted,
+    sums,
+    counts,
+    at,
+    stretch,
+    part,
+    tokens,
+    first,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    STRETCH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COUNTED: tl.constexpr,
+):
+    """The sums of stretch ``stretch`` of a row's keys, part 0, or of a query head; they are number ``at`` of ``sums``.
+
+    ``source`` is the first vector, ``step`` elements before the next one, ``counted`` the first token of the sequence.
+    All else is described in :func:`_sums_kernel`.
+    """
     channel = tl.arange(0, PAD)
     total = tl.zeros([TOKENS, PAD], tl.float32)
     squares = tl.zeros([TOKENS, PAD], tl.float32)
@@ -115,7 +149,7 @@ def _sums_kernel(
     for start in range(0, STRETCH, TOKENS):
         token = stretch * STRETCH + start + tl.arange(0, TOKENS)
         if COUNTED:
-            held = tl.load(counted + batch * tokens + token, mask=token < tokens, other=0) != 0
+            held = tl.load(counted + token, mask=token < tokens, other=0) != 0
         else:
             held = (token >= first) & (token < tokens)
         # Nothing is read of a token that does not count: it may be NaN.
@@ -125,7 +159,6 @@ def _sums_kernel(
         squares += x * x
         count += held.to(tl.float32)
     there = channel < DIM
-    at = row * tl.num_programs(1) + stretch
     to = sums + (at * (GROUP + 2) + part + 1) * DIM + channel
     tl.store(to, tl.sum(squares, 0), mask=there)
     if part == 0:
@@ -163,6 +196,24 @@ def _scale_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, PAD)
+    result = scale_of(sums, counts, row, stretches, GROUP, DIM, PAD, STRETCHES, HALF)
+    tl.store(scale + row * DIM + channel, result, mask=channel < DIM)
+
+
+@triton.jit
+def scale_of(
+    sums,
+    counts,
+    row,
+    stretches,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    STRETCHES: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """The scale of a row, fp32 ``[PAD]``, from the sums of its stretches; see :func:`_scale_kernel`."""
+    channel = tl.arange(0, PAD)
     there = channel < DIM
     total = tl.zeros([STRETCHES, PAD], tl.float32)
     squares = tl.zeros([STRETCHES, PAD], tl.float32)
@@ -194,8 +245,7 @@ def _scale_kernel(
         lowest = tl.where(lowest != lowest, 0.0, tl.minimum(lowest, _LARGEST))
         exponent = tl.maximum(exponent, lowest)
     bits = (exponent.to(tl.int32) + 127) << 23
-    result = tl.where(found < _LEAST_TOKENS, 1.0, bits.to(tl.float32, bitcast=True))
-    tl.store(scale + row * DIM + channel, result, mask=there)
+    return tl.where(found < _LEAST_TOKENS, 1.0, bits.to(tl.float32, bitcast=True))
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
@@ -206,7 +256,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
 def _sums_case(dim: int, counted: bool) -> CompileCase:
     strides = tuple(f"{side}_{axis}" for side in ("key", "query") for axis in "bhn")
     pointers = {"keys": "*bf16", "query": "*bf16", "counted": "*u8", "sums": "*fp32", "counts": "*fp32"}
-    sizes: dict[str, Any] = {"GROUP": 4, "DIM": dim, "PAD": dim, "STRETCH": _STRETCH, "TOKENS": _TOKENS}
+    sizes: dict[str, Any] = {"GROUP": 4, "DIM": dim, "PAD": dim, "STRETCH": STRETCH, "TOKENS": TOKENS}
     return CompileCase(
         f"key scale, sums bf16 D={dim}" + (" counted" if counted else ""),
         _sums_kernel,
@@ -224,7 +274,7 @@ def _scale_case(dim: int) -> CompileCase:
         f"key scale D={dim}",
         _scale_kernel,
         {**pointers, "stretches": "i32"},
-        {"GROUP": 4, "DIM": dim, "PAD": dim, "STRETCHES": _stretches(dim), "HALF": True},
+        {"GROUP": 4, "DIM": dim, "PAD": dim, "STRETCHES": stretches_at_once(dim), "HALF": True},
         num_warps=_WARPS,
         num_stages=1,
         aligned=tuple(pointers),

@@ -32,7 +32,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
     cases = [pages_case(arch, codec, heads) for codec in ("bf16", "int8", "int4") for heads in (16, 128)]
     cases.append(pages_case(arch, "int8", 128, everything=True))
     cases += [dense_case(arch, torch.bfloat16, heads, 512) for heads in (16, 128)]
-    cases.append(project_case(128))
+    cases += [project_case(128, ragged) for ragged in (False, True)]
     for codec in ("bf16", "int8", "int4"):
         layout = PageLayout(latent_format(codec, 512), latent_format("bf16", _ROTARY), _PAGE)
         cases += [step_case(arch, codec, layout, heads) for heads in (16, 128)]

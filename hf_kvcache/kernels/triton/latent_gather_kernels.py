@@ -10,8 +10,9 @@ import triton.language as tl
 
 from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.triton.compile_case import CompileCase
+from hf_kvcache.kernels.triton.elements import load_elements
 from hf_kvcache.kernels.triton.latent_cases import latent_format
-from hf_kvcache.kernels.triton.sides import TRITON_TYPES, Side, channels, describe_side, load_elements, load_table
+from hf_kvcache.kernels.triton.sides import TRITON_TYPES, Side, channels, describe_side, load_table
 
 #: Warps of a program, which copies one token.
 WARPS = 1

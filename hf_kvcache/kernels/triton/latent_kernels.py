@@ -28,12 +28,12 @@ from hf_kvcache.kernels.triton.attention_parts import (
     store_partial,
     weigh,
 )
+from hf_kvcache.kernels.triton.elements import load_elements
 from hf_kvcache.kernels.triton.extend_kernels import load_partial
 from hf_kvcache.kernels.triton.sides import (
     channels,
     levels_of,
     load_codes,
-    load_elements,
     load_per_token,
     load_table,
     load_tile,

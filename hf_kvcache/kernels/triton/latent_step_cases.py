@@ -16,11 +16,11 @@ _SLOT_STRIDES = dict.fromkeys(("latent_slots_b", "latent_slots_n", "rotary_slots
 _BF16 = TRITON_TYPES[torch.bfloat16]
 
 
-def project_case(heads: int) -> CompileCase:
+def project_case(heads: int, ragged: bool = False) -> CompileCase:
     """``project_kernel`` into the rotated basis of the latents."""
     pointers = dict.fromkeys(("query", "latents", "rotary", "weight", "latent_slots", "rotary_slots"), "*bf16")
     pointers |= {
-        "lengths": "*fp32",
+        "lengths": "*i64" if ragged else "*fp32",
         "signs": "*fp32",
         "rotary_signs": "*fp32",
         "absorbed": "*bf16",
@@ -30,7 +30,7 @@ def project_case(heads: int) -> CompileCase:
     strides = dict.fromkeys(("query_b", "query_h", "latents_b", "rotary_b", "weight_h", "weight_d"), "i32")
     strides |= _SLOT_STRIDES
     return CompileCase(
-        name="latent_decode step: projection",
+        name="latent_decode step: projection" + (" ragged" if ragged else ""),
         kernel=project_kernel,
         signature=pointers | strides | {"slot": "i32", "batch": "i32"},
         constants={
@@ -45,7 +45,7 @@ def project_case(heads: int) -> CompileCase:
             "COMPUTE": _BF16,
             "TURN": "hadamard",
             "TURN_ROTARY": "none",
-            "RAGGED": False,
+            "RAGGED": ragged,
         },
         num_warps=PROJECT_OPTIONS["num_warps"],
         num_stages=PROJECT_OPTIONS["num_stages"],

@@ -26,8 +26,9 @@ from hf_kvcache.kernels.triton.sides import TRITON_TYPES, Side, describe_side, l
 from hf_kvcache.kernels.visibility import Visibility
 from hf_kvcache.kernels.workspace import scratch
 
-#: Elements of a block of queries up to which scales per channel are folded into them. A scaled copy of more would
-#: spill.
+#: Elements of a block of queries up to which scales are folded: those per channel into the queries, of which a scaled
+#: copy of more would spill, and those per token into scores and weights. For more queries it takes fewer instructions
+#: to scale the tokens themselves, where assembly does it.
 _MOST_FOLDED_ELEMENTS = 4096
 #: Pages and full-precision tokens of a split, at least.
 _LEAST_PAGES, _LEAST_TOKENS = 2, 128
@@ -57,8 +58,12 @@ def page_sides(layout: PageLayout, dtype: torch.dtype, block_m: int, arch: str) 
         compute = tl.float32 if dtype == torch.float32 else tl.float16
         if fmt.dense_dtype is not None:
             compute = dense_compute(dtype, fmt.dense_dtype, arch)
-        fold = name == "values" or fmt.axis == "token" or block_m * fmt.dim <= _MOST_FOLDED_ELEMENTS
-        sides.append(describe_side(layout, name, compute, fold, dot_precision(arch), weighed=name == "values"))
+        few = block_m * fmt.dim <= _MOST_FOLDED_ELEMENTS
+        foldable = few or name == "values" or fmt.axis == "token"
+        side = describe_side(layout, name, compute, few, dot_precision(arch), weighed=name == "values")
+        if foldable and not few and not side.scaling:
+            side = describe_side(layout, name, compute, True, dot_precision(arch), weighed=name == "values")
+        sides.append(side)
     return sides[0], sides[1]
 
 
@@ -148,14 +153,16 @@ def attend(
     scoring: Scoring,
     sums: bool,
     own_last: bool,
+    page_config: Config | None = None,
 ) -> Attention:
     """Attention of all queries at once; see :func:`hf_kvcache.kernels.reference.decode.attend`.
 
     Args:
         own_last: whether the last full-precision tokens are those of the queries, one each.
+        page_config: the configuration of the kernel over pages for large blocks of queries; None for the usual one.
     """
     call = Call(query, pages, dense, visibility, scoring, sums)
-    page_config, dense_config, page_tokens = _configs(call)
+    page_config, dense_config, page_tokens = _configs(call, page_config)
     page_splits = triton.cdiv(call.columns, page_tokens) if call.columns else 0
     step = triton.next_power_of_2(call.per_split(call.slots, _LEAST_TOKENS, dense_config.block_m))
     splits = page_splits + triton.cdiv(call.slots, step)
@@ -173,12 +180,16 @@ def attend(
     return Attention(output, log_sum_exp, _sums(call, page_scores, log_sum_exp), _sums(call, dense_scores, log_sum_exp))
 
 
-def _configs(call: Call) -> tuple[Config, Config, int]:
+def _configs(call: Call, pages: Config | None) -> tuple[Config, Config, int]:
     """The configurations of the kernels over pages and over full-precision tokens, and the pages of a split."""
     dim = max(call.query.shape[-1], call.value_dim)
     dense = call.config(dim, None)
     if call.pages is None:
         return dense, dense, 1
+    if pages is not None:
+        # One program of so many queries fills a multiprocessor, and a split costs as many partial results.
+        splits = max(1, programs_wanted(call.device) // 2 // call.blocks(pages.block_m))
+        return pages, dense, max(_LEAST_PAGES, triton.cdiv(call.columns, splits))
     pages = call.config(dim, codes_of(call.pages.layout))
     return pages, dense, call.per_split(call.columns, _LEAST_PAGES, pages.block_m)
 

@@ -17,11 +17,11 @@ from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import architecture as architecture_of
 from hf_kvcache.kernels.triton.configs import lanes
 from hf_kvcache.kernels.triton.device import on_their_device
+from hf_kvcache.kernels.triton.elements import load_elements
 from hf_kvcache.kernels.triton.sides import (
     channels,
     describe_side,
     level_tables,
-    load_elements,
     load_table,
 )
 

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from hf_kvcache.kernels.page import BIAS, PageLayout
 from hf_kvcache.kernels.reference.pack import bit_planes
-from hf_kvcache.kernels.triton.unpack import unpacking
+from hf_kvcache.kernels.triton.unpack import unpacking, with_scales
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -58,6 +58,7 @@ class Side:
             be alike in all channels, and the rotation back would gather them in the first channel.
         assembly: what unpacks four bytes of codes on NVIDIA's GPUs, from :mod:`~hf_kvcache.kernels.triton.unpack`;
             empty where there is none.
+        scaling: whether the assembly applies scales too. Then it gives the elements, and else levels.
         constraints: the constraints of the assembly.
         unit: what is to be multiplied by the numbers of :func:`load_levels`.
     """
@@ -86,6 +87,7 @@ class Side:
     precision: str
     middle: int
     assembly: str
+    scaling: bool
     constraints: str
     unit: float
 
@@ -120,6 +122,9 @@ def describe_side(
     # Only NVIDIA's GPUs have this precision, and only they have the instructions.
     known = precision == "tf32x3" and compute == tl.float16
     unpack = unpacking(fmt.level, fmt.bits, fmt.table, middle) if known and fmt.level != "dense" else None
+    scaling = unpack is not None and whole and not folded
+    if unpack is not None and scaling:
+        unpack = with_scales(unpack, segments, fmt.zero, fmt.other)
     return Side(
         dim=fmt.dim,
         segments=segments,
@@ -145,6 +150,7 @@ def describe_side(
         precision=precision,
         middle=middle,
         assembly="" if unpack is None else unpack.text,
+        scaling=scaling,
         constraints="" if unpack is None else unpack.constraints,
         unit=1.0 if unpack is None else unpack.unit,
     )
@@ -189,16 +195,16 @@ def load_codes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked:
         n: number of tokens.
         masked: whether ``held`` may be less than ``n``.
     """
-    low, high = _load_planes(record, first, held, side, n, masked)
+    low, high = load_planes(record, first, held, side, n, masked)
     shift = tl.arange(0, side.segment_pad)
     if side.bits == 3:
         shift = shift // (side.dim // 8)
     if side.segments == 1:
         return low
     elif side.segments == 2:
-        return _in_order(_code(low, high, shift, 0, side), _code(low, high, shift, 1, side), n, side)
+        return in_order(_code(low, high, shift, 0, side), _code(low, high, shift, 1, side), n, side)
     elif side.segments == 4:
-        return _four_in_order(
+        return four_in_order(
             _code(low, high, shift, 0, side),
             _code(low, high, shift, 1, side),
             _code(low, high, shift, 2, side),
@@ -221,24 +227,21 @@ def load_levels(record, first, held, table, side: tl.constexpr, n: tl.constexpr,
     if side.assembly == "":
         return levels_of(load_codes(record, first, held, side, n, masked), table, side, side.compute)
     else:
-        low, high = _load_planes(record, first, held, side, n, masked)
+        low, high = load_planes(record, first, held, side, n, masked)
         return _unpack(low, high, side, n)
 
 
 @triton.jit
 def _unpack(low, high, side: tl.constexpr, n: tl.constexpr):
     """What :func:`load_levels` gives, from the bytes of the planes, by assembly."""
-    # Of 3 bits, the bytes whose odd bits count. For others it is zeros that nothing reads: an operand that is no load
-    # keeps the compiler from reading every byte of the values on its own, in the order in which dot products take them.
-    odd = tl.where(tl.arange(0, side.segment_pad) // (side.dim // 8) % 2 == 1, 255, 0).to(tl.uint8)
-    odd = tl.broadcast_to(odd[None, :], [n, side.segment_pad])
+    odd = odd_bytes(side, n)
     if side.segments == 1:
         return tl.inline_asm_elementwise(side.assembly, side.constraints, [low, high, odd], tl.float16, True, 4)
     elif side.segments == 2:
         a, b = tl.inline_asm_elementwise(
             side.assembly, side.constraints, [low, high, odd], (tl.float16, tl.float16), True, 4
         )
-        return _in_order(a, b, n, side)
+        return in_order(a, b, n, side)
     else:
         a, b, c, d = tl.inline_asm_elementwise(
             side.assembly,
@@ -248,11 +251,22 @@ def _unpack(low, high, side: tl.constexpr, n: tl.constexpr):
             True,
             4,
         )
-        return _four_in_order(a, b, c, d, n, side)
+        return four_in_order(a, b, c, d, n, side)
 
 
 @triton.jit
-def _load_planes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr):
+def odd_bytes(side: tl.constexpr, n: tl.constexpr):
+    """Of 3 bits, 255 at the bytes ``[n, segment_pad]`` whose odd bits count, and else 0.
+
+    For others it is an operand that nothing reads. As it is no load, it keeps the compiler from reading every byte of
+    the values on its own, in the order in which dot products take them.
+    """
+    odd = tl.where(tl.arange(0, side.segment_pad) // (side.dim // 8) % 2 == 1, 255, 0).to(tl.uint8)
+    return tl.broadcast_to(odd[None, :], [n, side.segment_pad])
+
+
+@triton.jit
+def load_planes(record, first, held, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr):
     """The bytes ``[n, segment_pad]`` with the codes' low bits, and for 3 bits those with their high bits."""
     row_bytes: tl.constexpr = side.dim * side.bits // 8
     some: tl.constexpr = masked or side.segment != side.segment_pad
@@ -274,13 +288,13 @@ def _load_planes(record, first, held, side: tl.constexpr, n: tl.constexpr, maske
 
 
 @triton.jit
-def _in_order(a, b, n: tl.constexpr, side: tl.constexpr):
+def in_order(a, b, n: tl.constexpr, side: tl.constexpr):
     """Both segments ``[n, segment_pad]`` of a row, one behind the other."""
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [n, 2 * side.segment_pad])
 
 
 @triton.jit
-def _four_in_order(a, b, c, d, n: tl.constexpr, side: tl.constexpr):
+def four_in_order(a, b, c, d, n: tl.constexpr, side: tl.constexpr):
     """The four segments ``[n, segment_pad]`` of a row, one behind the other."""
     four = tl.join(tl.join(a, c), tl.join(b, d))
     return tl.reshape(tl.permute(four, (0, 2, 3, 1)), [n, 4 * side.segment_pad])
@@ -356,7 +370,7 @@ def load_per_channel(record, at: tl.constexpr, channel, there, held, side: tl.co
     else:
         # Two at a time: the compiler pipelines loads of 4 bytes, and no shorter ones.
         words = tl.load(pointer.to(tl.pointer_type(tl.int32)) + tl.arange(0, side.dim // 2))
-        return tl.interleave(_half_of(words, 0), _half_of(words, 16)).to(tl.float32)
+        return tl.interleave(half_of(words, 0), half_of(words, 16)).to(tl.float32)
 
 
 @triton.jit
@@ -369,76 +383,10 @@ def load_per_token(record, at: tl.constexpr, first, held, n: tl.constexpr, maske
         # As in load_per_channel, but neighbors are in different threads: each of them loads both.
         token = tl.arange(0, n)
         words = tl.load(pointer.to(tl.pointer_type(tl.int32)) + token // 2)
-        return _half_of(words, token % 2 * 16).to(tl.float32)
+        return half_of(words, token % 2 * 16).to(tl.float32)
 
 
 @triton.jit
-def _half_of(words, shift):
+def half_of(words, shift):
     """The numbers in half precision that begin at bit ``shift`` of int32 ``words``."""
     return (words >> shift).to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def load_elements(
-    record, first, held, table, channel, there, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr
-):
-    """Decoded tokens in the type of computation ``[n, dim_pad]``, with all scales applied.
-
-    Args:
-        record: uint8 pointer to the record.
-        first: the first of the tokens.
-        held: how many of them to read; the others are 0.
-        table: what :func:`load_table` gave.
-        channel: int32 ``[dim_pad]`` from :func:`channels`.
-        there: bool ``[dim_pad]`` from :func:`channels`.
-        side: description of the side.
-        n: number of tokens.
-        masked: whether ``held`` may be less than ``n``.
-    """
-    if side.level == "dense":
-        some: tl.constexpr = masked or side.segment != side.segment_pad
-        elements = (record + side.codes_at).to(tl.pointer_type(side.element))
-        rows = (first + tl.arange(0, n))[:, None] * side.dim + channel[None, :]
-        return load_tile(elements, rows, held, there, some).to(side.compute)
-    else:
-        x = levels_of(load_codes(record, first, held, side, n, masked), table, side, tl.float32)
-        x = x * _load_cells(record, side.scale_at, first, held, channel, there, side, n, masked)
-        if side.zero:
-            x = x + _load_cells(record, side.zero_at, first, held, channel, there, side, n, masked)
-        if side.other:
-            if side.channel:
-                x = x * load_per_token(record, side.other_at, first, held, n, masked)[:, None]
-            else:
-                x = x * load_per_channel(record, side.other_at, channel, there, held, side, masked)[None, :]
-        return x.to(side.compute)
-
-
-@triton.jit
-def _load_cells(
-    record,
-    at: tl.constexpr,
-    first,
-    held,
-    channel,
-    there,
-    side: tl.constexpr,
-    n: tl.constexpr,
-    masked: tl.constexpr,
-):
-    """A field that groups of tokens or channels share, as fp32 that broadcasts to ``[n, dim_pad]``."""
-    some: tl.constexpr = masked or side.segment != side.segment_pad
-    fields = (record + at).to(tl.pointer_type(tl.float16))
-    token = first + tl.arange(0, n)
-    if side.channel:
-        if side.group == side.page:
-            return load_per_channel(record, at, channel, there, held, side, masked)[None, :]
-        else:
-            cells = (token // side.group * side.dim)[:, None] + channel[None, :]
-            return load_tile(fields, cells, held, there, some).to(tl.float32)
-    else:
-        if side.group == side.dim:
-            return load_per_token(record, at, first, held, n, masked)[:, None]
-        else:
-            groups: tl.constexpr = side.dim // side.group
-            cells = (token * groups)[:, None] + (channel // side.group)[None, :]
-            return load_tile(fields, cells, held, there, some).to(tl.float32)

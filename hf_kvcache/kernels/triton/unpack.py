@@ -66,6 +66,33 @@ def unpacking(level: str, bits: int, table: tuple[float, ...], middle: int) -> U
     return None
 
 
+def with_scales(how: Unpacking, segments: int, zero: bool, other: bool) -> Unpacking:
+    """The assembly that makes decoded elements of the same codes: ``(number * scale + zero) * other``.
+
+    Behind the operands of ``how`` it has the scales of each segment, then the zero points, then the second scales, four
+    numbers in half precision each. It does not read those that there are not. Scales are multiplied by the unit here.
+    Products and sums are rounded to half precision; a product and the sum with it once.
+
+    Args:
+        how: the unpacking.
+        segments: numbers that it makes of each byte.
+        zero: whether there are zero points.
+        other: whether there are second scales.
+    """
+    outputs, lines = 2 * segments, []
+    operands = [outputs + 3 + part * outputs for part in range(3)]
+    for i in range(outputs):
+        scale, addend, second = (f"${first + i}" for first in operands)
+        if how.unit != 1.0:
+            lines += [f"mov.b32 r10, {_half(how.unit):#010x};", f"mul.rn.f16x2 r11, {scale}, r10;"]
+            scale = "r11"
+        lines.append(f"fma.rn.f16x2 ${i}, ${i}, {scale}, {addend};" if zero else f"mul.rn.f16x2 ${i}, ${i}, {scale};")
+        if other:
+            lines.append(f"mul.rn.f16x2 ${i}, ${i}, {second};")
+    text = how.text.removesuffix("\n}") + "\n" + "\n".join(lines) + "\n}"
+    return Unpacking(text, ",".join([how.constraints, *["r"] * (3 * outputs)]), 1.0)
+
+
 def signed_bytes(table: tuple[float, ...]) -> tuple[list[int], float] | None:
     """Levels as multiples of a unit, from -127 to 127, and that unit; None if they are no such multiples."""
     largest = max(map(abs, table), default=0.0)

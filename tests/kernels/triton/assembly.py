@@ -80,11 +80,16 @@ def _prmt(a: Words, b: Words, selector: Words) -> Words:
     return result.astype(np.uint32)
 
 
-def of_bytes(text: str, constraints: str, inputs: Sequence[npt.NDArray[np.uint8]]) -> list[npt.NDArray[np.float16]]:
-    """The half-precision arrays that assembly makes of uint8 arrays of one shape, four bytes at a time."""
+def of_bytes(text: str, constraints: str, inputs: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[np.float16]]:
+    """The half-precision arrays that assembly makes of uint8 and float16 arrays of one shape, four numbers at a time.
+
+    Four bytes are an operand, four numbers in half precision are two.
+    """
     registers = constraints.count("=")
-    operands = {f"${registers + i}": np.ascontiguousarray(x).reshape(-1).view(np.uint32) for i, x in enumerate(inputs)}
-    assert constraints.split(",") == ["=&r"] * registers + ["r"] * len(inputs)
+    words = [np.ascontiguousarray(x).reshape(-1, 4).view(np.uint32) for x in inputs]
+    columns = [np.ascontiguousarray(word[:, i]) for word in words for i in range(word.shape[1])]
+    operands = {f"${registers + i}": column for i, column in enumerate(columns)}
+    assert constraints.split(",") == ["=&r"] * registers + ["r"] * len(columns)
     outputs = execute(text, operands, registers)
     pairs = [np.stack(outputs[i : i + 2], -1).view(np.float16) for i in range(0, registers, 2)]
     return [pair.reshape(inputs[0].shape) for pair in pairs]

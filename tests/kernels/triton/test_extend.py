@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.triton import decoded_pages, extend
+from hf_kvcache.kernels.triton.extend_configs import extend_pages_config
 from hf_kvcache.kernels.workspace import scratch
 from tests.kernels.triton.calls import Call, Random, Shape, biased, check, make_call, ragged, scattered
 
@@ -16,6 +18,7 @@ from tests.kernels.triton.calls import Call, Random, Shape, biased, check, make_
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts the few tokens of a test into parts and splits, as the many of a real call."""
     monkeypatch.setattr(decoded_pages, "SCRATCH_BYTES", 2 * 16 * 128 * 4)
+    monkeypatch.setattr(decoded_pages, "LEAST_TOKENS", 1)
     monkeypatch.setattr(extend, "_LEAST_TOKENS", 16)
 
 
@@ -50,6 +53,29 @@ def test_pages_are_decoded_once_for_many_queries(
     run(make_call("unbiased4", Shape(1, 1, group, 19, columns=5, slots=24), device=device))
     parts = [] if group == 1 else [(0, 32), (2, 32), (4, 16)]
     assert [(start, shape[1]) for start, _, shape in decoded] == parts and len({at for _, at, _ in decoded}) <= 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "arch", "queries", "reads"),
+    [
+        ("unbiased4", "sm90", 65, True),
+        ("unbiased4", "sm90", 64, False),  # too few for a large block
+        ("unbiased4", "sm80", 2048, False),  # registers spill there
+        ("unbiased4", "gfx942", 2048, False),  # no assembly
+        ("rotated8", "sm100", 2048, True),
+        ("int4", "sm90", 2048, True),
+        ("rotated3", "sm90", 2048, False),  # no assembly for integers of 3 bits
+        ("none", "sm90", 2048, False),
+    ],
+)
+def test_which_pages_a_large_block_of_queries_reads(spec: str, arch: str, queries: int, reads: bool) -> None:
+    """Blocks of 128 queries, where assembly decodes both sides with their scales; else others, or decoding first."""
+    layout = make_call(spec, Shape(1, 1, 1, 1, 64, 64, page_size=64, columns=1, slots=1)).pages.layout
+    config = extend_pages_config(layout, arch, queries, torch.bfloat16)
+    assert (config is not None and config.block_m == 128) == reads
+    assert extend_pages_config(layout, arch, queries, torch.float32) is None
+    grouped = PageLayout(*(replace(side, group=16) for side in layout.sides.values()), 64)
+    assert layout.sides["keys"].level == "dense" or extend_pages_config(grouped, arch, queries, torch.bfloat16) is None
 
 
 def test_bias(device: torch.device) -> None:

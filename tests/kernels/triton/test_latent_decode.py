@@ -31,6 +31,7 @@ def several_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts the few tokens of a test into splits and parts, as a GPU would cut many."""
     monkeypatch.setattr(kernels, "_LEAST_TOKENS", 16)
     monkeypatch.setattr(decoded_pages, "SCRATCH_BYTES", 1 << 13)
+    monkeypatch.setattr(decoded_pages, "LEAST_TOKENS", 1)
 
 
 def run(call: Call, device: torch.device) -> Attention:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hf_kvcache.codecs.lloyd import normal_levels
-from hf_kvcache.kernels.triton import decode, extend, launch
+from hf_kvcache.kernels.triton import decode, decoded_pages, extend, launch
 from hf_kvcache.kernels.triton.sides import Side, describe_side
-from hf_kvcache.kernels.triton.unpack import signed_bytes, unpacking
+from hf_kvcache.kernels.triton.unpack import signed_bytes, unpacking, with_scales
 from tests.kernels.triton.assembly import create_inline_asm, of_bytes
 from tests.kernels.triton.calls import Call, Shape, check, make_call, ragged
 
@@ -74,6 +74,31 @@ def test_floats() -> None:
     np.testing.assert_array_equal(found[number], expected[number])
 
 
+@pytest.mark.parametrize(("zero", "other"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("level", "bits"), [("integer", 8), ("integer", 4), ("table", 3), ("table", 2)])
+def test_scales(level: str, bits: int, zero: bool, other: bool) -> None:
+    """Numbers times unit and scales of their own, each product and sum rounded once; nothing else is read."""
+    low, draw = every_byte(), np.random.default_rng(1)
+    how = unpacking(level, bits, normal_levels(bits) if level == "table" else (), 0)
+    assert how is not None
+    numbers = of_bytes(how.text, how.constraints, [low, low[::-1], low])
+    scales, zeros, others = ([draw.standard_normal(low.shape).astype(np.float16) for _ in numbers] for _ in range(3))
+    scaled = with_scales(how, len(numbers), zero, other)
+    unread = np.full(low.shape, np.nan, np.float16)
+    given = [
+        *scales,
+        *(zeros if zero else [unread for _ in numbers]),
+        *(others if other else [unread for _ in numbers]),
+    ]
+    found = of_bytes(scaled.text, scaled.constraints, [low, low[::-1], low, *given])
+    assert scaled.unit == 1.0
+    for number, element, scale, addend, second in zip(numbers, found, scales, zeros, others, strict=True):
+        scale = scale * np.float16(how.unit)
+        exact = number.astype(np.float64) * scale + (addend.astype(np.float64) if zero else 0)
+        expected = exact.astype(np.float16)
+        np.testing.assert_array_equal(element, expected * second if other else expected)
+
+
 def test_what_has_no_assembly() -> None:
     """Other widths, and levels that are no multiples of one number."""
     assert unpacking("integer", 3, (), 0) is None and unpacking("table", 1, (-1.0, 1.0), 0) is None
@@ -125,6 +150,28 @@ def test_many_queries(spec: str, assembly: list[Side]) -> None:
     call = make_call(spec, replace(SHAPE, length=5, slots=5, heads=1))
     check(extend.attend(*call.arguments), call)
     assert any(side.assembly for side in assembly)
+
+
+@pytest.mark.parametrize("spec", ["unbiased4", "unbiased2", "kvarn4", "rotated8", "fp8", "turboquant3"])
+@pytest.mark.parametrize("lost", [False, True])
+def test_scaled_tokens(spec: str, lost: bool, assembly: list[Side], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More queries than scales are folded into: the assembly applies them to the tokens, whole pages or not."""
+    monkeypatch.setattr(launch, "_MOST_FOLDED_ELEMENTS", 0)
+    call = make_call(spec, replace(SHAPE, length=5, slots=5, heads=1, value_dim=32 if lost else 64))
+    call = ragged(call) if lost else call
+    check(extend.attend(*call.arguments), call)
+    assert assembly and all(side.scaling for side in assembly)
+
+
+@pytest.mark.parametrize("spec", ["unbiased4", "unbiased3"])
+def test_pages_decoded_first(spec: str, assembly: list[Side], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of queries that read tokens decoded by assembly; keys have a mean that is added."""
+    monkeypatch.setattr(decoded_pages, "dot_precision", lambda arch: "tf32x3")
+    monkeypatch.setattr(decoded_pages, "describe_side", launch.describe_side)
+    monkeypatch.setattr(extend, "_decodes_first", lambda *_: True)
+    call = ragged(make_call(spec, replace(SHAPE, key_dim=48, length=5, slots=5, heads=1)))
+    check(extend.attend(*call.arguments), call)
+    assert assembly and all(side.scaling for side in assembly)
 
 
 def run(call: Call, sides: list[Side]) -> None:
