@@ -140,6 +140,19 @@ VIEWS = (
         by_isa=("total_us", "speedup_dynamic", "speedup_dense"),
     ),
     View(
+        "bench_load",
+        f"Decode step beside busy processes, one layer, {_SHAPE}",
+        ("shape",),
+        "slowdown",
+        {
+            "idle_us": ("idle µs", _WHOLE),
+            "beside_us": ("beside them µs", _WHOLE),
+            "slowdown": ("slowdown", _times),
+            "slowdown_of_dense": ("over that of dense", _times),
+        },
+        by_isa=("beside_us", "slowdown_of_dense"),
+    ),
+    View(
         "bench_prefill",
         f"Prefill, a chunk of {{new_tokens}} tokens over those held, one layer, {_SHAPE}",
         ("new_tokens", "shape"),
