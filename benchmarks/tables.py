@@ -168,6 +168,7 @@ VIEWS = (
         "ms",
         _PREFILL,
         where={"kind": "first"},
+        by_isa=("time_over_dynamic",),
     ),
     View(
         "bench_append",
@@ -184,6 +185,7 @@ VIEWS = (
             "step_allocations": ("allocations with attention", _WHOLE),
             "step_allocated_bytes": ("bytes with attention", _WHOLE),
         },
+        by_isa=("append_us",),
     ),
     View(
         "bench_pack",
@@ -315,6 +317,7 @@ VIEWS = (
         ("model",),
         "prefill_ms",
         {"prefill_ms": ("ms", _WHOLE), "prefill_over_dynamic": ("over DynamicCache", _digits(3))},
+        by_isa=("prefill_over_dynamic",),
     ),
     View("bench_eviction", "Evicting in a prefill", (), "ms", _EVICTING, ("tokens", "policy"), {"part": "prefill"}),
     View("bench_eviction", "Evicting in decoding", (), "ms", _EVICTING, ("tokens", "policy"), {"part": "decoding"}),
