@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import plots
 from benchmarks.session import isa_label, result_name
-from benchmarks.tables import views
+from benchmarks.tables import View, views
 from hf_kvcache_eval.report.document import Block, Bullets, Heading, Picture, Table, Text, code
 from hf_kvcache_eval.report.markdown import render
 from hf_kvcache_eval.report.published import reduce_colors
@@ -82,18 +82,21 @@ def page(results: dict[str, Result], table: str) -> str:
     for script in sorted({result["script"] for result in results.values()}):
         runs = {name: result for name, result in sorted(results.items()) if result["script"] == script}
         described = _described(script)
-        if len(runs) > 1:
-            blocks += [Heading(2, f"{script}, by instruction set"), *described, *_by_isa(script, list(runs.values()))]
+        compared = _by_isa(script, list(runs.values())) if len(runs) > 1 else []
+        if compared:
+            blocks += [Heading(2, f"{script}, by instruction set"), *described, *compared]
             described = []
         for name, result in runs.items():
-            blocks += [Heading(2, name.replace("-", ", ", 1)), *described, *_run(result)]
+            # What stands in the columns above is not said again of a run with a forced instruction set.
+            shown = [view for view in views(script) if not (compared and view.by_isa and name != script)]
+            blocks += [Heading(2, name.replace("-", ", ", 1)), *described, *_run(result, shown)]
     return f"# Benchmarks: all figures\n\nAll figures: [{table}]({table}).\n\n{render(blocks)}"
 
 
-def _run(result: Result) -> list[Block]:
+def _run(result: Result, shown: Iterable[View]) -> list[Block]:
     """How a run was made, and its tables."""
     blocks: list[Block] = [Bullets([*_setup(result), *result["notes"]])]
-    for view in views(result["script"]):
+    for view in shown:
         for title, rows in view.groups(result["rows"]):
             blocks += [Heading(3, title), Text(f"{_source(result)}."), _table(view.lines(rows))]
     return blocks

@@ -31,6 +31,7 @@ SCRIPTS = (
     "bench_append",
     "bench_pack",
     "bench_batch",
+    "bench_load",
     "bench_memory",
     "bench_model",
     "bench_eviction",

@@ -140,6 +140,19 @@ VIEWS = (
         by_isa=("total_us", "speedup_dynamic", "speedup_dense"),
     ),
     View(
+        "bench_load",
+        f"Decode step beside busy processes, one layer, {_SHAPE}",
+        ("shape",),
+        "slowdown",
+        {
+            "idle_us": ("idle µs", _WHOLE),
+            "beside_us": ("beside them µs", _WHOLE),
+            "slowdown": ("slowdown", _times),
+            "slowdown_of_dense": ("over that of dense", _times),
+        },
+        by_isa=("beside_us", "slowdown_of_dense"),
+    ),
+    View(
         "bench_prefill",
         f"Prefill, a chunk of {{new_tokens}} tokens over those held, one layer, {_SHAPE}",
         ("new_tokens", "shape"),
@@ -155,6 +168,7 @@ VIEWS = (
         "ms",
         _PREFILL,
         where={"kind": "first"},
+        by_isa=("time_over_dynamic",),
     ),
     View(
         "bench_append",
@@ -171,6 +185,7 @@ VIEWS = (
             "step_allocations": ("allocations with attention", _WHOLE),
             "step_allocated_bytes": ("bytes with attention", _WHOLE),
         },
+        by_isa=("append_us",),
     ),
     View(
         "bench_pack",
@@ -302,6 +317,7 @@ VIEWS = (
         ("model",),
         "prefill_ms",
         {"prefill_ms": ("ms", _WHOLE), "prefill_over_dynamic": ("over DynamicCache", _digits(3))},
+        by_isa=("prefill_over_dynamic",),
     ),
     View("bench_eviction", "Evicting in a prefill", (), "ms", _EVICTING, ("tokens", "policy"), {"part": "prefill"}),
     View("bench_eviction", "Evicting in decoding", (), "ms", _EVICTING, ("tokens", "policy"), {"part": "decoding"}),

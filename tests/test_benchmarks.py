@@ -22,6 +22,7 @@ from benchmarks import (
     bench_decode,
     bench_eviction,
     bench_latent,
+    bench_load,
     bench_memory,
     bench_model,
     bench_pack,
@@ -108,6 +109,16 @@ def test_batch(tmp_path: Path) -> None:
     argv = ["--quick", "--no-plots", "--out", str(tmp_path), "--shapes", SHAPE, "--rounds", "1", "--batch", "2"]
     rows = rows_of(bench_batch.main([*argv, "--tokens", "64", "--caches", "ours 4-bit", "--model-layers", "0"]))
     assert [row["batch_of"] for row in rows] == list(bench_batch.KINDS)
+
+
+def test_load(tmp_path: Path) -> None:
+    argv = ["--no-plots", "--out", str(tmp_path), "--shapes", SHAPE, "--tokens", "512", "--busy", "1", "--spells", "1"]
+    argv += ["--steps", "1"]
+    rows = rows_of(bench_load.main(argv))
+    assert [row["cache"] for row in rows] == list(bench_load.METHODS)
+    assert all(row["slowdown"] == row["beside_us"] / row["idle_us"] for row in rows)
+    with pytest.raises(SystemExit):
+        bench_load.main([*argv[:-1], "49"])  # a page would fill
 
 
 def test_append(tmp_path: Path) -> None:
