@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -10,12 +9,14 @@ import torch
 from hf_kvcache.eviction.base import ALL_QUERIES, Policy
 from hf_kvcache.eviction.context import Context
 from hf_kvcache.eviction.registry import register
-from hf_kvcache.utils.validation import between, whole
+from hf_kvcache.utils.validation import whole
 
 #: Scores computed at a time: on a CPU as many as stay in a core's cache, elsewhere as many as take 64 MiB.
 _STRIP_ELEMENTS = 1 << 19
 _STRIP_ELEMENTS_ELSEWHERE = 1 << 24
 _FEWEST_QUERIES = 16
+#: Powers of probabilities, and how often they are squared for that. The eighth would be 0 for many that count.
+_SQUARINGS = {1: 0, 2: 1, 4: 2}
 
 
 @register("reread")
@@ -33,32 +34,32 @@ class Reread(Policy):
     Args:
         chunk: tokens that are read again at a time. Each chunk is read directly behind the context, and does not see
             the chunks before it a second time.
-        power: of the mean over the queries, ``mean(p ** power) ** (1 / power)``. 2 is the root mean square, infinity
-            takes the largest probability, as KVzip does. A larger one favors what a few queries look at, such as a
-            number that is said once, over what many look at a little.
+        power: of the mean over the queries, ``mean(p ** power) ** (1 / power)``: 1, 2 (the root mean square) or 4. A
+            larger one favors what a few queries look at, such as a number that is said once, over what many look at a
+            little.
 
     Raises:
-        ValueError: if ``chunk`` or ``power`` is below 1.
+        ValueError: if ``chunk`` is below 1, or ``power`` another number.
     """
 
     observed = ALL_QUERIES
     needs_rope = True
     needs_values = False
 
-    def __init__(self, chunk: int = 2048, power: float = 2) -> None:
-        self.chunk, self.power = whole("chunk", chunk), between("power", power, 1, math.inf)
+    def __init__(self, chunk: int = 2048, power: int = 2) -> None:
+        self.chunk, self.power = whole("chunk", chunk), whole("power", power)
+        if power not in _SQUARINGS:
+            raise ValueError(f"power={power!r}; accepted: {', '.join(map(str, _SQUARINGS))}")
 
     def score(self, ctx: Context) -> torch.Tensor:
         total = torch.zeros(ctx.keys.shape[:3], dtype=torch.float32, device=ctx.keys.device)
         if ctx.queries is None or ctx.query_positions is None or ctx.keys.shape[2] == 0:
             return total
-        largest = math.isinf(self.power)
         for probabilities in self._reread(ctx, ctx.queries, ctx.query_positions.expand(len(ctx.queries), -1)):
-            if largest:
-                torch.maximum(total, probabilities.amax(2), out=total)
-            else:
-                total += probabilities.pow_(self.power).sum(2)
-        return total if largest else (total / max(ctx.queries.shape[2] * ctx.groups, 1)).pow_(1 / self.power)
+            for _ in range(_SQUARINGS[self.power]):
+                probabilities.square_()
+            total += probabilities.sum(2)
+        return (total / max(ctx.queries.shape[2] * ctx.groups, 1)).pow_(1 / self.power)
 
     def _reread(self, ctx: Context, queries: torch.Tensor, at: torch.Tensor) -> Iterator[torch.Tensor]:
         """Probabilities ``[B, Hkv, g * n', T]`` of queries ``[B, Hq, n, D]`` from positions ``at [B, n]``, in parts."""
