@@ -166,7 +166,9 @@ class Reader:
         """
         assert self.mask is not None, "prefill first"
         # Some recurrent layers (Jamba's) begin anew with a block of several tokens, and read their state for one only.
-        block = 1 if any(isinstance(x, LinearAttentionCacheLayerMixin) for x in self.caches[0].layers) else self.block
+        # What another library holds shows no layers.
+        layers = getattr(self.caches[0], "layers", ())
+        block = 1 if any(isinstance(x, LinearAttentionCacheLayerMixin) for x in layers) else self.block
         for chunk in tokens.to(self.mask.device).split(block, dim=1):
             self.mask = torch.cat([self.mask, self.mask.new_ones(chunk.shape)], 1)
             wanted = chunk.shape[1] - skip

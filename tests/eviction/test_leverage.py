@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from hf_kvcache.eviction import resolve
+from tests.eviction import brute_force as derived
 from tests.eviction.brute_force import Head, heads_of
 from tests.eviction.rope_contexts import CASES, rotary_context, rotation
 from tests.tolerances import Tolerance, assert_near, assert_within
@@ -37,6 +39,37 @@ def brute_force(policy: Any, head: Head, family: str) -> np.ndarray:
     single = [float(key @ inverse @ key) for key in keys]
     reach = policy.kernel // 2
     return np.array([np.mean(single[max(0, i - reach) : i + reach + 1]) for i in range(len(single))])
+
+
+@pytest.mark.parametrize(("shape", "family"), CASES)
+def test_rare_gives_each_head_a_share_by_leverage_and_the_rest_by_the_policy(shape: str, family: str) -> None:
+    policy: Any = resolve("rare-snapkv", share=0.3, window=3)
+    assert policy.needs_rope and policy.needs_states and policy.observed == 3
+    ctx = rotary_context(shape, family, policy)
+    scores, leverage = policy.score(ctx), resolve("leverage")
+    for index, kv_head in heads_of(ctx):
+        head = Head(ctx, index, kv_head)
+        if head.count == 0:
+            continue
+        single = brute_force(leverage, head, family).tolist()
+        stays = sum(head.protected)
+        # Leverage of keys that are alike to the last digit would be ranked by rounding.
+        ranked = sorted(x for x, protected in zip(single, head.protected, strict=True) if not protected)
+        count = math.floor(max(0, ctx.quota - stays) * 0.3)
+        if 0 < count < len(ranked) and ranked[-count] - ranked[-count - 1] < 1e-3:
+            continue
+        first = derived.keep(single, head.protected, stays + count)
+        inner = derived.score(policy.policy, head)
+        for token in range(head.count):
+            if not head.protected[token]:
+                expected = float(np.finfo(np.float32).max) if token in first else inner[token]
+                assert_within(scores[index, kv_head, token], torch.tensor(expected), TOLERANCE)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, True])
+def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=rf"share={share!r}; accepted: numbers from 0 to 1"):
+        resolve("rare-snapkv", share=share)
 
 
 def test_equal_keys_have_equal_leverage_and_no_key_has_none() -> None:

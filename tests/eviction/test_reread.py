@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {"sink_length": 2, "tail_length": 4, "page_size": 8}
 
 
 @pytest.mark.parametrize(("shape", "family"), CASES)
-@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), {"chunk": 7}])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), {"chunk": 7, "power": 4}])
 def test_scores_equal_the_brute_force(
     shape: str, family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,7 +49,7 @@ def test_scores_equal_the_brute_force(
 def brute_force(policy: Any, head: Head, family: str) -> np.ndarray:
     """A context and, behind it, a second copy of the query's chunk, each token of it at its second position."""
     scoring, seen = head.ctx.scoring, head.ctx.seen
-    squares, count = np.zeros(head.count), 0
+    powers, count = np.zeros(head.count), 0
     for query, at in enumerate(head.at):
         start = at - at % policy.chunk
         again = [i for i, position in enumerate(head.positions) if start <= position <= at]
@@ -65,14 +65,17 @@ def brute_force(policy: Any, head: Head, family: str) -> np.ndarray:
             total = weights.sum()
             if scoring.sink_logits is not None:
                 total += np.exp(float(scoring.sink_logits[head.kv_head * head.group + q]))
-            squares += (weights[: head.count] / total) ** 2 if head.count else 0.0
+            powers += (weights[: head.count] / total) ** policy.power if head.count else 0.0
             count += 1
-    return np.sqrt(squares / max(count, 1))
+    return (powers / max(count, 1)) ** (1 / policy.power)
 
 
 def test_bad_options() -> None:
     with pytest.raises(ValueError, match="chunk=0"):
         resolve("reread", chunk=0)
+    for power in (0, 3, 2.0):
+        with pytest.raises(ValueError, match=f"power={power}; accepted: "):
+            resolve("reread", power=power)
     with pytest.raises(ValueError, match=r"floor=1\.5"):
         resolve("across-reread", floor=1.5)
 

@@ -18,7 +18,8 @@ from tests.tolerances import TOLERANCES, assert_near
 
 #: Policies that are tested elsewhere: they need replays or rotary positions, or have no score to derive.
 ELSEWHERE = {
-    "compactor", "expected", "gate", "kvzip", "kvzipplus", "leverage", "random", "reread", "rms", "triattention",
+    "compactor", "expected", "gate", "kvzip", "kvzipplus", "leverage", "random", "rare", "reread", "rms",
+    "triattention",
 }  # fmt: skip
 
 POLICIES: dict[str, dict[str, Any]] = {

@@ -27,6 +27,9 @@ class Compactor(Policy):
     Both are brought to mean 0 and deviation 1 over the layer's tokens before they are added. The leverage of a token is
     ``x (X'X)^-1 x'`` with the centered keys ``X``, in a random projection.
 
+    Tokens that stay in any case are left out of all of this. A sink would take most of the attention of its chunk, and
+    the deviation would be its own.
+
     Attention needs queries, and there are those of the latest update only. Tokens that have stayed from before are in
     no chunk: they are ranked by their leverage alone, among all tokens and stretched to the deviation that the sum of
     both parts has where the two are independent. So a prompt that is evicted chunk by chunk is judged on less than one
@@ -62,7 +65,8 @@ class Compactor(Policy):
 
     def score(self, ctx: Context) -> torch.Tensor:
         held = torch.ones_like(ctx.protected) if ctx.held is None else ctx.held
-        leverage = _standard(self._leverage(ctx, held), held)
+        free = held & ~ctx.protected
+        leverage = _standard(self._leverage(ctx, free), free)
         attention, observed = self._attention(ctx)
         attention = _standard(pool_mean(attention, observed, self.kernel), observed)
         weight = self._weight(ctx, held)
@@ -75,10 +79,10 @@ class Compactor(Policy):
         tokens = held.float().sum(-1).mean(-1).clamp_min(1)
         return (1 - ctx.quota / tokens).clamp_min(0)[:, None, None]
 
-    def _leverage(self, ctx: Context, held: torch.Tensor) -> torch.Tensor:
-        """``[B, Hkv, T]``; sums to the number of dimensions over the tokens of a head."""
+    def _leverage(self, ctx: Context, counted: torch.Tensor) -> torch.Tensor:
+        """``[B, Hkv, T]``; sums to the number of dimensions over the tokens of a head that are counted."""
         assert ctx.rope is not None
-        present = held[..., None]
+        present = counted[..., None]
         keys = ctx.rope.unrotate(ctx.keys, ctx.positions) * present
         keys = (keys - keys.sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp_min(1)) * present
         if not self.exact and self.sketch < keys.shape[-1]:
@@ -95,12 +99,15 @@ class Compactor(Policy):
         return torch.linalg.solve_triangular(lower, keys.mT, upper=False).square().sum(-2).float()
 
     def _attention(self, ctx: Context) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each token receives inside its chunk times the length of its value, and which tokens are in one."""
+        """What each token receives inside its chunk times the length of its value, and which tokens are in one.
+
+        Protected tokens are in none.
+        """
         assert ctx.queries is not None and ctx.query_positions is not None
         batch, heads, tokens, dim = ctx.keys.shape
         at = ctx.query_positions.expand(batch, -1)[:, None].expand(-1, heads, -1).contiguous()
         place = torch.searchsorted(ctx.positions.contiguous(), at).clamp_max(tokens - 1)
-        there = ctx.positions.gather(-1, place) == at
+        there = (ctx.positions.gather(-1, place) == at) & ~ctx.protected.gather(-1, place)
         keys = ctx.keys.gather(2, place[..., None].expand(-1, -1, -1, dim))
         queries = ctx.queries.float().unflatten(1, (heads, -1)) * (ctx.scoring.inner if self.scaled else 1.0)
         # What is added to scores: the bias of keys that stand for others, and much below zero without a key.

@@ -15,11 +15,13 @@ from hf_kvcache.utils.validation import whole
 _STRIP_ELEMENTS = 1 << 19
 _STRIP_ELEMENTS_ELSEWHERE = 1 << 24
 _FEWEST_QUERIES = 16
+#: Powers of probabilities, and how often they are squared for that. The eighth would be 0 for many that count.
+_SQUARINGS = {1: 0, 2: 1, 4: 2}
 
 
 @register("reread")
 class Reread(Policy):
-    """Root mean square of the attention that queries of the prompt give when they are moved behind the context.
+    """Mean, of some power, of the attention that queries of the prompt give when they are moved behind the context.
 
     KVzip (arXiv:2505.23416) lets the model read the context again and keeps what this second reading attends to. Here
     the queries of the first reading stand in for those of the second: only their rotary positions change. Moved behind
@@ -32,25 +34,32 @@ class Reread(Policy):
     Args:
         chunk: tokens that are read again at a time. Each chunk is read directly behind the context, and does not see
             the chunks before it a second time.
+        power: of the mean over the queries, ``mean(p ** power) ** (1 / power)``: 1, 2 (the root mean square) or 4. A
+            larger one favors what a few queries look at, such as a number that is said once, over what many look at a
+            little.
 
     Raises:
-        ValueError: if ``chunk`` is below 1.
+        ValueError: if ``chunk`` is below 1, or ``power`` another number.
     """
 
     observed = ALL_QUERIES
     needs_rope = True
     needs_values = False
 
-    def __init__(self, chunk: int = 2048) -> None:
-        self.chunk = whole("chunk", chunk)
+    def __init__(self, chunk: int = 2048, power: int = 2) -> None:
+        self.chunk, self.power = whole("chunk", chunk), whole("power", power)
+        if power not in _SQUARINGS:
+            raise ValueError(f"power={power!r}; accepted: {', '.join(map(str, _SQUARINGS))}")
 
     def score(self, ctx: Context) -> torch.Tensor:
         total = torch.zeros(ctx.keys.shape[:3], dtype=torch.float32, device=ctx.keys.device)
         if ctx.queries is None or ctx.query_positions is None or ctx.keys.shape[2] == 0:
             return total
         for probabilities in self._reread(ctx, ctx.queries, ctx.query_positions.expand(len(ctx.queries), -1)):
-            total += probabilities.square_().sum(2)
-        return (total / max(ctx.queries.shape[2] * ctx.groups, 1)).sqrt()
+            for _ in range(_SQUARINGS[self.power]):
+                probabilities.square_()
+            total += probabilities.sum(2)
+        return (total / max(ctx.queries.shape[2] * ctx.groups, 1)).pow_(1 / self.power)
 
     def _reread(self, ctx: Context, queries: torch.Tensor, at: torch.Tensor) -> Iterator[torch.Tensor]:
         """Probabilities ``[B, Hkv, g * n', T]`` of queries ``[B, Hq, n, D]`` from positions ``at [B, n]``, in parts."""
