@@ -99,7 +99,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "selector": (lambda: SparseReadCache(CONFIG, selector="best"), ValueError, r"selector='best'.*kascade.*quest"),
     "option": (lambda: SparseReadCache(CONFIG, spam=8), TypeError, r"'spam'; did you mean 'span'\?.*'moments': span"),
     "span": (lambda: SparseReadCache(CONFIG, span=0), ValueError, r"span=0.*whole numbers from 1"),
-    "range weight": (lambda: SparseReadCache(CONFIG, selector="quest", range_weight=1.5), ValueError, r"range_weight=1\.5.*from 0 to 1"),
+    "range weight": (
+        lambda: SparseReadCache(CONFIG, selector="quest", range_weight=1.5),
+        ValueError,
+        r"range_weight=1\.5.*from 0 to 1",
+    ),
     "reach": (lambda: SparseReadCache(CONFIG, reach=0), ValueError, r"reach=0; accepted:.*above 0"),
     "no reach": (
         lambda: SparseReadCache(CONFIG, reach="far"),
