@@ -110,6 +110,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"reach='far'; accepted: finite numbers above 0",
     ),
+    "across": (lambda: SparseReadCache(CONFIG, across="yes"), ValueError, r"across='yes'; accepted: True or False"),
     "one moment": (
         lambda: SparseReadCache(CONFIG, selector=OneMoment()),
         ValueError,
