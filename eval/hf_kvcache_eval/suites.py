@@ -84,7 +84,7 @@ SIZES = {
     "eviction": Size(6, 64, 50, 100, 10, 12, {"tail_length": EVICTING_TAIL, "page_size": EVICTING_PAGE, "block": 64}),
     "latent": Size(8, 128, 8, 40),
     # One token at a time: a longer block of queries would read everything.
-    "sparse": Size(4, 64, 8, 40, 4, protocol={"tail_length": 64, "page_size": 16, "block": 1}, together=2),
+    "sparse": Size(6, 64, 8, 40, 4, protocol={"tail_length": 64, "page_size": 16, "block": 1}, together=2),
 }
 TASKS = {
     "quick": "fidelity@1024 quote@1024 passkey@512 speed@1024",

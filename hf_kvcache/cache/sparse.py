@@ -61,7 +61,7 @@ class SparseReadCache(KVCache):
         self,
         config: PreTrainedConfig,
         read_budget: int | float = 1024,
-        selector: str | Selector = "quest",
+        selector: str | Selector = "moments",
         bits: Bits | None = None,
         codec: str | Codec | None = None,
         *,

@@ -9,9 +9,17 @@ import torch
 from hf_kvcache.kernels.dispatch import implementation
 from hf_kvcache.kernels.inputs import ChoiceInputs
 from hf_kvcache.kernels.reference import choose as reference
-from hf_kvcache.kernels.reference.choose import NO_COLUMN, best_columns, choose_by_mass
+from hf_kvcache.kernels.reference.choose import NO_COLUMN, best_columns, choose_across_heads, choose_by_mass
 
-__all__ = ["NO_COLUMN", "PreparedChoice", "best_columns", "choose", "choose_by_mass", "prepare_choice"]
+__all__ = [
+    "NO_COLUMN",
+    "PreparedChoice",
+    "best_columns",
+    "choose",
+    "choose_across_heads",
+    "choose_by_mass",
+    "prepare_choice",
+]
 
 
 class PreparedChoice(Protocol):

@@ -29,7 +29,7 @@ DEFAULT = ("full", "none", "quantized:8", "quantized:4", "quantized:2")
 #: A name of every kind.
 EXAMPLES = (
     *("full", "none", "quantized:8:4", "codec:int4", "quantized:4@64k", "snapkv:2k+4bits", "h2o:0.25", "window:4k:4"),
-    *("sparse:quest:0.25+4bits", "lowrank:0.5"),
+    *("sparse:moments:0.25+4bits", "lowrank:0.5"),
 )
 
 Make = Callable[[PreTrainedConfig], Cache]
@@ -73,7 +73,7 @@ def maker(name: str) -> Make:
     - ``POLICY:BUDGET``: ``HeavyHitterCache``. A budget is a number of tokens (``h2o:1024``, ``ada-snapkv:2k``), or a
       share below 1 (``snapkv:0.25``).
     - ``window:TOKENS`` or ``window:TOKENS:SINKS``: ``SlidingWindowCache``.
-    - ``sparse:SELECTOR:BUDGET``: ``SparseReadCache``, with the tokens that a step reads (``sparse:quest:1024``), or a
+    - ``sparse:SELECTOR:BUDGET``: ``SparseReadCache``, with the tokens that a step reads (``sparse:moments:1024``), or a
       share below 1. A fourth part is the number of first layers that read everything.
     - ``lowrank:RANK`` or ``lowrank:SHARE``: ``LatentKVCache`` for models that cache keys and values. A third part names
       the file with the bases; without it the cache can be planned and not be made.

@@ -55,6 +55,8 @@ class Selector:
     #: Of a selector whose two vectors are mean and standard deviation, and that scores pages by the attention expected
     #: from these: see :class:`hf_kvcache.kernels.inputs.MassRule`. None for any other.
     reach: float | None = None
+    #: Of such a selector, whether the KV heads of a layer share the pages that they may read.
+    across: bool = False
 
     def __repr__(self) -> str:
         return self.name

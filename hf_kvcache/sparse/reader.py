@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from hf_kvcache.kernels.choose import PreparedChoice, best_columns, choose, choose_by_mass, prepare_choice
+from hf_kvcache.kernels.choose import (
+    PreparedChoice,
+    best_columns,
+    choose,
+    choose_across_heads,
+    choose_by_mass,
+    prepare_choice,
+)
 from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule, Pages
 from hf_kvcache.sparse.base import Question, Selector
 from hf_kvcache.sparse.budget import ReadBudget
@@ -40,6 +47,7 @@ class Limits:
 
     Attributes:
         most: the largest of these numbers.
+        width: how many columns are chosen of each row for one query, at most: ``most``, or more where heads share.
         everything: whether every row may read all of its pages.
         full: whether all rows may read ``most`` pages and have more, all of whose tokens count.
         rows: int64 ``[rows]`` on the device; None if the number is the same for all.
@@ -48,6 +56,7 @@ class Limits:
     """
 
     most: int
+    width: int
     everything: bool
     full: bool
     rows: torch.Tensor | None
@@ -146,6 +155,11 @@ class PageReader:
         among = codes, scales, self.summaries.spans, limits.most, limits.rows, limits.missing
         if selector.reach is None:
             columns = choose(selector.ask(asking), *among)
+        elif selector.across:
+            sinks = storage.dense.keys[:, :, : storage.dense.sink_length].float().flatten(0, 1)
+            tokens = storage.page_size // self.summaries.spans
+            rule = MassRule(scaling, selector.reach)
+            columns = choose_across_heads(asking, rule, *among, pages.heads, sinks, tokens)
         else:
             columns = choose_by_mass(asking, MassRule(scaling, selector.reach), *among)
         return self.read(pages, limits, columns)
@@ -196,6 +210,8 @@ class PageReader:
     def _rule(self, scaling: float) -> tuple[float, ...] | MassRule | None:
         """How kernels can score pages as the selector does; None if they cannot."""
         selector = self.options.selector
+        if selector.across:
+            return None
         if selector.reach is not None:
             return MassRule(scaling, selector.reach)
         return selector.size_weights if type(selector).ask is Selector.ask else None
@@ -225,7 +241,7 @@ class PageReader:
                 picked = FetchedPages(pages, columns.shape[1], full, self.table, self.resident)
             else:
                 picked = PickedPages(pages, columns.shape[1], full)
-            if columns.shape[1] == limits.most:
+            if columns.shape[1] == limits.width:
                 self._picked = picked
         picked.pick(pages, columns)
         return picked
@@ -246,12 +262,14 @@ class PageReader:
         held = (counts > 0).sum(1)
         least = self.options.budget.pages(counts.sum(1, dtype="int64")).clip(max=held)
         most, device = int(least.max(initial=0)), pages.device
+        across = self.options.selector.across
         same, even = bool((least == most).all()), bool((held == pages.columns).all())
         missing = None if even else to_device(counts == 0, device)
         return Limits(
             most,
+            width=min(pages.columns, 2 * most) if across else most,
             everything=bool((least == held).all()),
-            full=same and even and pages.full,
+            full=same and even and pages.full and not across,
             rows=None if same else to_device(least, device),
             missing=missing,
         )

@@ -172,7 +172,7 @@ def test_sparse_reads_of_a_fork(backend: str, tmp_path: Path, monkeypatch: pytes
 
     def run(to: str | None) -> list[torch.Tensor]:
         sizes: dict[str, Any] = {"sink_length": 2, "tail_length": 4, "page_size": 16, "dense_layers": 0}
-        cache = outside(SparseReadCache(model.config, 0.4, "quest", bits=4, **sizes), target(to, tmp_path))
+        cache = outside(SparseReadCache(model.config, 0.4, "moments", bits=4, **sizes), target(to, tmp_path))
         forward(model, prompt(110), cache)
         fork = cache.fork()
         forward(model, prompt(1), cache)

@@ -16,7 +16,7 @@ from tests.planning.holding import BATCH, CONTEXT, fill, held, made_by_a_step, s
 CACHES = ("full", "none", "quantized:8", "quantized:4", "quantized:4:2", "codec:int4")
 EVICTING = ("h2o:90", "window:60:2+8bits", "snapkv:0.5+int4")
 #: All memory at once, and pages that are chosen at each step.
-OTHERS = ("quantized:4@400", "sparse:quest:0.5:0+8bits")
+OTHERS = ("quantized:4@400", "sparse:moments:0.5:0+8bits")
 #: Cuts its masks, which then do not say any more that they hide nothing: every step reads everything.
 CUTS_MASKS = ("gemma4_unified",)
 #: Plain, soft-capped with a window, hybrid, latents, sinks, heads that share, no attention.

@@ -222,7 +222,7 @@ def test_sizes() -> None:
         ({"caches": ["snapkv:1k+5bit"]}, "'snapkv:1k[+]5bit'; accepted: .*[+]BITSbits"),
         ({"caches": ["none@lots"]}, "'none@lots'; accepted: .*@TOKENS"),
         ({"caches": ["full@4k"]}, "'full@4k'; accepted"),
-        ({"caches": ["sparse:quest"]}, "'sparse:quest'; accepted: .*sparse:SELECTOR:BUDGET"),
+        ({"caches": ["sparse:moments"]}, "'sparse:moments'; accepted: .*sparse:SELECTOR:BUDGET"),
         ({"caches": ["sparse:question:64"]}, "'sparse:question:64'; accepted: .*Selectors: kascade, .*quest"),
         ({"caches": ["window:0.5"]}, "'window:0.5'; accepted"),
         ({"caches": ["window:4k:few"]}, "'window:4k:few'; accepted"),

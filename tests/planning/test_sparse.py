@@ -14,14 +14,14 @@ from tests.planning.holding import BATCH, CONTEXT, fill, held, step
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("llama", "sparse:quest:0.5:0"),
+        ("llama", "sparse:moments:0.5:0"),
         ("llama", "sparse:kascade:0.4:0"),
         pytest.param("gemma2", "sparse:landmark:160:0+int4", marks=pytest.mark.slow),
-        pytest.param("llama", "sparse:quest:0.5:1+4bits", marks=pytest.mark.slow),
+        pytest.param("llama", "sparse:moments:0.5:1+4bits", marks=pytest.mark.slow),
         pytest.param("llama", "sparse:random:0.6:0", marks=pytest.mark.slow),
-        pytest.param("llama", "sparse:quest:300:0", marks=pytest.mark.slow),
-        pytest.param("llama", "sparse:quest:4k:0", marks=pytest.mark.slow),
-        pytest.param("gemma2", "sparse:quest:0.5:0", marks=pytest.mark.slow),
+        pytest.param("llama", "sparse:moments:300:0", marks=pytest.mark.slow),
+        pytest.param("llama", "sparse:moments:4k:0", marks=pytest.mark.slow),
+        pytest.param("gemma2", "sparse:moments:0.5:0", marks=pytest.mark.slow),
     ],
 )
 def test_held_and_read(family: str, name: str) -> None:

@@ -56,6 +56,37 @@ def page_scores(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], wei
 
 def page_masses(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], reach: float = 1.77) -> np.ndarray:
     """The logarithm of the score that moments give each page; arguments as those of :func:`page_scores`."""
+    logs = _expected_logs(keys, query, spans, reach)
+    masses = np.exp(logs - logs.max(1, keepdims=True, initial=-np.inf))
+    return np.log((masses / masses.sum(1, keepdims=True)).sum(0))
+
+
+def chosen_across_heads(
+    keys: np.ndarray, query: np.ndarray, spans: list[list[int]], sinks: list[int], page: int, allowed: int
+) -> list[list[int]]:
+    """The pages of each KV head that moments choose where the heads share what they may read.
+
+    Args:
+        keys: ``[Hkv, T, D]``.
+        query: ``[Hkv, g, D]``.
+        spans: the tokens of each page.
+        sinks: tokens.
+        page: tokens that a page counts as.
+        allowed: pages of a head, if each had its own.
+    """
+    found = []
+    for head, (own, asked) in enumerate(zip(keys, query, strict=True)):
+        pages = np.exp(_expected_logs(own, asked, spans, 1.77)) * page
+        known = np.exp(asked @ own[sinks].T / np.sqrt(own.shape[1]))
+        score = (pages / (pages.sum(1, keepdims=True) + known.sum(1, keepdims=True))).sum(0)
+        best = np.argsort(-score)[: 2 * allowed]
+        found += [(-score[column], head, int(column)) for column in best]
+    taken = sorted(found)[: allowed * len(keys)]
+    return [sorted(column for _, other, column in taken if other == head) for head in range(len(keys))]
+
+
+def _expected_logs(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], reach: float) -> np.ndarray:
+    """The logarithm of the mean of the exponentials of the scores that queries may expect in pages."""
     logs = np.empty((len(query), len(spans)))
     for column, span in enumerate(spans):
         mean = keys[span].mean(0)
@@ -65,8 +96,7 @@ def page_masses(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], rea
         for head, one in enumerate(query / np.sqrt(keys.shape[1])):
             s = np.sqrt(((one * deviation) ** 2).sum())
             logs[head, column] = one @ mean + (s**2 / 2 if s < reach else reach * s - reach**2 / 2)
-    masses = np.exp(logs - logs.max(1, keepdims=True, initial=-np.inf))
-    return np.log((masses / masses.sum(1, keepdims=True)).sum(0))
+    return logs
 
 
 def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: list[int]) -> np.ndarray:

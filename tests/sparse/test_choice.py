@@ -207,6 +207,38 @@ def test_padded_rows(selector: str) -> None:
         model.check_step(*model.add(1))
 
 
+@pytest.mark.parametrize("padding", [0, 41])
+@pytest.mark.parametrize(("shape", "amount"), [((4, 2, 16), 0.3), ((9, 3, 8), 0.6), ((2, 1, 24), 0.2)])
+def test_heads_share(shape: tuple[int, int, int], amount: float, padding: int) -> None:
+    """With ``across=True`` the best pages of all heads are read, as many as the heads may read together.
+
+    Each sequence of a padded batch reads what it would alone.
+    """
+    model = Sequences(2, *shape, read_budget=amount, codec="none", selector="moments", across=True)
+    model.add(120, torch.arange(120) >= torch.tensor([0, padding])[:, None])
+    heads, kv_heads, _ = shape
+    uneven = False
+    for _ in range(2 * PAGE):
+        query, output = model.add(1)
+        picked = brute_force.chosen(model.layer)
+        for row, spans in enumerate(model.spans):
+            allowed = brute_force.pages_allowed(amount, spans, SINKS, TAIL, PAGE)
+            keys, values = model.keys[row].double().numpy(), model.values[row].double().numpy()
+            asked = query[row, :, 0].double().numpy().reshape(kv_heads, heads // kv_heads, -1)
+            packed = {position for span in spans for position in span}
+            others = [t for t in torch.nonzero(model.valid[row]).flatten().tolist() if t not in packed]
+            expected = brute_force.chosen_across_heads(keys, asked, spans, others[:SINKS], PAGE, allowed)
+            assert picked[row * kv_heads : (row + 1) * kv_heads] == expected
+            assert sum(map(len, expected)) == kv_heads * allowed
+            uneven |= len(set(map(len, expected))) > 1
+            for head, columns in enumerate(expected):
+                seen = sorted(others + [t for column in columns for t in spans[column]])
+                exact = [brute_force.attention(q, keys[head], values[head], seen) for q in asked[head]]
+                own = slice(head * len(exact), (head + 1) * len(exact))
+                assert_within(output[row, 0, own], torch.from_numpy(np.stack(exact)), SPLIT_IN_16_BITS["output"])
+    assert uneven == (kv_heads > 1)
+
+
 @pytest.mark.parametrize("selector", ["moments", "quest"])
 def test_a_block_reads_the_union(selector: str) -> None:
     """Several tokens at once read what any of them picks; more than 16 read everything."""

@@ -22,7 +22,7 @@ from tests.storage.outside import target
 SIZES: dict[str, Any] = {"sink_length": 2, "tail_length": 4, "page_size": 16}
 
 
-def _sparse(model: PreTrainedModel, amount: int | float = 0.4, selector: str = "quest", **options: Any) -> Any:
+def _sparse(model: PreTrainedModel, amount: int | float = 0.4, selector: str = "moments", **options: Any) -> Any:
     return SparseReadCache(model.config, amount, selector, **{"dense_layers": 0, **SIZES, **options})
 
 
@@ -50,7 +50,7 @@ def test_exact_at_full_budget(model: PreTrainedModel, codec: str) -> None:
     assert all(_picking(ours))  # the budget is used up
 
 
-_QUICK = ("quest", "kascade")
+_QUICK = ("moments", "kascade")
 _SELECTORS = [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in available()]
 
 
@@ -73,7 +73,7 @@ def test_every_selector(model: PreTrainedModel, selector: str) -> None:
     cache.integrity()
 
 
-@pytest.mark.parametrize("selector", ["quest", "oracle"])
+@pytest.mark.parametrize("selector", ["moments", "oracle"])
 def test_inference_mode_and_others(model: PreTrainedModel, selector: str) -> None:
     """Steps outside of inference mode go on from those within it, while they read the same pages."""
     cache, other = _sparse(model, 0.4, selector), _sparse(model, 0.4, selector)
@@ -95,7 +95,7 @@ def test_padded_rows_are_as_alone(model: PreTrainedModel) -> None:
         assert torch.equal(together[row, -24:], alone[0, -24:])
 
 
-@pytest.mark.parametrize("selector", ["quest", pytest.param("kascade", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("selector", ["moments", pytest.param("kascade", marks=pytest.mark.slow)])
 def test_beams(model: PreTrainedModel, selector: str) -> None:
     """Each beam goes on as if its tokens had been given one by one."""
     cache, ids = _sparse(model, selector=selector), prompt(90)
@@ -116,7 +116,7 @@ def test_beams(model: PreTrainedModel, selector: str) -> None:
         torch.testing.assert_close(got[row : row + 1], expected, atol=ROUNDING, rtol=0)
 
 
-@pytest.mark.parametrize("selector", ["quest", pytest.param("kascade", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("selector", ["moments", pytest.param("kascade", marks=pytest.mark.slow)])
 def test_assisted_decoding(model: PreTrainedModel, selector: str) -> None:
     """Prompt lookup crops drafts. At full budget its tokens are those of plain decoding."""
     ids = prompt(30).repeat(1, 3)
@@ -174,7 +174,7 @@ def test_stored_prompts_are_of_one_way_of_reading(model: PreTrainedModel) -> Non
     cache, other = _sparse(model), _sparse(model, 0.9)
     for each in (cache, other):
         forward(model, ids, each)
-    with pytest.raises(ValueError, match=r"the cache has sparse=\['quest', .*, 0\.9, 0\].*, 0\.4, 0\]"):
+    with pytest.raises(ValueError, match=r"the cache has sparse=\['moments', .*, 0\.9, 0\].*, 0\.4, 0\]"):
         store.put(ids, other)
     store.put(ids, cache)
     found, length = store.fetch(torch.cat([ids, more], 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from hf_kvcache.kernels.inputs import MassRule
@@ -61,12 +63,66 @@ def choose_by_mass(
     Returns:
         int64 ``[rows, n]``; see :func:`best_columns`.
     """
+    mass = _masses(query, rule, codes, scales, spans, missing)
+    probabilities = mass.flatten(3).softmax(3).view(mass.shape).sum((1, 4))
+    return best_columns(probabilities, count, limits, missing)
+
+
+def choose_across_heads(
+    query: torch.Tensor,
+    rule: MassRule,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    spans: int,
+    count: int,
+    limits: torch.Tensor | None,
+    missing: torch.Tensor | None,
+    heads: int,
+    sinks: torch.Tensor,
+    tokens: int,
+) -> torch.Tensor:
+    """As :func:`choose_by_mass`, where the KV heads of a sequence share the number of pages that they may have.
+
+    The pages with the largest scores of all heads are chosen, of one head at most twice as many as it may have. Scores
+    are comparable, since probabilities are those among pages and sinks: a head that attends to the sinks mostly has
+    small ones.
+
+    Args:
+        query: as in :func:`choose_by_mass`, like what is not named here.
+        heads: KV heads of a sequence.
+        sinks: float32 ``[rows, n, D]``, the keys of the sinks, of which there may be none.
+        tokens: of a part of a page.
+
+    Returns:
+        int64 ``[rows, n]``; see :func:`best_columns`. For one query token ``n`` is twice ``count``, or the number of
+        columns if that is less.
+    """
+    mass = _masses(query, rule, codes, scales, spans, missing)
+    known = torch.bmm(query.flatten(1, 2), sinks.transpose(1, 2)).mul_(rule.scaling).sub_(math.log(tokens))
+    every = torch.cat([mass.flatten(3), known.unflatten(1, query.shape[1:3])], 3)
+    scores = every.softmax(3)[..., : codes.shape[1]].reshape(mass.shape).sum((1, 4))
+    if missing is not None:
+        scores = scores.masked_fill(missing[:, None], -torch.inf)
+    return _union(_best_of_heads(scores, count, limits, heads), scores.shape[2])
+
+
+def _masses(
+    query: torch.Tensor,
+    rule: MassRule,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    spans: int,
+    missing: torch.Tensor | None,
+) -> torch.Tensor:
+    """The logarithm of the expected attention to each part of a page, float32 ``[rows, g, q, columns, spans]``.
+
+    Arguments are those of :func:`choose_by_mass`.
+    """
     mean, deviation = codes.float().chunk(2, 2)
     scales, asked = scales.float()[:, None] * rule.scaling, query.flatten(1, 2)
     spread = torch.bmm(asked.square(), deviation.square().transpose(1, 2)).sqrt_().mul_(scales)
     reach = rule.reach
     more = torch.where(spread < reach, spread.square() / 2, reach * (spread - reach / 2))
-    # [rows, g, q, columns, spans]
     mass = (
         torch.baddbmm(more, asked, mean.transpose(1, 2) * scales)
         .unflatten(2, (-1, spans))
@@ -74,8 +130,7 @@ def choose_by_mass(
     )
     if missing is not None:
         mass = mass.masked_fill(missing[:, None, None, :, None], -torch.inf)
-    probabilities = mass.flatten(3).softmax(3).view(mass.shape).sum((1, 4))
-    return best_columns(probabilities, count, limits, missing)
+    return mass
 
 
 def best_columns(
@@ -96,14 +151,43 @@ def best_columns(
     """
     if missing is not None:
         scores = scores.masked_fill(missing[:, None], -torch.inf)
-    columns, device = scores.shape[2], scores.device
+    device = scores.device
     best = scores.topk(count, 2).indices
     if limits is not None:
         best = best.masked_fill(torch.arange(count, device=device) >= limits[:, None, None], NO_COLUMN)
+    return _union(best, scores.shape[2])
+
+
+def _best_of_heads(scores: torch.Tensor, count: int, limits: torch.Tensor | None, heads: int) -> torch.Tensor:
+    """The columns with the largest scores of the heads of a sequence, as many as these may have together.
+
+    Args:
+        scores: float32 ``[rows, q, columns]``, ``-inf`` where there is no page.
+        count: as in :func:`choose_across_heads`, like the rest.
+
+    Returns:
+        int64 ``[rows, q, n]``, ``NO_COLUMN`` where nothing is chosen.
+    """
+    rows, _, columns = scores.shape
+    most, device = min(columns, 2 * count), scores.device
+    best, order = scores.topk(most, 2)
+    if limits is None:
+        limits = torch.full((rows,), count, dtype=torch.int64, device=device)
+    best = best.masked_fill(torch.arange(most, device=device) >= 2 * limits[:, None, None], -torch.inf)
+    # [B, q, heads * most]: the place of each candidate among those of all heads.
+    together = best.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+    places = together.sort(dim=2, descending=True, stable=True).indices.argsort(2)
+    chosen = places < limits.view(-1, 1, heads).sum(2, keepdim=True)
+    return order.masked_fill(~chosen.unflatten(2, (heads, most)).transpose(1, 2).flatten(0, 1), NO_COLUMN)
+
+
+def _union(best: torch.Tensor, columns: int) -> torch.Tensor:
+    """The columns ``[rows, q, n]`` that any query token has chosen, as :func:`best_columns` returns them."""
+    count, device = best.shape[2], best.device
     if best.shape[1] == 1:
         return best[:, 0].sort(1).values
     # One place more takes the numbers that stand for no page.
-    chosen = torch.zeros(scores.shape[0], columns + 1, dtype=torch.bool, device=device)
+    chosen = torch.zeros(best.shape[0], columns + 1, dtype=torch.bool, device=device)
     chosen.scatter_(1, best.clamp(max=columns).flatten(1), True)
     chosen = chosen[:, :columns]
     most = min(columns, count * best.shape[1])

@@ -24,6 +24,10 @@ class Moments(Selector):
         span: tokens that have moments of their own; a page has the attention of all its parts. None is a whole page.
         reach: from how many deviations on the estimate is a line; above 0. The largest of 16 normal numbers is 1.77
             deviations from their mean, on average.
+        across: whether the KV heads of a layer share the pages that a step may read. The pages with the largest scores
+            of all heads are read then, of one head at most twice as many as otherwise; probabilities are those among
+            pages and sinks, so that a head that attends to the sinks mostly reads less. It is made by operators of
+            torch in every backend.
 
     Raises:
         ValueError: for an option out of range.
@@ -32,11 +36,14 @@ class Moments(Selector):
     vectors = 2
     rounding = 0, 0
 
-    def __init__(self, span: int | None = None, reach: float = 1.77) -> None:
+    def __init__(self, span: int | None = None, reach: float = 1.77, across: bool = False) -> None:
         self.span = None if span is None else whole("span", span, 1)
         if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 < reach < float("inf"):
             raise ValueError(f"reach={reach!r}; accepted: finite numbers above 0")
         self.reach = float(reach)
+        if not isinstance(across, bool):
+            raise ValueError(f"across={across!r}; accepted: True or False")
+        self.across = across
 
     def summarize(self, keys: torch.Tensor, unused: torch.Tensor | None) -> torch.Tensor:
         if unused is None:
