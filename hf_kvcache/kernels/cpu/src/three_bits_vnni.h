@@ -11,15 +11,16 @@ namespace {
 
 inline bool three_bits_fit(const HfkvSide& side) { return side.bits == 3 && (side.dim == 64 || side.dim == 128); }
 
-// In every nibble: the low two bits of `low`, and above them a bit of `high`; bit 3 says nothing.
+// In every nibble: the low two bits of `low`, and above them a bit of `high`. Bit 3 is 0, so a nibble is an index for a look-up as it
+// is, even if the upper one is shifted down together with the next byte's lower one.
 HFKV_INLINE __m512i nibbles(__m512i low, __m512i high) {
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x33), low, high, 0xca);  // where the mask is 1: low; else: high
+    const __m512i both = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x33), low, high, 0xca);  // where the mask is 1: low; else: high
+    return _mm512_and_si512(both, _mm512_set1_epi8(0x77));
 }
 
-// The levels of the lower nibbles.
-HFKV_INLINE __m512i three_bit_levels(__m512i table, __m512i codes) {
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8(7)));
-}
+// The levels of the lower nibbles and those of the upper ones.
+HFKV_INLINE __m512i lower_levels(__m512i table, __m512i codes) { return _mm512_shuffle_epi8(table, codes); }
+HFKV_INLINE __m512i upper_levels(__m512i table, __m512i codes) { return _mm512_shuffle_epi8(table, _mm512_srli_epi16(codes, 4)); }
 
 // The first 16 bytes of 16 rows, which are kStride bytes apart, transposed: lane i of group g holds bytes 4 g to 4 g + 3 of row i.
 template <int kStride>
@@ -63,8 +64,8 @@ struct ThreeBitGroups {
         const __m512i third = high[g % kHigh];
         const __m512i even = nibbles(low[g], _mm512_slli_epi16(third, 2 - h));
         const __m512i odd = nibbles(_mm512_srli_epi16(low[g], 2), h ? _mm512_srli_epi16(third, h) : third);
-        out[0] = three_bit_levels(table, even), out[2] = three_bit_levels(table, _mm512_srli_epi16(even, 4));
-        out[1] = three_bit_levels(table, odd), out[3] = three_bit_levels(table, _mm512_srli_epi16(odd, 4));
+        out[0] = lower_levels(table, even), out[2] = upper_levels(table, even);
+        out[1] = lower_levels(table, odd), out[3] = upper_levels(table, odd);
     }
 };
 
@@ -112,64 +113,92 @@ __attribute__((noinline)) void dot_three_bits(const HfkvSide& side, const uint8_
     }
 }
 
-// 64 channels of each row, from channel 64 * which on, as vectors of levels; see LevelVectors. The levels of each row that is asked
-// for are stored too, row by row.
+// Four rows at a time, with the bytes of the four tokens of a channel side by side. Output v = 2 h + odd of kDim / 32 holds
+// nibbles: the lower ones are 16 channels from kDim / 4 * odd + 16 * h on, the upper ones those kDim / 2 further on.
 template <int kDim>
-struct ThreeBitVectors {
-    static constexpr int kBits = 8, kOutputs = 1;
-    CodeRows<8> rows;
-    __m512i table, shifts, turns;
-    int which;
-    mutable uint8_t* levels;
+struct ThreeBitWeave {
+    static constexpr int kRow = kDim * 3 / 8, kOutputs = kDim / 32;
+    __m512i order[kDim == 64 ? 2 : 3], transposed, shifts;
 
-    ThreeBitVectors(const HfkvSide& side, const uint8_t* codes, int n, int part, uint8_t* bytes)
-        : rows(side, codes, kDim * 3 / 8, n), table(_mm512_loadu_si512(side.levels)), which(part), levels(bytes) {
-        alignas(64) int16_t shift[32];
-        alignas(64) int64_t turn[8];
-        for (int i = 0; i < 32; i++) shift[i] = (int16_t)(2 * ((64 * part + 2 * i) / (kDim / 4)));
-        // To the right, by the number of the bit less 2: what is shifted out comes in on the other side, and does not count.
-        for (int i = 0; i < 8; i++) turn[i] = ((64 * part + 8 * i) / (kDim / 8) + 62) % 64;
-        shifts = _mm512_load_si512(shift), turns = _mm512_load_si512(turn);
-    }
-    HFKV_INLINE __m512i row(const uint8_t* from, __mmask64) const {
-        __m512i low, high;
-        if (kDim == 64) {
-            int64_t eight;
-            std::memcpy(&eight, from + 16, sizeof eight);
-            low = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from)), high = _mm512_set1_epi64(eight);
-        } else {
-            low = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)from));
-            high = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(from + 32)));
+    ThreeBitWeave() {
+        // In which lane of 16 bytes `load` finds row r.
+        constexpr int8_t kLanes[3][4] = {{0, 3, 2, 1}, {1, 0, 3, 2}, {2, 1, 0, 3}};
+        for (int i = 0; i < (kDim == 64 ? 2 : 3); i++) {
+            alignas(64) int32_t from[16];
+            for (int k = 0; k < 4; k++)
+                for (int r = 0; r < 4; r++)
+                    from[4 * k + r] = kDim == 64 ? 6 * r + (i ? 4 + k % 2 : k) : 4 * kLanes[i][r] + k;
+            order[i] = _mm512_load_si512(from);
         }
-        const __m512i found = three_bit_levels(table, nibbles(_mm512_srlv_epi16(low, shifts), _mm512_rorv_epi64(high, turns)));
-        _mm512_storeu_si512(levels, found);
-        levels += 64;
-        return found;
+        transposed = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        shifts = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     }
-    __m512i level(__m512i bytes, int) const { return bytes; }
-    int block(int, int) const { return which; }
-    int units() const { return 6 * 64 / kDim; }
+    HFKV_INLINE void operator()(const uint8_t* from, __m512i out[kOutputs]) const {
+        const auto bytes = [&](__m512i v) __attribute__((always_inline)) { return _mm512_shuffle_epi8(v, transposed); };
+        const __m512i a = _mm512_loadu_si512(from);
+        if constexpr (kDim == 64) {
+            const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(from + 64)));
+            const __m512i low = bytes(_mm512_permutex2var_epi32(a, order[0], b));
+            const __m512i high = _mm512_srlv_epi32(bytes(_mm512_permutex2var_epi32(a, order[1], b)), shifts);
+            out[0] = nibbles(low, _mm512_slli_epi16(high, 2));
+            out[1] = nibbles(_mm512_srli_epi16(low, 2), high);
+        } else {
+            const __m512i b = _mm512_loadu_si512(from + 64), c = _mm512_loadu_si512(from + 128);
+            const auto lanes = [](__m512i x, __m512i second, __m512i first) __attribute__((always_inline)) {
+                return _mm512_mask_blend_epi64(0x0c, _mm512_mask_blend_epi64(0x30, x, second), first);
+            };
+            const __m512i low[2] = {bytes(_mm512_permutexvar_epi32(order[0], lanes(a, b, c))),
+                                    bytes(_mm512_permutexvar_epi32(order[1], lanes(b, c, a)))};
+            const __m512i high = bytes(_mm512_permutexvar_epi32(order[2], lanes(c, a, b)));
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                out[2 * h] = nibbles(low[h], _mm512_slli_epi16(high, 2 - h));
+                out[2 * h + 1] = nibbles(_mm512_srli_epi16(low[h], 2), h ? _mm512_srli_epi16(high, h) : high);
+            }
+        }
+    }
 };
 
-// Levels as LevelVectors has them, as 64 channels of a wider row.
-struct PartOfLevels : LevelVectors<8, 64> {
-    int which, worth;
-
-    PartOfLevels(const HfkvSide& side, const uint8_t* bytes, int n, int part, int units)
-        : LevelVectors<8, 64>(CodeRows<8>(side, bytes, 64, n)), which(part), worth(units) {}
-    int block(int, int) const { return which; }
-    int units() const { return worth; }
-};
-
-// As weigh_codes. bytes: room for the levels of 64 channels of n rows, rounded up to a multiple of four.
+// As weigh_codes, but put(c, totals) receives the sums of 16 channels from c on. bytes: room for the nibbles of n rows, rounded up
+// to a multiple of four.
 template <int M, int kDim, class Put>
 __attribute__((noinline)) void weigh_three_bits(const HfkvSide& side, const uint8_t* codes, int n, const Split& weights, uint8_t* bytes, Stream& next,
                              const Put& put) {
-    for (int part = 0; part < kDim / 64; part++) {
-        // Looking up takes longer than reading what was looked up for the other half of the sums.
-        const ThreeBitVectors<kDim> vectors(side, codes, n, part, bytes);
-        weigh_part<M, 0>(vectors, 0, 0, weights, next, put);
-        weigh_part<M, 2>(PartOfLevels(side, bytes, n, part, vectors.units()), 0, 0, weights, next, put);
+    constexpr int kOutputs = kDim / 32;
+    const ThreeBitWeave<kDim> weave;
+    const CodeRows<8> rows(side, codes, kDim * 3 / 8, n);
+    const __m512i table = _mm512_loadu_si512(side.levels);
+    uint8_t room[4 * kDim * 3 / 8];
+    for (int t = 0; t < n; t += 4) {
+        __m512i v[kOutputs];
+        weave(rows.from(t, 4, room), v);
+#pragma GCC unroll 4
+        for (int i = 0; i < kOutputs; i++) _mm512_storeu_si512(bytes + 64 * (kOutputs * (t / 4) + i), v[i]);
+    }
+    for (int v = 0; v < kOutputs; v++) {
+        __m512i high[2][M], low[2][M];
+        for (int i = 0; i < 2; i++)
+            for (int m = 0; m < M; m++) high[i][m] = _mm512_setzero_si512(), low[i][m] = _mm512_set1_epi32(weights.start[m]);
+        for (int t = 0; t < n; t += 4) {
+            if (t % 32 == 0) next.work(12 / kOutputs);
+            const __m512i codes_of_four = _mm512_loadu_si512(bytes + 64 * (kOutputs * (t / 4) + v));
+            const __m512i x[2] = {lower_levels(table, codes_of_four), upper_levels(table, codes_of_four)};
+            const int8_t* by = weights.group(t);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++) {
+                    multiply(high[i][m], x[i], by + 8 * m);
+                    multiply(low[i][m], x[i], by + 8 * m + 4);
+                }
+        }
+        __m512 totals[2][M];
+        for (int i = 0; i < 2; i++)
+            for (int m = 0; m < M; m++)
+                totals[i][m] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[i][m], 8), low[i][m]));
+        const int c = kDim / 4 * (v % 2) + 16 * (v / 2);
+        put(c, totals[0]);
+        put(c + kDim / 2, totals[1]);
     }
 }
 
