@@ -113,92 +113,120 @@ __attribute__((noinline)) void dot_three_bits(const HfkvSide& side, const uint8_
     }
 }
 
-// Four rows at a time, with the bytes of the four tokens of a channel side by side. Output v = 2 h + odd of kDim / 32 holds
-// nibbles: the lower ones are 16 channels from kDim / 4 * odd + 16 * h on, the upper ones those kDim / 2 further on.
+// The packed bytes of four rows, with those of the four tokens side by side.
+template <int kDim>
+struct FourRows {
+    static constexpr int kRow = kDim * 3 / 8, kLow = kDim / 64;
+    __m512i low[kLow];  // 16 bytes of the first plane each
+    __m512i high;       // of 16 channels; for rows of 64 in two lanes, and in the other two again, shifted by a bit
+
+    HFKV_INLINE void save(uint8_t* to) const {
+        for (int i = 0; i < kLow; i++) _mm512_storeu_si512(to + 64 * i, low[i]);
+        _mm512_storeu_si512(to + 64 * kLow, high);
+    }
+    // The nibbles of output 2 h + odd: the lower ones are 16 channels from `channel` on, the upper ones those kDim / 2 further on.
+    template <int kOutput>
+    static HFKV_INLINE __m512i output(const uint8_t* saved) {
+        constexpr int h = kOutput / 2;
+        const __m512i two = _mm512_loadu_si512(saved + 64 * h), third = _mm512_loadu_si512(saved + 64 * kLow);
+        if (kOutput % 2 == 0) return nibbles(two, _mm512_slli_epi16(third, 2 - h));
+        return nibbles(_mm512_srli_epi16(two, 2), h ? _mm512_srli_epi16(third, h) : third);
+    }
+    static constexpr int channel(int output) { return kDim / 4 * (output % 2) + 16 * (output / 2); }
+};
+
 template <int kDim>
 struct ThreeBitWeave {
-    static constexpr int kRow = kDim * 3 / 8, kOutputs = kDim / 32;
     __m512i order[kDim == 64 ? 2 : 3], transposed, shifts;
 
     ThreeBitWeave() {
-        // In which lane of 16 bytes `load` finds row r.
-        constexpr int8_t kLanes[3][4] = {{0, 3, 2, 1}, {1, 0, 3, 2}, {2, 1, 0, 3}};
+        // Of the vectors of a page of 128 channels: in which lane of 16 bytes row r lies.
+        constexpr int8_t kLanesOfRows[3][4] = {{0, 3, 2, 1}, {1, 0, 3, 2}, {2, 1, 0, 3}};
         for (int i = 0; i < (kDim == 64 ? 2 : 3); i++) {
             alignas(64) int32_t from[16];
             for (int k = 0; k < 4; k++)
                 for (int r = 0; r < 4; r++)
-                    from[4 * k + r] = kDim == 64 ? 6 * r + (i ? 4 + k % 2 : k) : 4 * kLanes[i][r] + k;
+                    from[4 * k + r] = kDim == 64 ? 6 * r + (i ? 4 + k % 2 : k) : 4 * kLanesOfRows[i][r] + k;
             order[i] = _mm512_load_si512(from);
         }
         transposed = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
         shifts = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     }
-    HFKV_INLINE void operator()(const uint8_t* from, __m512i out[kOutputs]) const {
-        const auto bytes = [&](__m512i v) __attribute__((always_inline)) { return _mm512_shuffle_epi8(v, transposed); };
+    HFKV_INLINE __m512i bytes(__m512i v) const { return _mm512_shuffle_epi8(v, transposed); }
+    // Four rows fill 96 or 192 bytes.
+    HFKV_INLINE FourRows<kDim> four_rows(const uint8_t* from) const {
+        FourRows<kDim> out;
         const __m512i a = _mm512_loadu_si512(from);
         if constexpr (kDim == 64) {
             const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(from + 64)));
-            const __m512i low = bytes(_mm512_permutex2var_epi32(a, order[0], b));
-            const __m512i high = _mm512_srlv_epi32(bytes(_mm512_permutex2var_epi32(a, order[1], b)), shifts);
-            out[0] = nibbles(low, _mm512_slli_epi16(high, 2));
-            out[1] = nibbles(_mm512_srli_epi16(low, 2), high);
+            out.low[0] = bytes(_mm512_permutex2var_epi32(a, order[0], b));
+            out.high = _mm512_srlv_epi32(bytes(_mm512_permutex2var_epi32(a, order[1], b)), shifts);
         } else {
             const __m512i b = _mm512_loadu_si512(from + 64), c = _mm512_loadu_si512(from + 128);
-            const auto lanes = [](__m512i x, __m512i second, __m512i first) __attribute__((always_inline)) {
-                return _mm512_mask_blend_epi64(0x0c, _mm512_mask_blend_epi64(0x30, x, second), first);
+            // Of each 16 bytes of a row, the four rows lie in four different lanes.
+            const auto lanes = [](__m512i outer, __m512i second, __m512i first) __attribute__((always_inline)) {
+                return _mm512_mask_blend_epi64(0x0c, _mm512_mask_blend_epi64(0x30, outer, second), first);
             };
-            const __m512i low[2] = {bytes(_mm512_permutexvar_epi32(order[0], lanes(a, b, c))),
-                                    bytes(_mm512_permutexvar_epi32(order[1], lanes(b, c, a)))};
-            const __m512i high = bytes(_mm512_permutexvar_epi32(order[2], lanes(c, a, b)));
-#pragma GCC unroll 2
-            for (int h = 0; h < 2; h++) {
-                out[2 * h] = nibbles(low[h], _mm512_slli_epi16(high, 2 - h));
-                out[2 * h + 1] = nibbles(_mm512_srli_epi16(low[h], 2), h ? _mm512_srli_epi16(high, h) : high);
-            }
+            out.low[0] = bytes(_mm512_permutexvar_epi32(order[0], lanes(a, b, c)));
+            out.low[1] = bytes(_mm512_permutexvar_epi32(order[1], lanes(b, c, a)));
+            out.high = bytes(_mm512_permutexvar_epi32(order[2], lanes(c, a, b)));
         }
+        return out;
     }
 };
 
-// As weigh_codes, but put(c, totals) receives the sums of 16 channels from c on. bytes: room for the nibbles of n rows, rounded up
-// to a multiple of four.
-template <int M, int kDim, class Put>
-__attribute__((noinline)) void weigh_three_bits(const HfkvSide& side, const uint8_t* codes, int n, const Split& weights, uint8_t* bytes, Stream& next,
-                             const Put& put) {
-    constexpr int kOutputs = kDim / 32;
-    const ThreeBitWeave<kDim> weave;
-    const CodeRows<8> rows(side, codes, kDim * 3 / 8, n);
-    const __m512i table = _mm512_loadu_si512(side.levels);
-    uint8_t room[4 * kDim * 3 / 8];
-    for (int t = 0; t < n; t += 4) {
-        __m512i v[kOutputs];
-        weave(rows.from(t, 4, room), v);
+// The sums of all rows for the channels of output kOutput. saved: n / 4 times what FourRows saves.
+template <int M, int kDim, int kOutput, class Put>
+HFKV_INLINE void weigh_output(const uint8_t* saved, int n, __m512i table, const Split& weights, Stream& next, const Put& put) {
+    // Each of these loops is unrolled: by a variable index, the compiler would keep the sums in memory.
+    __m512i high[2][M], low[2][M];
 #pragma GCC unroll 4
-        for (int i = 0; i < kOutputs; i++) _mm512_storeu_si512(bytes + 64 * (kOutputs * (t / 4) + i), v[i]);
+    for (int m = 0; m < M; m++) {
+        high[0][m] = high[1][m] = _mm512_setzero_si512();
+        low[0][m] = low[1][m] = _mm512_set1_epi32(weights.start[m]);
     }
-    for (int v = 0; v < kOutputs; v++) {
-        __m512i high[2][M], low[2][M];
-        for (int i = 0; i < 2; i++)
-            for (int m = 0; m < M; m++) high[i][m] = _mm512_setzero_si512(), low[i][m] = _mm512_set1_epi32(weights.start[m]);
-        for (int t = 0; t < n; t += 4) {
-            if (t % 32 == 0) next.work(12 / kOutputs);
-            const __m512i codes_of_four = _mm512_loadu_si512(bytes + 64 * (kOutputs * (t / 4) + v));
-            const __m512i x[2] = {lower_levels(table, codes_of_four), upper_levels(table, codes_of_four)};
-            const int8_t* by = weights.group(t);
+    for (int t = 0; t < n; t += 4, saved += sizeof(FourRows<kDim>)) {
+        if (t % 32 == 0) next.work(12 * 32 / kDim);
+        const __m512i codes = FourRows<kDim>::template output<kOutput>(saved);
+        const __m512i x[2] = {lower_levels(table, codes), upper_levels(table, codes)};
+        const int8_t* by = weights.group(t);
 #pragma GCC unroll 4
-            for (int m = 0; m < M; m++)
+        for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-                for (int i = 0; i < 2; i++) {
-                    multiply(high[i][m], x[i], by + 8 * m);
-                    multiply(low[i][m], x[i], by + 8 * m + 4);
-                }
-        }
-        __m512 totals[2][M];
-        for (int i = 0; i < 2; i++)
-            for (int m = 0; m < M; m++)
-                totals[i][m] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[i][m], 8), low[i][m]));
-        const int c = kDim / 4 * (v % 2) + 16 * (v / 2);
-        put(c, totals[0]);
-        put(c + kDim / 2, totals[1]);
+            for (int i = 0; i < 2; i++) {
+                multiply(high[i][m], x[i], by + 8 * m);
+                multiply(low[i][m], x[i], by + 8 * m + 4);
+            }
+    }
+    __m512 totals[2][M];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++)
+            totals[i][m] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[i][m], 8), low[i][m]));
+    constexpr int c = FourRows<kDim>::channel(kOutput);
+    put(c, totals[0]);
+    put(c + kDim / 2, totals[1]);
+}
+
+// As weigh_codes, but put(c, totals) receives the sums of 16 channels from c on. bytes: room for the bytes of n rows, rounded up to
+// a multiple of four. A row of 64 channels takes 32 there.
+template <int M, int kDim, class Put>
+__attribute__((noinline)) void weigh_three_bits(const HfkvSide& side, const uint8_t* codes, int n, const Split& weights, uint8_t* bytes,
+                                                Stream& next, const Put& put) {
+    {
+        const ThreeBitWeave<kDim> weave;
+        const CodeRows<8> rows(side, codes, FourRows<kDim>::kRow, n);
+        uint8_t room[4 * FourRows<kDim>::kRow];
+        uint8_t* to = bytes;
+        for (int t = 0; t < n; t += 4, to += sizeof(FourRows<kDim>)) weave.four_rows(rows.from(t, 4, room)).save(to);
+    }
+    const __m512i table = _mm512_loadu_si512(side.levels);
+    weigh_output<M, kDim, 0>(bytes, n, table, weights, next, put);
+    weigh_output<M, kDim, 1>(bytes, n, table, weights, next, put);
+    if constexpr (kDim == 128) {
+        weigh_output<M, kDim, 2>(bytes, n, table, weights, next, put);
+        weigh_output<M, kDim, 3>(bytes, n, table, weights, next, put);
     }
 }
 
