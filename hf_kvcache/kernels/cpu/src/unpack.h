@@ -270,15 +270,14 @@ inline typename Bytes::Type in_first_half(int j, int half) {
     return mask;
 }
 
-// x with its second half shifted by a bit, of which every second one counts.
+// x with its second half shifted by a bit; every second bit counts. mask: the first half.
 template <class Bytes>
-inline typename Bytes::Type second_half_shifted(typename Bytes::Type x) {
-    const typename Bytes::Type mask = in_first_half<Bytes>(0, Bytes::kBytes / 2);
+inline typename Bytes::Type second_half_shifted(typename Bytes::Type x, typename Bytes::Type mask) {
     return (x & mask) | (Bytes::shifted(x, 1) & ~mask);
 }
 #if defined(__AVX2__)
 template <>
-inline Bytes32::Type second_half_shifted<Bytes32>(Bytes32::Type x) {
+inline Bytes32::Type second_half_shifted<Bytes32>(Bytes32::Type x, Bytes32::Type) {
     return (Bytes32::Type)_mm256_srlv_epi64((__m256i)x, _mm256_setr_epi64x(0, 0, 1, 1));
 }
 #endif
@@ -289,13 +288,13 @@ inline void unpack_three_bits(const uint8_t* codes, int n, int segment, const ui
     typedef typename Bytes::Type Type;
     constexpr int kBytes = Bytes::kBytes;
     const int half = segment / 2;
-    const Type table = load_bytes<Bytes>(levels);
+    const Type table = load_bytes<Bytes>(levels), mask = in_first_half<Bytes>(0, kBytes / 2);
     for (int t = 0; t < n; t++) {
         if (t % 16 == 0) next.work(2);
         const uint8_t* row = codes + (int64_t)t * (segment + half);
         for (int j = 0; j < (kOne ? kBytes : segment); j += kBytes) {
             Type third = kOne ? twice<Bytes>(row + segment) : load_bytes<Bytes>(row + segment + j % half);
-            if (kOne) third = second_half_shifted<Bytes>(third);
+            if (kOne) third = second_half_shifted<Bytes>(third, mask);
             else if (j >= half) third = Bytes::shifted(third, 1);
             store_three_bits<Bytes>(table, load_bytes<Bytes>(row + j), third, segment, out + (int64_t)t * 4 * segment + j);
         }
