@@ -72,7 +72,8 @@ struct ThreeBitGroups {
 // As dot_codes. Neither this nor weigh_three_bits is inlined: what calls them would become so long that GCC inlines less of the other
 // widths, and 2 bits at 64 channels would take a third longer.
 template <int M, int kDim, class Put>
-__attribute__((noinline)) void dot_three_bits(const HfkvSide& side, const uint8_t* codes, int n, const Split& queries, Stream& next, const Put& put) {
+__attribute__((noinline)) void dot_three_bits(const HfkvSide& side, const uint8_t* codes, int n, const Split& queries, Stream& next,
+                                              const Put& put) {
     constexpr int kStride = kDim * 3 / 8, kGroups = kDim / 16;
     const __m512i table = _mm512_loadu_si512(side.levels);
     uint8_t room[16 * kStride + 8];
@@ -135,6 +136,7 @@ struct FourRows {
     static constexpr int channel(int output) { return kDim / 4 * (output % 2) + 16 * (output / 2); }
 };
 
+// Puts four rows side by side. A vector is put in order by groups of four bytes and then by bytes within 16.
 template <int kDim>
 struct ThreeBitWeave {
     __m512i order[kDim == 64 ? 2 : 3], transposed, shifts;
