@@ -332,6 +332,19 @@ HFKV_INLINE void add_part(const Split& weights, const float* shifts, const float
     }
 }
 
+// The same for 16 channels from c on that lie side by side.
+template <int M>
+HFKV_INLINE void add_sixteen(const Split& weights, const float* shifts, const float* other, int c, const __m512* totals, float* output,
+                             int pitch) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+        const __m512 x = _mm512_fmadd_ps(totals[m], _mm512_set1_ps(weights.units[m]), _mm512_set1_ps(shifts[m]));
+        const __m512 y = other ? _mm512_mul_ps(x, _mm512_loadu_ps(other + c)) : x;
+        float* to = output + (int64_t)m * pitch + c;
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), y));
+    }
+}
+
 }  // namespace
 
 #endif  // __AVX512VNNI__

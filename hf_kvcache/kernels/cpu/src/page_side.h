@@ -278,8 +278,12 @@ struct VnniOutput {
         };
         const uint8_t* codes = record + side.codes;
         if (three_bits_fit(side)) {
-            if (side.dim == 64) return weigh_three_bits<M, 64>(side, codes, n, split, s.bytes, s.next, put);
-            return weigh_three_bits<M, 128>(side, codes, n, split, s.bytes, s.next, put);
+            const auto put_sixteen = [&](int c, const __m512* totals) __attribute__((always_inline)) {
+                add_sixteen<M>(split, shifts, side.has_other ? s.third : nullptr, c, totals, output + (int64_t)m * output_pitch,
+                               output_pitch);
+            };
+            if (side.dim == 64) return weigh_three_bits<M, 64>(side, codes, n, split, s.bytes, s.next, put_sixteen);
+            return weigh_three_bits<M, 128>(side, codes, n, split, s.bytes, s.next, put_sixteen);
         }
         with_level_vectors(side, codes, n, s.bytes, s.next,
                   [&](const auto& vectors) { weigh_codes<M>(vectors, split, s.next, put); });

@@ -12,8 +12,8 @@
 
 namespace {
 
-// A vector of bytes whose lanes of 16 look up the same table. x86 shifts no bytes, so `shifted` may leave bits of the
-// neighboring byte in the upper bits, which the caller masks out.
+// A vector of bytes whose lanes of 16 look up the same table. x86 shifts no bytes, so `shifted` (to the right) may leave bits of
+// the neighboring byte in the upper bits, and `raised` (to the left) in the lower ones; the caller masks them out.
 struct Bytes16 {
     static constexpr int kBytes = 16;
     typedef uint8_t Type __attribute__((vector_size(16)));
@@ -22,6 +22,21 @@ struct Bytes16 {
         return (Type)_mm_srli_epi16((__m128i)x, n);
 #else
         return x >> n;
+#endif
+    }
+    static Type raised(Type x, int n) {
+#if defined(__SSE2__)
+        return (Type)_mm_slli_epi16((__m128i)x, n);
+#else
+        return x << n;
+#endif
+    }
+    // What a look-up takes for the lower nibbles of x, whose bits 3 and 7 are 0: the instruction of x86 heeds no other upper bits.
+    static Type nibbles(Type x) {
+#if defined(__SSSE3__)
+        return x;
+#else
+        return x & 15;
 #endif
     }
     static Type lookup(Type table, Type index) {
@@ -43,6 +58,8 @@ struct Bytes32 {
     static constexpr int kBytes = 32;
     typedef uint8_t Type __attribute__((vector_size(32)));
     static Type shifted(Type x, int n) { return (Type)_mm256_srli_epi16((__m256i)x, n); }
+    static Type raised(Type x, int n) { return (Type)_mm256_slli_epi16((__m256i)x, n); }
+    static Type nibbles(Type x) { return x; }
     static Type lookup(Type table, Type index) { return (Type)_mm256_shuffle_epi8((__m256i)table, (__m256i)index); }
 };
 #endif
@@ -52,6 +69,8 @@ struct Bytes64 {
     static constexpr int kBytes = 64;
     typedef uint8_t Type __attribute__((vector_size(64)));
     static Type shifted(Type x, int n) { return (Type)_mm512_srli_epi16((__m512i)x, n); }
+    static Type raised(Type x, int n) { return (Type)_mm512_slli_epi16((__m512i)x, n); }
+    static Type nibbles(Type x) { return x; }
     static Type lookup(Type table, Type index) { return (Type)_mm512_shuffle_epi8((__m512i)table, (__m512i)index); }
 };
 #endif
@@ -222,17 +241,25 @@ inline Bytes16::Type twice<Bytes16>(const uint8_t* half) {
 }
 #endif
 
-// The levels of a vector of each of the four segments. low: the codes of two bits; third: their third bits, bits 2 s of segment s.
-template <class Bytes>
-inline void look_up_three_bits(typename Bytes::Type table, typename Bytes::Type low, typename Bytes::Type third, int segment,
-                               uint8_t* to) {
+// Calls put(s, levels) with the levels of a vector of each segment s of four. low: the codes of two bits; third: their third bits,
+// bits 2 s of segment s.
+template <class Bytes, class Put>
+HFKV_INLINE void look_up_three_bits(typename Bytes::Type table, typename Bytes::Type low, typename Bytes::Type third, const Put& put) {
     typedef typename Bytes::Type Type;
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; s++) {
-        const Type high = (s ? Bytes::shifted(third, 2 * s - 2) : third << 2) & 4;
-        const Type level = Bytes::lookup(table, (Bytes::shifted(low, 2 * s) & 3) | high);
+    const Type even = (low & 0x33) | (Bytes::raised(third, 2) & 0x44), odd = (Bytes::shifted(low, 2) & 0x33) | (third & 0x44);
+    put(0, Bytes::lookup(table, Bytes::nibbles(even)));
+    put(1, Bytes::lookup(table, Bytes::nibbles(odd)));
+    put(2, Bytes::lookup(table, Bytes::nibbles(Bytes::shifted(even, 4))));
+    put(3, Bytes::lookup(table, Bytes::nibbles(Bytes::shifted(odd, 4))));
+}
+
+template <class Bytes>
+HFKV_INLINE void store_three_bits(typename Bytes::Type table, typename Bytes::Type low, typename Bytes::Type third, int segment,
+                                  uint8_t* to) {
+    typedef typename Bytes::Type Type;
+    look_up_three_bits<Bytes>(table, low, third, [&](int s, Type level) __attribute__((always_inline)) {
         std::memcpy(to + s * segment, &level, sizeof level);
-    }
+    });
 }
 
 // A mask of the bytes of a vector from j on that belong to the first half of a segment.
@@ -242,6 +269,18 @@ inline typename Bytes::Type in_first_half(int j, int half) {
     for (int i = 0; i < Bytes::kBytes; i++) mask[i] = j + i < half ? 0xff : 0;
     return mask;
 }
+
+// x with its second half shifted by a bit; every second bit counts. mask: the first half.
+template <class Bytes>
+inline typename Bytes::Type second_half_shifted(typename Bytes::Type x, typename Bytes::Type mask) {
+    return (x & mask) | (Bytes::shifted(x, 1) & ~mask);
+}
+#if defined(__AVX2__)
+template <>
+inline Bytes32::Type second_half_shifted<Bytes32>(Bytes32::Type x, Bytes32::Type) {
+    return (Bytes32::Type)_mm256_srlv_epi64((__m256i)x, _mm256_setr_epi64x(0, 0, 1, 1));
+}
+#endif
 
 // kOne: whether a segment fills one vector.
 template <class Bytes, bool kOne>
@@ -255,9 +294,9 @@ inline void unpack_three_bits(const uint8_t* codes, int n, int segment, const ui
         const uint8_t* row = codes + (int64_t)t * (segment + half);
         for (int j = 0; j < (kOne ? kBytes : segment); j += kBytes) {
             Type third = kOne ? twice<Bytes>(row + segment) : load_bytes<Bytes>(row + segment + j % half);
-            if (kOne) third = (third & mask) | (Bytes::shifted(third, 1) & ~mask);
+            if (kOne) third = second_half_shifted<Bytes>(third, mask);
             else if (j >= half) third = Bytes::shifted(third, 1);
-            look_up_three_bits<Bytes>(table, load_bytes<Bytes>(row + j), third, segment, out + (int64_t)t * 4 * segment + j);
+            store_three_bits<Bytes>(table, load_bytes<Bytes>(row + j), third, segment, out + (int64_t)t * 4 * segment + j);
         }
     }
 }
@@ -266,26 +305,21 @@ inline void unpack_three_bits(const uint8_t* codes, int n, int segment, const ui
 // The same for segments of 16 bytes, two rows at a time in the halves of a vector; n is even.
 inline void unpack_pairs_of_three_bit_rows(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out, Stream& next) {
     constexpr int kRow = 24, kDim = 64;
-    const __m256i table = _mm256_loadu_si256((const __m256i*)levels), three = _mm256_set1_epi8(3), four = _mm256_set1_epi8(4);
-    // Bit 2 s of byte j is the third bit of channel j of segment s.
-    const __m256i second = _mm256_set_epi64x(-1, 0, -1, 0);
+    const Bytes32::Type table = load_bytes<Bytes32>(levels);
+    const __m256i second_halves = _mm256_setr_epi64x(0, 1, 0, 1);
     for (int t = 0; t < n; t += 2) {
         if (t % 16 == 0) next.work(2);
         const uint8_t* row = codes + (int64_t)t * kRow;
         const auto pair = [&](int i) { return _mm_loadu_si128((const __m128i*)(row + i)); };
         const auto twice_eight = [&](int i) { return _mm_castpd_si128(_mm_loaddup_pd((const double*)(row + i))); };
         const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(pair(0)), pair(kRow), 1);
-        __m256i third = _mm256_inserti128_si256(_mm256_castsi128_si256(twice_eight(16)), twice_eight(kRow + 16), 1);
-        third = _mm256_blendv_epi8(third, _mm256_srli_epi16(third, 1), second);
+        const __m256i third = _mm256_inserti128_si256(_mm256_castsi128_si256(twice_eight(16)), twice_eight(kRow + 16), 1);
         uint8_t* to = out + (int64_t)t * kDim;
-#pragma GCC unroll 4
-        for (int s = 0; s < 4; s++) {
-            const __m256i high = _mm256_and_si256(s ? _mm256_srli_epi16(third, 2 * s - 2) : _mm256_slli_epi16(third, 2), four);
-            const __m256i two = _mm256_and_si256(s ? _mm256_srli_epi16(low, 2 * s) : low, three);
-            const __m256i level = _mm256_shuffle_epi8(table, _mm256_or_si256(two, high));
-            _mm_storeu_si128((__m128i*)(to + 16 * s), _mm256_castsi256_si128(level));
-            _mm_storeu_si128((__m128i*)(to + kDim + 16 * s), _mm256_extracti128_si256(level, 1));
-        }
+        const auto put = [&](int s, Bytes32::Type level) __attribute__((always_inline)) {
+            _mm_storeu_si128((__m128i*)(to + 16 * s), _mm256_castsi256_si128((__m256i)level));
+            _mm_storeu_si128((__m128i*)(to + kDim + 16 * s), _mm256_extracti128_si256((__m256i)level, 1));
+        };
+        look_up_three_bits<Bytes32>(table, (Bytes32::Type)low, (Bytes32::Type)_mm256_srlv_epi64(third, second_halves), put);
     }
 }
 #endif
@@ -309,7 +343,7 @@ inline void unpack_overlapping_three_bits(const uint8_t* codes, int n, int segme
             const Type mask = masks[j / kBytes];
             const Type first = load_bytes<Bytes>(row + segment + j), second = load_bytes<Bytes>(row + segment + j - half);
             const Type third = (first & mask) | (Bytes::shifted(second, 1) & ~mask);
-            look_up_three_bits<Bytes>(table, load_bytes<Bytes>(row + j), third, segment, out + (int64_t)t * 4 * segment + j);
+            store_three_bits<Bytes>(table, load_bytes<Bytes>(row + j), third, segment, out + (int64_t)t * 4 * segment + j);
         }
     }
 }
