@@ -11,8 +11,8 @@ task to the file before it:
 6. ``base``: the methods that transformers calls (``update``, ``crop``, ``reorder_cache``, ...).
 
 Layers that evict tokens add ``gate_scores`` (what a policy gives tokens as they come), ``evicting_attention``
-(attention that an eviction policy observes), ``evicting_rollback`` (how drafts are undone) and ``evicting`` (when tokens
-are dropped).
+(attention that an eviction policy observes), ``evicting_rollback`` (how drafts are undone) and ``evicting`` (when
+tokens are dropped).
 
 ``sparse`` adds to either kind that steps read only the pages that a selector picks.
 

@@ -57,7 +57,7 @@ class EvictingLayer(EvictingRollback):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._attended:
             raise self.not_attended()
-        scores = self.scores_of_new(key_states)
+        scores = self.scores_of_new(key_states) if self.eviction.policy.needs_hidden else None
         self._flush_prefill(key_states.shape[2])
         if self.rollback.recording:
             self._begin_drafts()

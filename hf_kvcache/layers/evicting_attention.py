@@ -183,7 +183,8 @@ class EvictingAttention(GateScores):
         observations.see(self.queries_for_policy(draft.call.queries), new.position, new.valid, drafted)
         if accumulated:
             observations.add_attention(storage, result, 0 if new.stored else new.length, new.valid)
-        self._keep_scores(new)
+        if new.scores is not None:  # asked here, since every decoding step comes by
+            self._keep_scores(new)
         return output
 
     def _steps_with_sums(self, call: AttentionCall) -> bool:

@@ -51,15 +51,13 @@ class GateScores(KVCacheLayer):
             self._module_checked = True
         self._hidden = hidden if isinstance(hidden, torch.Tensor) else None
 
-    def scores_of_new(self, key_states: torch.Tensor) -> torch.Tensor | None:
-        """What the policy gives the tokens of ``key_states [B, Hkv, T, Dk]``, ``[B, Hkv, T]``; None if nothing.
+    def scores_of_new(self, key_states: torch.Tensor) -> torch.Tensor:
+        """What a policy that needs hidden states gives the tokens of ``key_states [B, Hkv, T, Dk]``, ``[B, Hkv, T]``.
 
         Raises:
             RuntimeError: if the hidden states of these tokens were not seen.
             ValueError: if the scores are those of another number of heads.
         """
-        if not self.eviction.policy.needs_hidden:
-            return None
         hidden, self._hidden = self._hidden, None
         batch, heads, tokens, _ = key_states.shape
         if hidden is None or hidden.dim() != 3 or hidden.shape[:2] != (batch, tokens):
