@@ -117,9 +117,10 @@ def test_the_bias_is_where_the_tokens_are() -> None:
     assert sizes[0] - sizes[1] == 2 * PAGE * pages
 
 
-@pytest.mark.parametrize(
-    "policy", [*REPLAYING, *(pytest.param(name, marks=pytest.mark.slow) for name in ("kvzipplus", "rare-rms"))]
-)
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("kvzipplus", "rare-rms")]
+
+
+@pytest.mark.parametrize("policy", [*REPLAYING, *SLOWER])
 @pytest.mark.parametrize("bits", [None, 8])
 def test_replayed_queries_are_matched(policy: str, bits: int | None) -> None:
     """A padded batch: for the queries of the second reading the output comes nearer, in float64, written out."""
