@@ -109,11 +109,16 @@ WRAPPED = (
     "ada-expected",
     "ada-dropkv",
     "across-reread",
+    "across-rare-reread",
     "critical-snapkv",
     "chunk-snapkv",
     "chunk-dropkv",
     "threshold-snapkv",
 )
+#: Options that a policy of these is best with, and fitted selections with their shares: they are for few tokens.
+OPTIONS = {"across-rare-reread": ":power=4"}
+MATCHED = ("rms@{}:compensate=match", "rare-rms@{}:share=0.2;compensate=match")
+MATCHED_SHARES = (0.125, 0.0625, 0.03125)
 #: kvpress's methods in the suite *eviction*, where its environment is there, and their shares, which are few: it
 #: prefills each context again for each of them.
 PEERS = ("snapkv", "expected", "keydiff", "compactor", "kvzip", "random")
@@ -149,7 +154,8 @@ def caches(name: str) -> list[str]:
         # A gate is a file of its own for each model: its specs are given by hand.
         policies = [policy for policy in eviction.available() if policy not in ("keepall", "gate")]
         policies += WRAPPED
-        ours = [f"{policy}@{share}" for policy in policies for share in SHARES]
+        ours = [f"{policy}@{share}{OPTIONS.get(policy, '')}" for policy in policies for share in SHARES]
+        ours += [spec.format(share) for spec in MATCHED for share in MATCHED_SHARES]
         peers = [f"{PREFIX}{press}@{share}" for press in PEERS for share in PEER_SHARES if environment.is_made()]
         return ["full", *ours, *peers]
     if name == "sparse":
