@@ -23,6 +23,7 @@ CALLED = {
     "hadamard": ("rotate",),
     "pack": ("pack_bits", "decode_side"),
     "encode": ("encode_pages", "key_mean"),
+    "key_basis": ("key_basis",),
     "key_scale": ("key_scale",),
     "latent_gather": ("gather_latents",),
     "choose": ("PreparedChoice._launch",),
