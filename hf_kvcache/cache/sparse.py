@@ -143,6 +143,8 @@ def _check_selector(selector: Selector, page_size: int) -> None:
     if selector.span is not None and page_size % selector.span:
         accepted = [n for n in range(1, page_size + 1) if page_size % n == 0]
         raise ValueError(f"span={selector.span!r}; accepted: {accepted}, which divide page_size={page_size}")
+    if selector.across and selector.reach is None:
+        raise ValueError(f"selector={selector!r} has across=True and reach=None; accepted: across=False, or a reach")
     # Kernels read a weight for each vector, or mean and deviation.
     if selector.reach is not None:
         if selector.vectors != 2:

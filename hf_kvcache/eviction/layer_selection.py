@@ -199,7 +199,7 @@ class LayerSelection:
     def _unknown_module(self) -> ValueError:
         return ValueError(
             f"policy {self.policy.name!r} needs the attention module of layer {self.place.layer_index}, which is not "
-            "known: the cache was unpickled, or its model is gone. Run the model with the cache before it evicts"
+            "known: the cache was unpickled, or its model is gone. Call compress() before a cache is pickled"
         )
 
     @property

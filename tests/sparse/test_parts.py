@@ -32,6 +32,12 @@ class OneWeight(Quest):
     size_weights = (0.5,)  # type: ignore[assignment]
 
 
+class AcrossBounds(Quest):
+    """A selector whose heads would share pages by scores that are no probabilities."""
+
+    across = True
+
+
 class OneMoment(Landmark):
     """A selector that would have kernels read a deviation which it does not keep."""
 
@@ -111,6 +117,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"reach='far'; accepted: finite numbers above 0",
     ),
     "across": (lambda: SparseReadCache(CONFIG, across="yes"), ValueError, r"across='yes'; accepted: True or False"),
+    "across without reach": (
+        lambda: SparseReadCache(CONFIG, selector=AcrossBounds()),
+        ValueError,
+        r"selector=quest has across=True and reach=None; accepted: across=False",
+    ),
     "one moment": (
         lambda: SparseReadCache(CONFIG, selector=OneMoment()),
         ValueError,
