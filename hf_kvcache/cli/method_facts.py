@@ -26,7 +26,7 @@ from hf_kvcache.sparse import registry as selectors
 _WIDTH, _PAGE = 128, 128
 _PAPER = re.compile(r"arXiv:(\d{4}\.\d{5})")
 #: Share of the tokens kept, of the width, and of the tokens read, whose figure is shown.
-_KEPT, _RANK, _READ = "0.2", "0.5", "0.25"
+_KEPT, _RANK, _READ = "0.25", "0.5", "0.25"
 #: Bits whose figure is shown of codecs that have them.
 _BITS = 4
 _NONE = "nothing"

@@ -48,7 +48,7 @@ def test_figures_are_those_of_the_results(capsys: pytest.CaptureFixture[str]) ->
     assert main(["methods", "--json"]) == 0
     found = {(method["kind"], method["name"]): method for method in json.loads(capsys.readouterr().out)}
     for key, file, cell in (
-        (("policy", "snapkv"), "eviction.csv", "fidelity@1024,snapkv@0.2,"),
+        (("policy", "snapkv"), "eviction.csv", "fidelity@1024,snapkv@0.25,"),
         (("codec", "kvarn"), "standard.csv", "fidelity@4096,kvarn4,"),
     ):
         lines = (ROOT / "docs" / "evaluation" / file).read_text(encoding="utf-8").splitlines()
