@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     publish = commands.add_parser("publish", help="write the tracked CSV file of a run and its page")
     publish.add_argument("folder", type=Path, help="the --out of run")
     publish.add_argument("--out", type=Path, default=PAGES, help="default: %(default)s")
+    publish.add_argument("--add", action="store_true", help="keep what the CSV file has of other caches and tasks")
     publish.set_defaults(run=_publish)
 
     overview = commands.add_parser("overview", help="draw README's plot of quality, bytes and speed from the CSV files")
@@ -147,7 +148,7 @@ def _report(args: argparse.Namespace) -> int:
 def _publish(args: argparse.Namespace) -> int:
     from hf_kvcache_eval.report import publish
 
-    return _tell(publish(args.folder, args.out))
+    return _tell(publish(args.folder, args.out, add=args.add))
 
 
 def _overview(args: argparse.Namespace) -> int:

@@ -527,6 +527,27 @@ def test_what_is_published_needs_no_cells_and_is_small(tmp_path: Path) -> None:
     assert [file.read_bytes() for file in files] == before
 
 
+def test_a_run_is_added_to_what_is_published(tmp_path: Path) -> None:
+    """Old rows stay, those measured again change, and a failure does not take a finished cell away."""
+    for run, figures in (("first", {"a": 1.0, "b": 2.0, "c": 3.0}), ("second", {"b": 4.0, "d": 5.0})):
+        for cache, kl in figures.items():
+            metrics = {"kl": mean_metric([kl] * 6, False, "nats")}
+            Store(tmp_path / run).write(Cell(cache, "fidelity@64", metrics=metrics, seed=len(figures)), {})
+    Store(tmp_path / "second").write(Cell("c", "fidelity@64", status="failed", error="broke"), {})
+    publish(tmp_path / "first", tmp_path / "docs", "mine")
+    files = publish(tmp_path / "second", tmp_path / "docs", "mine", add=True)
+    found = read_csv(files[0])
+    task = "fidelity@64"
+    assert {cache: cell.metrics["kl"].value for (cache, _), cell in found.done.items()} == {
+        "a": 1,
+        "b": 4,
+        "c": 3,
+        "d": 5,
+    }
+    assert [found.done[cache, task].seed for cache in "abcd"] == [3, 2, 3, 2]
+    assert not found.failed
+
+
 def test_a_csv_of_another_form_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("a,b\n1,2\n")

@@ -22,22 +22,38 @@ from hf_kvcache_eval.report.write import PICTURED, content
 _PICTURES, _DPI, _COLORS = 2, 75, 32
 
 
-def publish(folder: Path, out: Path, name: str | None = None) -> list[Path]:
+def publish(folder: Path, out: Path, name: str | None = None, *, add: bool = False) -> list[Path]:
     """Write the CSV of the comparison in ``folder`` to ``out``, and its page; returns the files written.
 
     Args:
         folder: of the comparison, with ``cells`` and ``timings``.
         out: where to write. Made where it does not exist.
         name: of the CSV without its suffix; the folder's if None.
+        add: keep the rows of a CSV that is there, and put those of the folder in or over them. Each cell keeps the
+            machine and date that it was measured on.
 
     Raises:
-        ValueError: if the folder has no cell that can be read.
+        ValueError: if the folder has no cell that can be read, or ``add`` finds another sort of CSV there.
     """
     found = load(folder)
     out.mkdir(parents=True, exist_ok=True)
     table = out / f"{name or folder.resolve().name}.csv"
+    if add and table.exists():
+        found = _over(read_csv(table), found)
     write_csv(found, table)
     return [table, *write_page(table)]
+
+
+def _over(old: Comparison, new: Comparison) -> Comparison:
+    """Both comparisons' cells; the new one's where both have one. A new failure replaces no finished cell."""
+    done = old.done | new.done
+    failed = {(cell.cache, cell.task): cell for cell in (*old.failed, *new.failed)}
+    return Comparison(
+        done=done,
+        failed=[cell for key, cell in failed.items() if key not in done],
+        unreadable=sorted({*old.unreadable, *new.unreadable}),
+        timings=old.timings | new.timings,
+    )
 
 
 def write_page(table: Path, out: Path | None = None) -> list[Path]:
