@@ -2,19 +2,21 @@
 
     python -m benchmarks.bench_load [--quick] [--shapes 32/8/128] [--tokens 4096] [--busy 2]
 
-All methods hold the same tokens in one process and take turns, as in `bench_decode`. Idle and busy spells alternate;
-the busy processes of a spell run an empty loop of Python. Beside them a step takes either its own time or, where a
-thread of it has to wait for a core, some milliseconds more. So the means are compared here, not the medians: a
-*slowdown* is the mean step beside busy processes over the mean step without them. Threads that wait for others by
-spinning take the cores from those that work. So GNU's OpenMP, which both torch and our kernels run on, is told not to
-spin (``GOMP_SPINCOUNT=0``), for all methods alike, unless the variable is set already: ``GOMP_SPINCOUNT=30000000000``
-is what it does without being told.
+All methods hold the same tokens in one process and take turns, in an order that is drawn anew for every step. The
+system gives a core to another process after some milliseconds; in a fixed order it would be the same method, again and
+again, that meets this moment. Idle and busy spells alternate; the busy processes of a spell run an empty loop of
+Python. Beside them a step takes either its own time or, where a thread of it has to wait for a core, some milliseconds
+more. So the means are compared here, not the medians: a *slowdown* is the mean step beside busy processes over the mean
+step without them. Threads that wait for others by spinning take the cores from those that work. So GNU's OpenMP, which
+both torch and our kernels run on, is told not to spin (``GOMP_SPINCOUNT=0``), for all methods alike, unless the
+variable is set already: ``GOMP_SPINCOUNT=30000000000`` is what it does without being told.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import subprocess
 import sys
 import time
@@ -58,8 +60,12 @@ def busy(processes: int) -> Iterator[None]:
             process.wait()
 
 
-def spell(methods: dict[str, Method], shape: Shape, steps: int, times: dict[str, list[float]]) -> None:
-    """Some steps of every method, in turns, from where it stood first; their microseconds are added to ``times``."""
+def spell(
+    methods: dict[str, Method], shape: Shape, steps: int, draw: random.Random, times: dict[str, list[float]]
+) -> None:
+    """Some steps of every method from where it stood first, in turns that are drawn anew for each step; their
+    microseconds are added to ``times``.
+    """
     for method in methods.values():
         if isinstance(method, CacheMethod):
             method.restore()
@@ -67,7 +73,7 @@ def spell(methods: dict[str, Method], shape: Shape, steps: int, times: dict[str,
             method.length = method.keys.shape[2] - _MOST_STEPS - _WARM_UP
     for number in range(_WARM_UP + steps):
         token = (shape.queries(1), *shape.tokens(1))
-        for name, method in methods.items():
+        for name, method in draw.sample(list(methods.items()), len(methods)):
             taken = cpu_clock(partial(method.step, *token, method.mask(1)))
             if number >= _WARM_UP:
                 times[name].append(taken)
@@ -86,10 +92,11 @@ def measure(shape: Shape, tokens: int, args: argparse.Namespace) -> list[Row]:
         elif isinstance(method, CacheMethod):
             method.keep()
     times: dict[bool, dict[str, list[float]]] = {loaded: {name: [] for name in METHODS} for loaded in (False, True)}
+    draw = random.Random(tokens)
     for _ in range(args.spells):
         for loaded in (False, True):
             with busy(args.busy if loaded else 0):
-                spell(methods, shape, args.steps, times[loaded])
+                spell(methods, shape, args.steps, draw, times[loaded])
     idle, beside = ({name: mean(found) for name, found in times[loaded].items()} for loaded in (False, True))
     return [
         {

@@ -79,62 +79,101 @@ struct Float8 {
     static float load_one(const uint8_t* p) { return from_float8(*p); }
 };
 
-// Dot products of `count` queries with n rows of elements `stride` bytes apart: scores[m * pitch + t].
+// The sums of the lanes of N vectors, each to out[i * pitch].
+template <int N>
+HFKV_INLINE void store_sums(const Vec* v, float* out, int64_t pitch) {
+    int i = 0;
+#if defined(__AVX__)
+#pragma GCC unroll 4
+    for (; i + 4 <= N; i += 4) {
+        alignas(16) float four[4];
+        _mm_store_ps(four, sums_of_four(v + i));
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) out[(i + j) * pitch] = four[j];
+    }
+#endif
+#pragma GCC unroll 4
+    for (; i < N; i++) out[i * pitch] = sum(v[i]);
+}
+
+// Dot products of M queries with T rows: scores[m * pitch + t].
+template <class Element, int M, int T>
+HFKV_INLINE void dot_some(const uint8_t* rows, int64_t stride, int dim, const float* query, int query_pitch, float* scores, int pitch) {
+    Vec total[T][M];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) total[t][m] = splat(0.0f);
+    int c = 0;
+    for (; c + kLanes <= dim; c += kLanes) {
+        Vec x[T];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) x[t] = Element::load_vec(rows + t * stride + c * Element::kBytes);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+            const Vec q = load(query + m * query_pitch + c);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) total[t][m] += x[t] * q;
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) store_sums<M>(total[t], scores + t, pitch);
+    for (; c < dim; c++)
+        for (int t = 0; t < T; t++) {
+            const float x = Element::load_one(rows + t * stride + c * Element::kBytes);
+            for (int m = 0; m < M; m++) scores[m * pitch + t] += x * query[m * query_pitch + c];
+        }
+}
+
+// Dot products of M queries with n rows of elements `stride` bytes apart: scores[m * pitch + t].
 template <class Element, int M>
 void dot_elements(const uint8_t* rows, int64_t stride, int n, int dim, const float* query, int query_pitch, float* scores,
                   int pitch, Stream& next) {
-    for (int t = 0; t < n; t++) {
-        const uint8_t* row = rows + t * stride;
-        if (t % 16 == 0) next.work(6);
-        Vec total[M];
-        for (int m = 0; m < M; m++) total[m] = splat(0.0f);
-        int c = 0;
-        for (; c + kLanes <= dim; c += kLanes) {
-            const Vec x = Element::load_vec(row + c * Element::kBytes);
-            for (int m = 0; m < M; m++) total[m] += x * load(query + m * query_pitch + c);
-        }
-        float rest[M];
-        for (int m = 0; m < M; m++) rest[m] = 0;
-        for (; c < dim; c++) {
-            const float x = Element::load_one(row + c * Element::kBytes);
-            for (int m = 0; m < M; m++) rest[m] += x * query[m * query_pitch + c];
-        }
-        for (int m = 0; m < M; m++) scores[m * pitch + t] = sum(total[m]) + rest[m];
+    // Several rows at once, so that there are other sums to add to while one is under way.
+    constexpr int kRows = M == 1 ? 4 : 2;
+    const int64_t ahead = next.bytes(6 * kRows, 16);
+    int t = 0;
+    for (; t + kRows <= n; t += kRows) {
+        next.fetch(ahead);
+        dot_some<Element, M, kRows>(rows + t * stride, stride, dim, query, query_pitch, scores + t, pitch);
     }
+    for (; t < n; t++) dot_some<Element, M, 1>(rows + t * stride, stride, dim, query, query_pitch, scores + t, pitch);
 }
 
-// output[m * output_pitch + c] += sum over t of weights[m * pitch + t] * element[t][c]; the sums stay in registers.
+// output[m * output_pitch + c] += sum over t of weights[m * pitch + t] * element[t][c], for V vectors of channels from c on; the sums
+// stay in registers.
+template <class Element, int M, int V>
+HFKV_INLINE void weigh_some(const uint8_t* rows, int64_t stride, int n, int dim, int c, const float* weights, int pitch, float* output,
+                            int output_pitch, Stream& next) {
+    const int64_t ahead = next.bytes(12 * V * kLanes, 16 * dim);
+    Vec total[M][V];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) total[m][v] = load(output + m * output_pitch + c + v * kLanes);
+    for (int t = 0; t < n; t++) {
+        const uint8_t* row = rows + t * stride + c * Element::kBytes;
+        if (t % 2 == 0) next.fetch(ahead);
+        Vec x[V];
+        for (int v = 0; v < V; v++) x[v] = Element::load_vec(row + v * kLanes * Element::kBytes);
+        for (int m = 0; m < M; m++) {
+            const Vec w = splat(weights[m * pitch + t]);
+            for (int v = 0; v < V; v++) total[m][v] += w * x[v];
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) store(output + m * output_pitch + c + v * kLanes, total[m][v]);
+}
+
+// The same for all channels.
 template <class Element, int M>
 void weigh_elements(const uint8_t* rows, int64_t stride, int n, int dim, const float* weights, int pitch, float* output,
                     int output_pitch, Stream& next) {
-    constexpr int kVectors = 16 / M > 4 ? 4 : 16 / M;
+    // Sums, elements and a weight have to fit in the registers.
+    constexpr int kVectors = M <= 2 || kRegisters == 32 ? 4 : 2;
     int c = 0;
-    for (; c + kVectors * kLanes <= dim; c += kVectors * kLanes) {
-        Vec total[M][kVectors];
-        for (int m = 0; m < M; m++)
-            for (int v = 0; v < kVectors; v++) total[m][v] = load(output + m * output_pitch + c + v * kLanes);
-        for (int t = 0; t < n; t++) {
-            const uint8_t* row = rows + t * stride + c * Element::kBytes;
-            if (c == 0 && t % 16 == 0) next.work(6);
-            Vec x[kVectors];
-            for (int v = 0; v < kVectors; v++) x[v] = Element::load_vec(row + v * kLanes * Element::kBytes);
-            for (int m = 0; m < M; m++) {
-                const Vec w = splat(weights[m * pitch + t]);
-                for (int v = 0; v < kVectors; v++) total[m][v] += w * x[v];
-            }
-        }
-        for (int m = 0; m < M; m++)
-            for (int v = 0; v < kVectors; v++) store(output + m * output_pitch + c + v * kLanes, total[m][v]);
-    }
-    for (; c + kLanes <= dim; c += kLanes) {
-        Vec total[M];
-        for (int m = 0; m < M; m++) total[m] = load(output + m * output_pitch + c);
-        for (int t = 0; t < n; t++) {
-            const Vec x = Element::load_vec(rows + t * stride + c * Element::kBytes);
-            for (int m = 0; m < M; m++) total[m] += splat(weights[m * pitch + t]) * x;
-        }
-        for (int m = 0; m < M; m++) store(output + m * output_pitch + c, total[m]);
-    }
+    for (; c + kVectors * kLanes <= dim; c += kVectors * kLanes)
+        weigh_some<Element, M, kVectors>(rows, stride, n, dim, c, weights, pitch, output, output_pitch, next);
+    for (; c + kLanes <= dim; c += kLanes)
+        weigh_some<Element, M, 1>(rows, stride, n, dim, c, weights, pitch, output, output_pitch, next);
     for (; c < dim; c++)
         for (int t = 0; t < n; t++) {
             const float x = Element::load_one(rows + t * stride + c * Element::kBytes);

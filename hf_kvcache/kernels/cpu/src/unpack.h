@@ -302,24 +302,25 @@ inline void unpack_three_bits(const uint8_t* codes, int n, int segment, const ui
 }
 
 #if defined(__AVX2__)
-// The same for segments of 16 bytes, two rows at a time in the halves of a vector; n is even.
-inline void unpack_pairs_of_three_bit_rows(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out, Stream& next) {
+// The same for rows of 64. The halves of a vector are segments 0 and 1, and then 2 and 3; its quarters are eighths of a row. The third
+// bit of a code goes below the other two here, since bits can be shifted by another count in each quarter to the right only.
+inline void unpack_three_bit_rows_of_64(const uint8_t* codes, int n, const uint8_t* levels, uint8_t* out, Stream& next) {
     constexpr int kRow = 24, kDim = 64;
-    const Bytes32::Type table = load_bytes<Bytes32>(levels);
-    const __m256i second_halves = _mm256_setr_epi64x(0, 1, 0, 1);
-    for (int t = 0; t < n; t += 2) {
+    typedef Bytes32::Type Type;
+    const __m128i by_code = _mm_loadu_si128((const __m128i*)levels);
+    const Type table = (Type)_mm256_broadcastsi128_si256(_mm_unpacklo_epi8(by_code, _mm_srli_si128(by_code, 4)));
+    const __m256i segments = _mm256_setr_epi64x(0, 0, 2, 2), eighths = _mm256_setr_epi64x(0, 1, 2, 3);
+    for (int t = 0; t < n; t++) {
         if (t % 16 == 0) next.work(2);
         const uint8_t* row = codes + (int64_t)t * kRow;
-        const auto pair = [&](int i) { return _mm_loadu_si128((const __m128i*)(row + i)); };
-        const auto twice_eight = [&](int i) { return _mm_castpd_si128(_mm_loaddup_pd((const double*)(row + i))); };
-        const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(pair(0)), pair(kRow), 1);
-        const __m256i third = _mm256_inserti128_si256(_mm256_castsi128_si256(twice_eight(16)), twice_eight(kRow + 16), 1);
-        uint8_t* to = out + (int64_t)t * kDim;
-        const auto put = [&](int s, Bytes32::Type level) __attribute__((always_inline)) {
-            _mm_storeu_si128((__m128i*)(to + 16 * s), _mm256_castsi256_si128((__m256i)level));
-            _mm_storeu_si128((__m128i*)(to + kDim + 16 * s), _mm256_extracti128_si256((__m256i)level, 1));
-        };
-        look_up_three_bits<Bytes32>(table, (Bytes32::Type)low, (Bytes32::Type)_mm256_srlv_epi64(third, second_halves), put);
+        int64_t word;
+        std::memcpy(&word, row + 16, sizeof word);
+        const __m256i low = _mm256_srlv_epi64(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)row)), segments);
+        const __m256i third = _mm256_srlv_epi64(_mm256_set1_epi64x(word), eighths);
+        const Type index = (Bytes32::raised((Type)low, 1) & 0x66) | ((Type)third & 0x11);
+        const Type lower = Bytes32::lookup(table, index), upper = Bytes32::lookup(table, Bytes32::shifted(index, 4));
+        std::memcpy(out + (int64_t)t * kDim, &lower, sizeof lower);
+        std::memcpy(out + (int64_t)t * kDim + 32, &upper, sizeof upper);
     }
 }
 #endif
@@ -360,10 +361,7 @@ inline void unpack_three_bits_row(const uint8_t* row, int dim, const uint8_t* le
 inline void unpack_three_bits_planes(const uint8_t* codes, int n, int dim, const uint8_t* levels, uint8_t* out, Stream& next) {
     const int segment = dim / 4;
 #if defined(__AVX2__)
-    if (dim == 64) {
-        unpack_pairs_of_three_bit_rows(codes, n & ~1, levels, out, next);
-        codes += (n & ~1) * 24, out += (n & ~1) * 64, n &= 1;
-    }
+    if (dim == 64) return unpack_three_bit_rows_of_64(codes, n, levels, out, next);
 #endif
     const auto whole = [&](auto bytes) {
         typedef decltype(bytes) Bytes;

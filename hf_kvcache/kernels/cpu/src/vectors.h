@@ -28,6 +28,11 @@
 namespace {
 
 constexpr int kLanes = HFKV_LANES;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 typedef float Vec __attribute__((vector_size(4 * HFKV_LANES)));
 typedef int32_t VecInt __attribute__((vector_size(4 * HFKV_LANES)));
 
@@ -67,6 +72,22 @@ inline float largest_of_eight(__m256 v) {
 }
 #endif
 
+#if defined(__AVX__)
+// The sum of the lanes of each of four vectors.
+inline __m128 sums_of_four(const Vec* v) {
+    __m256 w[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+#if defined(__AVX512F__)
+        w[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[i]), _mm512_extractf32x8_ps((__m512)v[i], 1));
+#else
+        w[i] = (__m256)v[i];
+#endif
+    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(w[0], w[1]), _mm256_hadd_ps(w[2], w[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+}
+#endif
+
 inline float sum(Vec v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)v);
@@ -98,10 +119,14 @@ struct Stream {
         at = goal = record, end = record ? record + bytes : nullptr;
         share = bytes / kUnits + 1;
     }
-    void work(int units) {
+    void work(int units) { fetch(units * share); }
+    // The bytes to fetch for so many units divided by `parts`, and their fetching: where records are so large that those of a unit
+    // at once would hold up the work.
+    int64_t bytes(int units, int parts) const { return units * share / parts + 1; }
+    void fetch(int64_t bytes) {
         if (at >= end) return;
         // The last prefetch may be of a line behind the record, which is harmless wherever it lies.
-        for (goal += units * share; at < goal; at += 64) __builtin_prefetch(at, 0, 2);
+        for (goal += bytes; at < goal; at += 64) __builtin_prefetch(at, 0, 2);
     }
 };
 
