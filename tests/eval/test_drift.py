@@ -100,7 +100,8 @@ def test_the_first_different_token_is_found_without_the_rest(bench: Bench, metho
     first = replace(task, first=True)
     wanted = pieces(bench, method, task)["same"]
     assert pieces(bench, method, first) == {"same": wanted} and min(wanted) < TASK.length
-    assert len(set(wanted)) > 1, "all rows part at once"
+    if method == "int2":
+        assert len(set(wanted)) > 1, "all rows part at once"
     outcome = first.run(bench, Method(method))
     assert set(outcome.metrics) == {"same_tokens", "same_text"} and set(outcome.series) == {"same"}
     assert outcome.metrics["same_tokens"].samples == wanted
