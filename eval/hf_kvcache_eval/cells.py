@@ -105,7 +105,7 @@ class Cell:
     @property
     def slug(self) -> str:
         """The cell's file name without its suffix."""
-        return f"{_slug(self.task)}__{_slug(self.cache)}"
+        return f"{slug(self.task)}__{slug(self.cache)}"
 
     def to_json(self) -> str:
         """The cell as JSON, keys in a fixed order; no NaN or infinity gets in."""
@@ -140,15 +140,15 @@ class Store:
 
     def write(self, cell: Cell, timing: dict[str, Any]) -> None:
         """Keep a cell; it appears whole or not at all."""
-        _write(self.timings / f"{cell.slug}.json", json.dumps(timing, indent=1) + "\n")
-        _write(self.cells / f"{cell.slug}.json", cell.to_json())
+        write_file(self.timings / f"{cell.slug}.json", json.dumps(timing, indent=1) + "\n")
+        write_file(self.cells / f"{cell.slug}.json", cell.to_json())
         if cell.status == "done":
             (self.pieces / f"{cell.slug}.json").unlink(missing_ok=True)
 
     def write_pieces(self, cell: Cell, pieces: list[dict[str, Any]]) -> None:
         """Keep the first pieces of a cell that is not finished; no NaN or infinity gets in."""
         text = json.dumps({"cell": asdict(cell), "pieces": pieces}, allow_nan=False)
-        _write(self.pieces / f"{cell.slug}.json", text + "\n")
+        write_file(self.pieces / f"{cell.slug}.json", text + "\n")
 
     def read_pieces(self, cache: str, task: str) -> tuple[Cell, list[dict[str, Any]]] | None:
         """What :meth:`write_pieces` kept for a cache on a task; None if it is not there or cannot be read."""
@@ -173,11 +173,13 @@ class Store:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """``text`` as a part of a file name."""
     return re.sub(r"[^\w@.=+-]", "_", text)
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """Write a file, and its folder where it is missing; it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".tmp{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ writing from its own tokens, as users do: what it wrote under an error is packed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import median
@@ -15,17 +15,20 @@ from typing import Any
 import torch
 
 from hf_kvcache_eval.caches import Method
-from hf_kvcache_eval.cells import Memory, Metric
+from hf_kvcache_eval.cells import Memory, Metric, Series
 from hf_kvcache_eval.fidelity import by_distance, memory_of
+from hf_kvcache_eval.kept_texts import KeptTexts
 from hf_kvcache_eval.protocol import Reader
 from hf_kvcache_eval.retrieval.task import end_tokens
 from hf_kvcache_eval.statistics import mean_metric
 from hf_kvcache_eval.task import Bench, Outcome, Piece, TaskInPieces
 from hf_kvcache_eval.text import running_text, text_windows
-from hf_kvcache_eval.writing import BLOCK, Choice, Written, loop_start, write
+from hf_kvcache_eval.writing import BLOCK, Choice, Written, equal_tokens, loop_start, write
 
 _RESAMPLES = 2000
 _POSITION = "tokens generated"
+#: What can stand behind the length in the name of such a task.
+MODES = ("sampled", "first")
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Drift(TaskInPieces):
         prompts: windows of the text, spread over it evenly; they are the samples.
         batch: prompts written together.
         sampled: draw tokens in place of taking the likeliest.
+        first: go on with each text only up to its first different token, and find nothing but where that is.
 
     Raises:
         ValueError: naming the argument.
@@ -60,8 +64,9 @@ class Drift(TaskInPieces):
     prefix: int = 512
     length: int = 2000
     prompts: int = 20
-    batch: int = 10
+    batch: int = 20
     sampled: bool = False
+    first: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("prefix", 2), ("length", 1), ("prompts", 1), ("batch", 1)):
@@ -71,13 +76,21 @@ class Drift(TaskInPieces):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"drift@{self.prefix}:{self.length}{':sampled' if self.sampled else ''}"
+        modes = "".join(f":{mode}" for mode in MODES if getattr(self, mode))
+        return f"drift@{self.prefix}:{self.length}{modes}"
+
+    @property
+    def _text_name(self) -> str:
+        """What the full cache writes, which is the same with ``first``."""
+        return self.name.removesuffix(":first")
 
     def count(self, bench: Bench) -> int:
         return len(self._rows(bench))
 
     def measure(self, bench: Bench, method: Method, index: int) -> Piece:
         _check_fits(bench.model(method.dtype).config, self.prefix + self.length)
+        if self.first:
+            return self._parting(bench, method, index)
         found, memory, timing = self._written(bench, method, index)
         full = self._full(bench, index, found.tokens if _is_full(method) else None)
         texts = found.tokens.tolist()
@@ -87,21 +100,17 @@ class Drift(TaskInPieces):
         return Piece(columns | {"same": same, "loop": loops}, memory, timing)
 
     def outcome(self, bench: Bench, found: Piece) -> Outcome:
-        kl = torch.tensor(found.found["kl"], dtype=torch.float64)
         same = torch.tensor(found.found["same"])
         # 1 where a text is still the full cache's, by position.
         still = (torch.arange(1, self.length + 1) <= same[:, None]).double()
         return Outcome(
-            metrics=self._metrics(found.found, kl, bench.protocol.seed),
-            series={
-                "kl": by_distance(kl, _POSITION, "KL (nats)"),
-                "same": by_distance(still, _POSITION, "share of texts that are still the full cache's"),
-            },
+            metrics=self._metrics(found.found, bench.protocol.seed),
+            series=self._series(found.found, still),
             memory=found.memory,
             protocol={
                 "prefix": self.prefix,
                 "length": self.length,
-                "prompts": len(kl),
+                "prompts": len(same),
                 "sampled": self.sampled,
                 "text": running_text(bench)[1],
                 "what": "KL(full || cache) in nats per generated token; the reference reads, through DynamicCache in "
@@ -112,17 +121,30 @@ class Drift(TaskInPieces):
             timing=found.timing,
         )
 
-    def _metrics(self, found: dict[str, list[Any]], kl: torch.Tensor, seed: int) -> dict[str, Metric]:
-        agree = torch.tensor(found["agree"], dtype=torch.float64)
+    def _metrics(self, found: dict[str, list[Any]], seed: int) -> dict[str, Metric]:
         same, last = found["same"], max(1, self.length // 4)
+        texts = {
+            "same_tokens": median_metric(same, "tokens", seed),
+            "same_text": mean_metric([float(one == self.length) for one in same], unit="share"),
+        }
+        if self.first:
+            return texts
+        kl, agree = (torch.tensor(found[name], dtype=torch.float64) for name in ("kl", "agree"))
         return {
             "kl": mean_metric(kl.mean(1), higher_is_better=False, unit="nats"),
             "kl_last_quarter": mean_metric(kl[:, -last:].mean(1), higher_is_better=False, unit="nats"),
             "top1": mean_metric(agree.mean(1), unit="share"),
-            "same_tokens": median_metric(same, "tokens", seed),
-            "same_text": mean_metric([float(one == self.length) for one in same], unit="share"),
+            **texts,
             "loops": mean_metric([float(one >= 0) for one in found["loop"]], False, "share"),
         }
+
+    def _series(self, found: dict[str, list[Any]], still: torch.Tensor) -> dict[str, Series]:
+        """Curves over the position; ``still [n, length]`` is 1 where a text is still the full cache's."""
+        of_texts = {"same": by_distance(still, _POSITION, "share of texts that are still the full cache's")}
+        if self.first:
+            return of_texts
+        kl = torch.tensor(found["kl"], dtype=torch.float64)
+        return {"kl": by_distance(kl, _POSITION, "KL (nats)"), **of_texts}
 
     def _rows(self, bench: Bench) -> tuple[torch.Tensor, ...]:
         """The prompts ``[n, prefix]`` of each piece."""
@@ -130,31 +152,61 @@ class Drift(TaskInPieces):
 
     def _full(self, bench: Bench, index: int, written: torch.Tensor | None) -> torch.Tensor:
         """The texts ``[n, length]`` of the full cache on a piece: ``written`` if that is it, else kept or written."""
-        texts = bench.memo.setdefault((self.name, self.prompts, self.batch, bench.protocol.seed, "texts"), {})
-        if written is not None:
+        texts = bench.memo.setdefault((self._text_name, self.prompts, self.batch, bench.protocol.seed, "texts"), {})
+        kept = self._kept_texts(bench, index)
+        if index not in texts and written is None:
+            texts[index] = kept.read()
+        if texts.get(index) is None:
+            if written is None:
+                written = self._written(bench, Method("full"), index, compare=False)[0].tokens
+            kept.write(written)
             texts[index] = written
-        if index not in texts:
-            texts[index] = self._written(bench, Method("full"), index, compare=False)[0].tokens
         return texts[index]
+
+    def _kept_texts(self, bench: Bench, index: int) -> KeptTexts:
+        """Where the full cache's texts on a piece are kept for other runs, and what they depend on."""
+        model = bench.model()
+        of = {
+            "model": model.name_or_path,
+            "prompts": self._rows(bench)[index].tolist(),
+            "never": sorted(end_tokens(model, bench.tokenizer)),
+            "seed": bench.protocol.seed if self.sampled else None,
+            "length": self.length,
+        }
+        return KeptTexts(bench.folder, f"{self._text_name}-{self.batch}-{index}", of)
+
+    def _parting(self, bench: Bench, method: Method, index: int) -> Piece:
+        """Where the texts of ``method`` part from the full cache's; nothing is written behind that."""
+        texts, same = self._full(bench, index, None), []
+        if _is_full(method):
+            return Piece({"same": [self.length] * len(texts)})
+        timing = {"decode_seconds": 0.0, "decode_calls": 0}
+        for start, part, reader, choose in self._parts(bench, method, index):
+            memory = memory_of(reader.caches[0], reader.model.config, len(part), self.prefix - 1)
+            same += equal_tokens(reader, part[:, -1:], choose, texts[start : start + len(part)], timing)
+        return Piece({"same": same}, memory, timing)
 
     def _written(
         self, bench: Bench, method: Method, index: int, compare: bool = True
     ) -> tuple[Written, Memory, dict[str, float]]:
         """What ``method`` writes on a piece, with its memory after the prefills and what it took."""
-        rows = self._rows(bench)[index].to(bench.model(method.dtype).device)
-        step = self.batch if method.kind.rows else 1
         parts, timing = [], {"decode_seconds": 0.0, "decode_calls": 0}
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            reader = _prefilled(bench, method, part, 1)
+        for _, part, reader, choose in self._parts(bench, method, index):
             memory = memory_of(reader.caches[0], reader.model.config, len(part), self.prefix - 1)
-            choose = Choice(
-                sorted(end_tokens(reader.model, bench.tokenizer)), self._generators(bench, index, start, len(part))
-            )
             full = _prefilled(bench, Method("full"), part, BLOCK) if compare else None
             parts.append(write(reader, full, part[:, -1:], choose, self.length, timing))
         joined = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "kl", "agree"))
         return Written(*joined), memory, timing
+
+    def _parts(self, bench: Bench, method: Method, index: int) -> Iterator[tuple[int, torch.Tensor, Reader, Choice]]:
+        """Rows of a piece that are written together: the first one's place, prompts, a reader of them, its choice."""
+        rows = self._rows(bench)[index].to(bench.model(method.dtype).device)
+        step = self.batch if method.kind.rows else 1
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            reader = _prefilled(bench, method, part, 1)
+            never = sorted(end_tokens(reader.model, bench.tokenizer))
+            yield start, part, reader, Choice(never, self._generators(bench, index, start, len(part)))
 
     def _generators(self, bench: Bench, index: int, start: int, count: int) -> list[torch.Generator] | None:
         """Random numbers of each of ``count`` rows of a piece from row ``start`` on; None where none are drawn."""

@@ -13,12 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from hf_kvcache.cache.prefill_recording import LayerStates, Recording, take_in
 from hf_kvcache.cache.replay import Replayed
-from hf_kvcache.layers.base import KVCacheLayer
-from hf_kvcache_eval.recording import LayerStates, Recording
 
 #: Of keys and values; with queries, which are as large again or larger, twice as much.
 _LIMIT_BYTES = 3 * 2**30
@@ -58,13 +55,7 @@ class Prefill:
 
     def into(self, cache: Any) -> None:
         """Give ``cache``, which is empty, what the model's prefill would have given it."""
-        mask = None if bool(self.mask.all()) else self.mask
-        for index, states in enumerate(self.states):
-            cache.update(_as_projected(states.keys), _as_projected(states.values), index)
-            layer = cache.layers[index]
-            if isinstance(layer, KVCacheLayer):
-                # The attention of a prefill is full attention, after which the layer packs.
-                layer.note_attended(states.call(mask))
+        take_in(cache, self.states, None if bool(self.mask.all()) else self.mask)
 
 
 class Prefills:
@@ -113,23 +104,6 @@ class Prefills:
     def clear(self) -> None:
         """Forget all."""
         self._kept.clear()
-
-
-def can_share(config: Any, cache: Any) -> bool:
-    """Whether ``cache`` can take in a prefill: every layer holds the keys and values of all tokens of its own."""
-    plain = DynamicCache(config=config)
-    if type(plain) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in plain.layers):
-        return False
-    own = [layer for layer in cache.layers if isinstance(layer, KVCacheLayer)]
-    return not any(layer.options.deferred for layer in own)
-
-
-def _as_projected(states: torch.Tensor) -> torch.Tensor:
-    """A copy of ``[B, Hkv, T, D]``, since a cache may keep what it is given and change it.
-
-    In memory it lies token by token, as a projection's output does, so that sums over it are those of a real prefill.
-    """
-    return states.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _key(model: Any, contexts: Contexts) -> tuple[Any, tuple[tuple[int, ...], ...]]:

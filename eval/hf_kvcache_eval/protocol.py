@@ -18,8 +18,9 @@ import torch
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from hf_kvcache import HeavyHitterCache
+from hf_kvcache.cache.prefill_recording import can_take_in
 from hf_kvcache.integration.versions import with_cache
-from hf_kvcache_eval.prefills import Prefill, Prefills, can_share
+from hf_kvcache_eval.prefills import Prefill, Prefills
 
 #: What stands before a context that is read again (KVzip, arXiv:2505.23416).
 _REPEAT = "\n\nRepeat the previous context exactly.\n"
@@ -105,7 +106,7 @@ class Reader:
         for row, context in enumerate(contexts):
             self.mask[row, : width - len(context)] = 0
             tokens[row, width - len(context) :] = torch.tensor(context, device=device)
-        if self.prefills is None or not can_share(self.model.config, self.caches[0]):
+        if self.prefills is None or not can_take_in(self.model.config, self.caches[0]):
             logits, found = self._forward(tokens, self.mask, self.caches[0], logits_to_keep=1)[:, -1], None
         else:
             found = self._shared(self.prefills, contexts, tokens, self.mask)

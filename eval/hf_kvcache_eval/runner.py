@@ -40,7 +40,7 @@ def run(comparison: Comparison, console: Console, processes: Processes = ALONE) 
     if not comparison.caches:
         raise ValueError("caches is empty; accepted: at least one cache spec")
     store = Store(comparison.out)
-    bench = Bench(load=_loader(comparison), protocol=comparison.protocol, data=comparison.data)
+    bench = Bench(_loader(comparison), comparison.protocol, comparison.data, folder=comparison.out)
     bench.prefills = Prefills(_want_queries(comparison.caches)) if comparison.share_prefills else None
     done: list[Cell] = []
     turns = cycle(range(processes.count))

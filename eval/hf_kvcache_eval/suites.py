@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 from hf_kvcache import codecs, eviction
 from hf_kvcache.sparse.registry import available as selectors
 from hf_kvcache_eval.caches import EVICTING_PAGE, EVICTING_TAIL
-from hf_kvcache_eval.drift import Drift
+from hf_kvcache_eval.drift import MODES, Drift
 from hf_kvcache_eval.fidelity import Fidelity
 from hf_kvcache_eval.peers import environment
 from hf_kvcache_eval.peers.presses import PREFIX
@@ -22,6 +23,8 @@ from hf_kvcache_eval.ruler import RulerTask
 from hf_kvcache_eval.speed import Speed
 from hf_kvcache_eval.task import Task
 
+#: What can stand behind the name of *drift*.
+DRIFT_MODES = [list(modes) for count in range(len(MODES) + 1) for modes in combinations(MODES, count)]
 #: Contexts of these tasks are short: with the long tail and pages of the rest nothing would be compressed.
 SHORT = {"tail_length": 8, "page_size": 16, "block": 8}
 #: lm-eval tasks by the names of reports, headline metric first.
@@ -220,8 +223,8 @@ def entry(word: str, size: Size) -> Entry:
     kind, length, modes = match["kind"], match["length"], match["modes"].split(":")[1:]
     if kind in ("fidelity", "speed") and length and not modes:
         return Entry(_FIXED[kind](int(length), size), size.protocol)
-    if kind == "drift" and length and modes and modes[0].isdigit() and modes[1:] in ([], ["sampled"]):
-        drift = Drift(int(length), int(modes[0]), size.windows, sampled=modes[1:] == ["sampled"])
+    if kind == "drift" and length and modes and modes[0].isdigit() and modes[1:] in DRIFT_MODES:
+        drift = Drift(int(length), int(modes[0]), size.windows, **dict.fromkeys(modes[1:], True))
         # It writes token by token, whatever the other tasks do.
         return Entry(drift, size.protocol | {"block": 1})
     if kind in (*kinds(), *READY) and length and modes in ([], ["aware"], ["forced"], ["aware", "forced"]):
@@ -233,7 +236,8 @@ def entry(word: str, size: Size) -> Entry:
     if not length and not modes:
         return _lm_entry(kind, size)
     raise ValueError(
-        f"task={word!r}; accepted: fidelity@N, speed@N, drift@N:LENGTH (with :sampled for drawn tokens), "
+        f"task={word!r}; accepted: fidelity@N, speed@N, drift@N:LENGTH (with :sampled for drawn tokens, "
+        "with :first behind it up to the first different token only), "
         f"{', '.join(f'{kind}@N' for kind in (*kinds(), RULER, *RULER_TASKS))} (with :aware for the question inside "
         "the compressed context; all but ruler's with :forced for a given answer that is decoded in one block), "
         f"{', '.join(LM_TASKS)} and lm-eval's own names"

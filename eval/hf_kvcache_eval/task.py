@@ -48,6 +48,7 @@ class Bench:
         prefills: prefills that all methods share; None to prefill anew for each.
         advance: called with the share (0 to 1) of the present cell that is done.
         memo: what a task keeps for the next method, such as the full cache's distributions.
+        folder: of the comparison, where a task keeps what is too dear to make anew in the next run; None for nowhere.
     """
 
     load: Callable[[torch.dtype], tuple[Any, Any]]
@@ -56,6 +57,7 @@ class Bench:
     prefills: Prefills | None = None
     advance: Callable[[float], None] = lambda share: None
     memo: dict[Any, Any] = field(default_factory=dict)
+    folder: Path | None = None
     _models: dict[torch.dtype, tuple[Any, Any]] = field(default_factory=dict)
 
     def model(self, dtype: torch.dtype | None = None) -> Any:

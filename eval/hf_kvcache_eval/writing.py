@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -37,6 +37,10 @@ class Choice:
             waits = [torch.empty(logits.shape[1]).exponential_(generator=one) for one in self.generators]
             logits -= torch.stack(waits).log().to(logits.device)
         return logits.argmax(-1, keepdim=True)
+
+    def of(self, rows: Sequence[int]) -> Choice:
+        """The same for some of the rows."""
+        return self if self.generators is None else replace(self, generators=[self.generators[row] for row in rows])
 
 
 @dataclass
@@ -78,6 +82,32 @@ def write(
     if full is None:
         return Written(torch.cat(written, 1))
     return Written(torch.cat(written, 1), torch.cat(kl, 1), torch.cat(agree, 1).double())
+
+
+def equal_tokens(
+    reader: Reader, tokens: torch.Tensor, choose: Choice, texts: torch.Tensor, timing: dict[str, float]
+) -> list[int]:
+    """How many tokens of ``texts [B, length]`` each row writes behind ``tokens [B, 1]`` before a different one.
+
+    Rows that have written a different token are let go, so that few are left soon.
+    """
+    same, rows = [texts.shape[1]] * len(texts), list(range(len(texts)))
+    started = time.perf_counter()
+    for at in range(texts.shape[1]):
+        (logits,) = reader.logits(tokens)
+        timing["decode_calls"] += 1
+        tokens = choose(logits[:, -1])
+        equal = (tokens[:, 0].cpu() == texts[rows, at].cpu()).tolist()
+        if all(equal):
+            continue
+        same = [at if row in rows and not equal[rows.index(row)] else one for row, one in enumerate(same)]
+        left = [place for place, still in enumerate(equal) if still]
+        if not left:
+            break
+        reader.fork([int(still) for still in equal])
+        tokens, choose, rows = tokens[left], choose.of(left), [rows[place] for place in left]
+    timing["decode_seconds"] += time.perf_counter() - started
+    return same
 
 
 def loop_start(tokens: Sequence[int]) -> int | None:

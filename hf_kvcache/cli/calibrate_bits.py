@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,26 +30,27 @@ def run_bits(args: argparse.Namespace) -> int:
     found: Iterable[str]
     found = texts.from_files(args.texts) if args.texts else texts.from_dataset(args.dataset, args.split, args.column)
     model, tokenizer = models.load_default_model(args.model, getattr(torch, args.dtype), args.device)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        print(f"\r{done} measured", end="", file=sys.stderr, flush=True)
-
     windows = {"windows": args.windows} if "windows" in args else {}
-    bits = calibrate_bits(
-        model,
-        found,
-        tokenizer,
-        args.bits,
-        args.tokens,
-        args.length,
-        **windows,
-        advance=advance if sys.stderr.isatty() else None,
-    )
+    with _progress_bar() as advance:
+        bits = calibrate_bits(model, found, tokenizer, args.bits, args.tokens, args.length, **windows, advance=advance)
     bits.save(args.out)
     measured = ", ".join(f"{name} {kl:.4f}" for name, kl in bits.measured.items() if name != "bits")
     print(f"{args.out}: widths of {len(bits.layers)} layers, {args.bits:g} bits on average")
     print(f"KL in nats a token on text that was not used: {measured}")
     return 0
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the terminal, told of what was measured and of the most that may be; none without rich."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        yield lambda done, most: None
+        return
+
+    columns = (TextColumn("measuring layers"), BarColumn(), MofNCompleteColumn(), TextColumn("at most"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, most: bar.update(task, completed=done, total=most)

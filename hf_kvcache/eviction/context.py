@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -107,6 +107,22 @@ class Context:
         """Query heads per KV head."""
         assert self.queries is not None
         return self.queries.shape[1] // self.keys.shape[1]
+
+    def latest(self, count: int) -> Context:
+        """The same with the latest ``count`` queries only; itself where it has no more."""
+        more = 0 if self.queries is None else self.queries.shape[2] - count
+        if more <= 0:
+            return self
+        assert self.queries is not None and self.query_positions is not None
+        queries, reach = self.queries[:, :, more:], self.reach
+        known = reach is not None and self.queries is self.reach_of
+        return replace(
+            self,
+            queries=queries,
+            query_positions=self.query_positions[..., more:],
+            reach=(lambda query: reach(query + more)) if reach is not None and known else None,
+            reach_of=queries if known else None,
+        )
 
     def generator(self) -> torch.Generator:
         """A source of random numbers for this layer and moment, the same in every run and for every row."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -90,6 +92,42 @@ def test_the_full_cache_does_not_drift(bench: Bench) -> None:
     assert nothing_packed["kl"].value == pytest.approx(0, abs=1e-6) and nothing_packed["same_text"].value == 1
 
 
+@pytest.mark.parametrize("method", ["int2", "quanto2"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_first_different_token_is_found_without_the_rest(bench: Bench, method: str, sampled: bool) -> None:
+    """Rows that are let go change nothing for the others, nor do caches that hold one sequence each."""
+    task = replace(TASK, prefix=65, batch=3, sampled=sampled)
+    first = replace(task, first=True)
+    wanted = pieces(bench, method, task)["same"]
+    assert pieces(bench, method, first) == {"same": wanted} and min(wanted) < TASK.length
+    if method == "int2":
+        assert len(set(wanted)) > 1, "all rows part at once"
+    outcome = first.run(bench, Method(method))
+    assert set(outcome.metrics) == {"same_tokens", "same_text"} and set(outcome.series) == {"same"}
+    assert outcome.metrics["same_tokens"].samples == wanted
+    assert first.run(bench, Method("full")).metrics["same_text"].value == 1
+
+
+def test_the_full_caches_texts_are_kept_for_the_next_run(bench: Bench, tmp_path: Path) -> None:
+    """For the same model, prompts and length only, whoever writes them first."""
+
+    def run(task: Drift = TASK) -> list[list[int]]:
+        again = Bench(bench.load, PROTOCOL, folder=tmp_path)
+        return task._full(again, 0, None).tolist()
+
+    wanted = TASK._full(bench, 0, None).tolist()
+    assert run() == wanted
+    (file,) = (tmp_path / "texts").iterdir()
+    file.write_text(file.read_text().replace(json.dumps(wanted), json.dumps(other := [[1] * TASK.length] * 2)))
+    assert run() == run(replace(TASK, first=True)) == other
+    assert run(replace(TASK, length=7)) == [row[:7] for row in wanted]
+    assert run(replace(TASK, prefix=49)) != other
+    file.write_text("{")
+    assert run() == wanted == run()
+    TASK.run(Bench(bench.load, PROTOCOL, folder=tmp_path / "full"), Method("full"))
+    assert len(list((tmp_path / "full" / "texts").iterdir())) == TASK.count(bench)
+
+
 @pytest.mark.parametrize("sampled", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_text_depends_on_its_prompt_alone(bench: Bench, sampled: bool) -> None:
     """Not on the batch, and not on the pieces before it, which an interrupted run does not repeat."""
@@ -172,7 +210,9 @@ def test_names_and_what_is_refused(bench: Bench) -> None:
     found = entry("drift@512:2000:sampled", SIZES["standard"])
     assert isinstance(found.task, Drift) and found.task.name == "drift@512:2000:sampled"
     assert found.task.prompts == SIZES["standard"].windows and found.protocol["block"] == 1
-    for word in ("drift@512", "drift@512:x", "drift@512:20:aware", "drift:20"):
+    assert entry("drift@512:20:sampled:first", SIZES["standard"]).task.name == "drift@512:20:sampled:first"
+    assert entry("drift@512:20:first", SIZES["standard"]).task == Drift(512, 20, 8, first=True)
+    for word in ("drift@512", "drift@512:20:first:sampled", "drift@512:x", "drift@512:20:aware", "drift:20"):
         with pytest.raises(ValueError, match=f"task='{word}'; accepted"):
             entry(word, SIZES["standard"])
     for name, value in {"prefix": 1, "length": 0, "prompts": 0, "batch": True}.items():

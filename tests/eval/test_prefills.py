@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import KVCache, bind
+from hf_kvcache.cache.prefill_recording import Recording, can_take_in
 from hf_kvcache.storage.token_view import TokenView
 from hf_kvcache_eval.caches import Method
-from hf_kvcache_eval.prefills import Prefills, can_share
+from hf_kvcache_eval.prefills import Prefills
 from hf_kvcache_eval.protocol import Protocol, Reader
-from hf_kvcache_eval.recording import Recording
 from tests import families
 from tests.eval.kept import kept
 from tests.families import VOCABULARY
@@ -185,7 +185,7 @@ def test_arms_that_go_through_the_same_batches_find_what_there_is_room_for(model
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
 def test_models_whose_caches_hold_more_than_keys_and_values_prefill_each(model: PreTrainedModel, family: str) -> None:
     cache = Method("int4").make(model.config, SMALL)
-    assert not can_share(model.config, cache)
+    assert not can_take_in(model.config, cache)
     prefills = Prefills()
     one = Reader(model, cache, 1, True, prefills)
     one.prefill(contexts(40))

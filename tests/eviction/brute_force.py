@@ -54,6 +54,13 @@ class Head:
             total += math.exp(float(scoring.sink_logits[self.kv_head * self.group + q]))
         return weights / total if total else weights
 
+    def observe_window(self, window: int) -> None:
+        """Leave the latest queries only: as many as a quarter of the quota, fractions counting as one, and no more
+        than ``window``."""
+        quarter = sum(1 for token in range(self.ctx.quota) if token % 4 == 0)
+        left = max(1, min(window, quarter))
+        self.queries, self.at = self.queries[:, max(0, len(self.at) - left) :], self.at[-left:]
+
     def matrix(self) -> np.ndarray:
         """``[group, queries, count]``."""
         return np.array([[self.attention(q, query) for query in range(len(self.at))] for q in range(self.group)])
@@ -113,17 +120,20 @@ def tova(policy: Any, head: Head) -> list[float]:
 
 
 def snapkv(policy: Any, head: Head) -> list[float]:
+    head.observe_window(policy.window)
     plain = head.matrix().mean(axis=(0, 1))
     return _pooled(policy.kernel, head, plain, np.mean)
 
 
 def morphkv(policy: Any, head: Head) -> list[float]:
+    head.observe_window(policy.window)
     matrix = head.matrix()
     fused = matrix.sum(axis=1) if policy.fuse == "sum" else matrix.max(axis=1)
     return fused.mean(axis=0).tolist()
 
 
 def rkv(policy: Any, head: Head) -> list[float]:
+    head.observe_window(policy.window)
     importance = _pooled(policy.kernel, head, head.matrix().mean(axis=1).max(axis=0), np.max)
     units = [key / np.linalg.norm(key) for key in head.keys]
     alike = np.array([[a @ b if a is not b else 0.0 for b in units] for a in units])
@@ -138,6 +148,7 @@ def rkv(policy: Any, head: Head) -> list[float]:
 
 def dropkv(policy: Any, head: Head) -> list[float]:
     """Attention over the others once more, without each token in turn."""
+    head.observe_window(policy.window)
     scores = np.zeros(head.count)
     matrix = head.matrix()
     for q in range(head.group):

@@ -71,3 +71,24 @@ def test_lagkv_judges_half_of_a_small_budget(quota: int) -> None:
 def test_lagkv_of_a_large_budget_has_the_papers_blocks() -> None:
     ctx = random_context(Shape(tokens=600, quota=520, sinks=4, batch=1))
     assert ((resolve("lagkv").score(ctx) == 1e6).sum(-1) == 600 - 3 * 128).all()
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "morphkv", "dropkv", "ada-snapkv", "critical-snapkv"])
+def test_a_window_longer_than_the_budget_takes_a_quarter_of_it(policy: str) -> None:
+    """The rest goes by the scores of the queries in that quarter, where streaming keeps the newest."""
+    given = states(120, seed=3)
+    toy, shorter = Toy(policy, budget=32, window=64), Toy(policy, budget=32, window=8)
+    toy(given)
+    shorter(given)
+    assert toy.positions() == shorter.positions()
+    for kept in toy.positions():
+        assert set(range(112, 120)) <= set(kept)
+        assert sum(at < 120 - 32 for at in kept) > 8, "no more than sinks and a few are older than what is newest"
+
+
+def test_rkv_has_the_same_quarter() -> None:
+    given = states(120, seed=3)
+    kept = [Toy("rkv", budget=16, window=window) for window in (8, 4, 3)]
+    for toy in kept:
+        toy(given)
+    assert kept[0].positions() == kept[1].positions() != kept[2].positions()

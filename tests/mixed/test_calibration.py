@@ -11,8 +11,9 @@ import torch
 from transformers import DynamicCache
 
 from hf_kvcache import QuantizedKVCache
-from hf_kvcache.cache import bit_calibration
-from hf_kvcache.cache.bit_calibration import calibrate_bits
+from hf_kvcache.cache import bit_calibration, bit_trial
+from hf_kvcache.cache.bit_calibration import Losses, calibrate_bits
+from hf_kvcache.cache.bit_trial import Trial
 from hf_kvcache.cli import main as cli
 from hf_kvcache.codecs.bit_allocation import Choice, allocate
 from hf_kvcache.codecs.layer_bits import LayerBits, Widths
@@ -62,6 +63,54 @@ def test_spreading_is_the_best_of_all_ways() -> None:
         allocate(choices, least - 1)
 
 
+class MadeUp:
+    """A trial whose losses and bytes are made up: more bits lose less, keys and values add up."""
+
+    def __init__(self, layers: int, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        # Each layer's sides lose an amount of their own in one bit, and a share of that with each bit more.
+        self.sides = (torch.rand(layers, 2, generator=draw, dtype=torch.float64) * 6).exp().tolist()
+        self.falls = (0.05 + 0.5 * torch.rand(layers, 2, generator=draw, dtype=torch.float64)).tolist()
+        self.storing: dict[int, list[Any]] = {index: [] for index in range(layers)}
+        self.asked: list[tuple[int, Widths]] = []
+
+    def exact(self, index: int, widths: Widths) -> float:
+        return sum(
+            side * fall ** (bits - 1)
+            for side, fall, bits in zip(self.sides[index], self.falls[index], widths, strict=True)
+        )
+
+    def loss(self, index: int, widths: Widths) -> float:
+        self.asked.append((index, widths))
+        return self.exact(index, widths)
+
+    def page_bytes(self, index: int, widths: Widths) -> int:
+        return 16 * sum(widths) + 7
+
+
+@pytest.mark.parametrize("bits", [1, 1.5, 2, 2.5, 3, 4, 6, 8])
+def test_what_is_not_measured_would_not_have_been_chosen(bits: float) -> None:
+    """The widths are those of a table of everything, and hardly ever is all of it measured."""
+    shares = []
+    for seed in range(20):
+        trial = MadeUp(8, seed)
+        found = bit_calibration._spread(trial, Losses(trial, lambda *_: None), bits)  # type: ignore[arg-type]
+        assert len(set(trial.asked)) == len(trial.asked), "nothing is measured twice"
+        shares.append(len(trial.asked) / (9 * 8))
+        budget = 8 * trial.page_bytes(0, Widths(1, 1)) + 8 * 2 * 16 * (bits - 1)
+        assert sum(trial.page_bytes(index, widths) for index, widths in found.items()) <= budget
+        table = {
+            index: [
+                Choice(widths, trial.page_bytes(index, widths), trial.exact(index, widths))
+                for widths in bit_calibration._WIDTHS
+            ]
+            for index in trial.storing
+        }
+        lost, least = (sum(trial.exact(*one) for one in way.items()) for way in (found, allocate(table, budget)))
+        assert lost <= least * (1 + 1e-9), "filling up what is left may go another way, and gain"
+    assert max(shares) <= 1 and sum(shares) / 20 < 0.8
+
+
 def kl(model: Any, rows: torch.Tensor, cache: Any) -> float:
     """In nats a token, one sequence after the other, in float64."""
     length, found = SIZES["length"], []
@@ -75,13 +124,23 @@ def kl(model: Any, rows: torch.Tensor, cache: Any) -> float:
     return float(torch.stack(found).mean())
 
 
+def everything(trial: Any) -> dict[int, dict[Widths, float]]:
+    """All losses, every width measured."""
+    told: list[tuple[int, int]] = []
+    losses = Losses(trial, lambda done, most: told.append((done, most)))
+    for index in trial.storing:
+        for widths in bit_calibration._WIDTHS:
+            losses.measure(index, widths)
+    assert told == [(done, 9 * len(trial.storing)) for done in range(1, 9 * len(trial.storing) + 1)]
+    return {index: {w: losses.least(index, w) for w in bit_calibration._WIDTHS} for index in trial.storing}
+
+
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_next", marks=pytest.mark.slow)])
 def test_losses_are_those_of_caches_made_by_their_arguments(family: str) -> None:
     model = families.build(family)
-    rows = bit_calibration._windows([TEXT], Letters(), 600, 89, 2)
-    trial = bit_calibration._Trial(model, rows, SIZES["length"], {"page_size": 16, "tail_length": 8})
-    losses = trial.losses(lambda _: None)
-    layers = sorted(losses)
+    rows = bit_trial.text_windows([TEXT], Letters(), 600, 89, 2)
+    trial = Trial(model, rows, SIZES["length"], {"page_size": 16, "tail_length": 8})
+    layers, losses = sorted(trial.storing), everything(trial)
     for index in layers:
         others = [layer for layer in layers if layer != index]
         for widths in (Widths(1, 4), Widths(4, 2), Widths(8, 8)):

@@ -20,7 +20,7 @@ class DropKV(WindowPolicy):
     can be compared (``"ada-dropkv"``). The window's own tokens stay.
 
     Args:
-        window: latest queries that are observed, and whose tokens stay.
+        window: latest queries that are observed, and whose tokens stay; no more than a quarter of what a head keeps.
 
     Raises:
         ValueError: if ``window`` is below 1.
@@ -32,6 +32,7 @@ class DropKV(WindowPolicy):
         self.window = whole("window", window)
 
     def score(self, ctx: Context) -> torch.Tensor:
+        ctx = self.windowed(ctx)
         total = torch.zeros(ctx.keys.shape[:3], dtype=torch.float64, device=ctx.keys.device)
         values = ctx.values.double()[:, :, None]
         lengths = values.square().sum(-1)[..., None, :]

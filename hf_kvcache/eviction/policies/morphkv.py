@@ -15,7 +15,7 @@ class MorphKV(WindowPolicy):
     """Attention of a recent window's queries, fused over them, averaged over the heads of a group; the window stays.
 
     Args:
-        window: latest queries that are observed, and whose tokens stay.
+        window: latest queries that are observed, and whose tokens stay; no more than a quarter of what a head keeps.
         fuse: ``"sum"`` for what most of them attend to, ``"max"`` for what any does.
 
     Raises:
@@ -26,6 +26,7 @@ class MorphKV(WindowPolicy):
         self.window, self.fuse = whole("window", window), one_of("fuse", fuse, ("sum", "max"))
 
     def score(self, ctx: Context) -> torch.Tensor:
+        ctx = self.windowed(ctx)
         batch, heads, tokens, _ = ctx.keys.shape
         fused = torch.zeros(batch, heads, ctx.groups, tokens, dtype=torch.float32, device=ctx.keys.device)
         for part in ctx.probabilities():

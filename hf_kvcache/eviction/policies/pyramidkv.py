@@ -15,7 +15,7 @@ class PyramidKV(SnapKV):
     less. So all layers together keep the whole budget.
 
     Args:
-        window: as of :class:`SnapKV`; every layer keeps it.
+        window: as of :class:`SnapKV`, by what a layer keeps on average; every layer keeps so many.
         kernel: as of :class:`SnapKV`.
         beta: the steepness; 1 gives all layers the same.
 

@@ -25,7 +25,7 @@ class RKV(WindowPolicy):
 
     Args:
         weight: of the importance, the paper's lambda.
-        window: latest queries that are observed, and whose tokens stay.
+        window: latest queries that are observed, and whose tokens stay; no more than a quarter of what a head keeps.
         kernel: tokens of the max pool, odd.
         threshold: cosine above which two keys are alike; of those alike to it, a key does not count against the newest.
 
@@ -38,6 +38,7 @@ class RKV(WindowPolicy):
         self.kernel, self.threshold = odd("kernel", kernel), between("threshold", threshold, -1, 1)
 
     def score(self, ctx: Context) -> torch.Tensor:
+        ctx = self.windowed(ctx)
         importance = pool_max(mean_attention(ctx).amax(2), before_queries(ctx), self.kernel)
         return self.weight * importance - (1 - self.weight) * self._redundancy(ctx)
 

@@ -15,10 +15,11 @@ from hf_kvcache.utils.validation import odd, whole
 class SnapKV(WindowPolicy):
     """Attention of an observation window, averaged over its queries and heads and pooled over neighboring tokens.
 
-    The window's own tokens stay, and are no neighbors of those before it.
+    The window's own tokens stay, and are no neighbors of those before it. It takes a quarter of the budget at most, and
+    is shorter where ``window`` is more.
 
     Args:
-        window: latest queries that are observed.
+        window: latest queries that are observed, and whose tokens stay; no more than a quarter of what a head keeps.
         kernel: tokens of the average pool, odd; at the ends, only those that exist count.
 
     Raises:
@@ -29,4 +30,5 @@ class SnapKV(WindowPolicy):
         self.window, self.kernel = whole("window", window), odd("kernel", kernel)
 
     def score(self, ctx: Context) -> torch.Tensor:
+        ctx = self.windowed(ctx)
         return pool_mean(mean_attention(ctx).mean(2), before_queries(ctx), self.kernel)

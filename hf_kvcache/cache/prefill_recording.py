@@ -1,4 +1,9 @@
-"""A cache that only writes down what a prefill gives it, as this package's attention hands it to any KVCache."""
+"""A prefill that is run once and taken in by several caches.
+
+What a prefill computes does not depend on the cache: its tokens attend to each other in full precision, and only then
+is anything compressed. So what each layer was given is written down, and other caches take it in layer by layer, as
+they would from the model.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
-from hf_kvcache import KVCache, bind, unbind
+from hf_kvcache.cache.base import KVCache
 from hf_kvcache.integration.attention_call import AttentionCall
-from hf_kvcache.integration.binding import IMPLEMENTATION
+from hf_kvcache.integration.binding import IMPLEMENTATION, bind, unbind
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.layers.base import KVCacheLayer
 
@@ -99,3 +105,41 @@ class Recording:
     def states(self) -> list[LayerStates]:
         """What each layer was given."""
         return [layer.states for layer in self._layers]
+
+
+def can_take_in(config: Any, cache: Any) -> bool:
+    """Whether ``cache`` can take in a prefill: every layer holds the keys and values of all tokens of its own.
+
+    Args:
+        config: of the model.
+        cache: an empty cache for it.
+    """
+    plain = DynamicCache(config=config)
+    if type(plain) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in plain.layers):
+        return False
+    own = [layer for layer in cache.layers if isinstance(layer, KVCacheLayer)]
+    return not any(layer.options.deferred for layer in own)
+
+
+def take_in(cache: Any, states: list[LayerStates], mask: torch.Tensor | None = None) -> None:
+    """Give ``cache``, which is empty, what the model's prefill would have given it.
+
+    Args:
+        cache: of this package, or transformers' own.
+        states: what each layer was given.
+        mask: ``[B, T]``, 0 for left padding; None if there is none.
+    """
+    for index, of_layer in enumerate(states):
+        cache.update(_as_projected(of_layer.keys), _as_projected(of_layer.values), index)
+        layer = cache.layers[index]
+        if isinstance(layer, KVCacheLayer):
+            # The attention of a prefill is full attention, after which the layer packs.
+            layer.note_attended(of_layer.call(mask))
+
+
+def _as_projected(states: torch.Tensor) -> torch.Tensor:
+    """A copy of ``[B, Hkv, T, D]``, since a cache may keep what it is given and change it.
+
+    In memory it lies token by token, as a projection's output does, so that sums over it are those of a real prefill.
+    """
+    return states.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
