@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,12 @@ from tests import families
 torch.set_num_threads(1)
 
 MODELS: dict[str, PreTrainedModel] = {}
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections, which search all of torch and transformers otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

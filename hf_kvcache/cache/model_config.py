@@ -14,6 +14,7 @@ from hf_kvcache.codecs.base import side_format
 from hf_kvcache.eviction import Policy, available, resolve
 from hf_kvcache.eviction.options import EvictionOptions, LayerPlace
 from hf_kvcache.integration.architecture import architecture, recomputing
+from hf_kvcache.integration.layer_configs import layer_configs
 from hf_kvcache.integration.rope import reason_against
 from hf_kvcache.integration.versions import RELEASE, layer_types
 from hf_kvcache.layers.base import KVCacheLayer
@@ -364,11 +365,6 @@ def latent_ranks(config: PreTrainedConfig) -> set[int]:
     """The widths of the latents that the model caches; empty if it has none."""
     ranks = {getattr(layer, "kv_lora_rank", None) for layer in layer_configs(config)}
     return {rank for rank in ranks if rank is not None}
-
-
-def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The configs of the layers if they differ; else a list of the one config."""
-    return getattr(config, "per_layer_config", None) or [config]
 
 
 def borrowing_layers(config: PreTrainedConfig) -> frozenset[int]:

@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_kvcache.cache import other_layers
-from hf_kvcache.cache.model_config import check_states, layer_configs, make_layers
+from hf_kvcache.cache.model_config import check_states, make_layers
 from hf_kvcache.codecs import Codec
 from hf_kvcache.codecs.mixed import MixedCodec
+from hf_kvcache.integration.layer_configs import of_layers
 from hf_kvcache.layers.base import KVCacheLayer
 from hf_kvcache.layers.compressed import WindowLayer
 from hf_kvcache.layers.options import LayerOptions
@@ -184,7 +185,7 @@ def describe_settings(options: LayerOptions) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "model_type": config.model_type,
-        "model": {name: _of_layers(config, name) for name in _SHAPE},
+        "model": {name: of_layers(config, name) for name in _SHAPE},
         "codec": _describe(options.codec),
         "sink_length": options.sink_length,
         "tail_length": options.tail_length,
@@ -198,12 +199,6 @@ def describe_settings(options: LayerOptions) -> dict[str, Any]:
 def _describe_compressed(options: LayerOptions) -> list[Any] | None:
     packed = options.compressed
     return None if packed is None else [packed.bits, packed.window_bits, packed.width, packed.rotary]
-
-
-def _of_layers(config: PreTrainedConfig, name: str) -> Any:
-    """An attribute of a config; a list with the value of each layer if the layers differ (Gemma 4)."""
-    values = [getattr(layer, name, None) for layer in layer_configs(config)]
-    return values[0] if all(value == values[0] for value in values) else values
 
 
 def _digest(layers: dict[int, LayerProjection]) -> str:

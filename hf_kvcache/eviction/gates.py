@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import gelu
 
+from hf_kvcache.integration.layer_configs import of_layers
 from hf_kvcache.integration.model_identity import check_identity, check_weights
 from hf_kvcache.utils.safetensors import load_file
 
@@ -141,7 +142,7 @@ class Gate:
             check_identity("gate", self.fingerprint, config)
             return
         text = config.get_text_config(decoder=True)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        heads = of_layers(text, "num_key_value_heads") or text.num_attention_heads
         given = (len(self.layers), *{(layer.heads, layer.width) for layer in self.layers.values()})
         if given != (text.num_hidden_layers, (heads, text.hidden_size)):
             raise ValueError(

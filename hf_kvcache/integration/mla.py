@@ -23,6 +23,7 @@ from hf_kvcache.integration.architecture import modeling_file
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.compiling import outside_graphs
 from hf_kvcache.integration.handle import CachedStates, KVHandle, attach_gradient
+from hf_kvcache.integration.layer_configs import layer_configs
 from hf_kvcache.integration.placement import keeps_weights
 from hf_kvcache.kernels.inputs import UpProjections
 
@@ -43,8 +44,7 @@ def attention_classes(config: PreTrainedConfig) -> list[type]:
 
 def own_ranks(config: PreTrainedConfig) -> set[int]:
     """The widths of the latents that a model with this config caches; empty if it caches keys and values."""
-    layers = getattr(config, "per_layer_config", None) or [config]
-    ranks = {rank for layer in layers if (rank := getattr(layer, "kv_lora_rank", None)) is not None}
+    ranks = {rank for layer in layer_configs(config) if (rank := getattr(layer, "kv_lora_rank", None)) is not None}
     return ranks if ranks and attention_classes(config) else set()
 
 

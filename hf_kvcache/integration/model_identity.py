@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hf_kvcache.integration.layer_configs import of_layers
 from hf_kvcache.integration.placement import local_part
 
 #: Names that models give the projection of keys, alone or together with those of queries and values.
@@ -25,7 +26,10 @@ _NOT_IN_EARLIER_FILES = ("key_value_heads", "head_dim")
 
 
 def model_identity(config: Any) -> dict[str, Any]:
-    """What two models have in common if something that was measured on one can be used for the other."""
+    """What two models have in common if something that was measured on one can be used for the other.
+
+    Where layers differ in their number of KV heads or in their width, there is a list of them.
+    """
     text: Any = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     return {
@@ -34,8 +38,8 @@ def model_identity(config: Any) -> dict[str, Any]:
         "heads": heads,
         "hidden_size": text.hidden_size,
         "rope": json.dumps(getattr(text, "rope_parameters", None), sort_keys=True, default=str),
-        "key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "key_value_heads": of_layers(text, "num_key_value_heads") or heads,
+        "head_dim": of_layers(text, "head_dim") or text.hidden_size // heads,
     }
 
 

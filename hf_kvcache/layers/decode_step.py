@@ -119,8 +119,12 @@ class PreparedDecoding:
         self._latest = None  # what follows may be interrupted: only then is there a call for all of these
         dense, read = storage.dense, storage.pages() if pages is None else pages
         slots = Slots(dense.keys, dense.values, dense.positions, dense.lengths, dense.positions_on_device)
-        if call is None or not call.refit(read, slots):
-            sums = None if received is None else received.room_for(slots, read)
+        sums = None if received is None else received.room_for(slots, read)  # may replace those of the latest call
+        if call is not None and (call.sums is None if received is None else received.holds(call.sums)):
+            call = call if call.refit(read, slots) else None
+        else:
+            call = None
+        if call is None:
             ragged = dense.uniform_length is None
             call = prepare(CallInputs(*new, read, slots, scoring, self.window, up, ragged, sums))
         self._version, self._kind, self._scoring, self._latest = storage.table.version, kind, scoring, call

@@ -47,7 +47,9 @@ def calibrate(
             layers that cache keys and values.
     """
     solver = resolve(method, **options)
-    solver.group_size(model_identity(model.config)["key_value_heads"])
+    heads = model_identity(model.config)["key_value_heads"]
+    for number in heads if isinstance(heads, list) else [heads]:
+        solver.group_size(number)
     moments = collect(model, texts, tokenizer, tokens, length, sinks, solver.largest_group, progress, processes)
     return solve(moments, solver, names)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache
+from hf_kvcache.eviction.observations import AccumulatedAttention
 from hf_kvcache.integration.padding import padding_of
 from hf_kvcache.kernels.dispatch import reason_missing
 from hf_kvcache.kernels.inputs import CallInputs, Scoring
 from hf_kvcache.kernels.padding import NO_PADDING, PaddingPlaces
+from hf_kvcache.kernels.prepared_call import PreparedCall
 from hf_kvcache.layers import decode_step
 from hf_kvcache.layers.decode_step import PreparedDecoding
 from hf_kvcache.layers.new_tokens import NewTokens
@@ -279,6 +282,7 @@ class Decoding:
     def __init__(self) -> None:
         self.storage, self.model, self.steps = make_storage(tail=30), ListModel(1, 4, 2, 30), PreparedDecoding(None)
         self.seen = 0
+        self.received: AccumulatedAttention | None = None
         for _ in range(5):
             keys, values = random_tokens(self.seen, 1, 1)
             self.storage.append_one(keys, values, self.seen, None)
@@ -290,7 +294,7 @@ class Decoding:
         keys, values = random_tokens(self.seen, 1, 1)
         query = random_tokens(1000 + self.seen, 1, 1, (KEY_DIM, 1), 3 * HEADS)[0]
         new = NewTokens(layout(keys), values, self.seen)
-        return self.steps.attend(self.storage, new, layout(query), Scoring(0.25))
+        return self.steps.attend(self.storage, new, layout(query), Scoring(0.25), received=self.received)
 
     def check(self, output: torch.Tensor | None) -> None:
         """Compare the output with that of the list model, to which the token is appended."""
@@ -340,6 +344,50 @@ def test_after_a_change(change: str) -> None:
         else:
             dense.set_lengths(dense.lengths)
         assert addresses != (dense.keys.data_ptr(), dense.lengths.ctypes.data) and before
+
+
+class Counting:
+    """A prepared call that goes on with another buffer, and adds 1 to the sum of each key in place of its probability.
+
+    Args:
+        call: stores and attends.
+        sums: added to.
+    """
+
+    def __init__(self, call: PreparedCall, sums: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._call, self.sums = call, sums
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    def __call__(self, *token: Any) -> torch.Tensor:
+        slot = token[3]
+        self.sums[0][:, :, : slot + 1] += 1
+        return self._call(*token)
+
+
+@pytest.mark.parametrize("change", ["the buffer grows", "other tensors", "both"])
+def test_sums_of_a_call_that_goes_on(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the buffer or the sums are replaced, nothing is added to the old sums, and there is room for all slots."""
+    prepare, decoding = decode_step.prepare, Decoding()
+
+    def counting(inputs: CallInputs) -> Counting:
+        call = prepare(replace(inputs, sums=None))
+        assert call is not None and inputs.sums is not None
+        return Counting(call, inputs.sums)
+
+    monkeypatch.setattr(decode_step, "prepare", counting)
+    storage, received = decoding.storage, AccumulatedAttention.of(decoding.storage)
+    decoding.received, first = received, decoding.seen
+    for _ in range(4):
+        if change != "other tensors":
+            storage.dense.reserve(2 * storage.dense.capacity)
+        if change != "the buffer grows":
+            received.trim(decoding.seen, 0)
+        decoding.check(decoding.step())
+        assert received.dense.shape[2] >= storage.dense.keys.shape[2]
+    reads = torch.tensor([decoding.seen - max(at, first) for at in range(decoding.seen)])
+    assert (received.dense[:, :, : decoding.seen] == reads).all() and not received.dense[:, :, decoding.seen :].any()
 
 
 def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

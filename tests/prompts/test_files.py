@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import Gemma4TextConfig, PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache, KVCache, QuantizedKVCache
 from hf_kvcache.codecs import specs
@@ -17,6 +17,7 @@ from hf_kvcache.eviction.policies.snapkv import SnapKV
 from hf_kvcache.eviction.registry import available
 from hf_kvcache.prompts import PromptStore
 from hf_kvcache.utils import safetensors
+from tests import families
 from tests.generation.kinds import KINDS, decode, filled
 from tests.lowrank.one_layer import rotation
 from tests.prompts.toys import some
@@ -42,6 +43,20 @@ def test_every_kind_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
     loaded.integrity()
     again = KVCache.load(tmp_path / "one", model.config)  # the loaded cache wrote into its mapping, not into the file
     assert same(again.state_dict(), before)
+
+
+def test_layers_of_different_widths(tmp_path: Path) -> None:
+    """Gemma 4's layers have widths and numbers of KV heads of their own; with others the file is refused."""
+    model = families.build("gemma4")
+    cache = small_cache(model, "int8")
+    forward(model, prompt(60), cache)
+    cache.save(tmp_path / "file", prompt(60))
+    loaded = KVCache.load(tmp_path / "file", model.config, input_ids=prompt(60))
+    assert same(loaded.state_dict(), cache.state_dict())
+    assert torch.equal(decode(model, loaded, 40), decode(model, cache, 40))
+    other = Gemma4TextConfig.from_dict(model.config.to_dict() | {"per_layer_config": {1: {"head_dim": 64}}})
+    with pytest.raises(ValueError, match=r"head_dim=\[16, 32, 16, 32\], this model has \[16, 64, 16, 16\]"):
+        KVCache.load(tmp_path / "file", other)
 
 
 @pytest.mark.parametrize("codec", some(specs(), "rotated4", "kvarn3"))
