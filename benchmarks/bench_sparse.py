@@ -1,6 +1,6 @@
 """One decode step of one attention layer that reads some of its pages, beside the same layer reading all of them.
 
-    python -m benchmarks.bench_sparse [--quick] [--threads 1] [--codec unbiased4] [--selectors moments quest]
+    python -m benchmarks.bench_sparse [--quick] [--threads 1] [--codec unbiased4] [--selectors moments quest ...]
 
 Batch of 1, float32 queries, random normal keys and values, in the same codec, with the same sinks, tail and pages. All
 sides hold the same tokens in one process and take turns (A B C, A B C, ...); medians over the rounds. Every side grows
@@ -34,7 +34,8 @@ TAIL, PAGE, SINKS = 64, 64, 4
 CASES = [(32768, 0.25), (131072, 0.1)]
 SMALL = [(1024, 0.5)]
 ROUNDS, LEAST_ROUNDS, WARM_UP = 40, 5, 3
-SELECTORS = ["moments", "quest"]
+#: ``:across`` has KV heads share the pages.
+SELECTORS = ["moments", "moments:across", "quest"]
 _BLOCK = 4096
 _FARTHEST = 2e-3
 
@@ -100,7 +101,9 @@ def measure(
     sizes: dict[str, Any] = {"tail_length": TAIL, "page_size": PAGE, "sink_length": SINKS}
     sides = {"all": Side(shape, KVCache(config, codec, **sizes), tokens)}
     for name in selectors:
-        cache = SparseReadCache(config, share, name, codec=codec, dense_layers=0, **sizes)
+        selector, _, across = name.partition(":")
+        more = {"across": True} if across else {}
+        cache = SparseReadCache(config, share, selector, codec=codec, dense_layers=0, **sizes, **more)
         sides[name] = Side(shape, cache, tokens)
         check(sides[name])
 

@@ -186,6 +186,8 @@ def _divide(config: PreTrainedConfig, options: LayerOptions, layers: list[Any]) 
             f"of full attention, {sum(isinstance(layer, SparseReads) for layer in layers)}"
         )
     if not sparse.selector.shared:
+        for number, layer in enumerate(able):
+            layer.depth = number / (len(able) - 1) if len(able) > 1 else 0.5
         return
     if options.eviction is not None:
         raise ValueError(

@@ -182,12 +182,14 @@ def _sparse(sparse: SparseOptions) -> dict[str, Any]:
         "selector": selector.name,
         "options": plain | numbers,
         "budget": sparse.budget.amount,
+        "taper": sparse.budget.taper,
         "dense_layers": sparse.dense_layers,
     }
 
 
 def _rebuild_sparse(described: dict[str, Any], sizes: dict[str, Any]) -> SparseOptions:
-    budget = ReadBudget(described["budget"], *(sizes[name] for name in ("sink_length", "tail_length", "page_size")))
+    lengths = (sizes[name] for name in ("sink_length", "tail_length", "page_size"))
+    budget = ReadBudget(described["budget"], *lengths, described.get("taper", 0.0))
     selector = resolve_selector(described["selector"], **described["options"])
     return SparseOptions(selector, budget, described["dense_layers"])
 

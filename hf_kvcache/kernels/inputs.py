@@ -270,9 +270,10 @@ class CallInputs:
 class MassRule:
     """How pages are scored by the attention that query heads are expected to pay to them.
 
-    Of each part of a page there are two vectors, mean and standard deviation of its keys. By these the scores of a
-    query over the part have mean ``m = q . mean * scaling`` and standard deviation
-    ``s = sqrt(q^2 . deviation^2) * scaling``. The logarithm of its attention to the part, up to what all parts have in
+    Of each part of a page there are two vectors, mean and standard deviation of its keys. ``band`` neighboring elements
+    have one deviation together, the root of the sum of their variances. By these the scores of a query over the part
+    have mean ``m = q . mean * scaling`` and standard deviation ``s = sqrt(q^2 . deviation^2) * scaling``, where ``q^2``
+    has the mean of the squares of each band. The logarithm of its attention to the part, up to what all parts have in
     common, is taken to be ``m + s^2 / 2``, or ``m + reach * (s - reach / 2)`` where ``s`` is above ``reach``. So each
     query head has probabilities of pages. A page has the sum of them over the query heads of a row.
 
@@ -281,10 +282,31 @@ class MassRule:
     Attributes:
         scaling: factor of the products of queries and keys.
         reach: above 0.
+        band: divides the width of a head.
     """
 
     scaling: float
     reach: float
+    band: int = 1
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """That the KV heads of a sequence share the pages that they may read.
+
+    The pages with the largest scores of all heads are chosen, of one head at most twice as many as it brings. Scores
+    are comparable, since probabilities are those among pages and sinks: a head that attends to the sinks mostly has
+    small ones.
+
+    Attributes:
+        count: how many pages a row brings to those that the heads share, unless it has a limit of its own.
+        sinks: float32 ``[rows, n, D]``, elements side by side, the keys of the sinks, of which there may be none.
+        tokens: of a part of a page.
+    """
+
+    count: int
+    sinks: torch.Tensor
+    tokens: int
 
 
 @dataclass
@@ -299,12 +321,15 @@ class ChoiceInputs:
         codes: int8 ``[rows, columns * spans, W]``, the vectors of each part of a page side by side.
         scales: float16 ``[rows, columns * spans]``, above 0.
         spans: parts of a page.
-        limits: int64 ``[rows]``, how many pages a row may have; None if all may have as many as there is room for.
+        limits: int64 ``[rows]``, how many pages a row may have, or brings where heads share; None if it is the same
+            number for all: as many as there is room for, or ``sharing.count``.
         missing: bool ``[rows, columns]``, True where a row has no page; None if there is a page everywhere.
         pages: all pages.
         table: int64 ``[3, rows, n]``, where the chosen columns of the table of ``pages`` are written, in their order:
             addresses, counts and first positions; 0 where nothing is chosen.
         counts: int32 ``[rows, n]`` on the host, the counts once more. On a GPU it is not written.
+        sharing: that KV heads share the pages, whose rule is then one for their attention, and for which ``n`` is twice
+            ``sharing.count``, or the number of columns if that is less; None if each head has its own.
     """
 
     query: torch.Tensor
@@ -317,6 +342,7 @@ class ChoiceInputs:
     pages: Pages
     table: torch.Tensor
     counts: np.ndarray
+    sharing: Sharing | None = None
 
 
 class Attention(NamedTuple):

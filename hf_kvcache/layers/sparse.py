@@ -46,11 +46,13 @@ class SparseReads(KVCacheLayer):
         leader_index: number of the layer whose choice this layer reads; None if it chooses itself.
         leader: that layer; the cache sets it before every update.
         dense: whether the layer reads everything.
+        depth: of the layer among those that read by the budget, 0 for the first and 1 for the last.
     """
 
     leader_index: int | None = None
     leader: SparseReads | None = None
     dense = False
+    depth = 0.5
     prepares_blocks = False
 
     def clear(self) -> None:
@@ -63,7 +65,7 @@ class SparseReads(KVCacheLayer):
         reader, options = self._reader, self.options.sparse
         if reader is None or reader.table is not storage.table:
             assert options is not None
-            reader = self._reader = PageReader(options, self.index, storage)
+            reader = self._reader = PageReader(options, self.index, storage, self.depth)
         return reader
 
     def step(self, new: NewTokens, storage: PagedStorage, call: AttentionCall) -> torch.Tensor | None:

@@ -43,7 +43,7 @@ def settings_of(cache: KVCache) -> dict[str, Any]:
     pins = reads = None
     if sparse is not None:  # a token that a step did not read is missing in what the layers behind hold of later ones
         options = sorted((name, str(value)) for name, value in sparse.selector.settings().items())
-        reads = [repr(sparse.selector), options, sparse.budget.amount, sparse.dense_layers]
+        reads = [repr(sparse.selector), options, sparse.budget.amount, sparse.budget.taper, sparse.dense_layers]
     if eviction is not None:
         mask = eviction.pins.mask
         # A digest: the text of a long array leaves out its middle.

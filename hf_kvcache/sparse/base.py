@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import gcd
 from typing import Any, ClassVar
 
 import torch
@@ -50,11 +51,16 @@ class Selector:
     exact: ClassVar[bool] = False
     #: Whether some layers choose for those behind them.
     shared: ClassVar[bool] = False
-    #: Tokens that are summarized together; None for a whole page.
+    #: Tokens that are summarized together; None for a page in so many :attr:`parts`.
     span: int | None = None
+    #: Parts of a page without :attr:`span`.
+    parts: ClassVar[int] = 1
     #: Of a selector whose two vectors are mean and standard deviation, and that scores pages by the attention expected
     #: from these: see :class:`hf_kvcache.kernels.inputs.MassRule`. None for any other.
     reach: float | None = None
+    #: Of such a selector, how many neighboring elements have one deviation together; fewer where the width of a head
+    #: is no multiple of it.
+    band: int = 1
     #: Of such a selector, whether the KV heads of a layer share the pages that they may read.
     across: bool = False
 
@@ -69,6 +75,14 @@ class Selector:
         values. None if a selector makes them in another way.
         """
         return None
+
+    def band_of(self, dim: int) -> int:
+        """How many elements of a head of such a width have one deviation together."""
+        return gcd(self.band, dim)
+
+    def width(self, dim: int) -> int:
+        """Numbers that are kept of each part of a page, for heads of such a width."""
+        return self.vectors * dim if self.reach is None else dim + dim // self.band_of(dim)
 
     def settings(self) -> dict[str, Any]:
         """The arguments of the constructor by name, read from the attributes of these names."""

@@ -22,6 +22,8 @@ class ReadBudget:
         sink_length: number of first tokens in full precision, which are always read.
         tail_length: number of newest tokens in full precision, which are always read.
         page_size: number of tokens in a page.
+        taper: how much more the first layer may read than the mean of all, and the last one less, as a share of it;
+            from 0 and below 1. A layer for which the amount itself covers all tokens reads them, however far behind.
 
     Raises:
         ValueError: for an amount out of range, or one that has no room for a page beside sinks and tail.
@@ -31,6 +33,7 @@ class ReadBudget:
     sink_length: int
     tail_length: int
     page_size: int
+    taper: float = 0.0
 
     def __post_init__(self) -> None:
         amount, least = self.amount, self.sink_length + self.tail_length + self.page_size
@@ -41,12 +44,15 @@ class ReadBudget:
                 f"of tokens from {least}: sinks ({self.sink_length}), tail ({self.tail_length}) and one page "
                 f"({self.page_size})"
             )
+        if isinstance(self.taper, bool) or not isinstance(self.taper, int | float) or not 0 <= self.taper < 1:
+            raise ValueError(f"taper={self.taper!r}; accepted: numbers from 0.0 and below 1.0")
 
-    def pages(self, in_pages: np.ndarray) -> Any:
+    def pages(self, in_pages: np.ndarray, depth: float = 0.5) -> Any:
         """How many pages each row may read, at least one, int64 ``[rows]``.
 
         Args:
             in_pages: int64 ``[rows]``, the tokens that the row has in pages.
+            depth: of the layer among those that read by this budget: 0 for the first, 1 for the last.
         """
         always = self.sink_length + self.tail_length
         if self.amount == 1.0 and isinstance(self.amount, float):
@@ -54,4 +60,6 @@ class ReadBudget:
         tokens = (
             self.amount * (in_pages + always) if isinstance(self.amount, float) else np.full(len(in_pages), self.amount)
         )
-        return np.maximum((tokens - always) // self.page_size, 1).astype(np.int64)
+        of_depth = tokens * (1 + self.taper * (1 - 2 * depth))
+        pages, tapered = (np.maximum((x - always) // self.page_size, 1).astype(np.int64) for x in (tokens, of_depth))
+        return np.where(pages * self.page_size >= in_pages, pages, tapered)

@@ -15,7 +15,7 @@ from hf_kvcache.kernels.choose import (
     choose_by_mass,
     prepare_choice,
 )
-from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule, Pages
+from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule, Pages, Sharing
 from hf_kvcache.sparse.base import Question, Selector
 from hf_kvcache.sparse.budget import ReadBudget
 from hf_kvcache.sparse.fetched import FetchedPages
@@ -70,10 +70,11 @@ class PageReader:
         options: selector and budget.
         index: number of the layer in the model.
         storage: the layer's tokens.
+        depth: of the layer among those that read by the budget, 0 to 1.
     """
 
-    def __init__(self, options: SparseOptions, index: int, storage: PagedStorage) -> None:
-        self.options, self.index = options, index
+    def __init__(self, options: SparseOptions, index: int, storage: PagedStorage, depth: float = 0.5) -> None:
+        self.options, self.index, self.depth = options, index, depth
         self.summaries = PageSummaries(options.selector, storage) if options.selector.vectors else None
         self._begin(storage)
 
@@ -152,16 +153,16 @@ class PageReader:
             return self.pick_best(pages, limits, selector.score(question))
         codes, scales = self.summaries.brought(storage, pages.columns)
         asking = query.detach().float().reshape(pages.rows, -1, length, query.shape[3])
-        among = codes, scales, self.summaries.spans, limits.most, limits.rows, limits.missing
+        vectors, who = (codes, scales, self.summaries.spans), (limits.rows, limits.missing)
+        sharing = self._sharing(storage, limits)
         if selector.reach is None:
-            columns = choose(selector.ask(asking), *among)
-        elif selector.across:
-            sinks = storage.dense.keys[:, :, : storage.dense.sink_length].float().flatten(0, 1)
-            tokens = storage.page_size // self.summaries.spans
-            rule = MassRule(scaling, selector.reach)
-            columns = choose_across_heads(asking, rule, *among, pages.heads, sinks, tokens)
+            columns = choose(selector.ask(asking), *vectors, limits.most, *who)
         else:
-            columns = choose_by_mass(asking, MassRule(scaling, selector.reach), *among)
+            rule = MassRule(scaling, selector.reach, selector.band_of(query.shape[3]))
+            if sharing is not None:
+                columns = choose_across_heads(asking, rule, *vectors, *who, pages.heads, sharing)
+            else:
+                columns = choose_by_mass(asking, rule, *vectors, limits.most, *who)
         return self.read(pages, limits, columns)
 
     def pick_prepared(
@@ -186,11 +187,11 @@ class PageReader:
     def _prepared(
         self, storage: PagedStorage, pages: Pages, limits: Limits, query: torch.Tensor, scaling: float
     ) -> tuple[PreparedChoice, PickedPages] | None:
-        rule = self._rule(scaling)
+        rule = self._rule(scaling, query.shape[3])
         if self.summaries is None or rule is None or len(pages.slabs[0]) == 0:
             return None
         codes, scales = self.summaries.brought(storage, pages.columns)
-        picked = PickedPages(pages, limits.most, limits.full)
+        picked = PickedPages(pages, limits.width, limits.full)
         choice = prepare_choice(
             ChoiceInputs(
                 query,
@@ -203,18 +204,25 @@ class PageReader:
                 pages,
                 picked.table,
                 picked.counts,
+                self._sharing(storage, limits),
             )
         )
         return None if choice is None else (choice, picked)
 
-    def _rule(self, scaling: float) -> tuple[float, ...] | MassRule | None:
+    def _rule(self, scaling: float, dim: int) -> tuple[float, ...] | MassRule | None:
         """How kernels can score pages as the selector does; None if they cannot."""
         selector = self.options.selector
-        if selector.across:
-            return None
         if selector.reach is not None:
-            return MassRule(scaling, selector.reach)
+            return MassRule(scaling, selector.reach, selector.band_of(dim))
         return selector.size_weights if type(selector).ask is Selector.ask else None
+
+    def _sharing(self, storage: PagedStorage, limits: Limits) -> Sharing | None:
+        """How KV heads share pages; None if they do not."""
+        if self.summaries is None or not self.options.selector.across:
+            return None
+        # A copy: the buffer of full-precision tokens may be another one when a prepared choice is made again.
+        sinks = storage.dense.keys[:, :, : storage.dense.sink_length].flatten(0, 1).float().contiguous()
+        return Sharing(limits.most, sinks, storage.page_size // self.summaries.spans)
 
     def pick_best(self, pages: Pages, limits: Limits, scores: torch.Tensor) -> PickedPages:
         """The pages with the largest ``scores [rows, q, columns]``."""
@@ -260,7 +268,7 @@ class PageReader:
     def _made(self, pages: Pages) -> Limits:
         counts = pages.counts
         held = (counts > 0).sum(1)
-        least = self.options.budget.pages(counts.sum(1, dtype="int64")).clip(max=held)
+        least = self.options.budget.pages(counts.sum(1, dtype="int64"), self.depth).clip(max=held)
         most, device = int(least.max(initial=0)), pages.device
         across = self.options.selector.across
         same, even = bool((least == most).all()), bool((held == pages.columns).all())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -33,9 +35,8 @@ class PageSummaries(ColumnFollower):
 
     def __init__(self, selector: Selector, storage: PagedStorage) -> None:
         self.selector = selector
-        span = storage.page_size if selector.span is None else selector.span
-        self.spans = storage.page_size // span
-        self._codes: torch.Tensor | None = None  # int8 [rows, capacity * spans, vectors * D]
+        self.spans = selector.parts if selector.span is None else storage.page_size // selector.span
+        self._codes: torch.Tensor | None = None  # int8 [rows, capacity * spans, selector.width(D)]
         self._scales: torch.Tensor | None = None  # float16 [rows, capacity * spans]
         self.table = storage.table
         self.table.followers.add(self)
@@ -56,7 +57,7 @@ class PageSummaries(ColumnFollower):
         """The summaries of the first ``columns`` columns of the table, made anew where it has changed.
 
         Returns:
-            Signed bytes ``[rows, columns * spans, vectors * D]``, and their scales ``[rows, columns * spans]``.
+            Signed bytes ``[rows, columns * spans, selector.width(D)]``, and their scales ``[rows, columns * spans]``.
         """
         held = storage.table.columns
         if self._codes is None or self.same < held:
@@ -88,7 +89,7 @@ class PageSummaries(ColumnFollower):
     @torch.inference_mode(False)
     def reserve(self, storage: PagedStorage, columns: int) -> None:
         """Make room for so many columns, growing by half, so that a page costs constant time on average."""
-        rows, width = len(storage.table.lengths), self.selector.vectors * storage.layout.sides["keys"].dim
+        rows, width = len(storage.table.lengths), self.selector.width(storage.layout.sides["keys"].dim)
         held, codes, scales, device = 0, self._codes, self._scales, storage.device
         if codes is not None and codes.shape[0] == rows and codes.device == device:
             held = codes.shape[1] // self.spans
@@ -119,30 +120,43 @@ class PageSummaries(ColumnFollower):
         parts = keys.reshape(-1, size // self.spans, dim)
         hidden = None if unused is None else unused.reshape(-1, size // self.spans)
         vectors = self.selector.summarize(parts, hidden)
-        codes, scales = rounded(vectors, self.selector.rounding)
+        if hidden is not None and self.spans > 1:
+            # A part without tokens says what the first part of its page says, since zeros would be a guess.
+            first = vectors.unflatten(0, (-1, self.spans))[:, :1].expand(-1, self.spans, -1, -1).flatten(0, 1)
+            vectors = torch.where(hidden.all(1)[:, None, None], first, vectors)
+        codes, scales = rounded(banded(vectors, self.selector.band_of(dim)), self.selector.rounding)
         assert self._codes is not None and self._scales is not None
         place = slice(start * self.spans, stop * self.spans)
         self._codes[:, place] = codes.view(rows, columns * self.spans, -1)
         self._scales[:, place] = scales.view(rows, columns * self.spans)
 
 
-def rounded(vectors: torch.Tensor, rounding: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors in 8 bits with one scale for those of a page.
+def banded(vectors: torch.Tensor, band: int) -> tuple[torch.Tensor, ...]:
+    """The vectors ``[N, vectors, D]`` one by one.
+
+    Where ``band`` is above 1 the second one has deviations, of which there is the root of the sum of the squares in
+    each band, ``[N, D / band]``.
+    """
+    first, *rest = vectors.unbind(1)
+    return (first, *rest) if band == 1 else (first, *(x.unflatten(1, (-1, band)).square().sum(2).sqrt() for x in rest))
+
+
+def rounded(vectors: Sequence[torch.Tensor], rounding: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors in 8 bits with one scale for those of a part of a page.
 
     Args:
-        vectors: float32 ``[N, vectors, D]``.
+        vectors: float32 ``[N, W]`` each.
         rounding: for each vector 1 to round up, -1 down, 0 to the nearest.
 
     Returns:
-        int8 ``[N, vectors * D]`` and float16 ``[N]``. Bounds stay bounds up to 4 million.
+        int8 ``[N, sum of W]`` and float16 ``[N]``. Bounds stay bounds up to 4 million.
     """
-    largest = vectors.abs().amax((1, 2)).clamp(_LEAST, _MOST)
+    largest = torch.stack([x.abs().amax(1) for x in vectors]).amax(0).clamp(_LEAST, _MOST)
     # A scale that half precision rounds down would put the largest element beyond the last code.
     scales = (largest / (_LARGEST_CODE - 0.5)).to(torch.float16)
-    quotients = vectors / scales.float()[:, None, None]
-    ways = {1: torch.ceil, -1: torch.floor, 0: torch.round}
-    codes = torch.stack([ways[way](quotients[:, i]) for i, way in enumerate(rounding)], 1)
-    return codes.clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8).flatten(1), scales
+    by, ways = scales.float()[:, None], {1: torch.ceil, -1: torch.floor, 0: torch.round}
+    codes = torch.cat([ways[way](x / by) for x, way in zip(vectors, rounding, strict=True)], 1)
+    return codes.clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8), scales
 
 
 def _keys_of(storage: PagedStorage, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -54,9 +54,9 @@ def page_scores(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], wei
     return np.array(scores)
 
 
-def page_masses(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], reach: float = 1.77) -> np.ndarray:
+def page_masses(keys: np.ndarray, query: np.ndarray, spans: list[list[int]]) -> np.ndarray:
     """The logarithm of the score that moments give each page; arguments as those of :func:`page_scores`."""
-    logs = _expected_logs(keys, query, spans, reach)
+    logs = _expected_logs(keys, query, spans)
     masses = np.exp(logs - logs.max(1, keepdims=True, initial=-np.inf))
     return np.log((masses / masses.sum(1, keepdims=True)).sum(0))
 
@@ -76,7 +76,7 @@ def chosen_across_heads(
     """
     found = []
     for head, (own, asked) in enumerate(zip(keys, query, strict=True)):
-        pages = np.exp(_expected_logs(own, asked, spans, 1.77)) * page
+        pages = np.exp(_expected_logs(own, asked, spans)) * page
         known = np.exp(asked @ own[sinks].T / np.sqrt(own.shape[1]))
         score = (pages / (pages.sum(1, keepdims=True) + known.sum(1, keepdims=True))).sum(0)
         best = np.argsort(-score)[: 2 * allowed]
@@ -85,18 +85,34 @@ def chosen_across_heads(
     return [sorted(column for _, other, column in taken if other == head) for head in range(len(keys))]
 
 
-def _expected_logs(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], reach: float) -> np.ndarray:
-    """The logarithm of the mean of the exponentials of the scores that queries may expect in pages."""
+def _expected_logs(keys: np.ndarray, query: np.ndarray, spans: list[list[int]]) -> np.ndarray:
+    """The logarithm of the mean of the exponentials of the scores that queries may expect in pages.
+
+    Both halves of a page have a mean, and a deviation for every 8 elements.
+    """
     logs = np.empty((len(query), len(spans)))
     for column, span in enumerate(spans):
-        mean = keys[span].mean(0)
-        deviation = np.sqrt(((keys[span] - mean) ** 2).mean(0))
-        scale = float(np.float16(np.float32(max(np.abs(mean).max(), deviation.max(), 2.0**-7)) / np.float32(126.5)))
-        mean, deviation = np.round(mean / scale) * scale, np.round(deviation / scale) * scale
+        assert len(span) % 2 == 0
+        halves = [_moments(keys[half]) for half in (span[: len(span) // 2], span[len(span) // 2 :])]
         for head, one in enumerate(query / np.sqrt(keys.shape[1])):
-            s = np.sqrt(((one * deviation) ** 2).sum())
-            logs[head, column] = one @ mean + (s**2 / 2 if s < reach else reach * s - reach**2 / 2)
+            exponentials = []
+            for mean, deviations in halves:
+                bands = np.split(one, len(deviations))
+                s = np.sqrt(sum(d**2 * (band**2).mean() for band, d in zip(bands, deviations, strict=True)))
+                exponentials.append(np.exp(one @ mean + (s**2 / 2 if s < 1.77 else 1.77 * s - 1.77**2 / 2)))
+            logs[head, column] = np.log(np.mean(exponentials))
     return logs
+
+
+def _moments(keys: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """Mean ``[D]`` of keys ``[n, D]``, and the root of the summed variances of every 8 elements, rounded to 8 bits."""
+    mean = keys.mean(0)
+    variance = ((keys - mean) ** 2).mean(0)
+    band = next(n for n in (8, 4, 2, 1) if len(mean) % n == 0)
+    deviations = [float(np.sqrt(variance[i : i + band].sum())) for i in range(0, len(mean), band)]
+    largest = max(np.abs(mean).max(), *deviations, 2.0**-7)
+    scale = float(np.float16(np.float32(largest) / np.float32(126.5)))
+    return np.round(mean / scale) * scale, [float(np.round(d / scale) * scale) for d in deviations]
 
 
 def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: list[int]) -> np.ndarray:

@@ -17,10 +17,11 @@ from transformers import DeepseekV3Config, LlamaConfig, MistralConfig
 
 from hf_kvcache import KVCache, SparseReadCache
 from hf_kvcache.sparse.anchors import choose_anchors, read_anchors, write_anchors
+from hf_kvcache.sparse.budget import ReadBudget
 from hf_kvcache.sparse.selectors.landmark import Landmark
 from hf_kvcache.sparse.selectors.moments import Moments
 from hf_kvcache.sparse.selectors.quest import Quest
-from hf_kvcache.sparse.summaries import rounded
+from hf_kvcache.sparse.summaries import banded, rounded
 
 SHAPE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 8}
 CONFIG = LlamaConfig(**SHAPE)
@@ -52,7 +53,7 @@ def test_bounds_stay_bounds(exponent: int, spread: int, seed: int) -> None:
     keys = torch.randn(5, 8, 12, generator=draw) * 2.0 ** (exponent - spread * torch.rand(12, generator=draw))
     unused = torch.rand(5, 8, generator=draw) < 0.3
     vectors = Quest().summarize(keys, unused)
-    codes, scales = rounded(vectors, Quest.rounding)
+    codes, scales = rounded(vectors.unbind(1), Quest.rounding)
     high, low = (codes.double().view(5, 2, 12) * scales.double()[:, None, None]).unbind(1)
     within = (keys.double() <= high[:, None]) & (keys.double() >= low[:, None])
     assert bool((within | unused[:, :, None]).all())
@@ -71,6 +72,49 @@ def test_moments_of_what_is_there(padded: bool) -> None:
         values = keys[part, :count].double().numpy()
         expected = [values.mean(0), values.std(0)] if count else [[0.0] * 5] * 2
         torch.testing.assert_close(found[part].double(), torch.tensor(np.array(expected)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("dim", "band", "expected"), [(24, 8, 8), (12, 8, 4), (7, 8, 1), (16, 1, 1)])
+def test_bands_of_deviations(dim: int, band: int, expected: int) -> None:
+    """Neighboring elements have one deviation, the root of the sum of their variances, up to rounding to 8 bits."""
+    selector = Moments(band=band)
+    assert selector.band_of(dim) == expected and selector.width(dim) == dim + dim // expected
+    vectors = torch.rand(3, 2, dim, generator=torch.Generator().manual_seed(0))
+    codes, scales = rounded(banded(vectors, expected), Moments.rounding)
+    assert codes.shape == (3, selector.width(dim))
+    found = codes.double() * scales.double()[:, None]
+    for part in range(3):
+        mean, deviation = vectors[part].double().tolist()
+        roots = [sum(x * x for x in deviation[i : i + expected]) ** 0.5 for i in range(0, dim, expected)]
+        torch.testing.assert_close(found[part].tolist(), [*mean, *roots], atol=float(scales[part]), rtol=0)
+
+
+@pytest.mark.parametrize("amount", [0.25, 1024, 0.9])
+def test_first_layers_read_more(amount: int | float) -> None:
+    """The layers' shares fall in equal steps and are the budget on average; what the budget covers is read by all."""
+    held = np.array([0, 16, 1600, 6400, 160_000])
+    flat, tapered = (ReadBudget(amount, 4, 64, 16, taper) for taper in (0.0, 0.4))
+    pages = [tapered.pages(held, depth) for depth in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    for row, tokens in enumerate(held):
+        base = int(flat.pages(held)[row])
+        found = [int(layer[row]) for layer in pages]
+        if base * 16 >= tokens:
+            assert found == [base] * 5
+        else:
+            most = amount * (tokens + 68) if isinstance(amount, float) else amount
+            assert found == [max(1, int((most * share - 68) // 16)) for share in (1.4, 1.2, 1.0, 0.8, 0.6)]
+            assert abs(np.mean(found) - base) <= 1
+
+
+def test_layers_have_depths() -> None:
+    """From the first layer that does not read everything to the last one; none where layers choose for others."""
+    config = LlamaConfig(num_hidden_layers=6)
+    layers: list[Any] = SparseReadCache(config, dense_layers=1).layers
+    assert [layer.depth for layer in layers[1:]] == [0, 0.25, 0.5, 0.75, 1]
+    alone: list[Any] = SparseReadCache(config, dense_layers=5).layers
+    assert alone[5].depth == 0.5
+    shared: list[Any] = SparseReadCache(config, selector="kascade").layers
+    assert {layer.depth for layer in shared} == {0.5}
 
 
 def test_anchors(tmp_path: Path) -> None:
@@ -111,6 +155,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"range_weight=1\.5.*from 0 to 1",
     ),
     "reach": (lambda: SparseReadCache(CONFIG, reach=0), ValueError, r"reach=0; accepted:.*above 0"),
+    "taper": (lambda: SparseReadCache(CONFIG, taper=1.0), ValueError, r"taper=1\.0; accepted:.*below 1"),
+    "band": (lambda: SparseReadCache(CONFIG, band=0), ValueError, r"band=0; accepted:.*from 1"),
     "no reach": (
         lambda: SparseReadCache(CONFIG, reach="far"),
         ValueError,

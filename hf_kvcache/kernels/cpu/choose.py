@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from ctypes import byref
 
 import torch
@@ -53,10 +54,15 @@ class PreparedChoice:
         call.query_batch, call.query_head, _, _ = query.stride()
         call.heads, call.queries = pages.heads, query.shape[1] // pages.heads
         if isinstance(inputs.rule, MassRule):
-            call.vectors, call.scaling, call.reach = 2, inputs.rule.scaling, inputs.rule.reach
+            call.vectors, call.band = 2, inputs.rule.band
+            call.scaling, call.reach = inputs.rule.scaling, inputs.rule.reach
         else:
             call.vectors = len(inputs.rule)
             call.size_weights[: call.vectors] = inputs.rule
+        if inputs.sharing is not None:
+            sinks = inputs.sharing.sinks
+            call.sinks, call.sink_count, call.shared = sinks.data_ptr(), sinks.shape[1], inputs.sharing.count
+            call.part_log = math.log(inputs.sharing.tokens)
         call.addresses, call.counts, call.first = (x.ctypes.data for x in (pages.addresses, pages.counts, pages.first))
         call.table_row = pages.counts.strides[0] // pages.counts.itemsize
         call.table, call.table_counts = inputs.table.data_ptr(), inputs.counts.ctypes.data

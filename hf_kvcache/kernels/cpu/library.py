@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_kvcache.kernels.cpu.build import LIBRARY
 
-ABI_VERSION = 19
+ABI_VERSION = 20
 #: Environment variable that names another library file (a sanitizer build).
 VARIABLE = "HF_KVCACHE_NATIVE_LIBRARY"
 #: Environment variable that names the instruction set to use in place of the best one.
@@ -145,16 +145,15 @@ class Choose(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("query", "codes", "scales", "limits", "missing", "chosen")),
-        *((name, c_void_p) for name in ("addresses", "first", "counts", "table", "table_counts")),
+        *((name, c_void_p) for name in ("addresses", "first", "counts", "table", "table_counts", "sinks")),
         *(
             (name, c_int64)
             for name in ("query_batch", "query_head", "codes_row", "scales_row", "missing_row", "table_row")
         ),
         *((name, c_int32) for name in ("rows", "heads", "queries", "width", "vectors", "columns", "spans", "count")),
         ("size_weights", c_float * 2),
-        ("scaling", c_float),
-        ("reach", c_float),
-        ("threads", c_int32),
+        *((name, c_float) for name in ("scaling", "reach", "part_log")),
+        *((name, c_int32) for name in ("sink_count", "band", "shared", "threads")),
     )
 
 

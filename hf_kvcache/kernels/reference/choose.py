@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from hf_kvcache.kernels.inputs import MassRule
+from hf_kvcache.kernels.inputs import MassRule, Sharing
 
 #: A column behind all others, which stands for no page.
 NO_COLUMN = 1 << 30
@@ -57,7 +57,8 @@ def choose_by_mass(
     Args:
         query: float32 ``[rows, g, q, D]``, the queries of the ``g`` query heads of each row.
         rule: how attention is estimated.
-        codes: int8 ``[rows, columns * spans, 2 * D]``, mean and standard deviation of the keys in each part of a page.
+        codes: int8 ``[rows, columns * spans, D + D / band]``, mean and standard deviation of the keys in each part of a
+            page.
         scales: as in :func:`choose`, like the rest.
 
     Returns:
@@ -74,36 +75,33 @@ def choose_across_heads(
     codes: torch.Tensor,
     scales: torch.Tensor,
     spans: int,
-    count: int,
     limits: torch.Tensor | None,
     missing: torch.Tensor | None,
     heads: int,
-    sinks: torch.Tensor,
-    tokens: int,
+    sharing: Sharing,
 ) -> torch.Tensor:
     """As :func:`choose_by_mass`, where the KV heads of a sequence share the number of pages that they may have.
 
-    The pages with the largest scores of all heads are chosen, of one head at most twice as many as it may have. Scores
-    are comparable, since probabilities are those among pages and sinks: a head that attends to the sinks mostly has
-    small ones.
+    Where pages have equal scores, those of the first heads are chosen, and of one head those that come first.
 
     Args:
         query: as in :func:`choose_by_mass`, like what is not named here.
+        limits: int64 ``[rows]``, how many pages a row brings; None if all bring ``sharing.count``.
         heads: KV heads of a sequence.
-        sinks: float32 ``[rows, n, D]``, the keys of the sinks, of which there may be none.
-        tokens: of a part of a page.
+        sharing: how the heads share.
 
     Returns:
-        int64 ``[rows, n]``; see :func:`best_columns`. For one query token ``n`` is twice ``count``, or the number of
-        columns if that is less.
+        int64 ``[rows, n]``; see :func:`best_columns`. For one query token ``n`` is twice ``sharing.count``, or the
+        number of columns if that is less.
     """
     mass = _masses(query, rule, codes, scales, spans, missing)
-    known = torch.bmm(query.flatten(1, 2), sinks.transpose(1, 2)).mul_(rule.scaling).sub_(math.log(tokens))
+    known = torch.bmm(query.flatten(1, 2), sharing.sinks.transpose(1, 2)).mul_(rule.scaling)
+    known.sub_(math.log(sharing.tokens))
     every = torch.cat([mass.flatten(3), known.unflatten(1, query.shape[1:3])], 3)
     scores = every.softmax(3)[..., : codes.shape[1]].reshape(mass.shape).sum((1, 4))
     if missing is not None:
         scores = scores.masked_fill(missing[:, None], -torch.inf)
-    return _union(_best_of_heads(scores, count, limits, heads), scores.shape[2])
+    return _union(_best_of_heads(scores, sharing.count, limits, heads), scores.shape[2])
 
 
 def _masses(
@@ -118,9 +116,11 @@ def _masses(
 
     Arguments are those of :func:`choose_by_mass`.
     """
-    mean, deviation = codes.float().chunk(2, 2)
+    dim = query.shape[3]
+    mean, deviation = codes.float().split([dim, codes.shape[2] - dim], 2)
     scales, asked = scales.float()[:, None] * rule.scaling, query.flatten(1, 2)
-    spread = torch.bmm(asked.square(), deviation.square().transpose(1, 2)).sqrt_().mul_(scales)
+    squares = asked.square().unflatten(2, (-1, rule.band)).mean(3)
+    spread = torch.bmm(squares, deviation.square().transpose(1, 2)).sqrt_().mul_(scales)
     reach = rule.reach
     more = torch.where(spread < reach, spread.square() / 2, reach * (spread - reach / 2))
     mass = (
@@ -163,14 +163,15 @@ def _best_of_heads(scores: torch.Tensor, count: int, limits: torch.Tensor | None
 
     Args:
         scores: float32 ``[rows, q, columns]``, ``-inf`` where there is no page.
-        count: as in :func:`choose_across_heads`, like the rest.
+        count: how many pages a row brings, unless ``limits`` says otherwise.
+        limits: as in :func:`choose_across_heads`, like the rest.
 
     Returns:
         int64 ``[rows, q, n]``, ``NO_COLUMN`` where nothing is chosen.
     """
     rows, _, columns = scores.shape
     most, device = min(columns, 2 * count), scores.device
-    best, order = scores.topk(most, 2)
+    best, order = (x[..., :most] for x in scores.sort(dim=2, descending=True, stable=True))
     if limits is None:
         limits = torch.full((rows,), count, dtype=torch.int64, device=device)
     best = best.masked_fill(torch.arange(most, device=device) >= 2 * limits[:, None, None], -torch.inf)

@@ -1,26 +1,40 @@
-"""The choice of pages for one query token of each sequence by two Triton launches, prepared once for many tokens."""
+"""The choice of pages for one query token of each sequence by two or three Triton launches, prepared once for many."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
-from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule
+from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule, Sharing
+from hf_kvcache.kernels.triton import choose_kernels, choose_shared_kernels
 from hf_kvcache.kernels.triton.choose_kernels import (
     MOST_COLUMNS,
     SCORE_WARPS,
-    compile_cases,
     mass_kernel,
     pick_constants,
     pick_kernel,
+    pick_warps,
     score_constants,
     score_kernel,
 )
+from hf_kvcache.kernels.triton.choose_shared_kernels import (
+    candidate_constants,
+    candidate_kernel,
+    fits,
+    pick_shared_kernel,
+    shared_constants,
+)
+from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.device import on_their_device
 from hf_kvcache.kernels.triton.prepared_launch import PreparedLaunch, current_stream
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
 __all__ = ["PreparedChoice", "compile_cases", "supports"]
+
+
+def compile_cases(architecture: str) -> list[CompileCase]:
+    """Choices of each row by itself, and of the heads of a sequence together."""
+    return [*choose_kernels.compile_cases(architecture), *choose_shared_kernels.compile_cases(architecture)]
 
 
 def supports(query: torch.Tensor, codes: torch.Tensor) -> bool:
@@ -44,7 +58,13 @@ class PreparedChoice:
             # By page, or by query head and part of a page.
             own = inputs.pages.columns * (self._group * inputs.spans if self._by_mass else 1)
             self._scores = torch.empty(inputs.pages.rows, own, dtype=torch.float32, device=self._device)
-        self._score, self._pick = self._prepare_score(), self._prepare_pick()
+            of_pages = inputs.pages.rows, inputs.pages.columns if inputs.sharing is not None else 0
+            self._candidates = torch.empty(of_pages, dtype=torch.float32, device=self._device)
+        self._score, self._narrow = self._prepare_score(), None
+        if inputs.sharing is None:
+            self._pick = self._prepare_pick()
+        else:
+            self._narrow, self._pick = self._prepare_candidates(inputs.sharing), self._prepare_shared(inputs.sharing)
 
     @staticmethod
     def supports(inputs: ChoiceInputs) -> bool:
@@ -57,6 +77,7 @@ class PreparedChoice:
             and codes.stride(2) == 1
             and codes.stride(1) == codes.shape[2]
             and inputs.pages.columns <= MOST_COLUMNS
+            and (inputs.sharing is None or fits(inputs.pages.heads, inputs.pages.columns))
         )
 
     def __call__(self, query: torch.Tensor) -> torch.Tensor:
@@ -69,6 +90,8 @@ class PreparedChoice:
     def _launch(self, query: torch.Tensor) -> None:
         stream = current_stream(self._device)
         self._score(stream, (query,))
+        if self._narrow is not None:
+            self._narrow(stream, (query,))
         self._pick(stream, ())
 
     def _prepare_score(self) -> PreparedLaunch:
@@ -111,3 +134,42 @@ class PreparedChoice:
             **constants,
         }
         return PreparedLaunch(pick_kernel, (pages.rows, 1), arguments, {"num_warps": warps})
+
+    def _prepare_candidates(self, sharing: Sharing) -> PreparedLaunch:
+        inputs, columns = self._inputs, self._inputs.pages.columns
+        assert isinstance(inputs.rule, MassRule)
+        sizes = inputs.query.shape[3], self._group, inputs.spans
+        known = sharing.sinks.shape[1], sharing.tokens
+        arguments = {
+            "scores": self._scores,
+            "sinks": sharing.sinks,
+            "limits": self.columns if inputs.limits is None else inputs.limits,
+            "candidates": self._candidates,
+            "query_b": inputs.query.stride(0),
+            "query_h": inputs.query.stride(1),
+            "heads": inputs.pages.heads,
+            "columns": columns,
+            "count": sharing.count,
+            **candidate_constants(*sizes, inputs.rule, *known, columns, inputs.limits is not None),
+        }
+        return PreparedLaunch(candidate_kernel, (inputs.pages.rows, 1), arguments, {"num_warps": pick_warps(columns)})
+
+    def _prepare_shared(self, sharing: Sharing) -> PreparedLaunch:
+        inputs, pages = self._inputs, self._inputs.pages
+        held, width = pages.on_device(), inputs.table.shape[2]
+        constants, warps = shared_constants(pages.heads, pages.columns, width, inputs.limits is not None)
+        arguments = {
+            "candidates": self._candidates,
+            "limits": self.columns if inputs.limits is None else inputs.limits,
+            "pages": held.table,
+            "chosen": self.columns,
+            "table": inputs.table,
+            "rows": pages.rows,
+            "heads": pages.heads,
+            "capacity": held.capacity,
+            "columns": pages.columns,
+            "count": sharing.count,
+            "width": width,
+            **constants,
+        }
+        return PreparedLaunch(pick_shared_kernel, (pages.rows, 1), arguments, {"num_warps": warps})

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from hf_kvcache.kernels.inputs import MassRule
-from hf_kvcache.kernels.reference.choose import NO_COLUMN
+from hf_kvcache.kernels.triton.choose_columns import largest, ordered, write_entries
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
@@ -19,8 +19,6 @@ BLOCK, SCORE_WARPS = 32, 4
 _NARROW = 128
 #: Columns of a table that one program can choose from: they lie in its registers.
 MOST_COLUMNS = 4096
-_NO_COLUMN = tl.constexpr(NO_COLUMN)
-_LEAST_KEY = tl.constexpr(-(1 << 31))
 
 
 @triton.jit(do_not_specialize=["heads", "columns"])
@@ -109,6 +107,9 @@ def mass_kernel(
     SPANS: tl.constexpr,
     SCALING: tl.constexpr,
     REACH: tl.constexpr,
+    BAND: tl.constexpr,
+    BAND_PAD: tl.constexpr,
+    BANDS_PAD: tl.constexpr,
     MISSING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -118,23 +119,31 @@ def mass_kernel(
 
     Args:
         query: as in :func:`score_kernel`, like the arguments that are not named here.
-        codes: int8 ``[rows, columns * SPANS, 2 * DIM]``, mean and standard deviation of the keys.
+        codes: int8 ``[rows, columns * SPANS, DIM + DIM / BAND]``, mean and standard deviation of the keys.
         scores: fp32 ``[rows, GROUP, columns * SPANS]``, written; ``-inf`` where a row has no page.
     """
     row = tl.program_id(1).to(tl.int64)
     vector, channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DIM_PAD)
     parts = columns * SPANS
     inside, wide = vector < parts, channel < DIM
-    at = codes + row * codes_row + vector.to(tl.int64)[:, None] * (2 * DIM) + channel[None, :]
-    there = inside[:, None] & wide[None, :]
-    mean = tl.load(at, mask=there, other=0).to(tl.float32)
-    square = tl.load(at + DIM, mask=there, other=0).to(tl.float32)
+    at = codes + row * codes_row + vector.to(tl.int64)[:, None] * (DIM + DIM // BAND)
+    mean = tl.load(at + channel[None, :], mask=inside[:, None] & wide[None, :], other=0).to(tl.float32)
+    band, within = tl.arange(0, BANDS_PAD), tl.arange(0, BAND_PAD)
+    has = band < DIM // BAND
+    square = tl.load(at + DIM + band[None, :], mask=inside[:, None] & has[None, :], other=0).to(tl.float32)
     square = square * square
     scale = tl.load(scales + row * scales_row + vector, mask=inside, other=0.0).to(tl.float32)
-    asked = query + row // heads * query_b + row % heads * GROUP * query_h + channel
+    asked = query + row // heads * query_b + row % heads * GROUP * query_h
     for m in range(GROUP):
-        one = tl.load(asked + m * query_h, mask=wide, other=0.0).to(tl.float32) * SCALING
-        spread = tl.sqrt(tl.sum(square * (one * one)[None, :], 1)) * scale
+        one = tl.load(asked + m * query_h + channel, mask=wide, other=0.0).to(tl.float32) * SCALING
+        if BAND == 1:
+            power = one * one
+        else:
+            places = band[:, None] * BAND + within[None, :]
+            held = has[:, None] & (within < BAND)[None, :]
+            banded = tl.load(asked + m * query_h + places, mask=held, other=0.0).to(tl.float32) * SCALING
+            power = tl.sum(banded * banded, 1) / BAND
+        spread = tl.sqrt(tl.sum(square * power[None, :], 1)) * scale
         more = tl.where(spread < REACH, 0.5 * spread * spread, REACH * (spread - 0.5 * REACH))
         mass = tl.sum(mean * one[None, :], 1) * scale + more
         if MISSING:
@@ -206,30 +215,11 @@ def pick_kernel(
         score = _probability(scores + row * GROUP * parts, column, inside, GROUP, SPANS, COLUMNS_PAD, parts)
     else:
         score = tl.load(scores + row * columns + column, mask=inside, other=0.0)
-    bits = score.to(tl.int32, bitcast=True)
-    key = tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), _LEAST_KEY)
     most = count
     if LIMITED:
         most = tl.minimum(tl.load(limits + row), count).to(tl.int32)
-    one = tl.full([], 1, tl.int32)
-    least = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= most, one * 0, one * _LEAST_KEY)
-    for bit in range(31):
-        candidate = least | (one << (30 - bit))
-        enough = tl.sum((key >= candidate).to(tl.int32), 0) >= most
-        least = tl.where(enough, candidate, least)
-    greater, equal = key > least, inside & (key == least)
-    left = most - tl.sum(greater.to(tl.int32), 0)
-    picked = greater | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
-    place = tl.cumsum(picked.to(tl.int32), 0) - 1
-    to, stride = row * count, rows.to(tl.int64) * count
-    tl.store(chosen + to + place, column.to(tl.int64), mask=picked)
-    behind = tl.arange(0, COUNT_PAD)
-    rest = (behind >= tl.sum(picked.to(tl.int32), 0)) & (behind < count)
-    tl.store(chosen + to + behind, tl.full([COUNT_PAD], _NO_COLUMN, tl.int64), mask=rest)
-    for part in tl.static_range(3):
-        entry = tl.load(pages + (part * rows.to(tl.int64) + row) * capacity + column, mask=picked, other=0)
-        tl.store(table + part * stride + to + place, entry, mask=picked)
-        tl.store(table + part * stride + to + behind, tl.zeros([COUNT_PAD], tl.int64), mask=rest)
+    picked = largest(ordered(score, inside), inside, most)
+    write_entries(picked, column, pages, chosen, table, row, rows, capacity, count, COUNT_PAD)
 
 
 def score_constants(
@@ -239,7 +229,9 @@ def score_constants(
     shape = {"DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "GROUP": group, "SPANS": spans, "MISSING": missing}
     if isinstance(rule, MassRule):
         block = BLOCK if dim <= _NARROW else BLOCK // 2
-        return shape | {"SCALING": rule.scaling, "REACH": rule.reach, "BLOCK": block}
+        band = {"BAND": rule.band, "BAND_PAD": triton.next_power_of_2(rule.band)}
+        band["BANDS_PAD"] = triton.next_power_of_2(dim // rule.band)
+        return shape | band | {"SCALING": rule.scaling, "REACH": rule.reach, "BLOCK": block}
     weights = {"TWO": len(rule) == 2, "FIRST_WEIGHT": rule[0], "SECOND_WEIGHT": rule[-1]}
     return shape | weights | {"BLOCK": BLOCK}
 
@@ -248,26 +240,37 @@ def pick_constants(
     columns: int, count: int, limited: bool, group: int = 0, spans: int = 1
 ) -> tuple[dict[str, Any], int]:
     """The constants of :func:`pick_kernel`, and its warps; ``group`` is above 0 for a rule of attention."""
+    pads = column_pads(columns, count)
+    return {"LIMITED": limited, "GROUP": group, "SPANS": spans, **pads}, pick_warps(pads["COLUMNS_PAD"])
+
+
+def column_pads(columns: int, count: int) -> dict[str, int]:
+    """Room of a program for the columns of a row, and for those that are chosen."""
     # At least 256, so that a growing table seldom needs another kernel.
     padded = max(256, triton.next_power_of_2(columns))
-    pads = {"COLUMNS_PAD": padded, "COUNT_PAD": min(padded, max(64, triton.next_power_of_2(count)))}
-    return {"LIMITED": limited, "GROUP": group, "SPANS": spans, **pads}, min(16, max(4, padded // 512))
+    return {"COLUMNS_PAD": padded, "COUNT_PAD": min(padded, max(64, triton.next_power_of_2(count)))}
+
+
+def pick_warps(cells: int) -> int:
+    """Warps of a program that chooses from so many numbers."""
+    return min(16, max(4, cells // 512))
 
 
 def compile_cases(architecture: str) -> list[CompileCase]:
     """Moments, quest and landmarks with heads of 128 and 64, whole pages and parts; tables of three sizes."""
-    rule, weights = MassRule(0.125, 1.77), (0.3, -0.3)
+    rule, weights = MassRule(0.125, 1.77, 8), (0.3, -0.3)
     scored = [
-        _score_case("moments", 128, 4, 1, rule),
-        _score_case("moments", 64, 3, 4, rule),
-        _score_case("moments", 256, 8, 1, rule),
+        _score_case("moments", 128, 4, 2, rule),
+        _score_case("moments", 64, 3, 2, rule),
+        _score_case("moments by element", 128, 4, 1, MassRule(0.125, 1.77)),
+        _score_case("moments", 256, 8, 2, rule),
         _score_case("quest", 128, 4, 1, weights),
         _score_case("quest", 64, 3, 4, weights),
         _score_case("quest", 256, 2, 1, weights),
         _score_case("landmark", 128, 8, 1, (0.0,)),
     ]
     picked = [_pick_case(columns, count) for columns, count in ((512, 128), (2048, 204), (MOST_COLUMNS, 1024))]
-    return [*scored, *picked, _pick_case(512, 128, 4, 1), _pick_case(MOST_COLUMNS, 1024, 3, 4)]
+    return [*scored, *picked, _pick_case(512, 128, 4, 2), _pick_case(MOST_COLUMNS, 1024, 3, 2)]
 
 
 def _score_case(name: str, dim: int, group: int, spans: int, rule: tuple[float, ...] | MassRule) -> CompileCase:

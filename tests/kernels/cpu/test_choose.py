@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_kvcache.kernels.dispatch import module_of
-from hf_kvcache.kernels.reference.choose import NO_COLUMN, choose
+from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule
+from hf_kvcache.kernels.reference.choose import NO_COLUMN, choose, choose_across_heads
 from tests.kernels.choices import CASES, Case, expected, make
 
 
@@ -46,6 +49,58 @@ def test_prepared(isa: str, case: Case) -> None:
         columns, table = expected(case, inputs)
         assert torch.equal(call(inputs.query), columns)
         assert torch.equal(inputs.table, table) and (inputs.counts == table[1].numpy()).all()
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_heads_share_equal_scores(isa: str, some: bool) -> None:
+    """Of pages with equal scores those of the first heads are chosen, and of one head those that come first."""
+    case = Case(2, 3, 2, 24, 11, 1, 3, MassRule(0.01, 1.77), some=some, sinks=2)
+    assert case.width == 6
+    inputs = make(case)
+    inputs.codes.zero_()
+    assert inputs.sharing is not None
+    inputs.sharing.sinks.zero_()
+    inputs.scales.fill_(2)
+    inputs.codes[4, 7, 0] = 100
+    inputs.query.fill_(1)
+    columns, table = expected(case, inputs)
+    if not some:
+        assert columns.tolist()[:3] == [[0, 1, 2, 3, 4, 5], [0, 1, 2, *[NO_COLUMN] * 3], [NO_COLUMN] * 6]
+    call = module_of("choose", "native").PreparedChoice(inputs)
+    assert torch.equal(call(inputs.query), columns) and torch.equal(inputs.table, table)
+    assert torch.equal(_by_reference(case, inputs), columns)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_heads_share(data: st.DataObject) -> None:
+    """Any sizes: what the reference and loops in float64 choose, with every page where all may be read."""
+    columns = data.draw(st.integers(1, 40))
+    dim, band = data.draw(st.sampled_from([(1, 1), (7, 1), (16, 8), (33, 1), (33, 11), (40, 8)]))
+    case = Case(
+        batch=data.draw(st.integers(1, 3)),
+        heads=data.draw(st.integers(1, 4)),
+        group=data.draw(st.integers(1, 5)),
+        dim=dim,
+        columns=columns,
+        spans=data.draw(st.sampled_from([1, 2, 4])),
+        count=data.draw(st.integers(1, columns)),
+        rule=MassRule(0.02, data.draw(st.sampled_from([0.5, 1.77])), band),
+        some=data.draw(st.booleans()),
+        sinks=data.draw(st.integers(0, 5)),
+    )
+    inputs = make(case, data.draw(st.integers(0, 1000)))
+    call = module_of("choose", "native").PreparedChoice(inputs)
+    columns_, table = expected(case, inputs)
+    assert torch.equal(call(inputs.query), columns_) and torch.equal(inputs.table, table)
+    assert torch.equal(_by_reference(case, inputs), columns_)
+
+
+def _by_reference(case: Case, inputs: ChoiceInputs) -> torch.Tensor:
+    query = inputs.query.float().reshape(inputs.pages.rows, case.group, 1, case.dim)
+    assert isinstance(inputs.rule, MassRule) and inputs.sharing is not None
+    vectors, who = (inputs.codes, inputs.scales, inputs.spans), (inputs.limits, inputs.missing)
+    return choose_across_heads(query, inputs.rule, *vectors, *who, case.heads, inputs.sharing)
 
 
 def _held(columns: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from hf_kvcache.kernels.dispatch import module_of
-from hf_kvcache.kernels.inputs import ChoiceInputs
+from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule
 from tests.kernels.choices import CASES, Case, expected, make
 from tests.kernels.triton.fixtures import poisoned_outputs  # noqa: F401
 
@@ -16,12 +17,14 @@ from tests.kernels.triton.fixtures import poisoned_outputs  # noqa: F401
 def _on(inputs: ChoiceInputs, device: torch.device) -> ChoiceInputs:
     """The inputs with their tensors on a device."""
     tensors = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
-    moved = {name: x.to(device) for name, x in tensors.items() if isinstance(x, torch.Tensor)}
-    pages = dataclasses.replace(inputs.pages, slabs=[slab.to(device) for slab in inputs.pages.slabs])
-    return dataclasses.replace(inputs, **moved, pages=pages)
+    moved: dict[str, Any] = {name: x.to(device) for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+    moved["pages"] = dataclasses.replace(inputs.pages, slabs=[slab.to(device) for slab in inputs.pages.slabs])
+    if inputs.sharing is not None:
+        moved["sharing"] = dataclasses.replace(inputs.sharing, sinks=inputs.sharing.sinks.to(device))
+    return dataclasses.replace(inputs, **moved)
 
 
-_FAST = CASES[1], CASES[6]
+_FAST = CASES[1], CASES[6], CASES[10]
 
 
 @pytest.mark.parametrize("case", [pytest.param(x, marks=() if x in _FAST else pytest.mark.slow) for x in CASES])
@@ -51,3 +54,26 @@ def test_equal_scores(device: torch.device) -> None:
     there = _on(inputs, device)
     assert torch.equal(module_of("choose", "triton").PreparedChoice(there)(there.query).cpu(), columns)
     assert torch.equal(there.table.cpu(), table)
+
+
+def test_heads_share_equal_scores(device: torch.device) -> None:
+    """Of pages with equal scores those of the first heads are chosen, and of one head those that come first."""
+    case = Case(2, 3, 2, 24, 11, 1, 3, MassRule(0.01, 1.77), some=True, sinks=2)
+    inputs = make(case)
+    inputs.codes.zero_()
+    assert inputs.sharing is not None
+    inputs.sharing.sinks.zero_()
+    inputs.scales.fill_(2)
+    inputs.codes[4, 7, 0] = 100
+    inputs.query.fill_(1)
+    columns, table = expected(case, inputs)
+    there = _on(inputs, device)
+    assert torch.equal(module_of("choose", "triton").PreparedChoice(there)(there.query).cpu(), columns)
+    assert torch.equal(there.table.cpu(), table)
+
+
+def test_heads_that_do_not_fit() -> None:
+    """Where one program cannot choose from the pages of all heads, no choice is prepared: the reference chooses."""
+    case = Case(1, 9, 1, 1, 2049, 1, 1, MassRule(0.01, 1.77), sinks=0)
+    choices = module_of("choose", "triton").PreparedChoice
+    assert not choices.supports(make(case)) and choices.supports(make(case._replace(columns=2048)))

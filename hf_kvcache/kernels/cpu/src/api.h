@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define HFKV_ABI_VERSION 19
+#define HFKV_ABI_VERSION 20
 
 // How the elements of a side become numbers before scaling.
 enum HfkvLevel : int32_t {
@@ -164,8 +164,9 @@ struct HfkvLatentStep {
 // not null, the entries of the chosen pages are copied there. There are two ways to score pages:
 // - `reach` is 0: every vector has one product with what all query heads ask together (`size_weights`), and a page has the score of
 //   its best part.
-// - `reach` is above 0: the vectors are mean and standard deviation of the keys. A query head's scores have mean m = q * mean *
-//   scaling and deviation s = sqrt(q^2 * deviation^2) * scaling in a part; the logarithm of its attention there is taken to be
+// - `reach` is above 0: the vectors are mean and standard deviation of the keys, of which `band` elements have one together, the root
+//   of the sum of their variances. A query head's scores have mean m = q * mean * scaling and deviation s = sqrt(q^2 * deviation^2) *
+//   scaling in a part, where q^2 has the mean of the squares of each band; the logarithm of its attention there is taken to be
 //   m + s^2 / 2, or m + reach * (s - reach / 2) where s is beyond reach. The score of a page is its probability, summed over the
 //   query heads.
 struct HfkvChoose {
@@ -179,10 +180,15 @@ struct HfkvChoose {
     const int32_t* counts;   // the same
     int64_t* table;          // [3, rows, count], addresses, counts and first positions, 0 where nothing is chosen; or null
     int32_t* table_counts;   // [rows, count], the counts once more
+    const float* sinks;      // [rows, sink_count, D], keys with which pages share attention; read where reach is above 0
     int64_t query_batch, query_head, codes_row, scales_row, missing_row, table_row;
     int32_t rows, heads, queries, width, vectors, columns, spans, count;  // width is that of all vectors, count at most columns
     float size_weights[2];   // of each vector: it meets the queries' sum plus this times the sum of their absolute values
     float scaling, reach;    // see above
+    float part_log;          // the logarithm of the tokens of a part, if there are sinks
+    int32_t sink_count;
+    int32_t band;            // where reach is above 0: neighboring elements that have one deviation; width is D + D / band
+    int32_t shared;          // pages that a row brings to those which its sequence's heads share, where limits is null; 0: none shared
     int32_t threads;
 };
 

@@ -1,16 +1,16 @@
 // The choice of pages for a decode step, hfkv_choose: products of what the queries of a row ask with signed bytes that summarize
-// its pages, and the pages with the largest scores. kernels.inc exports it.
+// its pages, and the pages with the largest scores, of each row or of all heads of a sequence. kernels.inc exports it.
 #pragma once
 
 #include "api.h"
 #include "page_side.h"
+#include "pick.h"
 #include "vectors.h"
 #include "workspace.h"
 
 namespace {
 
 constexpr int kPagesPerTask = 64;
-constexpr int64_t kNoColumn = 1 << 30;
 
 inline Vec load_bytes(const int8_t* p) {
 #if defined(__AVX512F__)
@@ -24,6 +24,29 @@ inline Vec load_bytes(const int8_t* p) {
 #endif
 }
 
+// The first n bytes, fewer than kLanes, and 0 behind them.
+inline Vec load_few_bytes(const int8_t* p, int n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), p)));
+#else
+    int8_t few[16] = {};
+    std::memcpy(few, p, n);
+    return load_bytes(few);
+#endif
+}
+
+inline int whole_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// The vectors of a part of a page whose pages are scored by their attention: a mean of `dim` numbers and `bands` deviations. What a
+// query asks has both in whole lanes, `pitch` numbers in all.
+struct Widths {
+    int dim, bands, pitch;
+
+    explicit Widths(const HfkvChoose& c) : dim(c.width * c.band / (c.band + 1)), bands(c.width - dim) {
+        pitch = whole_lanes(dim) + whole_lanes(bands);
+    }
+};
+
 // The product of floats with bytes, in four sums, so that additions need not wait for each other.
 inline float product(const float* query, const int8_t* codes, int width) {
     Vec sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
@@ -36,19 +59,26 @@ inline float product(const float* query, const int8_t* codes, int width) {
     return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }
 
-// Writes what the queries of a row ask: [width] together, or [queries, width] by each of them, whose elements are followed by their
-// squares.
+// Writes what a query asks, whose elements are followed by the mean of the squares of each band: [pitch].
+inline void ask_moments(const HfkvChoose& c, const float* query, const Widths& w, float* asked) {
+    float* squares = asked + whole_lanes(w.dim);
+    std::memset(asked, 0, sizeof(float) * w.pitch);
+    for (int i = 0; i < w.dim; i++) {
+        asked[i] = query[i] * c.scaling;
+        squares[i / c.band] += asked[i] * asked[i];
+    }
+    for (int i = 0; i < w.bands; i++) squares[i] /= (float)c.band;
+}
+
+// Writes what the queries of a row ask: [width] together, or [queries, pitch] by each of them.
 inline void ask(const HfkvChoose& c, int row, float* asked) {
-    const int dim = c.width / c.vectors;
     const float* query = c.query + row / c.heads * c.query_batch + (int64_t)(row % c.heads) * c.queries * c.query_head;
     if (c.reach > 0) {
-        for (int m = 0; m < c.queries; m++, asked += c.width)
-            for (int i = 0; i < dim; i++) {
-                const float x = query[m * c.query_head + i] * c.scaling;
-                asked[i] = x, asked[dim + i] = x * x;
-            }
+        const Widths w(c);
+        for (int m = 0; m < c.queries; m++) ask_moments(c, query + m * c.query_head, w, asked + (size_t)m * w.pitch);
         return;
     }
+    const int dim = c.width / c.vectors;
     for (int i = 0; i < dim; i++) {
         float total = 0, size = 0;
         for (int m = 0; m < c.queries; m++) {
@@ -59,35 +89,38 @@ inline void ask(const HfkvChoose& c, int row, float* asked) {
     }
 }
 
-// Products of each query with the mean of a part of a page, and of its squares with the squared deviation, in codes.
+// Products of each query with the mean of a part of a page, and of its squares with the squared deviations, in codes.
 struct Moments {
-    const float* asked;   // [queries, 2 * dim]
-    const int8_t* codes;  // [2 * dim]
-    int dim;
+    const float* asked;   // [queries, pitch]
+    const int8_t* codes;  // [dim + bands]
+    Widths w;
     float *means, *squares;
     int64_t pitch;  // from one query's product to the next one's
 
     template <int N>
     void run(int first) const {
-        const float* query = asked + (size_t)first * 2 * dim;
+        const float* query = asked + (size_t)first * w.pitch;
         Vec mean[N], square[N];
         for (int m = 0; m < N; m++) mean[m] = square[m] = splat(0.0f);
         int i = 0;
-        for (; i + kLanes <= dim; i += kLanes) {
-            const Vec a = load_bytes(codes + i), b = load_bytes(codes + dim + i), c = b * b;
-            for (int m = 0; m < N; m++) {
-                mean[m] += a * load(query + m * 2 * dim + i);
-                square[m] += c * load(query + m * 2 * dim + dim + i);
-            }
+        for (; i + kLanes <= w.dim; i += kLanes) add<N>(load_bytes(codes + i), query + i, mean);
+        if (i < w.dim) add<N>(load_few_bytes(codes + i, w.dim - i), query + i, mean);
+        const int8_t* deviations = codes + w.dim;
+        query += whole_lanes(w.dim);
+        for (i = 0; i + kLanes <= w.bands; i += kLanes) {
+            const Vec deviation = load_bytes(deviations + i);
+            add<N>(deviation * deviation, query + i, square);
         }
-        for (int m = 0; m < N; m++) {
-            float one = sum(mean[m]), other = sum(square[m]);
-            for (int j = i; j < dim; j++) {
-                one += codes[j] * query[m * 2 * dim + j];
-                other += (float)(codes[dim + j] * codes[dim + j]) * query[m * 2 * dim + dim + j];
-            }
-            means[(first + m) * pitch] = one, squares[(first + m) * pitch] = other;
+        if (i < w.bands) {
+            const Vec deviation = load_few_bytes(deviations + i, w.bands - i);
+            add<N>(deviation * deviation, query + i, square);
         }
+        for (int m = 0; m < N; m++) means[(first + m) * pitch] = sum(mean[m]), squares[(first + m) * pitch] = sum(square[m]);
+    }
+
+    template <int N>
+    HFKV_INLINE void add(Vec numbers, const float* query, Vec* sums) const {
+        for (int m = 0; m < N; m++) sums[m] += numbers * load(query + m * w.pitch);
     }
 };
 
@@ -121,9 +154,10 @@ struct Masses {
 inline void score_parts(const HfkvChoose& c, int row, int first, int stop, const float* asked, const Masses& x) {
     const int64_t begin = (int64_t)first * c.spans, end = (int64_t)stop * c.spans;
     const int8_t* codes = c.codes + row * c.codes_row;
+    const Widths widths(c);
     halves((const uint8_t*)(c.scales + row * c.scales_row + begin), (int)(end - begin), x.scales + begin);
     for (int64_t at = begin; at < end; at++)
-        by_fours(c.queries, Moments{asked, codes + at * c.width, c.width / 2, x.logs + at, x.squares + at, x.parts});
+        by_fours(c.queries, Moments{asked, codes + at * c.width, widths, x.logs + at, x.squares + at, x.parts});
     for (int m = 0; m < c.queries; m++) {
         float *logs = x.logs + m * x.parts, *squares = x.squares + m * x.parts;
         for (int64_t at = begin; at < end; at++) {
@@ -136,8 +170,26 @@ inline void score_parts(const HfkvChoose& c, int row, int first, int stop, const
     }
 }
 
-// Writes the probabilities of the pages of a row, summed over the queries: [columns].
-inline void sum_probabilities(const HfkvChoose& c, int row, const Masses& x, float* sums) {
+// Writes the logarithm of the attention of a query to each sink of a row, on the scale of parts, and returns the largest.
+inline float score_sinks(const HfkvChoose& c, int row, const float* query, float* known) {
+    const int dim = Widths(c).dim;
+    const float* key = c.sinks + (int64_t)row * c.sink_count * dim;
+    float top = kMinusInfinity;
+    for (int s = 0; s < c.sink_count; s++, key += dim) {
+        Vec found = splat(0.0f);
+        int i = 0;
+        for (; i + kLanes <= dim; i += kLanes) found += load(query + i) * load(key + i);
+        float score = sum(found);
+        for (; i < dim; i++) score += query[i] * key[i];
+        known[s] = score - c.part_log;
+        top = larger(top, known[s]);
+    }
+    return top;
+}
+
+// Writes the probabilities of the pages of a row among pages and sinks, summed over the queries: [columns]. `known` is a buffer for the
+// sinks.
+inline void sum_probabilities(const HfkvChoose& c, int row, const float* asked, const Masses& x, float* known, float* sums) {
     const int parts = (int)x.parts;
     for (int column = 0; column < c.columns; column++) sums[column] = lacks(c, row, column) ? kMinusInfinity : 0;
     for (int m = 0; m < c.queries; m++) {
@@ -145,7 +197,7 @@ inline void sum_probabilities(const HfkvChoose& c, int row, const Masses& x, flo
         Vec tops = splat(kMinusInfinity), totals = splat(0.0f);
         const int whole = parts - parts % kLanes;
         for (int i = 0; i < whole; i += kLanes) tops = max(tops, load(masses + i));
-        float top = largest(tops), total = 0;
+        float top = larger(largest(tops), score_sinks(c, row, asked + (size_t)m * Widths(c).pitch, known)), total = 0;
         for (int i = whole; i < parts; i++) top = larger(top, masses[i]);
         if (top == kMinusInfinity) continue;
         for (int i = 0; i < whole; i += kLanes) {
@@ -155,67 +207,10 @@ inline void sum_probabilities(const HfkvChoose& c, int row, const Masses& x, flo
         }
         total = sum(totals);
         for (int i = whole; i < parts; i++) total += masses[i] = exponential(splat(masses[i] - top))[0];
+        for (int s = 0; s < c.sink_count; s++) total += exponential(splat(known[s] - top))[0];
         const float share = 1 / total;
         for (int column = 0; column < c.columns; column++)
             for (int part = 0; part < c.spans; part++) sums[column] += masses[column * c.spans + part] * share;
-    }
-}
-
-// Moves the `count` largest of n numbers to the front, and returns the smallest of these: quickselect. The standard library's
-// functions could be linked from the unit of another instruction set.
-inline float part_largest(float* x, int n, int count) {
-    int low = 0, high = n - 1;
-    while (low < high) {
-        const float a = x[low], b = x[(low + high) / 2], c = x[high];
-        const float pivot = a > b ? (b > c ? b : (a > c ? c : a)) : (a > c ? a : (b > c ? c : b));
-        int i = low, j = high;
-        while (i <= j) {
-            while (x[i] > pivot) i++;
-            while (x[j] < pivot) j--;
-            if (i > j) break;
-            const float other = x[i];
-            x[i++] = x[j];
-            x[j--] = other;
-        }
-        if (count - 1 <= j) high = j;
-        else if (count - 1 >= i) low = i;
-        else break;
-    }
-    return x[count - 1];
-}
-
-// Writes the columns of the `count` largest scores, ascending; of equal ones those that come first. `sorted` is a buffer.
-inline void choose_row(const HfkvChoose& c, int row, const float* scores, float* sorted) {
-    int64_t* chosen = c.chosen + (size_t)row * c.count;
-    const int count = c.limits && c.limits[row] < c.count ? (int)c.limits[row] : c.count;
-    int found = 0;
-    if (count > 0) {
-        std::memcpy(sorted, scores, sizeof(float) * c.columns);
-        const float least = part_largest(sorted, c.columns, count);
-        int equal = count;  // how many of those that equal the least one are chosen
-        for (int i = 0; i < count; i++) equal -= sorted[i] > least;
-        for (int column = 0; column < c.columns && found < count; column++) {
-            const bool same = scores[column] == least;
-            if (scores[column] > least || (same && equal > 0)) {
-                equal -= same;
-                chosen[found++] = column;
-            }
-        }
-    }
-    for (; found < c.count; found++) chosen[found] = kNoColumn;
-}
-
-// Copies the entries of the chosen pages of a row from one table to the other.
-inline void copy_entries(const HfkvChoose& c, int row) {
-    const size_t begin = (size_t)row * c.count, cells = (size_t)c.rows * c.count;
-    const int64_t from = row * c.table_row;
-    for (int i = 0; i < c.count; i++) {
-        const int64_t column = c.chosen[begin + i];
-        const bool held = column < c.columns;
-        c.table[begin + i] = held ? c.addresses[from + column] : 0;
-        c.table_counts[begin + i] = held ? c.counts[from + column] : 0;
-        c.table[cells + begin + i] = c.table_counts[begin + i];
-        c.table[2 * cells + begin + i] = held ? c.first[from + column] : 0;
     }
 }
 
@@ -223,12 +218,14 @@ inline int choose(const HfkvChoose& c) {
     const int blocks = (c.columns + kPagesPerTask - 1) / kPagesPerTask, tasks = c.rows * blocks;
     const bool by_mass = c.reach > 0;
     const size_t cells = (size_t)c.rows * c.columns;
-    const size_t asked_by_row = by_mass ? (size_t)c.queries * c.width : (size_t)c.width;
+    const size_t asked_by_row = by_mass ? (size_t)c.queries * Widths(c).pitch : (size_t)c.width;
     const size_t masses_by_row = by_mass ? Masses::floats(c) : 0;
-    const Workspace workspace(sizeof(float) * (2 * cells + c.rows * (asked_by_row + masses_by_row)));
+    const size_t by_row = asked_by_row + masses_by_row + c.sink_count;
+    const Workspace workspace(sizeof(float) * ((c.shared ? 3 : 2) * cells + c.rows * by_row));
     if (!workspace.at()) return 1;
     float* scores = (float*)workspace.at();
     float *sorted = scores + cells, *all_asked = sorted + cells, *masses = all_asked + c.rows * asked_by_row;
+    float *known = masses + c.rows * masses_by_row, *together = known + (size_t)c.rows * c.sink_count;
     const int threads = tasks == 1 ? 1 : c.threads;
 #pragma omp parallel num_threads(threads)
     {
@@ -244,10 +241,20 @@ inline int choose(const HfkvChoose& c) {
         }
 #pragma omp for schedule(static)
         for (int row = 0; row < c.rows; row++) {
-            float* own = scores + (size_t)row * c.columns;
-            if (by_mass) sum_probabilities(c, row, Masses(c, masses + row * masses_by_row), own);
-            choose_row(c, row, own, sorted + (size_t)row * c.columns);
-            if (c.table) copy_entries(c, row);
+            const size_t begin = (size_t)row * c.columns;
+            float *own = scores + begin, *of_sinks = known + (size_t)row * c.sink_count;
+            const float* asked = all_asked + row * asked_by_row;
+            if (by_mass) sum_probabilities(c, row, asked, Masses(c, masses + row * masses_by_row), of_sinks, own);
+            if (c.shared) part_candidates(c, row, own, sorted + begin);
+            else choose_row(c, row, own, sorted + begin);
+            if (c.table && !c.shared) copy_entries(c, row);
+        }
+        if (c.shared) {
+#pragma omp for schedule(static)
+            for (int first = 0; first < c.rows; first += c.heads) {
+                choose_together(c, first, scores, sorted, together + (size_t)first * c.columns);
+                for (int row = first; c.table && row < first + c.heads; row++) copy_entries(c, row);
+            }
         }
     }
     return 0;
