@@ -51,7 +51,9 @@ def test_libraries_of_torch_are_not_locked() -> None:
     assert [line for line in lines(FOLDER / "lock.txt") if line.startswith(("nvidia", "cuda"))] == []
 
 
-def test_kernels_are_compared_with_what_this_triton_compiled() -> None:
+def test_kernels_are_compared_with_what_this_triton_and_the_oldest_compiled() -> None:
     with (ROOT / "benchmarks" / "compiled.csv").open(encoding="utf-8", newline="") as file:
         recorded = {row["triton"] for row in csv.DictReader(file)}
-    assert recorded and recorded <= set(pinned("triton"))
+    oldest = re.findall(r'"triton>=([\d.]+);', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert len(set(oldest)) == 1
+    assert recorded == {*pinned("triton"), f"{oldest[0]}.0"}

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compile_report
-from benchmarks.compile_report import Result, problems, read_record, stale, worse, write_record
+from benchmarks import compile_record
+from benchmarks.compile_record import is_older, read_record, write_record
+from benchmarks.compile_report import Result, known, problems, stale, worse
 from benchmarks.machine_code import TARGETS, Compiled, read_amd, read_sass
 from hf_kvcache.kernels.triton.compile_case import ARCHITECTURES, CompileCase
 
@@ -143,18 +144,35 @@ def test_what_is_worse_than_recorded_fails() -> None:
     assert worse(Result("sm90", "x", replace(SOUND, spills=1), 4, ()), record) == []
 
 
-def test_the_record_is_of_one_version_and_keeps_other_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_report, "RECORD", tmp_path / "compiled.csv")
-    monkeypatch.setattr(compile_report, "version", lambda: "3.9.0")
-    first, second = (Result("sm80", name, SOUND, 4, ()) for name in "ab")
-    write_record([first], False)
-    write_record([second], False)
+def test_spills_and_few_warps_of_an_older_triton_are_known_where_recorded() -> None:
+    """With the newest Triton they are failures; other failures are failures with any, and so is what became worse."""
+    bad = replace(SOUND, spills=2, registers=255, shared=164 * 1024, tensor=0)
+    result = Result("sm90", "x", bad, 2, tuple(problems(bad, replace(CASE, num_warps=2), "sm80")), 0.7, 0.75)
+    record = {result.key: vars(bad)}
+    assert len(result.problems) == 4
+    assert known(result, record, False) == [] and known(result, {}, True) == []
+    assert [text.split()[1] for text in known(result, record, True)] == ["spills,", "resident"]
+    assert worse(result, record, True) == [] and len(worse(result, record)) == 1
+    assert len(worse(replace(result, compiled=replace(bad, spills=3)), record, True)) == 1
+
+
+def test_the_record_keeps_other_versions_and_other_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_record, "RECORD", tmp_path / "compiled.csv")
+    monkeypatch.setattr(compile_record, "version", lambda: "3.9.0")
+    first, second = {("sm80", "a"): vars(SOUND)}, {("sm80", "b"): vars(SOUND)}
+    write_record(first, False)
+    write_record(second, False)
     assert read_record() == {("sm80", "a"): vars(SOUND), ("sm80", "b"): vars(SOUND)}
-    assert stale([second], read_record()) == [("sm80", "a")]
-    write_record([second], True)
+    assert stale([Result("sm80", "b", SOUND, 4, ())], read_record()) == [("sm80", "a")]
+    write_record(second, True)
     assert list(read_record()) == [("sm80", "b")]
-    monkeypatch.setattr(compile_report, "version", lambda: "3.10.0")
-    assert read_record() == {}
+    assert not is_older()
+    monkeypatch.setattr(compile_record, "version", lambda: "3.10.0")
+    assert read_record() == {} and not is_older()
+    write_record(first, True)
+    assert list(read_record()) == [("sm80", "a")]
+    monkeypatch.setattr(compile_record, "version", lambda: "3.9.0")
+    assert list(read_record()) == [("sm80", "b")] and is_older()
 
 
 def test_waivers() -> None:
