@@ -98,7 +98,8 @@ HFKV_INLINE void store_sums(const Vec* v, float* out, int64_t pitch) {
 
 // Dot products of M queries with T rows: scores[m * pitch + t].
 template <class Element, int M, int T>
-HFKV_INLINE void dot_some(const uint8_t* rows, int64_t stride, int dim, const float* query, int query_pitch, float* scores, int pitch) {
+HFKV_INLINE void dot_some(const uint8_t* rows, int64_t stride, int dim, const float* query, int query_pitch, float* scores,
+                          int pitch) {
     Vec total[T][M];
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++)
@@ -140,11 +141,11 @@ void dot_elements(const uint8_t* rows, int64_t stride, int n, int dim, const flo
     for (; t < n; t++) dot_some<Element, M, 1>(rows + t * stride, stride, dim, query, query_pitch, scores + t, pitch);
 }
 
-// output[m * output_pitch + c] += sum over t of weights[m * pitch + t] * element[t][c], for V vectors of channels from c on; the sums
-// stay in registers.
+// output[m * output_pitch + c] += sum over t of weights[m * pitch + t] * element[t][c], for V vectors of channels from c on; the
+// sums stay in registers.
 template <class Element, int M, int V>
-HFKV_INLINE void weigh_some(const uint8_t* rows, int64_t stride, int n, int dim, int c, const float* weights, int pitch, float* output,
-                            int output_pitch, Stream& next) {
+HFKV_INLINE void weigh_some(const uint8_t* rows, int64_t stride, int n, int dim, int c, const float* weights, int pitch,
+                            float* output, int output_pitch, Stream& next) {
     const int64_t ahead = next.bytes(12 * V * kLanes, 16 * dim);
     Vec total[M][V];
     for (int m = 0; m < M; m++)
