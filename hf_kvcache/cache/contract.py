@@ -14,6 +14,7 @@ from hf_kvcache.cache.forward_pass import ForwardPass
 from hf_kvcache.cache.model_checks import ReadCheck, drop_limit, warn_if_dropped
 from hf_kvcache.cache.model_config import check_states, make_layers
 from hf_kvcache.cache.offloading import Offloading
+from hf_kvcache.cache.other_crops import check_crop
 from hf_kvcache.layers.options import LayerOptions
 from hf_kvcache.layers.own import OwnLayer
 from hf_kvcache.layers.rows import check_rows
@@ -172,7 +173,7 @@ class CacheContract(Offloading):
         Raises:
             ValueError: if the number is positive, or larger than the number of tokens seen.
             RuntimeError: if a layer cannot return to the earlier length: a sliding window or an eviction has dropped
-                tokens, or a recurrent state has changed.
+                tokens, or there is a recurrent state.
         """
         tokens_to_remove = int(tokens_to_remove)  # older versions of transformers pass a tensor
         if self._interrupted:
@@ -182,6 +183,9 @@ class CacheContract(Offloading):
                 return
         for layer in self._pass.in_every_pass(self.layers):
             layer.check_crop(tokens_to_remove)
+        for index, any_layer in enumerate(self.layers):
+            if not isinstance(any_layer, OwnLayer):
+                check_crop(index, any_layer, tokens_to_remove)
         for index, any_layer in enumerate(self.layers):
             if index not in self._pass.cross:
                 any_layer.crop(tokens_to_remove)  # type: ignore[union-attr]
