@@ -46,7 +46,8 @@ class SparseReadCache(KVCache):
         policy: what evicts then; see :class:`HeavyHitterCache`.
         dense_layers: number of first layers that read everything.
         taper: how much more than ``read_budget`` the first of the other layers reads, and the last one less, as a share
-            of it; what lies between goes in equal steps. Layers that read another one's choice have none.
+            of it; what lies between goes in equal steps. None is 0.3 with ``moments`` and 0 with any other. Layers that
+            read another one's choice have none.
         sink_length: as in :class:`KVCache`, like ``validate``, ``bind``, ``key_bits``, ``value_bits`` and
             ``skip_layers``.
         tail_length: number of newest tokens in full precision, which every step reads.
@@ -70,7 +71,7 @@ class SparseReadCache(KVCache):
         budget: int | float | None = None,
         policy: str | Policy = "snapkv",
         dense_layers: int = 2,
-        taper: float = 0.3,
+        taper: float | None = None,
         sink_length: int = 4,
         tail_length: int = 64,
         page_size: int = 64,
@@ -102,6 +103,7 @@ class SparseReadCache(KVCache):
         for name, value in (("sink_length", sink_length), ("tail_length", tail_length), ("dense_layers", dense_layers)):
             whole(name, value, 0)
         _check_selector(chosen, whole("page_size", page_size, 8))
+        taper = chosen.taper if taper is None else taper
         reads = ReadBudget(read_budget, sink_length, tail_length, page_size, taper)
         sparse = SparseOptions(chosen, reads, dense_layers)
         eviction = None if budget is None else default_eviction(budget, policy, sink_length + tail_length)

@@ -53,6 +53,8 @@ class Selector:
     shared: ClassVar[bool] = False
     #: Tokens that are summarized together; None for a page in so many :attr:`parts`.
     span: int | None = None
+    #: How much more than the mean the first layer reads, and the last one less, unless a cache is told.
+    taper: ClassVar[float] = 0.0
     #: Parts of a page without :attr:`span`.
     parts: ClassVar[int] = 1
     #: Of a selector whose two vectors are mean and standard deviation, and that scores pages by the attention expected

@@ -45,9 +45,9 @@ def test_exact_at_full_budget(model: PreTrainedModel, codec: str) -> None:
         assert torch.equal(forward(model, ids, ours), expected)
         assert torch.equal(forward(model, ids, share), expected)
     assert not any(_picking(ours))
-    forward(model, prompt(70, 2), ours)
+    forward(model, prompt(130, 2), ours)
     forward(model, prompt(1, 2), ours)
-    assert all(_picking(ours))  # the budget is used up
+    assert all(_picking(ours))  # the budget is used up, in the first layer too, which may read 1.3 times as much
 
 
 _QUICK = ("moments", "kascade")
@@ -174,7 +174,7 @@ def test_stored_prompts_are_of_one_way_of_reading(model: PreTrainedModel) -> Non
     cache, other = _sparse(model), _sparse(model, 0.9)
     for each in (cache, other):
         forward(model, ids, each)
-    with pytest.raises(ValueError, match=r"the cache has sparse=\['moments', .*, 0\.9, 0\].*, 0\.4, 0\]"):
+    with pytest.raises(ValueError, match=r"the cache has sparse=\['moments', .*, 0\.9, 0\.3, 0\].*, 0\.4, 0\.3, 0\]"):
         store.put(ids, other)
     store.put(ids, cache)
     found, length = store.fetch(torch.cat([ids, more], 1))

@@ -113,6 +113,7 @@ def test_layers_have_depths() -> None:
     assert [layer.depth for layer in layers[1:]] == [0, 0.25, 0.5, 0.75, 1]
     alone: list[Any] = SparseReadCache(config, dense_layers=5).layers
     assert alone[5].depth == 0.5
+    assert [SparseReadCache(config, selector=x).options.sparse.budget.taper for x in ("moments", "quest")] == [0.3, 0]
     shared: list[Any] = SparseReadCache(config, selector="kascade").layers
     assert {layer.depth for layer in shared} == {0.5}
 

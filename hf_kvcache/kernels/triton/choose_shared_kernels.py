@@ -16,7 +16,7 @@ from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
 #: Columns of all heads of a sequence that one program can choose from, each head's number rounded up to a power of two.
-MOST_CELLS = 32768
+MOST_CELLS = 16384
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def compile_cases(architecture: str) -> list[CompileCase]:
     """Heads of 128 and 64, whole pages and parts; tables of two sizes for three KV heads, and for eight."""
     del architecture
     sized = [_candidate_case(64, 3, 2, 512), _candidate_case(128, 4, 2, MOST_COLUMNS)]
-    return [*sized, _pick_case(3, 512, 240), _pick_case(3, 2048, 408), _pick_case(8, MOST_COLUMNS, 2048)]
+    return [*sized, _pick_case(3, 512, 240), _pick_case(3, 2048, 408), _pick_case(8, 2048, 408)]
 
 
 def _candidate_case(dim: int, group: int, spans: int, columns: int) -> CompileCase:

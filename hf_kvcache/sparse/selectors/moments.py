@@ -38,6 +38,7 @@ class Moments(Selector):
     vectors = 2
     rounding = 0, 0
     parts = 2
+    taper = 0.3
 
     def __init__(self, span: int | None = None, reach: float = 1.77, across: bool = False, band: int = 8) -> None:
         self.span = None if span is None else whole("span", span, 1)

@@ -74,6 +74,6 @@ def test_heads_share_equal_scores(device: torch.device) -> None:
 
 def test_heads_that_do_not_fit() -> None:
     """Where one program cannot choose from the pages of all heads, no choice is prepared: the reference chooses."""
-    case = Case(1, 9, 1, 1, 2049, 1, 1, MassRule(0.01, 1.77), sinks=0)
+    case = Case(1, 9, 1, 1, 1025, 1, 1, MassRule(0.01, 1.77), sinks=0)
     choices = module_of("choose", "triton").PreparedChoice
-    assert not choices.supports(make(case)) and choices.supports(make(case._replace(columns=2048)))
+    assert not choices.supports(make(case)) and choices.supports(make(case._replace(columns=1024)))
