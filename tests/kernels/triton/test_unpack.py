@@ -222,6 +222,17 @@ def test_scaled_tokens(spec: str, lost: bool, assembly: list[Side], monkeypatch:
     assert assembly and all(side.scaling for side in assembly)
 
 
+@pytest.mark.parametrize(("spec", "dim"), [("unbiased3", 96), ("kvarn4", 80), ("unbiased2", 48), ("turboquant4", 80)])
+def test_scaled_tokens_of_other_widths(
+    spec: str, dim: int, assembly: list[Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments with places behind their channels: scales there are 0, or those of the token, and change nothing."""
+    monkeypatch.setattr(launch, "_MOST_FOLDED_ELEMENTS", 0)
+    call = make_call(spec, replace(SHAPE, length=5, slots=5, heads=1, key_dim=dim, value_dim=dim, columns=2))
+    check(extend.attend(*call.arguments), call)
+    assert assembly and all(side.scaling and side.segment != side.segment_pad for side in assembly)
+
+
 @pytest.mark.parametrize(("spec", "lost"), [("unbiased4", False), ("rotated8", True)])
 def test_weights_of_products(spec: str, lost: bool, assembly: list[Side], monkeypatch: pytest.MonkeyPatch) -> None:
     """Large blocks of queries: weights without scores, and a key mean that is far from the tokens of the queries."""
