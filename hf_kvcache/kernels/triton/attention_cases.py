@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import triton
 
+from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton.attention_kernels import combine_kernel, dense_kernel, pages_kernel, sums_kernel
 from hf_kvcache.kernels.triton.compile_case import CompileCase
 from hf_kvcache.kernels.triton.configs import Config, attention_config, dot_precision
-from hf_kvcache.kernels.triton.launch import codes_of, combine_shape, page_sides, sums_shape
+from hf_kvcache.kernels.triton.launch import codes_of, combine_shape, page_sides, sums_shape, weighs_products
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
 _GROUP, _PAGE = 4, 64
@@ -71,6 +72,7 @@ def pages_case(
     keys, values = page_sides(layout, torch.bfloat16, config.block_m, arch)
     block_n = min(config.block_n, page)
     rotated = layout.sides["keys"].rotation != "none"
+    plain = not everything and weighs_products(Scoring(1.0), config.block_m, biased, False)
     return CompileCase(
         name=f"{operation} {codec} D={dim}" + (" bias" if biased else "") + (" everything" if everything else ""),
         kernel=pages_kernel,
@@ -98,6 +100,7 @@ def pages_case(
             "CENTERED": layout.sides["keys"].centered,
             "SOFTCAP": everything,
             "KEEP_SCORES": False,
+            "PRODUCTS": plain and not (keys.folded or values.folded),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

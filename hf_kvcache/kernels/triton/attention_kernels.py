@@ -27,6 +27,7 @@ from hf_kvcache.kernels.triton.attention_parts import (
     slot_positions,
     store_partial,
     weigh,
+    weigh_products,
 )
 from hf_kvcache.kernels.triton.elements import load_elements
 from hf_kvcache.kernels.triton.sides import (
@@ -218,6 +219,7 @@ def pages_kernel(
     CENTERED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     KEEP_SCORES: tl.constexpr,
+    PRODUCTS: tl.constexpr,
 ):
     """Attention of ``BLOCK_M`` queries of a row over the pages of a split; grid (rows times query blocks, splits).
 
@@ -254,6 +256,9 @@ def pages_kernel(
         CENTERED: whether a key mean was subtracted from the keys.
         SOFTCAP: whether scores are capped.
         KEEP_SCORES: whether to write the scores.
+        PRODUCTS: whether weights are made of dot products, without scores. What the key mean adds is the same for all
+            tokens of pages, and is then added at the end. It needs ``inner > 0``, and neither a soft cap, a bias,
+            scores to write nor scales that are folded into weights.
     """
     TILES: tl.constexpr = KEYS.page_pad // BLOCK_N
     MASKED: tl.constexpr = not FULL or KEYS.page != KEYS.page_pad
@@ -272,13 +277,15 @@ def pages_kernel(
     peak, total = empty_softmax(BLOCK_M)
     if BLOCK_M < 16:
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    factor = q_peak * (inner * LOG2_E)
     offset = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.full([BLOCK_M, VALUES.segments * VALUES.segment_pad], 0.0, tl.float32)
     last = tl.minimum((split + 1) * per_split, columns)
     for tile in tl.range(split * per_split * TILES, last * TILES, num_stages=STAGES):
         place, first, token, held, keep, record = locate_tokens(pages, row, rows, capacity, tile, KEYS, BLOCK_N, FULL)
         scores = _page_scores(record, q, first, held, key_table, key_channel, key_there, KEYS, BLOCK_N, MASKED)
-        scores = finish_scores(scores, q_peak, shift, inner, softcap, SOFTCAP)
+        if not PRODUCTS:
+            scores = finish_scores(scores, q_peak, shift, inner, softcap, SOFTCAP)
         if KEYS.bias_at:
             scores += (load_per_token(record, KEYS.bias_at, first, held, BLOCK_N, MASKED) * LOG2_E)[None, :]
         if PLACED > 0:
@@ -301,7 +308,10 @@ def pages_kernel(
             else:
                 token_scale = load_per_token(record, VALUES.scale_at, first, held, BLOCK_N, MASKED)
             height = scores + rough_log2(tl.maximum(tl.abs(token_scale), SMALLEST_SCALE))[None, :]
-        weights, decay, peak, total = weigh(scores, height, peak, total)
+        if PRODUCTS:
+            weights, decay, peak, total = weigh_products(scores, factor, peak, total)
+        else:
+            weights, decay, peak, total = weigh(scores, height, peak, total)
         if VALUES.folded and VALUES.zero and not VALUES.channel and not VALUES.other:
             # Here and not at the dot product, where most registers are in use.
             zero = load_per_token(record, VALUES.zero_at, first, held, BLOCK_N, MASKED)
@@ -324,6 +334,8 @@ def pages_kernel(
             MASKED,
         )
     acc += offset[:, None]
+    if PRODUCTS:
+        peak += shift * factor
     if BLOCK_M < 16:
         total = tl.sum(total, 1)
     store_partial(

@@ -156,6 +156,23 @@ def weigh(scores, height, peak, total):
 
 
 @triton.jit
+def weigh_products(products, factor, peak, total):
+    """:func:`weigh` of dot products whose scores are ``products * factor``; it makes no scores but for the largest.
+
+    Args:
+        products: fp32 ``[BLOCK_M, BLOCK_N]``, -inf where hidden.
+        factor: fp32 ``[BLOCK_M]``, above 0.
+        peak: fp32 ``[BLOCK_M]``, the largest score so far.
+        total: fp32 ``[BLOCK_M]``, the sum of the weights so far.
+    """
+    higher = tl.maximum(peak, tl.max(products, 1) * factor)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(products * factor[:, None] - base[:, None])
+    decay = tl.exp2(peak - base)
+    return weights, decay, higher, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
 def store_partial(
     partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, channel, there, DIM: tl.constexpr
 ):

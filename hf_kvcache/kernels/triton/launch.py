@@ -30,6 +30,8 @@ from hf_kvcache.kernels.workspace import scratch
 #: copy of more would spill, and those per token into scores and weights. For more queries it takes fewer instructions
 #: to scale the tokens themselves, where assembly does it.
 _MOST_FOLDED_ELEMENTS = 4096
+#: Queries of a program from which on scores are not made where products do. For fewer, other work takes the time.
+_LEAST_PRODUCTS = 128
 #: Pages and full-precision tokens of a split, at least.
 _LEAST_PAGES, _LEAST_TOKENS = 2, 128
 #: Widths that the kernels' registers hold.
@@ -211,6 +213,7 @@ def _attend_pages(
     placed = page_placement(pages, call.visibility)
     table = pages.on_device(positions=placed == 2)
     block_n = min(config.block_n, keys.page_pad)
+    unfolded = not (keys.folded or values.folded)
     pages_kernel[call.blocks(config.block_m), splits](
         query,
         table.table,
@@ -233,10 +236,17 @@ def _attend_pages(
         FULL=pages.full,
         PLACED=placed,
         CENTERED=pages.key_mean is not None,
+        PRODUCTS=unfolded and weighs_products(call.scoring, config.block_m, pages.layout.biased, call.sums),
         num_warps=config.num_warps,
         **config.options,
         **call.common,
     )
+
+
+def weighs_products(scoring: Scoring, block_m: int, biased: bool, sums: bool) -> bool:
+    """Whether weights are made of dot products without scores: for large blocks of queries, where it can be done."""
+    plain = scoring.inner > 0 and scoring.softcap is None and not biased and not sums
+    return plain and block_m >= _LEAST_PRODUCTS
 
 
 def page_placement(pages: Pages, visibility: Visibility) -> int:

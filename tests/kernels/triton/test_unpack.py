@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_kvcache.codecs.lloyd import normal_levels
+from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.triton import decode, decoded_pages, extend, launch
 from hf_kvcache.kernels.triton.sides import Side, describe_side
 from hf_kvcache.kernels.triton.unpack import signed_bytes, unpacking, with_scales
@@ -99,6 +100,64 @@ def test_scales(level: str, bits: int, zero: bool, other: bool) -> None:
         np.testing.assert_array_equal(element, expected * second if other else expected)
 
 
+#: Half precision: the unit roundoff, half the distance of numbers below 2**-14, and the largest number.
+ROUNDOFF, HALF_STEP, LARGEST = 2.0**-11, 2.0**-25, 65504.0
+#: From the smallest number to the largest, at both ends of what has all its digits, and 0.
+ENDS = np.array([0, 2.0**-24, 3e-7, 2.0**-15, 6.1e-5, 2.0**-14, 1e-3, 0.37, 1, 1.7, 255.9, 2.4e4, 65504], np.float16)
+
+
+@pytest.mark.parametrize(("zero", "other"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("level", ["integer2", "integer4", "integer8", "table2", "table3", "table4", "float8"])
+def test_scales_at_the_ends_of_half_precision(level: str, zero: bool, other: bool) -> None:
+    """All codes with scales from subnormal to the largest, against float64: as near as three roundings allow.
+
+    What stays in the range of half precision at each step is finite; nothing becomes NaN unless it is infinity times 0.
+    """
+    kind, bits = level[:-1] if level != "float8" else level, int(level[-1])
+    zeros = np.concatenate([-ENDS[::-1], ENDS]) if zero else np.zeros(1, np.float16)
+    grid = np.meshgrid(ENDS, zeros, ENDS if other else ENDS[:1])
+    scale, addend, second = (np.repeat(x.reshape(-1), 256).astype(np.float16) for x in grid)
+    low = np.tile(np.arange(256, dtype=np.uint8), scale.size // 256)
+    high, odd = low[::-1].copy(), np.full_like(low, 255)
+    table = normal_levels(bits) if kind == "table" else ()
+    how = unpacking(kind, bits, table, 0)
+    assert how is not None
+    segments = {8: 1, 4: 2, 3: 4, 2: 4}[bits]
+    scaled = with_scales(how, segments, zero, other)
+    given = [x for x in (scale, addend, second) for _ in range(segments)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = of_bytes(scaled.text, scaled.constraints, [low, high, odd, *given])
+    s, z, o = (
+        x.astype(np.float64) for x in (scale, addend if zero else 0 * addend, second if other else 0 * second + 1)
+    )
+    for segment, elements in enumerate(found):
+        number, unit = numbers_of(kind, bits, table, low, high, segment), abs(how.unit)
+        factor, inner = s * unit, number * s + z
+        # Two roundings of the scale, by the unit and of the unit; those of the sum, and of the second product.
+        of_factor = 2.01 * ROUNDOFF * factor + HALF_STEP
+        of_inner = np.abs(number) / unit * of_factor + 1.01 * ROUNDOFF * np.abs(inner) + 2e-6 * s + HALF_STEP
+        off = of_inner * o * (1 + ROUNDOFF) + (ROUNDOFF * np.abs(inner * o) + HALF_STEP if other else 0)
+        fits = np.abs(number) <= 448  # but for the two numbers of e4m3 that are none
+        fits &= np.maximum(factor + of_factor, np.maximum(np.abs(inner) + of_inner, np.abs(inner * o) + off)) < LARGEST
+        assert fits.mean() > 0.3
+        x = elements.astype(np.float64)
+        assert np.isfinite(x[fits]).all() and (np.abs(x - inner * o)[fits] <= off[fits]).all()
+        assert not np.isnan(x[o > 0]).any()
+
+
+def numbers_of(kind: str, bits: int, table: tuple[float, ...], low: np.ndarray, high: np.ndarray, segment: int):
+    """float64 numbers of the codes of a segment, the odd bits of ``high`` being the third ones."""
+    if kind == "float8":
+        sign, exponent, mantissa = low >> 7, (low >> 3 & 15).astype(np.int64), low & 7
+        size = np.where(exponent > 0, np.ldexp(1 + mantissa / 8, exponent - 7), np.ldexp(mantissa / 8, -6))
+        return np.where(sign > 0, -size, size)
+    width = 2 if bits == 3 else bits
+    code = low >> (segment * width) & ((1 << width) - 1)
+    if bits == 3:
+        code = code + 4 * (high >> (2 * segment + 1) & 1)
+    return np.array(table)[code] if kind == "table" else code.astype(np.float64)
+
+
 def test_what_has_no_assembly() -> None:
     """Other widths, and levels that are no multiples of one number."""
     assert unpacking("integer", 3, (), 0) is None and unpacking("table", 1, (-1.0, 1.0), 0) is None
@@ -161,6 +220,40 @@ def test_scaled_tokens(spec: str, lost: bool, assembly: list[Side], monkeypatch:
     call = ragged(call) if lost else call
     check(extend.attend(*call.arguments), call)
     assert assembly and all(side.scaling for side in assembly)
+
+
+@pytest.mark.parametrize(("spec", "dim"), [("unbiased3", 96), ("kvarn4", 80), ("unbiased2", 48), ("turboquant4", 80)])
+def test_scaled_tokens_of_other_widths(
+    spec: str, dim: int, assembly: list[Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments with places behind their channels: scales there are 0, or those of the token, and change nothing."""
+    monkeypatch.setattr(launch, "_MOST_FOLDED_ELEMENTS", 0)
+    call = make_call(spec, replace(SHAPE, length=5, slots=5, heads=1, key_dim=dim, value_dim=dim, columns=2))
+    check(extend.attend(*call.arguments), call)
+    assert assembly and all(side.scaling and side.segment != side.segment_pad for side in assembly)
+
+
+@pytest.mark.parametrize(("spec", "lost"), [("unbiased4", False), ("rotated8", True)])
+def test_weights_of_products(spec: str, lost: bool, assembly: list[Side], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large blocks of queries: weights without scores, and a key mean that is far from the tokens of the queries."""
+    monkeypatch.setattr(launch, "_MOST_FOLDED_ELEMENTS", 0)
+    monkeypatch.setattr(launch, "_LEAST_PRODUCTS", 1)
+    call = make_call(spec, replace(SHAPE, length=5, slots=5, heads=1))
+    assert launch.weighs_products(call.scoring, 128, False, False)
+    call = ragged(call) if lost else call
+    check(extend.attend(*call.arguments), call)
+    window = replace(call, visibility=replace(call.visibility, window=20))
+    check(extend.attend(*window.arguments), window)
+
+
+def test_where_weights_need_scores() -> None:
+    """Fewer queries, a bias, a soft cap, sums, and factors that turn the order of scores."""
+    assert launch.weighs_products(Scoring(0.1), 128, False, False)
+    assert not launch.weighs_products(Scoring(0.1), 64, False, False)
+    assert not launch.weighs_products(Scoring(0.1), 128, True, False)
+    assert not launch.weighs_products(Scoring(0.1), 128, False, True)
+    for scoring in (Scoring(-0.1), Scoring(0.0), Scoring(0.1, softcap=5.0)):
+        assert not launch.weighs_products(scoring, 128, False, False)
 
 
 @pytest.mark.parametrize("spec", ["unbiased4", "unbiased3"])
