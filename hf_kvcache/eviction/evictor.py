@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from hf_kvcache.eviction import Policy
+from hf_kvcache.eviction.accumulated import AccumulatedAttention
 from hf_kvcache.eviction.budget import PinnedPositions
 from hf_kvcache.eviction.compensation import compensate_values
 from hf_kvcache.eviction.layer_selection import Choice, LayerSelection
 from hf_kvcache.eviction.matching import match_attention
-from hf_kvcache.eviction.observations import AccumulatedAttention, Observations
+from hf_kvcache.eviction.observations import Observations
 from hf_kvcache.eviction.options import Attending, EvictionOptions, LayerPlace
 from hf_kvcache.eviction.schedule import EvictionSchedule
 from hf_kvcache.eviction.sinks import MovingSinks

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_kvcache.eviction.observations import AccumulatedAttention
+from hf_kvcache.eviction.accumulated import AccumulatedAttention
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.integration.padding import padding_of
 from hf_kvcache.kernels.inputs import CallInputs, Pages, Scoring, Slots, UpProjections

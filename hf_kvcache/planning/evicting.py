@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from hf_kvcache.cache.memory import tensor_bytes
+from hf_kvcache.eviction.accumulated import AccumulatedAttention
 from hf_kvcache.eviction.evictor import Evictor
 from hf_kvcache.eviction.layer_selection import Choice, LayerSelection
-from hf_kvcache.eviction.observations import AccumulatedAttention
 from hf_kvcache.integration.attention_call import AttentionCall
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.layers.evicting import EvictingLayer

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, QuantizedKVCache
-from hf_kvcache.eviction.observations import AccumulatedAttention
+from hf_kvcache.eviction.accumulated import AccumulatedAttention
 from hf_kvcache.integration.padding import padding_of
 from hf_kvcache.kernels.dispatch import reason_missing
 from hf_kvcache.kernels.inputs import CallInputs, Scoring
