@@ -188,8 +188,8 @@ def _sparse(sparse: SparseOptions) -> dict[str, Any]:
 
 
 def _rebuild_sparse(described: dict[str, Any], sizes: dict[str, Any]) -> SparseOptions:
-    lengths = (sizes[name] for name in ("sink_length", "tail_length", "page_size"))
-    budget = ReadBudget(described["budget"], *lengths, described.get("taper", 0.0))
+    sinks, tail, page = (sizes[name] for name in ("sink_length", "tail_length", "page_size"))
+    budget = ReadBudget(described["budget"], sinks, tail, page, described.get("taper", 0.0))
     selector = resolve_selector(described["selector"], **described["options"])
     return SparseOptions(selector, budget, described["dense_layers"])
 
