@@ -13,12 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 #: CPU time of a layer's step relative to DynamicCache's with sdpa, and the Python functions that it calls. They are
-#: what the package needs today: they may fall, not rise. Measured on a Xeon with AMX. Until then DynamicCache's tokens
-#: were bfloat16 too, and the ratio of a plain step was 0.25 on one processor and 0.8 on this one.
+#: what the package needs today: they may fall, not rise. The times are of a Xeon with AMX (33 us to DynamicCache's 49 in
+#: a plain step). DynamicCache's tokens had been bfloat16; the ratio was then 0.25 on an EPYC and 0.8 on this Xeon, where
+#: torch takes much less time for the same operators.
 BUDGET = {
-    "unbiased4": (0.8, 31),
-    "rotated8": (0.8, 31),
-    "none": (0.8, 31),
+    "unbiased4": (0.75, 31),
+    "rotated8": (0.75, 31),
+    "none": (0.75, 31),
     "snapkv": (1.25, 78),
     "h2o": (1.25, 93),
     "latents": (0.7, 79),
