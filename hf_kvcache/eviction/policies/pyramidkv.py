@@ -9,7 +9,7 @@ from hf_kvcache.utils.validation import between
 
 @register("pyramidkv")
 class PyramidKV(SnapKV):
-    """What a layer keeps beside an average window falls linearly with its depth, to ``1 / beta`` of the mean in the last.
+    """What a layer keeps beside an average window falls linearly with its depth, to ``1 / beta`` of the mean at last.
 
     No layer is given more than all tokens: what the lower ones could not hold goes to the upper, whose share then falls
     less. So all layers together keep the whole budget.
