@@ -31,7 +31,7 @@ def calibrate_bits(
     bits: float,
     tokens: int = 30_000,
     length: int = 1_024,
-    windows: int = 4,
+    windows: int = 2,
     scored: int = 32,
     tail_length: int = 128,
     page_size: int = 128,

@@ -9,13 +9,13 @@ from hf_kvcache.utils.validation import between
 
 @register("pyramidkv")
 class PyramidKV(SnapKV):
-    """What a layer keeps beside its window falls linearly with its depth, to ``1 / beta`` of the mean in the last.
+    """What a layer keeps beside an average window falls linearly with its depth, to ``1 / beta`` of the mean at last.
 
     No layer is given more than all tokens: what the lower ones could not hold goes to the upper, whose share then falls
     less. So all layers together keep the whole budget.
 
     Args:
-        window: as of :class:`SnapKV`, by what a layer keeps on average; every layer keeps so many.
+        window: as of :class:`SnapKV`, in each layer by what that keeps.
         kernel: as of :class:`SnapKV`.
         beta: the steepness; 1 gives all layers the same.
 
