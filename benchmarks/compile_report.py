@@ -114,7 +114,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (may be repeated)")
     parser.add_argument("--case", help="only cases whose name contains this")
     parser.add_argument("--triton", metavar="VERSION", help="compile with this version of triton")
-    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2); 1 starts none")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--record", action="store_true", help=f"write what was measured to {RECORD.name}")
     return parser.parse_args()
 
@@ -146,8 +146,6 @@ def selected(args: argparse.Namespace) -> list[tuple[str, str, int]]:
 
 def compiled(work: list[tuple[str, str, int]], jobs: int) -> list[Result]:
     """The results, in the order of ``work``."""
-    if jobs == 1:  # here, which saves starting another interpreter
-        return [build(*item) for item in track(work, "compiling", transient=True)]
     # A fresh interpreter for each: a forked one would share the state of LLVM.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(build, *item) for item in work]

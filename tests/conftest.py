@@ -25,6 +25,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Let the interpreter take all of it down as usual."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays_bound() -> Iterator[None]:
     """Unbind every config and attention class after each test."""
