@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 #: CPU time of a layer's step relative to DynamicCache's with sdpa, and the Python functions that it calls. They are
-#: what the package needs today: they may fall, not rise. The times are of a Xeon with AMX (33 us to 49 in a plain step).
+#: what the package needs today: they may fall, not rise. Times are of a Xeon with AMX: 33 us to 49 in a plain step.
 #: DynamicCache had tokens in bfloat16 before; the ratio was then 0.25 on an EPYC and 0.8 on this Xeon, where
 #: torch takes much less time for the same operators.
 BUDGET = {
