@@ -27,7 +27,7 @@ STATEFUL = ("hy_v4_vl",)
 #: Operations that fail with ``DynamicCache`` itself: by operation and family, a part of the error message.
 BROKEN: dict[str, dict[str, str]] = {
     "draft": dict.fromkeys(RECURRENT, "assisted generation is not supported with stateful models"),
-    "crop": dict.fromkeys(RECURRENT, "has a recurrent state")
+    "crop": dict.fromkeys(RECURRENT, "the current layer does not track past states")
     | {"dots3_note": "the sliding window size was already reached"},
     "select": dict.fromkeys(RECURRENT, "has no attribute 'batch_select_indices'"),
     "repeat": dict.fromkeys(RECURRENT, "has no attribute 'batch_repeat_interleave'"),
