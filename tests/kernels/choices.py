@@ -89,6 +89,19 @@ def make(case: Case, seed: int = 0) -> ChoiceInputs:
     return ChoiceInputs(query, case.rule, *vectors, case.spans, limits, missing, pages, table, chosen, sharing)
 
 
+def equal_scores(some: bool) -> tuple[Case, ChoiceInputs]:
+    """Heads that share pages of which all but one have equal scores; ``some``: rows have limits and lack pages."""
+    case = Case(2, 3, 2, 24, 11, 1, 3, MassRule(0.01, 1.77), some=some, sinks=2)
+    inputs = make(case)
+    inputs.codes.zero_()
+    assert inputs.sharing is not None
+    inputs.sharing.sinks.zero_()
+    inputs.scales.fill_(2)
+    inputs.codes[4, 7, 0] = 100
+    inputs.query.fill_(1)
+    return case, inputs
+
+
 def _width(case: Case) -> int:
     """Numbers of each part of a page."""
     if isinstance(case.rule, MassRule):

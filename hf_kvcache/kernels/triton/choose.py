@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 
@@ -117,23 +119,12 @@ class PreparedChoice:
         return PreparedLaunch(kernel, grid, arguments, {"num_warps": SCORE_WARPS})
 
     def _prepare_pick(self) -> PreparedLaunch:
-        inputs, pages = self._inputs, self._inputs.pages
-        held, count = pages.on_device(), inputs.table.shape[2]
+        inputs, columns = self._inputs, self._inputs.pages.columns
+        count = inputs.table.shape[2]
         parts = (self._group, inputs.spans) if self._by_mass else ()
-        constants, warps = pick_constants(pages.columns, count, inputs.limits is not None, *parts)
-        arguments = {
-            "scores": self._scores,
-            "limits": self.columns if inputs.limits is None else inputs.limits,
-            "pages": held.table,
-            "chosen": self.columns,
-            "table": inputs.table,
-            "rows": pages.rows,
-            "capacity": held.capacity,
-            "columns": pages.columns,
-            "count": count,
-            **constants,
-        }
-        return PreparedLaunch(pick_kernel, (pages.rows, 1), arguments, {"num_warps": warps})
+        constants, warps = pick_constants(columns, count, inputs.limits is not None, *parts)
+        arguments = {"scores": self._scores, "count": count, **self._written(), **constants}
+        return PreparedLaunch(pick_kernel, (inputs.pages.rows, 1), arguments, {"num_warps": warps})
 
     def _prepare_candidates(self, sharing: Sharing) -> PreparedLaunch:
         inputs, columns = self._inputs, self._inputs.pages.columns
@@ -143,7 +134,7 @@ class PreparedChoice:
         arguments = {
             "scores": self._scores,
             "sinks": sharing.sinks,
-            "limits": self.columns if inputs.limits is None else inputs.limits,
+            "limits": self._limits(),
             "candidates": self._candidates,
             "query_b": inputs.query.stride(0),
             "query_h": inputs.query.stride(1),
@@ -156,20 +147,32 @@ class PreparedChoice:
 
     def _prepare_shared(self, sharing: Sharing) -> PreparedLaunch:
         inputs, pages = self._inputs, self._inputs.pages
-        held, width = pages.on_device(), inputs.table.shape[2]
+        width = inputs.table.shape[2]
         constants, warps = shared_constants(pages.heads, pages.columns, width, inputs.limits is not None)
         arguments = {
             "candidates": self._candidates,
-            "limits": self.columns if inputs.limits is None else inputs.limits,
-            "pages": held.table,
-            "chosen": self.columns,
-            "table": inputs.table,
-            "rows": pages.rows,
             "heads": pages.heads,
-            "capacity": held.capacity,
-            "columns": pages.columns,
             "count": sharing.count,
             "width": width,
+            **self._written(),
             **constants,
         }
         return PreparedLaunch(pick_shared_kernel, (pages.rows, 1), arguments, {"num_warps": warps})
+
+    def _limits(self) -> torch.Tensor:
+        """How many pages each row may have; where it is one number for all, a tensor that no kernel reads."""
+        return self.columns if self._inputs.limits is None else self._inputs.limits
+
+    def _written(self) -> dict[str, Any]:
+        """Arguments of the kernels that write the chosen columns and the table's entries of their pages."""
+        pages = self._inputs.pages
+        held = pages.on_device()
+        return {
+            "limits": self._limits(),
+            "pages": held.table,
+            "chosen": self.columns,
+            "table": self._inputs.table,
+            "rows": pages.rows,
+            "capacity": held.capacity,
+            "columns": pages.columns,
+        }

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hf_kvcache.kernels.dispatch import module_of
 from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule
 from hf_kvcache.kernels.reference.choose import NO_COLUMN, choose, choose_across_heads
-from tests.kernels.choices import CASES, Case, expected, make
+from tests.kernels.choices import CASES, Case, equal_scores, expected, make
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,8 @@ def test_prepared(isa: str, case: Case) -> None:
 @pytest.mark.parametrize("some", [False, True])
 def test_heads_share_equal_scores(isa: str, some: bool) -> None:
     """Of pages with equal scores those of the first heads are chosen, and of one head those that come first."""
-    case = Case(2, 3, 2, 24, 11, 1, 3, MassRule(0.01, 1.77), some=some, sinks=2)
+    case, inputs = equal_scores(some)
     assert case.width == 6
-    inputs = make(case)
-    inputs.codes.zero_()
-    assert inputs.sharing is not None
-    inputs.sharing.sinks.zero_()
-    inputs.scales.fill_(2)
-    inputs.codes[4, 7, 0] = 100
-    inputs.query.fill_(1)
     columns, table = expected(case, inputs)
     if not some:
         assert columns.tolist()[:3] == [[0, 1, 2, 3, 4, 5], [0, 1, 2, *[NO_COLUMN] * 3], [NO_COLUMN] * 6]

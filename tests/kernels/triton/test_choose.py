@@ -10,7 +10,7 @@ import torch
 
 from hf_kvcache.kernels.dispatch import module_of
 from hf_kvcache.kernels.inputs import ChoiceInputs, MassRule
-from tests.kernels.choices import CASES, Case, expected, make
+from tests.kernels.choices import CASES, Case, equal_scores, expected, make
 from tests.kernels.triton.fixtures import poisoned_outputs  # noqa: F401
 
 
@@ -58,14 +58,7 @@ def test_equal_scores(device: torch.device) -> None:
 
 def test_heads_share_equal_scores(device: torch.device) -> None:
     """Of pages with equal scores those of the first heads are chosen, and of one head those that come first."""
-    case = Case(2, 3, 2, 24, 11, 1, 3, MassRule(0.01, 1.77), some=True, sinks=2)
-    inputs = make(case)
-    inputs.codes.zero_()
-    assert inputs.sharing is not None
-    inputs.sharing.sinks.zero_()
-    inputs.scales.fill_(2)
-    inputs.codes[4, 7, 0] = 100
-    inputs.query.fill_(1)
+    case, inputs = equal_scores(some=True)
     columns, table = expected(case, inputs)
     there = _on(inputs, device)
     assert torch.equal(module_of("choose", "triton").PreparedChoice(there)(there.query).cpu(), columns)
