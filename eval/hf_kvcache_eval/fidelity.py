@@ -32,16 +32,18 @@ class Fidelity(TaskInPieces):
         suffix: tokens that are decoded.
         windows: windows of the text, spread over it evenly; they are the samples.
         batch: windows decoded together.
+        named_suffix: whether the task's name says ``suffix``, as it was asked for and is not the suite's.
     """
 
     prefix: int = 1024
     suffix: int = 256
     windows: int = 10
     batch: int = 5
+    named_suffix: bool = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"fidelity@{self.prefix}"
+        return f"fidelity@{self.prefix}:{self.suffix}" if self.named_suffix else f"fidelity@{self.prefix}"
 
     def count(self, bench: Bench) -> int:
         return len(self._rows(bench))

@@ -223,6 +223,9 @@ def entry(word: str, size: Size) -> Entry:
     kind, length, modes = match["kind"], match["length"], match["modes"].split(":")[1:]
     if kind in ("fidelity", "speed") and length and not modes:
         return Entry(_FIXED[kind](int(length), size), size.protocol)
+    if kind == "fidelity" and length and len(modes) == 1 and modes[0].isdecimal() and int(modes[0]):
+        task = _fidelity(int(length), replace(size, suffix=int(modes[0])))
+        return Entry(replace(task, named_suffix=True), size.protocol)
     if kind == "drift" and length and modes and modes[0].isdigit() and modes[1:] in DRIFT_MODES:
         drift = Drift(int(length), int(modes[0]), size.windows, **dict.fromkeys(modes[1:], True))
         # It writes token by token, whatever the other tasks do.
@@ -236,7 +239,8 @@ def entry(word: str, size: Size) -> Entry:
     if not length and not modes:
         return _lm_entry(kind, size)
     raise ValueError(
-        f"task={word!r}; accepted: fidelity@N, speed@N, drift@N:LENGTH (with :sampled for drawn tokens, "
+        f"task={word!r}; accepted: fidelity@N (fidelity@N:M for M tokens behind, from 1), speed@N, "
+        "drift@N:LENGTH (with :sampled for drawn tokens, "
         "with :first behind it up to the first different token only), "
         f"{', '.join(f'{kind}@N' for kind in (*kinds(), RULER, *RULER_TASKS))} (with :aware for the question inside "
         "the compressed context; all but ruler's with :forced for a given answer that is decoded in one block), "
@@ -244,7 +248,7 @@ def entry(word: str, size: Size) -> Entry:
     )
 
 
-def _fidelity(length: int, size: Size) -> Task:
+def _fidelity(length: int, size: Size) -> Fidelity:
     # Long windows are few: the time goes with the square of their length.
     if size.together is not None:
         return Fidelity(length, size.suffix, size.windows, size.together)

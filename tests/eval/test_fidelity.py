@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_kvcache_eval.caches import Method
 from hf_kvcache_eval.fidelity import Fidelity, _compare, lost_shares
 from hf_kvcache_eval.protocol import Protocol
+from hf_kvcache_eval.suites import SIZES, entry
 from hf_kvcache_eval.task import Bench
 from hf_kvcache_eval.text import text_windows
 from tests.eval.kept import kept
@@ -146,3 +147,15 @@ def test_windows_of_a_text_follow_the_logits_to_their_device() -> None:
     with _OneDevice():
         found = _compare(logits, logits, torch.zeros(2, 4, dtype=torch.long))
     assert found["nll"].shape == (2, 3)
+
+
+def test_tokens_behind_by_name() -> None:
+    size = SIZES["eviction"]
+    assert entry("fidelity@1024", size).task.name == "fidelity@1024"
+    found = entry("fidelity@1024:128", size)
+    assert isinstance(found.task, Fidelity) and found.task.name == "fidelity@1024:128"
+    assert (found.task.prefix, found.task.suffix, found.task.windows) == (1024, 128, size.windows)
+    assert found.protocol == size.protocol
+    for word in ("fidelity@1024:0", "fidelity@1024:x", "fidelity@1024:1:2", "fidelity:128"):
+        with pytest.raises(ValueError, match=f"task='{word}'; accepted"):
+            entry(word, size)
