@@ -224,8 +224,8 @@ def entry(word: str, size: Size) -> Entry:
     if kind in ("fidelity", "speed") and length and not modes:
         return Entry(_FIXED[kind](int(length), size), size.protocol)
     if kind == "fidelity" and length and len(modes) == 1 and modes[0].isdecimal() and int(modes[0]):
-        task = _fidelity(int(length), replace(size, suffix=int(modes[0])))
-        return Entry(replace(task, named_suffix=True), size.protocol)
+        fidelity = _fidelity(int(length), replace(size, suffix=int(modes[0])))
+        return Entry(replace(fidelity, named_suffix=True), size.protocol)
     if kind == "drift" and length and modes and modes[0].isdigit() and modes[1:] in DRIFT_MODES:
         drift = Drift(int(length), int(modes[0]), size.windows, **dict.fromkeys(modes[1:], True))
         # It writes token by token, whatever the other tasks do.

@@ -6,13 +6,17 @@ from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any
 
-from hf_kvcache.cache.bit_trial import Trial, text_windows
+import torch
+
+from hf_kvcache.cache.bit_trial import Trial, read_again, text_windows
 from hf_kvcache.codecs.best import KEYS_AND_VALUES
 from hf_kvcache.codecs.bit_allocation import Choice, allocate
 from hf_kvcache.codecs.layer_bits import LayerBits, Widths
 from hf_kvcache.integration.model_identity import model_identity
 from hf_kvcache.utils.validation import between, whole
 
+#: First tokens that caches keep in full precision by default.
+_SINKS = 4
 #: Width of the side that is not measured. What keys lose hardly depends on it.
 _OTHER = 4
 _NARROW = (1, 2, 3)
@@ -31,7 +35,7 @@ def calibrate_bits(
     bits: float,
     tokens: int = 30_000,
     length: int = 1_024,
-    windows: int = 2,
+    windows: int = 4,
     scored: int = 32,
     tail_length: int = 128,
     page_size: int = 128,
@@ -40,8 +44,10 @@ def calibrate_bits(
     """Find the widths of a model's layers, keys and values that lose least at a given average.
 
     The text is read once, in full precision. Then one layer after another is exchanged for one with few bits, and the
-    KL divergence of the tokens behind the text is measured. Losses of layers and sides are taken to add up. Whether
-    they do is measured on windows that were not used.
+    KL divergence of tokens behind the text is measured: of those that follow, and of a passage of the text itself,
+    read again. Both count the same, in units of what a cache with 2 bits loses. The second finds the layers whose
+    heads copy, which is seldom needed in running text. Losses of layers and sides are taken to add up. Whether they do
+    is measured on the tokens that follow windows that were not used.
 
     Of the widths of a layer only those are measured that could be chosen. Fewer bits are taken to lose at least as much
     as more bits do, so that a measurement says of others how little they can lose; what would not be chosen even so is
@@ -54,9 +60,10 @@ def calibrate_bits(
         bits: average width. The bytes are those of a cache with this width in all layers, scales included; between two
             widths they are in proportion.
         tokens: number of tokens over which the windows are spread.
-        length: tokens that are read in a window.
-        windows: number of windows that are measured; a third as many, at least one, are kept for the comparison.
-        scored: tokens behind each window that are decoded.
+        length: tokens that are read in a window. Up to a page less are taken, so that the newest packed token is as
+            near to the tokens behind as it comes in decoding.
+        windows: number of windows that are measured; half as many, at least one, are kept for the comparison.
+        scored: tokens behind each window that are decoded, and as many of a passage that is read again.
         tail_length: as in :class:`~hf_kvcache.QuantizedKVCache`.
         page_size: as in :class:`~hf_kvcache.QuantizedKVCache`.
         advance: called after each measurement with the number of those made, and of all that there could be.
@@ -72,14 +79,32 @@ def calibrate_bits(
     between("bits", bits, min(KEYS_AND_VALUES), max(KEYS_AND_VALUES))
     for name, value in (("length", length), ("windows", windows), ("scored", scored)):
         whole(name, value)
-    kept = max(1, windows // 3)
-    rows = text_windows(texts, tokenizer, tokens, length + scored, windows + kept).to(model.device)
-    sizes: dict[str, Any] = {"tail_length": tail_length, "page_size": page_size}
-    trial = Trial(model, rows[:windows], length, sizes)
+    sizes: dict[str, Any] = {"sink_length": _SINKS, "tail_length": tail_length, "page_size": page_size}
+    length = _whole_pages(length, **sizes)
+    rows = text_windows(texts, tokenizer, tokens, length + scored, windows + max(1, windows // 2)).to(model.device)
+    trial = _both_ways(model, rows[:windows], length, sizes)
     widths = _spread(trial, Losses(trial, advance or (lambda done, most: None)), bits)
     found = LayerBits(widths, model_identity(model.config), {"bits": bits})
     _compare(found, bits, Trial(model, rows[windows:], length, sizes))
     return found
+
+
+def _whole_pages(length: int, sink_length: int, tail_length: int, page_size: int) -> int:
+    """``length``, or up to a page less, so that nothing between sinks and tail is left unpacked."""
+    least = sink_length + tail_length + page_size
+    if length < least:
+        raise ValueError(f"length={length!r}; accepted: from {least}, the sinks, the tail and a page")
+    return length - (length - least) % page_size
+
+
+def _both_ways(model: Any, rows: torch.Tensor, length: int, sizes: dict[str, Any]) -> Trial:
+    """A trial of the tokens behind the windows and of passages read again, each in units of what 2 bits lose."""
+    packed = sizes["sink_length"], length - sizes["tail_length"]
+    trial = Trial(model, torch.cat((rows, read_again(rows, length, *packed))), length, sizes)
+    lost = trial.kl(trial.prefilled(bits=2)).view(2, -1).mean(1, keepdim=True)
+    # Where nothing is lost with 2 bits, all widths do as well.
+    trial.weight = (lost.sum() / (2 * lost.clamp_min(1e-12))).expand(2, len(rows)).flatten()
+    return trial
 
 
 class Losses:
@@ -158,9 +183,9 @@ def _choices(sizes: dict[int, dict[Widths, int]], losses: Losses) -> dict[int, l
 
 def _compare(found: LayerBits, bits: float, unused: Trial) -> None:
     """Measure the widths on windows that they were not found with; raise ValueError if one width does as well."""
-    found.measured["mixed"] = unused.kl(unused.prefilled(bits=found))
+    found.measured["mixed"] = float(unused.kl(unused.prefilled(bits=found)).mean())
     if bits in KEYS_AND_VALUES:
-        found.measured["uniform"] = unused.kl(unused.prefilled(bits=int(bits)))
+        found.measured["uniform"] = float(unused.kl(unused.prefilled(bits=int(bits))).mean())
         if found.measured["mixed"] >= found.measured["uniform"]:
             raise ValueError(
                 f"bits={bits!r}: mixed widths have a KL of {found.measured['mixed']:.4f} on text that was not used, "

@@ -21,13 +21,28 @@ from hf_kvcache.layers.base import KVCacheLayer
 class Trial:
     """Windows of text that a model has read in full precision, and what it predicted behind them.
 
+    Args:
+        model: a causal language model.
+        rows: int64 ``[n, length + scored]``, the windows with the tokens behind them.
+        length: tokens that are read.
+        sizes: arguments of the caches that are tried.
+        weight: float64 ``[n]``, how much each row counts in :meth:`loss`; None for all the same.
+
     Attributes:
         storing: the layers of the full cache that store keys and values of their own, by the index of the model's
             layer. A layer of a model that runs several times has one for each run.
     """
 
-    def __init__(self, model: Any, rows: torch.Tensor, length: int, sizes: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        rows: torch.Tensor,
+        length: int,
+        sizes: dict[str, Any],
+        weight: torch.Tensor | None = None,
+    ) -> None:
         self._model, self._rows, self._length = model, rows, length
+        self.weight = torch.ones(len(rows), dtype=torch.float64, device="cpu") if weight is None else weight
         self._sizes, self._prefill = sizes, None
         base = KVCache(model.config, **sizes)
         if can_take_in(model.config, base):
@@ -47,13 +62,13 @@ class Trial:
         self._narrow: dict[Widths, Any] = {}
 
     def loss(self, index: int, widths: Widths) -> float:
-        """The KL in nats a token of one layer with these widths, all other layers in full precision."""
+        """The weighted KL in nats a token of one layer with these widths, all other layers in full precision."""
         if widths not in self._narrow:
             self._narrow[widths] = self.prefilled(key_bits=widths.keys, value_bits=widths.values)
         exchanged = self._base.fork()
         for layer in self.storing[index]:
             exchanged.layers[layer.index] = self._narrow[widths].layers[layer.index].fork()
-        return self.kl(exchanged)
+        return float((self.kl(exchanged) * self.weight).mean())
 
     def page_bytes(self, index: int, widths: Widths) -> int:
         """Bytes of a page of all KV heads of a layer, in all its runs."""
@@ -64,12 +79,12 @@ class Trial:
         """A cache of these widths that has read the windows. Tokens of one pass see each other in full precision."""
         return self._filled(QuantizedKVCache(self._model.config, **widths, **self._sizes))
 
-    def kl(self, cache: Any) -> float:
-        """KL(full cache || ``cache``) in nats a token; ``cache`` takes in the tokens."""
+    def kl(self, cache: Any) -> torch.Tensor:
+        """KL(full cache || ``cache``) in nats a token, float64 ``[n]``, of each row; ``cache`` takes in the tokens."""
         moved = self._decode(cache) - self._logits
         # log(sum p exp(d)) - sum p d, with d less its mean: in float32 no digits are lost where d is small.
         moved -= (self._probabilities * moved).sum(-1, keepdim=True)
-        return float((moved.expm1_() * self._probabilities).sum(-1).double().log1p().mean())
+        return (moved.expm1_() * self._probabilities).sum(-1).double().log1p().mean(-1).cpu()
 
     def _filled(self, cache: Any) -> Any:
         """``cache``, which is empty, after it has read the windows; the model reads them once for all, if it can."""
@@ -104,6 +119,26 @@ def text_windows(texts: Iterable[str], tokenizer: Any, tokens: int, length: int,
         raise ValueError(f"the texts have {len(ids)} of tokens={tokens!r}; accepted: at least {count * length}")
     starts = torch.linspace(0, len(ids) - length, count, dtype=torch.float64, device="cpu").long().tolist()
     return torch.tensor([ids[start : start + length] for start in starts], device="cpu")
+
+
+def read_again(rows: torch.Tensor, length: int, first: int, last: int) -> torch.Tensor:
+    """The windows with a passage of their own behind them, in place of the tokens that follow in the text.
+
+    Heads that copy from far back do it seldom in running text. Reading something again they do it all the time.
+
+    Args:
+        rows: ``[n, length + scored]``.
+        length: tokens of a window.
+        first: where the passages may begin, in the window.
+        last: where they end at the latest. They lie evenly between the two.
+
+    Returns:
+        The same shape.
+    """
+    scored = rows.shape[1] - length
+    starts = torch.linspace(first, max(last - scored, first), len(rows), dtype=torch.float64, device="cpu").long()
+    passages = [row[start : start + scored] for row, start in zip(rows, starts.tolist(), strict=True)]
+    return torch.cat((rows[:, :length], torch.stack(passages)), 1)
 
 
 def _record_bytes(full: PageEncoder, widths: Widths) -> int:

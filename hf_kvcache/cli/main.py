@@ -110,7 +110,7 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--center", default=only_given, metavar="SIDES", help=f"subtract means of: {' '.join(CENTERS)}")
     parser.add_argument("--bits", type=float, default=only_given, metavar="N", help="of --method bits: average width")
     parser.add_argument(
-        "--windows", type=int, default=only_given, metavar="N", help="of --method bits: windows measured (default: 2)"
+        "--windows", type=int, default=only_given, metavar="N", help="of --method bits: windows measured (default: 4)"
     )
     parser.add_argument(
         "--inner",

@@ -111,9 +111,9 @@ def test_what_is_not_measured_would_not_have_been_chosen(bits: float) -> None:
     assert max(shares) <= 1 and sum(shares) / 20 < 0.8
 
 
-def kl(model: Any, rows: torch.Tensor, cache: Any) -> float:
+def kl(model: Any, rows: torch.Tensor, cache: Any, length: int = SIZES["length"]) -> float:
     """In nats a token, one sequence after the other, in float64."""
-    length, found = SIZES["length"], []
+    found = []
     for row in rows.split(1):
         logits = []
         for held in (DynamicCache(config=model.config), cache()):
@@ -156,6 +156,47 @@ def test_losses_are_those_of_caches_made_by_their_arguments(family: str) -> None
         assert losses[index][Widths(1, 4)] > losses[index][Widths(4, 4)] > losses[index][Widths(8, 8)] >= 0
         together = losses[index][Widths(2, 4)] + losses[index][Widths(4, 3)] - losses[index][Widths(4, 4)]
         assert losses[index][Widths(2, 3)] == pytest.approx(max(together, 0))
+
+
+def test_tokens_that_follow_and_a_passage_read_again_count_the_same() -> None:
+    model = families.build("llama")
+    length, sizes = 76, {"sink_length": 4, "tail_length": 8, "page_size": 16}
+    rows = bit_trial.text_windows([TEXT], Letters(), 600, length + 9, 3)
+    again = bit_trial.read_again(rows, length, 4, length - 8)
+    assert torch.equal(again[:, :length], rows[:, :length])
+    for row, start in zip(again, (4, 31, 59), strict=True):
+        assert torch.equal(row[length:], row[start : start + 9]), "evenly from the sinks to the tail"
+    trial = bit_calibration._both_ways(model, rows, length, sizes)
+
+    def held(index: int | None, width: int) -> QuantizedKVCache:
+        skipped = [layer for layer in trial.storing if index is not None and layer != index]
+        return QuantizedKVCache(model.config, bits=width, skip_layers=skipped, **sizes)
+
+    def lost(of: torch.Tensor, index: int | None, width: int) -> float:
+        return kl(model, of, lambda: held(index, width), length)
+
+    units = [lost(rows, None, 2), lost(again, None, 2)]
+    for index in trial.storing:
+        shares = [lost(of, index, 4) / unit for of, unit in zip((rows, again), units, strict=True)]
+        expected = sum(shares) / 2 * sum(units) / 2
+        assert trial.loss(index, Widths(4, 4)) == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize("length", [27, 28, 43, 44])
+def test_windows_end_where_a_page_was_just_packed(length: int) -> None:
+    if length < 28:
+        with pytest.raises(ValueError, match="length=27; accepted: from 28, the sinks, the tail and a page"):
+            calibrate_bits(None, [TEXT], Letters(), 2, **SIZES | {"length": length})
+        return
+    model = families.build("llama")
+    read = bit_calibration._whole_pages(length, 4, 8, 16)
+    codes = []
+    for tokens in (read - 1, read):
+        cache = QuantizedKVCache(model.config, bits=2, page_size=16, tail_length=8)
+        with torch.no_grad():
+            model(torch.arange(3, 3 + tokens)[None], **with_cache(model, cache))
+        codes.append(cache.memory().parts.get("codes", 0))
+    assert length - 16 < read <= length and codes[0] < codes[1], "the last token completes a page"
 
 
 @pytest.mark.slow
