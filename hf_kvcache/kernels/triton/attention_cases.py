@@ -106,7 +106,6 @@ def pages_case(
         tensor_cores=True,
         options=config.options,
         least_share=_LEAST_SHARES.get((layout.sides["keys"].bits, dim), 0.0) if operation == "decode" else 0.0,
-        waived={"spills": "9 instructions: a bias takes the last registers"} if biased and arch == "gfx942" else {},
     )
 
 

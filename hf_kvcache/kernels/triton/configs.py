@@ -115,6 +115,8 @@ def attention_config(arch: str, dim: int, queries: int, codes: Codes | None) -> 
     block_m = min(most, max(16 if amd or codes is None else 8, triton.next_power_of_2(queries)))
     if codes is None and not amd and block_m * dim >= 32 * 128:
         block_n = min(block_n, 32)  # with more, scores that are kept and slots that are unused would spill
+    if codes is not None and not amd and block_m * dim >= 32 * 256:
+        stages = 3  # the address that two stages keep in registers would make others spill
     # More warps, where the output of a program would take more than half of the registers of a thread.
     warps = 8 if block_m * dim >= min(most, 64) * 256 and block_m > 16 else 4
     if codes is not None and codes.bits == 3 and dim > 128 and most == _MOST_QUERIES_ELSEWHERE:

@@ -11,7 +11,7 @@ import triton
 
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.reference.hadamard import rotation_matrix, rotation_signs
-from hf_kvcache.kernels.triton.configs import Config, attention_config, dot_precision, page_stages, single_precision
+from hf_kvcache.kernels.triton.configs import Config, attention_config, dot_precision, single_precision
 from hf_kvcache.kernels.triton.launch import codes_of, dense_compute, page_sides
 
 #: Pages and full-precision tokens of a split, at least.
@@ -144,7 +144,7 @@ class StepKind:
             "BLOCK_M": config.block_m,
             "BLOCK_N": block_n,
             "DENSE_N": 32 if max(self.key_dim, self.value_dim) <= 128 else 16,
-            "STAGES": page_stages(config, None if self.layout is None else codes_of(self.layout)),
+            "STAGES": min(config.num_stages, 2),
             "DENSE_STAGES": min(config.num_stages, 2),
             "LEAST_PAGES": LEAST_PAGES,
             "LOG_D": turn.log_dim,

@@ -206,6 +206,13 @@ def test_prepared_step(spec: str, lost: bool, assembly: list[Side]) -> None:
     assert assembly
 
 
+@pytest.mark.parametrize("stages", [2, 3])
+def test_where_addresses_come_from(stages: int, assembly: list[Side], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses of pages loaded a block ahead, or with three stages in the block itself; splits with a page too few."""
+    monkeypatch.setattr(launch, "page_stages", lambda config, codes: stages)
+    run(make_call("unbiased2", replace(SHAPE, columns=5)), assembly)
+
+
 def test_pages_that_lost_tokens(assembly: list[Side]) -> None:
     """Loads with masks."""
     run(ragged(make_call("unbiased3", SHAPE)), assembly)
