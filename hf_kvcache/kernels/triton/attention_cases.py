@@ -9,7 +9,7 @@ from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.page import PageLayout, SideFormat
 from hf_kvcache.kernels.triton.attention_kernels import combine_kernel, dense_kernel, pages_kernel, sums_kernel
 from hf_kvcache.kernels.triton.compile_case import CompileCase
-from hf_kvcache.kernels.triton.configs import Config, attention_config, dot_precision
+from hf_kvcache.kernels.triton.configs import Config, attention_config, dot_precision, page_stages
 from hf_kvcache.kernels.triton.launch import codes_of, combine_shape, page_sides, sums_shape, weighs_products
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
@@ -17,10 +17,7 @@ _GROUP, _PAGE = 4, 64
 #: The share of an H100's bandwidth that a decoding step is to reach at most, by bits of a code and head dimension.
 _LEAST_SHARES = {
     **{(bits, dim): 0.75 for bits in (4, 8) for dim in (64, 128)},
-    (3, 64): 0.6,
-    (3, 128): 0.6,
-    (2, 64): 0.5,
-    (2, 128): 0.6,
+    **{(bits, dim): 0.6 for bits in (2, 3) for dim in (64, 128)},
 }
 _POINTERS = {"partial": "*fp32", "partial_lse": "*fp32", "kept_scores": "*fp32"}
 _QUERY_STRIDES = {"query_b": "i32", "query_h": "i32", "query_q": "i32"}
@@ -92,7 +89,7 @@ def pages_case(
             "GROUP": _GROUP,
             "BLOCK_M": config.block_m,
             "BLOCK_N": block_n,
-            "STAGES": config.num_stages,
+            "STAGES": page_stages(config, codes_of(layout)),
             "FULL": not everything,
             "PLACED": 2 if everything else 0,
             "CAUSAL": True,
@@ -109,7 +106,6 @@ def pages_case(
         tensor_cores=True,
         options=config.options,
         least_share=_LEAST_SHARES.get((layout.sides["keys"].bits, dim), 0.0) if operation == "decode" else 0.0,
-        waived={"spills": "9 instructions: a bias takes the last registers"} if biased and arch == "gfx942" else {},
     )
 
 

@@ -15,6 +15,7 @@ from hf_kvcache.kernels.triton.attention_parts import (
     LOG2_E,
     SMALLEST_SCALE,
     empty_softmax,
+    entry_of,
     finish_scores,
     load_query,
     locate,
@@ -22,6 +23,7 @@ from hf_kvcache.kernels.triton.attention_parts import (
     locate_tokens,
     normalize,
     page_positions,
+    record_at,
     rough_log2,
     sees,
     slot_positions,
@@ -64,7 +66,7 @@ def _dot_values(weights, values, acc, side: tl.constexpr):
 def _page_scores(
     record, query, first, held, table, channel, there, side: tl.constexpr, n: tl.constexpr, masked: tl.constexpr
 ):
-    """fp32 ``[BLOCK_M, BLOCK_N]``: dot products of queries with the keys of a page."""
+    """fp32 ``[BLOCK_M, BLOCK_N]``: dot products of queries with the keys of a page, divided by ``product_unit``."""
     if not side.folded:
         keys = load_elements(record, first, held, table, channel, there, side, n, masked)
         return _dot_keys(query, keys, side)
@@ -89,13 +91,11 @@ def _folded_scores(
             zero = load_per_channel(record, side.zero_at, channel, there, held, side, masked)
             scores += (tl.sum(query.to(tl.float32) * zero[None, :], 1) * (1.0 / side.unit))[:, None]
         if side.other:
-            scores *= (load_per_token(record, side.other_at, first, held, n, masked) * side.unit)[None, :]
-        else:
-            scores *= side.unit
+            scores *= load_per_token(record, side.other_at, first, held, n, masked)[None, :]
     else:
-        scores *= (load_per_token(record, side.scale_at, first, held, n, masked) * side.unit)[None, :]
+        scores *= load_per_token(record, side.scale_at, first, held, n, masked)[None, :]
         if side.zero:
-            zero = load_per_token(record, side.zero_at, first, held, n, masked)
+            zero = load_per_token(record, side.zero_at, first, held, n, masked) * (1.0 / side.unit)
             scores += tl.sum(scaled.to(tl.float32), 1)[:, None] * zero[None, :]
     return scores
 
@@ -116,7 +116,7 @@ def _add_values(
     n: tl.constexpr,
     masked: tl.constexpr,
 ):
-    """fp32 ``[BLOCK_M, D]``: ``acc``, times its decay, and the weighted sums of the values of a page.
+    """fp32 ``[BLOCK_M, D]``: ``acc``, times its decay, and the weighted sums of the values of a page, by ``sum_unit``.
 
     Zero points per token without a second scale are not included: :func:`pages_kernel` adds them at the end.
     """
@@ -152,7 +152,7 @@ def _add_folded_values(
         if side.other:
             scaled = weights * token_scale[None, :]
     else:
-        scaled = weights * (token_scale * side.unit)[None, :]
+        scaled = weights * token_scale[None, :]
     shares = scaled.to(side.compute)
     if side.channel:
         scale = load_per_channel(record, side.scale_at, channel, there, held, side, masked)
@@ -248,7 +248,7 @@ def pages_kernel(
         GROUP: query heads per KV head.
         BLOCK_M: queries of a program.
         BLOCK_N: tokens of a page that are computed at a time.
-        STAGES: depth of the software pipeline.
+        STAGES: depth of the software pipeline. With three stages and more, addresses of pages are a stage too.
         FULL: whether every place of every page holds a token.
         PLACED: 0 if all queries see all tokens, 1 if pages hold tokens side by side, 2 if ``positions`` says where.
         CAUSAL: whether a query sees no later token; used if ``PLACED``.
@@ -273,16 +273,25 @@ def pages_kernel(
     shift = tl.zeros([BLOCK_M], tl.float32)
     if CENTERED:
         mean = tl.load(key_mean + row * KEYS.dim + key_channel, mask=key_there, other=0.0)
-        shift = tl.sum(q.to(tl.float32) * mean[None, :], 1)
+        shift = tl.sum(q.to(tl.float32) * mean[None, :], 1) * (1.0 / KEYS.product_unit)
+    q_peak *= KEYS.product_unit
     peak, total = empty_softmax(BLOCK_M)
     if BLOCK_M < 16:
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     factor = q_peak * (inner * LOG2_E)
     offset = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.full([BLOCK_M, VALUES.segments * VALUES.segment_pad], 0.0, tl.float32)
-    last = tl.minimum((split + 1) * per_split, columns)
-    for tile in tl.range(split * per_split * TILES, last * TILES, num_stages=STAGES):
-        place, first, token, held, keep, record = locate_tokens(pages, row, rows, capacity, tile, KEYS, BLOCK_N, FULL)
+    begin = split * per_split * TILES
+    end = tl.minimum((split + 1) * per_split, columns) * TILES
+    entries = pages + row.to(tl.int64) * capacity
+    entry = entry_of(entries, begin, end, TILES)
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        if STAGES > 2:
+            record = record_at(tl.load(entries + tile // TILES))
+        else:
+            record = record_at(entry)
+            entry = entry_of(entries, tile + 1, end, TILES)
+        place, first, token, held, keep = locate_tokens(pages, row, rows, capacity, tile, KEYS, BLOCK_N, FULL)
         scores = _page_scores(record, q, first, held, key_table, key_channel, key_there, KEYS, BLOCK_N, MASKED)
         if not PRODUCTS:
             scores = finish_scores(scores, q_peak, shift, inner, softcap, SOFTCAP)
@@ -311,7 +320,7 @@ def pages_kernel(
         if PRODUCTS:
             weights, decay, peak, total = weigh_products(scores, factor, peak, total)
         else:
-            weights, decay, peak, total = weigh(scores, height, peak, total)
+            weights, decay, peak, total = weigh(scores, height, peak, total, PLACED > 0 or MASKED or KEYS.bias_at > 0)
         if VALUES.folded and VALUES.zero and not VALUES.channel and not VALUES.other:
             # Here and not at the dot product, where most registers are in use.
             zero = load_per_token(record, VALUES.zero_at, first, held, BLOCK_N, MASKED)
@@ -333,7 +342,7 @@ def pages_kernel(
             BLOCK_N,
             MASKED,
         )
-    acc += offset[:, None]
+    acc = acc * VALUES.sum_unit + offset[:, None]
     if PRODUCTS:
         peak += shift * factor
     if BLOCK_M < 16:

@@ -62,7 +62,7 @@ def locate_tokens(pages, row, rows, columns, tile, side: tl.constexpr, BLOCK_N: 
 
     Returns:
         The place of the page in ``[rows, columns]``, the first token, the tokens ``[BLOCK_N]``, how many of them count,
-        which of them count ``[BLOCK_N]``, and the pointer to the record.
+        and which of them count ``[BLOCK_N]``.
     """
     TILES: tl.constexpr = side.page_pad // BLOCK_N
     place = row.to(tl.int64) * columns + tile // TILES
@@ -71,8 +71,24 @@ def locate_tokens(pages, row, rows, columns, tile, side: tl.constexpr, BLOCK_N: 
     count = tl.full([], side.page, tl.int32)
     if not FULL:
         count = tl.load(pages + rows.to(tl.int64) * columns + place).to(tl.int32)
-    record = tl.multiple_of(tl.load(pages + place).to(tl.pointer_type(tl.uint8)), 16)
-    return place, first, token, count - first, token < count, record
+    return place, first, token, count - first, token < count
+
+
+@triton.jit
+def entry_of(entries, tile, end, TILES: tl.constexpr):
+    """A row's entry of the page table, for block ``tile`` of ``TILES`` in a page; of the last block before ``end``.
+
+    A loop asks for that of its next block and keeps it, in two registers. So loads from pages wait for no other load,
+    and a pipeline of two stages has all of them under way a block ahead. With a third stage, entries pass through
+    shared memory, which takes some twenty instructions a block. If there is no block, the entry is 0.
+    """
+    return tl.load(entries + tl.minimum(tile, end - 1) // TILES, mask=end > 0, other=0)
+
+
+@triton.jit
+def record_at(entry):
+    """The record whose address an entry of the page table is."""
+    return tl.multiple_of(entry.to(tl.pointer_type(tl.uint8)), 16)
 
 
 @triton.jit
@@ -134,7 +150,7 @@ def rough_log2(x):
 
 
 @triton.jit
-def weigh(scores, height, peak, total):
+def weigh(scores, height, peak, total, hidden: tl.constexpr = True):
     """A step of the online softmax: weights, the decay of the earlier sums, the new maximum, the new sum of weights.
 
     Args:
@@ -143,10 +159,13 @@ def weigh(scores, height, peak, total):
         peak: fp32 ``[BLOCK_M]``, the maximum so far.
         total: fp32 ``[BLOCK_M]``, the sum of the weights so far; or ``[BLOCK_M, BLOCK_N]``, the sums of the weights at
             each place of a block. Then the threads need not exchange their sums at every step.
+        hidden: whether scores may be -inf.
     """
     higher = tl.maximum(peak, tl.max(height, 1))
-    # Before its first visible key a query has a maximum of -inf, and -inf - -inf is not a number.
-    base = tl.where(higher == float("-inf"), 0.0, higher)
+    base = higher
+    if hidden:
+        # Before its first visible key a query has a maximum of -inf, and -inf - -inf is not a number.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores - base[:, None])
     decay = tl.exp2(peak - base)
     if len(total.shape) == 2:

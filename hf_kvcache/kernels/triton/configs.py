@@ -37,7 +37,10 @@ class Codes(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Tokens at a time and pipeline stages, for codes and for full-precision elements."""
+    """Tokens at a time and pipeline stages, for codes and for full-precision elements.
+
+    Codes are in pages, for which two stages are enough: see ``attention_parts.entry_of``.
+    """
 
     coded: tuple[int, int]
     dense: tuple[int, int]
@@ -49,9 +52,9 @@ LARGE_SHARED = ("sm80", "sm90", "sm100")
 #: Queries of a program, at most. With more, registers run out where they hold the operands of matrix instructions.
 _MOST_QUERIES = {"sm90": 64, "sm100": 64, "gfx942": 16}
 _MOST_QUERIES_ELSEWHERE = 32
-_DEFAULT = {64: _Tile((64, 3), (64, 3)), 128: _Tile((64, 3), (64, 3)), 256: _Tile((32, 3), (32, 2))}
+_DEFAULT = {64: _Tile((64, 2), (64, 3)), 128: _Tile((64, 2), (64, 3)), 256: _Tile((32, 2), (32, 2))}
 # For devices whose shared memory does not hold two programs of three stages (100 KiB; on sm100 operands are there too).
-_SMALL = {**_DEFAULT, 128: _Tile((64, 3), (64, 2))}
+_SMALL = {**_DEFAULT, 128: _Tile((64, 2), (64, 2))}
 _TILES = {
     "sm80": _DEFAULT,
     "sm86": _SMALL,
@@ -112,6 +115,8 @@ def attention_config(arch: str, dim: int, queries: int, codes: Codes | None) -> 
     block_m = min(most, max(16 if amd or codes is None else 8, triton.next_power_of_2(queries)))
     if codes is None and not amd and block_m * dim >= 32 * 128:
         block_n = min(block_n, 32)  # with more, scores that are kept and slots that are unused would spill
+    if codes is not None and not amd and block_m * dim >= 32 * 256:
+        stages = 3  # the address that two stages keep in registers would make others spill
     # More warps, where the output of a program would take more than half of the registers of a thread.
     warps = 8 if block_m * dim >= min(most, 64) * 256 and block_m > 16 else 4
     if codes is not None and codes.bits == 3 and dim > 128 and most == _MOST_QUERIES_ELSEWHERE:
@@ -122,6 +127,11 @@ def attention_config(arch: str, dim: int, queries: int, codes: Codes | None) -> 
         warps = min(warps, max(1 if amd else 4, triton.next_power_of_2(loads // lanes(arch))))
     # Two waves on a SIMD need 256 registers or fewer, which the compiler exceeds without this option.
     return Config(block_m, block_n, warps, stages, {"waves_per_eu": 2} if amd else {})
+
+
+def page_stages(config: Config, codes: Codes | None) -> int:
+    """Stages of a loop over pages. Full-precision elements take the configuration of tokens without pages."""
+    return config.num_stages if codes is not None else min(config.num_stages, 2)
 
 
 def single_precision(config: Config, dim: int) -> Config:

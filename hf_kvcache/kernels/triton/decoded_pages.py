@@ -36,7 +36,7 @@ SCRATCH_BYTES = 16 << 20
 #: tokens, partial results are written and read.
 LEAST_TOKENS = 4096
 MOST_SCRATCH_BYTES = 64 << 20
-#: Elements of a side that a thread decodes at a time.
+#: Elements of a side that a thread decodes at a time; of float32 half as many, which take twice as many registers.
 _PER_THREAD = 64
 _WARPS = 4
 
@@ -215,7 +215,8 @@ def decode_constants(layout: PageLayout, dtypes: tuple[torch.dtype, ...], arch: 
     """The constant sizes of :func:`decode_kernel`: the sides, and the tokens that a program decodes at a time."""
     sides = [_side(layout, name, dtypes[0], arch) for name in ("keys", "values")]
     widest = max(side.dim_pad for side in sides if side is not None)
-    tokens = triton.next_power_of_2(_PER_THREAD * _WARPS * lanes(arch) // widest)
+    elements = _PER_THREAD // 2 if torch.float32 in dtypes else _PER_THREAD
+    tokens = triton.next_power_of_2(elements * _WARPS * lanes(arch) // widest)
     most = triton.next_power_of_2(layout.page_size)
     return {"KEYS": sides[0], "VALUES": sides[1], "TOKENS": max(1, min(tokens, most))}
 

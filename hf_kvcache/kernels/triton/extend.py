@@ -190,6 +190,7 @@ def _launch(
         UNUSED=tokens.unused is not None,
         OWN_LAST=own and tokens.positions is not None and call.visibility.causal,
         CONTINUED=continued,
+        PRODUCTS=launch.weighs_products(call.scoring, config.block_m, False, call.sums),
         num_warps=config.num_warps,
         **config.options,
         **launch.scoring_arguments(call.visibility, call.scoring),

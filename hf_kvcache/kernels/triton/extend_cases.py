@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.page import PageLayout
 from hf_kvcache.kernels.triton import attention_cases
 from hf_kvcache.kernels.triton.compile_case import CompileCase
@@ -12,6 +13,7 @@ from hf_kvcache.kernels.triton.configs import Config, dot_precision
 from hf_kvcache.kernels.triton.decoded_pages import decode_case
 from hf_kvcache.kernels.triton.extend_configs import extend_config, extend_pages_config
 from hf_kvcache.kernels.triton.extend_kernels import tokens_kernel
+from hf_kvcache.kernels.triton.launch import weighs_products
 from hf_kvcache.kernels.triton.sides import TRITON_TYPES
 
 _GROUP, _PAGE, _LARGE_PAGE = 4, 64, 128
@@ -82,6 +84,7 @@ def tokens_case(arch: str, dim: int, dtype: torch.dtype, config: Config | None =
             "OWN_LAST": not decoded,
             "SOFTCAP": False,
             "CONTINUED": decoded,
+            "PRODUCTS": weighs_products(Scoring(1.0), config.block_m, False, False),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -21,8 +21,9 @@ _TILES = {
     "gfx942": {64: (128, 64, 8, 1), 128: (64, 64, 4, 1), 256: (64, 32, 8, 2)},
 }
 
-#: The same for codes that are decoded as they are read, by assembly. On other GPUs registers spill.
-_PAGES = {"sm90": {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (64, 64, 8, 3)}}
+#: The same for codes that are decoded as they are read, by assembly. On other GPUs registers spill. With two stages of
+#: width 128 they would spill too, for want of the two that hold an address.
+_PAGES = {"sm90": {64: (128, 128, 8, 2), 128: (128, 128, 8, 3), 256: (64, 64, 8, 2)}}
 _PAGES["sm100"] = _PAGES["sm90"]
 #: Queries of a row from which on they fill such blocks.
 _LEAST_QUERIES = 65

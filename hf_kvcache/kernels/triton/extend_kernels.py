@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from hf_kvcache.kernels.triton.attention_parts import (
+    LOG2_E,
     empty_softmax,
     finish_scores,
     load_query,
@@ -20,6 +21,7 @@ from hf_kvcache.kernels.triton.attention_parts import (
     slot_positions,
     store_partial,
     weigh,
+    weigh_products,
 )
 
 
@@ -89,6 +91,7 @@ def tokens_kernel(
     OWN_LAST: tl.constexpr,
     SOFTCAP: tl.constexpr,
     CONTINUED: tl.constexpr,
+    PRODUCTS: tl.constexpr,
 ):
     """Attention of ``BLOCK_M`` queries of a row over a split of tokens; grid (rows times query blocks, splits).
 
@@ -129,6 +132,7 @@ def tokens_kernel(
         OWN_LAST: whether the last slots hold the tokens of the queries, so that a query reads none behind its own.
         SOFTCAP: whether scores are capped.
         CONTINUED: whether to go on from what ``partial`` holds.
+        PRODUCTS: whether weights are made of dot products, without scores. It needs ``inner > 0`` and no soft cap.
     """
     row, batch, head, m = locate(rows_m, heads, BLOCK_M)
     split = tl.program_id(1)
@@ -144,6 +148,7 @@ def tokens_kernel(
         q = q / q_peak[:, None]
     q = q.to(COMPUTE)
     none = tl.zeros([BLOCK_M], tl.float32)
+    factor = q_peak * (inner * LOG2_E)
     key_base = keys + batch.to(tl.int64) * key_b + head.to(tl.int64) * key_h
     value_base = values + batch.to(tl.int64) * value_b + head.to(tl.int64) * value_h
     if CONTINUED:
@@ -167,13 +172,17 @@ def tokens_kernel(
             other=0.0,
         )
         scores = tl.dot(q, tl.trans(k.to(COMPUTE)), input_precision=PRECISION)
-        scores = finish_scores(scores, q_peak, none, inner, softcap, SOFTCAP)
+        if not PRODUCTS:
+            scores = finish_scores(scores, q_peak, none, inner, softcap, SOFTCAP)
         seen = keep[None, :]
         if PLACED:
             at = slot_positions(positions, position_b, batch, slot, keep, start)
             seen = sees(at, m, window, keep, GROUP, CAUSAL, WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
-        weights, decay, peak, total = weigh(scores, scores, peak, total)
+        if PRODUCTS:
+            weights, decay, peak, total = weigh_products(scores, factor, peak, total)
+        else:
+            weights, decay, peak, total = weigh(scores, scores, peak, total)
         v = tl.load(
             value_base + slot64[:, None] * value_n + value_channel[None, :],
             # An unused slot may hold anything, infinity included, and 0 times infinity is not 0.

@@ -23,6 +23,7 @@ from hf_kvcache.kernels.triton.attention_parts import (
     locate_tokens,
     normalize,
     page_positions,
+    record_at,
     sees,
     slot_positions,
     store_partial,
@@ -240,9 +241,8 @@ def pages_kernel(
     acc = tl.full([BLOCK_M, LATENTS.dim], 0.0, tl.float32)
     last = tl.minimum((split + 1) * per_split, columns)
     for tile in tl.range(split * per_split * TILES, last * TILES, num_stages=STAGES):
-        place, first, token, held, keep, record = locate_tokens(
-            pages, row, rows, capacity, tile, LATENTS, BLOCK_N, FULL
-        )
+        place, first, token, held, keep = locate_tokens(pages, row, rows, capacity, tile, LATENTS, BLOCK_N, FULL)
+        record = record_at(tl.load(pages + place))
         latents = _load_latents(record, first, held, table, channel, there, LATENTS, BLOCK_N, MASKED)
         if SWAPPED:
             scores = tl.trans(tl.dot(latents, tl.trans(q), input_precision=LATENTS.precision))

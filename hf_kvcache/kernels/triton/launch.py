@@ -19,6 +19,7 @@ from hf_kvcache.kernels.triton.configs import (
     architecture,
     attention_config,
     dot_precision,
+    page_stages,
     programs_wanted,
     single_precision,
 )
@@ -232,7 +233,7 @@ def _attend_pages(
         VALUES=values,
         BLOCK_M=config.block_m,
         BLOCK_N=block_n,
-        STAGES=config.num_stages,
+        STAGES=page_stages(config, codes_of(pages.layout)),
         FULL=pages.full,
         PLACED=placed,
         CENTERED=pages.key_mean is not None,

@@ -95,6 +95,16 @@ class Side:
     def dim_pad(self) -> int:
         return self.segments * self.segment_pad
 
+    @property
+    def product_unit(self) -> float:
+        """What dot products with folded keys, scales included, are still to be multiplied by."""
+        return self.unit if self.folded else 1.0
+
+    @property
+    def sum_unit(self) -> float:
+        """What weighted sums of folded values, scales included, are still to be multiplied by."""
+        return self.unit if self.folded and not self.channel and not self.other else 1.0
+
 
 def describe_side(
     layout: PageLayout, name: str, compute: Any, fold: bool, precision: str = "ieee", weighed: bool = False

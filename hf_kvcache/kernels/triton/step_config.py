@@ -144,7 +144,7 @@ class StepKind:
             "BLOCK_M": config.block_m,
             "BLOCK_N": block_n,
             "DENSE_N": 32 if max(self.key_dim, self.value_dim) <= 128 else 16,
-            "STAGES": config.num_stages,
+            "STAGES": min(config.num_stages, 2),
             "DENSE_STAGES": min(config.num_stages, 2),
             "LEAST_PAGES": LEAST_PAGES,
             "LOG_D": turn.log_dim,

@@ -18,12 +18,15 @@ from hf_kvcache.kernels.triton.attention_parts import (
     LOG2_E,
     SMALLEST_SCALE,
     empty_softmax,
+    entry_of,
     finish_scores,
     load_query,
     locate,
     locate_tokens,
     normalize,
     page_positions,
+    record_at,
+    rough_log2,
     store_partial,
     weigh,
 )
@@ -167,21 +170,26 @@ def _attend_pages(
     shift = tl.zeros([m.shape[0]], tl.float32)
     if CENTERED:
         mean = tl.load(key_mean + row * KEYS.dim + key_channel, mask=key_there, other=0.0)
-        shift = tl.sum(q.to(tl.float32) * mean[None, :], 1)
+        shift = tl.sum(q.to(tl.float32) * mean[None, :], 1) * (1.0 / KEYS.product_unit)
+    q_peak *= KEYS.product_unit
     peak, total = empty_softmax(m.shape[0])
+    if m.shape[0] < 16:
+        total = tl.zeros([m.shape[0], BLOCK_N], tl.float32)
     offset = tl.zeros([m.shape[0]], tl.float32)
     acc = tl.full([m.shape[0], VALUES.segments * VALUES.segment_pad], 0.0, tl.float32)
-    for tile in tl.range(first_page * TILES, last_page * TILES, num_stages=STAGES):
+    end = last_page * TILES
+    entries = pages + row.to(tl.int64) * capacity
+    entry = entry_of(entries, first_page * TILES, end, TILES)
+    for tile in tl.range(first_page * TILES, end, num_stages=STAGES):
         if PLACED == 3:
-            place = row.to(tl.int64) * capacity + tile // TILES
+            record = tl.multiple_of(records + entry * record_bytes, 16)
             first = tile % TILES * BLOCK_N
             token = first + tl.arange(0, BLOCK_N)
             held, keep = KEYS.page - first, token < KEYS.page
-            record = tl.multiple_of(records + tl.load(pages + place) * record_bytes, 16)
         else:
-            place, first, token, held, keep, record = locate_tokens(
-                pages, row, rows, capacity, tile, KEYS, BLOCK_N, FULL
-            )
+            record = record_at(entry)
+            place, first, token, held, keep = locate_tokens(pages, row, rows, capacity, tile, KEYS, BLOCK_N, FULL)
+        entry = entry_of(entries, tile + 1, end, TILES)
         scores = _page_scores(record, q, first, held, key_table, key_channel, key_there, KEYS, BLOCK_N, MASKED)
         scores = finish_scores(scores, q_peak, shift, inner, softcap, SOFTCAP)
         if KEYS.bias_at:
@@ -213,8 +221,9 @@ def _attend_pages(
                 token_scale = load_per_token(record, VALUES.other_at, first, held, BLOCK_N, MASKED)
             else:
                 token_scale = load_per_token(record, VALUES.scale_at, first, held, BLOCK_N, MASKED)
-            height = scores + tl.log2(tl.maximum(tl.abs(token_scale), SMALLEST_SCALE))[None, :]
-        weights, decay, peak, total = weigh(scores, height, peak, total)
+            height = scores + rough_log2(tl.maximum(tl.abs(token_scale), SMALLEST_SCALE))[None, :]
+        hidden: tl.constexpr = WINDOW or MASK > 0 or MASKED or KEYS.bias_at > 0
+        weights, decay, peak, total = weigh(scores, height, peak, total, hidden)
         if VALUES.folded and VALUES.zero and not VALUES.channel and not VALUES.other:
             zero = load_per_token(record, VALUES.zero_at, first, held, BLOCK_N, MASKED)
             if VALUES.middle:
@@ -235,7 +244,9 @@ def _attend_pages(
             BLOCK_N,
             MASKED,
         )
-    acc += offset[:, None]
+    acc = acc * VALUES.sum_unit + offset[:, None]
+    if m.shape[0] < 16:
+        total = tl.sum(total, 1)
     store_partial(
         partial, partial_lse, acc, peak, total, row, rows, m, rows_m, split, value_channel, value_there, VALUES.dim
     )

@@ -4,9 +4,10 @@ A 32-bit register holds the codes of four neighboring bytes. They become half pr
 
 - A byte ``b`` in the mantissa of the half-precision number 1024 is the number ``1024 + b``, exactly. Subtracting 1024
   leaves ``b``. So integers take a byte permutation or a bit operation, and one fused multiply-add for two of them.
-- Levels that are multiples of one number, the *unit*, are signed bytes. ``prmt`` picks four bytes out of eight by four
-  indices of three bits, which stand in the low bits of four half bytes. So it looks up four codes of 2 or 3 bits at
-  once. For 4 bits there are two lookups, and the fourth bit of each code chooses between them.
+- Levels that are multiples of one number, the *unit*, are signed bytes, and exact in half precision too. ``prmt`` picks
+  four bytes out of eight by four indices of three bits, which stand in the low bits of four half bytes. So it looks up
+  the lower bytes, or the upper ones, of the levels of four codes of 2 or 3 bits at once. Codes of 4 bits have sixteen
+  levels: two lookups give signed bytes, between which the fourth bit of each code chooses, and those are widened.
 
 What comes out is divided by a power of two, so that levels lie between -2 and 2; the unit is multiplied by it.
 """
@@ -21,8 +22,10 @@ _LARGEST_BYTE = 127
 _BYTES_TO_LEVELS = 1 / 64
 #: How far a level may be from a multiple of the unit, relative to the largest: the rounding of fp32.
 _MOST_OFF = 1e-6
-#: Selectors of ``prmt``: of the bytes of a register with a constant behind, the even ones or the odd ones widened.
+#: Selectors of ``prmt``: of the bytes of a register with a constant behind, the even ones or the odd ones widened; of
+#: lower bytes with upper ones behind, the even pairs or the odd ones.
 _EVEN, _ODD, _FIRST, _SECOND = 0x4240, 0x4341, 0x4140, 0x4342
+_EVEN_PAIRS, _ODD_PAIRS = 0x6240, 0x7351
 #: ``lop3`` by the truth table of what it does with its operands a, b and c.
 _AND_OR, _CHOOSE, _OR_AND = 0xEA, 0xCA, 0xEC
 _MAGIC = 0x64646464
@@ -143,8 +146,7 @@ def _looked_up(bits: int, levels: list[int]) -> list[str]:
     if bits == 4:
         return _looked_up_in_sixteen(levels)
     lines = _indices_of_three_bits() if bits == 3 else _indices_of_two_bits()
-    low = _register(levels[:4])
-    high = _register(levels[4:]) if bits == 3 else low
+    tables = [_table_of(levels, upper) for upper in (False, True)]
     # r0 holds the indices of segments 0 and 2 in turn, r1 those of segments 1 and 3.
     for odd in range(2):
         for half in range(2):
@@ -152,13 +154,23 @@ def _looked_up(bits: int, levels: list[int]) -> list[str]:
             if half:
                 lines.append(f"shr.b32 r2, {index}, 16;")
                 index = "r2"
-            lines += [f"mov.b32 r3, {low};", f"mov.b32 r4, {high};", f"prmt.b32 r5, r3, r4, {index};"]
-            lines += _widened(2 * odd + half, "r5", _EVEN) + _widened(2 * (odd + 2) + half, "r5", _ODD)
+            lines += [f"prmt.b32 r{3 + i}, {first}, {second}, {index};" for i, (first, second) in enumerate(tables)]
+            for segment, selector in ((odd, _EVEN_PAIRS), (odd + 2, _ODD_PAIRS)):
+                lines.append(f"prmt.b32 ${2 * segment + half}, r3, r4, {selector:#06x};")
     return lines
 
 
+def _table_of(levels: list[int], upper: bool) -> tuple[str, str]:
+    """The lower or the upper bytes of levels in half precision, as the operands of ``prmt``; four levels come last."""
+    halves = [_half(level * _BYTES_TO_LEVELS) >> (8 if upper else 0) & 0xFF for level in levels]
+    first, second = (sum(byte << (8 * i) for i, byte in enumerate(part)) for part in (halves[:-4], halves[-4:]))
+    return hex(first), hex(second)
+
+
 def _indices_of_two_bits() -> list[str]:
-    return ["and.b32 r0, $8, 0x33333333;", "shr.b32 r1, $8, 2;", "and.b32 r1, r1, 0x33333333;"]
+    """The bit above a code says that its level is in the second operand of ``prmt``, which may be a constant."""
+    pick = f"0x33333333, 0x44444444, {_AND_OR:#x};"
+    return [f"lop3.b32 r0, $8, {pick}", "shr.b32 r1, $8, 2;", f"lop3.b32 r1, r1, {pick}"]
 
 
 def _indices_of_three_bits() -> list[str]:

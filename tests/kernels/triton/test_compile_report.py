@@ -154,6 +154,10 @@ def test_spills_and_few_warps_of_an_older_triton_are_known_where_recorded() -> N
     assert [text.split()[1] for text in known(result, record, True)] == ["spills,", "resident"]
     assert worse(result, record, True) == [] and len(worse(result, record)) == 1
     assert len(worse(replace(result, compiled=replace(bad, spills=3)), record, True)) == 1
+    waiving = replace(CASE, num_warps=2, waived={"warps": "why"})
+    needless = replace(result, compiled=SOUND, problems=tuple(problems(SOUND, waiving, "sm80")))
+    assert len(needless.problems) == 1 and known(needless, record, False) == []
+    assert known(needless, record, True) == list(needless.problems)
 
 
 def test_the_record_keeps_other_versions_and_other_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_kvcache.kernels.page import PageLayout
-from hf_kvcache.kernels.triton import decoded_pages, extend
+from hf_kvcache.kernels.triton import decoded_pages, extend, launch
 from hf_kvcache.kernels.triton.extend_configs import extend_pages_config
 from hf_kvcache.kernels.workspace import scratch
 from tests.kernels.triton.calls import Call, Random, Shape, biased, check, make_call, ragged, scattered
@@ -126,6 +126,18 @@ def test_cut_in_blocks(elements: int, monkeypatch: pytest.MonkeyPatch, device: t
     call = replace(call, scoring=replace(call.scoring, softcap=5.0, sink_logits=logits))
     run(call, sums=True)
     run(call)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, None), (None, 5.0)])
+def test_weights_of_products(
+    window: int | None, softcap: float | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large blocks of queries: weights without scores over decoded tokens, some hidden; a soft cap needs scores."""
+    monkeypatch.setattr(launch, "_LEAST_PRODUCTS", 1)
+    call = ragged(make_call("unbiased4", Shape(1, 1, 4, 19, columns=5, slots=24), device=device))
+    scoring = replace(call.scoring, softcap=softcap)
+    assert launch.weighs_products(scoring, 1, False, False) == (softcap is None)
+    run(replace(call, scoring=scoring, visibility=replace(call.visibility, window=window)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

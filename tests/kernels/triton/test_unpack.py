@@ -12,9 +12,12 @@ from hf_kvcache.codecs.lloyd import normal_levels
 from hf_kvcache.kernels.inputs import Scoring
 from hf_kvcache.kernels.triton import decode, decoded_pages, extend, launch
 from hf_kvcache.kernels.triton.sides import Side, describe_side
+from hf_kvcache.kernels.triton.step import PreparedCall
 from hf_kvcache.kernels.triton.unpack import signed_bytes, unpacking, with_scales
 from tests.kernels.triton.assembly import create_inline_asm, of_bytes
-from tests.kernels.triton.calls import Call, Shape, check, make_call, ragged
+from tests.kernels.triton.calls import Call, Shape, check, expected, make_call, ragged
+from tests.kernels.triton.test_step import Step
+from tests.tolerances import assert_near
 
 
 def every_byte() -> np.ndarray:
@@ -190,6 +193,24 @@ SHAPE = Shape(group=4, key_dim=64, value_dim=64, page_size=16, columns=3, slots=
 def test_attention(spec: str, assembly: list[Side]) -> None:
     """A decoding step over full pages."""
     run(make_call(spec, SHAPE), assembly)
+
+
+@pytest.mark.parametrize("spec", ["unbiased2", "unbiased3", "unbiased4", "rotated4"])
+@pytest.mark.parametrize("lost", [False, True])
+def test_prepared_step(spec: str, lost: bool, assembly: list[Side]) -> None:
+    """The kernel of a plain step multiplies by the unit of the levels once for all tokens, as that of ``decode``."""
+    call = make_call(spec, SHAPE)
+    call = ragged(call) if lost else call
+    step = Step(call)
+    assert_near(step.run(PreparedCall(step.inputs, None)).cpu(), expected(call).output)
+    assert assembly
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_where_addresses_come_from(stages: int, assembly: list[Side], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses of pages loaded a block ahead, or with three stages in the block itself; splits with a page too few."""
+    monkeypatch.setattr(launch, "page_stages", lambda config, codes: stages)
+    run(make_call("unbiased2", replace(SHAPE, columns=5)), assembly)
 
 
 def test_pages_that_lost_tokens(assembly: list[Side]) -> None:
