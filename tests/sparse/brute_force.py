@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,19 @@ def pages_allowed(amount: int | float, pages: list[list[int]], sinks: int, tail:
     return min(len(pages), max(1, int((most - always) // page)))
 
 
-def rounded_outward(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of one page in 8 bits with one scale in half precision."""
+def rounded_outward(low: np.ndarray, high: np.ndarray, off: float) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of one page in 8 bits with one scale in half precision, moved outward by ``off`` steps beforehand."""
     largest = max(np.abs(low).max(), np.abs(high).max(), 2.0**-7)
     scale = float(np.float16(np.float32(largest) / np.float32(126.5)))
-    return np.floor(low / scale - 1e-9) * scale, np.ceil(high / scale + 1e-9) * scale
+    return np.floor(low / scale - off) * scale, np.ceil(high / scale + off) * scale
 
 
-def page_scores(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], weight: float = 0.3) -> np.ndarray:
-    """Quest's score of each page.
+def page_scores(
+    keys: np.ndarray, query: np.ndarray, spans: list[list[int]], weight: float = 0.3
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quest's score of each page, as little and as much as it may be.
+
+    The two differ where a bound lies on a step but for the rounding of fp32: a step further out is as right.
 
     Args:
         keys: ``[T, D]`` of one KV head.
@@ -45,20 +50,30 @@ def page_scores(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], wei
         spans: the tokens of each page.
         weight: of the distance of the bounds.
     """
-    scores = []
+    least, most = [], []
     for span in spans:
-        low, high = rounded_outward(keys[span].min(0), keys[span].max(0))
-        middle, half = (low + high) / 2, weight * (high - low) / 2
-        nearer = [(m - h, m + h) for m, h in zip(middle, half, strict=True)]
-        scores.append(sum(max(q * a, q * b) for one in query for q, (a, b) in zip(one, nearer, strict=True)))
-    return np.array(scores)
+        edges = [rounded_outward(keys[span].min(0), keys[span].max(0), off) for off in (-1e-4, 1e-4)]
+        ways = []
+        for low, high in product(*zip(*edges, strict=True)):
+            middle, half = (low + high) / 2, weight * (high - low) / 2
+            nearer = [(m - h, m + h) for m, h in zip(middle, half, strict=True)]
+            ways.append([max(q * a, q * b) for one in query for q, (a, b) in zip(one, nearer, strict=True)])
+        least.append(np.min(ways, 0).sum())
+        most.append(np.max(ways, 0).sum())
+    return np.array(least), np.array(most)
 
 
-def page_masses(keys: np.ndarray, query: np.ndarray, spans: list[list[int]]) -> np.ndarray:
-    """The logarithm of the score that moments give each page; arguments as those of :func:`page_scores`."""
-    logs = _expected_logs(keys, query, spans)
+def page_masses(
+    keys: np.ndarray, query: np.ndarray, spans: list[list[int]], page: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The logarithm of the score that moments give each page, twice; arguments as those of :func:`page_scores`.
+
+    Of a page that is not full, the first ``page // 2`` tokens are the first half.
+    """
+    logs = _expected_logs(keys, query, spans, page)
     masses = np.exp(logs - logs.max(1, keepdims=True, initial=-np.inf))
-    return np.log((masses / masses.sum(1, keepdims=True)).sum(0))
+    scores = np.log((masses / masses.sum(1, keepdims=True)).sum(0))
+    return scores, scores
 
 
 def chosen_across_heads(
@@ -76,7 +91,7 @@ def chosen_across_heads(
     """
     found = []
     for head, (own, asked) in enumerate(zip(keys, query, strict=True)):
-        pages = np.exp(_expected_logs(own, asked, spans)) * page
+        pages = np.exp(_expected_logs(own, asked, spans, page)) * page
         known = np.exp(asked @ own[sinks].T / np.sqrt(own.shape[1]))
         score = (pages / (pages.sum(1, keepdims=True) + known.sum(1, keepdims=True))).sum(0)
         best = np.argsort(-score)[: 2 * allowed]
@@ -85,15 +100,16 @@ def chosen_across_heads(
     return [sorted(column for _, other, column in taken if other == head) for head in range(len(keys))]
 
 
-def _expected_logs(keys: np.ndarray, query: np.ndarray, spans: list[list[int]]) -> np.ndarray:
+def _expected_logs(keys: np.ndarray, query: np.ndarray, spans: list[list[int]], page: int) -> np.ndarray:
     """The logarithm of the mean of the exponentials of the scores that queries may expect in pages.
 
-    Both halves of a page have a mean, and a deviation for every 8 elements.
+    Both halves of a page have a mean, and a deviation for every 8 elements. A half without tokens has those of the
+    first half.
     """
     logs = np.empty((len(query), len(spans)))
     for column, span in enumerate(spans):
-        assert len(span) % 2 == 0
-        halves = [_moments(keys[half]) for half in (span[: len(span) // 2], span[len(span) // 2 :])]
+        first, second = span[: page // 2], span[page // 2 :]
+        halves = [_moments(keys[half]) for half in (first, second or first)]
         for head, one in enumerate(query / np.sqrt(keys.shape[1])):
             exponentials = []
             for mean, deviations in halves:
