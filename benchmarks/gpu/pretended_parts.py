@@ -45,7 +45,8 @@ def latent_step(bits: int | None) -> dict[str, int]:
         keys, values = module.expand_kv(*cache.update(latents[:, :, :1], rotary[:, :, :1], 0))
         function(module, query, keys, values, None, scaling=module.scaling)
 
-    for _ in range(3):
+    # The fourth token completes a page.
+    for _ in range(8):
         step()
     with current().counting() as found:
         step()
