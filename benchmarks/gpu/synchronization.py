@@ -23,12 +23,9 @@ from benchmarks.gpu.methods import OfCache, OursStatic, attention_module, latent
 from benchmarks.gpu.results import FAILED, LEFT_OUT, Figures, Results, reason
 from benchmarks.gpu.settings import Settings
 from hf_kvcache import HeavyHitterCache, KVCache, LatentKVCache, SlidingWindowCache
-from hf_kvcache.eviction import available
+from hf_kvcache.eviction import available, resolve
 
 CODECS = ("none", "rotated8", "unbiased4", "unbiased3", "unbiased2", "fp8", "kvarn4")
-#: Policies that need something that one layer without a model does not have: calibrated queries, rotary embeddings, a
-#: second reading of the context.
-_NEED_MORE = ("triattention", "expected", "kvzip", "kvzipplus", "compactor", "leverage")
 RIGHT = "right"
 # As the cases of step b have them, so that most kernels are compiled already.
 HEADS, QUERY_HEADS, DIM, PROMPT = 8, 32, 128, 300
@@ -119,6 +116,12 @@ def on_device(settings: Settings, module: torch.nn.Module) -> Any:
     return module.to(settings.device)
 
 
+def _needs_no_model(policy: str) -> bool:
+    """Whether one layer has all that a policy needs: no rotary embedding, hidden states or second reading."""
+    needs = resolve(policy)
+    return not (needs.needs_rope or needs.needs_hidden or needs.needs_replay)
+
+
 def checks(settings: Settings) -> list[Check]:
     """All checks, the most important first."""
     of_layer = partial(partial, keys_and_values, settings)
@@ -129,7 +132,7 @@ def checks(settings: Settings) -> list[Check]:
     ]
     named = {None: "latents", 8: "latents, 8 bits", 4: "latents, 4 bits"}
     found += [Check(name, partial(latents, settings, bits)) for bits, name in named.items()]
-    for policy in sorted(set(available()) - set(_NEED_MORE)):
+    for policy in filter(_needs_no_model, available()):
         for bits in (None, 4) if policy in ("snapkv", "h2o") else (4,):
             make = partial(HeavyHitterCache, budget=128, policy=policy, bits=bits)
             found.append(Check(f"{policy}, {f'{bits} bits' if bits else 'none'}", of_layer(make)))
