@@ -26,23 +26,16 @@ class Trial:
         rows: int64 ``[n, length + scored]``, the windows with the tokens behind them.
         length: tokens that are read.
         sizes: arguments of the caches that are tried.
-        weight: float64 ``[n]``, how much each row counts in :meth:`loss`; None for all the same.
 
     Attributes:
+        weight: float64 ``[n]``, how much each row counts in :meth:`loss`; all the same at first.
         storing: the layers of the full cache that store keys and values of their own, by the index of the model's
             layer. A layer of a model that runs several times has one for each run.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        rows: torch.Tensor,
-        length: int,
-        sizes: dict[str, Any],
-        weight: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, model: Any, rows: torch.Tensor, length: int, sizes: dict[str, Any]) -> None:
         self._model, self._rows, self._length = model, rows, length
-        self.weight = torch.ones(len(rows), dtype=torch.float64, device="cpu") if weight is None else weight
+        self.weight = torch.ones(len(rows), dtype=torch.float64, device="cpu")
         self._sizes, self._prefill = sizes, None
         base = KVCache(model.config, **sizes)
         if can_take_in(model.config, base):
